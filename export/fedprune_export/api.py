@@ -15,7 +15,8 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.strategies.importance.scoring import channel_scores, rank_channels
 from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.bundles.bundle import bundle_files
-from fedprune_export.checks.labelled_data import LabelledData, load_scored_data
+from fedprune_export.checks.labelled_data import LabelledData
+from fedprune_export.checks.labelled_file import load_scored_data
 from fedprune_export.checks.parity import check_parity, try_step
 from fedprune_export.precision import PrecisionTrials
 from fedprune_export.pruning.cut import cut

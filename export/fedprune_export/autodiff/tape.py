@@ -142,6 +142,8 @@ class Tape(TapeShapes):
 
     def add_gradient(self, name: str, gradient: str) -> None:
         """Add to the gradient of a value of the model."""
+        # A constant is copied here at the latest, so that names, and the bytes of graphs, stay as they were.
+        self.value(name)
         self._gradients.setdefault(name, []).append(gradient)
 
     def gradient(self, name: str) -> str | None:

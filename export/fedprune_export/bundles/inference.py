@@ -19,8 +19,8 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BundleError, path_remedy
 from fedprune.runtime.bundle import BASE, INFERENCE, WEIGHTS, Bundle
 from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.base_reads import write_base_reads
 from fedprune_export.pruning.cut import at_widths
-from fedprune_export.pruning.frozen_base import write_base_reads
 from fedprune_export.pruning.model import Model
 
 # The file of weights that an inference graph refers to.

@@ -212,12 +212,12 @@ def _bundle_folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
 
 def _read_data(arguments: argparse.Namespace, model: fx.Model, recipe: Recipe) -> fx.LabelledData | None:
     """The samples of --data; the number of class names is checked, too."""
-    from fedprune_export.checks import labelled_data
+    from fedprune_export.checks import labelled_file
 
     classes = model.architecture.classes
     if arguments.class_names and len(arguments.class_names) != classes:
         raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
-    return arguments.data and labelled_data.load_scored_data(arguments.data, model, recipe)
+    return arguments.data and labelled_file.load_scored_data(arguments.data, model, recipe)
 
 
 def _export(

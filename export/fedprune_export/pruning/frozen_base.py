@@ -2,8 +2,7 @@
 
 They are constants of a model instead of tensors of its architecture: no update, optimiser state or anchor has them.
 A model's own graph holds them as float32 numbers that low precision represents exactly. Graphs for boards read the
-stored numbers, as inputs of a training graph and as external data of an inference graph, and dequantise them again for
-every layer, right before it.
+stored numbers (`base_reads`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from fedprune.model.architecture import Architecture, BaseSpec
 from fedprune.model.axis import Axis
 from fedprune.model.cost_table import LayerRow
 from fedprune.model.step_contract import base_name, base_scale_name
-from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.ir.graph import Array, Graph
 
 PRECISIONS = ("float16", "int8")
 
@@ -137,83 +136,3 @@ def _scales(value: Array, axis: int) -> Array:
 
 def _broadcast_scale(scale: Array, axis: int, rank: int) -> Array:
     return scale.reshape([-1 if i == axis else 1 for i in range(rank)])
-
-
-def write_base_reads(graph: Graph, frozen: FrozenBase) -> None:
-    """Rewrite a graph so that it reads its base in the stored precision.
-
-    The caller adds inputs or external data of these names.
-
-    Each reader gets a dequantised copy of its own, so that none lives longer than a layer. It waits for the reader's
-    other input (`_gate_value`): onnxruntime would otherwise merge copies of one weight, and might make all of them
-    before the first layer. Rows of embeddings are looked up before they are dequantised.
-    """
-    _BaseReadWriter(graph, frozen).write()
-
-
-def _gate_value(graph: Graph, value: str) -> str:
-    """An int64 number [1] that exists once a value is computed; no optimiser can fold it into a constant."""
-    flat = graph.emit("Reshape", value, graph.ints(-1))
-    return graph.emit("Cast", graph.emit("Gather", flat, graph.ints(0)), attrs={"to": 7})
-
-
-class _BaseReadWriter:
-    def __init__(self, graph: Graph, frozen: FrozenBase) -> None:
-        self._graph, self._base = graph, frozen
-        self._layouts: dict[str, tuple[str, tuple[int, ...]]] = {}
-
-    def write(self) -> None:
-        graph = self._graph
-        ranks = {n: len(graph.initializers[n].shape) for n in self._base.axes if n in graph.initializers}
-        self._layouts = {n: (n, tuple(range(rank))) for n, rank in ranks.items()}
-        available = {p.name for p in graph.inputs} | set(graph.initializers)
-        nodes, graph.nodes = graph.nodes, []
-        for node in nodes:
-            if node.op == "Transpose" and node.inputs[0] in self._layouts:
-                name, order = self._layouts[node.inputs[0]]
-                perm = node.attrs.get("perm") or list(reversed(range(len(order))))
-                self._layouts[node.outputs[0]] = name, tuple(order[i] for i in perm)
-                continue
-            if node.op == "Gather" and node.inputs[0] in self._layouts and not self._needs_full_matrix(node):
-                continue
-            computed_inputs = [i for i in node.inputs if i and i not in self._layouts and i not in available]
-            node.inputs = [self._read(i, computed_inputs) if i in self._layouts else i for i in node.inputs]
-            graph.nodes.append(node)
-        for name in ranks:
-            del graph.initializers[name]
-        for port in graph.outputs:
-            if port.name in self._layouts:
-                raise ModelError(f"an output of the model is a frozen weight: {self._layouts[port.name][0]}")
-
-    def _needs_full_matrix(self, node: Node) -> bool:
-        """Write the look-up of an embedding's rows, dequantised afterwards.
-
-        Returns whether the node must be kept instead, because the whole matrix has to be dequantised first.
-        """
-        name, order = self._layouts[node.inputs[0]]
-        rank, axis = len(order), self._base.axes[name]
-        if node.attrs.get("axis", 0) != 0 or order != tuple(range(rank)) or rank < 2 or axis == 0:
-            return True
-        rows = self._graph.emit("Gather", base_name(name), node.inputs[1], attrs={"axis": 0})
-        self._dequantise(name, rows, None if axis is None else axis - rank, node.outputs[0])
-        return False
-
-    def _read(self, value: str, computed_inputs: list[str]) -> str:
-        name, order = self._layouts[value]
-        rank, axis = len(order), self._base.axes[name]
-        if rank < 2:
-            return base_name(name)
-        stored = base_name(name)
-        if computed_inputs:
-            zeros = self._graph.emit("Mul", _gate_value(self._graph, computed_inputs[0]), self._graph.ints(*[0] * rank))
-            stored = self._graph.emit("Reshape", stored, zeros)
-        if order != tuple(range(rank)):
-            # Transposed before it is dequantised: the stored array is half or a quarter as large as float32 numbers.
-            stored = self._graph.emit("Transpose", stored, attrs={"perm": list(order)})
-        return self._dequantise(name, stored, None if axis is None else order.index(axis))
-
-    def _dequantise(self, name: str, numbers: str, axis: int | None, out: str | None = None) -> str:
-        """Dequantise numbers whose scales are along `axis`."""
-        if axis is None:
-            return self._graph.emit("Cast", numbers, attrs={"to": 1}, out=out)
-        return self._graph.emit("DequantizeLinear", numbers, base_scale_name(name), attrs={"axis": axis}, out=out)

@@ -15,7 +15,7 @@ from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.probabilities import probability_node
-from fedprune_export.pruning.frozen_base import write_base_reads
+from fedprune_export.pruning.base_reads import write_base_reads
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.augmentation import augment_plan

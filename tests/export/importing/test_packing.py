@@ -19,7 +19,7 @@ from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.bundles.conversion import check_state_parity, onnx_file, state_dict
-from fedprune_export.checks.labelled_data import load_scored_data
+from fedprune_export.checks.labelled_file import load_scored_data
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph

@@ -24,7 +24,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.autodiff.tape import BATCH, port
-from fedprune_export.checks.labelled_data import load_scored_data
+from fedprune_export.checks.labelled_file import load_scored_data
 from fedprune_export.importing.user_graphs import import_loss, read_loss
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.losses import write_loss

@@ -30,7 +30,7 @@ from fedprune.releases.rollout_plan import RolloutPlan
 from fedprune.releases.wheels import parse_wheel_name, wheel_requirements
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_export.checks.labelled_data import read_labelled_data as read_labelled
+from fedprune_export.checks.labelled_file import read_labelled_data as read_labelled
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config
 from fedprune_server.simulation.datasets.image_files import read_image_folder
