@@ -142,7 +142,7 @@ class Tape(TapeShapes):
 
     def add_gradient(self, name: str, gradient: str) -> None:
         """Add to the gradient of a value of the model."""
-        # A constant is copied here at the latest, so that names, and the bytes of graphs, stay as they were.
+        # A constant is copied here at the latest: names of later nodes, and so the graph's bytes, depend on when it is.
         self.value(name)
         self._gradients.setdefault(name, []).append(gradient)
 

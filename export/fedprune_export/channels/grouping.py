@@ -43,11 +43,7 @@ class Grouping:
 
 
 def form_groups(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Grouping:
-    """Form groups of units.
-
-    Args:
-        picks: Where indices are taken from an axis; rows of units.
-    """
+    """Form groups of units. `picks`: where nodes take indices from an axis; their rows are of units."""
     names = list(parameters)
     stay_counts: dict[str, int] = {}
     unit = np.arange(1 + max((int(r.max(initial=0)) for value in rows.values() for r in value), default=0))

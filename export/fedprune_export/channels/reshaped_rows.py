@@ -61,9 +61,7 @@ def _assign_rows(
 ) -> dict[int, AtomRow]:
     """The rows of the new axes that take the atoms of old axes by this assignment.
 
-    Args:
-        grids: Atoms of the old axes, one axis per factor.
-        sizes: The sizes of the run's factors.
+    `grids`: atoms of the old axes, one axis per factor; `sizes`: of the run's factors.
     """
     rows: dict[int, AtomRow] = {}
     for grid, span, new_axis in zip(grids, run.old_factors, option, strict=True):

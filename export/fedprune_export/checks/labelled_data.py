@@ -49,11 +49,7 @@ class LabelledData:
         ]
 
     def score(self, outputs: Callable[[Array], Array]) -> float:
-        """The score of a model: a share of right answers, or for values an error.
-
-        Args:
-            outputs: The model: inputs [n, ...] to outputs [n, ...].
-        """
+        """The score of a model, a function of inputs: a share of right answers, or for values an error."""
         batches = [outputs(self.x[s : s + _SCORE_BATCH]) for s in range(0, len(self.x), _SCORE_BATCH)]
         results = np.concatenate(batches)
         if self.label_kind == "classes":

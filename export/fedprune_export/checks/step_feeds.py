@@ -1,4 +1,4 @@
-"""A training step on trial: random labels and all its inputs."""
+"""Inputs of a training step on trial: random labels, and all other numbers that its graph reads."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ _TRIAL_MIX_SHARE = 0.7
 
 
 def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str, Shape], seed: int = 0) -> Array:
-    """Labels that a training graph takes.
-
-    Args:
-        labels: Type and shape of its input `y`, as a session gives them.
-    """
+    """Labels that a training graph takes. `labels`: type and shape of its input `y`, as a session gives them."""
     random, shape = np.random.default_rng(seed), (samples, *(d if isinstance(d, int) else 1 for d in labels[1][1:]))
     # Which classes a loss of the model's own takes isn't known; two are likely.
     if labels[0] == "tensor(int64)":
@@ -63,7 +59,6 @@ def step_feeds(
     missing = [n for n in (step_contract.X, step_contract.Y, *tensors) if n not in inputs]
     if missing:
         raise ModelError("the training step lacks inputs", got=", ".join(missing[:5]))
-
     unexpected = sorted(set(inputs) - set(feeds))
     if unexpected:
         raise ModelError(

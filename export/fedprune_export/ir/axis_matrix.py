@@ -1,6 +1,4 @@
-"""The matrix of a Resize along one axis. It is measured by running the operator on unit vectors, so it is right for
-every mode.
-"""
+"""The matrix of a Resize along one axis, measured by a run of the operator on unit vectors: right for every mode."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ Matrix = npt.NDArray[np.float32]
 def axis_matrix(
     attrs: Mapping[str, Any], size: int, scale: float | None, new_size: int, opset: int = NORMAL_OPSET
 ) -> Matrix:
-    """The matrix [new size, size] that a Resize with these attributes applies along one axis. The new size follows from
-    `scale`, or is `new_size` if that is None.
+    """The matrix [new size, size] that a Resize with these attributes applies along one axis.
+
+    The new size follows from `scale`, or is `new_size` if that is None.
     """
     # Axis 1 is resized; along axis 2 lie the unit vectors, which a scale of 1 leaves alone. Four axes, because
     # onnxruntime resizes by cubic curves only maps.

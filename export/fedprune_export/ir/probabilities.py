@@ -25,8 +25,7 @@ _COMBINING_OPERATORS = frozenset({"Add", "Concat", "Div", "Max", "Mean", "Min", 
 def probability_node(graph: Graph, output: str, weights: Container[str]) -> Node | None:
     """The node that makes an output's probabilities; None if any of its numbers is something else.
 
-    Args:
-        weights: Initialisers that aren't constants: a product with them is no probability.
+    `weights`: initialisers that aren't constants: a product with them is no probability.
     """
     makers = graph.producers()
     constants = {name: value for name, value in graph.initializers.items() if name not in weights}

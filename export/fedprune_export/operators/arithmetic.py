@@ -1,4 +1,8 @@
-"""Element-wise operators of several values: arithmetic, extremes, choices, comparisons."""
+"""Element-wise operators of several values: arithmetic, extremes, choices, comparisons.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
+"""
 
 from __future__ import annotations
 
@@ -54,25 +58,20 @@ def arithmetic(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         if tape.needs_gradient(left):
-            da = {
-                "Add": lambda: dy,
-                "Sub": lambda: dy,
-                "Mul": lambda: g.emit("Mul", dy, b),
-                "Div": lambda: g.emit("Div", dy, b),
-            }[node.op]()
+            da = g.emit(node.op, dy, b) if node.op in ("Mul", "Div") else dy
             tape.add_gradient(left, tape.sum_to_shape(da, shape, tape.shape(left)))
-        if tape.needs_gradient(right):
-            if node.op == "Sub" and tape.shape(right) != shape:
-                # The smaller array is negated.
-                tape.add_gradient(right, g.emit("Neg", tape.sum_to_shape(dy, shape, tape.shape(right))))
-                return
-            db = {
-                "Add": lambda: dy,
-                "Sub": lambda: g.emit("Neg", dy),
-                "Mul": lambda: g.emit("Mul", dy, a),
-                "Div": lambda: g.emit("Neg", g.emit("Div", g.emit("Mul", dy, y), b)),
-            }[node.op]()
-            tape.add_gradient(right, tape.sum_to_shape(db, shape, tape.shape(right)))
+        if not tape.needs_gradient(right):
+            return
+        if node.op == "Sub":
+            # The sum is the smaller array: it is negated.
+            tape.add_gradient(right, g.emit("Neg", tape.sum_to_shape(dy, shape, tape.shape(right))))
+            return
+        db = dy
+        if node.op == "Mul":
+            db = g.emit("Mul", dy, a)
+        elif node.op == "Div":
+            db = g.emit("Neg", g.emit("Div", g.emit("Mul", dy, y), b))
+        tape.add_gradient(right, tape.sum_to_shape(db, shape, tape.shape(right)))
 
     return pull
 

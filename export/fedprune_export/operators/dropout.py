@@ -1,4 +1,7 @@
-"""Dropout, whose masks are inputs of the training graph."""
+"""Dropout: a product with a mask, which is an input of the training graph, so that the board draws it.
+
+The gradient rule writes the forward pass and returns the *pull*, which writes the input's gradient.
+"""
 
 from __future__ import annotations
 

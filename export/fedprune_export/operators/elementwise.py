@@ -1,4 +1,8 @@
-"""Functions that act on each number by itself."""
+"""Functions that act on each number by itself: activations, roots and exponentials, rounding, casts.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,6 @@ def elementwise_channels(channels: Channels, node: Node) -> None:
 
 # Writes dx, given the graph, the node, its input x, its output y, and dy.
 Gradient = Callable[[Graph, Node, str, str, str], str]
-
 
 Slope = Callable[[Graph, str, str], str]  # writes the derivative at every number, given the graph, x and y
 
@@ -357,8 +360,8 @@ def clip(tape: Tape, node: Node) -> Pull:
         if all(b is not None for b in bounds):
             # The nearer bound's distance from y, which is above 0 between them; exact at the bounds themselves.
             low, high = names
-            room = g.emit("Min", g.emit("Sub", y, low) if bounds[0] else y, g.emit("Sub", high, y))
-            tape.add_gradient(name, where_positive(tape, dy, room))
+            distance = g.emit("Min", g.emit("Sub", y, low) if bounds[0] else y, g.emit("Sub", high, y))
+            tape.add_gradient(name, where_positive(tape, dy, distance))
             return
         checks = zip(("GreaterOrEqual", "LessOrEqual"), names, strict=False)
         inside = [g.emit(op, x, bound) for op, bound in checks if bound]

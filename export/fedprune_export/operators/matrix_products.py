@@ -1,4 +1,8 @@
-"""Matrix products: MatMul, Gemm, Einsum."""
+"""Matrix products: MatMul, Gemm, Einsum.
+
+Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
+fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
+"""
 
 from __future__ import annotations
 
@@ -107,21 +111,23 @@ def gemm(tape: Tape, node: Node) -> Pull:
     left, right = node.inputs[:2]
     bias = node.inputs[2] if len(node.inputs) > 2 else ""
     alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
-    ta, tb = int(node.attrs.get("transA", 0)), int(node.attrs.get("transB", 0))
+    is_a_transposed, is_b_transposed = int(node.attrs.get("transA", 0)), int(node.attrs.get("transB", 0))
     a, b = tape.value(left), tape.value(right)
-    shape: Shape = (tape.shape(left)[1 if ta else 0], tape.shape(right)[0 if tb else 1])
+    shape: Shape = (tape.shape(left)[1 if is_a_transposed else 0], tape.shape(right)[0 if is_b_transposed else 1])
     g = tape.graph
     inputs = [a, b] + ([tape.value(bias)] if bias else [])
     tape.enter(node.outputs[0], g.emit("Gemm", *inputs, attrs=node.attrs), shape)
 
-    def product(p: str, q: str, tp: int, tq: int) -> str:
-        return g.emit("Gemm", p, q, attrs={"alpha": alpha, "transA": tp, "transB": tq})
+    def product(p: str, q: str, transpose_p: int, transpose_q: int) -> str:
+        return g.emit("Gemm", p, q, attrs={"alpha": alpha, "transA": transpose_p, "transB": transpose_q})
 
     def pull(dy: str) -> None:
         if tape.needs_gradient(left):
-            tape.add_gradient(left, product(b, dy, tb, 1) if ta else product(dy, b, 0, 1 - tb))
+            da = product(b, dy, is_b_transposed, 1) if is_a_transposed else product(dy, b, 0, 1 - is_b_transposed)
+            tape.add_gradient(left, da)
         if tape.needs_gradient(right):
-            tape.add_gradient(right, product(dy, a, 1, ta) if tb else product(a, dy, 1 - ta, 0))
+            db = product(dy, a, 1, is_a_transposed) if is_b_transposed else product(a, dy, 1 - is_a_transposed, 0)
+            tape.add_gradient(right, db)
         if bias and tape.needs_gradient(bias):
             dc = tape.sum_to_shape(dy, shape, tape.shape(bias))
             tape.add_gradient(bias, g.emit("Mul", dc, g.scalar(beta)) if beta != 1 else dc)
@@ -134,15 +140,21 @@ def matmul(tape: Tape, node: Node) -> Pull:
     """y = A · B over broadcast batch axes; a vector is a row on the left and a column on the right."""
     left, right = node.inputs
     a, b = tape.value(left), tape.value(right)
-    sa, sb = tape.shape(left), tape.shape(right)
+    a_shape, b_shape = tape.shape(left), tape.shape(right)
     g = tape.graph
-    row, column = len(sa) == 1, len(sb) == 1
+    is_row, is_column = len(a_shape) == 1, len(b_shape) == 1
     y = g.emit("MatMul", a, b)
-    fa, fb = ((1, *sa) if row else sa), ((*sb, 1) if column else sb)
-    if fa[-1] != fb[-2]:
-        raise ModelError(f"{describe(node)}: sizes don't fit each other at every width", expected=sa, got=sb)
-    shape = (*tape.broadcast(node, fa[:-2], fb[:-2]), fa[-2], fb[-1])
-    lost = ([len(shape) - 2] if row else []) + ([len(shape) - 1] if column else [])
+    if is_row:
+        a_shape = (1, *a_shape)
+    if is_column:
+        b_shape = (*b_shape, 1)
+    if a_shape[-1] != b_shape[-2]:
+        sizes = tape.shape(left), tape.shape(right)
+        raise ModelError(
+            f"{describe(node)}: sizes don't fit each other at every width", expected=sizes[0], got=sizes[1]
+        )
+    shape = (*tape.broadcast(node, a_shape[:-2], b_shape[:-2]), a_shape[-2], b_shape[-1])
+    lost = ([len(shape) - 2] if is_row else []) + ([len(shape) - 1] if is_column else [])
     tape.enter(node.outputs[0], y, tuple(d for i, d in enumerate(shape) if i not in lost))
 
     def transpose_last(value: str, rank: int) -> str:
@@ -155,21 +167,21 @@ def matmul(tape: Tape, node: Node) -> Pull:
     def pull(dy: str) -> None:
         if lost:
             dy = g.emit("Unsqueeze", dy, g.ints(*lost))
-        matrix_a = g.emit("Unsqueeze", a, g.ints(0)) if row else a
-        matrix_b = g.emit("Unsqueeze", b, g.ints(1)) if column else b
+        matrix_a = g.emit("Unsqueeze", a, g.ints(0)) if is_row else a
+        matrix_b = g.emit("Unsqueeze", b, g.ints(1)) if is_column else b
         if tape.needs_gradient(left):
-            da = g.emit("MatMul", dy, transpose_last(matrix_b, len(fb)))
-            da = tape.sum_to_shape(da, (*shape[:-2], *fa[-2:]), fa)
-            tape.add_gradient(left, g.emit("Squeeze", da, g.ints(0)) if row else da)
+            da = g.emit("MatMul", dy, transpose_last(matrix_b, len(b_shape)))
+            da = tape.sum_to_shape(da, (*shape[:-2], *a_shape[-2:]), a_shape)
+            tape.add_gradient(left, g.emit("Squeeze", da, g.ints(0)) if is_row else da)
         if tape.needs_gradient(right):
-            if len(fb) == 2 and len(fa) == len(shape):
+            if len(b_shape) == 2 and len(a_shape) == len(shape):
                 # One product over all leading axes: far less work than one per position, summed.
                 db = g.emit("Gemm", flatten_lead(matrix_a), flatten_lead(dy), attrs={"transA": 1})
             else:
                 # Batch axes that were broadcast are summed away below.
-                db = g.emit("MatMul", transpose_last(matrix_a, len(fa)), dy)
-                db = tape.sum_to_shape(db, (*shape[:-2], *fb[-2:]), fb)
-            tape.add_gradient(right, g.emit("Squeeze", db, g.ints(1)) if column else db)
+                db = g.emit("MatMul", transpose_last(matrix_a, len(a_shape)), dy)
+                db = tape.sum_to_shape(db, (*shape[:-2], *b_shape[-2:]), b_shape)
+            tape.add_gradient(right, g.emit("Squeeze", db, g.ints(1)) if is_column else db)
 
     return pull
 

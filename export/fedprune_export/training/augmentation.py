@@ -1,4 +1,4 @@
-"""The plan of a recipe's augmentations: which numbers of a sample they change, and whether labels move along."""
+"""Plans a recipe's augmentations: which numbers of a sample they change, and whether labels move along."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from fedprune_export.pruning.model import Model
 def augment_plan(model: Model, labels: Port, features: Features) -> AugmentPlan:
     """The augmentations of a training graph's samples, and of its labels where these move along.
 
-    Args:
-        labels: Those of the training graph.
-
-    Raises:
-        ConfigError: An augmentation has no meaning for the model's inputs, or would move what its labels describe.
+    Raises `ConfigError` if an augmentation has no meaning for the model's inputs, or would move what labels describe.
     """
     model_input = model.graph.inputs[0]
     packed = read_packing(model.graph.metadata, INPUTS_KEY)

@@ -1,5 +1,7 @@
-"""The loss of a training step, with its gradient by the logits: a built-in one (`fedprune.model.losses`), or the
-model's own."""
+"""Writes the loss of a training step and its gradient by the logits.
+
+The loss is built in (`fedprune.model.losses`), or the model's own.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,10 @@ def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, n
 def write_loss(
     g: Graph, logits: str, outputs: tuple[int, ...], features: Features, own_loss: Model | None = None
 ) -> str:
-    """Write the loss of a batch, and the counts of right answers.
+    """Write the loss of a batch, and the counts of right answers; returns the gradient of the loss by the logits.
 
-    Args:
-        g: The training graph; its inputs and outputs grow.
-        logits: The model's output [N, *outputs]; classes are on its axis 1.
-        own_loss: The model's own loss, where the features ask for it.
-
-    Returns:
-        The gradient of the loss by the logits.
-
-    Raises:
-        ModelError: An operator of the model's own loss has no gradient rule, or outputs of this shape have no such
-            loss.
+    Raises `ModelError` if an operator of the model's own loss has no gradient rule, or outputs of this shape have no
+    such loss. `logits`: the model's output [N, *outputs], with classes on axis 1.
     """
     present = ""
     if features.logit_offset:

@@ -21,12 +21,9 @@ BINS = 200
 
 
 def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
-    """The measurement of a model's outputs against labels, by the contract of `step_contract.METRIC_METADATA`.
+    """The measurement of a model's outputs against a training graph's labels (`step_contract.METRIC_METADATA`).
 
     Raises `ConfigError` if the model brings no metric, or the metric compares with labels of another kind.
-
-    Args:
-        labels: Those of the training graph.
     """
     if features.metric == CUSTOM_LOSS:
         if model.metric is None:

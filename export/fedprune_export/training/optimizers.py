@@ -1,4 +1,4 @@
-"""From gradients to the next weights: proximal pull, clipping, the optimisers of torch.optim, and Lion."""
+"""Writes weights' updates from their gradients: proximal term, clipping, the optimisers of torch.optim, and Lion."""
 
 from __future__ import annotations
 

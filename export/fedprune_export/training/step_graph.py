@@ -25,8 +25,10 @@ from fedprune_export.training.optimizers import TrainedTensor, add_inputs, forwa
 
 
 def training_step(model: Model, features: Features, unit: str = CPU) -> Graph:
-    """The training step of a model for all its widths; derived once per model, features and unit. Raises `ModelError`
-    or `ConfigError` as `training_graph`."""
+    """The training step of a model for all its widths, derived once per model, features and unit.
+
+    Raises `ModelError` or `ConfigError` as `training_graph`.
+    """
     # Differentiating takes far longer than a look-up, and the same graph serves all boards of a unit.
     key = features, unit
     if key not in model.training_graphs:
