@@ -189,16 +189,13 @@ def activations(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activ
         axes = values[name]
         if name in view_sources or None not in axes or trace.dtypes[name].kind != "f":
             continue
-        sizes = [a.length if a is not None else 1 for a in axes]
         channel_index = next((i for i, a in enumerate(axes) if a is not None and a.groups), None)
         # Without an axis of channels: the first after the batch stands for them.
         if channel_index is None:
             channel_index = next((i for i, a in enumerate(axes) if i and a is not None), None)
         channels = axes[channel_index] if channel_index is not None else None
-        other_sizes = [n for i, n in enumerate(sizes) if i != channel_index]
-        value = Activation(
-            name, channels or Axis.fixed(1), int(np.prod(other_sizes, dtype=np.int64)), name in kept_names
-        )
+        positions = math.prod(a.length for i, a in enumerate(axes) if a is not None and i != channel_index)
+        value = Activation(name, channels or Axis.fixed(1), positions, name in kept_names)
         yield value
         if name in dropouts:
             yield replace(value, name=f"{name}~mask", is_kept=True)

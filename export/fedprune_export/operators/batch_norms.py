@@ -65,7 +65,6 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     x, shape = tape.value(name), tape.shape(name)
     scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
     eps = float(node.attrs.get("epsilon", 1e-5))
-    keep = float(node.attrs.get("momentum", 0.9))
     count = count_of(tape, [shape[0], *shape[2:]])
     normal = BatchNormalised(g, x, scale, shift, eps, len(shape))
     tape.enter(node.outputs[0], normal.y, shape)
@@ -73,28 +72,30 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     degrees = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
     # PyTorch normalises by the variance over n, but its running variance is over n − 1.
     unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, degrees))
-    for statistic, value in ((mean_name, normal.mean), (var_name, unbiased)):
-        following = step_contract.next_name(statistic)
-        before = tape.value(statistic)
-        if any(o.name == following for o in g.outputs):  # a layer that is called again, such as a twin's
-            before = g.fresh(statistic)
-            producer = g.producers()[following]
-            producer.name, producer.outputs = before, [before]
-        else:
-            g.add_output(following, tape.shape(statistic))
-        old = g.emit("Mul", before, g.scalar(keep))
-        new = g.emit("Mul", value, g.scalar(1 - keep))
-        g.emit("Add", old, new, out=following)
+    keep = float(node.attrs.get("momentum", 0.9))
+    _write_next_statistic(tape, mean_name, normal.mean, keep)
+    _write_next_statistic(tape, var_name, unbiased, keep)
 
     def pull(dy: str) -> None:
         dgamma, dbeta = normal.vector_gradients(dy)
-        dx = normal.input_gradient(dy, dgamma, dbeta, count) if tape.needs_gradient(name) else ""
+        if tape.needs_gradient(name):
+            tape.add_gradient(name, normal.input_gradient(dy, dgamma, dbeta, count))
         tape.add_gradient(gamma, dgamma)
         tape.add_gradient(beta, dbeta)
-        if tape.needs_gradient(name):
-            tape.add_gradient(name, dx)
 
     return pull
+
+
+def _write_next_statistic(tape: Tape, name: str, value: str, keep: float) -> None:
+    """Write the next running statistic, an output of the graph. `keep`: the share of the old value in it."""
+    g, following, before = tape.graph, step_contract.next_name(name), tape.value(name)
+    if any(o.name == following for o in g.outputs):  # a layer that is called again, such as a twin's
+        before = g.fresh(name)
+        producer = g.producers()[following]
+        producer.name, producer.outputs = before, [before]
+    else:
+        g.add_output(following, tape.shape(name))
+    g.emit("Add", g.emit("Mul", before, g.scalar(keep)), g.emit("Mul", value, g.scalar(1 - keep)), out=following)
 
 
 def _fixed_statistics_norm(tape: Tape, node: Node) -> Pull:

@@ -6,6 +6,8 @@ fix those that stay. Gradient rules write the forward pass and return the *pull*
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import numpy.typing as npt
 
@@ -107,21 +109,66 @@ def slice_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     node.inputs[1:] = [graph.ints(*starts), graph.ints(*stops), graph.ints(*remaining), graph.ints(*steps)]
 
 
+@dataclass
+class _Ranges:
+    """The ranges that a Slice takes, by how they are written, and the output's shape.
+
+    Attributes:
+        runs: Axis, begin and stop of consecutive indices.
+        strided: Axis and indices with a step along an axis of fixed size.
+        stepped: Axis and indices with a step along channels, within each of them.
+    """
+
+    out: list[Dim]
+    runs: list[tuple[int, Dim, Dim]] = field(default_factory=list)
+    strided: list[tuple[int, range]] = field(default_factory=list)
+    stepped: list[tuple[int, range]] = field(default_factory=list)
+
+
 @gradient_rule("Slice")
 def slice_ranges(tape: Tape, node: Node) -> Pull:
     """Ranges with any step along fixed axes, and whole runs of channels. The gradient is padded with zeros."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
+    name, g = node.inputs[0], tape.graph
+    y, shape, ranges = tape.value(name), tape.shape(name), _read_ranges(tape, node)
+    if ranges.runs:
+        axes, begins, stops = zip(*ranges.runs, strict=True)
+        run_axes = g.ints(*axes)
+        y = g.emit("Slice", y, tape.sizes(begins), tape.sizes(stops), run_axes)
+    for axis, picked in ranges.strided:
+        # A stop of −1 would mean the last index, so a range that ends before index 0 gets a very low one.
+        last = picked.stop if picked.stop >= 0 else -(2**31)
+        y = g.emit("Slice", y, g.ints(picked.start), g.ints(last), g.ints(axis), g.ints(picked.step))
+    for axis, picked in ranges.stepped:
+        y = g.emit("Slice", y, g.ints(picked.start), g.ints(2**62), g.ints(axis), g.ints(picked.step))
+    tape.enter(node.outputs[0], y, tuple(ranges.out))
+
+    def pull(dy: str) -> None:
+        sizes = list(ranges.out)
+        for axis, picked in ranges.stepped:
+            spaced = g.emit("Unsqueeze", dy, g.ints(axis + 1))
+            pads = [0] * (2 * len(shape) + 2)
+            # Each picked element gets its neighbours that were skipped, as zeros, on an axis of its own.
+            pads[axis + 1], pads[axis + len(shape) + 2] = picked.start, picked.step - picked.start - 1
+            between = (*sizes[: axis + 1], picked.step, *sizes[axis + 1 :])
+            sizes[axis] = shape[axis]
+            dy = tape.reshape(g.emit("Pad", spaced, g.ints(*pads)), between, tuple(sizes))
+        for axis, picked in ranges.strided:
+            dy = scatter_picks(tape, dy, tuple(sizes), axis, np.array(picked), tape.extent(shape[axis]))
+            sizes[axis] = shape[axis]
+        tape.add_gradient(name, put_back(tape, dy, shape, ranges.runs) if ranges.runs else dy)
+
+    return pull
+
+
+def _read_ranges(tape: Tape, node: Node) -> _Ranges:
+    """The ranges of a Slice node. Raises `ModelError` if one can't hold at every width."""
+    shape = tape.shape(node.inputs[0])
     starts, ends, axis_numbers, step_sizes = (tape.required_constant(node, i) for i in (1, 2, 3, 4))
     if starts is None or ends is None:
         raise ModelError(f"{describe(node)}: no range")
     axes = [int(axis) % len(shape) for axis in axis_numbers] if axis_numbers is not None else list(range(len(starts)))
     steps = [int(s) for s in step_sizes] if step_sizes is not None else [1] * len(axes)
-    g = tape.graph
-    out = list(shape)
-    runs: list[tuple[int, Dim, Dim]] = []
-    picked_ranges: list[tuple[int, range]] = []
-    stepped: list[tuple[int, range]] = []
+    ranges = _Ranges(list(shape))
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         size = tape.extent(shape[axis])
         picked = range(size)[int(start) : int(end) : step]
@@ -131,44 +178,15 @@ def slice_ranges(tape: Tape, node: Node) -> Pull:
             continue
         if step == 1:
             begin, stop = run_bounds(tape, node, axis, picked)
-            runs.append((axis, begin, stop))
-            out[axis] = tape.difference(stop, begin)
+            ranges.runs.append((axis, begin, stop))
+            ranges.out[axis] = tape.difference(stop, begin)
         elif isinstance(shape[axis], int):
-            picked_ranges.append((axis, picked))
-            out[axis] = len(picked)
+            ranges.strided.append((axis, picked))
+            ranges.out[axis] = len(picked)
         else:
-            stepped.append((axis, picked))
-            out[axis] = _stepped_count(tape, node, axis, picked)
-    y = x
-    if runs:
-        run_axes = g.ints(*[r[0] for r in runs])
-        y = g.emit("Slice", y, tape.sizes([r[1] for r in runs]), tape.sizes([r[2] for r in runs]), run_axes)
-    for axis, picked in picked_ranges:
-        # A stop of −1 would mean the last index, so a range that ends before index 0 gets a very low one.
-        last = picked.stop if picked.stop >= 0 else -(2**31)
-        y = g.emit("Slice", y, g.ints(picked.start), g.ints(last), g.ints(axis), g.ints(picked.step))
-    for axis, picked in stepped:
-        y = g.emit("Slice", y, g.ints(picked.start), g.ints(2**62), g.ints(axis), g.ints(picked.step))
-    tape.enter(node.outputs[0], y, tuple(out))
-
-    def pull(dy: str) -> None:
-        sizes = list(out)
-        for axis, picked in stepped:
-            spaced = g.emit("Unsqueeze", dy, g.ints(axis + 1))
-            pads = [0] * (2 * len(shape) + 2)
-            # Each picked element gets its neighbours that were skipped, as zeros, on an axis of its own.
-            pads[axis + 1], pads[axis + len(shape) + 2] = picked.start, picked.step - picked.start - 1
-            between = (*sizes[: axis + 1], picked.step, *sizes[axis + 1 :])
-            sizes[axis] = shape[axis]
-            dy = tape.reshape(g.emit("Pad", spaced, g.ints(*pads)), between, tuple(sizes))
-        for axis, picked in picked_ranges:
-            dy = scatter_picks(tape, dy, tuple(sizes), axis, np.array(picked), tape.extent(shape[axis]))
-            sizes[axis] = shape[axis]
-        if runs:
-            dy = put_back(tape, dy, shape, runs)
-        tape.add_gradient(name, dy)
-
-    return pull
+            ranges.stepped.append((axis, picked))
+            ranges.out[axis] = _stepped_count(tape, node, axis, picked)
+    return ranges
 
 
 def _stepped_count(tape: Tape, node: Node, axis: int, picked: range) -> Dim:

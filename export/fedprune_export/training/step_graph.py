@@ -51,13 +51,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
             meaning for the model's inputs or labels.
     """
     architecture = model.architecture
-    outputs = architecture.output_shape
-    if not outputs:
-        raise ModelError(
-            "the model's output is one number per sample without an axis",
-            expected="outputs [n, ...] with an axis",
-            hint="Keep the axis in forward: x.unsqueeze(1), or Linear(..., 1) without squeeze.",
-        )
+    outputs = _output_shape(model)
     frozen = frozen_tensors(architecture, features, model.frozen)
     graph = Graph(name="training_step", unit=unit, _counter=model.graph._counter)
     if features.ordered_dropout or features.axes:
@@ -89,11 +83,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     tape.add_gradient(logits, write_loss(graph, tape.value(logits), outputs, features, own_loss))
     tape.backward()
     write_updates(graph, tape, trained, features)
-    # Only a batch normalisation writes next values of statistics: others would be sent back as they came.
-    output_names = {o.name for o in graph.outputs}
-    for spec in architecture.statistics:
-        if spec.name not in frozen and step_contract.next_name(spec.name) not in output_names:
-            raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
+    _check_statistics(graph, model, frozen)
     graph.rename({tape.value(logits): step_contract.LOGITS})
     _add_metadata(graph, model, features)
     # After pruning, so that only tensors that some node reads get a dequantised copy.
@@ -103,6 +93,26 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
         graph.inputs += [port(b.name, b.shape, b.dtype) for b in architecture.base]
         graph.prune()
     return graph
+
+
+def _output_shape(model: Model) -> tuple[int, ...]:
+    """The shape of a sample's outputs. Raises `ModelError` if they have no axis."""
+    if not model.architecture.output_shape:
+        raise ModelError(
+            "the model's output is one number per sample without an axis",
+            expected="outputs [n, ...] with an axis",
+            hint="Keep the axis in forward: x.unsqueeze(1), or Linear(..., 1) without squeeze.",
+        )
+    return model.architecture.output_shape
+
+
+def _check_statistics(graph: Graph, model: Model, frozen: Collection[str]) -> None:
+    """Make sure that the graph writes the next value of every statistic that isn't frozen."""
+    # Only a batch normalisation writes next values of statistics: others would be sent back as they came.
+    output_names = {o.name for o in graph.outputs}
+    for spec in model.architecture.statistics:
+        if spec.name not in frozen and step_contract.next_name(spec.name) not in output_names:
+            raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
 
 
 def _enter_tensors(tape: Tape, model: Model, frozen: Collection[str], features: Features) -> list[TrainedTensor]:
