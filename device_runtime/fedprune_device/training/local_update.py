@@ -234,7 +234,6 @@ class LocalUpdate:
         return vector.to_bytes(), remainder
 
     def _residual(self, trained: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
-        """The residual of earlier updates."""
         base = None if self.round_state is None else self.round_state.base
         return {} if base is None else carried_arrays(base.residual, base, self._offer, trained, read)
 

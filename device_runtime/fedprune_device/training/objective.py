@@ -37,7 +37,6 @@ class BatchMeasure(NamedTuple):
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right labels."""
         return None if self.hits is None or not self.labels else self.hits / self.labels
 
     @classmethod

@@ -319,9 +319,8 @@ class Architecture:
         self._check_axis(layer.name, layer.inner)
 
     def _check_axis(self, name: str, axis: Axis) -> None:
-        changes_by_group: dict[
-            int, dict[int, int]
-        ] = {}  # per group, the channels at which the number of indices changes
+        # Per group, the channels at which the number of indices changes, and by how much.
+        changes_by_group: dict[int, dict[int, int]] = {}
         for segment in axis.segments:
             if segment.count < 0 or segment.start < 0 or segment.inner < 1 or segment.length > MAX_SIZE:
                 raise BundleError(f"architecture: a segment of {name} is out of range", got=segment)

@@ -155,7 +155,6 @@ class AugmentPlan:
 
     @property
     def random_count(self) -> int:
-        """Random numbers for each sample."""
         return max((step.first + step.random_count for step in self.steps), default=0)
 
     def to_json(self) -> str:

@@ -155,5 +155,4 @@ def lengths_of(x: Array, axis: int) -> npt.NDArray[np.int64]:
 
 
 def padding_value(dtype: npt.DTypeLike) -> float | int:
-    """The number that pads arrays of this type."""
     return ID_PADDING if np.dtype(dtype).kind in "iu" else PADDING

@@ -42,7 +42,6 @@ class Mixup:
 
     @property
     def mixes_samples(self) -> bool:
-        """Whether a step's samples are mixed with each other."""
         return self.mixup > 0
 
     def mix_batch(

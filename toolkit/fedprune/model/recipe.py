@@ -380,7 +380,6 @@ def judging_metric(job: Mapping[str, Any]) -> str:
     return name if name in METRICS else ""
 
 
-# Settings of a recipe that are lists.
 LIST_SETTINGS = tuple(field.name for field in fields(Recipe) if str(field.type).startswith("tuple["))
 
 

@@ -131,26 +131,16 @@ INPUTS = frozenset({X, Y, Y_PARTNER, Y_SHARE, *NUMBERS, DIVISOR, LOGIT_OFFSET, C
 # Names that no tensor of a model may have; the importer renames such tensors.
 RESERVED_NAMES = INPUTS | {LOSS, HITS, LOGITS}
 
-# Key of a training graph's metadata that holds the class of labels that count for nothing, if there is one.
-IGNORED_METADATA = "fedprune.ignored"
+# Keys of a training graph's metadata, all but dropout's on demand.
+IGNORED_METADATA = "fedprune.ignored"  # the class of labels that count for nothing
+METRIC_METADATA = "fedprune.metric"  # a metric: an ONNX file in base64
+AUGMENT_METADATA = "fedprune.augment"  # how samples, and labels of positions, are augmented (`AugmentPlan` as JSON)
+DROPOUT_METADATA = "fedprune.dropout"  # the ratio of each dropout by the name of its mask, as JSON
+AXES_METADATA = "fedprune.axes"  # the channels on its tensors' axes
 
-# Key of a training graph's metadata that holds, on demand, a metric: an ONNX file in base64.
-#
-# Its inputs are `logits` and `y`; its outputs `SUMS` [k] (float32), which add up over the parts of a set, and `VALUE`
-# (float32 []), which is computed from `SUMS` alone.
-METRIC_METADATA = "fedprune.metric"
-
+# Outputs of a metric, whose inputs are `logits` and `y`: sums [k] (float32), which add up over the parts of a set, and
+# its value (float32 []), which is computed from only these sums.
 SUMS, VALUE = "sums", "value"
-
-# Key of a training graph's metadata that holds, on demand, how samples are augmented, and labels that are places of
-# them (`fedprune.model.augmentation.AugmentPlan`, as JSON).
-AUGMENT_METADATA = "fedprune.augment"
-
-# Key of a training graph's metadata that holds the ratio of each dropout, by the name of its mask, as JSON.
-DROPOUT_METADATA = "fedprune.dropout"
-
-# Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes.
-AXES_METADATA = "fedprune.axes"
 
 
 # Names of arrays that belong to a tensor, from the tensor's name. Inputs of a graph:

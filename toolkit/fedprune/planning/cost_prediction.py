@@ -56,20 +56,11 @@ def predict_costs(
         frozen: Tensors that the model's author froze.
         codecs: Those of the board's updates, and of the weights that it is sent; None for plain files.
     """
-    costs: Costs = costs_at(architecture, widths)
+    costs = costs_at(architecture, widths)
     steps = recipe.steps(samples)
-    table = latency_table(profile, probe)
-    # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
-    trained_widths = np.array(_trained_widths(architecture, widths, recipe))
-    step_s = 0.0
-    for size, count in Counter(recipe.micro_batch_sizes(samples)).items():
-        times = np.maximum(
-            table.step_seconds(architecture, trained_widths, size),
-            memory_seconds(architecture, trained_widths, size, memory_bandwidth(profile, probe)),
-        )
-        step_s += count * float(times.mean())
-    latency_s = float(table.latency_seconds(architecture, widths)[0])
-    step_s, latency_s = step_s * correction.step, latency_s * correction.latency
+    table, bandwidth = latency_table(profile, probe), memory_bandwidth(profile, probe)
+    step_s = correction.step * _step_seconds(architecture, widths, recipe, samples, table, bandwidth)
+    latency_s = correction.latency * float(table.latency_seconds(architecture, widths)[0])
     link, power = profile.link, profile.power
     first_bytes, down_bytes, up_bytes = _transfer_bytes(architecture, widths, costs.wire_bytes, recipe, codecs)
     # Two transfers, each announced and acknowledged: a round trip before, one after.
@@ -100,6 +91,27 @@ def predict_costs(
         down_bytes=down_bytes,
         up_bytes=up_bytes,
     )
+
+
+def _step_seconds(
+    architecture: Architecture,
+    widths: Sequence[int],
+    recipe: Recipe,
+    samples: int,
+    table: LatencyTable,
+    bandwidth: float,
+) -> float:
+    """Mean time of a full training step over the widths at which the recipe trains."""
+    # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
+    trained_widths = np.array(_trained_widths(architecture, widths, recipe))
+    step_s = 0.0
+    for size, count in Counter(recipe.micro_batch_sizes(samples)).items():
+        times = np.maximum(
+            table.step_seconds(architecture, trained_widths, size),
+            memory_seconds(architecture, trained_widths, size, bandwidth),
+        )
+        step_s += count * float(times.mean())
+    return step_s
 
 
 def _transfer_bytes(
@@ -162,7 +174,6 @@ def memory_use(
 def _trained_share(
     architecture: Architecture, widths: Sequence[int], recipe: Recipe, parameters: int, frozen: Collection[str]
 ) -> float:
-    """Share of the parameters that a recipe trains."""
     features = recipe.features
     if not (features.frozen or features.trainable or frozen):
         return 1.0

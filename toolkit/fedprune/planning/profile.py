@@ -117,7 +117,6 @@ class SoftwareFigures:
     tensorrt: Text | None = None
 
 
-# Tables of a profile: their classes.
 CLASS_OF_SECTION: dict[str, type] = {
     "cpu": CpuFigures,
     "memory": MemoryFigures,
@@ -129,13 +128,11 @@ CLASS_OF_SECTION: dict[str, type] = {
     "software": SoftwareFigures,
 }
 
-
 FORMAT = "fedprune.profile/1"
 # How a source begins: an address, a calculation from other figures, or a reasoned guess.
 SOURCE_SCHEMES = ("https://", "http://", "derived: ", "estimate: ")
 
 ARCHES = ("aarch64", "x86_64")
-# The pattern of profile names.
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 # Characters after a source's scheme: "estimate: ?" is no source.
 _MIN_SOURCE_LENGTH = 8
@@ -180,7 +177,6 @@ class HardwareProfile:
 
     @property
     def training_memory_bytes(self) -> int:
-        """Memory that a training process may take."""
         return round((self.memory.total_bytes - self.memory.reserve_bytes) * self.memory.training_share)
 
     @property
@@ -198,7 +194,6 @@ class HardwareProfile:
 
     @property
     def has_cuda(self) -> bool:
-        """Whether boards have a GPU that CUDA drives."""
         return self.accelerator is not None and self.accelerator.kind == "cuda"
 
     def figures(self) -> dict[str, Any]:

@@ -183,7 +183,6 @@ def memory_terms(use: MemoryBreakdown) -> str:
     return ", ".join(f"{title} {amount(count, 'bytes')}" for count, title in terms if count)
 
 
-# Titles of the terms of `MemoryBreakdown`.
 _TITLE_OF_TERM = {
     "samples": "samples",
     "activations": "activations",

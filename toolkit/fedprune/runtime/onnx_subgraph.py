@@ -15,29 +15,17 @@ from fedprune.core.errors import ModelError
 # Wire types of protocol buffers. Groups (3 and 4) are obsolete, and no ONNX file has them.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
-# Fields of ModelProto.
-_GRAPH, _METADATA = 7, 14
-
-# Fields of StringStringEntryProto.
-_KEY, _VALUE = 1, 2
-
-# Fields of GraphProto.
-_NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13
-
-# Fields of NodeProto.
-_NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE = 1, 2, 5
-
-# Fields of AttributeProto that hold the bodies of loops and branches.
-_ATTRIBUTE_GRAPHS = (6, 11)
-
-# Field of ValueInfoProto.
-_NAME = 1
-
-# Field of TensorProto.
-_TENSOR_NAME = 8
-
-# Fields of ValueInfoProto, TypeProto and its tensor type, and the number of float32.
-_TYPE, _TENSOR_TYPE, _ELEMENT_TYPE, _FLOAT32 = 2, 1, 1, 1
+# Numbers of fields, by the message that has them.
+_GRAPH, _METADATA = 7, 14  # ModelProto
+_KEY, _VALUE = 1, 2  # StringStringEntryProto
+_NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13  # GraphProto
+_NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE = 1, 2, 5  # NodeProto
+_ATTRIBUTE_GRAPHS = (6, 11)  # AttributeProto: the bodies of loops and branches
+_NAME = 1  # ValueInfoProto
+_TENSOR_NAME = 8  # TensorProto
+_TYPE, _TENSOR_TYPE, _ELEMENT_TYPE = 2, 1, 1  # ValueInfoProto, TypeProto and its tensor type
+# The element type float32.
+_FLOAT32 = 1
 
 # Levels of loops and branches within each other: a limit for the recursion. Exporters write two or three.
 _MAX_DEPTH = 32

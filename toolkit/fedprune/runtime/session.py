@@ -165,14 +165,7 @@ class OnnxSession:
         placed = any(isinstance(v, PlacedArray) for v in (*feeds.values(), *into.values()))
         if placed and runs is None:  # the GPU has failed since
             feeds, into = {n: np.asarray(v) for n, v in feeds.items()}, _host_arrays(into)
-        for name, array in into.items():
-            # The array's memory is written by address, so its layout has to be right.
-            if name not in names or not (isinstance(array, PlacedArray) or array.flags.carray):
-                raise ModelError(
-                    f"array for output {name}",
-                    expected="an output that is computed, and a writeable array in C order",
-                    got="another output" if name not in names else "another kind of array",
-                )
+        _check_output_arrays(into, names)
         all_feeds = {**feeds, **kept_feeds}
         try:
             if isinstance(session, RemoteSession):
@@ -194,13 +187,8 @@ class OnnxSession:
             into = _host_arrays(into)
         arrays_by_name = dict(zip(names, map(np.asarray, values), strict=True))
         for name, array in into.items():
-            value = arrays_by_name[name]
-            if (value.dtype, value.shape) != (array.dtype, array.shape):
-                expected = f"{value.dtype} {value.shape}"
-                raise ModelError(f"array for output {name}", expected=expected, got=f"{array.dtype} {array.shape}")
-            np.copyto(array, value)
-            arrays_by_name[name] = array
-        return arrays_by_name
+            _copy_output(name, arrays_by_name[name], array)
+        return {**arrays_by_name, **into}
 
     def _open_on_cuda(self, *, records: bool) -> Any:
         if _CUDA not in _onnxruntime().get_available_providers():
@@ -267,6 +255,24 @@ def _host_arrays(arrays: Mapping[str, Any]) -> dict[str, Array]:
     return {n: v for n, v in arrays.items() if not isinstance(v, PlacedArray)}
 
 
+def _check_output_arrays(into: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name, array in into.items():
+        # The array's memory is written by address, so its layout has to be right.
+        if name not in names or not (isinstance(array, PlacedArray) or array.flags.carray):
+            raise ModelError(
+                f"array for output {name}",
+                expected="an output that is computed, and a writeable array in C order",
+                got="another output" if name not in names else "another kind of array",
+            )
+
+
+def _copy_output(name: str, value: Array, target: Array) -> None:
+    if (value.dtype, value.shape) != (target.dtype, target.shape):
+        expected, got = (f"{a.dtype} {a.shape}" for a in (value, target))
+        raise ModelError(f"array for output {name}", expected=expected, got=got)
+    np.copyto(target, value)
+
+
 def _is_on_cuda(session: Any) -> bool:
     return _CUDA in session.get_providers()
 
@@ -284,7 +290,6 @@ def run_by_child_process() -> Iterator[None]:
 
 _process: SessionProcess | None = None
 
-# Code of the child process.
 CHILD_PROGRAM = f"from {__name__} import main; main()"
 
 

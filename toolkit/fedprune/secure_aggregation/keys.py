@@ -31,15 +31,9 @@ from fedprune.secure_aggregation.session import SecureSumSession
 from fedprune.secure_aggregation.shamir import SECRET_BYTES, SHARE_BYTES, check_share
 from fedprune.security.keys import SIGNATURE_BYTES, SigningKey, VerifyingKey, transcript
 
-# Bytes of a public key, and of a commitment.
-PUBLIC_KEY_BYTES = 32
-
-# Bytes of an advertisement.
+PUBLIC_KEY_BYTES = 32  # a commitment is as long
 ADVERTISEMENT_BYTES = 3 * PUBLIC_KEY_BYTES + SIGNATURE_BYTES
-
-# Bytes of a sealed pair of shares, with its tag.
-SEALED_BYTES = 2 * SHARE_BYTES + 16
-
+SEALED_BYTES = 2 * SHARE_BYTES + 16  # a pair of shares, with its tag
 _NONCE = bytes(12)  # each key encrypts one message only
 
 

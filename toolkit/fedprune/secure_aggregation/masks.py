@@ -15,9 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from fedprune.core.errors import ProtocolError
 from fedprune.secure_aggregation.session import SecureSumSession
 
-# Bytes of a mask's key.
 MASK_KEY_BYTES = 16
-
 _BLOCK_BYTES = 65_536  # bytes: a mask is added while it is in the cache
 _ZEROS = bytes(_BLOCK_BYTES)
 

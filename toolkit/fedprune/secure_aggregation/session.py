@@ -33,14 +33,9 @@ from fedprune.security.keys import transcript
 MIN_BOARDS = 3
 
 MAX_BOARDS = 100_000
-# Bytes of a context.
 MAX_CONTEXT_BYTES = 1024
-
-# Words of a vector.
-MAX_WORDS = 2**31
-
-# Characters of a sha256 in hexadecimal.
-_MAX_TASK_LENGTH = 64
+MAX_WORDS = 2**31  # numbers of a vector, of each size
+_MAX_TASK_LENGTH = 64  # a sha256 in hexadecimal
 _DOMAIN = "fedprune secure sum 1"
 # Probability that colluding and absent boards are placed so that the server learns more than the sum.
 _MAX_EXPOSURE_PROBABILITY = 2.0**-40

@@ -14,11 +14,8 @@ from fedprune.core.errors import ProtocolError
 # The smallest prime above all secrets.
 PRIME = 2**256 + 297
 
-# Bytes of a secret.
 SECRET_BYTES = 32
-
-# Bytes of a share: an element of the field, big-endian.
-SHARE_BYTES = 33
+SHARE_BYTES = 33  # an element of the field, big-endian
 
 
 def split_secret(secret: bytes, holders: int, threshold: int) -> list[bytes]:

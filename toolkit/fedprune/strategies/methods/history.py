@@ -61,8 +61,7 @@ def fuse_history(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
 
 
 def history(job: Job) -> Strategy:
-    """The preset: nested slices whose devices remember their own last model. Raises `ConfigError` if an option is
-    unknown or out of range."""
+    """Nested slices whose devices remember their own last model. Raises `ConfigError` if an option is wrong."""
     options = read_options(job, HistoryOptions)
     return History(
         job.strategy,

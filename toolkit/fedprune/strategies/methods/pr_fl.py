@@ -117,7 +117,6 @@ class Importance:
         return memories
 
     def _begins_interval(self, scene: Scene) -> bool:
-        """Whether a round is the first of an interval."""
         return ORDER not in scene.memory or (scene.round - 1) % self.interval == 0
 
     def _element_order(self, scene: Scene) -> Tensors:

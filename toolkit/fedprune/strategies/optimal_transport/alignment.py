@@ -120,7 +120,6 @@ class _Alignment:
         self._blocks: dict[tuple[Axis, bool], tuple[Block, ...]] = {}
 
     def run(self) -> Tensors:
-        """Align all tensors."""
         aligned: Tensors = {}
         order = layer_steps(self.architecture)
         summed = after_sums(self.architecture, order)
@@ -173,7 +172,6 @@ class _Alignment:
         return inner, plans
 
     def _reader_plan(self, group: int) -> Coupling:
-        """The plan of layers that read a group."""
         if group not in self.reader_plans:
             self.reader_plans[group] = self.unwritten_plans[group] = self._unwritten_plan(group)
         return self.reader_plans[group]
