@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.simulation.datasets.source import find_source, npz_arrays
+from fedprune_server.simulation.datasets.npz_files import npz_arrays
+from fedprune_server.simulation.datasets.source import find_source
 
 UCI = Path("UCI HAR Dataset")
 SIGNALS = [f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz"]

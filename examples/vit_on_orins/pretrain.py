@@ -15,7 +15,7 @@ from torch.nn import functional
 from vit import WEIGHTS, SmallViT
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.simulation.datasets.samples import Preparation
+from fedprune_server.simulation.datasets.preparation import Preparation
 from fedprune_server.simulation.datasets.source import read_samples
 
 WHERE = "Write the binary versions of https://www.cs.toronto.edu/~kriz/cifar.html by ../to_npz.py"

@@ -15,17 +15,8 @@ from fedprune.core.errors import value_text
 from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, labels_of
 from fedprune.model.lengths import Shape, shape_to_json
 from fedprune_device.api.live_model import LiveModel, LoadedModel
-from fedprune_device.api.request import (
-    KINDS,
-    NPY,
-    LocalAnswer,
-    Request,
-    RequestError,
-    json_document,
-    npy_bytes,
-    request_array,
-    request_batch,
-)
+from fedprune_device.api.request import LocalAnswer, Request, RequestError
+from fedprune_device.api.request_array import KINDS, NPY, json_document, npy_bytes, request_array, request_batch
 from fedprune_device.data.image_decoding import TYPES, Pixels
 from fedprune_device.data.sample_store import MAX_LABEL, AddedSample, NoSampleError, SampleConflictError, SampleStore
 from fedprune_device.data.stored_array import Array

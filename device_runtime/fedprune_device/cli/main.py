@@ -118,6 +118,15 @@ def _add_run(commands: Any) -> None:
     )
     add_accelerator_options(run)
     add_threads_option(run)
+    _add_board_options(run)
+    add_local_options(run)
+    add_policy_option(run)
+    _add_serving_options(run)
+    _add_connection_options(run)
+    run.set_defaults(run=_run)
+
+
+def _add_board_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="at the start, wait for a broker that can't be reached")
     run.add_argument(
@@ -143,8 +152,9 @@ def _add_run(commands: Any) -> None:
         default="info",
         help="least level of messages on stderr (default: info)",
     )
-    add_local_options(run)
-    add_policy_option(run)
+
+
+def _add_serving_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--serve",
         choices=SERVE_CHOICES,
@@ -164,6 +174,9 @@ def _add_run(commands: Any) -> None:
         metavar="HOURS",
         help="while the server is away, train every HOURS hours (default: wait for it)",
     )
+
+
+def _add_connection_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--away",
         type=_parse_away,
@@ -180,7 +193,6 @@ def _add_run(commands: Any) -> None:
         help="largest packet that the broker accepts; a smaller limit is found at run time, after a reconnection "
         "(default: %(default)s)",
     )
-    run.set_defaults(run=_run)
 
 
 def _parse_job(text: str) -> str:

@@ -63,8 +63,7 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
         training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, threads)
     except DataError as error:
         raise DataError(f"{arguments.data}: {error}") from error
-    # The only reference left is the training's, which drops it when the new model needs the memory.
-    del trainer
+    del trainer  # `finish` frees its memory before the new model is loaded, so no other reference may be left
     report: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
     report(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
     before = training.measure(Predictor(bundle.folder, threads=threads), "before")
@@ -106,6 +105,8 @@ def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:
 
 
 class _LocalTraining:
+    """The training of a bundle: measures the model before and after, trains it, and makes the files of the result."""
+
     def __init__(
         self, bundle: Bundle, recipe: Recipe, data: LocalData, trainer: Trainer, seed: int, threads: int
     ) -> None:
@@ -130,14 +131,14 @@ class _LocalTraining:
         return self._trainer.train(weights, self._data, task, TrainingControl(progress, enough=enough))
 
     def finish(self, result: TrainingResult) -> tuple[dict[str, bytes], dict[str, float]]:
+        """The files of the trained bundle, and the metrics of its model. The trainer is gone afterwards."""
         tensors: Tensors = {n: result.tensors[n] for n in self._bundle.selection.shapes()}
         if self._recipe.calibrate and self._trainer.has_batch_norm:
             tensors = self._trainer.calibrate(tensors, self._data, self._recipe, seed=self._seed, device="")
         loss = None
         if not self._trainer.has_batch_norm:
             loss = self._trainer.loss(tensors, self._data, self._recipe, self._classes, PROBE_SAMPLES)
-        # The new model needs its memory.
-        del self._trainer
+        del self._trainer  # its memory is needed to load the new model
         files = read_files(self._bundle)
         files[WEIGHTS] = tensorfile.encode(tensors)
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
@@ -188,30 +189,31 @@ def _interruptible() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         interrupted.set()
 
-    previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
+        for signal_number, handler in previous_handlers.items():
+            signal.signal(signal_number, handler)
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """Show steps on stderr: one changing line on a terminal, elsewhere a line every ten seconds and at the end."""
     is_terminal, began = sys.stderr.isatty(), time.monotonic()
-    # A list, so that the inner function can set it.
-    last_shown = [began]
+    interval_s = _PROGRESS_INTERVAL_S if is_terminal else _PROGRESS_LINE_INTERVAL_S
+    last_shown = began
 
     def show_step(done: int, total: int) -> None:
+        nonlocal last_shown
         now = time.monotonic()
-        if now - last_shown[0] >= (_PROGRESS_INTERVAL_S if is_terminal else _PROGRESS_LINE_INTERVAL_S) or done == total:
-            last_shown[0] = now
+        if now - last_shown >= interval_s or done == total:
+            last_shown = now
             start, end = ("\r", " ") if is_terminal else ("", "\n")
             print(f"{start}step {done} of {total}, {now - began:.0f} s", end=end, file=sys.stderr, flush=True)
 
     try:
         yield show_step
     finally:
-        if is_terminal and last_shown[0] > began:
+        if is_terminal and last_shown > began:
             print(file=sys.stderr)

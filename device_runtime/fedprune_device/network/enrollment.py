@@ -1,4 +1,4 @@
-"""Membership in a fleet: a board joins with a claim or waits for approval, and renews its certificate.
+"""Asks the server to let a board into its fleet: with a one-time claim, or with an operator's approval.
 
 It asks on a connection of its own that needs no certificate. Its messages contain no secret and are signed, so an
 attacker in between can only block them. A user and a password of the broker are secrets: they go only to a broker that
@@ -36,9 +36,6 @@ JOIN_PORT = 8884  # of brokers that `fedprune-server broker-config` sets up, in 
 _MEMBER_PORT = 8883
 _REQUEST_INTERVAL_S = 5.0  # between two requests without an answer
 _APPROVAL_INTERVAL_S = 20.0  # while an operator's approval is awaited, which takes minutes at least
-_RENEWAL_INTERVAL_S = 600.0  # between two looks at the certificate's end
-_DAY_S = 24 * 3600.0
-_RENEWAL_TIMEOUT_S = 60.0  # for one renewal; the next look tries again
 
 
 def join_urls(broker: str) -> list[str]:
@@ -56,6 +53,8 @@ class ForeignAnswerError(JoinError):
 
 @dataclass(frozen=True)
 class JoinRoute:
+    """A way to ask: a broker's URL, and the TLS settings of the connection to it."""
+
     url: str
     tls: Callable[[], ssl.SSLContext]
 
@@ -86,7 +85,7 @@ def enrol(
     stopped: threading.Event | None = None,
     report: Callable[[str], None] = _LOG.info,
 ) -> Admission:
-    """Ask until an answer comes; afterwards it `has_joined`.
+    """Ask until an answer comes; afterwards the identity `has_joined`.
 
     Without a claim, `pin` must be that of the fleet's authority, and an operator must approve. `patience_s` limits the
     whole wait; None waits for ever. Raises `IdentityError` without claim and pin, `JoinError` if the server refuses or
@@ -175,61 +174,6 @@ def _ask_over(
         hint="Does the server run, with an identity, and is the site the one that `fedprune-server init` named? "
         "It is default where none was given: --site default.",
     )
-
-
-class Renewal:
-    """Requests a new certificate in time, in a thread; the board presents it from its next connection on.
-
-    It is also requested at most once a day while the broker refuses the board, because the clock of a board that was
-    switched off may be wrong.
-    """
-
-    def __init__(
-        self,
-        identity: DeviceIdentity,
-        urls: Sequence[str],
-        is_connected: Callable[[], bool],
-        authority: Path | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._identity = identity
-        self._urls = urls
-        self._is_connected = is_connected
-        self._authority = authority
-        self._clock = clock
-        self._renewed_at = -_DAY_S
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="renewal", daemon=True)
-
-    def __enter__(self) -> Renewal:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        while not self._stopped.wait(_RENEWAL_INTERVAL_S):
-            try:
-                if self.is_due():
-                    self.renew()
-            except Exception as error:  # noqa: BLE001, PERF203 - nothing may end what keeps the board a member
-                _LOG.warning("no new certificate yet: %s", error)
-
-    def is_due(self) -> bool:
-        if self._is_connected():
-            return self._identity.needs_renewal()
-        return self._clock() - self._renewed_at >= _DAY_S
-
-    def renew(self, patience_s: float = _RENEWAL_TIMEOUT_S) -> None:
-        """Request a new certificate; if none comes, an error is raised and the old one stays."""
-        enrol(
-            self._identity, self._urls, None, self._identity.pin, authority=self._authority,
-            patience_s=patience_s, stopped=self._stopped, report=_LOG.debug,
-        )  # fmt: skip
-        self._renewed_at = self._clock()
-        _LOG.info("a new certificate: it counts from the next connection on")
 
 
 def read_claim_file(path: Path) -> JoinClaim:

@@ -18,7 +18,8 @@ from fedprune.security.tls import SYSTEM_AUTHORITIES, check_local_host
 from fedprune.wire.link import BrokerLink, tls_context
 from fedprune.wire.urls import BrokerUrl
 from fedprune_device.network.connection import BoardConnection, MessageChannel
-from fedprune_device.network.enrollment import Renewal, enrol, join_urls, read_claim_file
+from fedprune_device.network.enrollment import enrol, join_urls, read_claim_file
+from fedprune_device.network.renewal import Renewal
 from fedprune_device.network.signed_channel import SignedChannel
 
 IDENTITY_FOLDER, CLAIM_FILE = "identity", "claim"  # in a board's state folder

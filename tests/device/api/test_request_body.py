@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as arrays
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Lengths
-from fedprune_device.api.request import JSON, NPY, RAW, SAFETENSORS, Request, RequestError, request_array, request_batch
+from fedprune_device.api.request import Request, RequestError
+from fedprune_device.api.request_array import JSON, NPY, RAW, SAFETENSORS, request_array, request_batch
 from fedprune_device.client import _body
 from support.fakes.local_board import npy
 

@@ -21,7 +21,8 @@ from fedprune.security.keys import grouped_digits
 from fedprune.wire.link import BrokerLink
 from fedprune_device.cli.main import main
 from fedprune_device.network import enrollment
-from fedprune_device.network.enrollment import Renewal, enrol
+from fedprune_device.network.enrollment import enrol
+from fedprune_device.network.renewal import Renewal
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder

@@ -12,8 +12,9 @@ from PIL import Image
 from fedprune.core.errors import DataError
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_server.simulation.datasets.image_files import read_image_folder
-from fedprune_server.simulation.datasets.samples import Preparation, Samples, assemble_samples
-from fedprune_server.simulation.datasets.source import npz_arrays, read_npz
+from fedprune_server.simulation.datasets.npz_files import npz_arrays, read_npz
+from fedprune_server.simulation.datasets.preparation import Preparation
+from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
 

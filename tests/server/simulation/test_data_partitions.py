@@ -11,7 +11,8 @@ from fedprune.core.errors import ConfigError, DataError
 from fedprune_server.simulation.datasets import partition
 from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.datasets.federation import Federation, Holding, federate
-from fedprune_server.simulation.datasets.samples import Preparation, assemble_samples
+from fedprune_server.simulation.datasets.preparation import Preparation
+from fedprune_server.simulation.datasets.samples import assemble_samples
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
 

@@ -17,7 +17,8 @@ from fedprune.core.errors import FedpruneError
 from fedprune.wire.fleet_messages import CrashReport
 from fedprune_device.api.address import LocalAddress
 from fedprune_device.api.http_server import _Handler
-from fedprune_device.api.request import LocalAnswer, Request, json_document, request_array, request_batch
+from fedprune_device.api.request import LocalAnswer, Request
+from fedprune_device.api.request_array import json_document, request_array, request_batch
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import DamagedError, LauncherState

@@ -34,7 +34,7 @@ from fedprune_export.checks.labelled_file import read_labelled_data as read_labe
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config
 from fedprune_server.simulation.datasets.image_files import read_image_folder
-from fedprune_server.simulation.datasets.source import read_npz
+from fedprune_server.simulation.datasets.npz_files import read_npz
 from fedprune_server.simulation.fleet.fleet_tables import SimulationSettings
 from fedprune_server.simulation.network_model import Availability, DropOuts, read_weather
 from fedprune_server.simulation.results.record import Record

@@ -18,7 +18,8 @@ from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.simulation.datasets import partition
 from fedprune_server.simulation.datasets.columns import ParquetColumns
 from fedprune_server.simulation.datasets.federation import Federation, default_names, federate
-from fedprune_server.simulation.datasets.samples import Preparation, Samples
+from fedprune_server.simulation.datasets.preparation import Preparation
+from fedprune_server.simulation.datasets.samples import Samples
 from fedprune_server.simulation.datasets.source import DATA_FOLDER_VARIABLE, read_samples
 
 Rows = npt.NDArray[np.int64]

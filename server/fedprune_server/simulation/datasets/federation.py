@@ -19,7 +19,8 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.datasets import partition
-from fedprune_server.simulation.datasets.samples import Preparation, Samples
+from fedprune_server.simulation.datasets.preparation import Preparation
+from fedprune_server.simulation.datasets.samples import Samples
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
