@@ -51,25 +51,22 @@ class BirthBuilder:
         self._last_content = 0, ""
         self._last_birth_at = 0.0
 
-    def build(self, session: int, current_work: Offer | UpdateAnnouncement | None, now: float) -> Birth:
-        """The birth of connection `session`; `current_work` is the offer in progress or the update still to be sent.
-
-        With it the server need not offer the work again that the board is at.
-        """
+    def build(self, session: int, work: Offer | UpdateAnnouncement | None, now: float) -> Birth:
+        """The birth of connection `session`. `work` is the offer in progress, or the update that is still to be sent:
+        the server need not offer it again."""
         samples, engine = self._last_content = self._data.samples, self._engine()
         self._last_birth_at = now
         engine_text = f", predicts with {one_line(engine, _MAX_ENGINE_LENGTH)}" if engine else ""
+        versions = f"onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
+        software = f"fedprune {__version__}, {versions}{self._slot}{engine_text}"
         return Birth(
             device=self._connection.device,
             session=session,
             profile=self._profile_name,
             samples=samples,
-            software=f"fedprune {__version__}, onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
-            f"{self._slot}{engine_text}"[:_MAX_SOFTWARE_LENGTH],
+            software=software[:_MAX_SOFTWARE_LENGTH],
             probe=self._probe.to_dict() if self._probe is not None else None,
-            held=None
-            if current_work is None
-            else {"job": current_work.job, "round": current_work.round, "attempt": current_work.attempt},
+            held=None if work is None else {"job": work.job, "round": work.round, "attempt": work.attempt},
             codecs=CODECS,
             answer_s=round(self._connection.response_time.slowest_s, 3) or None,
             abilities=self._abilities,

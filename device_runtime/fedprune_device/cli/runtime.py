@@ -85,9 +85,6 @@ def _slot_lines(state: LauncherState, contents: dict[str, tuple[int, str] | str]
     if state.phase == TRIAL:
         lines.append(f"trial: {state.left} attempts of {state.seconds:g} s left {state.trouble}".rstrip())
     if state.outcome is not None:
-        outcome = state.outcome
-        lines.append(
-            f"last update: release {outcome.version} {outcome.result}"
-            + (f": {outcome.reason}" if outcome.reason else "")
-        )
+        reason = f": {state.outcome.reason}" if state.outcome.reason else ""
+        lines.append(f"last update: release {state.outcome.version} {state.outcome.result}{reason}")
     return lines

@@ -88,10 +88,9 @@ class UpdateSender:
             self._report_upload(pending, None)  # the report was lost, or the server has not read it yet
             return
         if running_upload is not None:
-            if running_upload.ref == pending.weights and (running_upload.url.host, running_upload.url.port) == (
-                url.host,
-                url.port,
-            ):
+            running_url = running_upload.url
+            is_same_server = (running_url.host, running_url.port) == (url.host, url.port)
+            if running_upload.ref == pending.weights and is_same_server:
                 return  # it is on its way there
             running_upload.stop()
         self._upload = self._last_upload = HttpUpload(self._blobs, url, pending.weights, self._context)

@@ -259,11 +259,8 @@ class ReleaseAgent:
         if launcher_state is None or (launcher_state.phase == on_disk.STABLE and launcher_state.outcome is None):
             self._is_on_trial = False
             return
-        number = (
-            launcher_state.highest
-            if launcher_state.phase != on_disk.STABLE or launcher_state.outcome is None
-            else launcher_state.outcome.version
-        )
+        is_over = launcher_state.phase == on_disk.STABLE and launcher_state.outcome is not None
+        number = launcher_state.outcome.version if is_over and launcher_state.outcome else launcher_state.highest
         state, reason = self._release_state(installer, number)
         self._is_on_trial = state == TRIAL
         if state is not None:

@@ -131,11 +131,8 @@ class DeviceStore(Closeable):
         donor = ""
         if previous_task is not None and offer.coded is None:
             last_weights = previous_task.offer.weights.sha256
-            donor = (
-                last_weights
-                if last_weights != offer.weights.sha256 and self.blobs.has(last_weights)
-                else previous_task.donor
-            )
+            is_donor = last_weights != offer.weights.sha256 and self.blobs.has(last_weights)
+            donor = last_weights if is_donor else previous_task.donor
         self._write_task(AcceptedOffer(offer, donor=donor))
 
     def drop_donor(self) -> None:
@@ -250,8 +247,7 @@ class DeviceStore(Closeable):
         try:
             self.blobs.read(update.weights.sha256)
         except StorageError as error:
-            # An update is useless without its weights. The offer is still stored, and training it again gives the same
-            # bits.
+            # An update is useless without its weights. Training the stored offer again gives the same bits.
             _LOG.warning("the pending update is lost, its offer is trained again: %s", error)
             self.blobs.delete(update.weights.sha256)
             atomic_file.remove_durably(self.root / "pending.json")

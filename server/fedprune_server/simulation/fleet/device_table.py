@@ -167,10 +167,8 @@ def _links(value: object, path: KeyPath) -> list[LinkSettings]:
         if not isinstance(table, Mapping):
             raise ConfigError(path, expected=f"a table with {', '.join(_LINK_KEYS)}", got=value_text(table))
         setting_checks.check_keys(_LINK_KEYS, table, path)
-        limits = {"latency_s": (0.0, 3600.0)}
-        links.append(
-            {k: setting_checks.check_number((*path, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()}
-        )
+        limits = {k: (0.0, 3600.0) if k == "latency_s" else (1e-6, 1e6) for k in table}
+        links.append({k: setting_checks.check_number((*path, k), v, *limits[k]) for k, v in table.items()})
     return links
 
 
@@ -211,9 +209,7 @@ def _read_samples(
 
 
 def _checked_texts(value: object, path: KeyPath) -> list[str]:
-    return (
-        [_checked_text(v, path) for v in value] if isinstance(value, list) and value else [_checked_text(value, path)]
-    )
+    return [_checked_text(v, path) for v in (value if isinstance(value, list) and value else [value])]
 
 
 def _checked_text(value: object, path: KeyPath) -> str:

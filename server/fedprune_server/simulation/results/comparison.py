@@ -54,11 +54,10 @@ def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
         if run.measure != runs[0][1].measure:
             raise StorageError(f"the run in {path} measures {run.measure}", expected=runs[0][1].measure)
     titles = [run.title for _, run in runs]
-    named = [
+    return tuple(
         run if titles.count(run.title) == 1 else replace(run, title=f"{_folder_name(path)} ({run.title})")
         for path, run in runs
-    ]
-    return tuple(named)
+    )
 
 
 def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
@@ -122,17 +121,13 @@ def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
             if any(value is not None for value in global_values):
                 measured_rounds = [i for i in measured_rounds if global_values[i] is not None]
             last_round = max((i for i in measured_rounds if amounts[i] <= equal_cost), default=None)
-            figures.append(
-                {
-                    "cost": cost,
-                    "amount": equal_cost,
-                    "run": run.title,
-                    "round": None if last_round is None else run.rounds[last_round].round,
-                    "spent": None if last_round is None else amounts[last_round],
-                    f"local_{run.measure}": None if last_round is None else local_values[last_round],
-                    f"global_{run.measure}": None if last_round is None else global_values[last_round],
-                }
-            )
+            keys = ("round", "spent", f"local_{run.measure}", f"global_{run.measure}")
+            values: Sequence[float | None] = (None,) * len(keys)
+            if last_round is not None:
+                number = run.rounds[last_round].round
+                values = (number, amounts[last_round], local_values[last_round], global_values[last_round])
+            row = {"cost": cost, "amount": equal_cost, "run": run.title}
+            figures.append(row | dict(zip(keys, values, strict=True)))
     return figures
 
 
@@ -171,18 +166,10 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
         if figures["round"] is None:
             rows.append((run.title, "never", "–", "–", "–", "–"))
             continue
-        rows.append(
-            (
-                run.title,
-                str(figures["round"]),
-                f"{figures['seconds']:,.0f}",
-                f"{baseline_seconds / figures['seconds']:.2f}"
-                if baseline_seconds is not None and figures["seconds"]
-                else "–",
-                f"{figures['bytes'] / 1e6:,.2f}",
-                tera_macs_text(figures["training_macs"]),
-            )
-        )
+        seconds = figures["seconds"]
+        speed_up = f"{baseline_seconds / seconds:.2f}" if baseline_seconds is not None and seconds else "–"
+        costs = (f"{figures['bytes'] / 1e6:,.2f}", tera_macs_text(figures["training_macs"]))
+        rows.append((run.title, str(figures["round"]), f"{seconds:,.0f}", speed_up, *costs))
     return rows
 
 

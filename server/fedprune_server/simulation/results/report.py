@@ -74,44 +74,28 @@ def round_table(run: Record) -> list[tuple[str, ...]]:
     return _drop_empty_columns([("round", *columns), *rows])
 
 
-_PLAN_COLUMNS = (
-    "device",
-    "profile",
-    "trains on",
-    "samples",
-    "density",
-    "bound by",
-    "widths",
-    "parameters",
-    "energy a round",
-)
-
-
 def plan_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the plan table; the first is the header."""
     latest = run.latest
-    gpus = any(d.unit == "GPU" for d in run.devices)
-    return _drop_empty_columns(
-        [
-            (*_PLAN_COLUMNS, f"local {run.measure}", "why not"),
-            *(
-                (
-                    d.name,
-                    d.profile,
-                    d.unit if gpus else "",
-                    str(d.samples),
-                    f"{d.density:.3f}" if d.widths else "–",
-                    d.bound or "the job",
-                    " · ".join(map(str, d.widths)),
-                    f"{d.parameters:,}",
-                    "–" if d.train_j is None else amount(d.train_j, "J"),
-                    score_text(latest.get(d.name), run.metric),
-                    _absence_reason(run, d),
-                )
-                for d in run.devices
-            ),
-        ]
+    has_gpus = any(d.unit == "GPU" for d in run.devices)
+    head = (
+        "device",
+        "profile",
+        "trains on",
+        "samples",
+        "density",
+        "bound by",
+        "widths",
+        "parameters",
+        "energy a round",
     )
+    rows: list[tuple[str, ...]] = [(*head, f"local {run.measure}", "why not")]
+    for d in run.devices:
+        board = (d.name, d.profile, d.unit if has_gpus else "", str(d.samples))
+        width = (f"{d.density:.3f}" if d.widths else "–", d.bound or "the job", " · ".join(map(str, d.widths)))
+        costs = (f"{d.parameters:,}", "–" if d.train_j is None else amount(d.train_j, "J"))
+        rows.append((*board, *width, *costs, score_text(latest.get(d.name), run.metric), _absence_reason(run, d)))
+    return _drop_empty_columns(rows)
 
 
 def _warnings(run: Record) -> tuple[str, ...]:

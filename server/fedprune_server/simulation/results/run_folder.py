@@ -25,17 +25,7 @@ def simulate_in_folder(
     *,
     on_begin: Callable[[Simulation], None] | None = None,
 ) -> Record:
-    """Run an experiment to its end, from its last saved state, and write its numbers into a folder.
-
-    Args:
-        folder: Folder of `metrics.json` and the saved state. None saves nothing.
-        progress: Called after every training and every round.
-        on_begin: Called once, before the first training.
-
-    Raises:
-        StorageError: The folder holds another run, or the disk fails.
-        FedpruneError: As `Simulation.run`.
-    """
+    """Run an experiment as `simulate_to_model` does; returns only its record."""
     return simulate_to_model(experiment, folder, progress, on_begin=on_begin)[0]
 
 
@@ -46,7 +36,17 @@ def simulate_to_model(
     *,
     on_begin: Callable[[Simulation], None] | None = None,
 ) -> tuple[Record, Model]:
-    """Run an experiment as `simulate_in_folder` does. Returns the last global model, too."""
+    """Run an experiment to its end, from its last saved state; returns its record and the last global model.
+
+    Args:
+        folder: Where the record is written as `metrics.json`, and the state is saved. None saves nothing.
+        progress: Called after every training and every round.
+        on_begin: Called once, before the first training.
+
+    Raises:
+        StorageError: The folder holds another run, or the disk fails.
+        FedpruneError: As `Simulation.run`.
+    """
     with nullcontext(None) if folder is not None else TemporaryDirectory(prefix="fedprune-blobs-") as scratch:
         state_folder = None if folder is None else folder / RUN_STATE_FOLDER
         if folder is not None and state_folder is not None:
