@@ -26,7 +26,7 @@ from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.births import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.api.address import LocalAddress
-from fedprune_device.api.http_server import serve_local_interface
+from fedprune_device.api.local_interface import serve_local_interface
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.sources import LOCAL, SampleOptions
 from fedprune_device.engines.board_tier import board_tier

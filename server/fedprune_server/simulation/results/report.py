@@ -78,18 +78,8 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the plan table; the first is the header."""
     latest = run.latest
     has_gpus = any(d.unit == "GPU" for d in run.devices)
-    head = (
-        "device",
-        "profile",
-        "trains on",
-        "samples",
-        "density",
-        "bound by",
-        "widths",
-        "parameters",
-        "energy a round",
-    )
-    rows: list[tuple[str, ...]] = [(*head, f"local {run.measure}", "why not")]
+    head = ("device", "profile", "trains on", "samples", "density", "bound by", "widths", "parameters")
+    rows: list[tuple[str, ...]] = [(*head, "energy a round", f"local {run.measure}", "why not")]
     for d in run.devices:
         board = (d.name, d.profile, d.unit if has_gpus else "", str(d.samples))
         width = (f"{d.density:.3f}" if d.widths else "–", d.bound or "the job", " · ".join(map(str, d.widths)))
