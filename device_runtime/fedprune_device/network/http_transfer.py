@@ -1,4 +1,7 @@
-"""Transfers over HTTPS, each in a thread. The agent's loop watches it, and can cut its connection."""
+"""The base of transfers over HTTPS: each runs in a thread of its own, and stops when it is told to or stalls.
+
+`http_download` and `http_upload` are the two kinds. The agent's loop asks `is_over`, and goes on over MQTT then.
+"""
 
 from __future__ import annotations
 

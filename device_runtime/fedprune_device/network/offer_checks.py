@@ -67,9 +67,9 @@ def _dense_bytes(offer: Offer) -> int:
 
 
 def _min_weight_copies(recipe: Recipe) -> int:
-    """Arrays of the size of all weights that training can't do without: weights and optimiser's state, now and next.
+    """How many arrays as large as all weights a training needs at least: weights and optimiser's state, now and next.
 
-    Which tensors are frozen only the training graph says, so a recipe that freezes some counts the weights alone.
+    Only the training graph says which tensors are frozen, so for a recipe that freezes some only the weights count.
     """
     return 1 if recipe.frozen or recipe.trainable else 3 + 2 * len(step_contract.state_names(recipe.optimizer))
 

@@ -1,4 +1,8 @@
-"""An update that waits to be masked, and the board's part in its secure sum (`fedprune.secure_aggregation`)."""
+"""The board's side of a secure sum: the server learns the sum of several boards' updates, but no single one.
+
+Each board masks its update with random numbers that cancel out in the sum (`fedprune.secure_aggregation`). The server
+leads through the steps: keys, roster and shares, delivery of the shares, the masked update, and unmasking.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ class SecureUpdate:
         self._connection, self._uplink, self._blobs = connection, uplink, blobs
         self._update: UpdateAnnouncement | None = None
         self._vector = b""
-        self._numbers, self._task = (0, 0), ""
+        self._value_counts, self._task = (0, 0), ""  # numbers of 32 and of 64 bits in the vector
         self._backoff = Backoff()
         self._last_message: TrainingDone | SecureStep | None = None
         self._participation: _Participation | None = None
@@ -68,7 +72,7 @@ class SecureUpdate:
         self.drop()
         form = MaskedForm.from_json(offer.secure)
         self._vector = self._blobs.read(update.weights.sha256)
-        self._numbers = form.narrow, form.wide
+        self._value_counts = form.narrow, form.wide
         self._task = task_digest(offer.selection, offer.weights.sha256, offer.recipe, offer.secure or {})
         self._update = update
         self._announce_trained(now)
@@ -136,9 +140,11 @@ class SecureUpdate:
         key = self._connection.channel.signing_key
         if self._participation is None or self._participation.sum_id != message.sum:
             session = SecureSumSession.from_bytes(message.content)
-            if (session.narrow, session.wide) != self._numbers:
+            if (session.narrow, session.wide) != self._value_counts:
                 got = f"{session.narrow} and {session.wide}"
-                raise ProtocolError("numbers of a secure sum", expected="{} and {}".format(*self._numbers), got=got)
+                raise ProtocolError(
+                    "numbers of a secure sum", expected="{} and {}".format(*self._value_counts), got=got
+                )
             if session.task != self._task:
                 raise ProtocolError(
                     "what the boards of a secure sum are asked for",
@@ -161,7 +167,7 @@ class SecureUpdate:
 
 
 class _Participation:
-    """The board's part in one sum."""
+    """The board's state in one sum: its secrets, and the identity keys of its neighbours by their names."""
 
     def __init__(
         self, sum_: str, session: SecureSumSession, directory: dict[str, VerifyingKey], participant: Participant

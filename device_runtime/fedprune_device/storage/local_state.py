@@ -1,8 +1,8 @@
-"""A board's own state between rounds: the moving average of its weights, personal tensors, what its last update left
-out, and the optimiser's state.
+"""What a board keeps of its own between rounds: the moving average of its weights, personal tensors, the part that its
+last update left out, and the optimiser's state.
 
-There are two records at most: the newest, and the one that the newest was made from. A round that is repeated (a power
-cut, a lost update, another attempt) finds the same beginning both times and gives the same bits.
+A store (`state_store`) has two records at most: the newest, and the one that the newest was made from. A round that is
+repeated (a power cut, a lost update, another attempt) begins with the same record both times and gives the same bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A fleet on a virtual clock: the coordinator, the worker and the boards' own training, without network and waiting.
+"""Simulates a fleet on a virtual clock: coordinator, worker and the boards' own training, without network and waiting.
 
-Like the daemon, it drives the coordinator. Events are ordered by time and then by creation, so a run is deterministic.
-It resumes after a kill from two files and the blobs next to them.
+Events wait in a queue, ordered by time and then by creation, so that a run is deterministic. Each goes to the
+coordinator, which answers with commands. The worker or a virtual device carries them out, which queues further events.
+A run resumes after a kill from the files of `saved_run` and the blobs next to them.
 """
 
 from __future__ import annotations
@@ -70,21 +71,8 @@ class Simulation:
         self.job = job = experiment.job
         self.model = model = experiment.model
         self.store = store
-        devices = experiment.devices
-        self._devices = {d.name: d for d in devices}
-        if not devices or len(self._devices) != len(devices):
-            raise ConfigError(("simulation", "devices"), expected="one or more with different names", got=len(devices))
-        if job.devices > len(devices):
-            raise ConfigError(("job", "devices"), expected=f"at most the {len(devices)} there are", got=job.devices)
-        if job.secure_aggregation:
-            raise ConfigError(
-                ("job", "secure_aggregation"),
-                expected="false",
-                got="true",
-                hint="Simulate the job without it, with move_limit = 0 and, since masked boards count alike, "
-                "most_samples = 1: the model is the same bit for bit. With compression = 'int8' it differs by what "
-                "codes round.",
-            )
+        self._devices = {d.name: d for d in experiment.devices}
+        self._check_experiment()
         unit = CUDA if experiment.cuda else CPU
         prefix = f"{experiment.title}: "
         worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, unit=unit, prefix=prefix)
@@ -98,6 +86,22 @@ class Simulation:
         self._seconds: dict[tuple[int, int, tuple[int, ...], Recipe], float] = {}
         self._folder = SavedRun(folder, experiment, pace)
         self._is_resumed = self._load_or_start()
+
+    def _check_experiment(self) -> None:
+        job, count = self.job, len(self.experiment.devices)
+        if not count or len(self._devices) != count:
+            raise ConfigError(("simulation", "devices"), expected="one or more with different names", got=count)
+        if job.devices > count:
+            raise ConfigError(("job", "devices"), expected=f"at most the {count} there are", got=job.devices)
+        if job.secure_aggregation:
+            raise ConfigError(
+                ("job", "secure_aggregation"),
+                expected="false",
+                got="true",
+                hint="Simulate the job without it, with move_limit = 0 and, since masked boards count alike, "
+                "most_samples = 1: the model is the same bit for bit. With compression = 'int8' it differs by what "
+                "codes round.",
+            )
 
     @property
     def state(self) -> State:
