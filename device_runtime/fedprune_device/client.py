@@ -1,6 +1,6 @@
 """A client of a board's local interface, for an application on the board.
 
-It needs the standard library alone, and imports nothing of fedprune: the file may be copied.
+It needs only the standard library, and imports nothing of fedprune: the file may be copied.
 
     board = Board("unix:/run/fedprune/local.sock")
     print(board.predict(image).classes)

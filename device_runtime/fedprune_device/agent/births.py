@@ -21,7 +21,7 @@ from fedprune_device.network.connection import BoardConnection
 
 # Births are for what changes rarely: a source whose samples grow by the second must not send one for each.
 BIRTH_INTERVAL_S = 60.0
-_MAX_SOFTWARE_LENGTH = 256  # the protocol takes so many characters for the description of the software
+_MAX_SOFTWARE_LENGTH = 256  # characters that the protocol takes for the description of the software
 _MAX_ENGINE_LENGTH = 150  # characters of the predicting engine's description, so that the versions before it always fit
 
 

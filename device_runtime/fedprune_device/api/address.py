@@ -1,4 +1,4 @@
-"""The address of the local interface: a unix socket, or a port of this machine alone."""
+"""The address of the local interface: a unix socket, or a port that only this machine reaches."""
 
 from __future__ import annotations
 

@@ -33,11 +33,11 @@ _LOG = logging.getLogger("fedprune.device")
 MAX_CLIENTS = 8
 
 MAX_BODY_BYTES = 8 * 2**20
-REQUEST_TIMEOUT_S = 20.0  # a request may take so long to arrive
-SOCKET_TIMEOUT_S = 10.0  # a client may be silent, or read nothing of its answer, for so long
+REQUEST_TIMEOUT_S = 20.0  # how long a request may take to arrive
+SOCKET_TIMEOUT_S = 10.0  # how long a client may be silent, or read nothing of its answer
 _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred (unix(7)): process, user, group
-_CLOSE_TIMEOUT_S = 5.0  # when the board ends, requests that are being answered get so long
-_LINGER_S = 1.0  # unread input is drained for so long after an early answer
+_CLOSE_TIMEOUT_S = 5.0  # how long requests that are being answered get when the board ends
+_LINGER_S = 1.0  # how long unread input is drained after an early answer
 
 
 @dataclass
@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_answer(self, answer: LocalAnswer) -> None:
         body = answer.to_bytes()
-        self.request_version = self.protocol_version  # else the library omits the status line and headers
+        self.request_version = self.protocol_version  # otherwise the library omits the status line and headers
         self.send_response(answer.status)
         headers = {"Content-Type": answer.kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
         for name, value in {**headers, **answer.headers, "Connection": "close"}.items():

@@ -27,7 +27,7 @@ def join(arguments: argparse.Namespace) -> None:
     owner = DirectoryOwner(arguments.device, arguments.site)
     owner.check(arguments.state)
     options = options_of(MembershipOptions, arguments)
-    checked_urls(options)  # for its errors alone, before the old identity is moved
+    checked_urls(options)  # only for its errors, before the old identity is moved
     pin = _pin(arguments.pin)
     # The store's lock keeps the service from running meanwhile.
     with DeviceStore(arguments.state, owner=owner):

@@ -1,4 +1,4 @@
-"""Verification of Ed25519 signatures (RFC 8032, 5.1.7) by the standard library alone.
+"""Verification of Ed25519 signatures (RFC 8032, 5.1.7) with only the standard library.
 
 The launcher and a kit's installer decide what may be imported, so they can't import a library of the release that they
 check. Nothing here is secret: `fedprune.security.keys` makes signatures.

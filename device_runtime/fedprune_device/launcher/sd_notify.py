@@ -1,6 +1,6 @@
 """Messages to systemd: the service is ready, alive, or busy with something (sd_notify(3)).
 
-The launcher includes this module, so it imports the standard library alone.
+The launcher includes this module, so it imports only the standard library.
 """
 
 from __future__ import annotations

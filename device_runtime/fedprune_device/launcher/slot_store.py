@@ -1,7 +1,7 @@
 """The folder of the launcher: slots, their records and the state of updates.
 
-Every file is written next to its old version, flushed and renamed. The launcher includes this module, so it imports the
-standard library alone.
+Every file is written next to its old version, flushed and renamed. The launcher includes this module, so it imports
+only the standard library.
 """
 
 from __future__ import annotations

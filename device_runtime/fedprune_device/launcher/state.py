@@ -5,7 +5,7 @@
                          +--------------+--roll back--> stable (the same slot), with the reason
 
 A trial has a number of attempts, each with a deadline on the monotonic clock. No date decides anything, because a
-board's clock may be wrong. The launcher includes this module, so it imports the standard library alone.
+board's clock may be wrong. The launcher includes this module, so it imports only the standard library.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ class Downloader:
         self._request(lambda pull: pull.on_chunk(chunk, now) if pull.ref.sha256 == chunk.sha256 else [])
 
     def on_blob_not_found(self, sha256: str, now: float) -> None:
-        """Note that the server lacks a blob: of encoded weights the plain ones are requested, else `ProtocolError` is
-        raised."""
+        """Note that the server lacks a blob: plain weights are requested in place of encoded ones, and for any other
+        blob `ProtocolError` is raised."""
         pull = self._pulls.get(sha256)
         if self.offer is None or self._web_fetch is not None or pull is None or pull.is_done:
             return

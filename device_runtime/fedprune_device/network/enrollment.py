@@ -98,10 +98,10 @@ def enrol(
             hint="Give it one of `fedprune-server claim`: --claim FILE. Or the pin that `init` showed: --pin HEX.",
         )
     stopped = stopped or threading.Event()
-    deadline = None if patience_s is None else time.monotonic() + patience_s
+    deadline = math.inf if patience_s is None else time.monotonic() + patience_s
     last_error: BrokerError | ForeignAnswerError | None = None
     reported_lines: list[str] = []
-    while not stopped.is_set() and (deadline is None or time.monotonic() < deadline):
+    while not stopped.is_set() and time.monotonic() < deadline:
         errors: list[BrokerError | ForeignAnswerError] = []
         for route in join_routes(identity, urls, authority):
             try:
@@ -110,14 +110,13 @@ def enrol(
                 errors.append(error)
         # Not every broker has a port for joining: errors are reported only when all routes have failed.
         lines = [one_line(str(error)) for error in errors]
-        is_over = deadline is not None and time.monotonic() >= deadline  # then the last one is the command's error
+        is_over = time.monotonic() >= deadline  # then the last one is the command's error
         for line in lines[: len(lines) - is_over] if lines != reported_lines else ():
             report(line)
         reported_lines = lines
         foreign = [error for error in errors if isinstance(error, ForeignAnswerError)]
         last_error = foreign[0] if foreign else errors[-1] if errors else last_error
-        seconds_left = math.inf if deadline is None else deadline - time.monotonic()
-        stopped.wait(max(0.0, min(_REQUEST_INTERVAL_S, seconds_left)))
+        stopped.wait(max(0.0, min(_REQUEST_INTERVAL_S, deadline - time.monotonic())))
     raise last_error or BrokerError(f"no server was asked to let {identity.device} in")
 
 
@@ -126,7 +125,7 @@ def _ask_over(
     route: JoinRoute,
     claim: JoinClaim | None,
     pin: bytes,
-    deadline: float | None,
+    deadline: float,
     stopped: threading.Event,
     report: Callable[[str], None],
 ) -> Admission:
@@ -140,7 +139,7 @@ def _ask_over(
         link.subscribe([topics.join_answer(request.nonce)])
         link.start()
         next_request_at = 0.0
-        while not stopped.is_set() and (deadline is None or time.monotonic() < deadline):
+        while not stopped.is_set() and time.monotonic() < deadline:
             if time.monotonic() >= next_request_at:
                 link.publish(topics.join_request(request.nonce), request.to_bytes())
                 next_request_at = time.monotonic() + (_APPROVAL_INTERVAL_S if is_waiting else _REQUEST_INTERVAL_S)

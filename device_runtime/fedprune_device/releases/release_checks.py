@@ -15,7 +15,7 @@ _PYTHON_TIMEOUT_S = 120.0  # for a question to the board's Python, which may tak
 
 
 def check_release(release: Release, highest: int) -> None:
-    """Make sure that a release is for this board and above the `highest` staged number; else `ReleaseError`."""
+    """Make sure that a release is for this board and above the `highest` staged number; otherwise `ReleaseError`."""
     required = {"python": f"cp{sys.version_info.major}{sys.version_info.minor}", "machine": platform.machine()}
     for name, value in required.items():
         if getattr(release, name) != value:

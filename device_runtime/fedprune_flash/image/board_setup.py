@@ -81,7 +81,7 @@ class FirstBoot:
 
 
 def parse_ssh_keys(text: str) -> tuple[str, ...]:
-    """The public keys in a text such as `~/.ssh/id_ed25519.pub` or `authorized_keys`; else `ConfigError`."""
+    """The public keys in a text such as `~/.ssh/id_ed25519.pub` or `authorized_keys`; otherwise `ConfigError`."""
     if "PRIVATE KEY" in text:
         raise ConfigError("SSH key", expected="the public one, which ends with .pub", got="a private key")
     lines = [line.strip() for line in text.splitlines()]

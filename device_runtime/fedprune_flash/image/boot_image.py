@@ -65,7 +65,7 @@ def open_image(
 ) -> Iterator[Path]:
     """Unpack an image: into a new file that gets its name `out` at the end, or without `out` into one for reading.
 
-    A `private` file is readable to this user alone, from its first byte on.
+    A `private` file is readable only to this user, from its first byte on.
     """
     if out is not None and out.exists():
         raise UsageError(f"{out} is there already", hint="Name another file, or remove it.")

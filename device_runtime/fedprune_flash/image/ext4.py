@@ -29,11 +29,11 @@ class Ext4:
         return self._status(path).startswith("Inode:")
 
     def read(self, path: str, limit: int) -> bytes:
-        """The beginning of a file; empty if there is none, or it can't be read."""
+        """The beginning of a file; empty if there is no file, or it can't be read."""
         return self._run_debugfs(f"cat {path}", limit)
 
     def link_target(self, path: str) -> str:
-        """The target of a symbolic link; empty if the path is none."""
+        """The target of a symbolic link; empty if the path is no link."""
         target = _LINK.search(self._status(path))
         return "" if target is None else target[1]
 

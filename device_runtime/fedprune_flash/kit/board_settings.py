@@ -74,7 +74,7 @@ class BoardSettings:
 
 
 def check_claim(text: str) -> str:
-    """Check and normalise a one-time claim; raises `ConfigError` if the text is none, or is a private key."""
+    """Check and normalise a one-time claim; raises `ConfigError` if the text is no claim, or a private key."""
     if _PRIVATE.search(text):
         raise ConfigError(
             "claim", expected="a one-time claim", got="a private key", hint="Keys are made on the board and stay there."
@@ -87,7 +87,7 @@ def check_claim(text: str) -> str:
 
 
 def check_authorities(raw: bytes) -> bytes:
-    """Check certificates of authorities in PEM form, and leave out anything else in the file; else `ConfigError`."""
+    """Check certificates of authorities in PEM form, and drop anything else in the file; otherwise `ConfigError`."""
     if len(raw) > MAX_AUTHORITIES_BYTES:
         raise ConfigError("certificate file", expected=f"at most {MAX_AUTHORITIES_BYTES} bytes", got=len(raw))
     if _PRIVATE.search(raw.decode("ascii", "replace")):

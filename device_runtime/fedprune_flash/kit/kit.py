@@ -120,7 +120,7 @@ def build_kit(
     signer: SigningKey | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Kit:
-    """Make a kit; the folder appears once it is complete. One with a claim is readable to this user alone.
+    """Make a kit; the folder appears once it is complete. A kit with a claim is readable only to this user.
 
     `wheel` is fedprune's own, built from the checkout by default; `links` are folders with wheels, instead of a
     network. `tell` is called with the name of each step. Raises `KitError` if the wheels are not available, or don't

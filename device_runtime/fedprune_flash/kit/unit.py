@@ -15,7 +15,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.core.validation import check_pattern
 
 # Folders that the service doesn't see, or sees empty (ProtectHome, PrivateTmp).
-HIDDEN_FOLDERS = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone
+HIDDEN_FOLDERS = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # only names
 
 _PATH = re.compile(r"(?!.*/\.\.(/|$))/[A-Za-z0-9_./@+-]{0,200}")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@=,+%$-]+")

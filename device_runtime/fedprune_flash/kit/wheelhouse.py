@@ -86,7 +86,7 @@ def fetch_wheels(wheel: Path, target: BoardTarget, out: Path, links: Sequence[Pa
             sources = ["--constraint", str(constraints_file)]
         for _ in range(_MAX_DOWNLOADS):
             _pip("download", *sources, *platforms, *kind, "--dest", str(out), *requirements)
-            # pip leaves out requirements whose markers hold on the target alone.
+            # pip leaves out requirements whose markers hold only on the target.
             wheels = sorted(out.glob("*.whl"))
             requirements = sorted(
                 {f"{r.name}{r.specifier}" for _, r, actual in _unmet_requirements(wheels, target) if actual is None}

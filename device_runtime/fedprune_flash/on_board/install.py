@@ -3,7 +3,7 @@
     sudo python3 install.pyz             install, or continue after a power cut; a second run changes nothing
     sudo python3 install.pyz --remove    undo it; the board's state stays in /var/lib/fedprune, unless --purge
 
-It runs on Python 3.10 or newer and imports the standard library alone.
+It runs on Python 3.10 or newer and imports only the standard library.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _MAX_CLAIM_BYTES = 400
 
 
 def read_key_option(option: str, flags: int = 0) -> bytes:
-    """A server's key from 64 hex digits, or from a file with them, opened with `flags`; else `KitError`."""
+    """A server's key from 64 hex digits, or from a file with them, opened with `flags`; otherwise `KitError`."""
     digits = option
     try:
         if not _KEY_DIGITS.fullmatch(option):
@@ -38,7 +38,7 @@ def read_key_option(option: str, flags: int = 0) -> bytes:
 
 
 def read_claim_option(option: str) -> bytes:
-    """A claim from a file, or from standard input for -; else `JoinError`. The service verifies its check."""
+    """A claim from a file, or from standard input for -; otherwise `JoinError`. The service checks its digits."""
     try:
         with open(0 if option == "-" else option, "rb", closefd=option != "-") as file:
             raw = file.read(_MAX_CLAIM_BYTES)
@@ -78,7 +78,7 @@ def trusted_key(kit: KitFolder, system: BoardSystem, option: str | None, *, unsi
 
 
 def _known_key(system: BoardSystem) -> bytes | None:
-    """The server's key that this board knows: root's own file, else that of the identity with which it joined."""
+    """The server's key that this board knows: from root's own file, or from the identity with which it joined."""
     for path in (f"{RUNTIME_FOLDER}/{KEY_FILE}", f"{STATE_FOLDER}/identity/{KEY_FILE}"):
         if os.path.lexists(system.path_of(path)):
             # The second file is the service's: its user could put a link or a pipe there, which root must not open.

@@ -71,7 +71,7 @@ class ServiceControl:
             time.sleep(_POLL_INTERVAL_S)
 
     def _last_error(self) -> str:
-        """The last error that the service logged, else its last line."""
+        """The last error that the service logged, or its last line if it logged no error."""
         command = ["journalctl", "--unit", SERVICE_NAME, "--lines", "50", "--output", "cat", "--no-pager"]
         try:
             lines = run_command_line(command, must=False).strip().splitlines()

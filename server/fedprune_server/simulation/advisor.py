@@ -104,7 +104,7 @@ def advise(trials: Sequence[VariantRuns], rounds: int, samples: int = 0) -> Advi
     best = max(trainable, key=lambda t: scores[t.variant.name])
     noise = _noise(trials, side)
     if samples and run.metric.is_share:
-        # The standard error of a share measured on so many samples, which seeds on the same samples don't show.
+        # The standard error of a share measured on as many samples, which seeds on the same samples don't show.
         noise = max(noise, math.sqrt(best.score(side) * (1 - best.score(side)) / samples))
     gaps = {t.variant.name: scores[best.variant.name] - scores[t.variant.name] for t in trainable}
     # Within noise of the best the score says nothing more, and bytes are what boards pay.

@@ -93,7 +93,7 @@ def _draw_hands(
     labels: npt.NDArray[np.int64], devices: int, seed: int, alpha: float, min_samples: int
 ) -> list[npt.NDArray[np.int64]]:
     for attempt in range(_MAX_DRAWS):
-        # Keyed by attempt: a split that is too uneven is drawn anew, not mended, so that shares stay Dirichlet's.
+        # Keyed by attempt: a split that is too uneven is drawn again, not mended, so that shares stay Dirichlet's.
         rng = keyed_generator(seed, "digits", "hands", attempt)
         pieces_by_device: list[list[npt.NDArray[Any]]] = [[] for _ in range(devices)]
         for label in range(CLASS_COUNT):

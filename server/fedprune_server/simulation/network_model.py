@@ -51,7 +51,7 @@ class Availability:
             raise ConfigError(("availability", "least"), expected=f"at most {self.most:g}, as most is", got=self.least)
 
     def next_window(self, seed: int, device: str, now: float) -> tuple[float, float]:
-        """Begin and end of the window that is open at this time, else of the next one.
+        """Begin and end of the window that is open at this time, or of the next window.
 
         The window of a device that is always connected begins now and never ends.
         """

@@ -1,4 +1,4 @@
-"""The blobs of a simulation, which its own processes alone write and read."""
+"""The blobs of a simulation, which only its own processes write and read."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Simulation:
     """Simulates an experiment.
 
     Args:
-        store: A blob store for this simulation alone: superseded blobs are deleted from it.
+        store: A blob store that only this simulation uses: superseded blobs are deleted from it.
         folder: Where state and checkpoints are saved; None saves nothing.
 
     Raises:
@@ -150,7 +150,7 @@ class Simulation:
             else:
                 self._save()
             self._runner.boards = self._run.boards
-            # Trainings that a saved run had under way begin again: they depend on their offers alone.
+            # Trainings that a saved run had under way begin again: they depend only on their offers.
             for work in self._run.trainings():
                 self._runner.prepare(self._devices[work.device], work.offer, work.round)
             if on_begin is not None:

@@ -98,7 +98,7 @@ def write_starter(folder: Path, boards: Sequence[StarterBoard], seed: int = 0) -
     The bundled digits are dealt out: every board has its own mixture of classes, and the server some of its own.
 
     Raises:
-        ConfigError: A board's name is none, or there is something in the folder.
+        ConfigError: A board's name is not valid, or there is something in the folder.
         ProfileError: There is no such hardware profile.
         DataError: Names repeat, or there are too many boards for the digits.
         StorageError: The folder can't be written.

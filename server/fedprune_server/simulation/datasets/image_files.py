@@ -33,7 +33,7 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
 
     Args:
         size: Height and width to which images are scaled (bilinear, antialiased); None if all have the same size.
-        colour: Three channels, else grey.
+        colour: Whether images have three channels; otherwise they are grey.
 
     Raises:
         DataError: There are no images, one can't be read, is too large, or differs in size from the first.

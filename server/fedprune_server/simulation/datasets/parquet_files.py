@@ -1,4 +1,4 @@
-"""Data sets in Parquet files, such as the Hugging Face hub has them, read by pyarrow alone."""
+"""Data sets in Parquet files, such as the Hugging Face hub has them, read with only pyarrow."""
 
 from __future__ import annotations
 

@@ -64,12 +64,12 @@ class FleetTables:
 def read_fleet_tables(
     path: Path, changes: Mapping[str, Any] | None = None, tables: Mapping[str, Any] | None = None
 ) -> FleetTables:
-    """Read a `fleet.toml` alone; arguments and errors as `read_fleet_plan`."""
+    """Read only a `fleet.toml`, and no model or data; arguments and errors as `read_fleet_plan`."""
     file = file_layer(path) if tables is None else SettingsLayer(str(path), dict(tables))
     layers = (file, SettingsLayer(str(path), dict(changes or {})))
     body = _merge_changes(file.tables, changes or {})
     with errors_with_origin(layers):
-        # One file may serve both commands: [server] is the daemon's alone.
+        # One file may serve both commands: [server] is only for the daemon.
         shared = {k: v for k, v in body.items() if k != "server"}
         config = parse_config(shared, path.parent, simulated=True)
         data = _data_plan(body["data"], body.get("devices"), path.parent) if "data" in body else None

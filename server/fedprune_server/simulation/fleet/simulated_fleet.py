@@ -67,7 +67,7 @@ def read_fleet_plan(
         strategy: Replaces the job's.
         changes: Tables whose keys replace those of the file.
         title: Replaces the job's name.
-        tables: The tables, if they don't come from a file; `path` then appears in errors alone.
+        tables: The tables, if they don't come from a file; `path` then appears only in errors.
         model: Replaces that of [model].
 
     Raises:

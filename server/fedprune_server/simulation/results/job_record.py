@@ -35,7 +35,7 @@ def job_record(
 
     Args:
         architecture: Its model's architecture.
-        notes: Bytes of each round by its number, and what else a simulation notes.
+        notes: Bytes of each round by its number, and the other notes of a simulation.
         ranking: The last round's selection as JSON, for the channel map.
         measured: Where bytes were counted.
         started_at: The run's start, on the clock of the state's history.

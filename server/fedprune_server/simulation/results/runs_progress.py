@@ -94,7 +94,7 @@ class RunDisplay:
         if finished_rounds:
             self._say(f"continues after round {finished_rounds} of {rounds}")
         self._open.enter_context(self._bar)
-        # `reset` starts the clock anew: what an earlier start has done took none of this one's time.
+        # `reset` starts the clock again: what an earlier start has done took no time of this start.
         self._bar.reset(self._rounds, total=rounds, completed=finished_rounds)
 
     def show(self, simulation: Simulation) -> None:
