@@ -162,7 +162,7 @@ def _read_samples(
 
 
 def _arrays_of_split(arrays: Mapping[str, Inputs], split: str | None) -> _InputSamples | None:
-    """The arrays of a split: by default test samples, or all if there are none for testing; None if the split is missing."""
+    """The arrays of a split: by default test samples, or all if none are for testing; None without the split."""
     names = {"x_test": "y_test", "x": "y", "x_train": "y_train", "x_val": "y_val"}
     candidates = names if split is None else [f"x_{split}"]
     if split == "train" and "x_test" in arrays:

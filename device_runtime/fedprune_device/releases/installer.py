@@ -76,7 +76,7 @@ class ReleaseInstaller:
         return BlobStore(self._incoming, max_size=MAX_FILE_BYTES)
 
     def examine(self, source: ReleaseSource) -> Release:
-        """A release that this board would install, as far as its manifest says; nothing is changed. Raises `ReleaseError`.
+        """Check by its manifest whether this board would install a release; nothing is changed. Raises `ReleaseError`.
 
         Only `stage` checks the board's own packages, because that takes long.
         """
