@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -119,18 +120,13 @@ def _is_text(kind: str, default: object) -> bool:
 
 def _value(text: str, path: tuple[str, ...], where: str) -> Any:
     """A value written as in TOML; an option of a strategy may also be a bare word."""
-    try:
-        # A text of several lines could add keys of its own to the table that is parsed here.
-        return parse_toml(f"value = {text}\n")["value"] if "\n" not in text else _refuse_lines()
-    except ValueError:
-        if path[:-1] in _OPEN_TABLES.values():
-            return text
-        expected = 'a value as in TOML: 3, 0.5, true, ["a"]'
-        raise ConfigError(f"{where}: {dotted_path(path)}", expected=expected, got=value_text(text)) from None
-
-
-def _refuse_lines() -> Any:
-    raise ValueError("more than a line")
+    if "\n" not in text:  # a text of several lines could add keys of its own to the table that is parsed here
+        with suppress(ValueError):
+            return parse_toml(f"value = {text}\n")["value"]
+    if path[:-1] in _OPEN_TABLES.values():
+        return text
+    expected = 'a value as in TOML: 3, 0.5, true, ["a"]'
+    raise ConfigError(f"{where}: {dotted_path(path)}", expected=expected, got=value_text(text))
 
 
 def file_text(path: Path, where: str) -> str:

@@ -1,9 +1,9 @@
 """Detects devices that have vanished by their silence: a broker may lose their wills.
 
-A device sends something at least every few minutes (`alive`, if it has nothing else to send). One that is silent for a
-quarter of an hour is asked for a birth, and counts as gone if it doesn't answer. So do devices that don't answer the
-hello that this server broadcasts when it connects. Only the device that has been silent the longest is checked, so that
-ten thousand devices cost no more than ten.
+A device sends something at least every few minutes (`alive`, if it has nothing else to send). If it is silent for a
+quarter of an hour, it is asked for its birth (its announcement of itself), and counts as gone if it doesn't answer. So
+does a device that doesn't answer the hello (the signed greeting) that this server broadcasts when it connects. Only the
+device that has been silent the longest is checked, so that ten thousand devices cost no more than ten.
 """
 
 from __future__ import annotations
@@ -21,14 +21,8 @@ HELLO_ANSWER_S = 75.0
 class Presence:
     """The times at which devices were last heard. `session_of` returns the number of a device's connection, or None."""
 
-    def __init__(
-        self,
-        session_of: Callable[[str], int | None],
-        max_silence_s: float = MAX_SILENCE_S,
-        answer_s: float = HELLO_ANSWER_S,
-    ) -> None:
+    def __init__(self, session_of: Callable[[str], int | None]) -> None:
         self._session_of = session_of
-        self._max_silence_s, self._answer_s = max_silence_s, answer_s
         self._heard_at: OrderedDict[str, float] = OrderedDict()  # the longest silent device first
         # Time and connection of each hello without an answer, the earliest first.
         self._unanswered_hellos: OrderedDict[str, tuple[float, int]] = OrderedDict()
@@ -60,7 +54,7 @@ class Presence:
         names = []
         while self._heard_at:
             name, heard_at = next(iter(self._heard_at.items()))
-            if now - heard_at < self._max_silence_s:
+            if now - heard_at < MAX_SILENCE_S:
                 break
             del self._heard_at[name]
             session = self._session_of(name)
@@ -74,7 +68,7 @@ class Presence:
         missing = {}
         while self._unanswered_hellos:
             name, (asked_at, session) = next(iter(self._unanswered_hellos.items()))
-            if now - asked_at <= self._answer_s:
+            if now - asked_at <= HELLO_ANSWER_S:
                 break
             del self._unanswered_hellos[name]
             missing[name] = session

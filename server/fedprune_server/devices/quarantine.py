@@ -394,9 +394,7 @@ def read_quarantine_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """The rows of a state folder's file; empty if it is missing or damaged."""
     try:
         body = json.loads((folder / QUARANTINE_FILE).read_bytes())
-        return {str(device): {**_BLANK_ROW, **dict(row)} for device, row in body.items()}
+        blank_row = {**asdict(UnusedMessages()), "until": None, "reason": ""}
+        return {str(device): {**blank_row, **dict(row)} for device, row in body.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-_BLANK_ROW: dict[str, Any] = {**asdict(UnusedMessages()), "until": None, "reason": ""}

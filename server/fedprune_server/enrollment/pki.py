@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 from cryptography import x509
 
@@ -71,8 +72,6 @@ _REPLACED_FOLDER = "identity.replaced"
 _BROKER_RENEWAL_S = 365 * 24 * 3600
 # The same for the server's own certificate: the last third of its time.
 _SERVER_RENEWAL_S = DEVICE_DAYS * 24 * 3600 // 3
-_BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
-_WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 _CONSOLE_KEY, CONSOLE_CERTIFICATE = "console.key", "console.pem"
 
 
@@ -245,18 +244,6 @@ class IdentityFolder(Closeable):
         self.update_revocations()
         return revoked
 
-    def broker_files(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        """Paths of an embedded broker's certificate, its key, and the authority's certificate.
-
-        The certificate is issued again in its last year, and if the hosts by which boards reach the broker have
-        changed. Raises `IdentityError` if a host is neither a name nor an address.
-        """
-        return self._listener_files(_BROKER_CERTIFICATE, _BROKER_KEY, hosts)
-
-    def web_files(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        """The same paths for the web server of blobs."""
-        return self._listener_files(_WEB_CERTIFICATE, _WEB_KEY, hosts)
-
     def console_files(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of a new certificate for the console, its key, which the server's user can read, and the authority's
         certificate."""
@@ -268,9 +255,14 @@ class IdentityFolder(Closeable):
         write_public(self.path / CONSOLE_CERTIFICATE, issued.encode())
         return self.path / CONSOLE_CERTIFICATE, path, self.path / AUTHORITY_CERTIFICATE_FILE
 
-    def _listener_files(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        """Paths of a listener's certificate, its key and the authority; issue the certificate again if it is due."""
-        certificate, key_path, sorted_hosts = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
+    def listener_files(self, listener: Literal["broker", "web"], hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        """Paths of the certificate of the embedded broker or the web server of blobs, its key, and the authority's.
+
+        The certificate is issued again in its last year, and if the hosts by which boards reach the listener have
+        changed. Raises `IdentityError` if a host is neither a name nor an address.
+        """
+        certificate, key_path = self.path / f"{listener}.pem", self.path / f"{listener}.key"
+        sorted_hosts = sorted(set(hosts))
         current = self._lasting_certificate(certificate, key_path, _BROKER_RENEWAL_S)
         if current is None or set(sorted_hosts) != hosts_of(current):
             key = make_tls_key()

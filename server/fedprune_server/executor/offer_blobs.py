@@ -62,13 +62,13 @@ class OfferBlobs:
             coding: The codecs of weights and update, and the weights that the device has.
             previous_selection: The selection of these weights; None if it is unknown.
         """
-        mask = submodel.mask
+        mask, widths = submodel.mask, submodel.selection.widths
         packed, coded = self._encode_weights(pack_active(mask, submodel.tensors), coding, submodel, previous_selection)
         body: dict[str, Any] = {
             **coded,
             "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
             "training": self.training_ref(recipe, round_, unit),
-            "inference": self.inference_ref(submodel.selection.widths, round_),
+            "inference": self._graph_ref(widths, round_, lambda: inference_model(self._model, widths)),
             "recipe": recipe.to_offer(),
         }
         shapes = self._update_shapes(packed, recipe)
@@ -80,7 +80,7 @@ class OfferBlobs:
         if self._model.base is not None:
             body["base"] = self._graph_ref("base", round_, lambda: self._model.base_file or b"")
         if self._precisions:
-            body["lowered"] = self.lowered_refs(submodel.selection.widths, round_)
+            body["lowered"] = self.lowered_refs(widths, round_)
         if mask:
             body["mask"] = self._store.put(tensorfile.encode(mask_to_bits(mask))).to_dict()
         return body
@@ -90,10 +90,6 @@ class OfferBlobs:
         features = recipe.features
         key = f"{unit} {features.key}"
         return self._graph_ref(key, round_, lambda: training_graph(self._model, features, unit).to_bytes())
-
-    def inference_ref(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
-        """The inference graph at some widths, named in a round; errors are those of `body`."""
-        return self._graph_ref(widths, round_, lambda: inference_model(self._model, widths))
 
     def lowered_refs(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
         """The graphs of lower precisions at some widths, named in a round. Raises `ModelError` if nothing of the model
@@ -157,10 +153,12 @@ class OfferBlobs:
             return packed, fields
         held_digest, held_weights = None, None
         if previous_selection is not None and coding.received is not None and not submodel.mask:
-            held_tensors = self._read_held(coding.received.weights or "")
+            digest = coding.received.weights or ""
+            is_stored = bool(digest) and self._store.has(digest)
+            held_tensors: Tensors = tensorfile.decode(self._store.read(digest)) if is_stored else {}
             held_tensors = relocate(held_tensors, relocation_blob, 2**40) if relocation_blob else held_tensors
             if {n: v.shape for n, v in held_tensors.items()} == {n: v.shape for n, v in packed.items()}:
-                held_digest, held_weights = coding.received.weights, held_tensors
+                held_digest, held_weights = digest, held_tensors
         fields["weights_codec"] = str(weights_codec)
         try:
             encoded = updates.weights.encode(weights_codec, packed, held_weights, self._trained)
@@ -171,10 +169,6 @@ class OfferBlobs:
             return packed, fields
         reference = {"coded": self._store.put(encoded).to_dict()}
         return decoded, {**fields, **reference, **({} if held_digest is None else {"held": held_digest})}
-
-    def _read_held(self, digest: str) -> Tensors:
-        """Weights that a device holds; empty if they are no longer stored."""
-        return tensorfile.decode(self._store.read(digest)) if digest and self._store.has(digest) else {}
 
     def _update_shapes(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors in the update that answers these weights."""

@@ -1,4 +1,8 @@
-"""Scenes, submodels and updates, read from blobs for a strategy."""
+"""Reads the inputs of a strategy from blobs: what it sees of a round (a scene), a device's submodel, stored updates.
+
+In commands, a *part* is a device's participation in a round (for strategies its `Turn`), a *basis* the global model and
+ranking from which its submodel was cut, and a *contribution* its stored update.
+"""
 
 from __future__ import annotations
 
@@ -138,16 +142,13 @@ class StoredUpdates:
         withheld_tensors = _gather_named(selection, scene.model, self._withheld(self.recipe(turn)))
         tensors = read_tensors(self._store, refs[contribution.weights], names)
         tensors |= {n: v for n, v in withheld_tensors.items() if n in names}
-        read_sent = partial(self._read_sent, selection, contribution.sent, refs, names)
-        trained = Submodel(selection, tensors)
-        cut = Cut(scene, turn, round_selection)
+
+        def read_sent() -> Submodel:
+            return Submodel(selection, read_tensors(self._store, refs[contribution.sent], names))
+
+        trained, cut = Submodel(selection, tensors), Cut(scene, turn, round_selection)
         report = UpdateReport(cut, trained, contribution.weight, contribution.steps, read_sent)
         return shorten_update(report, contribution.shares) if contribution.shares else report
-
-    def _read_sent(
-        self, selection: Selection, digest: str, refs: Mapping[str, BlobRef], names: Collection[str]
-    ) -> Submodel:
-        return Submodel(selection, read_tensors(self._store, refs[digest], names))
 
     def _selection(self, contribution: do.Contribution) -> Selection:
         # The channels of what was sent: an extractor may have cut fewer than the turn's, or others.

@@ -156,4 +156,4 @@ def _embedded_broker(config: BrokerSettings, identity: IdentityFolder | None) ->
         )
         log.info("boards reach it as one of: %s", ", ".join(hosts))
     port = _TLS_PORT if config.port is None else config.port
-    return EmbeddedBroker(config.host, port, TlsFiles(*identity.broker_files(hosts)))
+    return EmbeddedBroker(config.host, port, TlsFiles(*identity.listener_files("broker", hosts)))

@@ -75,7 +75,9 @@ def web_blobs(
         check_local_host(host, "server.serve_blobs")
     else:
         configured_hosts = () if config.public_blob_url is None else (BlobUrl.parse(config.public_blob_url).host,)
-        context = _context_factory(identity, identity.web_files(sorted({*listener_names(host), *configured_hosts})))
+        context = _context_factory(
+            identity, identity.listener_files("web", sorted({*listener_names(host), *configured_hosts}))
+        )
         context()  # a damaged file ends the start, not the first board's connection
     with BlobServer(host, port, context) as server:
         url = config.public_blob_url or str(BlobUrl.parse(_own_url(host, server.port, tls=identity is not None)))

@@ -1,4 +1,8 @@
-"""Fetches devices' updates: a few at a time are pulled over MQTT or uploaded to a web server, others wait."""
+"""Fetches devices' updates: a few at a time are pulled over MQTT or uploaded to a web server, others wait.
+
+Progress is counted in *leaves*, the pieces of fixed size into which a blob is divided. A *birth* is a device's
+announcement of itself after it has connected.
+"""
 
 from __future__ import annotations
 
@@ -110,9 +114,10 @@ class Uploads:
         if not self.is_fetching(device, round_, attempt, ref):
             previous = self._uploads.get(device)
             self.drop(device)
-            if previous is not None and (previous.round, previous.attempt) == (round_, attempt):
-                # A device that announces one update after another for the same part must not fill the disk with pieces.
-                self._drop_partial(previous.ref.sha256)
+            is_same_part = previous is not None and (previous.round, previous.attempt) == (round_, attempt)
+            # A device that announces one update after another for the same part must not fill the disk with pieces.
+            if previous is not None and is_same_part and previous.ref.sha256 not in self._fetched_digests():
+                self._store.drop_partial(previous.ref.sha256)
             upload = self._uploads[device] = _Upload(round_, attempt, ref)
             if self._place.is_direct and device in self._uploaders:
                 return self._begin_transfer(device, upload, now) + self.on_announcement(device, now)
@@ -271,10 +276,6 @@ class Uploads:
         self._stop_transfer(device, upload)
         return [upload.ref.sha256]
 
-    def _drop_partial(self, sha256: str) -> None:
-        if all(upload.ref.sha256 != sha256 for upload in self._uploads.values()):
-            self._store.drop_partial(sha256)
-
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
         """Stop fetching from a device, unless the update is for this part of a round. Returns the digests of the
         dropped updates."""
@@ -292,7 +293,10 @@ class Uploads:
 
     def digests(self) -> set[str]:
         """Digests of updates that are being fetched, wait for it, or are being copied into the bucket."""
-        return {u.ref.sha256 for u in self._uploads.values()} | self._sync.digests
+        return self._fetched_digests() | self._sync.digests
+
+    def _fetched_digests(self) -> set[str]:
+        return {u.ref.sha256 for u in self._uploads.values()}
 
     def take_outcomes(self) -> list[Outcome]:
         """Outcomes since the last call, of updates that the store has. Raises `StorageError` if the store fails."""

@@ -41,7 +41,9 @@ class Server:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.identity = stack.enter_context(IdentityFolder.make(folder, "lab"))
-        broker = stack.enter_context(EmbeddedBroker(port=0, tls=TlsFiles(*self.identity.broker_files(["127.0.0.1"]))))
+        broker = stack.enter_context(
+            EmbeddedBroker(port=0, tls=TlsFiles(*self.identity.listener_files("broker", ["127.0.0.1"])))
+        )
         self.url = broker.url
         link = BrokerLink(broker.url, "server", tls=self.identity.tls_context)
         stack.callback(link.close)
@@ -202,7 +204,7 @@ class Stranger:
 
     def __init__(self, folder: Path) -> None:
         with IdentityFolder.make(folder, "lab") as identity:
-            certificate, key, _ = identity.broker_files(["127.0.0.1"])
+            certificate, key, _ = identity.listener_files("broker", ["127.0.0.1"])
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(certificate, key)
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -271,7 +273,7 @@ def test_public_files_stay_readable_whatever_umask_root_has(tmp_path: Path) -> N
     try:
         with IdentityFolder.make(tmp_path, "lab") as identity:
             identity.revoke("attic")
-            identity.broker_files(["localhost"])
+            identity.listener_files("broker", ["localhost"])
     finally:
         os.umask(before)
     public = {p.name for p in (tmp_path / "identity").iterdir() if p.stat().st_mode & 0o077}

@@ -368,7 +368,7 @@ def test_the_server_s_own_certificate_is_renewed_in_its_last_third(identity: Ide
 
 def test_the_embedded_broker_s_certificate_is_kept_until_its_last_year_or_other_hosts(identity: IdentityFolder) -> None:
     def certificate(*hosts: str) -> bytes:
-        return identity.broker_files(hosts)[0].read_bytes()
+        return identity.listener_files("broker", hosts)[0].read_bytes()
 
     first = certificate("127.0.0.1", "localhost")
     NOW[0] += 3 * 365 * DAY

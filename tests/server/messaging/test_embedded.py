@@ -86,7 +86,7 @@ def test_a_will_is_delivered(broker: EmbeddedBroker) -> None:
 
 def test_with_a_certificate_it_encrypts(program: Program, tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "the state", "lab") as identity:
-        tls = TlsFiles(*identity.broker_files(["127.0.0.1"]))
+        tls = TlsFiles(*identity.listener_files("broker", ["127.0.0.1"]))
         with EmbeddedBroker(port=0, tls=tls, candidates=[program]) as broker:
             assert broker.url.startswith("mqtts://")
             with closing(BrokerLink(broker.url, "a", tls=identity.tls_context)) as link:

@@ -41,7 +41,7 @@ def settings(folder: Path, certificate: Path, key: Path) -> ConsoleStart:
 @pytest.mark.system
 def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "state", "lab") as identity:
-        certificate, key, authority = identity.web_files(["127.0.0.1"])
+        certificate, key, authority = identity.listener_files("web", ["127.0.0.1"])
     StatusWriter(tmp_path / STATUS_FILE).close()
     process = ConsoleProcess(settings(tmp_path, certificate, key))
     trusted = ssl.create_default_context(cafile=authority)
@@ -68,7 +68,7 @@ def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_child_that_cannot_use_its_key_says_which_and_ends(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "state", "lab") as identity:
-        certificate, _, _ = identity.web_files(["127.0.0.1"])
+        certificate, _, _ = identity.listener_files("web", ["127.0.0.1"])
     key = tmp_path / "other.key"
     key.write_text("no key")
     StatusWriter(tmp_path / STATUS_FILE).close()

@@ -134,7 +134,7 @@ class Ceph(S3):
         monitor = free_port()
         self._settings = self._folder / "ceph.conf"
         with IdentityFolder.make(self._folder / "tls", "s3") as identity:
-            certificate, key, self.authority = identity.web_files(("127.0.0.1",))
+            certificate, key, self.authority = identity.listener_files("web", ("127.0.0.1",))
         secure = free_port()
         self.secure_endpoint = f"https://127.0.0.1:{secure}"
         fields = (self._folder, self.port, secure, certificate, key)
