@@ -32,7 +32,7 @@ from fedprune_server.monitoring.monitor import DATABASE_WAIT_LIMIT_S, Monitor
 from fedprune_server.monitoring.monitor_record import read_monitor_record
 from fedprune_server.monitoring.notifications import Notifier
 from fedprune_server.observation.observer import LoopBlocked, RoundEnded
-from fedprune_server.storage import database
+from fedprune_server.storage import sqlite_engine
 from fedprune_server.storage.folder_layout import DATABASE_FILE as DATABASE
 from fedprune_server.storage.folder_lock import LOCK_FILE
 from fedprune_server.web.state.fleet_view import FleetView
@@ -216,7 +216,7 @@ def test_each_board_that_falls_silent_is_named_with_its_reason_within_two_rounds
 def test_a_command_that_is_suspended_within_a_transaction_is_named_while_the_server_waits(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "SQLITE_RETRY_S", 0.02)
+    monkeypatch.setattr(sqlite_engine, "SQLITE_RETRY_S", 0.02)
     site.fleet.storage.database.engine.dispose()
     with ExitStack() as stack:
         held: list[subprocess.Popen[str]] = []

@@ -27,12 +27,10 @@ def setting(
     below: bool = False,
     choices: Sequence[str] = (),
 ) -> Any:
-    """A field of a class of settings.
+    """A field of a class of settings, with its description in the documentation and in `--help`.
 
     Args:
-        text: Its description, in the documentation and in `--help`.
-        metavar: The value's name in `--help`, if the setting is also an option of `run`; `SWITCH` if it takes no
-            value.
+        metavar: The value's name in `--help`, if the setting is also an option of `run`; `SWITCH` if it takes no value.
         within: The least and the greatest value of a number; `above` and `below` exclude these ends.
         choices: The values of a text that has few.
     """

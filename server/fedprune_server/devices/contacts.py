@@ -23,8 +23,8 @@ class Contact:
         offered_at: Time of its last offer; None once its update has arrived.
         heard_at: Time of its last sign of working on its offer.
         part_seconds: Time from its last offer until its update arrived.
-        metrics: Those of the model that it serves, on its own test samples, as last reported.
-        introduced: Hash of what was last logged of its plan.
+        metrics: Scores of the model that it serves, on its own test samples, as last reported.
+        introduced: Hash of the plan with which it was last logged.
         problem: The reason for which it can't take part; empty without one.
         temperature_c: As reported last: at its start, or while it worked.
         last_message_at: Seconds since 1970; None before the first message since the server's start.

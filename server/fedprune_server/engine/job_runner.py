@@ -1,8 +1,9 @@
 """Runs one job of a server: a coordinator with its database, its blobs and a thread for heavy commands.
 
-A turn of the server's loop is one transaction of each job. Its events are saved first; then commands are carried out
-and messages sent. Heavy commands go to a thread, and their results are events like any other. Whatever gets lost (a
-message, a connection, this process) is repeated: devices repeat their updates, the server its offers.
+A turn of the server's loop is one transaction of each job: events are handled and saved, then their commands are
+carried out and messages sent. Heavy commands go to a thread; their results are events, too. A message, a connection or
+a process may be lost: devices repeat their updates, the server its offers. A *part* is a device's participation in a
+round, a *birth* its announcement of itself after it has connected.
 """
 
 from __future__ import annotations
@@ -392,8 +393,8 @@ class JobRunner:
             commands, self._pending_commands = self._pending_commands, []
             self._save(events)
             self._carry_out(commands)
-        # The epochs that messages have begun (replay protection) are saved before any answer leaves, even if no event
-        # was saved with them.
+        # The epochs that messages have begun (counts of their signers' starts, by which old messages are refused) are
+        # saved before any answer leaves, even if no event was saved with them.
         self._database.flush()
         self.outbox.deliver()
 

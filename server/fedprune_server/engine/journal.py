@@ -1,4 +1,4 @@
-"""Saves a job's events and state turn by turn, and deletes its blobs once they are no longer needed."""
+"""Saves a job's events and state, once in each turn of the loop, and deletes the blobs that it no longer needs."""
 
 from __future__ import annotations
 

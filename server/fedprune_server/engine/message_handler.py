@@ -72,13 +72,11 @@ class Envelope:
 
 
 class MessageHandler:
-    """Handles the messages of a job's devices, except births and deaths, which concern all jobs.
+    """Handles the messages of a job's devices, except births and deaths (a device's announcement of itself, and its
+    will), which concern all jobs.
 
-    Blob requests and chunks are answered here: they need no decision of the coordinator.
-
-    Args:
-        crashes: Stores boards' crash reports; None for nowhere.
-    """
+    Blob requests and chunks are answered here: they need no decision of the coordinator. Without `crashes` boards'
+    crash reports are dropped."""
 
     def __init__(
         self,

@@ -21,7 +21,6 @@ class RunnableJob:
     """A job with everything that is needed to run it.
 
     Attributes:
-        state: The coordinator's state from which it continues.
         frozen: Tensors that the model's author froze.
         keep: Number of the latest global models that stay on the disk, beside the best.
         pulls: Number of devices from which updates are pulled at a time.

@@ -1,9 +1,9 @@
 """The server's loop: one connection, the devices that are connected, and a runner for each job.
 
 Each job has a coordinator, a database and blobs of its own (`engine.job_runner`). The server decodes messages, knows
-which devices are connected, assigns each to one job at a time (`engine.device_scheduler`) and passes on what concerns a
-job. It stores nothing itself: after a crash devices announce themselves, those with a part under way continue with it,
-and the others are free.
+which devices are connected, assigns each device to one job at a time (`engine.device_scheduler`) and passes messages on
+to the jobs that they concern. It stores nothing itself: when it greets devices after a crash (*hello*), each announces
+itself (*birth*). A device whose part in a round is under way continues with it, and the others are free.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ class Server:
         if now - self._last_tick_at >= _TICK_INTERVAL_S:
             self._last_tick_at = now
             self._tick(now)
-        # The first job's transaction comes first: it stores which epochs the turn's messages have begun, no later than
-        # what any job has made of them.
+        # The first job's transaction comes first: it stores the epochs of the turn's messages (counts of their signers'
+        # starts, by which old messages are refused) before any job stores events of these messages.
         for runner in runners:
             runner.end_turn(messages_wait=item is not None)
         if self._needs_assignment or any(runner.needs_assignment for runner in runners):

@@ -1,5 +1,7 @@
-"""Snapshots of a job for its observers. Figures of a turn are filled in at once; those that need a pass over all
-devices are computed when an observer asks for them."""
+"""Makes the snapshots of a job that its observers get after each turn.
+
+Figures that need a pass over all devices are computed when an observer reads them.
+"""
 
 from __future__ import annotations
 

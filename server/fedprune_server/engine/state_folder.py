@@ -120,9 +120,7 @@ class StateFolder(Closeable):
 
     def read_job(self, config: ServerConfig, prefix: str = "") -> OpenJob:
         """The job of this folder, begun if it is missing. Nothing is stored before `save_job`: the start may fail.
-
-        Args:
-            prefix: Begins log lines about the job, if the server has several.
+        `prefix` begins log lines about the job, if the server has several.
 
         Raises:
             ConfigError: The configuration doesn't fit the job in the folder.

@@ -80,14 +80,8 @@ class IdentityFolder(Closeable):
     `IdentityError` if there is none, or a file of it is damaged or open to other users, and `StorageError` if the
     folder is a device's.
 
-    Args:
-        clock: Seconds since 1970.
-        database: URL of the database; None for the state folder's. It is opened when it is needed.
-        read_only: Make, repair and issue nothing, so that a read-only disk will do.
-
-    Attributes:
-        key: The key with which the server signs its messages.
-    """
+    The database is the state folder's, or that of a URL, and is opened when it is needed. A folder that is `read_only`
+    makes, repairs and issues nothing, so that a read-only disk will do. The server signs its messages with `key`."""
 
     def __init__(
         self,

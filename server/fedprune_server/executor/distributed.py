@@ -45,11 +45,9 @@ class _ExpectedCommand(NamedTuple):
 class DistributedWorker:
     """Carries out commands as its worker does; helpers begin in advance with the commands that are expected.
 
-    Args:
-        worker: Carries out all other commands, and those at which a helper fails: so errors are its own.
-        block: Numbers of a model from which on summing them is worth a task of its own.
-        batch: Updates that are summed together as they arrive.
-    """
+    The worker carries out all other commands, and those at which a helper fails: so errors are its own. Summing the
+    updates of a model of `block` numbers or more is worth a task of its own; `batch` updates are summed together as
+    they arrive."""
 
     def __init__(
         self, worker: Worker, pool: TaskPool[Worker], *, block: int = BLOCK_SIZE, batch: int = BATCH_UPDATES

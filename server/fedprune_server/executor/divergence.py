@@ -42,10 +42,10 @@ def diagnose_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any
 def diagnose_losses(
     losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[str, Any], *, mixed: bool = False
 ) -> str:
-    """The diagnosis of these losses; empty if training has not diverged.
+    """The diagnosis of the losses of the global model after every round that measured it (None where a loss was not
+    finite); empty if training has not diverged.
 
     Args:
-        losses: Of the global model after every round that measured it; None where it was not finite.
         kinds: Kinds of failure of boards that took no part in the last round; empty for each that did.
         job: The job's settings, as JSON.
         mixed: Whether the global model's batch-norm statistics are averages over boards of different widths.

@@ -21,16 +21,12 @@ log = logging.getLogger("fedprune.server")
 
 
 def final_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
-    """The ranks of the channels (the best first) by which a job would cut its next submodel from the finished model.
+    """The ranks of the channels (the best first) by which a job would cut its next submodel from the finished model,
+    whose weights have this digest. `model` is the model with which the job began.
 
     None if the fleet trained no submodels that are the first channels of a ranking: if all boards trained only the
     whole model, if submodels are other channels or elements, or if only the round decides the ranks (rolling windows,
-    random ranks). None also if a strategy of the user's own fails: the model is worth more than its ranks.
-
-    Args:
-        model: The model with which the job began.
-        digest: Digest of the finished model's weights.
-    """
+    random ranks). None also if a strategy of the user's own fails: the model is worth more than its ranks."""
     try:
         return _next_ranks(job, model, state, store, digest)
     except (ConfigError, MissingExtraError) as error:

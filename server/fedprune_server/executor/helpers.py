@@ -22,13 +22,9 @@ def helper_processes(worker: Worker, size: int) -> TaskPool[Worker]:
 def with_helpers(
     worker: Worker | DistributedWorker, helpers: int, url: str = PROCESSES
 ) -> Iterator[Worker | DistributedWorker]:
-    """A worker that helpers support, if there are to be several processes. Raises `ClusterError` if the cluster can't
-    be reached or used, and `MissingExtraError` if Ray is not installed.
-
-    Args:
-        helpers: Number of processes of this machine.
-        url: The cluster that helps instead.
-    """
+    """A worker with helpers: `helpers` processes of this machine, or the cluster at `url`. It is the worker itself if
+    one process is enough. Raises `ClusterError` if the cluster can't be reached or used, and `MissingExtraError` if Ray
+    is not installed."""
     if not isinstance(worker, Worker) or (helpers == 1 and url == PROCESSES):
         yield worker
         return

@@ -1,4 +1,7 @@
-"""Secure aggregation in the worker: the form of masked vectors for offers, and rounds closed with their sums."""
+"""Secure aggregation in the worker: describes the masked vectors for offers, and closes rounds with their sums.
+
+A *grid* says how the numbers of an update become whole numbers that can be masked: the range and step of each tensor.
+"""
 
 from __future__ import annotations
 

@@ -29,12 +29,8 @@ _KEPT_BASES = 2
 
 
 class OfferMaker:
-    """Makes the offers of a job.
-
-    Args:
-        closer: Adds the fields by which an offer asks for the update in a form of its own.
-        unit: The processing unit of devices that have not measured theirs.
-    """
+    """Makes the offers of a job. `closer` adds the fields by which an offer asks for the update in a form of its own;
+    `unit` is the processing unit of devices that have not measured theirs."""
 
     def __init__(
         self, job: Job, architecture: Architecture, strategy: Strategy, store: BlobStore, updates: StoredUpdates,

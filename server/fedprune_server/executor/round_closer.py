@@ -1,4 +1,4 @@
-"""Close rounds with single updates; secure aggregation overrides this (`fedprune_server.executor.masked_sums`)."""
+"""Closes rounds with the updates of single devices; secure aggregation overrides this (`executor.masked_sums`)."""
 
 from __future__ import annotations
 

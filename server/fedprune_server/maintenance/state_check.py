@@ -32,9 +32,9 @@ from fedprune_server.maintenance.log_check import check_log
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.blob_place import BLOBS_FOLDER, open_blobs_reader, open_bucket
-from fedprune_server.storage.database import read_only_uri
 from fedprune_server.storage.folder_layout import MODEL_FILE
 from fedprune_server.storage.open_database import open_database
+from fedprune_server.storage.sqlite_engine import read_only_uri
 from fedprune_server.storage.storage import Storage
 
 

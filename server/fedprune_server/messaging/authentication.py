@@ -1,9 +1,11 @@
 """The server's connection with signatures: the server's loop sends and receives plain messages over it.
 
 The members are read from the database, which `fedprune-server devices` changes while the server runs: a revoked device
-is cut off within a second. Requests to join are answered here, at a limited rate.
+is cut off within a second. Requests to join are answered here, at a limited rate. Chunks of blobs pass unsigned: blobs
+are named by their digests, which signed messages carry.
 
-Chunks of blobs pass unsigned: blobs are named by their digests, which signed messages carry.
+An *epoch* counts the starts of a signer, so that old messages are refused. A server that has started greets the devices
+(*hello*); a device that connects announces itself (*birth*).
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ class AuthenticatedLink(Relay):
             self._unsaved_epochs.clear()
 
     def _take_item(self, item: Item) -> None:
-        """Authenticate a message, and queue its content; drop it with a logged reason if it is none of a member's."""
+        """Authenticate a message, and queue its content; drop a message of a stranger with a logged reason."""
         if isinstance(item, ConnectionUp):
             # Devices may have restarted meanwhile: they accept a new epoch in any case.
             self._sealer.begin_epoch(self._topics.broadcast())
@@ -221,7 +223,7 @@ class AuthenticatedLink(Relay):
         try:
             body = opener.open(topic, payload)
         except StaleEpochError as error:
-            # A will was signed when its connection began, so its epoch is old. A repeated one has no effect: it names
+            # A will was signed when its connection began, so its epoch is old. A repeated will has no effect: it names
             # its connection, and only the will of the latest connection counts.
             body = unseal(opener.key, topic, payload).body
             if not isinstance(parse_message(body), Death):

@@ -73,12 +73,8 @@ class ServerInstance:
 class SecondServerGuard:
     """Finds other servers of an identity, and tells them that this one serves.
 
-    It has a connection and a thread of its own, so that it answers while the server's loop is busy.
-
-    Args:
-        link: The guard's connection, not started.
-        stopping: Set once this server has to give way to another one.
-    """
+    It has a thread and a connection (`link`, not started yet) of its own, so that it answers while the server's loop is
+    busy. `stopping` is set once this server has to give way to another one."""
 
     def __init__(
         self,

@@ -84,9 +84,9 @@ class Observer(Protocol):
     """Observes jobs. It decides nothing, and what it raises is logged."""
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        """Observe a job after a turn, with its events since the last call, in order.
+        """Observe a job after a turn (one transaction of its coordinator), with its events since the last call.
 
-        No event comes twice. So one that can't be handled must not prevent the others (`handle_each`).
+        No event comes twice. So an event that can't be handled must not prevent the others (`handle_each`).
         """
 
 

@@ -1,8 +1,8 @@
 """One moment of a job, for everybody who observes it: display, metrics, alerts, doctor, console, trackers, traces.
 
-The engine makes a snapshot after each turn. What takes a look at every device is a `LazyMapping` mapping, so that a
-turn costs the same with ten boards and with ten thousand; an observer reads it within `observe`, since it shows the
-moment at which somebody looked first.
+The engine makes a snapshot after each turn (one transaction of the coordinator). Figures that need a pass over all
+devices are `LazyMapping`s, so that a turn costs the same with ten boards and with ten thousand. An observer reads them
+within `observe`: they show the moment of the first read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class DeviceSnapshot:
         takes_part: Whether the job has planned for it; False if only bytes of it were counted.
         online: Whether it is connected and at this job.
         connected: Whether it is connected, at whatever job.
-        profile: Its hardware profile's name.
         density: Kept share of its channels; None before it is planned for.
         parameters: Numbers in its model; 0 before it is planned for.
         bytes_down: Payload bytes to it so far.
@@ -67,7 +66,6 @@ class DeviceSnapshot:
         excluded_by: The kind of the failure behind that; empty if there was none.
         last_counted_round: The round of the offer behind its last counted update; 0 before the first.
         software: Names and versions of its software, as it reports them.
-        temperature_c: The temperature that it reported last.
         last_message_at: When its latest message came, in seconds since 1970; None before the first since the server's
             start.
     """
@@ -124,7 +122,6 @@ class JobSnapshot:
         min_devices: Boards with which a round begins.
         deadline_s: Seconds that a round waits for updates.
         round: The current round, from 1; 0 before the first.
-        model: Digest of the global model.
         closes_at: When the current round stops waiting; None without a deadline.
         history: One summary per finished round; the latest have their devices' parts.
         parts_by_progress: Number of the round's parts by progress.

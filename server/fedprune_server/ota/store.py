@@ -84,16 +84,11 @@ class RolloutEntry:
 
 
 class RolloutStore(Closeable):
-    """The rollouts of a site. Every method raises `StorageError` if the database is damaged or away, or the disk fails
-    or is full.
+    """The rollouts of a site, in an open database, which stays open, or in that of a URL or, by default, of the folder.
+    Every method raises `StorageError` if the database is damaged or away, or the disk fails or is full.
 
-    Args:
-        database: An open database, which stays open, or the URL of one; None for the folder's.
-        read_only: Change nothing, and don't wait for those who write.
-
-    Attributes:
-        blobs: The files of the release that is under way; not with `read_only`.
-    """
+    `blobs` are the files of the release that is under way. A store that is `read_only` has none, changes nothing, and
+    doesn't wait for those who write."""
 
     def __init__(self, state: Path, database: Database | str | None = None, *, read_only: bool = False) -> None:
         self._lock = state / FOLDER / _START_LOCK

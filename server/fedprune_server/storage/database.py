@@ -11,15 +11,13 @@ readers wait for nobody. In PostgreSQL a session that stops within a transaction
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import sqlite3
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import sqlalchemy as sql
 
@@ -27,7 +25,9 @@ from fedprune.core.atomic_file import atomic_write
 from fedprune.core.closeable import Closeable
 from fedprune.core.errors import BusyError, ConfigError, MissingExtraError, StorageError, StorageFullError, error_reason
 from fedprune.core.lock_wait import LockWait, call_wait_hook
-from fedprune_server.storage.sqlite_file import execute_unlocked, is_sqlite_locked
+from fedprune_server.storage.postgresql_engine import lock_holders, postgresql_engine
+from fedprune_server.storage.sqlite_engine import READS_OPTION, SQLITE_RETRY_S, read_only_uri, sqlite_engine
+from fedprune_server.storage.sqlite_file import is_sqlite_locked
 from fedprune_server.storage.tables import META, put_meta
 
 log = logging.getLogger("fedprune.server")
@@ -41,47 +41,7 @@ COMMIT_ROW = "commit"
 
 _PAUSE_S = 0.5
 
-# Seconds for which SQLite itself waits for a lock. Between two such waits the waiting thread shows that it is alive.
-SQLITE_RETRY_S = 1.0
-
 _FULL_MESSAGES = ("disk is full", "no space left", "could not extend file", "database or disk is full")
-_CONNECT_OPTIONS = {
-    # A machine that vanished is noticed: in half a minute, not in the two hours of TCP's own default.
-    "connect_timeout": 10,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,
-    "application_name": "fedprune-server",
-}
-
-# Seconds after which PostgreSQL ends a session that does nothing within a transaction, because its process is stopped
-# or its machine gone. As long as a server's lease: a leader that froze within a transaction keeps it no longer than one
-# that froze outside. The pauses between our own statements are milliseconds.
-TRANSACTION_IDLE_S = 15
-
-# Seconds for which PostgreSQL itself waits for a lock. Between two such waits the process shows that it is alive, and
-# can be stopped.
-LOCK_TIMEOUT_S = 2.0
-
-_SESSION_SETTINGS = {
-    # The same for the database's side, which may be sending rows to a machine that has vanished.
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "3",
-    "tcp_user_timeout": "30s",
-}
-_LOCK_HOLDERS_QUERY = """
-SELECT concat('session ', pid, ' of ', application_name, ' from ', coalesce(host(client_addr), 'this machine'))
-FROM pg_stat_activity
-WHERE datname = current_database() AND pid <> pg_backend_pid()
-    AND xact_start < clock_timestamp() - make_interval(secs => :seconds)
-ORDER BY xact_start
-"""
-
-# Option of connections whose transactions only read.
-_READS_OPTION = "fedprune_reads"
-
 # PostgreSQL's code of a statement that waited for longer than `lock_timeout`.
 _LOCK_NOT_AVAILABLE = "55P03"
 
@@ -116,15 +76,9 @@ class Database(Closeable):
         self._deferred: list[Callable[[sql.Connection], None]] = []
         self.postgresql = parsed.get_backend_name() == "postgresql"
         with translate_errors(self.url):
-            if self.postgresql:
-                self.engine = _postgresql_engine(parsed, read_only=read_only)
-            elif read_only:
-                self.engine = _read_only_engine(parsed)
-            else:
-                self.engine = sql.create_engine(parsed)
-                sql.event.listen(self.engine, "connect", _tune_sqlite)
-                sql.event.listen(self.engine, "begin", _begin_sqlite)
-        self._reading_engine = self.engine.execution_options(**{_READS_OPTION: True, "postgresql_readonly": True})
+            make_engine = postgresql_engine if self.postgresql else sqlite_engine
+            self.engine = make_engine(parsed, read_only=read_only)
+        self._reading_engine = self.engine.execution_options(**{READS_OPTION: True, "postgresql_readonly": True})
 
     @property
     def file(self) -> Path | None:
@@ -240,8 +194,7 @@ class Database(Closeable):
         if not self.postgresql:
             return []
         with suppress(StorageError), self.read_transaction() as connection:
-            sessions = connection.execute(sql.text(_LOCK_HOLDERS_QUERY), {"seconds": LOCK_TIMEOUT_S})
-            return [str(text) for text in sessions.scalars()]
+            return lock_holders(connection)
         return []
 
     @contextmanager
@@ -345,82 +298,3 @@ def _lost_error(url: str, error: Exception) -> LostConnectionError:
         f"can't reach {url}: {error_reason(_cause(error))}",
         hint="Is the database running, and the URL right? Start the server again once it is there; nothing is lost.",
     )
-
-
-def _postgresql_engine(url: sql.URL, *, read_only: bool) -> sql.Engine:
-    options = {k: v for k, v in _CONNECT_OPTIONS.items() if k not in url.query}
-    engine = sql.create_engine(url, connect_args=options, pool_pre_ping=True)
-    if read_only:
-        engine = engine.execution_options(postgresql_readonly=True)
-    sql.event.listen(engine, "connect", _tune_postgresql)
-    return engine
-
-
-def _tune_postgresql(connection: Any, record: object) -> None:
-    with connection.cursor() as cursor:
-        # A commit must be on the disk, as with SQLite's FULL. Stricter settings (remote_apply) stay.
-        cursor.execute("SELECT set_config('synchronous_commit', 'on', false) "
-                       "WHERE current_setting('synchronous_commit') IN ('off', 'local')")  # fmt: skip
-        limits = {
-            "idle_in_transaction_session_timeout": f"{TRANSACTION_IDLE_S}s",
-            "lock_timeout": f"{1000 * LOCK_TIMEOUT_S:.0f}ms",
-        }
-        for name, value in (_SESSION_SETTINGS | limits).items():
-            cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
-    connection.commit()
-
-
-def _read_only_engine(url: sql.URL) -> sql.Engine:
-    path = Path(url.database or "")
-
-    def connect() -> sqlite3.Connection:
-        uri = read_only_uri(path)
-        return sqlite3.connect(uri, uri=True, timeout=SQLITE_RETRY_S, check_same_thread=False, isolation_level=None)
-
-    engine = sql.create_engine(url, creator=connect).execution_options(**{_READS_OPTION: True})
-    sql.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def read_only_uri(path: Path) -> str:
-    """The URI for reading a file, also on a read-only disk. Raises `StorageError` if changes would be missed."""
-    _roll_back(path)
-    uri = f"file:{urllib.parse.quote(str(path))}?mode=ro"
-    log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
-    if os.access(path.parent, os.W_OK, effective_ids=True) or not path.exists() or (log.exists() and index.exists()):
-        return uri
-    if log.exists() and log.stat().st_size:
-        raise StorageError(
-            f"{path}: {index.name} is missing, which can't be made in a folder that can't be written to",
-            hint="Copy the state folder to where it can be written to, and look there.",
-        )
-    # Without `immutable` SQLite would create the log and its index. It is right here: without a log no process has the
-    # file open.
-    return f"{uri}&immutable=1"
-
-
-def _roll_back(path: Path) -> None:
-    """Undo a transaction that a crash cut off before the file was switched to a log (WAL): a reader can't undo it."""
-    if path.with_name(path.name + "-journal").exists() and os.access(path, os.W_OK, effective_ids=True):
-        with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=SQLITE_RETRY_S)) as connection:
-            connection.execute("SELECT 1 FROM sqlite_master").fetchone()
-
-
-def _tune_sqlite(connection: sqlite3.Connection, record: object) -> None:
-    # Python's module begins no transaction before changes of the schema, so `_begin_sqlite` begins them all.
-    connection.isolation_level = None
-    connection.execute(f"PRAGMA busy_timeout={int(SQLITE_RETRY_S * 1000)}")
-    # FULL: a commit is on the disk, not only in the system's cache, before anything that follows from it is done.
-    for line in ("journal_mode=WAL", "synchronous=FULL"):
-        execute_unlocked(connection, f"PRAGMA {line}")
-
-
-def _begin_sqlite(connection: sql.Connection) -> None:
-    opened: Any = connection.connection.dbapi_connection
-    if connection.get_execution_options().get(_READS_OPTION):
-        # The first statement that reads takes the snapshot. Later ones of the transaction need no lock.
-        execute_unlocked(opened, "BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
-    else:
-        # With the write lock at once: a transaction that asks for it later is refused if another one has written
-        # meanwhile.
-        execute_unlocked(opened, "BEGIN IMMEDIATE")

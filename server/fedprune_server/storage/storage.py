@@ -80,17 +80,12 @@ def _retry_while_away(
 
 
 class Storage(Closeable):
-    """A job's database. Raises `StorageError` if the database is damaged, of another version or can't be opened, and
-    `StorageFullError` if there is no room for it.
+    """A job's database, given as a URL of SQLAlchemy such as `sqlite:////var/lib/fedprune/server.db`. Raises
+    `StorageError` if the database is damaged, of another version or can't be opened, and `StorageFullError` if there is
+    no room for it.
 
-    Args:
-        url: Its URL as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
-        create: Make missing tables; readers open the database read-only instead.
-        logged: Minimum number of events that the log keeps.
-
-    Attributes:
-        url: The file or the URL without a password, for messages.
-    """
+    Missing tables are made; without `create` the database is opened read-only. The log keeps at least `logged` events.
+    `url` is the file, or the URL without a password, for messages."""
 
     def __init__(self, url: str, *, create: bool = True, logged: int = MIN_LOGGED_EVENTS) -> None:
         self._saved: State | None = None

@@ -15,7 +15,7 @@ from fedprune.core.errors import BusyError, ModelError, StorageFullError
 from fedprune.wire.messages import Finished
 from fedprune_server.observation.observer import LoopBlocked, TurnEnded, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
-from fedprune_server.storage import database
+from fedprune_server.storage import sqlite_engine
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import Fleet, fill, folded, larger
@@ -186,7 +186,7 @@ class LockedDatabase:
 
 @pytest.fixture
 def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "SQLITE_RETRY_S", 0.01)
+    monkeypatch.setattr(sqlite_engine, "SQLITE_RETRY_S", 0.01)
 
 
 @pytest.mark.usefixtures("quick_locks")

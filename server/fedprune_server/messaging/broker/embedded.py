@@ -60,11 +60,8 @@ class PortTakenError(BrokerError):
 class EmbeddedBroker:
     """An MQTT 3.1.1 broker in a process of its own that ends with this one, even when this one is killed.
 
-    Args:
-        port: TCP port; 0 finds a free one.
-        candidates: Programs that may be the broker, best first: one that doesn't start is replaced by the next. By
-            default the system's Mosquitto, then amqtt.
-    """
+    Port 0 finds a free one. The first program of `candidates` that starts is the broker; by default the system's
+    Mosquitto or else amqtt."""
 
     def __init__(
         self,
@@ -116,11 +113,6 @@ class EmbeddedBroker:
             if number == len(self._candidates):
                 raise BrokerError(message, hint=program.hint)
             log.warning("%s; %s takes its place", message, self._candidates[number])
-
-    def restart(self) -> None:
-        """Stop if it is running, and start on the same port; raises as `start`. Clients connect again by themselves."""
-        self.stop()
-        self.start()
 
     def stop(self) -> None:
         """End the child; may be called twice."""
@@ -260,7 +252,8 @@ class BrokerSupervisor:
 
     def _restart(self, broker: EmbeddedBroker) -> None:
         try:
-            broker.restart()
+            broker.stop()
+            broker.start()  # on the same port, where clients connect again by themselves
         except BrokerError as error:
             log.error("%s", error)
         except Exception as error:
