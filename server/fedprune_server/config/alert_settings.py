@@ -63,7 +63,7 @@ class AlertSettings:
 
 
 def shown_url(url: str) -> str:
-    """A URL's scheme, host and port alone: the user, the path and the query often hold secrets."""
+    """Only a URL's scheme, host and port: the user, the path and the query often hold secrets."""
     scheme, host, port = _url_parts(url)
     if url == OFF or not host:
         return OFF if url == OFF else "not a URL"

@@ -371,7 +371,7 @@ class Server:
             birth.device, reconnected=previous_birth is None or previous_birth.session != birth.session
         )
         # The only job keeps the probe itself; without it, the births of ten thousand devices take far less memory.
-        # Several jobs need it again when they assign the device anew.
+        # Several jobs need it when they assign the device again.
         if isinstance(self._scheduler, SingleJobScheduler):
             self._connected[birth.device] = replace(birth, probe=None)
 

@@ -10,7 +10,7 @@ from fedprune_server.enrollment.store import REVOKED, WAITING
 
 
 def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
-    """Approve a waiting device by its key's fingerprint; returns a message. Raises `JoinError` if none such waits."""
+    """Approve a waiting device by its key's fingerprint; returns a message. Raises `JoinError` if no such key waits."""
     normalised = fingerprint.strip().lower()
     members = identity.store.devices()
     waiting = [member for member in members if member.device == device and member.status == WAITING]

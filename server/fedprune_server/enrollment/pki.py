@@ -220,7 +220,7 @@ class IdentityFolder(Closeable):
         self._store = self._database = None
 
     def make_claim(self, device: str | None, seconds: int) -> JoinClaim:
-        """Make a one-time claim for a device, or for any (None). Only its key is stored: the result alone has its text.
+        """Make a one-time claim for a device, or for any (None). Only its key is stored; only the result has its text.
 
         Raises `JoinError` or `ProtocolError` if no device may have the name.
         """

@@ -82,7 +82,7 @@ class EnrollmentService:
             raise JoinError(f"no device may be called {SERVER_COMMON_NAME!r}", hint="Choose another name.")
         now = self._identity.authority.now()
         if request.claim is not None:
-            # For its errors alone: a claim must not be used up for a device that gets no certificate.
+            # Only for its errors: a claim must not be used up for a device that gets no certificate.
             self._identity.store.certificate(request, now)
             self._identity.store.use_claim(request, digest, now)
             return True

@@ -49,7 +49,7 @@ MAX_WAITING = 1000
 # Maximum number of requests that wait under one name, so that nobody can fill the list under a board's name.
 MAX_NAMESAKES = 16
 
-# Number of stored answers to one device. A request with an older answer is answered anew, with the same certificate of
+# Number of stored answers to one device. A request with an older answer gets a new one, with the same certificate of
 # its TLS key: it gets no second one, and is refused once that one has ended or was revoked.
 MAX_ANSWERS = 16
 

@@ -60,7 +60,7 @@ class Calibration:
         graph = model.graph.copy()
         for node in graph.nodes:
             if node.op == "BatchNormalization":
-                node.attrs["momentum"] = 0.0  # The batch's statistics alone, whatever share a training step keeps.
+                node.attrs["momentum"] = 0.0  # Only the statistics of the batch, whatever share a training step keeps.
         batch_graph = training_graph(replace(model, graph=graph), frozen_features)
         self._session = OnnxSession(batch_graph.to_bytes(), training=True)
 

@@ -52,7 +52,7 @@ def _next_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: 
         tuple(sorted(state.devices)),
         model.ranks,
     )
-    # Ranks that differ a round later, from the same model, depend on the round alone.
+    # Ranks of the same model that differ a round later depend only on the round.
     ranking, later_ranking = strategy.rank(scene), strategy.rank(replace(scene, round=scene.round + 1))
     if ranking.order is not None or not all(map(np.array_equal, ranking.ranks, later_ranking.ranks)):
         return None

@@ -1,8 +1,8 @@
 """The tasks of a worker pool, which run in processes of this machine or on others.
 
-Each is a function of a worker and one argument, which holds commands, digests and names of tensors; blobs are read from
-the store and checked. The result is an event, or sums. So it makes no difference which process does it, or whether it
-is done twice.
+Each task is a function of a worker and one argument with commands, digests and names of tensors; blobs are read from
+the store and checked. The result is an event, or sums. So it makes no difference which process does a task, or whether
+it is done twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The driver process that runs a worker pool's tasks on a Ray cluster, and what runs there."""
+"""The driver process that runs a worker pool's tasks on a Ray cluster, and the functions that run on its machines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedprune_server.process.child_side import end_with_parent
 _MAX_RETRIES = 3
 
 _POLL_INTERVAL_S, _SIZE_INTERVAL_S = 0.01, 5.0
-# A cluster without processors for so long is lost.
+# A cluster that has had no processors for this long is lost.
 _EMPTY_TIMEOUT_S = 30.0
 
 _PROBE_TIMEOUT_S = 60.0

@@ -1,4 +1,4 @@
-"""Helpers on a Ray cluster.
+"""A worker pool on a Ray cluster: hands tasks to a driver process, and connects again when the cluster was lost.
 
 Ray runs in a child process, because a driver may end its process when it loses its cluster, and because it takes over
 signals and the log. If that child or the cluster is lost, only the futures of open tasks fail: the worker does them

@@ -52,7 +52,7 @@ class RoundEnded:
 
 @dataclass(frozen=True, slots=True)
 class TurnEnded:
-    """A turn of the loop is over, and took so long, without waiting for messages."""
+    """A turn of the loop is over, and took these seconds, without waiting for messages."""
 
     seconds: float
 

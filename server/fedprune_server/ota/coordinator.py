@@ -192,7 +192,7 @@ class RolloutCoordinator:
             return False
         self._entry, self._last_contact_at, self._wake_at = entry, {}, math.inf
         self._unsaved_reports.clear()
-        # The monotonic clock begins anew with each boot; the rollout's time was stored.
+        # The monotonic clock begins at 0 with each boot; the rollout's time was stored.
         self._started_at = self._monotonic() - entry.rollout.now
         self._files = frozenset(f.sha256 for f in release.files)
         self._own_releases = self._store.release_numbers()

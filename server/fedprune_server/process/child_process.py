@@ -35,7 +35,7 @@ class ChildDiedError(FedpruneError):
 
 
 class ChildProcess(Generic[Message]):
-    """One run of a child process, in a session of its own: Ctrl-C at the terminal reaches this process alone, which
+    """One run of a child process, in a session of its own: Ctrl-C at the terminal reaches only this process, which
     then ends the child. Raises `OSError` if it can't be started.
 
     Args:

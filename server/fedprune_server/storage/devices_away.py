@@ -1,4 +1,4 @@
-"""Keeps plans and probes of absent devices in the database alone, so that a large fleet fits into memory."""
+"""Keeps plans and probes of absent devices only in the database, so that a large fleet fits into memory."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def sqlite_url(folder: Path) -> str:
 
 
 def private_url(folder: Path, database: str | None) -> str:
-    """The URL of a folder's database. A file in the folder is created so that its owner alone can read it."""
+    """The URL of a folder's database. A file in the folder is created so that only its owner can read it."""
     url, path = database_url(folder, database), folder / DATABASE_FILE
     if url == sqlite_url(folder):
         with storage_errors(f"can't write {path}"):

@@ -167,7 +167,7 @@ class Storage(Closeable):
 
     @_retry_while_away
     def put_settings(self, body: Mapping[str, Any]) -> None:
-        """Store the job's settings, so that a server can continue from the folder alone."""
+        """Store the job's settings, so that a server can continue from only the folder."""
         with self.database.fenced_transaction() as connection:
             put_meta(connection, "settings", json_column(body))
 
@@ -194,7 +194,7 @@ class Storage(Closeable):
         """Make events and the state after them durable, all or nothing; returns whether anything was written.
 
         Events that changed nothing are not written: their commands (another copy of an acknowledgement, say) follow
-        from the state that is on the disk already. Traffic alone isn't written either, but with the next change.
+        from the state that is on the disk already. Traffic without other changes is written with the next change.
 
         Args:
             state: The state after the events; afterwards its changes count as saved.

@@ -94,7 +94,7 @@ ROLLOUTS = sql.Table(
     sql.Column("changes", sql.Integer, nullable=False, default=1),
 )
 
-# Each board's part in a rollout, and its last report: a report changes its own row alone.
+# Each board's part in a rollout, and its last report: a report changes only its own row.
 ROLLOUT_BOARDS = sql.Table(
     "rollout_boards",
     TABLES,
@@ -143,7 +143,7 @@ EPOCHS = sql.Table(
     sql.Column("epoch", sql.BigInteger, nullable=False),
 )
 
-# Certificates of members. They are revoked with the member, by its row alone. `tls_key` is the sha256 of a
+# Certificates of members. They are revoked with the member, by its row. `tls_key` is the sha256 of a
 # certificate's public key, `key` the member's verifying key.
 CERTIFICATES = sql.Table(
     "certificates",

@@ -1,4 +1,4 @@
-"""Web addresses for blobs and uploads that boards get: of this server's own web server or of another one."""
+"""Opens blobs over HTTP as configured: this server's own web server, or the address of another one, for boards."""
 
 from __future__ import annotations
 

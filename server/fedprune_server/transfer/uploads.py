@@ -23,8 +23,8 @@ from fedprune_server.transfer.upload_place import ArrivedUpdate, FailedUpload, O
 
 log = logging.getLogger("fedprune.server")
 
-# Seconds without a byte after which a transfer gives its place to a waiting one. So does a transfer that has had its
-# place for so long and was slower than `MIN_BYTES_PER_S` on average.
+# Seconds without a byte after which a transfer gives its place to a waiting one. So does a transfer that was slower
+# than `MIN_BYTES_PER_S` on average since it got its place, at least these seconds ago.
 STALL_TIMEOUT_S = 30.0
 
 # Seconds after a request to upload in which an announcement counts as sent before the request came. A device that
@@ -212,10 +212,8 @@ class Uploads:
         return requests + self._start_next(now)
 
     def on_reconnect(self, now: float) -> None:
-        """Begin anew after the server's reconnection: chunks under way are lost, and devices are there again once they
-        announce themselves.
-
-        Until then they get no requests and no place: after the broker's restart they come back one by one.
+        """Begin again after the server's reconnection: chunks under way are lost. Devices get no requests and no place
+        before they announce themselves: after the broker's restart they come back one by one.
         """
         self._all_present, self._all_present_at = False, now + STALL_TIMEOUT_S
         self._present_sessions.clear()

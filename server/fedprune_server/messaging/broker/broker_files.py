@@ -1,4 +1,4 @@
-"""Configuration of a fleet's broker, from the templates beside this file: a device reaches its own topics alone.
+"""Configuration of a fleet's broker, from the templates beside this file: a device reaches only its own topics.
 
 Mosquitto gets two listeners. The first asks for a certificate of the fleet's authority; its common name is the user.
 The second is for joining: it asks for no certificate and lets a client reach two topics, those with the client's own id

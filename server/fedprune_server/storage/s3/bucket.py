@@ -57,7 +57,7 @@ class BucketError(StorageError):
 
 
 def parse_bucket_url(url: str) -> tuple[str, str]:
-    """Bucket and prefix of an address such as `s3://bucket/fleet/leaves`. Raises `ConfigError` if it is none."""
+    """Bucket and prefix of an address such as `s3://bucket/fleet/leaves`. Raises `ConfigError` for other texts."""
     name, _, prefix = url.removeprefix(SCHEME).partition("/")
     prefix = prefix.removesuffix("/")
     is_valid = url.startswith(SCHEME) and _BUCKET.fullmatch(name) and (not prefix or _PREFIX.fullmatch(prefix))
