@@ -188,10 +188,8 @@ def _issue_console_certificate(arguments: argparse.Namespace) -> None:
         print_json({"console_certificate": str(certificate), "console_key": str(key), "authority": str(authority)})
         return
     print(f"console_certificate = {json.dumps(str(certificate))}\nconsole_key = {json.dumps(str(key))}")
-    print(
-        f"Put these two lines into [server], start the server again, and let browsers trust {authority}.",
-        file=sys.stderr,
-    )
+    advice = f"Put these two lines into [server], start the server again, and let browsers trust {authority}."
+    print(advice, file=sys.stderr)
 
 
 def _open_identity(arguments: argparse.Namespace) -> IdentityFolder:
@@ -275,7 +273,7 @@ def _replace(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
 
 
 def _list(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
-    ends = identity.store.certificate_ends()
+    ends, devices = identity.store.certificate_ends(), identity.store.devices()
     rows = [
         {
             "device": d.device,
@@ -284,11 +282,11 @@ def _list(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
             "asked": d.asked,
             "certificate_ends": ends.get(d.device),
         }
-        for d in identity.store.devices()
+        for d in devices
         if arguments.device in (None, d.device)
     ]
     if arguments.device is not None and not rows:
-        near = did_you_mean(arguments.device, {d.device for d in identity.store.devices()})
+        near = did_you_mean(arguments.device, {d.device for d in devices})
         raise JoinError(f"no device {arguments.device}{near}", hint="See `fedprune-server devices`.")
     if arguments.json:
         print_json(rows)

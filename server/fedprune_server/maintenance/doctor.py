@@ -25,14 +25,9 @@ from fedprune_server.devices.crash_store import read_crashes
 from fedprune_server.devices.quarantine import read_quarantine_rows
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.executor.divergence import is_uncalibrated
+from fedprune_server.maintenance import connection_checks
 from fedprune_server.maintenance.backup_manifest import last_backup
 from fedprune_server.maintenance.checked_site import CheckedSite, TooSlowError, run_within
-from fedprune_server.maintenance.connection_checks import (
-    check_broker,
-    check_bucket,
-    check_other_servers,
-    check_revocations,
-)
 from fedprune_server.maintenance.finding import Finding, alert_finding, note_finding, wrong_finding
 from fedprune_server.maintenance.identity_check import check_identity, find_revoked_devices
 from fedprune_server.maintenance.job_checks import job_findings
@@ -86,17 +81,17 @@ def diagnose(folder: Path, timeout_s: float = 5.0) -> list[Finding]:
 def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
     Storage.check_existing(folder)
     identity_findings = list(check_server_identity(folder))
-    revoked_boards, has_identity = frozenset[str](), not identity_findings and (folder / IDENTITY).is_dir()
-    try:
-        revoked_boards = run_within(timeout_s, lambda: find_revoked_devices(folder)) if has_identity else revoked_boards
-    except FedpruneError:  # a database that can't be read is a finding below
-        has_identity = False
-    monitor_record = read_running_monitor(folder)
-    leader = ""
-    with suppress(FedpruneError):  # here, too
+    revoked_boards, leader = frozenset[str](), ""
+    # A database that can't be read is a finding below.
+    has_identity = False
+    with suppress(FedpruneError):
+        if not identity_findings and (folder / IDENTITY).is_dir():
+            revoked_boards = run_within(timeout_s, lambda: find_revoked_devices(folder))
+            has_identity = True
+    with suppress(FedpruneError):
         leader = run_within(timeout_s, lambda: leader_elsewhere(folder))
-    jobs: list[StoredJob] = []
-    events: list[float] = []
+    monitor_record = read_running_monitor(folder)
+    jobs, event_times = list[StoredJob](), list[float]()
     alerted = frozenset(a.device for a in monitor_record.current_alerts if a.device is not None)
     for job_folder in (folder, *job_folders(folder)):
         load = partial(_load_stored_job, job_folder, revoked_boards, leader)
@@ -106,7 +101,7 @@ def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
             yield _database_finding(job_folder, error)
             has_identity = has_identity and job_folder != folder  # members are in the same database
             continue
-        events += [] if event_at is None else [event_at]
+        event_times += [] if event_at is None else [event_at]
         jobs.append(replace(job, boards_with_alerts=alerted))
         yield from job_findings(jobs[-1])
     yield from identity_findings
@@ -117,7 +112,7 @@ def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
         leader=leader,
         has_identity=has_identity,
         jobs=jobs,
-        last_event_at=max(events, default=None),
+        last_event_at=max(event_times, default=None),
         monitor_record=monitor_record,
         timeout_s=timeout_s,
     )
@@ -187,10 +182,10 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
     situation = Situation(
         site.folder,
         jobs,
-        sum(job.snapshot.able_devices for job in jobs),
-        site.is_running or bool(site.leader),
-        None if record.turned_at is None else max(0.0, site.now - record.turned_at),
-        suspended_server(site.folder) if site.is_running else None,
+        able_boards=sum(job.snapshot.able_devices for job in jobs),
+        is_running=site.is_running or bool(site.leader),
+        since_turn_s=None if record.turned_at is None else max(0.0, site.now - record.turned_at),
+        suspended_process=suspended_server(site.folder) if site.is_running else None,
         absences=absences,
         site=site_facts(site.folder, site.settings, members=site.has_identity),
     )
@@ -277,11 +272,8 @@ def check_backups(site: CheckedSite) -> Iterator[Finding]:
 def check_leader(site: CheckedSite) -> Iterator[Finding]:
     """Whether the job is another server's for now."""
     if site.leader:
-        standby = (
-            "the standby server here continues it"
-            if has_lock_holder(site.folder / LOCK_FILE)
-            else "no server waits here to continue it"
-        )
+        has_standby = has_lock_holder(site.folder / LOCK_FILE)
+        standby = "the standby server here continues it" if has_standby else "no server waits here to continue it"
         yield note_finding(
             "standby",
             f"a server elsewhere has the job: {site.leader}",
@@ -295,11 +287,11 @@ CHECKS: tuple[Callable[[CheckedSite], Iterable[Finding]], ...] = (
     check_alerts,
     check_lock,
     check_clock,
-    check_broker,
+    connection_checks.check_broker,
     check_leader,
-    check_other_servers,
-    check_revocations,
-    check_bucket,
+    connection_checks.check_other_servers,
+    connection_checks.check_revocations,
+    connection_checks.check_bucket,
     check_crashes,
     check_backups,
 )

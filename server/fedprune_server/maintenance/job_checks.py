@@ -1,4 +1,4 @@
-"""Checks of `doctor` on a job's settings and results; the alert rules cover its progress and its boards."""
+"""Checks a job's settings and results for `doctor`; the alert rules cover its progress and its boards."""
 
 from __future__ import annotations
 
@@ -64,11 +64,8 @@ def _check_exclusions(job: StoredJob) -> Iterator[Finding]:
 
 def _check_deadline(job: StoredJob) -> Iterator[Finding]:
     limit = float(job.job_settings.get("deadline_s", math.inf))
-    slow = {
-        n: seconds
-        for n, d in job.state.devices.items()
-        if not d.excluded and (seconds := _predicted_seconds(d.plan)) is not None and seconds > limit
-    }
+    predicted = {n: _predicted_seconds(d.plan) for n, d in job.state.devices.items() if not d.excluded}
+    slow = {n: seconds for n, seconds in predicted.items() if seconds is not None and seconds > limit}
     if slow:
         slowest = max(slow, key=lambda n: slow[n])
         yield wrong_finding(

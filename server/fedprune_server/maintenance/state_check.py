@@ -16,14 +16,8 @@ from fedprune.core.errors import StorageError
 from fedprune.output.tables import AdvanceBar
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.enrollment.store import IdentityStore
+from fedprune_server.maintenance import blob_checks
 from fedprune_server.maintenance.backup_manifest import CONSOLE
-from fedprune_server.maintenance.blob_checks import (
-    check_blob_file,
-    check_blob_folder,
-    check_bucket,
-    left_over_files,
-    size_of_file,
-)
 from fedprune_server.maintenance.blob_files import find_blob_files
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
@@ -44,9 +38,9 @@ def blob_bytes(folder: Path) -> int:
     store = open_bucket(folder, settings)
     if store is not None:
         objects = sum(size for keys in store.objects().values() for size in keys.values())
-        return objects + sum(size_of_file(p) for p in find_blob_files(folder / RELEASES).blobs.values())
+        return objects + sum(blob_checks.size_of_file(p) for p in find_blob_files(folder / RELEASES).blobs.values())
     roots = (folder / BLOBS_FOLDER, folder / RELEASES)
-    return sum(size_of_file(p) for root in roots for p in find_blob_files(root).blobs.values())
+    return sum(blob_checks.size_of_file(p) for root in roots for p in find_blob_files(root).blobs.values())
 
 
 def check_state(
@@ -69,9 +63,9 @@ def check_state(
         files = find_blob_files(folder / BLOBS_FOLDER)
         store = open_bucket(folder, needs.settings)
         if store is not None:
-            blob_findings = list(check_bucket(store, files, needs, advance, running=running))
+            blob_findings = list(blob_checks.check_bucket(store, files, needs, advance, running=running))
         else:
-            blob_findings = list(check_blob_folder(files, needs, advance))
+            blob_findings = list(blob_checks.check_blob_folder(files, needs, advance))
         if running:  # the server may have ended a round meanwhile, and deleted what it no longer needs
             needs = read_job_needs(storage)
             store_now = open_blobs_reader(folder, needs.settings)
@@ -81,7 +75,7 @@ def check_state(
                 if f.blob in needs.needed and not (f.repair is Repair.FETCH and store_now.has(f.blob))
             ]
         yield from blob_findings
-        yield from left_over_files(files, needs, running=running, cache=store is not None)
+        yield from blob_checks.left_over_files(files, needs, running=running, cache=store is not None)
         if not running:
             yield from check_log(folder, storage, needs, allowed)
     yield from _check_other_files(folder, advance)
@@ -109,24 +103,23 @@ def _check_rows(storage: Storage, needs: JobNeeds) -> Iterator[Finding]:
     for number, _, _, body in storage.log.events():
         # Old events are deleted from the front, so that the log may begin anywhere; a gap in it is another matter.
         if last_number and number != last_number + 1:
-            yield Finding(
-                Severity.NOTE, f"{storage.url}: the log has nothing between events {last_number} and {number}"
-            )
+            gap = f"{storage.url}: the log has nothing between events {last_number} and {number}"
+            yield Finding(Severity.NOTE, gap)
         if not isinstance(body, dict):
             yield Finding(Severity.WRONG, f"{storage.url}: event {number} is damaged", "Restore a backup.")
         last_number = number
 
 
 def _check_model_file(folder: Path, needs: JobNeeds) -> Iterator[Finding]:
-    path = folder / MODEL_FILE
+    path, problem = folder / MODEL_FILE, ""
     try:
         with storage_errors(f"can't read {path}"):
-            is_intact = tensorfile.sha256_hex(read_file(path)) == needs.settings.get("model")
+            if tensorfile.sha256_hex(read_file(path)) != needs.settings.get("model"):
+                problem = f"{path} is damaged"
     except StorageError as error:
-        yield Finding(Severity.WRONG, error.what, "Put the model's file back, or restore a backup.")
-    else:
-        if not is_intact:
-            yield Finding(Severity.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
+        problem = error.what
+    if problem:
+        yield Finding(Severity.WRONG, problem, "Put the model's file back, or restore a backup.")
 
 
 def _check_other_files(folder: Path, advance: AdvanceBar) -> Iterator[Finding]:
@@ -139,7 +132,7 @@ def _check_other_files(folder: Path, advance: AdvanceBar) -> Iterator[Finding]:
     if (folder / RELEASES).is_dir():
         files = find_blob_files(folder / RELEASES)
         for digest, path in files.blobs.items():
-            for finding in check_blob_file(digest, path, files.tables.get(digest), advance, needed=True):
+            for finding in blob_checks.check_blob_file(digest, path, files.tables.get(digest), advance, needed=True):
                 advice = finding.advice if finding.repair is Repair.DELETE else "Stop the rollout and begin it again."
                 yield Finding(finding.severity, finding.message, advice, finding.repair, finding.paths, digest)
     yield from _check_console(folder / CONSOLE)
@@ -159,9 +152,8 @@ def _check_console(path: Path) -> Iterator[Finding]:
     with storage_errors(f"can't read {path}"):
         mode = path.stat().st_mode
     if mode & 0o077:
-        yield Finding(
-            Severity.WRONG, f"{path} can be read by other users", f"See who may have read it, then: chmod 600 {path}"
-        )
+        advice = f"See who may have read it, then: chmod 600 {path}"
+        yield Finding(Severity.WRONG, f"{path} can be read by other users", advice)
     if trouble := _console_problem(path):
         advice = "Restore a backup of it, or delete it and add the operators again."
         yield Finding(Severity.WRONG, f"{path} is damaged ({trouble})", advice)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fedprune import __version__
@@ -93,11 +94,11 @@ class Metrics:
         self.turn = histogram("loop_turn_seconds", turn_text, _TURN_BUCKETS, "job")
         self.totals: dict[str, tuple[int, int]] = {}
         self._jobs: dict[str, _JobMetrics] = {}
-        self.registry.register(_Totals(self))
+        self.registry.register(_Collected(self._total_bytes))
         if folder is not None:
             gauge("blobs_bytes", "Bytes of blobs in the state folder").set_function(lambda: self._blob_bytes(folder))
         if alerts is not None:
-            self.registry.register(_Alerts(alerts))
+            self.registry.register(_Collected(partial(_alert_counts, alerts)))
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         """Count what has happened, and from time to time all devices."""
@@ -114,6 +115,15 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def _total_bytes(self) -> Metric:
+        """Bytes over all starts of the server: a `Counter` of the library begins at zero."""
+        text = "Payload bytes, over all starts of the server"
+        family = CounterMetricFamily("fedprune_bytes", text, labels=["job", "direction"])
+        for job, (down, up) in list(self.totals.items()):
+            family.add_metric([job, "down"], down)
+            family.add_metric([job, "up"], up)
+        return family
 
     def _blob_bytes(self, folder: Path) -> float:
         """Bytes of blobs, measured once a minute at most."""
@@ -203,31 +213,21 @@ class _JobMetrics:
             metrics.queue.labels(job, queue).set(length)
 
 
-class _Totals(Collector):
-    """Counters that continue over restarts of the server: a `Counter` of the library begins at zero."""
+class _Collected(Collector):
+    """A metric that a function computes at each scrape."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, compute: Callable[[], Metric]) -> None:
+        self._compute = compute
 
-    def collect(self) -> list[CounterMetricFamily]:
-        family = CounterMetricFamily(
-            "fedprune_bytes", "Payload bytes, over all starts of the server", labels=["job", "direction"]
-        )
-        for job, (down, up) in list(self._metrics.totals.items()):
-            family.add_metric([job, "down"], down)
-            family.add_metric([job, "up"], up)
-        return [family]
+    def collect(self) -> list[Metric]:
+        return [self._compute()]
 
 
-class _Alerts(Collector):
-    def __init__(self, alerts: Callable[[], Mapping[tuple[str, str], int]]) -> None:
-        self._alerts = alerts
-
-    def collect(self) -> list[GaugeMetricFamily]:
-        family = GaugeMetricFamily("fedprune_alerts", "Open alerts", labels=["kind", "severity"])
-        for (kind, severity), count in self._alerts().items():
-            family.add_metric([kind, severity], count)
-        return [family]
+def _alert_counts(alerts: Callable[[], Mapping[tuple[str, str], int]]) -> Metric:
+    family = GaugeMetricFamily("fedprune_alerts", "Open alerts", labels=["kind", "severity"])
+    for labels, count in alerts().items():
+        family.add_metric(labels, count)
+    return family
 
 
 def _file_bytes(path: Path) -> int:

@@ -39,7 +39,7 @@ def site_facts(
         earlier: Facts that replace those of a database that can't be read now; with None that raises `StorageError`.
     """
     disk = shutil.disk_usage(folder)
-    waiting, unannounced = _member_facts(folder, earlier) if members and (folder / IDENTITY).is_dir() else ({}, {})
+    waiting, unannounced = _member_facts(folder, earlier) if members else ({}, {})
     certificates = (*_certificates(folder), *_console_certificate(folder, server))
     return SiteFacts((disk.free, disk.total), certificates, waiting, _rollout_status(folder, earlier), unannounced)
 
@@ -78,14 +78,13 @@ def _console_certificate(folder: Path, server: Mapping[str, Any]) -> Iterator[Ce
 
 
 def _certificate_dates(path: Path, certificate: x509.Certificate, todo: str) -> CertificateDates:
-    return CertificateDates(
-        str(path), seconds_of(certificate.not_valid_before_utc), seconds_of(certificate.not_valid_after_utc), todo
-    )
+    begins, ends = seconds_of(certificate.not_valid_before_utc), seconds_of(certificate.not_valid_after_utc)
+    return CertificateDates(str(path), begins, ends, todo)
 
 
 def _member_facts(folder: Path, earlier: SiteFacts | None) -> tuple[Mapping[str, str], Mapping[str, float]]:
     """The keys that wait for approval, and the members that have never announced themselves."""
-    if not has_database(folder):
+    if not (folder / IDENTITY).is_dir() or not has_database(folder):
         return {}, {}
     try:
         with open_database(folder, read_only=True) as database:
