@@ -96,8 +96,9 @@ def _advise(options: argparse.Namespace) -> int:
         )
         print("\n".join((advice.reason, *advice.doubts)))
         if advice.taken is not None:
-            print("\nPut these lines in place of the job's strategy, codecs and [job.options]:")
-            print(f"\n{advice.taken.toml()}")
+            print(
+                f"\nPut these lines in place of the job's strategy, codecs and [job.options]:\n\n{advice.taken.toml()}"
+            )
         print(f"\nReport: {page}")
     for name, error in refused.items():
         print(f"{name} is left out: {error}", file=sys.stderr)

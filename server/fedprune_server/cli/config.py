@@ -1,10 +1,11 @@
-"""`fedprune-server config check|show`: which settings a server would use, and where each comes from."""
+"""`fedprune-server config check|show`: checks settings, and shows where each comes from."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,6 @@ def setting_rows(configuration: LoadedConfig) -> Iterator[dict[str, Any]]:
 
 def _with_default_values(tables: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
     """Add the keys of [job] that `Job.to_dict` leaves out where they have their default value."""
-    from dataclasses import asdict, fields
-
     job = {f.name: getattr(config.job, f.name) for f in fields(config.job)} | tables["job"]
     job["privacy"] = asdict(config.job.privacy)
     return {**tables, "job": job}

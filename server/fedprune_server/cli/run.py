@@ -1,4 +1,4 @@
-"""`fedprune-server run`: its options, made from the settings that they override, its configuration, and the run."""
+"""`fedprune-server run`: makes its options from the settings, loads the configuration, and runs the server."""
 
 from __future__ import annotations
 
@@ -235,9 +235,8 @@ def _run(arguments: argparse.Namespace) -> int:
         pulse, folder, stopping = Pulse(), None, threading.Event()
         if arguments.standby:
             with pulse.standing_by():
-                folder = stack.enter_context(
-                    StateFolder(config.state, config.database, standby=True, stopping=stopping)
-                )
+                waiting_folder = StateFolder(config.state, config.database, standby=True, stopping=stopping)
+                folder = stack.enter_context(waiting_folder)
             # The other server may have been started with other settings meanwhile.
             config = load_config(arguments).config
         with build_app(config, options, stopping, folder, [pulse]) as app, _stop_on_signals(stopping) as signals:
@@ -255,9 +254,8 @@ def _stop_on_signals(stopping: threading.Event) -> Iterator[list[int]]:
     signals: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
-        signals.append(
-            number
-        )  # nothing else: a handler interrupts the loop at any point, also in the middle of a write
+        # Nothing else: a handler interrupts the loop at any point, also in the middle of a write.
+        signals.append(number)
         stopping.set()
 
     former_handlers = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}

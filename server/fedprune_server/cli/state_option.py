@@ -13,7 +13,8 @@ _STATE_TEXT = "the folder of `run --state`"
 
 def add_state(parser: argparse.ArgumentParser, text: str = _STATE_TEXT) -> None:
     description = f"{text} (default: {STATE_VARIABLE}, or {_DEFAULT})"
-    parser.add_argument("--state", type=Path, default=_default_folder(), metavar="DIR", help=description)
+    default = Path(_from_environment(STATE_VARIABLE) or _DEFAULT)
+    parser.add_argument("--state", type=Path, default=default, metavar="DIR", help=description)
 
 
 def add_database(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +32,6 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
 def chosen_database(arguments: argparse.Namespace) -> str | None:
     """The chosen database; None for that of the state folder."""
     return arguments.database or _from_environment(DATABASE_VARIABLE)
-
-
-def _default_folder() -> Path:
-    return Path(_from_environment(STATE_VARIABLE) or _DEFAULT)
 
 
 def _from_environment(variable: str) -> str | None:

@@ -57,9 +57,8 @@ def back_up(state: Path, target: Path, advance: AdvanceBar) -> BackupManifest:
         target: The backup's folder, made if missing.
         advance: Called with the bytes that were written, or were there already.
 
-    Raises:
-        ConfigError: The target is something else, another job's backup, or in the state folder itself.
-        StorageError: The state folder is damaged, or the disk fails or is full; an earlier backup is as it was.
+    Raises `ConfigError` if the target is something else, another job's backup, or in the state folder, and
+    `StorageError` if the state folder is damaged or the disk fails; an earlier backup stays as it was.
     """
     _check_outside(state, target)
     for attempt in count(1):
@@ -103,8 +102,11 @@ class _BackupContent:
         if (state / RELEASES).is_dir():
             for digest, path in find_blob_files(state / RELEASES).blobs.items():
                 self._add(f"{RELEASES}/{digest[:2]}/{digest}", path)
-        for digest in sorted(needs.references | (needs.models & set(self._store.names()))):
-            self._add_blob(digest)
+        try:
+            for digest in sorted(needs.references | (needs.models & set(self._store.names()))):
+                self._entries.append(BackupEntry(f"blobs/{digest[:2]}/{digest}", digest, self._store.size(digest)))
+        except MissingBlobError as error:
+            raise StateChangedError(error.what, hint=_RETRY_HINT) from error
         job = needs.settings["job"]["name"]
         self.manifest = BackupManifest(
             job, needs.settings["model"], needs.state.round, int(time.time()), __version__, tuple(self._entries),
@@ -126,13 +128,6 @@ class _BackupContent:
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise StateChangedError(f"{path} changes all the time")
         return data
-
-    def _add_blob(self, digest: str) -> None:
-        try:
-            size = self._store.size(digest)
-        except MissingBlobError as error:
-            raise StateChangedError(error.what, hint=_RETRY_HINT) from error
-        self._entries.append(BackupEntry(f"blobs/{digest[:2]}/{digest}", digest, size))
 
     def _add_if_present(self, state: Path, scratch: Path, path: str) -> None:
         """Add a file if it exists; a database is copied as of one moment."""

@@ -33,10 +33,8 @@ def check_blob_file(
     digest: str, path: Path, table: Path | None, advance: AdvanceBar, *, needed: bool, cached: bool = False
 ) -> Iterator[Finding]:
     """Check a blob and its leaf table. A damaged copy of a bucket's blob is only noted: the server fetches it again."""
-    try:
-        with storage_errors(f"can't read {path}", missing=True):
-            data = path.read_bytes()
-    except FileNotFoundError:  # deleted since the folder was listed
+    data = _read_if_present(path)
+    if data is None:  # deleted since the folder was listed
         if needed:
             yield Finding(Severity.WRONG, f"blob {digest} is missing", _RESTORE_ADVICE, Repair.FETCH, blob=digest)
         return
@@ -48,11 +46,7 @@ def check_blob_file(
             yield Finding(Severity.NOTE, what, "", Repair.DELETE, files, digest)
         else:
             yield _damage_finding(f"blob {path}", digest, _RESTORE_ADVICE, files, needed=needed)
-    elif (
-        table is not None
-        and (table_bytes := _read_if_present(table)) is not None
-        and table_bytes != table_file(leaf_table(data))
-    ):
+    elif table is not None and _read_if_present(table) not in (None, table_file(leaf_table(data))):
         what = f"leaf table {table} is damaged: it is made again"
         yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
 
@@ -87,10 +81,9 @@ def check_bucket(
     if model is None or tensorfile.sha256_hex(model) != needs.settings.get("model"):
         what = "is missing" if model is None else "is damaged"
         advice = (
-            "A server that is started on the folder goes by its own; "
-            f"delete {OWNER_KEY} and {MODEL_KEY} to have it write both."
+            f"A server that is started on the folder goes by its own; delete {OWNER_KEY} and {MODEL_KEY} to have it "
         )
-        yield Finding(Severity.NOTE, f"{url}/{MODEL_KEY} {what}", advice)
+        yield Finding(Severity.NOTE, f"{url}/{MODEL_KEY} {what}", f"{advice}write both.")
     blob_keys = {key for key, _ in store.bucket.list()} - {OWNER_KEY, MODEL_KEY}
     foreign_keys = sorted(key for key in blob_keys if digest_of(key) is None)
     if foreign_keys:
@@ -114,20 +107,14 @@ def check_bucket(
             if good_copies:
                 duplicate_keys.append(key)
             good_copies += 1
-    sizes = {key: size for left_over_keys in objects.values() for key, size in left_over_keys.items()}
+    sizes = {key: size for copies in objects.values() for key, size in copies.items()}
     orphans = [] if running else sorted(objects.keys() - needs.needed)
     orphaned_keys = [key for digest in orphans for key in objects[digest]]
     removable_duplicates = [] if running else [key for key in duplicate_keys if key not in orphaned_keys]
-    for left_over_keys, what in (
-        (orphaned_keys, "what nothing refers to"),
-        (removable_duplicates, "blobs that are there twice"),
-    ):
-        if left_over_keys:
-            yield _left_over_finding(
-                f"{what}: {len(left_over_keys)} objects in {url}",
-                sum(sizes[k] for k in left_over_keys),
-                keys=left_over_keys,
-            )
+    for keys, what in ((orphaned_keys, "what nothing refers to"), (removable_duplicates, "blobs that are there twice")):
+        if keys:
+            title, size = f"{what}: {len(keys)} objects in {url}", sum(sizes[key] for key in keys)
+            yield _left_over_finding(title, size, keys=keys)
     for digest, path in cached_files.blobs.items():
         table = cached_files.tables.get(digest)
         yield from check_blob_file(digest, path, table, ignore_progress, needed=False, cached=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,9 @@ def find_blob_files(root: Path) -> BlobFiles:
     """List the files of a folder of blobs, without `BlobStore`, which would make missing folders and delete files."""
     blobs, tables = dict[str, Path](), dict[str, Path]()
     partial, temporary, foreign = list[Path](), list[Path](), list[Path]()
-    for path in _all_files(root):
+    with storage_errors(f"can't read {root}"):
+        paths = [path for path in sorted(root.rglob("*")) if not path.is_dir()]
+    for path in paths:
         parent_name, name = path.parent.name, path.name.removesuffix(TABLE_SUFFIX)
         if path.parent.parent == root and is_digest(name) and name[:2] == parent_name:
             (tables if path.name != name else blobs)[name] = path
@@ -45,10 +47,3 @@ def find_blob_files(root: Path) -> BlobFiles:
         else:
             foreign.append(path)
     return BlobFiles(blobs, tables, tuple(partial), tuple(temporary), tuple(foreign))
-
-
-def _all_files(root: Path) -> Iterator[Path]:
-    with storage_errors(f"can't read {root}"):
-        for path in sorted(root.rglob("*")):
-            if not path.is_dir():
-                yield path

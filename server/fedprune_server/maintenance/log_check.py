@@ -69,14 +69,10 @@ def _different_keys(
         state = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).begin()
     coordinator = make_coordinator(job, model.architecture, state, model.frozen)
     for number, at, kind, body in log:
-        coordinator.handle(_event_of(number, kind, body), at)
+        try:
+            event = _EVENT_TYPES[kind](**body)
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"event {number} of the log is of another version ({kind}: {error})") from error
+        coordinator.handle(event, at)
     replayed, stored = (json.loads(s.to_json()) for s in (state, needs.state))
     return sorted(k for k in replayed.keys() | stored.keys() if replayed.get(k) != stored.get(k))
-
-
-def _event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
-    """The event of a row of the log. Raises `StorageError` if this version has no such event."""
-    try:
-        return _EVENT_TYPES[kind](**body)
-    except (KeyError, TypeError) as error:
-        raise StorageError(f"event {number} of the log is of another version ({kind}: {error})") from error

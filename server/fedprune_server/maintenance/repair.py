@@ -33,7 +33,9 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
         if bucket is not None:
             yield from _repair_objects(bucket, finding, folder / DAMAGED_FOLDER)
         if finding.repair is Repair.DELETE and finding.paths:
-            _delete(finding.paths)
+            for path in finding.paths:
+                with storage_errors(f"can't delete {path}"):
+                    path.unlink(missing_ok=True)
             yield f"deleted {quantity(len(finding.paths), 'file')}, such as {finding.paths[0]}"
         if finding.repair is Repair.SET_ASIDE:
             for path in finding.paths:
@@ -45,12 +47,6 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
                 with suppress(StorageError):  # this source lacks it, or has a damaged one, too
                     target.put(source.read(finding.blob))
                     yield f"took blob {finding.blob} from {source.root}"
-
-
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with storage_errors(f"can't delete {path}"):
-            path.unlink(missing_ok=True)
 
 
 def _set_aside(folder: Path, path: Path) -> Path:

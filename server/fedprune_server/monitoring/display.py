@@ -1,4 +1,4 @@
-"""Display of a running job for people: a live table on a terminal, plain lines elsewhere."""
+"""Shows a running job to people: as a live table on a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -212,15 +212,12 @@ def round_line(summary: Mapping[str, Any], snapshot: JobSnapshot) -> str:
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:
     """Measurements of a global model, for people."""
-    known_metrics = [METRICS[k].titled_value(v) for k, v in sorted(metrics.items()) if k in METRICS]
-    return [
-        *known_metrics,
-        *(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k not in METRICS and k != "samples"),
-    ]
+    texts = [METRICS[k].titled_value(v) for k, v in sorted(metrics.items()) if k in METRICS]
+    return texts + [f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k not in METRICS and k != "samples"]
 
 
 def board_texts(summary: Mapping[str, Any], judge: str) -> list[str]:
-    """Texts of boards' mean scores in a finished round; none if no board measured this metric."""
+    """The boards' mean scores in a finished round, as texts; empty if no board measured this metric."""
     scores = round_scores(summary, judge)
     if math.isnan(scores.received):
         return []

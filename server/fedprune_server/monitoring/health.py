@@ -1,4 +1,4 @@
-"""A server's health, reported as its loop turns to systemd's watchdog and to probes of a container.
+"""Reports a server's health, as its loop turns, to systemd's watchdog and to probes of a container.
 
 It sends systemd `READY=1` at the first turn, `WATCHDOG=1` from then on, `STOPPING=1` at the end (sd_notify(3)). Where
 `FEDPRUNE_PULSE` names a file, it is written as well, with whether the server runs or stands by.

@@ -144,17 +144,14 @@ class Participation:
         elif self._is_offline(name):
             alert_kind, reason = AWAY, f"it was offline when the deadline of round {number} passed"
         else:
-            alert_kind, reason = FAILING, self._late_reason(name)
+            crash = self._snapshot.crashes.get(name)
+            alert_kind, reason = FAILING, "it was late" + (f", and its program ended: {crash}" if crash else "")
         count, _, _, since = self._failures.get(name, (0, "", "", self._clock()))
         min_count = FAILED_ROUNDS if kind in _LASTING_FAILURES else 0
         self._failures[name] = (max(count + 1, min_count), alert_kind, reason, since)
 
     def _is_offline(self, name: str) -> bool:
         return name in self.away_since and not self._is_connected(name)
-
-    def _late_reason(self, name: str) -> str:
-        crash = self._snapshot.crashes.get(name)
-        return "it was late" if crash is None else f"it was late, and its program ended: {crash}"
 
     def offline_since(self) -> dict[str, float]:
         """Since when boards are offline, if a synchronous round waits only for offline boards; empty otherwise."""

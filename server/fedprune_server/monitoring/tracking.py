@@ -84,13 +84,13 @@ class Tracking:
             self._thread.start()
 
     def write(self, number: int, values: Mapping[str, Any], at: float) -> None:
-        """Write a round, to those that haven't got it; `values` that are no finite numbers are left out."""
+        """Write a round to the trackers that lack it, without values that are no finite numbers."""
         self._last_round = number
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         self._queue.put(lambda: self._write(number, numbers, at))
 
     def finish(self, files: WriteFiles) -> None:
-        """Mark the run as finished, and keep its files with those that haven't got them."""
+        """Mark the run as finished, and keep its files with the trackers that lack them."""
         self._is_finished = True
         last = self._last_round
         self._queue.put(lambda: self._keep_files(last, files))

@@ -1,4 +1,4 @@
-"""The console's database: operators, sessions, orders and the audit log. A SQLite file that only its owner can read.
+"""The console's database: operators, sessions, orders and the audit log, in a SQLite file that only its owner can read.
 
 The console's process, the server and `fedprune-server operators` write to it, each in short transactions.
 """

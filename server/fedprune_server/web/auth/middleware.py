@@ -1,4 +1,4 @@
-"""Checks on every request: without a session, only the paths named here are reached.
+"""Checks every request to the console: without a session, only the paths named here can be reached.
 
 A request that changes something must come from these pages, by the browser's headers, and repeat the session's token.
 """
@@ -9,7 +9,6 @@ import asyncio
 import hmac
 import ipaddress
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -100,22 +99,22 @@ class SecurityMiddleware:
         headers, path = Headers(scope=scope), scope["path"]
         state = scope.setdefault("state", {})
         state["address"], state["secure"] = self._client(scope, headers)
-        send_with_headers = _add_headers(scope, send, state["secure"])
+        send_with_headers = _add_headers(scope, send)
         try:
             refusal = await run_in_threadpool(self._refusal, scope, headers, state)  # it reads the database
         except FedpruneError:
             refusal = 503, "the console's database can't be used"
         if refusal is not None:
-            await self._refuse(send_with_headers, path, *refusal)
+            await _refuse(send_with_headers, path, *refusal)
             return
         if scope["method"] not in _SAFE_METHODS:
             try:
                 body = await asyncio.wait_for(_read_body(receive), BODY_TIMEOUT_S)
             except _TooLongError:
-                await self._refuse(send_with_headers, path, 413, f"at most {MAX_BODY_BYTES} bytes")
+                await _refuse(send_with_headers, path, 413, f"at most {MAX_BODY_BYTES} bytes")
                 return
             except asyncio.TimeoutError:
-                await self._refuse(send_with_headers, path, 408, f"the body took longer than {BODY_TIMEOUT_S:.0f} s")
+                await _refuse(send_with_headers, path, 408, f"the body took longer than {BODY_TIMEOUT_S:.0f} s")
                 return
             receive = _replay_body(body, receive)
         await self._app(scope, receive, send_with_headers)
@@ -167,14 +166,14 @@ class SecurityMiddleware:
             name == "localhost" or name in self._exposure.hosts or address_of(name) is not None
         )
 
-    async def _refuse(self, send: Send, path: str, status: int, text: str) -> None:
-        headers = [(b"content-type", b"application/json")]
-        body = json.dumps({"error": text}).encode()
-        if status == 401 and not path.startswith("/api/"):
-            status, body = 303, b""
-            headers = [(b"location", f"/login?next={quote(path, safe='/')}".encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+async def _refuse(send: Send, path: str, status: int, text: str) -> None:
+    headers, body = [(b"content-type", b"application/json")], json.dumps({"error": text}).encode()
+    if status == 401 and not path.startswith("/api/"):
+        status, body = 303, b""
+        headers = [(b"location", f"/login?next={quote(path, safe='/')}".encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def is_same_origin(headers: Headers) -> bool:
@@ -247,18 +246,17 @@ def _replay_body(body: bytes, receive: Receive) -> Receive:
     return receive_body
 
 
-def _add_headers(scope: Scope, send: Send, secure: bool) -> Send:
+def _add_headers(scope: Scope, send: Send) -> Send:
     """Add the headers that every answer has."""
-    # Pages show a fleet's names and an operator's token: no cache may keep them.
-    cache_values: Collection[str] = () if scope["path"].startswith(STATIC_PREFIX) else ("no-store",)
+    added_headers = dict(SECURITY_HEADERS)
+    if not scope["path"].startswith(STATIC_PREFIX):
+        added_headers["cache-control"] = "no-store"  # pages show a fleet's names and an operator's token
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            for name, value in SECURITY_HEADERS.items():
+            for name, value in added_headers.items():
                 headers[name] = value
-            for value in cache_values:
-                headers["cache-control"] = value
         await send(message)
 
     return send_with_headers

@@ -73,8 +73,7 @@ class PublishedJob(StatusRecord, kind="job", scope="name"):
 
 @dataclass(frozen=True)
 class FinishedRound(StatusRecord, kind="round", scope="job", key="round"):
-    """A finished round, with rejected updates by reason and bytes since the round before. None stands for what a
-    restart has lost."""
+    """A finished round, with rejected updates by reason. None stands for numbers that a restart has lost."""
 
     job: str
     round: int

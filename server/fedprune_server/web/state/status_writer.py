@@ -81,7 +81,7 @@ class StatusWriter(Closeable):
     def clear(self) -> None:
         with self._errors(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.execute("DELETE FROM records WHERE kind != 'log'")  # of which the server has no others
+            self._connection.execute("DELETE FROM records WHERE kind != 'log'")  # the server has lines only once
             self._connection.execute("DELETE FROM device_status")
             self._connection.execute("UPDATE beat SET whole = 0")
 
@@ -100,7 +100,7 @@ class StatusWriter(Closeable):
             devices: JSON of devices' rows, by name; None for devices that are gone.
             is_complete: Whether all devices that the server knows are in the file now.
         """
-        kinds, scopes = set[str](), set[str]()
+        kinds, jobs_with_rounds = set[str](), set[str]()
         with self._errors(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             for record, body in records:
@@ -112,7 +112,7 @@ class StatusWriter(Closeable):
                 )
                 kinds.add(record.kind)
                 if record.kind == "round":
-                    scopes.add(record.scope)
+                    jobs_with_rounds.add(record.scope)
             for name, row in (devices or {}).items():
                 self._change += 1
                 self._connection.execute(
@@ -121,7 +121,7 @@ class StatusWriter(Closeable):
                 )
             for kind in kinds & _MAX_RECORDS.keys():
                 self._trim(kind)
-            for job in scopes:
+            for job in jobs_with_rounds:
                 self._connection.execute(
                     "DELETE FROM records WHERE kind = 'round' AND scope = ? AND key <= "
                     "(SELECT max(key) FROM records WHERE kind = 'round' AND scope = ?) - ?",

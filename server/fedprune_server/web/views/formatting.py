@@ -1,4 +1,4 @@
-"""Numbers, times and states as texts of the console's pages."""
+"""Writes numbers, times and states as texts for the console's pages; templates use these functions as filters."""
 
 from __future__ import annotations
 
