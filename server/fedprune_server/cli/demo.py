@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,41 +85,18 @@ def _demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.out, seed=arguments.seed, rounds=arguments.rounds, quick=arguments.quick)
 
 
-@dataclass(frozen=True)
 class DemoFolder:
-    """The folder of a demo: everything that its processes read."""
+    """The folder of a demo, with the places of everything that its processes read and write."""
 
-    root: Path
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model.onnx"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "data" / "server.npz"
-
-    @property
-    def calibration(self) -> Path:
-        """The server's samples for batch-norm statistics."""
-        return self.root / "data" / "calibration.npz"
-
-    @property
-    def profiles(self) -> Path:
-        return self.root / "profiles"
-
-    @property
-    def fleet_record(self) -> Path:
-        return self.root / "metrics.json"
-
-    @property
-    def reference_record(self) -> Path:
-        return self.root / "reference" / "metrics.json"
-
-    @property
-    def reference_log(self) -> Path:
-        """The output of the process with FedAvg's job."""
-        return self.root / "reference.log"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = root / "model.onnx"
+        self.evaluation = self.data("server")
+        self.calibration = self.data("calibration")  # the server's samples for batch-norm statistics
+        self.profiles = root / "profiles"
+        self.fleet_record = root / "metrics.json"
+        self.reference_record = root / "reference" / "metrics.json"
+        self.reference_log = root / "reference.log"  # the output of the process with FedAvg's job
 
     def data(self, board: str) -> Path:
         return self.root / "data" / f"{board}.npz"

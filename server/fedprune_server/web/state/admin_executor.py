@@ -6,7 +6,6 @@ The server's loop notices their changes in the databases, as it notices those of
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fedprune.core.errors import FedpruneError, ProtocolError, ReleaseError, error_reason
+from fedprune.core.errors import FedpruneError, ProtocolError, ReleaseError
 from fedprune.releases.release import MANIFEST, Release
 from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES
 from fedprune.wire.topics import check_topic_name
@@ -23,9 +22,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.rollouts import RolloutTerms, start_rollout, take_back
 from fedprune_server.ota.rollouts import request_action as order_rollout
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.web.state.order_queue import EXPIRED, Order, OrderAnswer
-
-log = logging.getLogger("fedprune.server")
+from fedprune_server.web.state.order_queue import EXPIRED, Order, OrderAnswer, answer_of
 
 # The kinds of these orders: each reads or writes the identity or the rollouts, which takes the database's lock.
 ADMIN_ORDERS = frozenset(
@@ -134,19 +131,10 @@ class AdminExecutor:
 
     def _run(self) -> None:
         while (order := self._orders.get()) is not None and not self._is_closed:
-            done, text = self._outcome(order)
-            self._answer(OrderAnswer(order.number, ok=done, text=text))
-
-    def _outcome(self, order: Order) -> tuple[bool, str]:
-        if order.is_expired(self._clock()):  # it waited here while others were carried out
-            return False, EXPIRED
-        try:
-            return True, self.carry_out(order)
-        except FedpruneError as error:
-            return False, str(error)
-        except Exception as error:  # noqa: BLE001 - an order must not end the thread that carries out orders
-            log.error("an order of the console failed: %s: %s", type(error).__name__, error_reason(error))
-            return False, "it failed; see the server's log"
+            if order.is_expired(self._clock()):  # it waited here while others were carried out
+                self._answer(OrderAnswer(order.number, ok=False, text=EXPIRED))
+            else:
+                self._answer(answer_of(order, self.carry_out))
 
 
 def _is_release_name(name: str) -> bool:

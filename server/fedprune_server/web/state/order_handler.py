@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedprune.core.errors import FedpruneError, ProtocolError, error_reason
+from fedprune.core.errors import ProtocolError
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.web.auth.roles import READING_ORDERS
 from fedprune_server.web.state.admin_executor import ADMIN_ORDERS, AdminExecutor
 from fedprune_server.web.state.crashes import board_crashes
 from fedprune_server.web.state.details import device_details, job_coverage
-from fedprune_server.web.state.order_queue import Order, OrderAnswer, OrderQueue
+from fedprune_server.web.state.order_queue import Order, OrderAnswer, OrderQueue, answer_of
 from fedprune_server.web.state.publisher import StatusPublisher
 
 log = logging.getLogger("fedprune.server")
@@ -61,29 +61,21 @@ class OrderHandler:
         self._queue.flush()
 
     def _handle(self, order: Order) -> None:
-        try:
-            if self._allowed == "none" or (self._allowed == "look" and order.kind not in READING_ORDERS):
-                raise ProtocolError("this server takes no such orders from its console")
-            if order.kind in ADMIN_ORDERS:
-                if self._executor is None:
-                    raise ProtocolError("this server has no identity: every device may join, and there are no releases")
-                self._executor.submit(order)
-                return
-            text = self._carry_out(order)
-        except FedpruneError as error:
-            self._queue.answer(OrderAnswer(order.number, ok=False, text=str(error)))
-            return
-        except Exception as error:  # noqa: BLE001 - the orders that were taken with it must be carried out, too
-            log.error("an order of the console failed: %s: %s", type(error).__name__, error_reason(error))
-            self._queue.answer(OrderAnswer(order.number, ok=False, text="it failed; see the server's log"))
-            return
-        # A pause is saved when the loop's turn ends. It is answered in the next one: before that a crash could undo it.
-        if order.kind in ("pause", "resume"):
-            self._unsaved_answers.append(OrderAnswer(order.number, ok=True, text=text))
-        else:
-            self._queue.answer(OrderAnswer(order.number, ok=True, text=text))
+        answer = answer_of(order, self._carry_out)
+        # A pause is saved when the loop's turn ends. It is answered in the next turn: before, a crash could undo it.
+        if answer.ok and order.kind in ("pause", "resume"):
+            self._unsaved_answers.append(answer)
+        elif not answer.ok or order.kind not in ADMIN_ORDERS:  # the executor answers its orders itself
+            self._queue.answer(answer)
 
     def _carry_out(self, order: Order) -> str:
+        if self._allowed == "none" or (self._allowed == "look" and order.kind not in READING_ORDERS):
+            raise ProtocolError("this server takes no such orders from its console")
+        if order.kind in ADMIN_ORDERS:
+            if self._executor is None:
+                raise ProtocolError("this server has no identity: every device may join, and there are no releases")
+            self._executor.submit(order)
+            return ""
         if order.kind == "coverage":
             self._add_coverage(self._runner(order.job or ""))
             return "coverage"

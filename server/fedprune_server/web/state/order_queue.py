@@ -7,17 +7,20 @@ that an earlier start has taken as failed. The answer and its line of the audit 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from fedprune.core.errors import ProtocolError
+from fedprune.core.errors import FedpruneError, ProtocolError, error_reason
 from fedprune.core.records import convert_record, item_count, number_range, printable_text, word_of
 from fedprune.core.text import one_line
 from fedprune.wire.fields import Device, Job, Name
 from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER
 from fedprune_server.web.database import ConsoleDatabase
+
+log = logging.getLogger("fedprune.server")
 
 # How long an order of the console's pages waits for the server: long enough for a restart, and too short for an
 # operator to be surprised by an order of yesterday.
@@ -122,6 +125,18 @@ class OrderQueue:
         statements = [s for answer in answers for s in answer_statements(answer, now)]
         if statements and self._database.try_execute(*statements):
             del self._answers[: len(answers)]
+
+
+def answer_of(order: Order, carry_out: Callable[[Order], str]) -> OrderAnswer:
+    """Carry an order out. An error becomes the answer, because the orders after it must be carried out, too."""
+    try:
+        return OrderAnswer(order.number, ok=True, text=carry_out(order))
+    except FedpruneError as error:
+        text = str(error)
+    except Exception as error:  # noqa: BLE001 - as above
+        log.error("an order of the console failed: %s: %s", type(error).__name__, error_reason(error))
+        text = "it failed; see the server's log"
+    return OrderAnswer(order.number, ok=False, text=text)
 
 
 def answer_statements(answer: OrderAnswer, now: float) -> list[tuple[str, tuple[object, ...]]]:
