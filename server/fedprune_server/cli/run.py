@@ -116,31 +116,26 @@ def run_options() -> CommandParser:
 
 def _add_setting_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting that has one; its destination is the setting, such as `server.keep`."""
-    settings: dict[str, Callable[[Any], None]] = {}
-
-    def add_option(place: tuple[str, ...], add: Callable[[Any], None]) -> None:
-        settings[_option_name(place).replace("-", "_")] = add
-
+    adders: dict[tuple[str, ...], Callable[..., None]] = {}
     for f in fields(Job):
         if f.name in _JOB_OPTIONS:
             metavar, text = _JOB_OPTIONS[f.name]
-            read = setting_of(type(f.default))
-            place = ("job", f.name)
-            add_option(place, partial(_add_option, place=place, type=read, metavar=metavar, help=text))
+            adders["job", f.name] = partial(_add_option, type=setting_of(type(f.default)), metavar=metavar, help=text)
     text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
-    schedule = ("job", "schedule", "kind")
-    add_option(schedule, partial(_add_option, place=schedule, metavar="KIND", help=text))
+    adders["job", "schedule", "kind"] = partial(_add_option, metavar="KIND", help=text)
     for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
         for setting in fields(kind):
             if setting.metadata.get("metavar"):
-                place = TABLE_KEYS.get(setting.name, (table, setting.name))
-                add_option(place, partial(_add_setting_option, setting=setting, place=place))
+                adders[TABLE_KEYS.get(setting.name, (table, setting.name))] = partial(
+                    _add_setting_option, setting=setting
+                )
+    places = {_option_name(place).replace("-", "_"): place for place in adders}
     for title, names in _OPTION_GROUPS.items():
         group = parser.add_argument_group(title)
-        for name in names:
-            settings.pop(name)(group)
-    for add in settings.values():
-        add(parser)
+        for place in (places[name] for name in names):
+            adders.pop(place)(group, place=place)
+    for place, add in adders.items():
+        add(parser, place=place)
 
 
 def _add_setting_option(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from fedprune.coordination.job_end import early_end_reason
 from fedprune.core.cli import add_json_option, positive_integer, print_json
 from fedprune.core.disk import has_lock_holder
 from fedprune.jobs.job import Job
+from fedprune.jobs.state import JobDevice
 from fedprune.model.recipe import judging_metric
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
@@ -131,17 +132,19 @@ def _device_rows(
 
     Each has the outcome of the device's last part in a round. Without a server no device is online.
     """
-    shut_out, quarantine_rows = find_revoked_devices(identity), read_quarantine_rows(identity)
+    revoked, quarantine_rows = find_revoked_devices(identity), read_quarantine_rows(identity)
+    devices: Mapping[str, JobDevice] = {} if state is None else state.devices
     return [
         {
             **row,
-            **_unit_fields(row["name"], state),
+            "unit": "" if (device := devices.get(row["name"])) is None else training_processor(device),
+            "measured": device is not None and device.probe is not None,
             **_last_part_fields(row["name"], state),
             # `compared` shows how good the planner's own prediction was, `corrected` what rounds have taught it since.
             "compared": compare_device(row["name"], state, planned_figures(row["plan"]) if row["plan"] else None),
             "corrected": compare_device(row["name"], state, row["plan"] and row["plan"]["prediction"]),
-            "online": row["online"] and running and row["name"] not in shut_out,
-            "revoked": row["name"] in shut_out,
+            "online": row["online"] and running and row["name"] not in revoked,
+            "revoked": row["name"] in revoked,
             "quarantine": quarantine_rows.get(row["name"]),
         }
         for row in sorted(rows, key=lambda r: str(r["name"]))
@@ -170,14 +173,6 @@ def _open_alerts(folder: Path, recorded: MonitorRecord, *, running: bool) -> lis
 def _unplanned_row(name: str, body: dict[str, Any]) -> dict[str, Any]:
     defaults = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
     return {**defaults, **body, "name": name, "widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
-
-
-def _unit_fields(name: str, state: State | None) -> dict[str, Any]:
-    """The training unit of a device, and whether it was measured."""
-    device = None if state is None else state.devices.get(name)
-    if device is None:
-        return {"unit": "", "measured": False}
-    return {"unit": training_processor(device), "measured": device.probe is not None}
 
 
 def _last_part_fields(name: str, state: State | None) -> dict[str, Any]:

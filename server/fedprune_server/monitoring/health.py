@@ -44,26 +44,21 @@ class Pulse:
     def __init__(
         self,
         environment: Mapping[str, str] = os.environ,
-        tell: Callable[[str], object] = notify,
+        notify_systemd: Callable[[str], object] = notify,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         name = environment.get(HEALTH_FILE_VARIABLE, "")
         self._file = Path(name) if name else None
-        self._notify_systemd = tell
-        self._clock = clock
+        self._notify_systemd, self._clock = notify_systemd, clock
         # systemd kills at WATCHDOG_USEC and advises half of it; a quarter leaves room for one slow turn.
         self._interval_s = min(_BEAT_INTERVAL_S, (watchdog_seconds(environment) or 4e9) / 4)
         self._next_beat_at = 0.0
         self._last_state = ""
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        if any(isinstance(event.payload, ServerEnding) for event in events):
-            self._stop()
-        else:
+        if not any(isinstance(event.payload, ServerEnding) for event in events):
             self._beat(RUNNING)
-
-    def _stop(self) -> None:
-        """Report the end, and delete the health file."""
+            return
         self._notify_systemd(STOPPING)
         if self._file is not None:
             with suppress(OSError):  # a probe must not take an old file for a server that lives

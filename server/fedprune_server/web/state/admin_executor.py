@@ -71,8 +71,9 @@ class AdminExecutor:
         if self._releases is None:
             return ()
         try:
-            folders = [p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink()]
-            folders = [p for p in folders if _is_release_name(p.name)]
+            folders = [
+                p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _is_release_name(p.name)
+            ]
             folders.sort(key=lambda p: p.stat().st_mtime, reverse=True)
         except OSError:
             return ()

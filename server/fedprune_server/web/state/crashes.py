@@ -1,4 +1,4 @@
-"""Boards' crash reports for the console."""
+"""Reads boards' crash reports for the console."""
 
 from __future__ import annotations
 
@@ -36,11 +36,6 @@ def _crash_row(crash: BoardCrash) -> dict[str, Any]:
         "slot": one_line(str(body.get("slot", "")), 64),
         "uptime_s": number_or_none(body.get("uptime_s"), 0.0, 1e12),
         "temperature_c": number_or_none(body.get("temperature_c"), -100.0, 300.0),
-        "memory_available": _whole_or_none(body.get("memory_available")),
-        "memory_total": _whole_or_none(body.get("memory_total")),
+        **{k: value if is_whole(value := body.get(k)) else None for k in ("memory_available", "memory_total")},
         "frames": tuple(one_line(f, 290) for f in frames_of(crash)[:_MAX_FRAMES]),
     }
-
-
-def _whole_or_none(value: Any) -> int | None:
-    return value if is_whole(value) else None
