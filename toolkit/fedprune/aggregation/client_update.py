@@ -48,15 +48,11 @@ def check_submodel(
     bounds: Mapping[str, float],
     optional: Collection[str] = (),
 ) -> None:
-    """Make sure that tensors are the submodel that a selection describes.
+    """Make sure that tensors are the submodel that a selection describes, within `bounds` by tensor; `optional` ones
+    may be missing.
 
-    Args:
-        bounds: By tensor the largest magnitude that its values may have.
-
-    Raises:
-        BundleError: The selection is of another architecture.
-        ProtocolError: A tensor is missing, unknown, not float32, of another shape than the selection says, or holds
-            values that are not finite or out of bounds; the message names it.
+    Raises `BundleError` if the selection is of another architecture, and `ProtocolError`, which names the tensor, if one
+    is missing, unknown, not float32, of another shape than the selection says, not finite or out of bounds.
     """
     if selection.architecture is not architecture and selection.architecture.digest != architecture.digest:
         raise BundleError("update's selection belongs to another architecture")

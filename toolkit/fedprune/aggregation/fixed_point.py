@@ -72,12 +72,8 @@ class Range:
 
     @classmethod
     def around(cls, reference: npt.NDArray[Any], *, min_exponent: int = 3, limbs: int = 1) -> Range:
-        """A range with room above the largest magnitude of `reference`, the same wherever it is computed.
-
-        Args:
-            reference: Finite values that all parties agree on, such as the round's base tensor.
-            min_exponent: The exponent isn't smaller than this.
-        """
+        """A range with room above the largest magnitude of `reference`: finite values that all parties agree on, such
+        as the round's base tensor. The exponent is at least `min_exponent`."""
         largest = largest_magnitude(reference)
         exponent = math.frexp(largest)[1] + _HEADROOM_DOUBLINGS if math.isfinite(largest) else min_exponent
         return cls(max(min_exponent, exponent), limbs)
@@ -148,13 +144,8 @@ class FixedSum:
         self.limbs = tuple(np.zeros(shape, np.int64) for _ in range(span.limbs))
 
     def add(self, values: npt.NDArray[Any], weight: int, index: Index = (...,)) -> None:
-        """Add weight·values at an index.
-
-        Args:
-            values: Finite values within the bound, of the indexed part's shape.
-            weight: A whole number from 1 up; all weights together must stay within `MAX_WEIGHT`.
-            index: Slices, or an open mesh of index arrays in which no index comes twice.
-        """
+        """Add weight·values, which are finite and within the bound, at an index: slices, or an open mesh of index
+        arrays in which no index comes twice. All weights together must stay within `MAX_WEIGHT`."""
         self.add_rows([values], [weight], index)
 
     def add_rows(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], index: Index = (...,)) -> None:
@@ -197,13 +188,7 @@ class FixedSum:
     ) -> bool:
         """Put sums times shares into `out`, in another order, if that is compiled; returns whether it was done.
 
-        Args:
-            out: Of the sums' shape.
-            base: Used where a share is 0, in the order of `out`.
-            share: By row and column.
-            rows: By row of the sums, that of `out`.
-            columns: The same by column.
-            inner: Numbers per row and column.
+        Arguments are as for `compiled_kernels.close_sums`; there are `inner` numbers per row and column.
         """
         if self.span.limbs > 1 or not out.size:
             return False

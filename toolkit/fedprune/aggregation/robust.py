@@ -60,11 +60,9 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
 
 
 def update_rows(slab: Slab, update: ClientUpdate, base: Tensors, full_selection: Selection) -> npt.NDArray[np.float32]:
-    """An update's values w_t + Δ_k in a slab: infinite where it holds none.
+    """An update's values w_t + Δ_k in a slab (`base` is w_t): infinite where it holds none.
 
-    Args:
-        base: The fold's base, w_t.
-        full_selection: The whole model, in its own order of channels.
+    `full_selection` is the whole model, in its own order of channels.
     """
     spec, selection = slab.spec, update.selection
     value = update.tensors[spec.name]

@@ -83,12 +83,7 @@ class MeanRows(NamedTuple):
 
 
 class RoundMeans:
-    """A round's means.
-
-    Args:
-        coverage: Which updates hold what; it isn't empty.
-        sums: By tensor Σ n·w, in the coverage's layout.
-    """
+    """A round's means, of sums (Σ n·w by tensor) in the layout of their coverage, which isn't empty."""
 
     def __init__(
         self,

@@ -136,13 +136,10 @@ class _WaitingUpdate(NamedTuple):
 class UpdateSums:
     """The sums of updates whose values and total weight are checked already.
 
-    Args:
-        spans: By tensor, the range of magnitudes that its sum accepts.
-        evidence: Also sum gradient moments, per coordinate of trainable tensors.
-        momentum: Of the devices' SGD; only evidence needs it.
+    `spans` are, by tensor, the range of magnitudes that its sum accepts. With `evidence` gradient moments are summed,
+    too, per coordinate of trainable tensors; `momentum` is that of the devices' SGD, which only evidence needs.
 
     Attributes:
-        coverage: Which updates hold what.
         moved: Σ n_k·u_k by tensor with u_k = Δ_k / `free_steps`, in the layout; empty without `evidence`.
         squared: Σ n_k·steps_k·u_k², the same way.
     """
@@ -176,11 +173,9 @@ class UpdateSums:
         *,
         copied: bool,
     ) -> None:
-        """Add an update.
+        """Add an update; `active` is, per tensor that it holds only in part, which elements.
 
-        Args:
-            active: Per tensor that it holds only in part, which elements.
-            copied: Whether its arrays were made for it alone: they then don't wait, which would take memory.
+        If it was `copied`, its arrays were made for it alone: they don't wait, since that would take memory.
         """
         selection = self.coverage.shared_selection(selection)
         update = _WaitingUpdate(selection, values, weight)

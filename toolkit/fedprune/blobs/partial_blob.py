@@ -124,10 +124,8 @@ class PartialBlob:
     the whole is computed while leaves arrive without a gap, so that `finish` has little left to read. Two partials of
     the same blob may grow at once: they write the same bytes.
 
-    Args:
-        vouched: Whether a trusted party, such as a signed offer, has named both digests. Verified leaves then suffice,
-        and
-            the whole is not hashed. Never True for a blob that its sender has named.
+    `vouched` says that a trusted party, such as a signed offer, has named both digests: verified leaves then suffice,
+    and the whole is not hashed. It is never True for a blob that its sender has named.
     """
 
     def __init__(self, store: BlobFolder, ref: BlobRef, *, vouched: bool = False) -> None:
@@ -212,10 +210,8 @@ class PartialBlob:
     def finish(self) -> None:
         """Verify the whole blob, unless its reference is vouched for, and give it its name.
 
-        Raises:
-            ProtocolError: All leaves are right but the whole is not: the reference contradicts itself. What has arrived
-                is deleted.
-            StorageError: Leaves are missing.
+        Raises `StorageError` if leaves are missing. If all leaves are right but the whole is not, the reference
+        contradicts itself: what has arrived is deleted, and `ProtocolError` raised.
         """
         if self.is_complete:
             self.close()

@@ -84,11 +84,9 @@ def limit_round(
     model: Tensors,
     move_limit: float,
 ) -> RoundLimits:
-    """Apply the limits to a round.
+    """Apply the limits to a round; `references` are those of the round before, empty in the first round.
 
-    Args:
-        references: References of the round before, empty in the first.
-        model: The global model; in the first round the initial one, from which the scales are taken.
+    The scales are taken from `model` in the first round, where it is the initial one.
     """
     trained = {t.name for t in architecture.trainable}
     # The first round has no references: its limits are the medians alone.

@@ -70,14 +70,8 @@ class JobPrivacyBudget:
         return bool(self._state.devices) and not any(self.may_be_offered(name) for name in self._state.devices)
 
     def release(self, tasks: Mapping[str, DeviceTask], cohorts: Sequence[Sequence[str]] = ()) -> bool:
-        """Count a round's sums as released, unless that overdraws a budget of shared noise.
-
-        Args:
-            cohorts: With secure aggregation, the devices of each sum that the server has seen; otherwise empty.
-
-        Returns:
-            Whether they may be released; if not, nothing is counted.
-        """
+        """Count a round's sums as released, unless that overdraws a budget of shared noise; returns whether they may be
+        released. `cohorts` are, with secure aggregation, the devices of each sum that the server has seen."""
         if not self._is_counted or self._privacy.is_local:
             return True
         # The multiplier at which a round's sums tell of each device.

@@ -20,10 +20,8 @@ Integers = npt.NDArray[np.int64]
 class ReadyDevices:
     """The devices that are ready. A device's *place* is its index among all names, until others join.
 
-    It reads the state, and never changes it.
-
-    Args:
-        may_be_offered: Whether a device may be offered anything at all, by its entry in the state.
+    It reads the state, and never changes it. `may_be_offered` tells by a device's entry in the state whether the device
+    may be offered anything at all.
     """
 
     def __init__(self, state: State, may_be_offered: Callable[[str], bool]) -> None:

@@ -54,11 +54,8 @@ class UpdateWeights:
         return update_weights(schedule, [arrival, *other_arrivals], self._total_samples, uniform=self._uniform)[0]
 
     def closing_record(self, fresh: dict[str, DeviceTask]) -> dict[str, Any]:
-        """The addends of the sums: these updates and, if the schedule keeps them, the other devices' last ones.
-
-        Returns:
-            JSON for `State.closing`: `rate`, `fresh` (names) and `weights` by name.
-        """
+        """The addends of the sums: these updates and, if the schedule keeps them, the other devices' last ones; as JSON
+        for `State.closing`: `rate`, `fresh` (names) and `weights` by name."""
         self._refresh()
         state, schedule = self._state, self._schedule
         entering = {n: self._arrival_of_task(t) for n, t in fresh.items()}
@@ -79,11 +76,8 @@ class UpdateWeights:
         return {"rate": rate, "fresh": sorted(fresh), "weights": dict(zip(names, weights, strict=True))}
 
     def buffer_record(self, task: DeviceTask, contribution: dict[str, Any]) -> dict[str, Any]:
-        """The record of a device's counted update.
-
-        Args:
-            contribution: The update, as `plain_json` gives it; dropped where the schedule doesn't keep it.
-        """
+        """The record of a device's counted update; `plain_json` makes `contribution`, which is dropped where the
+        schedule doesn't keep updates."""
         self._refresh()
         return {
             "round": self._state.round_of(task),

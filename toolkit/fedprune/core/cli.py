@@ -187,11 +187,9 @@ def setting_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def recipe_setting(lists: Collection[str]) -> Callable[[str], tuple[str, Any]]:
-    """The type of an option `KEY=VALUE`, such as lr=0.01: the value is JSON, or else text; a list may be given with
-    commas.
+    """The type of an option `KEY=VALUE`, such as lr=0.01: the value is JSON, or otherwise text.
 
-    Args:
-        lists: Keys whose values are lists.
+    The value of a key in `lists` is a list, which may be given with commas.
     """
 
     def parse_setting(text: str) -> tuple[str, Any]:

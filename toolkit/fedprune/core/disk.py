@@ -53,9 +53,7 @@ def read_file(path: Path | str, max_bytes: int = MAX_READ_BYTES) -> bytes:
 def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
     """Raise errors of the operating system as `StorageError`, a full disk or quota as `StorageFullError`.
 
-    Args:
-        what: The failed action, for the message.
-        missing: Let FileNotFoundError through.
+    `what` is the failed action, for the message; `missing` lets `FileNotFoundError` through.
     """
     try:
         yield

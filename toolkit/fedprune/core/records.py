@@ -96,11 +96,8 @@ def encode_record(record: object) -> bytes:
 
 
 def decode_record(kind: type[Record], raw: bytes, what: str, error: type[FedpruneError]) -> Record:
-    """Read a record from JSON, and check it.
-
-    Raises:
-        error: It is no JSON, or a field is missing or wrong; `what` and the field's path name it.
-    """
+    """Read a record from JSON, and check it. Raises `error` if it is no JSON, or a field is missing or wrong; `what`
+    and the field's path name it."""
     try:
         record: Record = _decoder(cast("Hashable", kind)).decode(raw)
         return record

@@ -79,12 +79,8 @@ class FlowerAllocation:
         return [n for n in nodes if n not in self._share_of_node] if self.asks_nodes else []
 
     def note_answer(self, node: int, density: object, profile: object, samples: object) -> None:
-        """Note the share that a node asks for by its answer.
-
-        Raises:
-            ProtocolError: It is neither a density nor a profile that comes with fedprune.
-            PlanError: No width fits that profile.
-        """
+        """Note the share that a node asks for by its answer. Raises `ProtocolError` if it is neither a density nor a
+        profile that comes with fedprune, and `PlanError` if no width fits that profile."""
         if isinstance(profile, str) and density is None:
             available = profile_store.shipped_profile_names()  # names only: text from a node never names a file here
             if profile not in available:

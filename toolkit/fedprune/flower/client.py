@@ -122,8 +122,7 @@ def answer(
 
     Args:
         density: The share of the model's channels that it can train.
-        profile: Or the name of the board that it is, for which the server plans widths.
-        samples: Its training samples, with which a round's time is foretold.
+        profile: Or the name of the board that it is, for which the server plans widths, by the training `samples`.
     """
     if (density is None) == (profile is None):
         raise ConfigError("what a node carries", expected="a density or a profile", got=(density, profile))

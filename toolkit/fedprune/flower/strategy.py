@@ -30,12 +30,9 @@ from fedprune.model.selection import Tensors
 _ANSWER_TIMEOUT_S = 60.0
 
 # Names that torch's batch norms have in a state dict.
-_COUNTER_SUFFIX = "num_batches_tracked"
-
-_VARIANCE_SUFFIX = "running_var"
+_COUNTER_SUFFIX, _VARIANCE_SUFFIX = "num_batches_tracked", "running_var"
 
 _LOG = logging.getLogger("flwr.fedprune")
-
 
 # Flower's own FedAvg weighs nodes by their samples, and at full width this one is to be the same. A server of fedprune
 # trusts less what boards say of themselves (`Job.weight_limit`).

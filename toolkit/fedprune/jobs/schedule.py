@@ -45,11 +45,8 @@ class Staleness:
         check_fields(self, ("staleness",))
 
     def __call__(self, k: int) -> float:
-        """s(k), at least 2^-50 and at most 1.
-
-        Args:
-            k: Aggregations since the model that the update was trained from; below 0 counts as 0.
-        """
+        """s(k), from 2^-50 to 1, for k aggregations since the model that the update was trained from; below 0 counts as
+        0."""
         k = max(0, k)
         if self.decay == "polynomial":
             return max(_MIN_SHARE, float((k + 1.0) ** -self.a))
@@ -138,15 +135,10 @@ class Schedule:
         return cls(**values)
 
     def closes_at(self, opened_at: float, arrival_times: Sequence[float], is_awaited: bool, now: float) -> float | None:
-        """The time at which the round that collects updates closes.
+        """The time at which the round that collects updates closes; None where that depends on what is still to come.
 
-        It waits for no more than can come: a device trains a model once, so if none is at work no update follows.
-
-        Args:
-            arrival_times: When its updates came, sorted; some may have come before it began.
-
-        Returns:
-            A time, not after `now` where it is time to close; None where that depends on what is still to come.
+        `arrival_times` are those of its updates, sorted; some may have come before it was opened. The round waits for
+        no more than can come: a device trains a model once, so if no update is awaited none follows.
         """
         if not arrival_times:
             return None

@@ -427,11 +427,8 @@ class State:
     def from_json(
         cls, text: str, devices: Iterable[tuple[str, Any]] = (), tasks: Iterable[tuple[str, Any]] = ()
     ) -> State:
-        """Read what `to_json` wrote. Raises `StorageError` if the text is damaged or of another version.
-
-        Args:
-            devices: Names and rows of devices that the text doesn't have, each read when its turn comes.
-        """
+        """Read what `to_json` wrote, with rows of devices and tasks, by name, that the text doesn't have. Raises
+        `StorageError` if the text is damaged or of another version."""
         try:
             body = json.loads(text)
             if body.pop("format") != FORMAT:

@@ -82,13 +82,8 @@ def printable(text: str) -> str:
 
 @contextmanager
 def log_to_stdout(*, verbose: bool, form: str = TEXT, stream: TextIO | None = None) -> Iterator[None]:
-    """Write fedprune's log to stdout, and to nothing else.
-
-    Args:
-        verbose: Debug messages, too.
-        form: `TEXT` or `JSON`.
-        stream: Another stream to write to.
-    """
+    """Write fedprune's log to stdout or another stream, and to nothing else, as `TEXT` or `JSON`; if `verbose`, with
+    debug messages."""
     logger = logging.getLogger("fedprune")
     before = (logger.handlers[:], logger.level, logger.propagate)
     handler = logging.StreamHandler(stream or sys.stdout)

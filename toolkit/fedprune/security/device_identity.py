@@ -113,15 +113,10 @@ class DeviceIdentity:
     def admit(self, answer: JoinAnswer, pin: bytes) -> Admission | None:
         """Accept an answer to the pending request, after which the device has `has_joined`.
 
-        Args:
-            pin: The authority's pin: of the claim, configured, or `pin` of a joined device.
-
-        Returns:
-            The admission; None if the device must wait for the operator and repeat the request.
-
-        Raises:
-            SignatureError: The answer is not to the pending request, not by the authority, or names another server.
-            JoinError: The device is refused; the next request is a new one.
+        `pin` is the authority's: of the claim, configured, or that of a joined device. Returns the admission; None if
+        the device must wait for the operator and repeat the request. Raises `SignatureError` if the answer is not to
+        the pending request, not by the authority, or names another server, and `JoinError` if the device is refused;
+        the next request is then a new one.
         """
         pending = self._pending_request()
         if pending is None:

@@ -46,12 +46,8 @@ class Admission:
 
 
 def make_join_request(site: str, device: str, key: SigningKey, csr: str, claim: JoinClaim | None = None) -> JoinRequest:
-    """A request to join, or, with a member's key, for a new certificate.
-
-    Args:
-        csr: A certificate request, for a TLS key without a certificate.
-        claim: Lets the device join at once; without one the operator decides.
-    """
+    """A request to join, or, with a member's key, for a new certificate; `csr` is a certificate request for the TLS
+    key. With a claim the device joins at once; without one the operator decides."""
     nonce = secrets.token_hex(16)
     claim_id = claim.id.hex() if claim is not None else None
     body = _request_text(site, device, key.verifying_key.hex, csr, nonce, claim_id)
@@ -66,9 +62,8 @@ def check_request(request: JoinRequest) -> VerifyingKey:
     The certificate request has to name the device. Otherwise a member could repeat another's certificate request under
     its own name, and so use up that device's TLS key.
 
-    Raises:
-        SignatureError: The signature is invalid.
-        ProtocolError: The key or certificate request is invalid or another device's, or a claim lacks its proof.
+    Raises `SignatureError` if the signature is invalid, and `ProtocolError` if the key or certificate request is
+    invalid or another device's, or a claim lacks its proof.
     """
     if (request.claim is None) != (request.mac is None):
         raise ProtocolError("join: claim and mac", expected="both or neither", got="one")
@@ -100,13 +95,9 @@ def signed_answer_bytes(
 def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admission | None:
     """Verify the answer to a request by the authority with this pin: the claim's, a configured one, or the known one.
 
-    Returns:
-        The admission; None if the device must wait for the operator and repeat the request.
-
-    Raises:
-        SignatureError: The answer is to another request, or not by the authority with the pin.
-        JoinError: The device is refused.
-        ProtocolError: The answer is invalid.
+    Returns the admission; None if the device must wait for the operator and repeat the request. Raises `SignatureError`
+    if the answer is to another request, or not by the authority with the pin, `JoinError` if the device is refused, and
+    `ProtocolError` if the answer is invalid.
     """
     if not is_same(answer.request, request_digest(request)):
         raise SignatureError("the answer is to another request")

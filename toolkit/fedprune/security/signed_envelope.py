@@ -87,12 +87,8 @@ class SignedEnvelope:
 
 
 def seal(key: SigningKey, topic: str, epoch: int, counter: int, body: bytes) -> bytes:
-    """Put a message into its envelope.
-
-    Args:
-        epoch: A number that was on the sender's disk before it was first used.
-        counter: Larger than those of earlier messages of this epoch and stream.
-    """
+    """Put a message into its envelope. The epoch was on the sender's disk before it was first used; the counter is
+    larger than those of earlier messages of this epoch and stream."""
     if len(body) > MAX_MESSAGE_BYTES:
         raise ProtocolError(
             "message is too long to be signed", expected=f"at most {MAX_MESSAGE_BYTES} bytes", got=len(body)

@@ -111,11 +111,8 @@ def unpinned_context() -> ssl.SSLContext:
 
 
 def check_local_host(host: str, setting: str = "") -> None:
-    """Raise `ConfigError` if a connection without TLS, or without an identity, would leave this machine.
-
-    Args:
-        setting: The server's setting that names the host; empty if the host is a broker's.
-    """
+    """Raise `ConfigError` if a connection without TLS, or without an identity, would leave this machine. `setting` of
+    the server names the host; it is empty if the host is a broker's."""
     if host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
             f"{setting or 'a broker'} without TLS and identity", expected="127.0.0.1, ::1 or localhost",

@@ -28,8 +28,7 @@ _DAY = 24 * 3600
 class TrustedTime:
     """A board's time floor, stored in a file. A damaged file is ignored, because the server sends the time again.
 
-    Args:
-        latest: Returns the limit of accepted times, the end of the board's certificate, in seconds since 1970.
+    `latest` returns the limit of accepted times, the end of the board's certificate, in seconds since 1970.
     """
 
     def __init__(self, path: Path, latest: Callable[[], int]) -> None:

@@ -431,12 +431,8 @@ _TYPES: dict[str, type[Message]] = {c.kind: c for c in get_args(Message)}
 
 
 def parse_message(raw: bytes) -> Message:
-    """Read and check a message; keys that it doesn't know are ignored.
-
-    Raises:
-        UnknownMessageError: It is of an unknown type.
-        ProtocolError: It is too long or no JSON, or a field is missing or wrong; the error names the field.
-    """
+    """Read and check a message; unknown keys are ignored. Raises `UnknownMessageError` for an unknown type, and
+    `ProtocolError` if it is too long or no JSON, or a field is missing or wrong; the error names the field."""
     if len(raw) > MAX_MESSAGE_BYTES:
         raise ProtocolError("message is too long", expected=f"at most {MAX_MESSAGE_BYTES} bytes", got=len(raw))
     # Decoded twice: the type decides the class, and messages are small.

@@ -31,11 +31,7 @@ class RejectedMessageLog:
         self._since = clock()
 
     def note_rejection(self, topic: str, error: FedpruneError, sender: str = "") -> None:
-        """Log or count a rejected message.
-
-        Args:
-            sender: Name of the device that sent it, if it belongs to the fleet; empty for anybody else.
-        """
+        """Log or count a rejected message; `sender` is the device, if it belongs to the fleet, and otherwise empty."""
         now = self._clock()
         if now - self._since >= LOG_PERIOD_S:
             for name, count in sorted(self._counts.items()):
