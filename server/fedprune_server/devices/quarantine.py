@@ -26,9 +26,9 @@ from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.messages import MAX_REQUEST
+from fedprune_server.devices.join_flood import JoinFlood
 
 log = logging.getLogger("fedprune.server")
 
@@ -75,9 +75,6 @@ FORGIVEN_AFTER_S = 24 * 3600.0
 # Maximum points that all unknown devices have together, and that they regain in a second.
 MAX_STRANGER_POINTS, STRANGER_POINTS_PER_S = 100_000.0, 1000.0
 
-# Seconds for which requests to join count as flooded after some were dropped.
-JOIN_FLOOD_S = 60.0
-
 _SAVE_INTERVAL_S, _WARNING_INTERVAL_S = 10.0, 600.0
 
 
@@ -110,6 +107,8 @@ class UnusedMessages:
 
 @dataclass(slots=True)
 class _Ledger:
+    """The account of a device: its points, its free requests and chunks, and its quarantines."""
+
     points: float = MAX_POINTS
     refilled_at: float = 0.0
     credit: int = 0
@@ -137,8 +136,7 @@ class Quarantine:
         # Made when a device is first heard: most of a large fleet's members are away.
         self._ledgers: dict[str, _Ledger] = {}
         self._strangers = _Ledger(MAX_STRANGER_POINTS, clock())
-        self._flooding_client: tuple[str, float] | None = None
-        self._join_flood_at = -JOIN_FLOOD_S
+        self.join_flood = JoinFlood(clock)
         self._events: list[Quarantined | Released] = []
         self._quarantine_ends: list[tuple[float, str]] = []
         self._has_changed = path is not None and path.exists()
@@ -220,35 +218,6 @@ class Quarantine:
             self._charge(device, ledger, INVALID_MESSAGE_COST, self._clock(), "messages that make no sense")
         else:
             self._charge_strangers(INVALID_MESSAGE_COST, self._clock())
-
-    def note_join_flood(self, client: str) -> None:
-        """Note that requests to join fill their inbox, so that its connection is closed for a while. `client` is the
-        MQTT client id of the flooding client; empty if many clients send a few requests each. Only the latest client is
-        stored: a stranger can choose any number of ids."""
-        now = self._clock()
-        is_logged, self._join_flood_at = now < self._join_flood_at + JOIN_FLOOD_S, now
-        if not client:
-            if not is_logged:
-                log.warning(
-                    "more boards ask to join than this server answers at a time: some wait longer, and ask again. If "
-                    "you don't expect them, close the listener for joining"
-                )
-            return
-        client = one_line(client, 64)
-        if not self.flooding_client():
-            log.warning(
-                "the MQTT client %s floods the topic for joining: requests to join are dropped, those of %s first. "
-                "The broker's log has its address; close the listener for joining while no board is to join",
-                client, client,
-            )  # fmt: skip
-        self._flooding_client = client, now + JOIN_FLOOD_S
-
-    def flooding_client(self) -> str | None:
-        """The MQTT client id that flooded the requests to join; empty if many clients did together, None if none."""
-        now = self._clock()
-        if self._flooding_client is not None and self._flooding_client[1] > now:
-            return self._flooding_client[0]
-        return "" if now < self._join_flood_at + JOIN_FLOOD_S else None
 
     def note_rejected_update(self, device: str, kind: str, reason: str) -> None:
         """Note that a device's update was rejected. Only `FailureKind.MALFORMED` counts.

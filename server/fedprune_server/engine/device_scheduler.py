@@ -12,12 +12,8 @@ from fedprune_server.engine.job_runner import JobRunner
 class DeviceScheduler:
     """Takes back the devices that have done their part in a round, and assigns free devices to jobs that need them.
 
-    Args:
-        connected: The connected devices, each with its birth (the message by which it announces itself).
-
-    Attributes:
-        job_of_device: The job to which each device is assigned; free devices are left out.
-    """
+    `connected` are the connected devices, each with its birth (the message by which it announces itself).
+    `job_of_device` has no entries for free devices."""
 
     def __init__(self, runners: Mapping[str, JobRunner], connected: Mapping[str, Birth]) -> None:
         self._runners, self._connected = runners, connected

@@ -217,7 +217,7 @@ class Server:
             connected_devices=self.connected,
             job_of_device=LazyMapping(self._scheduler.assignments),
             quarantines=LazyMapping(quarantine.sentences),
-            flooding_client=quarantine.flooding_client(),
+            flooding_client=quarantine.join_flood.flooding_client(),
             has_several_jobs=self._has_several_jobs,
         )
 

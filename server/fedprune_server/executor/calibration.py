@@ -33,13 +33,8 @@ class Calibration:
     architecture and graph of `model` are used, not its weights. Raises `DataError` if there are fewer than two samples,
     or they have another shape than the model's input.
 
-    Args:
-        x: Samples, as the model takes them, in any order; of more than `MAX_SAMPLES`, evenly spaced ones are used.
-        features: Parts of the model that are frozen: their statistics stay as they are.
-
-    Attributes:
-        samples: The samples that are used.
-    """
+    Samples `x` are as the model takes them, in any order; of more than `MAX_SAMPLES`, evenly spaced ones are used
+    (`samples`). Statistics of parts that are frozen (`features`) stay as they are."""
 
     def __init__(self, model: Model, x: npt.NDArray[Any], features: Features | None = None) -> None:
         shape = tuple(model.architecture.input_shape)

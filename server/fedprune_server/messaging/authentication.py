@@ -185,7 +185,7 @@ class AuthenticatedLink(Relay):
         """
         if joins.dropped_count != self._dropped_joins:
             self._dropped_joins, self._flooder = joins.dropped_count, joins.flooding_prefix
-            self._quarantine.note_join_flood(joins.flooding_prefix.rpartition("/")[2])
+            self._quarantine.join_flood.note(joins.flooding_prefix.rpartition("/")[2])
         self._refill_joins()
         if self._join_allowance < 1:
             return False

@@ -67,10 +67,8 @@ class ServerConnection:
 
 @contextmanager
 def open_connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[ServerConnection]:
-    """The connection for a configuration, with its embedded broker; both are closed at the end.
-
-    Args:
-        identity: The server's identity, which stays open; None to do without, on this machine alone.
+    """The connection for a configuration, with its embedded broker; both are closed at the end. The server's identity
+    stays open; a server without one is for this machine only.
 
     Raises:
         IdentityError: The identity's files or the authorities' can't be used.

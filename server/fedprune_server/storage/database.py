@@ -61,11 +61,8 @@ class Database(Closeable):
     has no room, and `StorageError` if it can't be used. Raises `ConfigError` if the URL names no database that can be
     used, and `MissingExtraError` if the driver isn't installed.
 
-    Attributes:
-        url: The URL without a password, for messages.
-        fence: Called first in each transaction of `fenced_transaction`; raises if this process may no longer write.
-        max_away_s: Seconds for which the database may be away.
-    """
+    `url` has no password, for messages. `fence` is called first in each `fenced_transaction`; it raises if this process
+    may no longer write. The database may be away for `max_away_s`."""
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         parsed = parse_database_url(url)

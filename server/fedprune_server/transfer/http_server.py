@@ -122,15 +122,9 @@ class BlobServer(Closeable):
     """The web server: it listens at once, and answers until `close`, on a thread of its own. Raises `ConfigError` if
     the address can't be listened on.
 
-    Args:
-        context: Returns TLS for a new connection, which asks for the board's certificate; None to do without.
-        connections: Maximum number of connections, without those for uploads.
-
-    Attributes:
-        jobs: The jobs whose blobs may be fetched and uploaded; at first none.
-        sent: Bytes of blobs that were sent.
-        received: Number of received updates.
-    """
+    `context` returns TLS for a new connection, which asks for the board's certificate; None to do without. At most
+    `connections` are open, apart from those for uploads. `jobs`, at first none, have the blobs that may be fetched and
+    uploaded; `sent` counts bytes, and `received` updates."""
 
     def __init__(
         self,

@@ -368,7 +368,7 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     lab.now += 1
     server.link.get()
     assert not joining.inbox, "honest requests would wait behind those of the flood"
-    assert quarantine.flooding_client() == "ab" * 16
+    assert quarantine.join_flood.flooding_client() == "ab" * 16
     assert not quarantine.sentences(), "it is no device, and can't be revoked"
     assert quarantine.rows() == {}
     lab.now += 1

@@ -290,8 +290,8 @@ def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool
     monitor = watching(tmp_path, now=lambda: now[0])
     for now[0] in range(1000, 1200):
         if now[0] % 20 == 0:
-            quarantine.note_join_flood(f"eve\x1b[2J-{now[0]:.0f}" * 9 if named else "")
-        show(monitor, fleet=FleetSnapshot(flooding_client=quarantine.flooding_client()))
+            quarantine.join_flood.note(f"eve\x1b[2J-{now[0]:.0f}" * 9 if named else "")
+        show(monitor, fleet=FleetSnapshot(flooding_client=quarantine.join_flood.flooding_client()))
         changes += [(now[0], alert.kind) for alert in monitor.book.open_alerts if not changes]
     assert changes == [(1060, "joins-flooded")]
     (alert,) = monitor.book.open_alerts
@@ -299,9 +299,11 @@ def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool
     assert len(alert.what) < 250
     assert ("eve [2J-1180" in alert.what) is named
     if not named:
-        quarantine.note_join_flood("eve")
-        quarantine.note_join_flood("")
-        assert quarantine.flooding_client() == "eve", "the latest client that floods keeps its name for a while"
+        quarantine.join_flood.note("eve")
+        quarantine.join_flood.note("")
+        assert quarantine.join_flood.flooding_client() == "eve", (
+            "the latest client that floods keeps its name for a while"
+        )
 
 
 def test_the_clock_on_the_wall_may_jump() -> None:
