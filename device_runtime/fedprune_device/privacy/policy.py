@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, PrivacyError
+from fedprune.core.settings import bounded, check_fields
 from fedprune.core.toml_file import read_toml
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_cost import epsilon_for
@@ -31,23 +32,19 @@ class PrivacyPolicy:
     `secure_aggregation` doesn't require noise.
     """
 
-    least_noise: float = 0.0
-    most_clip: float = 0.0
-    most_epsilon: float = 0.0
-    delta: float = 1e-5
+    least_noise: float = bounded(0.0, 0, 1e4)
+    most_clip: float = bounded(0.0, 0, 1e6)
+    most_epsilon: float = bounded(0.0, 0, 1e6)
+    delta: float = bounded(1e-5, 0, 1, above=True, below=True)
     secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
-        validation.check_number(("privacy", "least_noise"), self.least_noise, 0, 1e4)
-        validation.check_number(("privacy", "most_clip"), self.most_clip, 0, 1e6)
-        validation.check_number(("privacy", "most_epsilon"), self.most_epsilon, 0, 1e6)
-        validation.check_number(("privacy", "delta"), self.delta, 0, 1, above=True, below=True)
-        validation.check_bool(("privacy", "secure_aggregation"), self.secure_aggregation)
+        check_fields(self, ("privacy",))
 
     def check(self, recipe: Recipe, cost: float) -> None:
         if self.secure_aggregation and not recipe.secure_aggregation:
             raise PrivacyError(
-                "this board takes part in jobs with secure aggregation alone",
+                "this board takes part only in jobs with secure aggregation",
                 expected="secure_aggregation = true",
                 got="an offer that asks for the update as it is",
                 hint="The board's owner asks for it; set secure_aggregation = true in the job's [job].",
@@ -57,7 +54,7 @@ class PrivacyPolicy:
             if self.secure_aggregation and not (self.least_noise or self.most_clip or self.most_epsilon):
                 return
             raise PrivacyError(
-                "this board takes part in private jobs alone",
+                "this board takes part only in private jobs",
                 expected="updates with clip and noise",
                 got="a clip without noise, or with next to none" if recipe.update_clip else "neither clip nor noise",
                 hint=_OWNER_HINT,

@@ -82,9 +82,8 @@ class Allocator(ABC):
     def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
         """Give a device that announced itself density and widths, or the reason why it takes no part (`excluded`).
 
-        Args:
-            fleet: With the device as it announced itself; what is remembered of it has been taken over.
-            previous: The device before, if it was there; None also when settings may have changed.
+        What is remembered of the device has been taken over. `previous` is the device before, if it was there; None
+        also when settings may have changed.
         """
 
     def open(self, fleet: Fleet) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,20 +27,13 @@ _BOOL_TYPES = (bool, np.bool_)
 _NUMBER_KINDS = "fiub"
 
 
+@dataclass(eq=False)
 class UnfitError(Exception):
-    """An answer of another type or shape.
+    """An answer of another type or shape: in a part of it, such as `.ranks`, or in all of it (empty)."""
 
-    Attributes:
-        part: Which part of the answer, such as `.ranks`; empty for all of it.
-        expected: What it should be.
-        got: What it is.
-    """
-
-    def __init__(self, part: str, expected: str, got: str) -> None:
-        super().__init__(part, expected, got)
-        self.part = part
-        self.expected = expected
-        self.got = got
+    part: str
+    expected: str
+    got: str
 
 
 def _check_ranking(answer: Any, arguments: Sequence[Any]) -> None:

@@ -104,10 +104,8 @@ class Recovery:
 def watch_score(old_state: Mapping[str, Any], new_score: float | None, patience: int) -> tuple[dict[str, Any], bool]:
     """One check for early stopping: the state to pass to the next check, as JSON, and whether it fires.
 
-    Args:
-        old_state: The state from the last check; empty at first.
-        new_score: The score, more is better; None without one.
-        patience: After this many checks without a better score it fires, and starts to count again.
+    `old_state` is that of the last check, empty at first; more of `new_score` is better, None without a score. After
+    `patience` checks without a better score it fires, and starts to count again.
     """
     best_score, last_score = old_state.get("best"), old_state.get("last")
     count = int(old_state.get("count", 0))

@@ -60,14 +60,12 @@ class Evidence:
         return evidence
 
     def update(self, fold: Fold, lr: float, samples_per_step: float = 1.0) -> None:
-        """Take in one round (the formulas are the module's). Raises `BundleError` if the fold is of another
-        architecture or without evidence, or the rates are out of range.
+        """Take in one round (the formulas are the module's) by its fold, made with `evidence=True` and the devices'
+        momentum.
 
-        Args:
-            fold: The round's running sum of updates, made with `evidence=True` and the devices' momentum; open or
-                closed.
-            lr: The devices' learning rate, in the middle of the round where it changes.
-            samples_per_step: Different samples per step: the batch size, divided by the number of epochs.
+        `lr` is the devices' learning rate, in the middle of the round where it changes; `samples_per_step` is the batch
+        size, divided by the number of epochs. Raises `BundleError` if the fold is of another architecture or without
+        evidence, or the rates are out of range.
         """
         if fold.architecture.digest != self.architecture.digest:
             raise BundleError("evidence and fold belong to different architectures")

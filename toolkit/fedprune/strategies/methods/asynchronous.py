@@ -73,14 +73,14 @@ class FedBuffOptions(AsynchronousOptions):
 
 
 def fedasync(job: Job) -> Strategy:
-    """Every update moves the model as it comes (Xie et al. 2019, Alg. 1). Raises `ConfigError` if an option is wrong."""
+    """Every update moves the model as it comes (Xie et al. 2019, Alg. 1). Raises `ConfigError`."""
     options = read_options(job, FedAsyncOptions)
     # An update is the model's only one when it counts, so its samples can't weigh against others'.
     return _asynchronous_strategy(job, options, Mean(weighting="uniform"), options.mixing, arrivals=1)
 
 
 def fedfix(job: Job) -> Strategy:
-    """The model moves at the end of every window (Fraboni et al. 2022, FedFix). Raises `ConfigError` if an option is wrong."""
+    """The model moves at the end of every window (Fraboni et al. 2022, FedFix). Raises `ConfigError`."""
     options = read_options(job, FedFixOptions)
     kind = DeltaMean if options.mixing == "unbiased" else Mean
     aggregator = kind(rule="fill", weighting="uniform")
@@ -88,7 +88,7 @@ def fedfix(job: Job) -> Strategy:
 
 
 def fedbuff(job: Job) -> Strategy:
-    """The model moves by the mean of every K moves (Nguyen et al. 2022, Alg. 1). Raises `ConfigError` if an option is wrong."""
+    """The model moves by the mean of every K moves (Nguyen et al. 2022, Alg. 1). Raises `ConfigError`."""
     options = read_options(job, FedBuffOptions)
     aggregator = DeltaMean(rule="fill", weighting="uniform")
     return _asynchronous_strategy(job, options, aggregator, "damped", arrivals=options.buffer)

@@ -51,7 +51,7 @@ class FedPer(Strategy):
 
 
 def fedper(job: Job) -> Strategy:
-    """Some tensors are never shared; the others are FedAvg's. Raises `ConfigError` if an option is wrong."""
+    """Some tensors are never shared; the others are FedAvg's. Raises `ConfigError`."""
     options = read_options(job, FedPerOptions)
     if not options.personal or not all(isinstance(p, str) and p for p in options.personal):
         raise ConfigError(
@@ -61,7 +61,7 @@ def fedper(job: Job) -> Strategy:
 
 
 def local(job: Job) -> Strategy:
-    """Every board trains alone, from the job's first model on, and shares nothing. Raises `ConfigError` if an option is wrong."""
+    """Every board trains alone, from the job's first model on, and shares nothing. Raises `ConfigError`."""
     return _personal_strategy(job, ("*",), read_options(job, LocalOptions).densities, "samples", "updates")
 
 

@@ -61,7 +61,7 @@ def fuse_history(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
 
 
 def history(job: Job) -> Strategy:
-    """Nested slices whose devices remember their own last model. Raises `ConfigError` if an option is wrong."""
+    """Nested slices whose devices remember their own last model. Raises `ConfigError`."""
     options = read_options(job, HistoryOptions)
     return History(
         job.strategy,

@@ -53,12 +53,8 @@ def align(
 def prune(
     model: Mapping[str, Floats], history: Mapping[str, Floats], selection: Selection, alpha: float = 0.5
 ) -> Tensors:
-    """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6). Raises as `align`.
-
-    Args:
-        history: The device's last update, whose channels the selection says.
-        alpha: The global model's share, from 0 to 1.
-    """
+    """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6), with α from 0 to 1 and the
+    device's last update, whose channels the selection says, as its history. Raises as `align`."""
     # Nothing of the global model enters: no plan need be solved.
     if alpha == 0:
         _check_tensors(history, selection)
