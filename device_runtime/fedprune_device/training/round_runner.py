@@ -29,7 +29,7 @@ from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.local_state import RoundState
 from fedprune_device.storage.state_store import MemoryStateStore, StateStore
 from fedprune_device.training.evaluation import MACHINE_METRICS, Evaluation, is_clearly_better, training_metrics
-from fedprune_device.training.local_update import LocalUpdate, ServingAverage
+from fedprune_device.training.local_update import LocalUpdate, ServingAverage, UpdateFiles
 from fedprune_device.training.received_weights import decode_weights
 from fedprune_device.training.trainer import Trainer, TrainerCache
 from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingStoppedError, TrainingTask
@@ -156,17 +156,15 @@ class RoundRunner:
         if files.averages:
             if evaluates:
                 evaluation.measure(self._stage_candidate(offer, serving), when)
-            (average, serving), when = self._choose_average(offer, files.averages, evaluation), "average"
-            files, loss = replace(files, averages=()), average.loss
-            if recipe.validate_blend:
-                evaluation.metrics[BLEND] = average.received_share
-                if files.local_state is not None:
-                    local_state = replace(files.local_state, alone=average.received_share < recipe.blend)
-                    files = replace(files, local_state=local_state)
-            del average
+            (files, serving, loss), when = self._take_average(offer, recipe, files, evaluation), "average"
         if checks or evaluates:
             candidate = self._stage_candidate(offer, serving)
-            self._measure(evaluation, candidate, loss, when if evaluates else None, checks=checks)
+            if checks:
+                evaluation.check(candidate, loss)
+            if evaluates:
+                evaluation.measure(candidate, when)
+            if checks:
+                evaluation.measure_latency(candidate)
         if self._checked_graphs is not None:
             self._checked_graphs.add(graphs)
         model = self._lower(offer, recipe, inputs, serving)
@@ -239,17 +237,18 @@ class RoundRunner:
             raise TrainingStoppedError("training was stopped after its last step")
         return result
 
-    @staticmethod
-    def _measure(
-        evaluation: Evaluation, model: Predictor, loss: float | None, when: str | None, *, checks: bool
-    ) -> None:
-        """Check the model that is to serve, and evaluate it under the name `when`, None for not at all."""
-        if checks:
-            evaluation.check(model, loss)
-        if when is not None:
-            evaluation.measure(model, when)
-        if checks:
-            evaluation.measure_latency(model)
+    def _take_average(
+        self, offer: Offer, recipe: Recipe, files: UpdateFiles, evaluation: Evaluation
+    ) -> tuple[UpdateFiles, bytes, float | None]:
+        """The files without averages, the average that is to serve as a file, and its loss in the training graph."""
+        average, serving = self._choose_average(offer, files.averages, evaluation)
+        files = replace(files, averages=())
+        if recipe.validate_blend:
+            evaluation.metrics[BLEND] = average.received_share
+            if files.local_state is not None:
+                local_state = replace(files.local_state, alone=average.received_share < recipe.blend)
+                files = replace(files, local_state=local_state)
+        return files, serving, average.loss
 
     def _update(
         self, offer: Offer, recipe: Recipe, sent: BlobRef, result: TrainingResult, metrics: Mapping[str, float]

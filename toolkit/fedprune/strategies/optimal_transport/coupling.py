@@ -61,13 +61,8 @@ class Coupling:
     def of(
         cls, sources: int, targets: int, rows: npt.ArrayLike, columns: npt.ArrayLike, flow: npt.ArrayLike
     ) -> Coupling:
-        """A checked coupling. Raises `BundleError` if the marginals are not uniform.
-
-        Args:
-            rows: Source of every entry; an entry may come twice.
-            columns: Target of every entry.
-            flow: The plan's mass in units of 1/lcm(n, m): every source sends lcm/n, every target gets lcm/m.
-        """
+        """A checked coupling of entries, which may come twice. `flow` is the plan's mass in units of 1/lcm(n, m): every
+        source sends lcm/n, every target gets lcm/m. Raises `BundleError` if the marginals are not uniform."""
         i, j = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
         mass = np.asarray(flow, np.float64)
         keys, summed = _merge_entries(j * sources + i, mass)
