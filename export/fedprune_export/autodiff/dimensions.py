@@ -1,4 +1,4 @@
-"""Sizes that vary: the batch, widths of channel groups, and whatever is computed from them.
+"""Symbolic sizes: the batch, the widths of channel groups, and all sizes that are computed from them.
 
 A dimension is a number, or the name of a polynomial with whole coefficients in the batch and the groups' widths. Names
 are canonical (`g0*192`, `g1+16`, `N*g0*4`), so that equal sizes are the same dimension. What a name represents at run

@@ -1,4 +1,4 @@
-"""Operators of later opsets in the normalised graph, and how they are written where the target lacks them.
+"""Composites: operators of later opsets in the normalised graph, written in primitives where the target lacks them.
 
 They have the name and the meaning of the later opset's operator. A norm in primitives is a dozen operators; as one
 node it can be cut and differentiated by one rule. The rules here read no shape, because a training graph has no fixed
@@ -75,10 +75,10 @@ def _group_norm(out: Draft, node: Node) -> None:
 def _rms_norm(out: Draft, node: Node) -> None:
     """x / sqrt(mean x^2 + epsilon) * scale, with means over the axes from `axis` on."""
     x, scale = node.inputs
-    axes, value, back = _trailing_axes(out, node)
+    axes, value, is_flattened = _trailing_axes(out, node)
     root = _root(out, out.emit("ReduceMean", out.emit("Mul", value, value), attrs=axes), node)
     normal = out.emit("Div", value, root)
-    if back:
+    if is_flattened:
         normal = out.emit("Reshape", normal, out.emit("Shape", x))
     out.emit("Mul", normal, scale, out=node.outputs[0])
 
@@ -86,15 +86,15 @@ def _rms_norm(out: Draft, node: Node) -> None:
 def _layer_norm(out: Draft, node: Node) -> None:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias; mean and 1 / deviation too where something reads them."""
     x, scale, *bias = (i for i in node.inputs if i)
-    further = [*node.outputs[1:], "", ""][:2]
-    axes, value, back = _trailing_axes(out, node)
-    mean = out.emit("ReduceMean", value, attrs=axes, out=further[0] or None)
+    mean_output, inverse_output = [*node.outputs[1:], "", ""][:2]
+    axes, value, is_flattened = _trailing_axes(out, node)
+    mean = out.emit("ReduceMean", value, attrs=axes, out=mean_output or None)
     centred = out.emit("Sub", value, mean)
     root = _root(out, out.emit("ReduceMean", out.emit("Mul", centred, centred), attrs=axes), node)
-    if further[1]:
-        out.emit("Reciprocal", root, out=further[1])
+    if inverse_output:
+        out.emit("Reciprocal", root, out=inverse_output)
     normal = out.emit("Div", centred, root)
-    if back:
+    if is_flattened:
         normal = out.emit("Reshape", normal, out.emit("Shape", x))
     if bias:
         out.emit("Add", out.emit("Mul", normal, scale), bias[0], out=node.outputs[0])

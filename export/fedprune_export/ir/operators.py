@@ -1,4 +1,7 @@
-"""Families of operators that several passes agree on, and registries with one function per operator."""
+"""Tables of operators: families that several passes agree on, and registries with one rule (a function) per operator.
+
+The rules themselves are in `fedprune_export.operators`, one file per family.
+"""
 
 from __future__ import annotations
 

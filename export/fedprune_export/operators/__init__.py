@@ -1,7 +1,7 @@
-"""All that is known of each operator, in the file of its family: channel rule, rewrite, mask and gradient rule.
+"""All that the compiler knows of an operator, in the file of its family: channel rule, rewrite, mask and gradient rule.
 
 Importing the package registers all of them. To support an operator, write it into the file of its family; a new family
-is a new file.
+is a new file. `norm_vectors` has what the families of norms share.
 """
 
 from importlib import import_module

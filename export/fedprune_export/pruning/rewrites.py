@@ -1,4 +1,4 @@
-"""Attributes and constants that depend on a number of channels, rewritten by operator in a cut.
+"""The registry of rewrites: how attributes and constants that hold a number of channels change in a cut, by operator.
 
 Entries that depend on the batch are never written as numbers: they would freeze the batch of the analysis.
 """
