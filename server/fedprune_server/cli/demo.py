@@ -106,10 +106,8 @@ class DemoFolder:
         """Clear the folder of an earlier demo and write what a new one needs. Raises `ConfigError` if the folder holds
         something that is not a demo's."""
         if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARK_FILE).is_file())):
-            raise ConfigError(
-                f"{root} holds something that is not a demo's",
-                hint="Name another folder with --out, or empty this one.",
-            )
+            hint = "Name another folder with --out, or empty this one."
+            raise ConfigError(f"{root} holds something that is not a demo's", hint=hint)
         if root.exists():
             shutil.rmtree(root)
         folder = cls(root)

@@ -68,15 +68,12 @@ def _send_order(arguments: argparse.Namespace) -> None:
     path = arguments.state / STATUS_FILE
     if not has_lock_holder(arguments.state / LOCK_FILE):
         Storage.check_existing(arguments.state)
-        raise ConfigError(
-            f"no server runs on {arguments.state}", hint="A job that is not running asks no board for anything."
-        )
+        hint = "A job that is not running asks no board for anything."
+        raise ConfigError(f"no server runs on {arguments.state}", hint=hint)
     with FleetView(path) if path.exists() else nullcontext() as view:
         if view is None or not view.is_ready:
-            raise ConfigError(
-                f"no server that takes orders runs on {arguments.state}",
-                hint="Start it with its console (--console 8470): it takes orders where that does (docs/console.md).",
-            )
+            hint = "Start it with its console (--console 8470): it takes orders where that does (docs/console.md)."
+            raise ConfigError(f"no server that takes orders runs on {arguments.state}", hint=hint)
         with _open_database(arguments.state) as database:
             orders = OrderService(view, Audit(database), database)
             # No login: the file system has authorised the users who can write to the state folder.
@@ -173,9 +170,8 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _open_database(state: Path) -> ConsoleDatabase:
     if not state.is_dir():
-        raise StorageError(
-            f"{state} is no state folder", hint="Name the one of `run --state`, or make it first: init, or run."
-        )
+        hint = "Name the folder of `run --state`, or make it first: init, or run."
+        raise StorageError(f"{state} is no state folder", hint=hint)
     check_unowned(state)
     return ConsoleDatabase(state / CONSOLE_FILE)
 

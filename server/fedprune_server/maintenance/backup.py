@@ -78,9 +78,8 @@ def _check_outside(state: Path, target: Path) -> None:
     with storage_errors(f"can't read {target}"):
         is_inside = target.resolve().is_relative_to(state.resolve())
     if is_inside:
-        raise ConfigError(
-            f"{target} is in the state folder {state} itself", hint="Name a place outside, on another disk at best."
-        )
+        hint = "Name a place outside, on another disk at best."
+        raise ConfigError(f"{target} is in the state folder {state} itself", hint=hint)
 
 
 class _BackupContent:
@@ -190,17 +189,14 @@ def _check_target(target: Path, manifest: BackupManifest) -> None:
         names = (p.name for p in target.iterdir())
         foreign_files = sorted(n for n in names if n not in _BACKUP_FILES and not n.startswith("."))
     if foreign_files:
-        raise ConfigError(
-            f"{target} has other things in it, such as {foreign_files[0]}", hint="Name a folder of its own for backups."
-        )
+        what = f"{target} has other things in it, such as {foreign_files[0]}"
+        raise ConfigError(what, hint="Name a folder of its own for backups.")
     if (target / NAME).exists():
         with suppress(StorageError):  # one that is damaged is replaced
             earlier_manifest = BackupManifest.parse(_read_file(target / NAME), str(target / NAME))
             if (earlier_manifest.job, earlier_manifest.model) != (manifest.job, manifest.model):
-                raise ConfigError(
-                    f"{target} is a backup of another job, {earlier_manifest.job}",
-                    hint="Name another folder, or delete it.",
-                )
+                what = f"{target} is a backup of another job, {earlier_manifest.job}"
+                raise ConfigError(what, hint="Name another folder, or delete it.")
 
 
 def _has_copy(path: Path, entry: BackupEntry) -> bool:

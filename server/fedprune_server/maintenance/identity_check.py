@@ -54,9 +54,7 @@ def find_revoked_devices(folder: Path) -> frozenset[str]:
         return frozenset()
     with IdentityFolder(folder, read_only=True) as identity:
         devices = identity.store.devices()
-    return frozenset(d.device for d in devices if d.status == REVOKED) - {
-        d.device for d in devices if d.status != REVOKED
-    }
+    return frozenset(d.device for d in devices) - {d.device for d in devices if d.status != REVOKED}
 
 
 def _failure_finding(read: Callable[[], object]) -> Iterator[Finding]:
@@ -80,6 +78,6 @@ def _check_revocation_list(state: Path) -> None:
 
 def _check_server_certificate(identity: Path) -> None:
     key, certificate = identity / "server.key", identity / "server.pem"
-    loaded_certificate = load_certificate(certificate, "the server's certificate")
-    if key_digest(loaded_certificate.public_key()) != key_digest(load_tls_key(key).public_key()):
+    certified_key = load_certificate(certificate, "the server's certificate").public_key()
+    if key_digest(certified_key) != key_digest(load_tls_key(key).public_key()):
         raise IdentityError(f"{key} and {certificate} don't belong together", hint=_NEXT_START_ADVICE)

@@ -121,12 +121,11 @@ class Backup:
 
 
 def check_target(target: Path) -> None:
-    """Make sure that nothing would be overwritten; raises `ConfigError`."""
+    """Raise `ConfigError` if something would be overwritten."""
     with storage_errors(f"can't look at {target}"):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(
-                f"{target} is there already, and isn't empty", hint="Restore to a new folder, or move that one away."
-            )
+            hint = "Restore to a new folder, or move that one away."
+            raise ConfigError(f"{target} is there already, and isn't empty", hint=hint)
 
 
 @contextmanager

@@ -72,9 +72,8 @@ class ConsoleDatabase(Closeable):
             # Made with its mode, not changed to it: there is no moment in which others could open it.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             if path.stat().st_mode & 0o077:
-                raise StorageError(
-                    f"{path} can be read by other users", hint=f"See who may have read it, then: chmod 600 {path}"
-                )
+                hint = f"See who may have read it, then: chmod 600 {path}"
+                raise StorageError(f"{path} can be read by other users", hint=hint)
         hint = "If it is damaged, delete it and add the operators again."
         self._file = SqliteFile(path, _TABLES, CONSOLE_VERSION, hint, wal=True)
         self._connection = self._file.connection

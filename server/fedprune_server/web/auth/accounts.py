@@ -1,4 +1,4 @@
-"""Operators: who may use the console, and as what. Passwords are kept as argon2id hashes."""
+"""Accounts of operators: who may use the console, and in which role. Passwords are kept as argon2id hashes."""
 
 from __future__ import annotations
 
@@ -119,9 +119,8 @@ def check_password(name: str, password: str) -> None:
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
         raise ConfigError("password", expected=f"{MIN_PASSWORD} to {MAX_PASSWORD} characters", got=f"{len(password)}")
     if password.casefold() in (name.casefold(), name.casefold() * 2) or len(set(password)) < 4:
-        raise ConfigError(
-            "password", expected="one that is hard to guess", hint="Several random words make a good one."
-        )
+        hint = "Several random words make a good one."
+        raise ConfigError("password", expected="one that is hard to guess", hint=hint)
 
 
 def _read_operator(row: dict[str, Any]) -> Operator:

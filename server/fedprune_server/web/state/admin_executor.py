@@ -71,9 +71,7 @@ class AdminExecutor:
         if self._releases is None:
             return ()
         try:
-            folders = [
-                p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _is_release_name(p.name)
-            ]
+            folders = [path for path in self._releases.iterdir() if _is_release_folder(path)]
             folders.sort(key=lambda p: p.stat().st_mtime, reverse=True)
         except OSError:
             return ()
@@ -138,9 +136,9 @@ class AdminExecutor:
                 self._answer(answer_of(order, self.carry_out))
 
 
-def _is_release_name(name: str) -> bool:
+def _is_release_folder(path: Path) -> bool:
     try:
-        check_topic_name(name, "release")
+        check_topic_name(path.name, "release")
     except ProtocolError:
         return False
-    return True
+    return path.is_dir() and not path.is_symlink()

@@ -97,10 +97,8 @@ def software_versions(software: str) -> dict[str, str]:
 
 def slot_and_release(software: str) -> tuple[str | None, int | None]:
     """The slot from which a board runs, and the number of its release, as it reports; None if it doesn't report one."""
-    match = _SLOT.search(software[:500])
-    if match is None:
-        return None, None
-    return match[1], None if match[2] is None else int(match[2])
+    slot, release = match.groups() if (match := _SLOT.search(software[:500])) else (None, None)
+    return slot, None if release is None else int(release)
 
 
 def finished_round_record(
