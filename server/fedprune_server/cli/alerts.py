@@ -1,4 +1,4 @@
-"""`fedprune-server alerts test`: whether notifications arrive."""
+"""`fedprune-server alerts test`: sends a test notification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by the commands that carry out a sweep's runs: the folder, the progress, and the report of failures."""
+"""Carries out a sweep's runs, for several commands: the folder, the progress, and the report of failures."""
 
 from __future__ import annotations
 

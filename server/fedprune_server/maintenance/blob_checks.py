@@ -1,4 +1,4 @@
-"""Checks of a job's blobs, in its folder or its bucket: what is missing, damaged or left over."""
+"""Checks a job's blobs, in its folder or its bucket: what is missing, damaged or left over."""
 
 from __future__ import annotations
 

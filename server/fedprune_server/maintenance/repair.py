@@ -1,4 +1,4 @@
-"""Repairs of a check's findings, limited to those that lose nothing that the job needs."""
+"""Repairs what a check has found, as far as nothing is lost that the job needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alerts, and the registration of the rules that yield them (`alert_rules`)."""
+"""An alert, and how the rules that yield alerts register themselves (`alert_rules`)."""
 
 from __future__ import annotations
 

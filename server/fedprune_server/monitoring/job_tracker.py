@@ -1,4 +1,4 @@
-"""A job's rounds for experiment trackers, with the columns of a simulation's rows."""
+"""Writes a job's rounds to experiment trackers, with the columns of a simulation's rows."""
 
 from __future__ import annotations
 

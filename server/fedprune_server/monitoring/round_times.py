@@ -1,4 +1,4 @@
-"""The usual time of a job's recent rounds, from the ends of rounds that an observer sees."""
+"""Finds the usual time of a job's recent rounds, from the ends of rounds that an observer sees."""
 
 from __future__ import annotations
 

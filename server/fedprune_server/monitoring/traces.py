@@ -1,4 +1,4 @@
-"""A job's rounds as OpenTelemetry spans, made of the events and commands that its coordinator gets and gives.
+"""Exports a job's rounds as OpenTelemetry spans, made of the events and commands of the job's coordinator.
 
     round N  >  score, close, evaluate
              >  device (one for each that is asked)  >  extract, train (offered to announced), pull (to stored), fold

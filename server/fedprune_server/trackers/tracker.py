@@ -1,4 +1,4 @@
-"""The base class of experiment trackers, and the list of them."""
+"""The base class of experiment trackers, and `TOOLS`, the names of all trackers."""
 
 from __future__ import annotations
 

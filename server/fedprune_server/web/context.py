@@ -1,4 +1,4 @@
-"""The parts of a console that its routes use, and how they are put together."""
+"""Puts together the parts of a console that its routes use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live pages: server-sent events that name the topics of changes, which are polled twice a second.
+"""Keeps pages live: server-sent events name the topics of changes, which are polled twice a second.
 
 A page loads its content again when one of its topics is named. A topic is a kind of record in `status.db`, or a kind
 and a name, such as `job:leaves`. For rows of devices it is `devices` or `devices:attic`, for the audit log `audit`.

@@ -1,4 +1,4 @@
-"""Parameters of requests, checked before a database is read: queries, path segments and forms."""
+"""Reads the parameters of requests, and checks them before a database is read: queries, path segments and forms."""
 
 from __future__ import annotations
 

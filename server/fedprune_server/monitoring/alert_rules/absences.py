@@ -1,4 +1,4 @@
-"""An alert for each board that no longer takes part."""
+"""Alerts about boards that no longer take part in a job, one for each board."""
 
 from __future__ import annotations
 

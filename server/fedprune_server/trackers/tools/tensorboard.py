@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written without its `SummaryWriter`, which imports more of the package."""
+"""Writes a run to TensorBoard's event files, without its `SummaryWriter`, which imports more of the package."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ ROLES = ("viewer", "operator", "admin")
 # The role that an order needs. An admin's orders change boards in a way that nobody can undo from here: a revoked board
 # must join again, and one with a bad release may need somebody to go there.
 ROLE_OF_ORDER = {
-    "look": "viewer",
-    "coverage": "viewer",
+    "look": "viewer",  # publish a device's details
+    "coverage": "viewer",  # publish which channels devices hold
     "pause": "operator",
     "resume": "operator",
     "approve": "operator",

@@ -1,4 +1,4 @@
-"""Delays after failed logins: short for an account, longer for an address, longest for both together.
+"""Delays logins after failures: briefly for an account, longer for an address, longest for both together.
 
 No stranger can lock an operator out by failing in their name: from elsewhere an account waits a minute at most, and
 where its operator has logged in before, others' failures don't count.

@@ -1,4 +1,4 @@
-"""Lines of the server's log for the console, as they are written."""
+"""Collects lines of the server's log for the console."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ _MAX_ROUNDS = 2000
 
 _DEVICE_COLUMNS = ", ".join(f"{c} GENERATED ALWAYS AS (json_extract(body, '$.{c}')) STORED" for c in SORT_COLUMNS[1:])
 # `change` counts all writes, so that a reader finds what is new by one number. A device that is gone keeps its row
-# without a `body`, by which readers see that; `is_complete` is set once all devices are published.
+# without a `body`, by which readers see that. `beat` has the time of the last write, as a sign of life, and `whole`:
+# whether all devices are published.
 _TABLES = (
     f"CREATE TABLE device_status (name TEXT PRIMARY KEY, change INTEGER NOT NULL, body TEXT, {_DEVICE_COLUMNS})",
     "CREATE INDEX device_status_by_change ON device_status (change)",
