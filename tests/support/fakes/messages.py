@@ -104,7 +104,7 @@ messages = st.one_of(
     ),
     st.builds(BlobNotFound, hexes),
     st.builds(
-        UploadRequest, hexes, st.sampled_from(UPLOAD_URLS).map(lambda url: UploadUrl.parse(url).with_query),
+        UploadRequest, hexes, st.sampled_from(UPLOAD_URLS).map(lambda url: "{0}{0.query}".format(UploadUrl.parse(url))),
         st.none() | st.integers(0, 2**31 - 1),
     ),
     st.builds(UploadResult, hexes, st.none() | texts),

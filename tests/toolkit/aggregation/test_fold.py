@@ -450,7 +450,7 @@ def test_an_update_that_would_leave_the_bounds_when_rebased_is_refused() -> None
     base = model(NORM, 0)
     selection = Selection.full(NORM)
     fold = Fold(NORM, base)
-    far = {**base, "weight": np.full(4, fold.max_value("weight"), np.float32)}
+    far = {**base, "weight": np.full(4, fold.sum_range("weight").bound, np.float32)}
     low = {**base, "weight": -far["weight"]}
     with pytest.raises(ProtocolError, match="weight, moved"):
         fold.add(selection, far, 1, sent=low)

@@ -51,8 +51,8 @@ def check_submodel(
     """Make sure that tensors are the submodel that a selection describes, within `bounds` by tensor; `optional` ones
     may be missing.
 
-    Raises `BundleError` if the selection is of another architecture, and `ProtocolError`, which names the tensor, if one
-    is missing, unknown, not float32, of another shape than the selection says, not finite or out of bounds.
+    Raises `BundleError` if the selection is of another architecture, and `ProtocolError` if a tensor is missing,
+    unknown, not float32, of another shape than the selection says, not finite or out of bounds; the message names it.
     """
     if selection.architecture is not architecture and selection.architecture.digest != architecture.digest:
         raise BundleError("update's selection belongs to another architecture")

@@ -98,14 +98,8 @@ class Fold:
 
     def clear(self) -> None:
         self.updates = 0
-        self._sums = UpdateSums(
-            self.architecture,
-            self.base,
-            self._shared,
-            self._ranges,
-            evidence=self.evidence,
-            momentum=self.momentum,
-        )
+        model = (self.architecture, self.base, self._shared, self._ranges)
+        self._sums = UpdateSums(*model, evidence=self.evidence, momentum=self.momentum)
 
     @contextmanager
     def collect_updates(self) -> Iterator[list[ClientUpdate]]:
@@ -170,10 +164,6 @@ class Fold:
     def sum_range(self, name: str) -> Range:
         """The bound and the resolution of a tensor's sum."""
         return self._ranges[name]
-
-    def max_value(self, name: str) -> float:
-        """The largest magnitude that values of a tensor may have in an update."""
-        return self._ranges[name].bound
 
     def check(self, selection: Selection, submodel: Mapping[str, npt.NDArray[Any]]) -> None:
         """Check an update before any of it is added: sums can't be taken back. Raises as `check_submodel`."""

@@ -175,9 +175,8 @@ class RoundMeans:
             covered = None if everywhere or mass is None else mass[rows] > 0
             if fill and mass is not None and base_rows is not None:
                 # As if every device without a coordinate had sent the base's value back.
-                filled = np.rint(np.ldexp(base_rows.astype(np.float64), VALUE_BITS - sums.span.exponent)).astype(
-                    np.int64
-                )
+                scaled = np.ldexp(base_rows.astype(np.float64), VALUE_BITS - sums.span.exponent)
+                filled = np.rint(scaled).astype(np.int64)
                 mean = (sums.limbs[0][rows] + filled * (weight - mass[rows])) * (sums.span.unit * (1.0 / weight))
             else:
                 size = sums.limbs[0][rows].shape

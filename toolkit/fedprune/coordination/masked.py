@@ -85,7 +85,7 @@ class MaskedCoordinator(SynchronousCoordinator):
         return do.SumMasked(self.state.round, tuple(map(tuple, self.state.closing["division"])))
 
     def _divide_into_cohorts(self, names: Iterable[str]) -> list[list[str]]:
-        """Cohorts of devices that were asked for the same; those that are left out of all of them lose their part."""
+        """Cohorts of devices that were asked for the same; a device that no cohort takes loses its part."""
         state = self.state
         groups: dict[str, list[str]] = {}
         for name in names:

@@ -155,9 +155,8 @@ class WidthPlanner:
 
     def _recipe(self, name: str, device: JobDevice, widths: tuple[int, ...]) -> Recipe:
         """The device's recipe at these widths."""
-        return self.strategy.planned_recipe(
-            self.job, name, widths, kept_share(self.architecture, widths), device.samples
-        )
+        density = kept_share(self.architecture, widths)
+        return self.strategy.planned_recipe(self.job, name, widths, density, device.samples)
 
     def _fitting_plan(
         self, name: str, device: JobDevice, correction: Correction, *fallbacks: Correction

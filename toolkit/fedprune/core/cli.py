@@ -70,7 +70,7 @@ def run_command(prog: str, build_parser: Callable[[], CommandParser], argv: Sequ
             return _report_internal_error(prog, error)
         print_error(
             f"fedprune's installation is incomplete ({error}). If pip is at work on it, run the command again when "
-            "that is done; else install fedprune again."
+            "that is done; otherwise install fedprune again."
         )
         return int(ExitCode.INTERNAL)
     except OSError as error:

@@ -92,10 +92,8 @@ class CommandParser(argparse.ArgumentParser):
                 option_names |= parser.option_names()
             option = word.partition("=")[0]
             if option.startswith("--") and option not in option_names:
-                raise UsageError(
-                    f"there is no option {option[:60]}{did_you_mean(option, option_names)}",
-                    hint=f"See `{parser.prog} --help`.",
-                )
+                what = f"there is no option {option[:60]}{did_you_mean(option, option_names)}"
+                raise UsageError(what, hint=f"See `{parser.prog} --help`.")
 
 
 class _Subcommands(argparse._SubParsersAction):  # type: ignore[type-arg]

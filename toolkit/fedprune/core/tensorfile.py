@@ -120,17 +120,12 @@ def tensor_offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, .
             size *= dimension
             extent *= max(dimension, 1)  # numpy refuses an empty array whose other dimensions are too large
         if len(shape) > MAX_RANK or extent >= _MAX_BYTES:
-            raise BundleError(
-                f"shape of tensor {value_text(name)}",
-                expected=f"at most {MAX_RANK} dimensions and less than {_MAX_BYTES} bytes",
-                got=repr(shape)[:80],
-            )
-        if start != expected_start or end - start != size:
-            raise BundleError(
-                f"tensor {value_text(name)} doesn't lie where its shape says",
-                expected=(expected_start, expected_start + size),
-                got=(start, end),
-            )
+            limits = f"at most {MAX_RANK} dimensions and less than {_MAX_BYTES} bytes"
+            raise BundleError(f"shape of tensor {value_text(name)}", expected=limits, got=repr(shape)[:80])
+        expected_range = (expected_start, expected_start + size)
+        if (start, end) != expected_range:
+            what = f"tensor {value_text(name)} doesn't lie where its shape says"
+            raise BundleError(what, expected=expected_range, got=(start, end))
         tensor_places[name] = (code, shape, base + start, base + end)
         expected_start = end
     if base + expected_start != len(view):

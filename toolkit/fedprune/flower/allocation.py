@@ -84,9 +84,8 @@ class FlowerAllocation:
         if isinstance(profile, str) and density is None:
             available = profile_store.shipped_profile_names()  # names only: text from a node never names a file here
             if profile not in available:
-                raise ProtocolError(
-                    f"a node's profile {value_text(profile)}{did_you_mean(profile, available)} isn't known here"
-                )
+                suggestion = did_you_mean(profile, available)
+                raise ProtocolError(f"a node's profile {value_text(profile)}{suggestion} isn't known here")
             count = samples if isinstance(samples, int) and 1 <= samples <= 10**9 else 1
             self._share_of_node[node] = self.share_of(profile, count)
             return

@@ -41,9 +41,6 @@ def compose_for_flower(job: Job) -> Strategy:
     }
     reason = next((reason for reason, holds in reasons.items() if holds), "")
     if reason:
-        raise ConfigError(
-            f"strategy {job.strategy!r}, as it is set here, doesn't work under Flower: {reason}",
-            expected=", ".join(PRESETS),
-            hint="fedprune-server runs it.",
-        )
+        what = f"strategy {job.strategy!r}, as it is set here, doesn't work under Flower: {reason}"
+        raise ConfigError(what, expected=", ".join(PRESETS), hint="fedprune-server runs it.")
     return strategy

@@ -78,8 +78,6 @@ def read_state(path: Path, architecture: Architecture, strategy: str) -> FlowerS
     except StorageError:
         raise
     except (FedpruneError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(
-            f"{path} is no state of a job under Flower ({type(error).__name__}: {error})",
-            hint="Name another file, or start again without it.",
-        ) from error
+        what = f"{path} is no state of a job under Flower ({type(error).__name__}: {error})"
+        raise StorageError(what, hint="Name another file, or start again without it.") from error
     return FlowerState(model, memory, head["round"], head["samples"], head["last"])

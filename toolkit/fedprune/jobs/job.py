@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 from fedprune.aggregation.fold import Rule
 from fedprune.core import validation
@@ -15,8 +15,6 @@ from fedprune.runtime.precision_files import FLEET_PRECISIONS
 from fedprune.updates.codecs import AUTO, DOWNLOAD_CODECS, PLAIN, Codec
 from fedprune.updates.privacy import WRITTEN_SETTINGS, Privacy
 from fedprune.wire.topics import check_job
-
-AGGREGATION_RULES = get_args(Rule)
 
 SCORERS = ("ordered", "magnitude", "curvature")
 
@@ -117,11 +115,8 @@ class Job:
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError(("job", "strategy"), expected="a name", got=value_text(self.strategy))
         if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(FLEET_PRECISIONS):
-            raise ConfigError(
-                ("job", "precision"),
-                expected=f"a list of some of {', '.join(FLEET_PRECISIONS)}",
-                got=value_text(self.precision),
-            )
+            expected = f"a list of some of {', '.join(FLEET_PRECISIONS)}"
+            raise ConfigError(("job", "precision"), expected=expected, got=value_text(self.precision))
         object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
         compressions: dict[KeyPath, object] = {("job", "compression"): self.compression}
         compressions |= {("job", "compression_of", profile): value for profile, value in self.compression_of.items()}

@@ -444,10 +444,8 @@ class State:
         except StorageError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StorageError(
-                f"state of a job is damaged ({type(error).__name__}: {error})",
-                hint="Restore the server's backup.",
-            ) from error
+            what = f"state of a job is damaged ({type(error).__name__}: {error})"
+            raise StorageError(what, hint="Restore the server's backup.") from error
 
 
 def _share_common_values(device: Mapping[str, Any], shared: dict[str, Any]) -> Mapping[str, Any]:

@@ -88,8 +88,8 @@ def update_weights(schedule: Schedule, arrivals: Sequence[Arrival], total: int, 
 def weights_fit(unbiased_weight: int, count: int, total: int) -> bool:
     """Whether `unbiased` shares certainly stay within `MAX_WEIGHT`, so that none depends on the others.
 
-    `unbiased_weight` is Σ p_i·ceil(τ_i / Δt) of the updates that enter the sums, `count` their number, by which rounding
-    may enlarge the sum.
+    `unbiased_weight` is Σ p_i·ceil(τ_i / Δt) of the updates that enter the sums, `count` their number, by which
+    rounding may enlarge the sum.
     """
     return unbiased_weight * 2.0 ** min(0, _scale_exponent(total)) + count <= MAX_WEIGHT
 

@@ -61,9 +61,8 @@ def table_html(
 ) -> str:
     """A table; a long one has a search field and scrolls.
 
-    Args:
-        words: Columns of text, which are aligned to the left as the first one is; the others hold numbers.
-        label: Its name for screen readers; by default its column headings.
+    `words` are columns of text, aligned to the left as the first one is; the others hold numbers. `label` is the name
+    for screen readers, by default the column headings.
     """
     kinds = ["" if not i else ' class="word"' if i in words else ' class="num"' for i in range(len(titles))]
     heads = zip(titles, kinds, strict=True)

@@ -67,8 +67,8 @@ def unmet_requirements(
 ) -> Iterator[tuple[Path, Requirement, Version | None]]:
     """The missing requirements of wheels: the requiring wheel, the requirement, and the version found instead.
 
-    `provided` tells whether the machine has a package, by its canonical name, without a wheel; `refuse` is raised where a
-    file is no wheel, or requires something that can't be read.
+    `provided` tells whether the machine has a package, by its canonical name, without a wheel; `refuse` is raised where
+    a file is no wheel, or requires something that can't be read.
     """
     versions = {name: version for name, version, _ in (parse_wheel_name(wheel, refuse) for wheel in wheels)}
     for wheel in wheels:

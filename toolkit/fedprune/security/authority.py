@@ -210,10 +210,8 @@ def _load_signer(folder: Path) -> Signer:
     certificate = load_certificate(folder / AUTHORITY_CERTIFICATE_FILE, "the authority's certificate")
     key = load_tls_key(path, "the authority's key")
     if key.public_key() != certificate.public_key():
-        raise IdentityError(
-            f"{path} and {folder / AUTHORITY_CERTIFICATE_FILE} don't belong together",
-            hint="Restore both from the same backup.",
-        )
+        what = f"{path} and {folder / AUTHORITY_CERTIFICATE_FILE} don't belong together"
+        raise IdentityError(what, hint="Restore both from the same backup.")
     return Signer(key, certificate)
 
 

@@ -78,8 +78,6 @@ def _read_epoch(path: Path) -> int:
     except (ValueError, KeyError, TypeError, RecursionError):
         epoch = None
     if not is_whole(epoch, 0, MAX_EPOCH - 1):
-        raise StorageError(
-            f"{path} is damaged",
-            hint="Delete it if the clock of this machine is right; the next epoch is then the time.",
-        )
+        hint = "Delete it if the clock of this machine is right; the next epoch is then the time."
+        raise StorageError(f"{path} is damaged", hint=hint)
     return epoch

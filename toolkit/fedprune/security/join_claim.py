@@ -34,8 +34,7 @@ _LOOKALIKES = str.maketrans("08", "OB")  # base32 lacks these digits, which look
 
 @dataclass(frozen=True)
 class JoinClaim:
-    """The parts of a claim: its id at the server, the secret that its holder shares with the server, and the pin of the
-    server's authority."""
+    """The parts of a claim: its id at the server, the secret that the server knows, too, and the authority's pin."""
 
     id: bytes
     secret: bytes = field(repr=False)
@@ -58,12 +57,8 @@ class JoinClaim:
             )  # fmt: skip
         compact = re.sub(r"[\s-]", "", text[:_MAX_TEXT_LENGTH]).upper()
         if not compact.startswith(CLAIM_PREFIX):
-            raise JoinError(
-                "claim",
-                expected=f"a text that begins with {CLAIM_PREFIX}-",
-                got="something else",
-                hint="`fedprune-server claim` makes one.",
-            )
+            beginning, hint = f"a text that begins with {CLAIM_PREFIX}-", "`fedprune-server claim` makes one."
+            raise JoinError("claim", expected=beginning, got="something else", hint=hint)
         body = compact[len(CLAIM_PREFIX) :].translate(_LOOKALIKES)
         length = (CLAIM_ID_BYTES + CLAIM_SECRET_BYTES + PIN_BYTES + CLAIM_CHECK_BYTES) * 8 // 5
         try:
@@ -77,11 +72,8 @@ class JoinClaim:
                 got=f"{len(body)} characters",
                 hint="Copy it again; it has the letters A to Z and the digits 2 to 7.",
             )
-        return cls(
-            raw[:CLAIM_ID_BYTES],
-            raw[CLAIM_ID_BYTES : CLAIM_ID_BYTES + CLAIM_SECRET_BYTES],
-            raw[CLAIM_ID_BYTES + CLAIM_SECRET_BYTES : -CLAIM_CHECK_BYTES],
-        )
+        secret_end = CLAIM_ID_BYTES + CLAIM_SECRET_BYTES
+        return cls(raw[:CLAIM_ID_BYTES], raw[CLAIM_ID_BYTES:secret_end], raw[secret_end:-CLAIM_CHECK_BYTES])
 
     @property
     def text(self) -> str:

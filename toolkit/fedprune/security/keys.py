@@ -61,10 +61,8 @@ class VerifyingKey:
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, data)
         except (InvalidSignature, ValueError) as error:
-            raise SignatureError(
-                f"the signature is not that of key {self.fingerprint}",
-                hint="The message was changed in transit, or another sender wrote it.",
-            ) from error
+            hint = "The message was changed in transit, or another sender wrote it."
+            raise SignatureError(f"the signature is not that of key {self.fingerprint}", hint=hint) from error
 
 
 class SigningKey:

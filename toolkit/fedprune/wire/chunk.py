@@ -112,11 +112,8 @@ def leaves_per_chunk(max_packet: int) -> int:
     one fits."""
     count = min(max_packet - PACKET_OVERHEAD_BYTES, MAX_PAYLOAD_BYTES) // LEAF_BYTES
     if count < 1:
-        raise ProtocolError(
-            "the broker's packet limit is too low",
-            expected=f"at least {LEAF_BYTES + PACKET_OVERHEAD_BYTES} bytes",
-            got=max_packet,
-        )
+        min_bytes = f"at least {LEAF_BYTES + PACKET_OVERHEAD_BYTES} bytes"
+        raise ProtocolError("the broker's packet limit is too low", expected=min_bytes, got=max_packet)
     return count
 
 

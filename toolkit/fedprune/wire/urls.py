@@ -107,11 +107,6 @@ class UploadUrl(WebServer):
         """Path and query, as a request names them."""
         return self.path + self.query
 
-    @property
-    def with_query(self) -> str:
-        """The address with its query, to be sent but never shown."""
-        return f"{self}{self.query}"
-
     def __str__(self) -> str:
         return f"{super().__str__()}{self.path}"
 
@@ -171,11 +166,8 @@ class BrokerUrl:
                 "broker URL", expected="mqtts://host[:port]", got=visible_url, hint=f"Try mqtts://{visible_url}."
             )
         if split.scheme not in ("mqtt", "mqtts") or not split.hostname or split.path.strip("/") or port == 0:
-            raise ConfigError(
-                "broker URL",
-                expected="mqtt://[user:password@]host[:port] or mqtts://...",
-                got=f"scheme {split.scheme!r}, host {split.hostname!r}",
-            )
+            form = "mqtt://[user:password@]host[:port] or mqtts://..."
+            raise ConfigError("broker URL", expected=form, got=f"scheme {split.scheme!r}, host {split.hostname!r}")
         tls = split.scheme == "mqtts"
         return cls(
             split.hostname,
