@@ -12,20 +12,9 @@ import time
 from collections.abc import Callable
 
 from fedprune.core.errors import FedpruneError
+from fedprune.wire import messages
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import CrashStored, Reconnect, ReleaseOffer, ReleaseWithdrawn
-from fedprune.wire.messages import (
-    Accepted,
-    BlobNotFound,
-    BlobRequest,
-    Cancelled,
-    Death,
-    Finished,
-    Hello,
-    Offer,
-    SecureStep,
-    UploadRequest,
-)
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_device.agent.births import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
@@ -94,7 +83,7 @@ class Agent:
         finally:
             self._watchdog.stop()
             self._offers.end(10)
-            self._run_guarded(self._uplink.send, Death(self._connection.device, self._store.session))
+            self._run_guarded(self._uplink.send, messages.Death(self._connection.device, self._store.session))
 
     @property
     def is_quiet(self) -> bool:
@@ -145,25 +134,25 @@ class Agent:
 
     def _dispatch(self, received: ReceivedMessage, now: float) -> None:
         match received.message:
-            case Hello():
+            case messages.Hello():
                 self._send_birth(now)
                 self._offers.on_hello(now)
-            case Offer() as offer:
+            case messages.Offer() as offer:
                 self._offers.on_offer(offer, now)
-            case Accepted() as accepted:
+            case messages.Accepted() as accepted:
                 self._offers.on_accepted(accepted)
-            case Cancelled() as cancelled:
+            case messages.Cancelled() as cancelled:
                 self._offers.on_cancelled(cancelled)
-            case Finished() as finished:
+            case messages.Finished() as finished:
                 self._offers.on_finished(finished)
                 self._job_finished = True
-            case SecureStep() as step:
+            case messages.SecureStep() as step:
                 self._offers.on_secure_step(step, now)
-            case BlobRequest() as request:
+            case messages.BlobRequest() as request:
                 self._sender.on_blob_request(request, self._store.pending, now)
-            case UploadRequest() as request:
+            case messages.UploadRequest() as request:
                 self._sender.start_upload(request, self._store.pending)
-            case BlobNotFound(sha256):
+            case messages.BlobNotFound(sha256):
                 if not (received.private and self._releases.on_blob_not_found(sha256)):
                     self._offers.on_blob_not_found(sha256, now)
             case ReleaseOffer() | ReleaseWithdrawn() as release if received.private:

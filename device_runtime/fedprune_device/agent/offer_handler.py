@@ -14,15 +14,8 @@ from msgspec.structs import replace
 from fedprune.core.errors import FedpruneError, TrainingError
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
+from fedprune.wire import messages
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import (
-    Accepted,
-    Cancelled,
-    Finished,
-    Offer,
-    SecureStep,
-    UpdateAnnouncement,
-)
 from fedprune_device.hardware import allocator
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
@@ -68,7 +61,7 @@ class OfferHandler:
         self._profile, self._guard = profile, guard
         self._download_seconds: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
-        self._recent_offers: list[Offer] = []
+        self._recent_offers: list[messages.Offer] = []
         self._damaged_blobs = 0
 
     @property
@@ -83,7 +76,7 @@ class OfferHandler:
         return is_idle and (task is None or task.done)
 
     @property
-    def current_work(self) -> Offer | UpdateAnnouncement | None:
+    def current_work(self) -> messages.Offer | messages.UpdateAnnouncement | None:
         task = self._store.task
         return task.offer if task is not None and not task.done else self._store.pending
 
@@ -107,7 +100,7 @@ class OfferHandler:
     def note_contact(self, now: float) -> None:
         self._offline.note_contact(now)
 
-    def on_offer(self, offer: Offer, now: float) -> None:
+    def on_offer(self, offer: messages.Offer, now: float) -> None:
         offer = self._runner.lowering.needed_graphs(offer)
         task = self._store.task
         if self._uplink.repeat_refusal(offer):
@@ -130,7 +123,7 @@ class OfferHandler:
             self._start(offer, now)
         self._recent_offers = [*self._recent_offers, offer][-_MAX_RECENT_OFFERS:]
 
-    def on_secure_step(self, message: SecureStep, now: float) -> None:
+    def on_secure_step(self, message: messages.SecureStep, now: float) -> None:
         """Take a step of a secure sum; if the server breaks its rules, the board refuses to take part."""
         task, previous_sum = self._store.task, self._secure.sum_id
         if task is None or task.done or attempt_of(task.offer) != attempt_of(message):
@@ -155,7 +148,7 @@ class OfferHandler:
     def on_blob_not_found(self, sha256: str, now: float) -> None:
         self._step_download(lambda: self._downloader.on_blob_not_found(sha256, now))
 
-    def on_accepted(self, message: Accepted) -> None:
+    def on_accepted(self, message: messages.Accepted) -> None:
         task, pending = self._store.task, self._store.pending
         accepted_round = job_and_round(message)
         if pending is None or job_and_round(pending) != accepted_round or pending.weights.sha256 != message.weights:
@@ -167,7 +160,7 @@ class OfferHandler:
         self._store.forget_update()
         self._delete_unused_blobs()
 
-    def on_cancelled(self, message: Cancelled) -> None:
+    def on_cancelled(self, message: messages.Cancelled) -> None:
         task, pending = self._store.task, self._store.pending
         cancelled_attempt = attempt_of(message)
         # A cancelled offer may come again under the same number: a server that waits for devices does that.
@@ -180,7 +173,7 @@ class OfferHandler:
             self._store.finish_offer()
         self._delete_unused_blobs()
 
-    def on_finished(self, message: Finished) -> None:
+    def on_finished(self, message: messages.Finished) -> None:
         task, pending = self._store.task, self._store.pending
         _LOG.info("job %s is finished", message.job)
         self._recent_offers.clear()
@@ -254,7 +247,7 @@ class OfferHandler:
         training = self._worker is not None and not self._worker.is_stopped and not self._worker.offline
         return training or self._downloader.offer is not None or self._download_seconds is not None
 
-    def _renumber(self, offer: Offer, now: float) -> None:
+    def _renumber(self, offer: messages.Offer, now: float) -> None:
         """Continue the current work, or the waiting update, for another attempt at the same offer."""
         pending = self._store.pending_for(offer)
         if self._secure.is_waiting:
@@ -272,7 +265,7 @@ class OfferHandler:
         self._sender.announce_soon(now)
         self._secure.resend_now(now)
 
-    def _start(self, offer: Offer, now: float) -> None:
+    def _start(self, offer: messages.Offer, now: float) -> None:
         try:
             self._secure.check(offer)
             check_offer(offer, self._store, self._profile)
@@ -291,7 +284,7 @@ class OfferHandler:
         except FedpruneError as error:
             self._refuse(offer, error)
 
-    def _download(self, offer: Offer, now: float) -> None:
+    def _download(self, offer: messages.Offer, now: float) -> None:
         # After a damaged blob, plain weights are fetched instead of encoded ones.
         self._downloader.begin(offer, now, without_codec=self._damaged_blobs > 0)
 
@@ -354,7 +347,7 @@ class OfferHandler:
         metrics_text = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
         _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, metrics_text)
 
-    def _round_failed(self, offer: Offer, error: BaseException, now: float) -> None:
+    def _round_failed(self, offer: messages.Offer, error: BaseException, now: float) -> None:
         if isinstance(error, DamagedBlobError) and self._damaged_blobs < _MAX_DAMAGED_BLOBS:
             self._damaged_blobs += 1
             _LOG.warning("%s: pulling it again", error)
@@ -387,7 +380,7 @@ class OfferHandler:
         if self._worker is None or self._worker.is_stopped:
             self._store.delete_unneeded_blobs()
 
-    def _refuse(self, offer: Offer, error: BaseException) -> None:
+    def _refuse(self, offer: messages.Offer, error: BaseException) -> None:
         self._uplink.refuse(offer, error)
         task = self._store.task
         if task is not None and task.offer == offer:

@@ -9,13 +9,7 @@ import shutil
 from fedprune.core.cli import options_of
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import UsageError
-from fedprune_device.network.membership import (
-    IDENTITY_FOLDER,
-    MembershipOptions,
-    checked_urls,
-    join_first,
-    resolve_membership,
-)
+from fedprune_device.network import membership
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 
@@ -26,22 +20,22 @@ _OLD_IDENTITY = "identity.old"
 def join(arguments: argparse.Namespace) -> None:
     owner = DirectoryOwner(arguments.device, arguments.site)
     owner.check(arguments.state)
-    options = options_of(MembershipOptions, arguments)
-    checked_urls(options)  # only for its errors, before the old identity is moved
+    options = options_of(membership.MembershipOptions, arguments)
+    membership.checked_urls(options)  # only for its errors, before the old identity is moved
     pin = _pin(arguments.pin)
     # The store's lock keeps the service from running meanwhile.
     with DeviceStore(arguments.state, owner=owner):
-        folder, old_identity = arguments.state / IDENTITY_FOLDER, arguments.state / _OLD_IDENTITY
+        folder, old_identity = arguments.state / membership.IDENTITY_FOLDER, arguments.state / _OLD_IDENTITY
         with storage_errors(f"can't replace {folder}"):
             # Where an old identity is there already, an earlier try was interrupted: it continues.
             if arguments.new_key and folder.exists() and not old_identity.exists():
                 folder.rename(old_identity)
-        member = resolve_membership(options)
+        member = membership.resolve_membership(options)
         if member.identity is not None and member.identity.has_joined:
             print(f"{options.device} is a member already, with key {member.identity.key.verifying_key.fingerprint}")
         else:
             try:
-                join_first(member, pin=pin, patient=arguments.patient)
+                membership.join_first(member, pin=pin, patient=arguments.patient)
             except BaseException:
                 # The old identity may still be a valid one.
                 if old_identity.exists():

@@ -12,31 +12,14 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF_BYTES
-from fedprune.core.cli import (
-    Command,
-    add_json_option,
-    options_of,
-    positive_integer,
-    positive_rate,
-    recipe_setting,
-    run_command,
-)
+from fedprune.core import cli
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ProtocolError
 from fedprune.runtime.precision_files import PRECISIONS, SERVE_CHOICES
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, MAX_PAYLOAD_BYTES, PACKET_OVERHEAD_BYTES
 from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
 from fedprune.wire.topics import check_job
-from fedprune_device.cli.options import (
-    add_accelerator_options,
-    add_local_options,
-    add_membership,
-    add_policy_option,
-    add_sample_options,
-    add_threads_option,
-    add_tier_option,
-    log_handler,
-)
+from fedprune_device.cli import options
 from fedprune_device.hardware.readings import TEGRA_RELEASE
 from fedprune_device.hardware.thermal_guard import PAUSE_ABOVE_C, RESUME_BELOW_C
 
@@ -46,7 +29,7 @@ _MAX_HOURS = 8760.0  # a year
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command("fedprune-device", build_parser, argv)
+    return cli.run_command("fedprune-device", build_parser, argv)
 
 
 def build_parser() -> CommandParser:
@@ -62,12 +45,12 @@ def build_parser() -> CommandParser:
     _add_train(commands)
     _add_predict(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
-    add_json_option(probe)
-    add_threads_option(probe, "threads for the benchmark")
-    add_tier_option(probe)
+    cli.add_json_option(probe)
+    options.add_threads_option(probe, "threads for the benchmark")
+    options.add_tier_option(probe)
     probe.set_defaults(run=_command("measure", "probe_board"))
     identify = commands.add_parser("identify", help="show which hardware profile fits this board, and why")
-    add_json_option(identify)
+    cli.add_json_option(identify)
     identify.set_defaults(run=_command("measure", "identify_board"))
     _add_engine(commands)
     _add_runtime(commands)
@@ -76,7 +59,7 @@ def build_parser() -> CommandParser:
 
 def _add_join(commands: Any) -> None:
     join = commands.add_parser("join", help="become a member of a fleet, with a claim or by the operator's approval")
-    add_membership(join)
+    options.add_membership(join)
     join.add_argument(
         "--pin",
         metavar="HEX",
@@ -95,7 +78,7 @@ def _add_join(commands: Any) -> None:
 
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="take part in a fleet, or continue after a stop, crash or power cut")
-    add_membership(run)
+    options.add_membership(run)
     run.add_argument(
         "--insecure",
         action="store_true",
@@ -116,11 +99,11 @@ def _add_run(commands: Any) -> None:
         metavar="NAME",
         help="a hardware profile's name or file (default: the profile that fits this board)",
     )
-    add_accelerator_options(run)
-    add_threads_option(run)
+    options.add_accelerator_options(run)
+    options.add_threads_option(run)
     _add_board_options(run)
-    add_local_options(run)
-    add_policy_option(run)
+    options.add_local_options(run)
+    options.add_policy_option(run)
     _add_serving_options(run)
     _add_connection_options(run)
     run.set_defaults(run=_run)
@@ -225,9 +208,9 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the trained bundle; may be the same DIR")
     train.add_argument(
-        "--epochs", type=positive_integer, metavar="N", help="passes over the samples (default: the recipe's)"
+        "--epochs", type=cli.positive_integer, metavar="N", help="passes over the samples (default: the recipe's)"
     )
-    train.add_argument("--lr", type=positive_rate, metavar="RATE", help="learning rate (default: as exported)")
+    train.add_argument("--lr", type=cli.positive_rate, metavar="RATE", help="learning rate (default: as exported)")
     train.add_argument(
         "--set",
         action="append",
@@ -246,9 +229,9 @@ def _add_train(commands: Any) -> None:
         metavar="SHARE",
         help="share of the training samples set aside for early stopping (default: 0)",
     )
-    train.add_argument("--threads", type=positive_integer, metavar="N", help="default: half of the cores")
-    add_json_option(train)
-    add_sample_options(train.add_argument_group("images and samples"))
+    train.add_argument("--threads", type=cli.positive_integer, metavar="N", help="default: half of the cores")
+    cli.add_json_option(train)
+    options.add_sample_options(train.add_argument_group("images and samples"))
     train.set_defaults(run=_command("train", "train"), device="")
 
 
@@ -272,12 +255,14 @@ def _add_predict(commands: Any) -> None:
     )
     out = predict.add_mutually_exclusive_group()
     out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
-    out.add_argument("--top", type=positive_integer, default=1, metavar="K", help="print the K likeliest (default: 1)")
+    out.add_argument(
+        "--top", type=cli.positive_integer, default=1, metavar="K", help="print the K likeliest (default: 1)"
+    )
     predict.add_argument("--data", metavar="SRC", help="with --bundle: adjust logits to the label shares of this data")
-    add_threads_option(predict)
-    add_json_option(predict)
+    options.add_threads_option(predict)
+    cli.add_json_option(predict)
     predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
-    add_sample_options(predict.add_argument_group("images and samples"))
+    options.add_sample_options(predict.add_argument_group("images and samples"))
     predict.set_defaults(run=_command("predict", "predict"), device="", seed=0, validation_share=0.0)
 
 
@@ -297,7 +282,7 @@ def _add_engine(commands: Any) -> None:
     build.add_argument(
         "--rebuild", action="store_true", help="build even if a good engine exists, or earlier builds failed"
     )
-    add_json_option(build, "the report as JSON, for programs")
+    cli.add_json_option(build, "the report as JSON, for programs")
     build.set_defaults(run=_command("build_engine", "build_engine"))
 
 
@@ -328,18 +313,18 @@ def _add_runtime(commands: Any) -> None:
         help="seconds in which a start must become healthy (default: 600)",
     )
     slots = commands.add_parser("slots", help="show which release runs, and how the last update ended")
-    add_json_option(slots)
+    cli.add_json_option(slots)
     for parser in (update, slots):
         parser.add_argument("--root", type=Path, default=RUNTIME_ROOT, metavar="DIR", help="default: %(default)s")
     update.set_defaults(run=_command("runtime", "update"))
     slots.set_defaults(run=_command("runtime", "slots"))
 
 
-def _command(module: str, name: str) -> Command:
+def _command(module: str, name: str) -> cli.Command:
     """A command of a module next to this one, which is loaded when it runs."""
 
     def run(arguments: argparse.Namespace) -> int | None:
-        command: Command = getattr(import_module(f"fedprune_device.cli.{module}"), name)
+        command: cli.Command = getattr(import_module(f"fedprune_device.cli.{module}"), name)
         return command(arguments)
 
     return run
@@ -353,9 +338,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
     # Before the agent allocates anything: the setting only counts for later blocks.
     return_freed_blocks()
-    logging.basicConfig(level=arguments.log_level.upper(), handlers=[log_handler()])
-    member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)
-    run_board(options_of(BoardConfig, arguments, membership=member, samples=samples))
+    logging.basicConfig(level=arguments.log_level.upper(), handlers=[options.log_handler()])
+    member, samples = cli.options_of(MembershipOptions, arguments), cli.options_of(SampleOptions, arguments)
+    run_board(cli.options_of(BoardConfig, arguments, membership=member, samples=samples))
 
 
 def _parse_away(text: str) -> float:
@@ -372,7 +357,7 @@ def _parse_hours(text: str) -> float:
 def _recipe_setting(text: str) -> tuple[str, Any]:
     from fedprune.model.recipe import LIST_SETTINGS  # which loads numpy: options are read without it
 
-    return recipe_setting(LIST_SETTINGS)(text)
+    return cli.recipe_setting(LIST_SETTINGS)(text)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFu
 from fedprune.core.validation import check_whole
 from fedprune.model.lengths import Shape, shape_to_json
 from fedprune.model.lengths import shape_from_json as read_shape
+from fedprune_device.data import stored_samples
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.reservoir import UNLABELLED, Reservoir, ReservoirDecision, SampleLimits, sample_counts
@@ -42,14 +43,6 @@ from fedprune_device.data.segment_log import (
 )
 from fedprune_device.data.splits import SplitShares, claim_folder
 from fedprune_device.data.stored_array import FILE_STRIDE, Array, OpenFiles
-from fedprune_device.data.stored_samples import (
-    StoredSample,
-    encode_sample,
-    local_data,
-    reproduces_inputs,
-    sample_outline,
-    select_one_kind,
-)
 
 MAX_LABEL = 2**24 - 1
 
@@ -145,7 +138,7 @@ class SampleStore(Closeable):
         Raises `SampleConflictError` if it exists with another label, `DataError` if it or its label is invalid,
         `StorageError` if the disk fails or is full; then nothing changed.
         """
-        payload = encode_sample(x)
+        payload = stored_samples.encode_sample(x)
         if len(payload) > self.max_sample_bytes:
             raise DataError(
                 "size of a sample",
@@ -184,7 +177,7 @@ class SampleStore(Closeable):
         with self._lock:
             self._check_exists(name)
             payload = self._payload(name)
-        like = sample_outline(payload)
+        like = stored_samples.sample_outline(payload)
         return np.frombuffer(payload[-like.nbytes :] if like.size else b"", like.dtype).reshape(like.shape)
 
     def unlabelled_names(self, limit: int) -> list[str]:
@@ -213,7 +206,7 @@ class SampleStore(Closeable):
 
         A model whose outputs are compared with its inputs takes all samples, without their labels.
         """
-        reproduces = targets is not None and shape is not None and reproduces_inputs(targets, shape)
+        reproduces = targets is not None and shape is not None and stored_samples.reproduces_inputs(targets, shape)
         with self._lock:
             if targets is not None and shape is not None:
                 self._write_model(tuple(shape), reproduces)
@@ -228,8 +221,8 @@ class SampleStore(Closeable):
             sample = self._read_stored(name, label, positions[name], files, segments.index(positions[name].segment))
             if sample is not None:
                 stored.append(sample)
-        samples_by_split: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
-        fitting = select_one_kind(stored, shape)
+        samples_by_split: dict[str, list[stored_samples.StoredSample]] = {"train": [], "test": [], "val": []}
+        fitting = stored_samples.select_one_kind(stored, shape)
         for sample in fitting:
             samples_by_split[self._shares.split_of(sample.name)].append(sample)
         if len(fitting) < len(stored):
@@ -243,11 +236,11 @@ class SampleStore(Closeable):
                 hint="Add some: POST /v1/samples" + ("" if reproduces else "?label=..., or label those that wait."),
             )
         splits = list(samples_by_split.values())
-        return local_data(splits, files, shape, inputs_are_labels=reproduces, spool=self._root)
+        return stored_samples.local_data(splits, files, shape, inputs_are_labels=reproduces, spool=self._root)
 
     def _read_stored(
         self, name: str, label: int, position: RecordPosition, files: OpenFiles, file_index: int
-    ) -> StoredSample | None:
+    ) -> stored_samples.StoredSample | None:
         """The shape and place of a sample in the open files; None, and the sample is dropped, if it is damaged."""
         with storage_errors(f"can't read {self._root}"):
             payload = os.pread(files.descriptors[file_index], position.size, position.offset)
@@ -255,9 +248,9 @@ class SampleStore(Closeable):
             with self._lock:
                 self._drop_damaged(name)
             return None
-        outline = sample_outline(payload)
+        outline = stored_samples.sample_outline(payload)
         end = FILE_STRIDE * file_index + position.offset + position.size
-        return StoredSample(name, label, outline, end - outline.nbytes)
+        return stored_samples.StoredSample(name, label, outline, end - outline.nbytes)
 
     def close(self) -> None:
         """Write the counts of seen samples, and close the files."""

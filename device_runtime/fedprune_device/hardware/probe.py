@@ -26,21 +26,7 @@ from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, fit_latency_table, typical_gpu_table, typical_table
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.runtime.session import OnnxSession, onnxruntime_version
-from fedprune_device.hardware.layer_timing import (
-    load_or_measure_table,
-    measure_layers,
-    median_seconds,
-    step_runner,
-    timed_step_feeds,
-)
-from fedprune_device.hardware.readings import (
-    board_model,
-    clock_hz,
-    is_throttled,
-    memory,
-    resident_memory,
-    temperature_c,
-)
+from fedprune_device.hardware import layer_timing, readings
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 _ASSETS = resources.files("fedprune_device") / "assets"
@@ -68,35 +54,35 @@ def probe(
     """
     began = time.monotonic()
     runtime = runtime or onnxruntime_version()
-    total, available = memory(root)
+    total, available = readings.memory(root)
     begin("training and predicting", seconds)
     train, infer, unit = _measure_rates(threads, seconds, cuda)
-    conditions = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board_model(root)}"
+    conditions = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {readings.board_model(root)}"
     if unit == CUDA:
         conditions += ", on its GPU"
 
     def measure_table() -> LatencyTable:
         begin("layers", layer_seconds)
-        measured = measure_layers(threads, layer_seconds, cuda=unit == CUDA)
+        measured = layer_timing.measure_layers(threads, layer_seconds, cuda=unit == CUDA)
         return fit_latency_table(measured, typical_gpu_table() if unit == CUDA else typical_table(train))
 
     latency = None
     if layer_seconds and memory_file is None:
         latency = measure_table()
     elif layer_seconds and memory_file is not None:
-        latency = load_or_measure_table(memory_file, conditions, measure_table)
+        latency = layer_timing.load_or_measure_table(memory_file, conditions, measure_table)
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,
         memory_available=min(available, total),
         seconds=time.monotonic() - began,
         onnxruntime=runtime,
-        board=board_model(root),
-        clock_hz=clock_hz(root),
+        board=readings.board_model(root),
+        clock_hz=readings.clock_hz(root),
         train_rate=train,
         infer_rate=infer,
-        temperature_c=temperature_c(root),
-        throttled=is_throttled(root),
+        temperature_c=readings.temperature_c(root),
+        throttled=readings.is_throttled(root),
         latency=latency,
         unit=unit,
     )
@@ -108,7 +94,7 @@ def process_memory() -> int | None:
     Much of a library is only paged in once it is used, so a small training graph is loaded first.
     """
     OnnxSession((_ASSETS / f"probe_training-{CPU}.onnx").read_bytes(), training=True)
-    return resident_memory()
+    return readings.resident_memory()
 
 
 def table_summaries(report: ProbeReport) -> dict[str, str]:
@@ -144,12 +130,14 @@ def _measure_rates(threads: int, seconds: float, cuda: bool) -> tuple[float, flo
     tensors = {n: (0.1 * rng.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
     batch = reference["batch"]
     x = rng.standard_normal((batch, *reference["input_shape"])).astype(np.float32)
-    feeds = timed_step_feeds(x, rng.integers(0, reference["classes"], batch), tensors, tensors)
+    feeds = layer_timing.timed_step_feeds(x, rng.integers(0, reference["classes"], batch), tensors, tensors)
     graph = (_ASSETS / f"probe_training-{CUDA if cuda else CPU}.onnx").read_bytes()
     # As for layers: plans count operators that are launched one by one.
     session = OnnxSession(graph, threads=threads, training=True, cuda=cuda, records=False)
-    train = median_seconds(step_runner(session, feeds), total_s=seconds / 2, max_runs=math.inf)
+    train = layer_timing.median_seconds(
+        layer_timing.step_runner(session, feeds), total_s=seconds / 2, max_runs=math.inf
+    )
     with reference_predictor(tensors, threads, cuda=cuda) as predictor:
-        infer = median_seconds(lambda: predictor.predict(x), total_s=seconds / 2, max_runs=math.inf)
+        infer = layer_timing.median_seconds(lambda: predictor.predict(x), total_s=seconds / 2, max_runs=math.inf)
     rates = (2 * batch * reference[macs] / s for macs, s in (("training_macs", train), ("forward_macs", infer)))
     return (*rates, session.provider)
