@@ -20,17 +20,7 @@ from fedprune.core.errors import MissingExtraError, ModelError, error_reason, va
 from fedprune.core.validation import check_instance
 from fedprune.output.document import Block, Document
 from fedprune_export.bundles.conversion import check_onnx_parity, onnx_file, state_dict
-from fedprune_export.importing import load
-from fedprune_export.importing.hub_folder import (
-    HUB_CARD_FILE,
-    HUB_CONFIG_FILE,
-    HUB_FILES,
-    HUB_GRAPH_FILE,
-    HUB_WEIGHTS_FILE,
-    is_hub_folder,
-    model_name,
-    read_config,
-)
+from fedprune_export.importing import hub_folder, load
 from fedprune_export.pruning.model import Model
 
 _LOG = logging.getLogger("fedprune.export")
@@ -127,17 +117,19 @@ def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None 
     edited = _is_edited(folder)
     # Loaders such as transformers' refuse a file that doesn't name its format.
     weights = tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"})
-    write_atomically(folder / HUB_WEIGHTS_FILE, weights)
-    write_atomically(folder / HUB_GRAPH_FILE, graph)
+    write_atomically(folder / hub_folder.HUB_WEIGHTS_FILE, weights)
+    write_atomically(folder / hub_folder.HUB_GRAPH_FILE, graph)
     if edited:
         _LOG.warning(
             "%s was edited and is kept: its figures may be those of an earlier model. Delete it and save again for a "
             "new one.",
-            folder / HUB_CARD_FILE,
+            folder / hub_folder.HUB_CARD_FILE,
         )
     else:
-        write_atomically(folder / HUB_CARD_FILE, text)
-    write_atomically(folder / HUB_CONFIG_FILE, (json.dumps(_config(model, card, text), indent=2) + "\n").encode())
+        write_atomically(folder / hub_folder.HUB_CARD_FILE, text)
+    write_atomically(
+        folder / hub_folder.HUB_CONFIG_FILE, (json.dumps(_config(model, card, text), indent=2) + "\n").encode()
+    )
     return folder
 
 
@@ -161,7 +153,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, name: st
         what = f"model {value_text(str(source))}"
         raise ModelError(what, expected="a folder, or owner/name on the hub", got="neither")
     folder = _download(str(source), revision)
-    return load(folder, name=name or model_name(folder, str(source).partition("/")[2]))
+    return load(folder, name=name or hub_folder.model_name(folder, str(source).partition("/")[2]))
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, message: str = "") -> str:
@@ -177,8 +169,8 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
         MissingExtraError: huggingface_hub is not installed.
     """
     folder = Path(folder)
-    if not is_hub_folder(folder):
-        expected = f"{', '.join(HUB_FILES)}, such as save_pretrained writes"
+    if not hub_folder.is_hub_folder(folder):
+        expected = f"{', '.join(hub_folder.HUB_FILES)}, such as save_pretrained writes"
         raise ModelError(f"{folder}", expected=expected, got="none of that")
     if not _REPOSITORY.fullmatch(repository):
         raise ModelError("repository", expected="owner/name", got=value_text(repository))
@@ -189,7 +181,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
             repo_id=repository,
             folder_path=folder,
             # Only the model's files are published, whatever is in the folder.
-            allow_patterns=[*HUB_FILES],
+            allow_patterns=[*hub_folder.HUB_FILES],
             commit_message=message or f"Upload a model of fedprune {__version__}",
         )
     except Exception as error:  # the library lets through whatever its client for HTTP raises
@@ -201,7 +193,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
 def _download(repository: str, revision: str | None) -> Path:
     hub = _hub()
     try:
-        file_names = [HUB_GRAPH_FILE, HUB_WEIGHTS_FILE, HUB_CONFIG_FILE]
+        file_names = [hub_folder.HUB_GRAPH_FILE, hub_folder.HUB_WEIGHTS_FILE, hub_folder.HUB_CONFIG_FILE]
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=file_names))
     except Exception as error:  # the library lets through whatever its client for HTTP raises
         hint = "If it is a folder of this machine, it isn't there; else see whether the hub has it, and is reachable."
@@ -218,13 +210,13 @@ def _hub() -> Any:
 
 def _is_edited(folder: Path) -> bool:
     """Whether the folder has a card other than the one that was written with its `config.json`."""
-    path = folder / HUB_CARD_FILE
+    path = folder / hub_folder.HUB_CARD_FILE
     with storage_errors(f"can't read {path}"):
         if not path_exists(path):
             return False
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        return read_config(folder).get(_CARD_DIGEST) != digest
+        return hub_folder.read_config(folder).get(_CARD_DIGEST) != digest
     except ModelError:
         return True
 

@@ -20,14 +20,7 @@ from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.inference import check_origin, inference_graph
-from fedprune_export.checks.parity import (
-    MAX_PARITY_ERROR,
-    STEP_SAMPLES,
-    TRIAL_LEARNING_RATE,
-    check_parity,
-    count_moved_tensors,
-    relative_error,
-)
+from fedprune_export.checks import parity
 from fedprune_export.checks.step_feeds import Array, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.sample_inputs import sample_feeds
@@ -38,9 +31,9 @@ from fedprune_export.pruning.model import Model
 MAX_LOSS_DIFFERENCE = 1e-3
 
 # A single sample, an odd number, and all: a graph with a frozen batch fails at one of them.
-_TRIAL_BATCHES = (1, 3, STEP_SAMPLES)
+_TRIAL_BATCHES = (1, 3, parity.STEP_SAMPLES)
 # Learning rates that are tried in turn: some losses are steep.
-_TRIAL_RATES = (TRIAL_LEARNING_RATE, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
+_TRIAL_RATES = (parity.TRIAL_LEARNING_RATE, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -93,11 +86,11 @@ class _Trial:
 
     @cached_property
     def x(self) -> Array:
-        return sample_feeds(self.graph, STEP_SAMPLES)[step.X]
+        return sample_feeds(self.graph, parity.STEP_SAMPLES)[step.X]
 
     @cached_property
     def y(self) -> Array:
-        return random_labels(self.bundle.recipe, STEP_SAMPLES, self.outputs[0], self.training.inputs[step.Y])
+        return random_labels(self.bundle.recipe, parity.STEP_SAMPLES, self.outputs[0], self.training.inputs[step.Y])
 
     def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
         feeds = step_feeds(
@@ -134,7 +127,7 @@ class _Trial:
                 raise ModelError(f"{INFERENCE}: logits", expected=(batch, *self.outputs), got=logits.shape)
             if not np.isfinite(logits).all():
                 raise ModelError(f"{INFERENCE}: logits of {batch} random samples are not finite")
-            if not relative_error(logits, all_logits[:batch]) <= MAX_PARITY_ERROR:
+            if not parity.relative_error(logits, all_logits[:batch]) <= parity.MAX_PARITY_ERROR:
                 raise ModelError(f"{INFERENCE}: the logits of a sample depend on the others of its batch")
         batches = ", ".join(map(str, _TRIAL_BATCHES))
         return f"logits {shape_text('n', *self.outputs)} of {batches} random samples are finite"
@@ -142,8 +135,8 @@ class _Trial:
     def check_step(self) -> str:
         """Check that a step gives a finite loss, moves weights, and keeps all shapes."""
         # With the recipe's own rate of 0 nothing would move: try the step with another.
-        outputs = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else TRIAL_LEARNING_RATE))
-        moved_count = count_moved_tensors(outputs, self.bundle.architecture, self.tensors)
+        outputs = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else parity.TRIAL_LEARNING_RATE))
+        moved_count = parity.count_moved_tensors(outputs, self.bundle.architecture, self.tensors)
         frozen_count = sum(step.next_name(n) not in outputs for n in self.tensors)
         rest = f" and leaves {frozen_count} frozen" if frozen_count else ""
         return f"loss {float(outputs[step.LOSS]):.4g}; a step moves {quantity(moved_count, 'tensor')}{rest}"
@@ -232,5 +225,5 @@ def check_model(bundle: Bundle, model: Model) -> str:
             hint="Give the model that the bundle was exported from; a torch factory may draw other weights each time.",
         )
     names = (INFERENCE, WEIGHTS, *([BASE] if bundle.base else []))
-    error = check_parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in names})
+    error = parity.check_parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in names})
     return f"equals the whole model with the pruned channels masked, within a relative error of {error:.1e}"

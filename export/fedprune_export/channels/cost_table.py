@@ -10,25 +10,16 @@ import numpy as np
 
 from fedprune.model.architecture import Activation, Axis, LayerRow, Volume
 from fedprune.model.step_contract import LOGITS, X
+from fedprune_export.ir import operators
 from fedprune_export.ir.dropout import is_dropout, mask_axes
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.operators import (
-    BOTH,
-    ELEMENTWISE,
-    GRADIENT_READS,
-    INPUT,
-    OUTPUT,
-    REARRANGEMENTS,
-    VIEWS,
-    load_rules,
-)
 from fedprune_export.ir.trace import Trace
 
 # Per value its axes at full width; None for an axis that follows the batch.
 ValueAxes = Mapping[str, tuple[Axis | None, ...]]
 
 # Operators that take no time worth a row: most copy nothing, or compute with a few numbers.
-_UNCOUNTED = VIEWS | {"Constant", "ConstantOfShape", "Shape", "Size", "Dropout", "Range"}
+_UNCOUNTED = operators.VIEWS | {"Constant", "ConstantOfShape", "Shape", "Size", "Dropout", "Range"}
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _RECURRENT = ("LSTM", "GRU", "RNN")
@@ -92,7 +83,7 @@ def _source_weights(name: str, parameters: Mapping[str, str], producers: Mapping
     if (
         producer is None
         or producer.domain
-        or producer.op not in REARRANGEMENTS | {"Slice", "Split", "Concat", "Gather"}
+        or producer.op not in operators.REARRANGEMENTS | {"Slice", "Split", "Concat", "Gather"}
     ):
         return []
     inputs = producer.inputs if producer.op == "Concat" else producer.inputs[:1]
@@ -147,12 +138,12 @@ def _weight_origin(node: Node, input_index: int, producers: Mapping[str, Node], 
         axis = rank - 1 if input_index == 1 else max(0, rank - 2)
     while name in producers and not producers[name].domain:
         producer = producers[name]
-        if producer.op in REARRANGEMENTS:
+        if producer.op in operators.REARRANGEMENTS:
             if producer.op == "Transpose":
                 perm = list(producer.attrs.get("perm", range(rank)[::-1]))
                 axis = int(perm[axis]) if axis < len(perm) else axis
             name = producer.inputs[0]
-        elif producer.op in ELEMENTWISE:  # a scaled or squashed weight
+        elif producer.op in operators.ELEMENTWISE:  # a scaled or squashed weight
             same_shape = [i for i in producer.inputs if i and trace.shapes[i] == trace.shapes[name]]
             if not same_shape:
                 break
@@ -165,7 +156,9 @@ def _weight_origin(node: Node, input_index: int, producers: Mapping[str, Node], 
 def activations(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activation]:
     """A row per value that follows the batch; views share the memory of the value that they view, and its row."""
     view_sources = {
-        n.outputs[0]: n.inputs[0] for n in graph.nodes if n.op in VIEWS and not n.domain and n.outputs[0] != LOGITS
+        n.outputs[0]: n.inputs[0]
+        for n in graph.nodes
+        if n.op in operators.VIEWS and not n.domain and n.outputs[0] != LOGITS
     }
 
     def viewed_value(name: str) -> str:
@@ -176,14 +169,14 @@ def activations(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activ
     sequences = {n.outputs[0]: n.op for n in graph.nodes if n.op in _RECURRENT and not n.domain}
     # A dropout keeps its mask for the backward pass. Where the mask spans some axes only, it is too small to count.
     dropouts = {n.outputs[0] for n in graph.nodes if is_dropout(n) and mask_axes(graph, n) is None}
-    kept_names, gradient_reads = set[str](), load_rules(GRADIENT_READS)
+    kept_names, gradient_reads = set[str](), operators.load_rules(operators.GRADIENT_READS)
     for node in graph.nodes:
-        read = BOTH if node.domain else gradient_reads.get(node.op)
-        if read in (INPUT, BOTH):
+        read = operators.BOTH if node.domain else gradient_reads.get(node.op)
+        if read in (operators.INPUT, operators.BOTH):
             # Their other inputs are bounds, weights and statistics, which aren't activations.
             reads = node.inputs[:1] if node.op in ("Clip", "BatchNormalization") else node.inputs
             kept_names.update(viewed_value(i) for i in reads if i)
-        if read in (OUTPUT, BOTH):
+        if read in (operators.OUTPUT, operators.BOTH):
             kept_names.update(viewed_value(o) for o in node.outputs if o)
     for name in (X, *(o for n in graph.nodes for o in n.outputs if o)):
         axes = values[name]

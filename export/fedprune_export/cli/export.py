@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fedprune_export as fx
-from fedprune.core.cli import (
-    add_json_option,
-    byte_count,
-    positive_integer,
-    positive_joules,
-    positive_seconds,
-    print_json,
-)
+from fedprune.core import cli
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
 from fedprune.model.recipe import Recipe
@@ -28,19 +21,7 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.bundle_folder import check_bundle_folder, is_bundle
 from fedprune.runtime.precision_files import INT8, PRECISIONS
 from fedprune.updates import PLAIN
-from fedprune_export.cli.options import (
-    MODEL_HELP,
-    add_model_options,
-    add_recipe_options,
-    comma_separated_names,
-    parse_codec,
-    parse_density,
-    parse_precisions,
-    parse_targets,
-    read_model,
-    read_probe,
-    read_recipe,
-)
+from fedprune_export.cli import options
 
 # Scorers that need only a model; others need measurements of a fleet's training.
 _SCORERS = ("ordered", "magnitude")
@@ -48,7 +29,7 @@ _SCORERS = ("ordered", "magnitude")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of an export."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
     parser.add_argument(
         "--target",
         required=True,
@@ -69,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_plan_options(parser)
     parser.add_argument(
-        "--opset", type=positive_integer, metavar="N", help="opset of the inference graph (default: 17)"
+        "--opset", type=cli.positive_integer, metavar="N", help="opset of the inference graph (default: 17)"
     )
     parser.add_argument(
         "--class-names",
-        type=comma_separated_names,
+        type=options.comma_separated_names,
         default=(),
         metavar="A,B,C",
         help="names of the classes (default: those of a folder's config.json)",
@@ -83,26 +64,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        type=parse_precisions,
+        type=options.parse_precisions,
         default=(),
         metavar="P,P",
         help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
     )
-    add_json_option(parser, "the report as JSON, for programs")
+    cli.add_json_option(parser, "the report as JSON, for programs")
     parser.add_argument(
         "--probe",
         type=Path,
         metavar="FILE.json",
         help="the board's own measurements (fedprune-device probe --json), which beat the profile's figures",
     )
-    add_model_options(parser)
-    add_recipe_options(parser)
+    options.add_model_options(parser)
+    options.add_recipe_options(parser)
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that limit the submodel: its width, and the bytes, seconds and joules of a round."""
     parser.add_argument(
-        "--density", type=parse_density, default=None, help="kept share of all channels, or auto (default)"
+        "--density", type=options.parse_density, default=None, help="kept share of all channels, or auto (default)"
     )
     parser.add_argument(
         "--scorer",
@@ -112,31 +93,33 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--samples",
-        type=positive_integer,
+        type=cli.positive_integer,
         default=1000,
         metavar="N",
         help="training samples that the board holds (default: 1000)",
     )
     parser.add_argument(
         "--bytes-per-round",
-        type=byte_count,
+        type=cli.byte_count,
         metavar="BYTES",
         help="bytes that a round may transfer, down plus up, such as 1MB",
     )
     parser.add_argument(
         "--compression",
-        type=parse_codec,
+        type=options.parse_codec,
         default=PLAIN,
         metavar="CODEC",
         help="codec in which transferred weights and updates are counted, as in the job, such as int8 (default: none)",
     )
     parser.add_argument(
         "--joules-per-round",
-        type=positive_joules,
+        type=cli.positive_joules,
         metavar="J",
         help="energy of a round's training in addition to the idle board's",
     )
-    parser.add_argument("--deadline", type=positive_seconds, metavar="SECONDS", help="seconds that a round may take")
+    parser.add_argument(
+        "--deadline", type=cli.positive_seconds, metavar="SECONDS", help="seconds that a round may take"
+    )
 
 
 @dataclass(frozen=True)
@@ -158,7 +141,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     results: dict[str, fx.Report | FedpruneError] = {}
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
-        model = read_model(arguments)
+        model = options.read_model(arguments)
         data = _read_data(arguments, model, boards.recipe)
         tell("deriving the training step")
         # Before the boards: a model that can't be trained fails once, and not for each board.
@@ -176,7 +159,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     # The only result is a report: its error would have been raised.
     report = next(r for r in results.values() if isinstance(r, fx.Report))
     if arguments.json:
-        print_json(report.to_dict())
+        cli.print_json(report.to_dict())
     else:
         print(report)
     return int(ExitCode.OK)
@@ -185,9 +168,9 @@ def export_command(arguments: argparse.Namespace) -> int:
 def _check_boards(arguments: argparse.Namespace) -> _Boards:
     """Check all options that don't depend on the model, whose import may take minutes."""
     profiles = tuple(
-        profile_store.find_typed_profile(name, arguments.profiles) for name in parse_targets(arguments.target)
+        profile_store.find_typed_profile(name, arguments.profiles) for name in options.parse_targets(arguments.target)
     )
-    recipe, probe = read_recipe(arguments), read_probe(arguments)
+    recipe, probe = options.read_recipe(arguments), options.read_probe(arguments)
     if INT8 in arguments.precision and arguments.data is None:
         raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
     if probe is not None and len(profiles) > 1:
@@ -261,7 +244,7 @@ def _print_results(
     if as_json:
         rows = {name: r.to_dict() for name, r in reports.items()}
         rows |= {name: {"target": name, "error": str(e), "exit_code": int(e.exit_code)} for name, e in errors.items()}
-        print_json([rows[name] for name in results])
+        cli.print_json([rows[name] for name in results])
     else:
         if reports:
             tables.print_table(_SUMMARY, map(_summary_row, reports.values()))

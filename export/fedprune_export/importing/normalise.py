@@ -15,6 +15,7 @@ import onnx
 from fedprune.core.errors import ModelError
 from fedprune.core.text import first_few
 from fedprune.model.step_contract import LOGITS, RESERVED_NAMES, X
+from fedprune_export.importing import parameter_roles
 from fedprune_export.importing.activations import replace_activations
 from fedprune_export.importing.checks import check_indices, check_nodes, compare_with_original
 from fedprune_export.importing.constants import (
@@ -31,15 +32,6 @@ from fedprune_export.importing.norms import replace_norms
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.output_softmax import drop_output_softmax
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
-from fedprune_export.importing.parameter_roles import (
-    CONSTANT_PREFIX,
-    constants_of,
-    find_roles,
-    name_constants,
-    note_scalars,
-    plain_numbers,
-    untie,
-)
 from fedprune_export.importing.refusals import check_not_quantised, check_output, check_random, check_trainable
 from fedprune_export.importing.simplification import bypass, drop_identities, simplify
 from fedprune_export.importing.translation import translate, upgrade_model
@@ -93,21 +85,21 @@ def normalise(
     check_nodes(graph)
     check_not_quantised(graph)
     store_as_float32(graph)
-    constants = constants_of(model, graph, notes if parameters is None else [])
+    constants = parameter_roles.constants_of(model, graph, notes if parameters is None else [])
     file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)
     if own_loss:
         pack_outputs(graph, notes)
     _check_ports(graph)
-    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
+    constants |= {n for n in graph.initializers if n.startswith(parameter_roles.CONSTANT_PREFIX)}
     _name_nodes(graph)
     # At this point the graph begins with the packing of inputs: `Original` takes the file's inputs from it.
     row_graph = graph.copy()
     graph.prune()
     read_dropouts(graph, notes)
     drop_identities(graph)
-    plain = plain_numbers(graph)
+    plain = parameter_roles.plain_numbers(graph)
     scalars = {n for n in plain - constants if parameters is None and graph.initializers[n].dtype == np.float32}
     constants |= plain
     if parameters is not None:
@@ -128,10 +120,10 @@ def normalise(
     _simplify(graph, graph_trace, constants, notes, LOGITS)
     check_random(graph)
     roles = _separate_parameters(graph, graph_trace, constants, listed, notes)
-    note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
+    parameter_roles.note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
     check_trainable(graph, roles)
     _check_finite(graph, roles)
-    name_constants(graph, roles)
+    parameter_roles.name_constants(graph, roles)
     _name_nodes(graph)
     graph_trace = trace_graph(graph)
     _check_types(graph, graph_trace)
@@ -144,14 +136,14 @@ def _separate_parameters(
 ) -> dict[str, str]:
     """Give each parameter and constant the form by which it is recognised. Returns the roles of parameters."""
     guard_zero_norms(graph, constants)
-    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
+    constants |= {n for n in graph.initializers if n.startswith(parameter_roles.CONSTANT_PREFIX)}
     if listed is None:
         # A list of parameters says that shared tensors are truly tied; without one, exporters may have merged equal
         # values.
-        untie(graph, constants, notes)
+        parameter_roles.untie(graph, constants, notes)
     copy_fills(graph, constants)
     narrow_constants(graph, trace, constants)
-    return find_roles(graph, constants, listed, notes)
+    return parameter_roles.find_roles(graph, constants, listed, notes)
 
 
 def simplify_graph(graph: Graph, constants: set[str], notes: list[str], *, output: str) -> None:
@@ -178,7 +170,7 @@ def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str],
     merge_transpositions(graph, trace)
     drop_identities(graph)
     graph.prune()
-    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
+    constants |= {n for n in graph.initializers if n.startswith(parameter_roles.CONSTANT_PREFIX)}
     composites = replace_activations(graph, trace, constants) + replace_norms(graph, trace, constants)
     if composites == 1:
         notes.append("A norm or activation that was written out in primitives is one operator.")
