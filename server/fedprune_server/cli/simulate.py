@@ -9,16 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from fedprune import __version__
-from fedprune.core.cli import (
-    add_json_option,
-    byte_count,
-    check_command,
-    positive_integer,
-    print_json,
-    run_command,
-    setting_of,
-    with_extra,
-)
+from fedprune.core import cli
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
@@ -33,14 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     builders = _parser_builders()
     if arguments and arguments[0] in builders:
-        return run_command(PROG, builders[arguments[0]], arguments[1:])
+        return cli.run_command(PROG, builders[arguments[0]], arguments[1:])
 
     def build_checked_parser() -> CommandParser:
         if arguments:
-            check_command(arguments[0], tuple(builders), f"See `{PROG} --help`.")
+            cli.check_command(arguments[0], tuple(builders), f"See `{PROG} --help`.")
         return build_parser()
 
-    return run_command(PROG, build_checked_parser, arguments)
+    return cli.run_command(PROG, build_checked_parser, arguments)
 
 
 def _parser_builders() -> dict[str, Callable[[], CommandParser]]:
@@ -76,17 +67,17 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--reference", action="store_true", help="run FedAvg at full width on the same devices, too")
     parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")
-    parser.add_argument("--seed", type=setting_of(int), metavar="N", help="instead of the job's")
-    parser.add_argument("--rounds", type=setting_of(int), metavar="N", help="instead of the job's")
-    parser.add_argument("--workers", type=positive_integer, metavar="N", help="processes that train side by side")
+    parser.add_argument("--seed", type=cli.setting_of(int), metavar="N", help="instead of the job's")
+    parser.add_argument("--rounds", type=cli.setting_of(int), metavar="N", help="instead of the job's")
+    parser.add_argument("--workers", type=cli.positive_integer, metavar="N", help="processes that train side by side")
     parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU, if that works")
     parser.add_argument(
         "--track",
         metavar="TOOL[:DESTINATION],...",
         help="experiment trackers that get every round: the setting `track` of a simulation",
     )
-    add_json_option(parser)
-    parser.set_defaults(run=with_extra("server", _run))
+    cli.add_json_option(parser)
+    parser.set_defaults(run=cli.with_extra("server", _run))
     return parser
 
 
@@ -105,8 +96,8 @@ def build_compare_parser() -> CommandParser:
         help="accuracy (or loss) whose cost is compared; repeatable",
     )
     _add_csv(parser)
-    add_json_option(parser)
-    parser.set_defaults(run=with_extra("server", _compare))
+    cli.add_json_option(parser)
+    parser.set_defaults(run=cli.with_extra("server", _compare))
     return parser
 
 
@@ -118,11 +109,11 @@ def build_sweep_parser() -> CommandParser:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the runs' folders; finished runs are kept"
     )
-    parser.add_argument("--workers", type=positive_integer, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--workers", type=cli.positive_integer, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster, which must see DIR and the data")
     _add_csv(parser)
-    add_json_option(parser)
-    parser.set_defaults(run=with_extra("server", _sweep))
+    cli.add_json_option(parser)
+    parser.set_defaults(run=cli.with_extra("server", _sweep))
     return parser
 
 
@@ -147,7 +138,7 @@ def build_new_parser() -> CommandParser:
         "(default: attic, yard and dock, with links of 40 kB, 150 kB and 1 MB)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="keys every random number (default: 0)")
-    parser.set_defaults(run=with_extra("server", _new))
+    parser.set_defaults(run=cli.with_extra("server", _new))
     return parser
 
 
@@ -159,7 +150,7 @@ def _starter_boards(text: str) -> list[tuple[str, str, int]]:
         profile, colon, amount = rest.partition(":")
         if not (name and equals and profile):
             raise argparse.ArgumentTypeError(f"expected NAME=PROFILE or NAME=PROFILE:BYTES, got {item[:80]!r}")
-        boards.append((name, profile, byte_count(amount) if colon else 0))
+        boards.append((name, profile, cli.byte_count(amount) if colon else 0))
     return boards
 
 
@@ -206,7 +197,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.json:
         reference = run.reference
         verdicts = claims(run.record, reference) if judged and reference is not None else ()
-        print_json(
+        cli.print_json(
             {
                 "run": final_figures(run.record),
                 "reference": None if reference is None else final_figures(reference),
@@ -244,7 +235,7 @@ def _compare(options: argparse.Namespace) -> None:
             write_csv(options.csv, runs)
     if options.json:
         rows = [{**final_figures(run), "targets": [target_figures(run, t) for t in targets]} for run in runs]
-        print_json({"runs": rows, "equal_cost": equal_cost_figures(runs), "report": str(page)})
+        cli.print_json({"runs": rows, "equal_cost": equal_cost_figures(runs), "report": str(page)})
         return
     print_comparison(runs, targets)
     print(f"\nReport: {page}")
@@ -269,7 +260,7 @@ def _sweep(options: argparse.Namespace) -> int:
         rows = [final_figures(record) for record in records]
         means = variant_figures(variants)
         report = None if page is None else str(page)
-        print_json({"runs": rows, "variants": means, "failed": failure_rows(failed), "report": report})
+        cli.print_json({"runs": rows, "variants": means, "failed": failure_rows(failed), "report": report})
     elif page is not None:
         print_comparison(records, variants=variants_with_seeds)
         print(f"\nReport: {page}")

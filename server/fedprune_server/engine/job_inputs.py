@@ -20,14 +20,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ConfigError, MissingExtraError, ModelError
 from fedprune.planning.profile_store import find_profile, profile_names
 from fedprune.strategies.user_code_digest import user_code_digest
-from fedprune_export.importing import (
-    ImportChoices,
-    compare_models,
-    drawn_tensors,
-    is_factory_source,
-    read_source,
-    with_choices,
-)
+from fedprune_export import importing
 from fedprune_server.config.server_config import JobSettings, ServerConfig
 from fedprune_server.executor.server_samples import LabelledSamples
 
@@ -46,13 +39,13 @@ def read_job_model(config: JobSettings) -> bytes:
     options of `fedprune-export`. Raises `ModelError` if the model can't be used, and `MissingExtraError` if torch or
     timm is needed and not installed."""
     source = str(config.model)
-    if is_factory_source(source):
+    if importing.is_factory_source(source):
         log.info("reading the model %s: torch exports it, which may take minutes", source)
     try:
-        choices = ImportChoices(
+        choices = importing.ImportChoices(
             input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora, base=config.base
         )
-        return read_source(source, choices)
+        return importing.read_source(source, choices)
     except ModelError as error:
         if "--input-shape" not in error.hint:
             raise
@@ -77,9 +70,9 @@ def check_job_model(config: JobSettings, raw: bytes, job_description: str) -> No
     current = _read_configured_model(config, raw)
     if current is None:
         return
-    changes = compare_models(raw, current)
+    changes = importing.compare_models(raw, current)
     source, tensor_changes = config.model, changes.tensors
-    is_factory = source is not None and is_factory_source(source)
+    is_factory = source is not None and importing.is_factory_source(source)
     kind, source_text = "", source
     if changes.graph:
         kind, source_text = "model", source or f"base = {config.base}"
@@ -91,7 +84,7 @@ def check_job_model(config: JobSettings, raw: bytes, job_description: str) -> No
     elif tensor_changes and (
         source is None
         or not is_factory
-        or drawn_tensors(source, current, tensor_changes, partial(read_job_model, config)) < tensor_changes
+        or importing.drawn_tensors(source, current, tensor_changes, partial(read_job_model, config)) < tensor_changes
     ):
         kind = "model"
     if kind:
@@ -109,7 +102,9 @@ def _read_configured_model(config: JobSettings, raw: bytes) -> bytes | None:
         if config.loss is config.metric is config.base is None:
             return None
         # Without a model's source the job's own model is compared, with the configured loss, metric and base.
-        return with_choices(raw, ImportChoices(loss=config.loss, metric=config.metric, base=config.base))
+        return importing.with_choices(
+            raw, importing.ImportChoices(loss=config.loss, metric=config.metric, base=config.base)
+        )
     try:
         return read_job_model(config)
     except (MissingExtraError, ModelError) as error:

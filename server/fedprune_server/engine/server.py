@@ -32,15 +32,8 @@ from fedprune_server.engine.device_scheduler import DeviceScheduler
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.engine.single_job_scheduler import SingleJobScheduler
+from fedprune_server.messaging import transport
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
-from fedprune_server.messaging.transport import (
-    MAX_TURN_S,
-    DeviceRevoked,
-    DroppedMessage,
-    DuplicateIdentity,
-    Item,
-    SiteLink,
-)
 from fedprune_server.observation.observer import LoopBlocked, Observer, Observers, ServerEnding, TurnEvent
 from fedprune_server.observation.snapshot import FleetSnapshot, LazyMapping
 
@@ -75,7 +68,7 @@ class Server:
     def __init__(
         self,
         runners: Sequence[JobRunner],
-        site: SiteLink,
+        site: transport.SiteLink,
         broker: EmbeddedBroker | None = None,
         stopping: threading.Event | None = None,
         connected_target: int = 0,
@@ -173,11 +166,11 @@ class Server:
         """Handle the messages that have come, let every job save and act on their events, and assign free devices."""
         clock, runners = self._site.monotonic, self.runners.values()
         item = self._link.get(min(runner.max_wait_s for runner in runners))
-        taking_ends_at = clock() + MAX_TURN_S
+        taking_ends_at = clock() + transport.MAX_TURN_S
         for runner in runners:
             runner.begin_turn()
         while item is not None and not self._stopping.is_set():
-            if not isinstance(item, DroppedMessage):
+            if not isinstance(item, transport.DroppedMessage):
                 self._take_item(item)
             if clock() > taking_ends_at:
                 break
@@ -230,7 +223,7 @@ class Server:
 
     # Incoming messages and events.
 
-    def _take_item(self, item: Item) -> None:
+    def _take_item(self, item: transport.Item) -> None:
         """Handle a message, or an event of the connection or about a device."""
         now = self._site.monotonic()
         match item:
@@ -248,7 +241,7 @@ class Server:
                 self._presence.on_broker_loss()
                 for runner in self.runners.values():
                     runner.on_connection_change(False)
-            case DeviceRevoked():
+            case transport.DeviceRevoked():
                 for runner in self.runners.values():
                     runner.remove_member(item.device)
                 self._on_disconnect(item.device)
@@ -260,7 +253,7 @@ class Server:
                 self._on_disconnect(item.device)
             case Released():
                 self._request_birth(item.device)
-            case DuplicateIdentity():
+            case transport.DuplicateIdentity():
                 self.main_runner.registry.clones.note_shared_key(item.device, now)
 
     def _receive(self, topic: str, payload: bytes) -> None:

@@ -32,13 +32,7 @@ from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.retention import kept_models, sweep_blobs
 from fedprune_server.executor.server_samples import load_calibration, load_evaluation
 from fedprune_server.executor.worker import Worker
-from fedprune_server.storage.blob_place import (
-    BLOBS_FOLDER,
-    NUMBER_KEY,
-    bucket_number,
-    move_blobs_in,
-    open_blobs,
-)
+from fedprune_server.storage import blob_place
 from fedprune_server.storage.database import hide_passwords, parse_database_url
 from fedprune_server.storage.folder_layout import DATABASE_FILE, MODEL_FILE, database_url, has_database, store_url
 from fedprune_server.storage.folder_lock import folder_lock
@@ -107,7 +101,7 @@ class StateFolder(Closeable):
             stack.callback(self.lease.close)
             self.lease.wait(standby=standby)
             # Opened only once the lease is free, because opening changes them: another server may have been at work.
-            self.store = BlobStore(path / BLOBS_FOLDER)
+            self.store = BlobStore(path / blob_place.BLOBS_FOLDER)
             self.storage = Storage.open_in(path, database)
             stack.callback(self.storage.close)
             self.lease.take()
@@ -131,7 +125,7 @@ class StateFolder(Closeable):
         stored_settings, state = self.storage.settings(), self.storage.load()
         if stored_settings is not None:
             self._check_name(config, stored_settings, state)
-        self.store = open_blobs(self.path, config.blobs, config.cache_mib * 2**20, stored_settings)
+        self.store = blob_place.open_blobs(self.path, config.blobs, config.cache_mib * 2**20, stored_settings)
         self._exit_stack.callback(self.store.close)
         raw, name = self._read_model_file(config, stored_settings, state)
         model = import_onnx(raw, name)
@@ -150,7 +144,7 @@ class StateFolder(Closeable):
             "inputs": input_digests(config, evaluation, calibration),
             "server": config.server_settings(),
             "alerts": config.alerts.to_dict(),
-            NUMBER_KEY: bucket_number(stored_settings) or secrets.token_hex(16),
+            blob_place.NUMBER_KEY: blob_place.bucket_number(stored_settings) or secrets.token_hex(16),
         }
         if stored_settings is None:
             self._check_foreign_model(raw)
@@ -176,7 +170,7 @@ class StateFolder(Closeable):
         store_url(self.path, self.database_url)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(open_job.settings)
-        self.store.claim(open_job.settings[NUMBER_KEY], open_job.job.name, self._raw_model)
+        self.store.claim(open_job.settings[blob_place.NUMBER_KEY], open_job.job.name, self._raw_model)
         if self.storage.load() is None:
             self.storage.save(open_job.state, (), time.time())
 
@@ -268,7 +262,7 @@ class StateFolder(Closeable):
     def _move_blobs_in(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
         """Copy the blobs that a stored job needs into its store. Raises `StorageError` if the model is missing."""
         needed_digests = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
-        move_blobs_in(self.path, self.store, stored_settings, needed_digests)
+        blob_place.move_blobs_in(self.path, self.store, stored_settings, needed_digests)
         if not self.store.has(state.model):
             raise StorageError(
                 f"the global model {state.model} is missing from {self.store.describe()}",

@@ -29,22 +29,13 @@ from cryptography import x509
 from fedprune.core.closeable import Closeable
 from fedprune.core.disk import flush_folder, storage_errors
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, path_remedy, search_location
+from fedprune.security import certificates
 from fedprune.security.authority import (
     AUTHORITY_CERTIFICATE_FILE,
     AUTHORITY_KEY_FILE,
     DEVICE_DAYS,
     SERVER_COMMON_NAME,
     Authority,
-)
-from fedprune.security.certificates import (
-    is_issued_by,
-    key_digest,
-    load_certificate,
-    load_tls_key,
-    make_request,
-    make_tls_key,
-    save_tls_key,
-    seconds_of,
 )
 from fedprune.security.epoch_file import EpochFile
 from fedprune.security.join_claim import JoinClaim
@@ -241,9 +232,9 @@ class IdentityFolder(Closeable):
     def console_files(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of a new certificate for the console, its key, which the server's user can read, and the authority's
         certificate."""
-        key, path = make_tls_key(), self.path / _CONSOLE_KEY
-        issued = self.authority.issue_broker(sorted(set(hosts)), make_request(key, "console"))
-        save_tls_key(key, path)
+        key, path = certificates.make_tls_key(), self.path / _CONSOLE_KEY
+        issued = self.authority.issue_broker(sorted(set(hosts)), certificates.make_request(key, "console"))
+        certificates.save_tls_key(key, path)
         # The command may run as root; the console runs as the server's user.
         share_owner(path, self.path / _SIGNING_KEY)
         write_public(self.path / CONSOLE_CERTIFICATE, issued.encode())
@@ -259,9 +250,9 @@ class IdentityFolder(Closeable):
         sorted_hosts = sorted(set(hosts))
         current = self._lasting_certificate(certificate, key_path, _BROKER_RENEWAL_S)
         if current is None or set(sorted_hosts) != hosts_of(current):
-            key = make_tls_key()
-            issued = self.authority.issue_broker(sorted_hosts, make_request(key, "broker"))
-            save_tls_key(key, key_path)
+            key = certificates.make_tls_key()
+            issued = self.authority.issue_broker(sorted_hosts, certificates.make_request(key, "broker"))
+            certificates.save_tls_key(key, key_path)
             write_public(certificate, issued.encode())
         return certificate, key_path, self.path / AUTHORITY_CERTIFICATE_FILE
 
@@ -287,21 +278,23 @@ class IdentityFolder(Closeable):
     def _lasting_certificate(self, certificate: Path, key: Path, seconds: int) -> x509.Certificate | None:
         """The certificate in a file, if the authority issued it, it belongs to this key and lasts long enough."""
         try:
-            loaded = load_certificate(certificate, "certificate")
-            if key_digest(loaded.public_key()) != key_digest(load_tls_key(key).public_key()):
+            loaded = certificates.load_certificate(certificate, "certificate")
+            if certificates.key_digest(loaded.public_key()) != certificates.key_digest(
+                certificates.load_tls_key(key).public_key()
+            ):
                 return None
-            if not is_issued_by(loaded, self.authority.certificate):
+            if not certificates.is_issued_by(loaded, self.authority.certificate):
                 return None
         except (IdentityError, ProtocolError):
             return None
         earliest_end = min(self.authority.now() + seconds, self.authority.valid_until)
-        return loaded if seconds_of(loaded.not_valid_after_utc) >= earliest_end else None
+        return loaded if certificates.seconds_of(loaded.not_valid_after_utc) >= earliest_end else None
 
 
 def _issue_server(authority: Authority, folder: Path) -> None:
-    key = make_tls_key()
-    issued = authority.issue_server(make_request(key, SERVER_COMMON_NAME))
-    save_tls_key(key, folder / _SERVER_KEY)
+    key = certificates.make_tls_key()
+    issued = authority.issue_server(certificates.make_request(key, SERVER_COMMON_NAME))
+    certificates.save_tls_key(key, folder / _SERVER_KEY)
     write_public(folder / _SERVER_CERTIFICATE, issued.encode())
 
 

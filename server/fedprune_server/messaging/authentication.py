@@ -29,15 +29,7 @@ from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.messaging.transport import (
-    MAX_TURN_S,
-    DeviceRevoked,
-    DroppedMessage,
-    DuplicateIdentity,
-    Item,
-    Relay,
-    Wire,
-)
+from fedprune_server.messaging import transport
 
 log = logging.getLogger("fedprune.server")
 
@@ -61,7 +53,7 @@ _MAX_OPENED = 256
 JOINS_PER_S = 20.0
 
 
-class AuthenticatedLink(Relay):
+class AuthenticatedLink(transport.Relay):
     """A connection that signs the server's messages and passes on each signed message of a member once.
 
     Args:
@@ -72,7 +64,7 @@ class AuthenticatedLink(Relay):
 
     def __init__(
         self,
-        link: Wire,
+        link: transport.Wire,
         identity: IdentityFolder,
         clock: Callable[[], float] = time.monotonic,
         *,
@@ -96,12 +88,12 @@ class AuthenticatedLink(Relay):
         self._next_hello_at: dict[str, float] = {}
         self._clock = clock
         self._complaints = RejectedMessageLog(log, clock)
-        self._events: deque[DeviceRevoked | DuplicateIdentity] = deque()
+        self._events: deque[transport.DeviceRevoked | transport.DuplicateIdentity] = deque()
         self._unanswered_hellos: dict[str, int] = {}
         self._birth_sessions: dict[str, int] = {}
         self._join_allowance, self._allowance_refilled_at = JOINS_PER_S, clock()
         self._unsaved_epochs: dict[tuple[str, str], int] = {}  # latest epochs by key and stream, not yet stored
-        self._opened_items: deque[tuple[str, Item]] = deque()  # by device, empty for events
+        self._opened_items: deque[tuple[str, transport.Item]] = deque()  # by device, empty for events
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible, or if the addressed device is no member. Raises
@@ -117,7 +109,7 @@ class AuthenticatedLink(Relay):
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
-    def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
+    def get(self, timeout: float | None = 0.0) -> transport.Item | transport.DroppedMessage | None:
         """The next message or event; None if nothing waits. Raises `StorageError` if the disk fails or is full."""
         self._poll_members()
         if self._events:
@@ -133,24 +125,24 @@ class AuthenticatedLink(Relay):
             device, opened = self._opened_items.popleft()
             if not device or device in self._members:  # as of now: it may have changed since
                 return opened
-        return DroppedMessage()
+        return transport.DroppedMessage()
 
-    def _open_waiting(self, item: Item | DroppedMessage | None) -> None:
+    def _open_waiting(self, item: transport.Item | transport.DroppedMessage | None) -> None:
         """Open the waiting messages, for a turn's time at most.
 
         The epochs that they begin are stored no later than what they lead to: in the first job's transaction, before
         those of further jobs. After a crash before it the server accepts the messages again: nothing has come of them.
         """
-        turn_ends_at = self._clock() + MAX_TURN_S
+        turn_ends_at = self._clock() + transport.MAX_TURN_S
         while item is not None:
-            if not isinstance(item, DroppedMessage):
+            if not isinstance(item, transport.DroppedMessage):
                 self._take_item(item)
             item = self._link.get() if self._clock() < turn_ends_at and len(self._opened_items) < _MAX_OPENED else None
         if self._unsaved_epochs:
             self._store.defer_epochs([(key, stream, epoch) for (key, stream), epoch in self._unsaved_epochs.items()])
             self._unsaved_epochs.clear()
 
-    def _take_item(self, item: Item) -> None:
+    def _take_item(self, item: transport.Item) -> None:
         """Authenticate a message, and queue its content; drop a message of a stranger with a logged reason."""
         if isinstance(item, ConnectionUp):
             # Devices may have restarted meanwhile: they accept a new epoch in any case.
@@ -228,7 +220,7 @@ class AuthenticatedLink(Relay):
             body = unseal(opener.key, topic, payload).body
             if not isinstance(parse_message(body), Death):
                 if isinstance(error, TwoSignersError):
-                    self._events.append(DuplicateIdentity(device))
+                    self._events.append(transport.DuplicateIdentity(device))
                 self._repeat_hello(device)
                 raise
             return body
@@ -252,7 +244,7 @@ class AuthenticatedLink(Relay):
         if self._unanswered_hellos.get(device, 0):
             self._unanswered_hellos[device] -= 1
         elif session == previous_session:
-            self._events.append(DuplicateIdentity(device))
+            self._events.append(transport.DuplicateIdentity(device))
         else:
             self._repeat_hello(device)
 
@@ -268,7 +260,9 @@ class AuthenticatedLink(Relay):
                 self._identity.update_revocations()
                 self._quarantine.members = self._members
                 self._events.extend(
-                    DeviceRevoked(name) for name, key in previous_members.items() if self._members.get(name) != key
+                    transport.DeviceRevoked(name)
+                    for name, key in previous_members.items()
+                    if self._members.get(name) != key
                 )
                 new_members = [] if is_first_poll else self._members.keys() - previous_members.keys()
                 # Another server may have let them in, so that their births came before this one knew them as members.

@@ -14,15 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from fedprune.core.errors import StorageError
-from fedprune_device.launcher.sd_notify import (
-    READY,
-    STOPPING,
-    WATCHDOG,
-    notify,
-    repeat_call,
-    status_line,
-    watchdog_seconds,
-)
+from fedprune_device.launcher import sd_notify
 from fedprune_server.observation.observer import ServerEnding, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 
@@ -44,14 +36,14 @@ class Pulse:
     def __init__(
         self,
         environment: Mapping[str, str] = os.environ,
-        notify_systemd: Callable[[str], object] = notify,
+        notify_systemd: Callable[[str], object] = sd_notify.notify,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         name = environment.get(HEALTH_FILE_VARIABLE, "")
         self._file = Path(name) if name else None
         self._notify_systemd, self._clock = notify_systemd, clock
         # systemd kills at WATCHDOG_USEC and advises half of it; a quarter leaves room for one slow turn.
-        self._interval_s = min(_BEAT_INTERVAL_S, (watchdog_seconds(environment) or 4e9) / 4)
+        self._interval_s = min(_BEAT_INTERVAL_S, (sd_notify.watchdog_seconds(environment) or 4e9) / 4)
         self._next_beat_at = 0.0
         self._last_state = ""
 
@@ -59,14 +51,14 @@ class Pulse:
         if not any(isinstance(event.payload, ServerEnding) for event in events):
             self._beat(RUNNING)
             return
-        self._notify_systemd(STOPPING)
+        self._notify_systemd(sd_notify.STOPPING)
         if self._file is not None:
             with suppress(OSError):  # a probe must not take an old file for a server that lives
                 self._file.unlink()
 
     def standing_by(self) -> AbstractContextManager[None]:
         """Report health while the body waits for another server's end, without a loop."""
-        return repeat_call(lambda: self._beat(STANDING_BY), self._interval_s, "pulse")
+        return sd_notify.repeat_call(lambda: self._beat(STANDING_BY), self._interval_s, "pulse")
 
     def _beat(self, state: str) -> None:
         now = self._clock()
@@ -75,8 +67,8 @@ class Pulse:
         self._next_beat_at = now + self._interval_s
         if state != self._last_state:
             self._last_state = state
-            self._notify_systemd(f"{READY}\n{status_line(state)}")
-        self._notify_systemd(WATCHDOG)
+            self._notify_systemd(f"{sd_notify.READY}\n{sd_notify.status_line(state)}")
+        self._notify_systemd(sd_notify.WATCHDOG)
         if self._file is not None:
             try:
                 self._file.write_text(f"{state}\n")

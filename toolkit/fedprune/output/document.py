@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedprune.output import tables
-from fedprune.output.page import (
-    Bar,
-    bars_html,
-    colour_legend,
-    details_html,
-    list_html,
-    page_html,
-    paragraph_html,
-    section_html,
-    table_html,
-)
+from fedprune.output import page, tables
 from fedprune.output.tables import Column
 
 
@@ -50,7 +39,7 @@ class Bars:
         is_listed: Whether Markdown lists their texts, because no table has them.
     """
 
-    rows: Sequence[Bar]
+    rows: Sequence[page.Bar]
     label: str
     legend: Sequence[str] = ()
     caption: str = ""
@@ -83,10 +72,10 @@ class Document:
 
     def to_html(self) -> str:
         sections_html = [
-            section_html(title, *map(_block_html, blocks)) if title else "".join(map(_block_html, blocks))
+            page.section_html(title, *map(_block_html, blocks)) if title else "".join(map(_block_html, blocks))
             for title, blocks in self.sections.items()
         ]
-        return page_html(self.title, sections_html, self.facts)
+        return page.page_html(self.title, sections_html, self.facts)
 
     def to_markdown(self) -> str:
         facts = ", ".join(f"{name}: {value}" for name, value in self.facts.items() if value)
@@ -100,20 +89,20 @@ class Document:
 
 def _block_html(block: Block) -> str:
     if isinstance(block, str):
-        return paragraph_html(block, "warning" if block.startswith("warning: ") else "") if block else ""
+        return page.paragraph_html(block, "warning" if block.startswith("warning: ") else "") if block else ""
     if isinstance(block, Drawing):
         return block.html
     if isinstance(block, Bars):
-        head = (paragraph_html(block.caption) if block.caption else "") + (
-            colour_legend(block.legend) if block.legend else ""
+        head = (page.paragraph_html(block.caption) if block.caption else "") + (
+            page.colour_legend(block.legend) if block.legend else ""
         )
-        return head + bars_html(block.rows, block.label) if block.rows else ""
+        return head + page.bars_html(block.rows, block.label) if block.rows else ""
     if isinstance(block, Table):
         text_columns = [i for i, column in enumerate(block.columns) if i and not column.is_right_aligned]
         titles = [column.title for column in block.columns]
-        table_markup = table_html(titles, block.rows, words=text_columns, label=block.label) if block.rows else ""
-        return details_html(block.summary, table_markup) if table_markup and block.summary else table_markup
-    return list_html(block)
+        table_markup = page.table_html(titles, block.rows, words=text_columns, label=block.label) if block.rows else ""
+        return page.details_html(block.summary, table_markup) if table_markup and block.summary else table_markup
+    return page.list_html(block)
 
 
 def _block_markdown(block: Block) -> Iterator[str]:

@@ -7,16 +7,8 @@ from dataclasses import dataclass
 
 from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
+from fedprune.strategies.importance import scoring
 from fedprune.strategies.importance.gradient_stats import Evidence
-from fedprune.strategies.importance.scoring import (
-    CurvatureForm,
-    Scores,
-    channel_scores,
-    curvature_scores,
-    movement_scores,
-    random_ranks,
-    rank_channels,
-)
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Memories, Ranking, Scene, UpdateReport
 
@@ -38,7 +30,7 @@ class RankedChannels(Strategy):
 
     scorer: str = "ordered"
     warmup_rounds: int = 0
-    form: CurvatureForm = "abs"
+    form: scoring.CurvatureForm = "abs"
 
     @property
     def observes_movement(self) -> bool:
@@ -50,8 +42,8 @@ class RankedChannels(Strategy):
         # Until every channel was trained once, the score of an untrained one is 0, and ranks by it would keep it
         # untrained.
         if self.scorer == "random" or scene.round <= self.warmup_rounds or is_untrained:
-            return Ranking(random_ranks(scene.architecture, scene.seed, scene.round))
-        return Ranking(rank_channels(self._scores(scene, evidence)))
+            return Ranking(scoring.random_ranks(scene.architecture, scene.seed, scene.round))
+        return Ranking(scoring.rank_channels(self._scores(scene, evidence)))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
         if not self.observes_movement:
@@ -65,13 +57,13 @@ class RankedChannels(Strategy):
         evidence.update(fold, recipe.learning_rate(scene.round, 0.5), samples_per_step)
         return {EVIDENCE: evidence.to_tensors()}
 
-    def _scores(self, scene: Scene, evidence: Evidence | None) -> Scores:
+    def _scores(self, scene: Scene, evidence: Evidence | None) -> scoring.Scores:
         architecture, model = scene.architecture, scene.model
         if evidence is None:
-            return channel_scores(self.scorer, architecture, model)
+            return scoring.channel_scores(self.scorer, architecture, model)
         if self.scorer == "movement":
-            return movement_scores(architecture, evidence)
-        return curvature_scores(architecture, model, evidence, self.form)
+            return scoring.movement_scores(architecture, evidence)
+        return scoring.curvature_scores(architecture, model, evidence, self.form)
 
     def _evidence(self, scene: Scene) -> Evidence:
         stored = scene.memory.get(EVIDENCE)

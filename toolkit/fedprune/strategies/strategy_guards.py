@@ -15,13 +15,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any, TypeVar
 
-from fedprune.core.errors import (
-    FedpruneError,
-    MissingExtraError,
-    StorageError,
-    StrategyError,
-    error_reason,
-)
+from fedprune.core import errors
 from fedprune.jobs.schedule import Schedule
 from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.allocation import Allocator
@@ -52,7 +46,7 @@ def guard_strategy(strategy: Strategy, name: str, origin: UserCode) -> Strategy:
             continue
         if not isinstance(part_object, kind):
             expected, got = f"of class {kind.__name__}", type(part_object).__name__
-            raise StrategyError(f"strategy {name}: {part}", expected=expected, got=got, hint=PAGE_HINT)
+            raise errors.StrategyError(f"strategy {name}: {part}", expected=expected, got=got, hint=PAGE_HINT)
         checked_parts[part] = _guard_instance(part_object, f"strategy {name}: {part}", CHECKS.get(kind, {}), origin)
     return replace(_guard_instance(strategy, f"strategy {name}:", CHECKS[Strategy], origin), **checked_parts)
 
@@ -117,18 +111,18 @@ def _guarding_method(kind: type, method: str, what: str, check: Check, origin: U
         try:
             answer = getattr(super(type(self), self), method)(*passed_arguments, **keywords)
         # The machine's faults, and errors that name the place already.
-        except (StorageError, MissingExtraError, StrategyError, MemoryError):
+        except (errors.StorageError, errors.MissingExtraError, errors.StrategyError, MemoryError):
             raise
         except Exception as error:
-            if error in reader_errors or (isinstance(error, FedpruneError) and method in _UPDATE_METHODS):
+            if error in reader_errors or (isinstance(error, errors.FedpruneError) and method in _UPDATE_METHODS):
                 raise
             location = origin.error_location(error) or definition_line
-            raise StrategyError(f"{what} {failure_text(error, location)}") from error
+            raise errors.StrategyError(f"{what} {failure_text(error, location)}") from error
         try:
             check(answer, arguments)
         except UnfitError as unfit:
             expected, got = unfit.expected, unfit.got
-            raise StrategyError(
+            raise errors.StrategyError(
                 f"{what} at {definition_line}: answer{unfit.part}", expected=expected, got=got, hint=PAGE_HINT
             ) from unfit
         return answer
@@ -150,8 +144,8 @@ def _note_errors(read: Callable[[], Iterator[Any]], reader_errors: list[BaseExce
 
 
 def failure_text(error: Exception, location: str = "") -> str:
-    kind = "" if isinstance(error, FedpruneError) else f"{type(error).__name__}: "
-    return f"failed{f' at {location}' if location else ''} ({kind}{error_reason(error)})"
+    kind = "" if isinstance(error, errors.FedpruneError) else f"{type(error).__name__}: "
+    return f"failed{f' at {location}' if location else ''} ({kind}{errors.error_reason(error)})"
 
 
 def _file_and_line(file: str, line: int) -> str:

@@ -17,6 +17,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import records
 from fedprune.core.errors import ProtocolError, UnknownMessageError, value_text
 from fedprune.core.records import Digest, check_free_form, hex_text, item_count, number_range, printable_text, word_of
+from fedprune.wire import fleet_messages
 from fedprune.wire.fields import (
     MAX_MESSAGE_BYTES,
     Attempt,
@@ -32,17 +33,6 @@ from fedprune.wire.fields import (
     UploadAddress,
     WebAddress,
     base64_text,
-)
-from fedprune.wire.fleet_messages import (
-    CrashReport,
-    CrashStored,
-    JoinAnswer,
-    JoinRequest,
-    Reconnect,
-    ReleaseFromServer,
-    ReleaseReport,
-    ServerPresence,
-    ServerQuery,
 )
 from fedprune.wire.urls import BlobUrl, UploadUrl
 
@@ -405,9 +395,9 @@ FromDevice = (
     | BlobRequest
     | BlobNotFound
     | UploadResult
-    | JoinRequest
-    | ReleaseReport
-    | CrashReport
+    | fleet_messages.JoinRequest
+    | fleet_messages.ReleaseReport
+    | fleet_messages.CrashReport
 )
 FromServer = (
     Hello
@@ -419,12 +409,12 @@ FromServer = (
     | BlobRequest
     | BlobNotFound
     | UploadRequest
-    | JoinAnswer
-    | ReleaseFromServer
-    | CrashStored
-    | Reconnect
+    | fleet_messages.JoinAnswer
+    | fleet_messages.ReleaseFromServer
+    | fleet_messages.CrashStored
+    | fleet_messages.Reconnect
 )
-BetweenServers = ServerQuery | ServerPresence
+BetweenServers = fleet_messages.ServerQuery | fleet_messages.ServerPresence
 Message = FromDevice | FromServer | BetweenServers
 
 _TYPES: dict[str, type[Message]] = {c.kind: c for c in get_args(Message)}

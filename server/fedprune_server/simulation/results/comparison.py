@@ -13,18 +13,9 @@ from typing import Any
 from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.document import Block, Document, Drawing
-from fedprune_server.simulation.results import charts
+from fedprune_server.simulation.results import charts, tables
 from fedprune_server.simulation.results.record import Record, score_text
 from fedprune_server.simulation.results.run_folder import RECORD_FILE
-from fedprune_server.simulation.results.tables import (
-    TAIL_ROUNDS,
-    final_rows,
-    print_rows,
-    result_table,
-    tail_note,
-    tera_macs_text,
-    write_page,
-)
 
 PAGE_FILE = "comparison.html"
 
@@ -69,7 +60,7 @@ def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, 
     for name, runs in variants.items():
         row: dict[str, Any] = {"variant": name, "runs": len(runs)}
         for side, index in (("local", 0), ("global", 1)):
-            values = [v for v in (run.final(TAIL_ROUNDS)[index] for run in runs) if math.isfinite(v)]
+            values = [v for v in (run.final(tables.TAIL_ROUNDS)[index] for run in runs) if math.isfinite(v)]
             key = f"{side}_{runs[0].measure}"
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -149,7 +140,7 @@ def _cost_text(value: float, cost: str) -> str:
         case "rounds":
             return quantity(int(value), "round")
         case "training_macs":
-            return f"{tera_macs_text(value)} TMACs"
+            return f"{tables.tera_macs_text(value)} TMACs"
         case _:
             return amount(value, "bytes" if cost == "bytes" else "s")
 
@@ -168,7 +159,7 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
             continue
         seconds = figures["seconds"]
         speed_up = f"{baseline_seconds / seconds:.2f}" if baseline_seconds is not None and seconds else "–"
-        costs = (f"{figures['bytes'] / 1e6:,.2f}", tera_macs_text(figures["training_macs"]))
+        costs = (f"{figures['bytes'] / 1e6:,.2f}", tables.tera_macs_text(figures["training_macs"]))
         rows.append((run.title, str(figures["round"]), f"{seconds:,.0f}", speed_up, *costs))
     return rows
 
@@ -180,7 +171,7 @@ def print_comparison(
     for number, (title, rows) in enumerate(_comparison_tables(runs, targets, variants).items()):
         if number:
             print(f"\n{title}")
-        print_rows(rows)
+        tables.print_rows(rows)
 
 
 def _comparison_tables(
@@ -192,7 +183,7 @@ def _comparison_tables(
     }
     variant_table = {} if not variants else {"Mean ± standard deviation of each variant's runs": variant_rows(variants)}
     equal_cost_table = {EQUAL_COST: equal_cost_rows(runs)} if len(runs) > 1 else {}
-    return {"Results": final_rows(runs), **variant_table, **equal_cost_table, **target_tables}
+    return {"Results": tables.final_rows(runs), **variant_table, **equal_cost_table, **target_tables}
 
 
 def write_comparison(
@@ -202,7 +193,7 @@ def write_comparison(
     variants: Mapping[str, Sequence[Record]] | None = None,
 ) -> Path:
     """Write `comparison.html`, a self-contained page; the first run is the baseline. Returns it."""
-    return write_page(comparison_document(runs, targets, variants), folder / PAGE_FILE)
+    return tables.write_page(comparison_document(runs, targets, variants), folder / PAGE_FILE)
 
 
 def comparison_document(
@@ -211,13 +202,13 @@ def comparison_document(
     """Several runs beside each other; arguments as for `write_comparison`."""
     kind = runs[0].measure
     intro = (
-        f"{quantity(len(runs), 'run')}. {tail_note(runs)} Local {kind} is that of the model "
+        f"{quantity(len(runs), 'run')}. {tables.tail_note(runs)} Local {kind} is that of the model "
         "that a device serves, on its own test data, as measured last, every device counting alike. Seconds are "
         "simulated time."
     )
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
-        **{title: [result_table(rows)] for title, rows in _comparison_tables(runs, targets, variants).items()},
+        **{title: [tables.result_table(rows)] for title, rows in _comparison_tables(runs, targets, variants).items()},
         "Learning": [Drawing(charts.learning_curves(runs))],
         "Data of the devices": [Drawing(runs[0].partition.heat_map())],
         **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},

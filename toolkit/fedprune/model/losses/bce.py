@@ -8,22 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedprune.model.loss import (
-    CLASS_WEIGHT,
-    Feeds,
-    Loss,
-    LossGraphWriter,
-    LossParts,
-    LossTerms,
-    Outputs,
-    Shape,
-    Y,
-    along_classes,
-    sample_means,
-)
+from fedprune.model import loss
 
 
-def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+def _write(g: loss.LossGraphWriter, logits: str, outputs: loss.Shape, terms: loss.LossTerms) -> loss.LossParts:
     zero, one = g.scalar(0), g.scalar(1)
     e = g.emit("Exp", g.emit("Neg", g.emit("Abs", logits)))
     one_plus_e = g.emit("Add", one, e)
@@ -33,9 +21,9 @@ def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) ->
     exact = g.emit("Div", g.emit("Mul", g.emit("Log", one_plus_e), e), g.emit("Where", is_lost, one, rounded))
     log_one_plus_e = g.emit("Where", is_lost, e, exact)
     positive = g.emit("Greater", logits, zero)
-    absent, present = g.emit("Sub", one, Y), Y
+    absent, present = g.emit("Sub", one, loss.Y), loss.Y
     if terms.class_weight:
-        present = g.emit("Mul", present, along_classes(g, CLASS_WEIGHT, outputs))
+        present = g.emit("Mul", present, loss.along_classes(g, loss.CLASS_WEIGHT, outputs))
 
     def side(load: str, x: str, up: str, down: str) -> tuple[str, str]:
         """The loss of one kind of labels, and the size of its derivative."""
@@ -46,13 +34,13 @@ def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) ->
     of_absent, down = side(absent, logits, one, e)
     of_present, up = side(present, g.emit("Neg", logits), e, one)
     losses, slope = g.emit("Add", of_absent, of_present), g.emit("Sub", down, up)
-    return sample_means(g, losses, slope, outputs)
+    return loss.sample_means(g, losses, slope, outputs)
 
 
-def _value(outputs: Outputs, feeds: Feeds) -> float:
-    return float(np.mean(np.maximum(outputs, 0) - outputs * feeds[Y] + np.log1p(np.exp(-np.abs(outputs)))))
+def _value(outputs: loss.Outputs, feeds: loss.Feeds) -> float:
+    return float(np.mean(np.maximum(outputs, 0) - outputs * feeds[loss.Y] + np.log1p(np.exp(-np.abs(outputs)))))
 
 
-LOSS = Loss(
+LOSS = loss.Loss(
     labels="multi", write=_write, value=_value, copies=5.5, reads_logits=True, terms=frozenset({"balance_classes"})
 )

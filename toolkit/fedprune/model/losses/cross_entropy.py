@@ -11,49 +11,31 @@ from functools import partial
 
 import numpy as np
 
-from fedprune.model.loss import (
-    BATCH,
-    CLASS_WEIGHT,
-    LABEL_SMOOTHING,
-    Y_PARTNER,
-    Y_SHARE,
-    Array,
-    Feeds,
-    Loss,
-    LossGraphWriter,
-    LossParts,
-    LossTerms,
-    Outputs,
-    Shape,
-    Y,
-    along_classes,
-    class_numbers,
-    count_hits,
-)
+from fedprune.model import loss
 
 
-def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
-    label = g.emit("Unsqueeze", Y, g.ints(1))
+def _write(g: loss.LossGraphWriter, logits: str, outputs: loss.Shape, terms: loss.LossTerms) -> loss.LossParts:
+    label = g.emit("Unsqueeze", loss.Y, g.ints(1))
     is_counted = count_weight = ""
     if terms.ignore_label is not None:
-        is_counted = g.emit("Not", g.emit("Equal", Y, g.constant(terms.ignore_label, np.int64)))
+        is_counted = g.emit("Not", g.emit("Equal", loss.Y, g.constant(terms.ignore_label, np.int64)))
         # Class 0 stands in for ignored labels, which may be no class at all (255) and would be out of range.
         label = g.emit("Where", g.emit("Unsqueeze", is_counted, g.ints(1)), label, g.constant(0, np.int64))
         count_weight = g.emit("Cast", g.emit("Unsqueeze", is_counted, g.ints(1)), attrs={"to": 1})
-    is_label = g.emit("Equal", label, class_numbers(g, outputs))
+    is_label = g.emit("Equal", label, loss.class_numbers(g, outputs))
     log_probability = g.emit("LogSoftmax", logits, attrs={"axis": 1})
     probability = g.emit("Softmax", logits, attrs={"axis": 1})
     expected = g.emit("Cast", is_label, attrs={"to": 1})
     guess = g.emit("ArgMax", logits, attrs={"axis": 1, "keepdims": 0})
-    expected_class = Y
+    expected_class = loss.Y
     if terms.label_pairs:
-        g.add_input(Y_PARTNER, (BATCH, *outputs[1:]), np.int64)
-        g.add_input(Y_SHARE)
-        is_partner_larger = g.emit("Less", Y_SHARE, g.scalar(0.5))
-        expected_class = g.emit("Where", is_partner_larger, Y_PARTNER, Y)
+        g.add_input(loss.Y_PARTNER, (loss.BATCH, *outputs[1:]), np.int64)
+        g.add_input(loss.Y_SHARE)
+        is_partner_larger = g.emit("Less", loss.Y_SHARE, g.scalar(0.5))
+        expected_class = g.emit("Where", is_partner_larger, loss.Y_PARTNER, loss.Y)
     right = g.emit("Equal", guess, expected_class)
-    count_hits(g, g.emit("And", right, is_counted) if is_counted else right)
-    weight = g.emit("Gather", CLASS_WEIGHT, label) if terms.class_weight else ""
+    loss.count_hits(g, g.emit("And", right, is_counted) if is_counted else right)
+    weight = g.emit("Gather", loss.CLASS_WEIGHT, label) if terms.class_weight else ""
     label_weight = g.emit("Mul", weight, count_weight) if weight and count_weight else weight or count_weight
     divisor = g.emit("ReduceSum", label_weight, attrs={"keepdims": 0}) if label_weight else ""
     if count_weight:  # a batch in which no label counts has loss 0, and not 0 / 0
@@ -61,7 +43,7 @@ def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) ->
     if not terms.label_pairs and not terms.label_smoothing:
         label_log_probability = g.emit("Where", is_label, log_probability, g.scalar(0))
         row = g.emit("Neg", g.emit("ReduceSum", label_log_probability, g.ints(1), attrs={"keepdims": 1}))
-        return LossParts(row, partial(g.emit, "Mul", g.emit("Sub", probability, expected)), label_weight, divisor)
+        return loss.LossParts(row, partial(g.emit, "Mul", g.emit("Sub", probability, expected)), label_weight, divisor)
     if terms.label_pairs:
         target = _paired_target(g, expected, weight, outputs)
         if terms.label_smoothing:
@@ -75,54 +57,56 @@ def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) ->
     )
 
 
-def _paired_target(g: LossGraphWriter, expected: str, weight: str, outputs: Shape) -> str:
+def _paired_target(g: loss.LossGraphWriter, expected: str, weight: str, outputs: loss.Shape) -> str:
     """The target distribution of two labels and their shares [N, K, ...], from 1 where a class is the label (0
     elsewhere), and the weight of each label [N, 1, ...] or ""."""
-    partner = g.emit("Unsqueeze", Y_PARTNER, g.ints(1))
-    is_partner = g.emit("Equal", partner, class_numbers(g, outputs))
-    own_share, partner_share = Y_SHARE, g.emit("Sub", g.scalar(1), Y_SHARE)
+    partner = g.emit("Unsqueeze", loss.Y_PARTNER, g.ints(1))
+    is_partner = g.emit("Equal", partner, loss.class_numbers(g, outputs))
+    own_share, partner_share = loss.Y_SHARE, g.emit("Sub", g.scalar(1), loss.Y_SHARE)
     if weight:
         own_share = g.emit("Mul", own_share, weight)
-        partner_share = g.emit("Mul", partner_share, g.emit("Gather", CLASS_WEIGHT, partner))
+        partner_share = g.emit("Mul", partner_share, g.emit("Gather", loss.CLASS_WEIGHT, partner))
     mixed_in = g.emit("Cast", is_partner, attrs={"to": 1})
     return g.emit("Add", g.emit("Mul", expected, own_share), g.emit("Mul", mixed_in, partner_share))
 
 
-def _smoothing(g: LossGraphWriter, outputs: Shape, terms: LossTerms, weight: str) -> tuple[str, str]:
+def _smoothing(g: loss.LossGraphWriter, outputs: loss.Shape, terms: loss.LossTerms, weight: str) -> tuple[str, str]:
     """The factor of labels, [] or with their weights [N, 1, ...], and the share of every class: [] or [K, 1, ...]."""
-    g.add_input(LABEL_SMOOTHING)
-    kept_share = g.emit("Sub", g.scalar(1), LABEL_SMOOTHING)
-    spread_share = g.emit("Div", LABEL_SMOOTHING, g.scalar(outputs[0]))
+    g.add_input(loss.LABEL_SMOOTHING)
+    kept_share = g.emit("Sub", g.scalar(1), loss.LABEL_SMOOTHING)
+    spread_share = g.emit("Div", loss.LABEL_SMOOTHING, g.scalar(outputs[0]))
     if weight:
         kept_share = g.emit("Mul", kept_share, weight)
     if terms.class_weight:
-        spread_share = g.emit("Mul", spread_share, along_classes(g, CLASS_WEIGHT, outputs))
+        spread_share = g.emit("Mul", spread_share, loss.along_classes(g, loss.CLASS_WEIGHT, outputs))
     return kept_share, spread_share
 
 
-def _target_loss(g: LossGraphWriter, target: str, probability: str, log_probability: str, divisor: str) -> LossParts:
+def _target_loss(
+    g: loss.LossGraphWriter, target: str, probability: str, log_probability: str, divisor: str
+) -> loss.LossParts:
     """Cross-entropy with any target distribution [N, K, ...]."""
     row = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", target, log_probability), g.ints(1), attrs={"keepdims": 1}))
     target_sum = g.emit("ReduceSum", target, g.ints(1), attrs={"keepdims": 1})
     slope = g.emit("Sub", g.emit("Mul", probability, target_sum), target)
-    return LossParts(row, partial(g.emit, "Mul", slope), "", divisor)
+    return loss.LossParts(row, partial(g.emit, "Mul", slope), "", divisor)
 
 
-def _value(outputs: Outputs, feeds: Feeds) -> float:
+def _value(outputs: loss.Outputs, feeds: loss.Feeds) -> float:
     logs = outputs - outputs.max(axis=1, keepdims=True)
     logs = logs - np.log(np.exp(logs).sum(axis=1, keepdims=True))
 
-    def log_probabilities_of(labels: Array) -> Array:
+    def log_probabilities_of(labels: loss.Array) -> loss.Array:
         return np.take_along_axis(logs, labels[:, None], axis=1)[:, 0]
 
-    label_logs, smoothing = log_probabilities_of(feeds[Y]), float(feeds.get(LABEL_SMOOTHING, 0.0))
-    if Y_SHARE in feeds:
-        share = float(feeds[Y_SHARE])
-        label_logs = share * label_logs + (1 - share) * log_probabilities_of(feeds[Y_PARTNER])
+    label_logs, smoothing = log_probabilities_of(feeds[loss.Y]), float(feeds.get(loss.LABEL_SMOOTHING, 0.0))
+    if loss.Y_SHARE in feeds:
+        share = float(feeds[loss.Y_SHARE])
+        label_logs = share * label_logs + (1 - share) * log_probabilities_of(feeds[loss.Y_PARTNER])
     return float(-np.mean((1 - smoothing) * label_logs + smoothing * logs.mean(axis=1)))
 
 
-LOSS = Loss(
+LOSS = loss.Loss(
     labels="classes",
     write=_write,
     value=_value,
