@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from types import TracebackType
 
 from fedprune.blobs.blob_ref import LEAF_BYTES, TABLE_SUFFIX, BlobRef, table_file
 from fedprune.blobs.partial_blob import BlobFolder
@@ -38,9 +37,7 @@ class StreamedBlob:
     def __enter__(self) -> StreamedBlob:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
         self._path.unlink(missing_ok=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -76,9 +75,7 @@ class RunDisplay:
             self._preparing.enter_context(self._console.status(Text(f"preparing {self._title}")))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._preparing.close()
         self._open.close()
 
@@ -125,9 +122,7 @@ class SweepDisplay:
         self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
     def show(self, statuses: Sequence[RunStatus]) -> None:
