@@ -104,10 +104,8 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
                 with arrays:
                     entries = {info.filename.removesuffix(".npy"): info for info in arrays.zip.infolist()}
                     return {
-                        name: archive_array(
-                            path, arrays.zip, entries[name], spool, any_type=name.partition("_")[0] != "x"
-                        )
-                        for name in arrays.files
+                        n: archive_array(path, arrays.zip, entries[n], spool, any_type=n.partition("_")[0] != "x")
+                        for n in arrays.files
                     }
             if not single:
                 raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
@@ -187,20 +185,18 @@ def _pack_inputs(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, 
     if len(names) < 2:
         return arrays, None
     packed = {name: array for name, array in arrays.items() if name.partition("_")[0] == "y"}
-    for split, split_arrays in splits.items():
-        if sorted(split_arrays) != names or len({len(a) if a.ndim else -1 for a in split_arrays.values()}) > 1:
+    for split, members in splits.items():
+        if sorted(members) != names or len({len(a) if a.ndim else -1 for a in members.values()}) > 1:
             raise DataError(
                 f"arrays of several inputs{split and f' ({split[1:]})'}",
                 expected=f"{', '.join(names)}, each with as many samples",
-                got=", ".join(
-                    f"{n} {type_text(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in split_arrays.items()
-                ),
+                got=", ".join(f"{n} {type_text(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in members.items()),
             )
         # uint8 isn't a type of token ids: models read images of whole numbers as float32.
-        dtypes = [a.file_dtype if isinstance(a, StoredArray) else a.dtype for a in split_arrays.values()]
+        dtypes = [a.file_dtype if isinstance(a, StoredArray) else a.dtype for a in members.values()]
         are_whole = all(dtype.kind in "iu" and dtype != np.uint8 for dtype in dtypes)
         dtype = np.dtype(np.int64 if are_whole else np.float32)
-        packed[f"x{split}"] = join_arrays([split_arrays[name] for name in names], dtype, spool)
+        packed[f"x{split}"] = join_arrays([members[name] for name in names], dtype, spool)
     return packed, None
 
 

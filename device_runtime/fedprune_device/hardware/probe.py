@@ -134,9 +134,8 @@ def _measure_rates(threads: int, seconds: float, cuda: bool) -> tuple[float, flo
     graph = (_ASSETS / f"probe_training-{CUDA if cuda else CPU}.onnx").read_bytes()
     # As for layers: plans count operators that are launched one by one.
     session = OnnxSession(graph, threads=threads, training=True, cuda=cuda, records=False)
-    train = layer_timing.median_seconds(
-        layer_timing.step_runner(session, feeds), total_s=seconds / 2, max_runs=math.inf
-    )
+    run_step = layer_timing.step_runner(session, feeds)
+    train = layer_timing.median_seconds(run_step, total_s=seconds / 2, max_runs=math.inf)
     with reference_predictor(tensors, threads, cuda=cuda) as predictor:
         infer = layer_timing.median_seconds(lambda: predictor.predict(x), total_s=seconds / 2, max_runs=math.inf)
     rates = (2 * batch * reference[macs] / s for macs, s in (("training_macs", train), ("forward_macs", infer)))

@@ -57,9 +57,7 @@ class Window:
     @property
     def has_flipped_gradient(self) -> bool:
         """Whether a convolution with the flipped kernel makes the gradient of the input."""
-        fits = all(
-            p <= d * (k - 1) for pad, d, k in zip(self.pads, self.dilations, self.kernel, strict=True) for p in pad
-        )
+        fits = all(max(pads) <= d * (k - 1) for pads, d, k in zip(self.pads, self.dilations, self.kernel, strict=True))
         return fits and all(s == 1 for s in self.strides)
 
     @property

@@ -127,9 +127,8 @@ def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None 
         )
     else:
         write_atomically(folder / hub_folder.HUB_CARD_FILE, text)
-    write_atomically(
-        folder / hub_folder.HUB_CONFIG_FILE, (json.dumps(_config(model, card, text), indent=2) + "\n").encode()
-    )
+    config = json.dumps(_config(model, card, text), indent=2) + "\n"
+    write_atomically(folder / hub_folder.HUB_CONFIG_FILE, config.encode())
     return folder
 
 

@@ -67,14 +67,10 @@ def mark_early_resizes(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
             continue
-        other_attributes = [
-            a for a in node.attribute if a.name not in ("coordinate_transformation_mode", "nearest_mode")
-        ]
+        attributes = [a for a in node.attribute if a.name not in ("coordinate_transformation_mode", "nearest_mode")]
         del node.attribute[:]
-        node.attribute.extend(
-            [*other_attributes, helper.make_attribute("coordinate_transformation_mode", "asymmetric")]
-        )
-        if next((a.s for a in other_attributes if a.name == "mode"), b"nearest") == b"nearest":
+        node.attribute.extend([*attributes, helper.make_attribute("coordinate_transformation_mode", "asymmetric")])
+        if next((a.s for a in attributes if a.name == "mode"), b"nearest") == b"nearest":
             node.attribute.append(helper.make_attribute("nearest_mode", _EARLY_ROUNDING))
 
 

@@ -148,11 +148,9 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
     strides, dilations = (list(node.attrs.get(n, ones)) for n in ("strides", "dilations"))
     pads = list(node.attrs.get("pads", [0] * 2 * rank))
     spans = [d * (b - 1) + 1 for d, b in zip(dilations, block, strict=True)]
-    padded_sizes = [n + pads[i] + pads[rank + i] for i, n in enumerate(image)]
-    counts = [(w - span) // s + 1 for w, span, s in zip(padded_sizes, spans, strides, strict=True)]
-    output_padding = [
-        w - (n - 1) * s - span for w, n, s, span in zip(padded_sizes, counts, strides, spans, strict=True)
-    ]
+    padded = [n + pads[i] + pads[rank + i] for i, n in enumerate(image)]
+    counts = [(w - span) // s + 1 for w, span, s in zip(padded, spans, strides, strict=True)]
+    output_padding = [w - (n - 1) * s - span for w, n, s, span in zip(padded, counts, strides, spans, strict=True)]
     size = math.prod(block)
     channels = trace.shapes[node.inputs[0]][1] // size
     kernel = np.eye(size, dtype=np.float32).reshape(size, 1, *block)

@@ -136,12 +136,8 @@ class _Recurrent:
             self.backward(d, direction_gradients[i], [last[i] for last in lasts]) for i, d in enumerate(self.directions)
         ]
         if tape.needs_gradient(self.inputs[0]):
-            input_gradients = [
-                g.emit("MatMul", b.inputs, d.weight) for b, d in zip(backs, self.directions, strict=True)
-            ]
-            tape.add_gradient(
-                self.inputs[0], g.emit("Add", *input_gradients) if len(input_gradients) > 1 else input_gradients[0]
-            )
+            gradients = [g.emit("MatMul", b.inputs, d.weight) for b, d in zip(backs, self.directions, strict=True)]
+            tape.add_gradient(self.inputs[0], g.emit("Add", *gradients) if len(gradients) > 1 else gradients[0])
         if tape.needs_gradient(self.inputs[1]):
             gradients = [self.weight_gradient(b.inputs, x) for b in backs]
             tape.add_gradient(self.inputs[1], self.stack_directions(gradients, 0))

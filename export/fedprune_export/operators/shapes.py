@@ -220,9 +220,7 @@ def split_axis(tape: Tape, node: Node) -> Pull:
             tape.enter(output, value, (*shape[:axis], length, *shape[axis + 1 :]))
 
     def pull(*gradients: str | None) -> None:
-        pieces = [
-            dy or g.emit("ConstantOfShape", tape.shape_of(value)) for dy, value in zip(gradients, values, strict=True)
-        ]
+        pieces = [dy or g.emit("ConstantOfShape", tape.shape_of(v)) for dy, v in zip(gradients, values, strict=True)]
         tape.add_gradient(name, g.emit("Concat", *pieces, attrs={"axis": axis}))
 
     return pull

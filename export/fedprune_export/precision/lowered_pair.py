@@ -118,9 +118,7 @@ class LoweredPair:
                     if name not in names and out != value:
                         self.prepare.emit("Identity", value, out=out)
                     names[name] = node.inputs[i] = out
-        self.prepare.outputs = [
-            Port(out, self._dtypes.get(name, np.dtype(np.float32)), ()) for name, out in names.items()
-        ]
+        self.prepare.outputs = [Port(out, self._dtypes.get(n, np.dtype(np.float32)), ()) for n, out in names.items()]
         self.prepare.prune()
         read = {i for n in self.prepare.nodes for i in n.inputs}
         self.prepare.inputs = [p for p in self.prepare.inputs if p.name in read]

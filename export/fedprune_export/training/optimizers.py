@@ -177,9 +177,7 @@ def _adam(g: Graph, fit: _FittedScalars, *, decoupled: bool) -> _Update:
     # In float64 (type 11), since 1 − β^t of a β near 1 loses most of its digits in float32.
     number, one = g.emit("Cast", step_contract.STEP_NUMBER, attrs={"to": 11}), g.constant(1, np.float64)
     (keep1, take1), (keep2, take2) = (_decay_shares(g, beta) for beta in (step_contract.BETA1, step_contract.BETA2))
-    bias1, bias2 = (
-        g.emit("Sub", one, g.emit("Pow", beta, number)) for beta in (step_contract.BETA1, step_contract.BETA2)
-    )
+    bias1, bias2 = (g.emit("Sub", one, g.emit("Pow", b, number)) for b in (step_contract.BETA1, step_contract.BETA2))
     pace = _to_float32(g, g.emit("Div", g.emit("Cast", step_contract.LR, attrs={"to": 11}), bias1))
     root = _to_float32(g, g.emit("Sqrt", bias2))
     shrink = g.emit("Mul", step_contract.LR, step_contract.WEIGHT_DECAY) if decoupled else ""

@@ -92,9 +92,7 @@ def comparison_text(rows: RoundComparison, corrected: RoundComparison) -> str:
 
 def comparison_rows(rows: Sequence[tuple[str, RoundComparison]]) -> list[tuple[str, ...]]:
     """Comparisons as rows of a report's table; the first row is the header."""
-    names = [
-        f"{title} {heading}" for title, *_ in QUANTITIES.values() for heading in ("predicted", "measured", "off by")
-    ]
+    names = [f"{title} {kind}" for title, *_ in QUANTITIES.values() for kind in ("predicted", "measured", "off by")]
     table_rows: list[tuple[str, ...]] = [("device", *names)]
     for name, comparison in rows:
         cells = [name]

@@ -41,9 +41,7 @@ class Presence:
         """Expect an answer of every connected device: a broker that was away may have lost wills."""
         self._heard_at.clear()
         sessions = ((name, self._session_of(name)) for name in devices)
-        self._unanswered_hellos = OrderedDict(
-            (name, (now, session)) for name, session in sessions if session is not None
-        )
+        self._unanswered_hellos = OrderedDict((n, (now, session)) for n, session in sessions if session is not None)
 
     def on_broker_loss(self) -> None:
         self._heard_at.clear()

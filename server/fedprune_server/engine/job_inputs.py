@@ -102,9 +102,8 @@ def _read_configured_model(config: JobSettings, raw: bytes) -> bytes | None:
         if config.loss is config.metric is config.base is None:
             return None
         # Without a model's source the job's own model is compared, with the configured loss, metric and base.
-        return importing.with_choices(
-            raw, importing.ImportChoices(loss=config.loss, metric=config.metric, base=config.base)
-        )
+        choices = importing.ImportChoices(loss=config.loss, metric=config.metric, base=config.base)
+        return importing.with_choices(raw, choices)
     try:
         return read_job_model(config)
     except (MissingExtraError, ModelError) as error:

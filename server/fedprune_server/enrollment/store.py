@@ -257,10 +257,8 @@ class IdentityStore:
             row = {"request": request, "device": device, "answer": answer}
             insert_new(connection, ANSWERS, [row])
             numbers = sql.select(ANSWERS.c.number).where(ANSWERS.c.device == device)
-            latest_numbers = numbers.order_by(ANSWERS.c.number.desc()).limit(MAX_ANSWERS)
-            connection.execute(
-                ANSWERS.delete().where(ANSWERS.c.device == device, ANSWERS.c.number.not_in(latest_numbers))
-            )
+            latest = numbers.order_by(ANSWERS.c.number.desc()).limit(MAX_ANSWERS)
+            connection.execute(ANSWERS.delete().where(ANSWERS.c.device == device, ANSWERS.c.number.not_in(latest)))
 
         self._write(keep)
 

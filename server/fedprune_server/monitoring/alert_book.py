@@ -44,9 +44,7 @@ class AlertBook:
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Open alerts by kind and severity, including zeros; may be called from any thread."""
         counts = Counter((a.kind, a.severity) for a in self.open_alerts)
-        return {
-            (kind, severity): counts[kind, severity] for kind, levels in ALERT_SEVERITIES.items() for severity in levels
-        }
+        return {(kind, level): counts[kind, level] for kind, levels in ALERT_SEVERITIES.items() for level in levels}
 
     def update(self, alerts: Iterable[Alert], now: float, unix_now: float) -> list[AlertChange]:
         """Apply one evaluation; returns the alerts that opened, changed their severity, or closed.

@@ -170,9 +170,7 @@ class SavedRun:
             "unsent": {k: asdict(v) for k, v in run.unsent.items()},
             "bytes": [run.down, run.up],
             "now": asdict(run.now),
-            "queue": [
-                [virtual_time, n, type(item).__name__, vars(item)] for n, (virtual_time, item) in run.queue.items()
-            ],
+            "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in run.queue.items()],
         }
         write_atomically(self._folder / STATE_FILE, json.dumps(body).encode())
         self._logged_position = logged

@@ -59,10 +59,8 @@ class FleetData:
         labels = {n: np.concatenate([d.y_train, d.y_val, d.y_test]) for n, d in devices.items() if d.y_train.ndim == 1}
         if len(labels) < len(devices) or any(y.dtype.kind != "i" for y in labels.values()):
             return cls(data)
-        class_count = max((int(y.max()) + 1 for y in labels.values()), default=0)
-        return cls(
-            data, (), {name: tuple(map(int, np.bincount(y, minlength=class_count))) for name, y in labels.items()}
-        )
+        classes = max((int(y.max()) + 1 for y in labels.values()), default=0)
+        return cls(data, (), {name: tuple(map(int, np.bincount(y, minlength=classes))) for name, y in labels.items()})
 
     def class_name(self, label: int) -> str:
         return self.classes[label] if label < len(self.classes) else str(label)

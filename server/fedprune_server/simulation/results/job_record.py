@@ -49,9 +49,7 @@ def job_record(
     )
     refusals = _refusals_by_device(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
-    devices = tuple(
-        _device_row(name, job, architecture, state, refusals.get(name, [])) for name in sorted(state.devices)
-    )
+    devices = tuple(_device_row(n, job, architecture, state, refusals.get(n, [])) for n in sorted(state.devices))
     return Record(
         title=title,
         job=job.to_dict(),
@@ -96,12 +94,10 @@ def _device_row(
 def _refusals_by_device(state: State) -> dict[str, list[tuple[str, str]]]:
     """Reasons and kinds of each device's refusals, one for each finished round that had one."""
     refusals: dict[str, list[tuple[str, str]]] = {}
-    for row in state.history:
-        for name, device_row in row["devices"].items():
-            if device_row["progress"] == Progress.REFUSED.value:
-                refusals.setdefault(name, []).append(
-                    (str(device_row.get("reason", "")), str(device_row.get("kind", "")))
-                )
+    for round_row in state.history:
+        for name, row in round_row["devices"].items():
+            if row["progress"] == Progress.REFUSED.value:
+                refusals.setdefault(name, []).append((str(row.get("reason", "")), str(row.get("kind", ""))))
     return refusals
 
 
@@ -113,9 +109,7 @@ def _label(architecture: Architecture, group: int) -> str:
 
 def _channels(selection: Selection, devices: Sequence[DeviceRow]) -> dict[str, tuple[tuple[int, ...], ...]]:
     return {
-        d.name: tuple(
-            tuple(int(c) for c in rank[:width]) for rank, width in zip(selection.ranks, d.widths, strict=True)
-        )
+        d.name: tuple(tuple(map(int, rank[:width])) for rank, width in zip(selection.ranks, d.widths, strict=True))
         for d in devices
         if d.widths
     }

@@ -143,11 +143,9 @@ class OrderService:
     def expire(self) -> None:
         """Answer orders that the server has not taken in time, and won't take."""
         now = self._clock()
-        late_rows = self._database.rows(
-            "SELECT number FROM orders WHERE state = 'waiting' AND until < ?", now - _GRACE_S
-        )
-        if late_rows:
-            answers = (OrderAnswer(row["number"], ok=False, text=EXPIRED) for row in late_rows)
+        rows = self._database.rows("SELECT number FROM orders WHERE state = 'waiting' AND until < ?", now - _GRACE_S)
+        if rows:
+            answers = (OrderAnswer(row["number"], ok=False, text=EXPIRED) for row in rows)
             self._database.try_execute(*(s for answer in answers for s in answer_statements(answer, now)))
 
     def withdraw(self, number: int) -> None:
