@@ -12,8 +12,8 @@ from fedprune_export.ir.graph import Graph
 class BatchNormalised:
     """Values [N, C, ...] normalised by the statistics of their batch, and their gradients.
 
-    A mean that is computed by float32 sums has a small error, which is largest where much of the input is constant.
-    Values that are centred by it give exact statistics, and the error of the first mean.
+    A mean summed in float32 is slightly wrong, most where much of the input is constant. So it is subtracted first, and
+    the statistics of what is left are measured: their mean is the first mean's error, which is added to it.
 
     Attributes:
         y: The normalised values.
@@ -24,48 +24,44 @@ class BatchNormalised:
     def __init__(self, g: Graph, x: str, scale: str, shift: str, epsilon: float, rank: int) -> None:
         self._graph, self._scale, self._epsilon = g, scale, epsilon
         self._channels = channels = ChannelAxis(g, rank)
-        rough = g.emit("ReduceMean", x, attrs={"axes": channels.reduced_axes, "keepdims": 1})
-        self._centred = g.emit("Sub", x, rough)
-        # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs
-        # leave the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
-        sources = scale, shift
+        first_mean = g.emit("ReduceMean", x, attrs={"axes": channels.reduced_axes, "keepdims": 1})
+        self._centred = g.emit("Sub", x, first_mean)
+        # onnxruntime overwrites the arrays given as running statistics (unless these outputs leave the graph), so it
+        # gets two arrays of zeros (v − v) of its own. No other node may compute the same: equal nodes are merged.
+        vectors = scale, shift
         if any(n.op == "Sub" and n.inputs in ([scale, scale], [shift, shift]) for n in g.nodes):
-            mean = g.emit("Squeeze", rough, g.ints(*channels.reduced_axes))
-            sources = mean, g.emit("Neg", mean)
-        scratch = [g.emit("Sub", source, source) for source in sources]
+            mean = g.emit("Squeeze", first_mean, g.ints(*channels.reduced_axes))
+            vectors = mean, g.emit("Neg", mean)
+        zeros = [g.emit("Sub", vector, vector) for vector in vectors]
         self.y, self._mean_error, self.variance = normalise_by_batch(
-            g, (self._centred, scale, shift, *scratch), channels.reduced_axes, epsilon
+            g, (self._centred, scale, shift, *zeros), channels.reduced_axes, epsilon
         )
-        self.mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.reduced_axes)), self._mean_error)
+        self.mean = g.emit("Add", g.emit("Squeeze", first_mean, g.ints(*channels.reduced_axes)), self._mean_error)
 
     @cached_property
-    def _spread(self) -> str:
-        return self._graph.emit("Add", self.variance, self._graph.scalar(self._epsilon))
-
-    @cached_property
-    def _inverse(self) -> str:
-        return self._graph.emit("Reciprocal", self._graph.emit("Sqrt", self._spread))
+    def _inverse_deviation(self) -> str:
+        g = self._graph
+        return g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", self.variance, g.scalar(self._epsilon))))
 
     def vector_gradients(self, dy: str) -> tuple[str, str]:
         """The gradients of scale and shift."""
         g, channels = self._graph, self._channels
-        total = channels.sum_per_channel(dy)
-        dot = g.emit(
-            "Sub", channels.sum_per_channel(g.emit("Mul", dy, self._centred)), g.emit("Mul", self._mean_error, total)
-        )
-        return g.emit("Mul", dot, self._inverse), total
+        dshift = channels.sum_per_channel(dy)
+        dot = channels.sum_per_channel(g.emit("Mul", dy, self._centred))
+        dot = g.emit("Sub", dot, g.emit("Mul", self._mean_error, dshift))
+        return g.emit("Mul", dot, self._inverse_deviation), dshift
 
     def input_gradient(self, dy: str, dscale: str, dshift: str, count: str) -> str:
         """The gradient of x, given those of scale and shift and the number of elements per channel."""
         g = self._graph
-        slope = g.emit("Div", g.emit("Mul", dscale, self._inverse), count)
+        slope = g.emit("Div", g.emit("Mul", dscale, self._inverse_deviation), count)
         base = g.emit("Sub", g.emit("Div", dshift, count), g.emit("Mul", self._mean_error, slope))
-        # centred · slope + base, which the operator computes at inference in one pass.
-        zero = g.emit("Sub", self._inverse, self._inverse)
+        # A normalisation by mean 0 and variance 1 computes centred · slope + base in one pass.
+        zero = g.emit("Sub", self._inverse_deviation, self._inverse_deviation)
         one = g.emit("Add", zero, g.scalar(1))
-        fit = g.emit("BatchNormalization", self._centred, slope, base, zero, one, attrs={"epsilon": 0.0})
-        steepness = g.emit("Mul", self._scale, self._inverse)
-        return g.emit("Mul", g.emit("Sub", dy, fit), self._channels.column(steepness))
+        linear_part = g.emit("BatchNormalization", self._centred, slope, base, zero, one, attrs={"epsilon": 0.0})
+        scale = g.emit("Mul", self._scale, self._inverse_deviation)
+        return g.emit("Mul", g.emit("Sub", dy, linear_part), self._channels.column(scale))
 
 
 def normalise_by_batch(
@@ -73,12 +69,12 @@ def normalise_by_batch(
 ) -> tuple[str, str, str]:
     """Values normalised by their batch, its mean and its variance.
 
-    onnxruntime's kernel of a batch normalisation that trains is for the processor alone
-    (https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/providers/cuda/nn/batch_norm.h): a GPU measures
-    the statistics by operators of their own.
+    onnxruntime's kernel of a batch normalisation that trains runs only on the CPU
+    (https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/providers/cuda/nn/batch_norm.h): on a GPU
+    further operators measure the statistics.
 
     Args:
-        inputs: Values, scale, shift, and two scratch arrays for the operator.
+        inputs: Values, scale, shift, and two arrays of zeros, which the operator overwrites.
         reduced_axes: All axes but the channels'.
     """
     if g.unit == CPU:

@@ -1,8 +1,8 @@
-"""Composites: operators of later opsets in the normalised graph, written in primitives where the target lacks them.
+"""Composites: operators that ONNX added after opset 17, such as Gelu and GroupNormalization, and their expansion.
 
-They have the name and the meaning of the later opset's operator. A norm in primitives is a dozen operators; as one
-node it can be cut and differentiated by one rule. The rules here read no shape, because a training graph has no fixed
-number of channels.
+Inside the compiler each is one node, with the name and meaning of ONNX's operator, so that one rule can cut it and one
+differentiate it. `expand_composites` replaces those that a file's opset lacks (LayerNormalization, too) by simpler
+operators. These rules read no shape, because a training graph has no fixed number of channels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _Draft = TypeVar("_Draft", bound=Draft)
 
 GELU_CUBE = 0.044715  # the factor of the cube in the tanh form of Gelu
 
-# The opset that introduced each operator; it is written in primitives for targets before.
+# The opset that introduced each operator; files of an older opset get simpler operators instead.
 NATIVE_SINCE = {"LayerNormalization": 17, "Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23}
 
-COMPOSITES = frozenset(NATIVE_SINCE) - {"LayerNormalization"}  # those that opset 17 lacks
+COMPOSITES = frozenset(NATIVE_SINCE) - {"LayerNormalization"}
 
 
 def expand_composites(graph: _Draft, opset: int) -> _Draft:
-    """Write composites that `opset` lacks in primitives. Returns the same graph if there are none."""
+    """Replace composites that `opset` lacks by simpler operators. Returns the same graph if there are none."""
     lacking = {op for op, since in NATIVE_SINCE.items() if opset < since}
     if not any(n.op in lacking and not n.domain for n in graph.nodes):
         return graph
@@ -76,7 +76,7 @@ def _rms_norm(out: Draft, node: Node) -> None:
     """x / sqrt(mean x^2 + epsilon) * scale, with means over the axes from `axis` on."""
     x, scale = node.inputs
     axes, value, is_flattened = _trailing_axes(out, node)
-    root = _root(out, out.emit("ReduceMean", out.emit("Mul", value, value), attrs=axes), node)
+    root = _root_mean_square(out, node, value, axes)
     normal = out.emit("Div", value, root)
     if is_flattened:
         normal = out.emit("Reshape", normal, out.emit("Shape", x))
@@ -84,13 +84,13 @@ def _rms_norm(out: Draft, node: Node) -> None:
 
 
 def _layer_norm(out: Draft, node: Node) -> None:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias; mean and 1 / deviation too where something reads them."""
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias; outputs mean and 1 / deviation, too, if they are used."""
     x, scale, *bias = (i for i in node.inputs if i)
     mean_output, inverse_output = [*node.outputs[1:], "", ""][:2]
     axes, value, is_flattened = _trailing_axes(out, node)
     mean = out.emit("ReduceMean", value, attrs=axes, out=mean_output or None)
     centred = out.emit("Sub", value, mean)
-    root = _root(out, out.emit("ReduceMean", out.emit("Mul", centred, centred), attrs=axes), node)
+    root = _root_mean_square(out, node, centred, axes)
     if inverse_output:
         out.emit("Reciprocal", root, out=inverse_output)
     normal = out.emit("Div", centred, root)
@@ -103,9 +103,9 @@ def _layer_norm(out: Draft, node: Node) -> None:
 
 
 def _trailing_axes(out: Draft, node: Node) -> tuple[dict[str, object], str, bool]:
-    """Axes from `axis` on as attributes of a reduction, what to reduce, and whether that has another shape than x.
+    """The axes from `axis` on as attributes of a reduction, the value to reduce, and whether that is x as a matrix.
 
-    Axes that are counted from the front can't be listed without the rank: their value is seen as a matrix.
+    Without the number of axes, those from a positive `axis` on can't be listed: flatten them into a matrix's columns.
     """
     axis = int(node.attrs.get("axis", -1))
     if axis < 0:
@@ -113,7 +113,8 @@ def _trailing_axes(out: Draft, node: Node) -> tuple[dict[str, object], str, bool
     return {"axes": [-1], "keepdims": 1}, out.emit("Flatten", node.inputs[0], attrs={"axis": axis}), True
 
 
-def _root(out: Draft, mean_square: str, node: Node) -> str:
+def _root_mean_square(out: Draft, node: Node, value: str, axes: dict[str, object]) -> str:
+    mean_square = out.emit("ReduceMean", out.emit("Mul", value, value), attrs=axes)
     return out.emit("Sqrt", out.emit("Add", mean_square, out.scalar(float(node.attrs.get("epsilon", 1e-5)))))
 
 

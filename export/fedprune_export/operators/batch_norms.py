@@ -25,7 +25,7 @@ gradient_reads(INPUT, "BatchNormalization")
 def batch_norm_channels(channels: Channels, node: Node) -> None:
     """Scale, shift, mean and variance along the channels; each channel keeps its own statistics."""
     x = channels.input_rows(node, 0)
-    tie_vectors(channels, node, (1, 2), x[1:2])
+    tie_vectors(channels, node, x[1:2])
     has_fixed = False
     for i in (3, 4):
         has_fixed = has_fixed or (channels.is_constant(node.inputs[i]) and bool(x[1].any()))

@@ -1,6 +1,6 @@
-"""Dropout: a product with a mask, which is an input of the training graph, so that the board draws it.
+"""Dropout: while training, a random part of the values is set to 0 and the rest scaled by 1 / (1 − ratio).
 
-The gradient rule writes the forward pass and returns the *pull*, which writes the input's gradient.
+The random mask is an input of the training graph, so that the board draws it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedprune_export.ir.graph import Node
 
 @gradient_rule("Dropout")
 def dropout(tape: Tape, node: Node) -> Pull:
-    """y = x · mask, an input of the graph that holds 0 or 1 / (1 − ratio); dx = dy · mask."""
+    """Write y = x · mask. Returns the *pull* (a function that writes the input's gradient): dx = dy · mask."""
     name, graph = node.inputs[0], tape.graph
     x, shape = tape.value(name), tape.shape(name)
     ratio = dropout_ratio(tape.source, node)
@@ -24,9 +24,9 @@ def dropout(tape: Tape, node: Node) -> Pull:
         raise ModelError(f"{describe(node)}: its ratio is computed", expected="a constant")
     axes = mask_axes(tape.source, node)
     dims = tuple(d if axes is None or i in axes else 1 for i, d in enumerate(shape))
-    strange = [d for d in dims if not tape.is_width(d)]
-    if strange:
-        raise ModelError(f"{describe(node)}: its size depends on the samples", got=strange[0])
+    unknown_dims = [d for d in dims if not tape.is_width(d)]  # the board knows its batch and widths only
+    if unknown_dims:
+        raise ModelError(f"{describe(node)}: its size depends on the samples", got=unknown_dims[0])
     mask = dropout_mask_name(node.name or node.outputs[0])
     graph.add_input(mask, dims)
     # The board draws the masks; it finds their names and ratios here.

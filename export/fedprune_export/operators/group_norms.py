@@ -32,7 +32,7 @@ gradient_reads(INPUT, "GroupNormalization", "InstanceNormalization")
 def instance_norm_channels(channels: Channels, node: Node) -> None:
     """Scale and shift along the channels; each channel is normalised over its own positions."""
     x = channels.input_rows(node, 0)
-    tie_vectors(channels, node, (1, 2), x[1:2])
+    tie_vectors(channels, node, x[1:2])
     channels.set_output(node, x)
 
 
@@ -61,7 +61,7 @@ def group_norm_channels(channels: Channels, node: Node) -> None:
             row = np.zeros_like(row)
         if len(options) > 1 and option is not None:
             channels.choices.watch(node.outputs[0], option, [row])
-    tie_vectors(channels, node, (1, 2), [row])
+    tie_vectors(channels, node, [row])
     channels.set_output(node, [x[0], row, *(np.zeros_like(r) for r in x[2:])])
 
 

@@ -29,7 +29,7 @@ def layer_norm_channels(channels: Channels, node: Node) -> None:
     """Tie scale and shift to the last axes, over which the norm averages."""
     x = channels.input_rows(node, 0)
     axis = int(node.attrs.get("axis", -1)) % len(x)
-    tie_vectors(channels, node, (1, 2), x[axis:])
+    tie_vectors(channels, node, x[axis:])
     channels.set_output(node, x)
     for i in range(1, len(node.outputs)):
         if node.outputs[i]:

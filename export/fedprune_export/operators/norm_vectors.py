@@ -1,7 +1,8 @@
-"""The vectors that scale and shift normalised values: their channels, their length after a cut, and masked norms.
+"""What all normalisation layers share: the vectors that scale and shift their output, one number per channel.
 
-The files of all norms use it. Channel rules tie the indices that can only be cut together, by *atoms* (integers that
-name the indices of an axis).
+If a channel of the input is cut, its entry of each vector is cut, too: `tie_vectors` says so to the channel analysis,
+by *atoms* (integers that name the indices of an axis; tied atoms are kept or cut together). `shorten_vectors` rewrites
+constant vectors after a cut. `mask_norm` writes a norm over the kept channels only.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from fedprune_export.pruning.masked_reference import Mask, MaskWriter
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 
-def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Sequence[AtomRow]) -> None:
-    """Tie a norm's vectors to the axes of its input.
+def tie_vectors(channels: Channels, node: Node, input_rows: Sequence[AtomRow]) -> None:
+    """Tie a norm's vectors (the node's inputs 1 and 2) to the axes of its input, whose atoms are `input_rows`.
 
     A constant with equal entries fits any width, because `shorten_vectors` shortens it.
     """
     has_fixed = False
-    for i in indices:
+    for i in (1, 2):
         if not channels.has_input(node, i) or channels.is_uniform(node.inputs[i]):
             continue
         vector_rows = channels.input_rows(node, i)
-        for row, along in zip(vector_rows[::-1], rows[::-1], strict=False):
-            if row.size == along.size:
-                has_fixed = has_fixed or (channels.is_constant(node.inputs[i]) and bool(along.any()))
-                channels.atoms.tie(row, along)
+        for row, input_row in zip(vector_rows[::-1], input_rows[::-1], strict=False):
+            if row.size == input_row.size:
+                has_fixed = has_fixed or (channels.is_constant(node.inputs[i]) and bool(input_row.any()))
+                channels.atoms.tie(row, input_row)
     if has_fixed:
         channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
 
@@ -44,15 +45,11 @@ def shorten_vectors(graph: Graph, node: Node, sizes: Sizes) -> None:
         constant = graph.initializers.get(node.inputs[i]) if len(node.inputs) > i else None
         if constant is None:
             continue
-        first = len(sizes.full_sizes(node.inputs[0])) - constant.ndim if over_last else 1
+        full_sizes, cut_sizes = sizes.full_sizes(node.inputs[0]), sizes.cut_sizes(node.inputs[0])
+        first = len(full_sizes) - constant.ndim if over_last else 1
         shape = [
             after if n == before and after is not None else n
-            for n, before, after in zip(
-                constant.shape,
-                sizes.full_sizes(node.inputs[0])[first:],
-                sizes.cut_sizes(node.inputs[0])[first:],
-                strict=False,
-            )
+            for n, before, after in zip(constant.shape, full_sizes[first:], cut_sizes[first:], strict=False)
         ]
         if shape != list(constant.shape):
             node.inputs[i] = graph.constant(np.full(shape, constant.reshape(-1)[0]), constant.dtype)
@@ -77,8 +74,9 @@ def mask_norm(masks: MaskWriter, node: Node, axes: Sequence[int], axis_masks: di
         return graph.emit("Div", total, count)
 
     y = x if node.op == "RMSNormalization" else graph.emit("Sub", x, mean(x))
-    spread = graph.emit("Add", mean(graph.emit("Mul", y, y)), graph.scalar(float(node.attrs.get("epsilon", 1e-5))))
-    y = graph.emit("Div", y, graph.emit("Sqrt", spread))
+    variance = mean(graph.emit("Mul", y, y))
+    variance = graph.emit("Add", variance, graph.scalar(float(node.attrs.get("epsilon", 1e-5))))
+    y = graph.emit("Div", y, graph.emit("Sqrt", variance))
     vectors = [name for name in node.inputs[1:] if name]
     if node.op == "InstanceNormalization":
         vectors = [column(graph, name, rank) for name in vectors]
