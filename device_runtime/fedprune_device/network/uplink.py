@@ -12,7 +12,7 @@ from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.core.text import one_line
 from fedprune.wire.lost_pieces import LostPieces, dropping_broker_message
 from fedprune.wire.messages import Alive, BlobRequest, Message, Offer, Refusal, RoundProgress
-from fedprune.wire.request_numbers import with_request_id
+from fedprune.wire.request_numbers import with_request_number
 from fedprune.wire.topics import NO_JOB
 from fedprune_device.hardware.readings import temperature_c
 from fedprune_device.network.board_status import BoardStatus
@@ -51,7 +51,7 @@ class Uplink:
             if self._lost_downloads.note_request(request, self._connection.clock()):
                 advice = dropping_broker_message("what the server sends")
                 _LOG.warning("no piece of blob %s comes: %s", request.sha256[:12], advice)
-            self.send(with_request_id(request), job)
+            self.send(with_request_number(request), job)
 
     def report_progress(self, offer: Offer, status: tuple[str, int, int], now: float) -> None:
         """Report an offer's progress (phase, units done, units in all) if it has changed, at most once a second."""

@@ -1,5 +1,5 @@
-"""The stack frames of a crash as a report may have them: of fedprune's code module, line and function, of other code
-the package only.
+"""Makes the stack frames of a crash report: of fedprune's code with module, line and function, of other code only with
+the package.
 """
 
 from __future__ import annotations

@@ -122,7 +122,6 @@ def _fill_from_trace(tape: Tape, node: Node, analysed: Sequence[Dim | None]) -> 
 
 
 def multiple_of_batch(tape: Tape, size: int) -> Dim:
-    """A number of a target shape as a size: a multiple of `BATCH_EXTENT` follows the batch."""
-    # A size that is a multiple of the traced batch follows the batch: no model has such a size by chance.
+    """A number of a target shape as a size: a multiple of the prime `BATCH_EXTENT` follows the batch."""
     times, rest = divmod(size, tape.extent(BATCH))
     return tape.product([BATCH, times]) if times and not rest else size

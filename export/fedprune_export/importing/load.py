@@ -16,7 +16,7 @@ from fedprune_export.importing.hub_folder import class_names
 from fedprune_export.importing.lengths import read_shape
 from fedprune_export.importing.model_building import build_model
 from fedprune_export.importing.packing import INPUTS_KEY
-from fedprune_export.importing.sources import is_folder, name_of, read_file
+from fedprune_export.importing.sources import is_folder, name_of, read_source_bytes
 from fedprune_export.importing.torch_export import export_torch
 from fedprune_export.pruning.model import Model
 
@@ -40,7 +40,7 @@ def load(source: str | Path | object, *, name: str | None = None, **choices: Any
         raw = export_torch(source, input_shape=chosen.input_shape, token_ids=chosen.token_ids, name=name)
         return import_onnx(raw, name, chosen)
     name = name or name_of(str(source))
-    raw = read_file(source, chosen.input_shape, token_ids=chosen.token_ids)
+    raw = read_source_bytes(source, chosen.input_shape, token_ids=chosen.token_ids)
     try:
         model = import_onnx(raw, name, chosen)
     except ModelError as error:
@@ -73,7 +73,7 @@ def read_source(source: str | Path, choices: ImportChoices = NO_CHOICES) -> byte
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
-    return with_choices(read_file(source, choices.input_shape, token_ids=choices.token_ids), choices)
+    return with_choices(read_source_bytes(source, choices.input_shape, token_ids=choices.token_ids), choices)
 
 
 def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> Model:

@@ -1,8 +1,7 @@
 """Recognises which initialisers of a graph are weights, statistics and constants.
 
 The role of a parameter (a `TensorKind` value, such as `weight` or `norm_scale`) follows from the operators that read
-it.
-A file's metadata may list the parameters; otherwise they are recognised by their use, too.
+it. A file's metadata may list the parameters; otherwise they, too, are recognised by their use.
 """
 
 from __future__ import annotations

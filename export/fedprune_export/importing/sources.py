@@ -21,8 +21,8 @@ from fedprune_export.importing.torch_export import export_torch
 from fedprune_export.importing.torch_loading import factory_product
 
 
-def read_file(source: str | Path, input_shape: Sequence[int | str] | None, *, token_ids: bool) -> bytes:
-    """The bytes of an ONNX file; torch modules are exported. The arguments are fields of `ImportChoices`."""
+def read_source_bytes(source: str | Path, input_shape: Sequence[int | str] | None, *, token_ids: bool) -> bytes:
+    """The ONNX bytes of any source: torch modules are exported. The arguments are fields of `ImportChoices`."""
     text = str(source)
     shape: Shape | None = None if input_shape is None else read_shape(input_shape)
     has_free_axis = shape is not None and free_axis(shape) is not None

@@ -1,4 +1,4 @@
-"""Detects devices that have vanished by their silence: a broker may lose their wills.
+"""Finds devices that have vanished, by their silence: their MQTT wills aren't enough, since a broker may lose them.
 
 A device sends something at least every few minutes (`alive`, if it has nothing else to send). If it is silent for a
 quarter of an hour, it is asked for its birth (its announcement of itself), and counts as gone if it doesn't answer. So
@@ -24,7 +24,7 @@ class Presence:
     def __init__(self, session_of: Callable[[str], int | None]) -> None:
         self._session_of = session_of
         self._heard_at: OrderedDict[str, float] = OrderedDict()  # the longest silent device first
-        # Time and connection of each hello without an answer, the earliest first.
+        # Time and connection of each hello, or request for a birth, without an answer; the earliest first.
         self._unanswered_hellos: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def note_message(self, device: str, now: float) -> None:

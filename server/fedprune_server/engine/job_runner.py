@@ -268,7 +268,7 @@ class JobRunner:
         self._collect_uploads()
         for i, event in enumerate(events):
             with self._log_context(event.device):
-                # With `more` the coordinator doesn't begin a round before the last of them.
+                # With `more_follow` the coordinator doesn't begin a round before the last of them.
                 self._handle(replace(event, more_follow=i + 1 < len(events)))
                 self.registry.introduce(event.device)
         return {event.device for event in events if not self.state.devices[event.device].excluded}

@@ -58,9 +58,9 @@ _SERVER_KEY, _SERVER_CERTIFICATE = "server.key", "server.pem"
 # The folder of an identity while another one is made in its place.
 _REPLACED_FOLDER = "identity.replaced"
 
-# Seconds before its end at which a listener's certificate is issued again: a running broker or web server may not start
-# again, and so load the new one, for a long time.
-_BROKER_RENEWAL_S = 365 * 24 * 3600
+# Seconds before its end at which the certificate of a listener (broker or web server) is issued again: a running one
+# loads the new certificate only when it starts again, which may take long.
+_LISTENER_RENEWAL_S = 365 * 24 * 3600
 # The same for the server's own certificate: the last third of its time.
 _SERVER_RENEWAL_S = DEVICE_DAYS * 24 * 3600 // 3
 _CONSOLE_KEY, CONSOLE_CERTIFICATE = "console.key", "console.pem"
@@ -248,7 +248,7 @@ class IdentityFolder(Closeable):
         """
         certificate, key_path = self.path / f"{listener}.pem", self.path / f"{listener}.key"
         sorted_hosts = sorted(set(hosts))
-        current = self._lasting_certificate(certificate, key_path, _BROKER_RENEWAL_S)
+        current = self._lasting_certificate(certificate, key_path, _LISTENER_RENEWAL_S)
         if current is None or set(sorted_hosts) != hosts_of(current):
             key = certificates.make_tls_key()
             issued = self.authority.issue_broker(sorted_hosts, certificates.make_request(key, "broker"))

@@ -24,9 +24,9 @@ def final_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: 
     """The ranks of the channels (the best first) by which a job would cut its next submodel from the finished model,
     whose weights have this digest. `model` is the model with which the job began.
 
-    None if the fleet trained no submodels that are the first channels of a ranking: if all boards trained only the
-    whole model, if submodels are other channels or elements, or if only the round decides the ranks (rolling windows,
-    random ranks). None also if a strategy of the user's own fails: the model is worth more than its ranks."""
+    None if all boards trained the whole model, if submodels aren't the first channels of a ranking (other channels, or
+    elements), or if only the round decides the ranks (rolling windows, random ranks). None also if the user's own
+    strategy fails: the model is worth more than its ranks."""
     try:
         return _next_ranks(job, model, state, store, digest)
     except (ConfigError, MissingExtraError) as error:
@@ -52,7 +52,7 @@ def _next_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: 
         tuple(sorted(state.devices)),
         model.ranks,
     )
-    # Ranks of the same model that differ a round later depend only on the round.
+    # If the same model gets other ranks a round later, only the round decides them. `order` is set for element masks.
     ranking, later_ranking = strategy.rank(scene), strategy.rank(replace(scene, round=scene.round + 1))
     if ranking.order is not None or not all(map(np.array_equal, ranking.ranks, later_ranking.ranks)):
         return None

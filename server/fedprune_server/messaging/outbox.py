@@ -12,7 +12,7 @@ from fedprune.wire.fields import MAX_MESSAGE_BYTES
 from fedprune.wire.fleet_messages import Reconnect, ReleaseOffer
 from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer, SecureStep
 from fedprune.wire.queues import HIGH_WATER
-from fedprune.wire.request_numbers import SeenRequests, with_request_id
+from fedprune.wire.request_numbers import SeenRequests, with_request_number
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
@@ -99,7 +99,7 @@ class Outbox:
                 self._quarantine.credit_leaves(device, request.count)
                 self._registry.transfers.note_upload_request(device, request, self._clock())
             self._quarantine.credit_message(device)
-            topic, payload = self._topics.down(device), with_request_id(request).to_bytes()
+            topic, payload = self._topics.down(device), with_request_number(request).to_bytes()
             # Behind messages that are queued already, so that their order stays.
             if not self._queue and self._link.publish(topic, payload):
                 self._registry.count_sent(device, len(payload))

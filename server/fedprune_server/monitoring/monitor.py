@@ -45,6 +45,8 @@ DATABASE_WAIT_LIMIT_S = 10.0
 
 # An error that lasts is logged once a minute.
 _LOG_INTERVAL_S = 60.0
+# Seconds for which the server's end waits for the thread, which may be reading a database.
+_CLOSE_LIMIT_S = 60.0
 _LOG_LEVELS = {CRITICAL: logging.ERROR, WARNING: logging.WARNING, INFO: logging.INFO}
 
 
@@ -118,7 +120,7 @@ class Monitor:
         self._stopping.set()
         self._wake.set()
         if self._thread is not None:
-            self._thread.join(_LOG_INTERVAL_S)
+            self._thread.join(_CLOSE_LIMIT_S)
             self._write()
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:

@@ -14,7 +14,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest
-from fedprune.wire.request_numbers import SeenRequests, with_request_id
+from fedprune.wire.request_numbers import SeenRequests, with_request_number
 from fedprune.wire.response_time import MAX_PATIENCE_S, ResponseTime
 from fedprune.wire.transfer import PATIENCE_S, Pull
 
@@ -74,13 +74,13 @@ def test_numbers_of_requests_do_not_depend_on_a_seed_of_the_user_s_program() -> 
     numbers = set()
     for _ in range(2):
         random.seed(0)
-        numbers.add(with_request_id(BlobRequest("ab" * 32, "data", 0, 4)).number)
+        numbers.add(with_request_number(BlobRequest("ab" * 32, "data", 0, 4)).number)
     assert len(numbers) == 2
 
 
 def test_a_want_that_came_before_is_the_same_one_only_from_the_same_device_by_its_number() -> None:
     plain = BlobRequest("ab" * 32, "data", 0, 4)
-    first, second = with_request_id(plain), with_request_id(plain)
+    first, second = with_request_number(plain), with_request_number(plain)
     wants = SeenRequests()
     assert [wants.is_duplicate("a", w) for w in (first, second, first, plain, plain)] == [
         False,
@@ -91,5 +91,5 @@ def test_a_want_that_came_before_is_the_same_one_only_from_the_same_device_by_it
     ]
     assert not wants.is_duplicate("b", first)
     for _ in range(5000):
-        wants.is_duplicate("b", with_request_id(plain))
+        wants.is_duplicate("b", with_request_number(plain))
     assert not wants.is_duplicate("a", first)  # long ago

@@ -1,4 +1,4 @@
-"""JSON from people, other programs and other machines."""
+"""Reads JSON from files and from the network, with limits, and with errors that name the problem."""
 
 from __future__ import annotations
 

@@ -65,9 +65,9 @@ COMMITTED, ROLLED_BACK = "committed", "rolled back"
 # Progress of a release on a board; the last three are final.
 RELEASE_STATES = (DOWNLOADING, STAGED, TRIAL, COMMITTED, ROLLED_BACK, REFUSED)
 
+# Limits of a release: its number, the bytes of its manifest, its files.
 MAX_RELEASE_NUMBER = 2**31 - 1
 MAX_MANIFEST_BYTES = 65_536
-# Limits of a release: its number, the bytes of its manifest, its files.
 MAX_RELEASE_FILES = 64
 
 # Attempts of a trial, and seconds of each: a release that fails must end by itself on a board that nobody can reach.
@@ -86,8 +86,8 @@ class ReleaseOffer(CheckedMessage, frozen=True, tag="release"):
     signature: Annotated[str, hex_text(128)]
     """The server's on it, as hex."""
     leaves: Annotated[tuple[Digest, ...], item_count(MAX_RELEASE_FILES, min_items=1)]
-    """For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that the
-    manifest they name the blob that the board pulls."""
+    """For each file of the manifest, in order, the sha256 of its leaf table: with the digest and size in the
+    manifest, they name the blob that the board pulls."""
     attempts: Annotated[int, number_range(1, MAX_TRIAL_ATTEMPTS)]
     """How often it may be started until it is healthy."""
     seconds: Annotated[float, number_range(1, MAX_TRIAL_S)]
@@ -124,8 +124,8 @@ class ReleaseReport(CheckedMessage, frozen=True, tag="release_report"):
 ReleaseFromServer = ReleaseOffer | ReleaseWithdrawn
 
 
+# Limits of a crash report: characters of its text, frames of its traceback.
 MAX_CRASH_TEXT = 1000
-# Characters of a crash's text, and its frames.
 MAX_FRAMES = 16
 
 MeasuredNumber = Annotated[float, number_range(-1e12, 1e12)]

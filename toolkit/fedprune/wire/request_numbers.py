@@ -15,7 +15,7 @@ _MAX_SEEN_REQUESTS = 4096
 _Request = TypeVar("_Request", bound="BlobRequest | UploadRequest")
 
 
-def with_request_id(request: _Request) -> _Request:
+def with_request_number(request: _Request) -> _Request:
     """The request with a random number."""
     # The system's randomness, as for all pauses: a user's program may seed `random` alike on every board and at every
     # start.
