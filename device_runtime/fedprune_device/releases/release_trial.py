@@ -24,7 +24,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 
 class ReleaseTrial:
-    """A trial under way in this process, of a release's number in a slot."""
+    """The trial of release `number`, which runs in this process from its slot."""
 
     def __init__(self, home: SlotStore, number: int, slot: str) -> None:
         self._home = home

@@ -1,7 +1,7 @@
 """Carries the board's arrays of an earlier round over to the channels that are trained now.
 
 Those are what the last update left out, and the optimiser's state. The server sends a relocation
-(`fedprune.updates.remap`) if the channels have changed.
+(`fedprune.updates.relocation`) if the channels have changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ProtocolError
 from fedprune.model import step_contract
 from fedprune.model.selection import Tensors
-from fedprune.updates.remap import relocate
+from fedprune.updates.relocation import relocate
 from fedprune.wire.messages import Offer
 from fedprune_device.storage.local_state import LocalState
 

@@ -13,7 +13,7 @@ from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ALL_ACTIVE, ElementMask, Tensors
 from fedprune.updates import Codec, weights
-from fedprune.updates.remap import relocate
+from fedprune.updates.relocation import relocate
 from fedprune.wire.messages import Offer
 
 

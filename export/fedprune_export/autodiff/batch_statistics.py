@@ -43,7 +43,7 @@ class BatchNormalised:
         g = self._graph
         return g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", self.variance, g.scalar(self._epsilon))))
 
-    def vector_gradients(self, dy: str) -> tuple[str, str]:
+    def scale_and_shift_gradients(self, dy: str) -> tuple[str, str]:
         """The gradients of scale and shift."""
         g, channels = self._graph, self._channels
         dshift = channels.sum_per_channel(dy)
@@ -52,7 +52,10 @@ class BatchNormalised:
         return g.emit("Mul", dot, self._inverse_deviation), dshift
 
     def input_gradient(self, dy: str, dscale: str, dshift: str, count: str) -> str:
-        """The gradient of x, given those of scale and shift and the number of elements per channel."""
+        """The gradient of x, given those of scale and shift and the number of elements per channel:
+
+        dx = scale / σ · (dy − dshift / count − (x − mean) / σ · dscale / count), with σ = √(variance + epsilon).
+        """
         g = self._graph
         slope = g.emit("Div", g.emit("Mul", dscale, self._inverse_deviation), count)
         base = g.emit("Sub", g.emit("Div", dshift, count), g.emit("Mul", self._mean_error, slope))

@@ -18,7 +18,7 @@ _NETWORK_NAME = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network
 
 
 def read_model_file(path: Path) -> bytes:
-    """A model as one ONNX file, with the weights next to it.
+    """The bytes of a model as one ONNX file, into which weights from files next to it are read.
 
     Raises `ModelError` if it can't be read, is no model, or its weights aren't there.
     """

@@ -77,7 +77,7 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     _write_next_statistic(tape, var_name, unbiased, keep)
 
     def pull(dy: str) -> None:
-        dgamma, dbeta = normal.vector_gradients(dy)
+        dgamma, dbeta = normal.scale_and_shift_gradients(dy)
         if tape.needs_gradient(name):
             tape.add_gradient(name, normal.input_gradient(dy, dgamma, dbeta, count))
         tape.add_gradient(gamma, dgamma)

@@ -153,7 +153,7 @@ class StateFolder(Closeable):
         if state is None:
             state = worker.begin()
         else:
-            self._move_blobs_in(config, stored_settings or {}, state)
+            self._copy_needed_blobs(config, stored_settings or {}, state)
             self._rank_again_if_changed(state, model)
             # A new job's folder isn't swept: its worker has just put graphs there, to which no state refers yet.
             sweep_blobs(self.store, state, config.keep, config.job.recipe.judged_by)
@@ -259,10 +259,10 @@ class StateFolder(Closeable):
                 hint="Name a folder of its own with --state, or move the file away.",
             )
 
-    def _move_blobs_in(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
+    def _copy_needed_blobs(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
         """Copy the blobs that a stored job needs into its store. Raises `StorageError` if the model is missing."""
         needed_digests = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
-        blob_place.move_blobs_in(self.path, self.store, stored_settings, needed_digests)
+        blob_place.copy_needed_blobs(self.path, self.store, stored_settings, needed_digests)
         if not self.store.has(state.model):
             raise StorageError(
                 f"the global model {state.model} is missing from {self.store.describe()}",

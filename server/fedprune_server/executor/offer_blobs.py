@@ -20,7 +20,7 @@ from fedprune.model.trainable import frozen_tensors, matching_tensors
 from fedprune.planning.costs import file_bytes
 from fedprune.planning.probe_report import CPU
 from fedprune.strategies.values import Submodel
-from fedprune.updates.remap import relocate, relocation
+from fedprune.updates.relocation import make_relocation, relocate
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.pruning.model import Model
@@ -146,7 +146,7 @@ class OfferBlobs:
         fields: dict[str, Any] = {}
         relocation_blob = b""
         if previous_selection is not None and previous_selection.digest != submodel.selection.digest:
-            relocation_blob = relocation(previous_selection, submodel.selection)
+            relocation_blob = make_relocation(previous_selection, submodel.selection)
             fields = {"moved": self._store.put(relocation_blob).to_dict(), "moved_from": previous_selection.digest}
         weights_codec = None if coding.weights is None else updates.Codec.parse(coding.weights)
         if weights_codec is None:

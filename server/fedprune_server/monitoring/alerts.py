@@ -22,7 +22,7 @@ HANG_THRESHOLD_S = 60.0
 # Alerts of one kind that are open at a time: with a broken broker, 10,000 boards would each be one, in every list.
 MAX_ALERTS_OF_KIND = 500
 
-# Names that a text lists; a line with more isn't read.
+# How many names a text lists at most: nobody reads a line with more.
 MAX_NAMES_SHOWN = 5
 
 # Part of many texts: the reason why a board fails is often only in its own log.

@@ -33,9 +33,10 @@ class JobWatch:
 
     def __init__(self, snapshot: JobSnapshot, folder: Path, participation: Participation) -> None:
         self._snapshot, self._folder, self.participation = snapshot, folder, participation
-        self._missed_deadlines = self._empty_rounds = self._closing_updates = 0
+        self._missed_deadlines = self._updates_at_close = 0
+        self._empty_rounds = 0  # since an update counted; also closes that reject all, and offers that all refuse
         self.rounds_ended = 0  # since the server's start
-        self._asked_at: float | None = None  # the first offer since an update counted
+        self._offered_at: float | None = None  # when the first offer since the last counted update was sent
         self._round_times = RoundTimes()
         self._excesses: Mapping[str, str] = prediction_excesses(snapshot)
 
@@ -47,22 +48,22 @@ class JobWatch:
         has_refusals = any(isinstance(event.payload, (on.OfferRefused, on.UpdateRejected)) for event in events)
         if has_refusals and snapshot.phase is Phase.TRAINING and not snapshot.is_asynchronous:
             refused = snapshot.parts_by_progress.get(Progress.REFUSED, 0)
-            self._empty_rounds += 0 < refused == sum(snapshot.parts_by_progress.values())
+            self._empty_rounds += int(refused > 0 and refused == sum(snapshot.parts_by_progress.values()))
 
     def _count(self, event: object, now: float) -> None:
         snapshot = self._snapshot
         match event:
             case do.Close():
-                self._closing_updates = len(event.contributions)
-            case do.SendOffer() if self._asked_at is None:
-                self._asked_at = now
+                self._updates_at_close = len(event.contributions)
+            case do.SendOffer() if self._offered_at is None:
+                self._offered_at = now
             case on.Folded() | on.Paused():
                 self._missed_deadlines = 0
-                self._asked_at = now if snapshot.is_asynchronous else None  # others are being asked meanwhile
-            case on.Closed() if self._closing_updates and len(event.rejected) >= self._closing_updates:
+                self._offered_at = now if snapshot.is_asynchronous else None  # others are being asked meanwhile
+            case on.Closed() if self._updates_at_close and len(event.rejected) >= self._updates_at_close:
                 self._empty_rounds += 1
-            case on.Ticked() if self._asked_at is not None:
-                missed = int((now - self._asked_at + _ROUNDING_S) // snapshot.deadline_s)
+            case on.Ticked() if self._offered_at is not None:
+                missed = int((now - self._offered_at + _ROUNDING_S) // snapshot.deadline_s)
                 self._missed_deadlines = max(self._missed_deadlines, missed)
             case RoundEnded(summary):
                 has_counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())

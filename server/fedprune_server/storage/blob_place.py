@@ -1,4 +1,4 @@
-"""Opens the store of a job's blobs, its state folder or the bucket of its settings, and copies blobs into it."""
+"""Opens the store of a job's blobs (in its state folder, or the bucket of its settings), and copies blobs into it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def open_blobs(folder: Path, address: str, cache_bytes: int, settings: Mapping[s
     return store
 
 
-def move_blobs_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:
+def copy_needed_blobs(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:
     """Copy the blobs that a job needs into its store: from the folder (after a restore, or where they have been until
     now), or from the bucket of the stored settings. Raises `StorageError` if a blob is damaged.
     """

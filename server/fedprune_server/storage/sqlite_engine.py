@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from fedprune.core.errors import StorageError
-from fedprune_server.storage.sqlite_file import execute_unlocked
+from fedprune_server.storage.sqlite_file import execute_when_unlocked
 
 # Seconds for which SQLite itself waits for a lock. Between two such waits the waiting thread shows that it is alive.
 SQLITE_RETRY_S = 1.0
@@ -73,15 +73,15 @@ def _tune_sqlite(connection: sqlite3.Connection, record: object) -> None:
     connection.execute(f"PRAGMA busy_timeout={int(SQLITE_RETRY_S * 1000)}")
     # FULL: a commit is on the disk, not only in the system's cache, before anything that follows from it is done.
     for line in ("journal_mode=WAL", "synchronous=FULL"):
-        execute_unlocked(connection, f"PRAGMA {line}")
+        execute_when_unlocked(connection, f"PRAGMA {line}")
 
 
 def _begin_sqlite(connection: sql.Connection) -> None:
     opened: Any = connection.connection.dbapi_connection
     if connection.get_execution_options().get(READS_OPTION):
         # The first statement that reads takes the snapshot. Later ones of the transaction need no lock.
-        execute_unlocked(opened, "BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
+        execute_when_unlocked(opened, "BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
     else:
         # With the write lock at once: a transaction that asks for it later is refused if another one has written
         # meanwhile.
-        execute_unlocked(opened, "BEGIN IMMEDIATE")
+        execute_when_unlocked(opened, "BEGIN IMMEDIATE")

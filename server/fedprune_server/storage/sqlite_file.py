@@ -61,9 +61,9 @@ class SqliteFile(Closeable):
             self.connection = _connect(path, "rw", busy_timeout_s)
             try:
                 if wal:
-                    execute_unlocked(self.connection, "PRAGMA journal_mode=WAL")
-                execute_unlocked(self.connection, "PRAGMA synchronous=FULL")
-                stored_version = execute_unlocked(self.connection, "PRAGMA user_version")[0]
+                    execute_when_unlocked(self.connection, "PRAGMA journal_mode=WAL")
+                execute_when_unlocked(self.connection, "PRAGMA synchronous=FULL")
+                stored_version = execute_when_unlocked(self.connection, "PRAGMA user_version")[0]
                 if stored_version not in (0, version):
                     raise StorageError(f"{path} is of another version", expected=version, got=stored_version, hint=hint)
                 if not stored_version:
@@ -159,7 +159,7 @@ def is_sqlite_locked(error: BaseException) -> bool:
     return isinstance(error, sqlite3.Error) and "is locked" in str(error)  # "database", "database table" or "schema"
 
 
-def execute_unlocked(connection: sqlite3.Connection, *statements: str) -> tuple[Any, ...]:
+def execute_when_unlocked(connection: sqlite3.Connection, *statements: str) -> tuple[Any, ...]:
     """Execute statements until no other process holds a lock that they need; returns the last one's first row."""
 
     def execute() -> tuple[Any, ...]:

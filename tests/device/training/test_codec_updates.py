@@ -18,7 +18,7 @@ from fedprune.model.element_mask import apply_mask, pack_active, unpack_active
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.updates import Codec, decode, is_packed, weights
-from fedprune.updates.remap import relocation
+from fedprune.updates.relocation import make_relocation
 from fedprune.wire.messages import Offer
 from fedprune_device.network.offer_checks import fits_disk
 from fedprune_device.storage.local_state import LocalState
@@ -114,7 +114,7 @@ def own(selection: Selection = BEFORE) -> LocalState:
 def relocating_offer(board: HiddenBoard, **fields: Any) -> tuple[Offer, Callable[[BlobRef], bytes]]:
     """An offer of another selection that says how channels have moved."""
     with DeviceStore(board.root) as store:
-        relocation_ref = store.blobs.put(relocation(BEFORE, NOW))
+        relocation_ref = store.blobs.put(make_relocation(BEFORE, NOW))
     values = {"moved": relocation_ref, "moved_from": BEFORE.digest, "selection": NOW.digest, "codec": "int8", **fields}
     offer = board.offer(2, PLAIN, hidden_weights(), graph="kept", **values)
     return offer, lambda ref: BlobStore(board.root / "blobs").read(ref.sha256)

@@ -11,7 +11,7 @@ from msgspec import structs
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.updates.remap import relocation
+from fedprune.updates.relocation import make_relocation
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.carried_state import carried_optimizer_state
@@ -82,7 +82,7 @@ def state_before(optimizer: str = "adam") -> LocalState:
 
 def carried_state(board: HiddenBoard, base: LocalState | None, **fields: str | None) -> tuple[Tensors, int]:
     with DeviceStore(board.root) as store:
-        relocation_ref = store.blobs.put(relocation(BEFORE, NOW))
+        relocation_ref = store.blobs.put(make_relocation(BEFORE, NOW))
     values = {"moved": relocation_ref, "moved_from": BEFORE.digest, "selection": NOW.digest, **fields}
     offer = board.offer(2, KEEPS, hidden_weights(), graph="kept", **values)
     with DeviceStore(board.root) as store:

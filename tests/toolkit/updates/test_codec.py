@@ -26,7 +26,7 @@ from fedprune.updates import (
     packing,
     weights,
 )
-from fedprune.updates.remap import relocate, relocation
+from fedprune.updates.relocation import make_relocation, relocate
 from fedprune.updates.update import MIN_SCALED_ROW
 from support.nets.drawn_models import architectures, selections
 
@@ -306,7 +306,7 @@ def test_a_relocation_is_what_both_selections_have(data: st.DataObject) -> None:
     full_model = {
         t.name: np.arange(1, np.prod(t.shape) + 1, dtype=np.float32).reshape(t.shape) for t in architecture.tensors
     }
-    relocated_tensors = relocate(before.gather(full_model), relocation(before, now), 10**6)
+    relocated_tensors = relocate(before.gather(full_model), make_relocation(before, now), 10**6)
     for name, value in now.gather(full_model).items():
         there = before.coverage_mask(name)[np.ix_(*now.maps(name))] if value.ndim else np.True_
         assert np.array_equal(relocated_tensors[name], np.where(there, value, 0))
@@ -326,6 +326,12 @@ def test_a_relocation_is_what_both_selections_have(data: st.DataObject) -> None:
 def test_a_relocation_that_does_not_fit_is_refused(coded_tensors: Tensors) -> None:
     with pytest.raises(ProtocolError, match="relocation"):
         relocate({"w": np.zeros((20, 70), np.float32)}, packing.pack_tensors(coded_tensors), 10**6)
+
+
+def test_channels_that_were_not_there_are_zero_where_an_axis_had_none() -> None:
+    moved = packing.pack_tensors({"w::axes": np.int32([0, 1]), "0": np.int32([-1]), "1": np.int32([2])})
+
+    assert relocate({"w": np.zeros((0, 3), np.float32)}, moved, 10**6)["w"].tolist() == [[0.0]]
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Counts, for each coordinate of the model, the weight of the updates that hold it.
 
-Where updates hold whole channels, their selections suffice, and nothing is counted per coordinate until a round closes.
-Where an update's mask is made of single elements, its tensor gets an array of counts of its own.
+Where updates hold whole channels, their selections suffice: each selection's *share* is the weight of all its updates,
+and only the end of a round makes the *mass* of them, which is the weight per coordinate. Where an update's mask is made
+of single elements, its tensor gets a mass of its own at once.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class UpdateCoverage:
         return shared
 
     def add(self, selection: Selection, weight: int, active: ElementMask) -> None:
-        """Count an update of this weight; `active` is, per tensor that it holds only in part, which elements."""
+        """Count an update of this weight. `active` has the masks of tensors of which it holds only some elements."""
         layout = self.settle_layout(selection)
         for name, mask in active.items():
             spec = self.architecture.by_name[name]
@@ -69,10 +70,9 @@ class UpdateCoverage:
         self.weight += weight
 
     def mass(self, spec: TensorSpec) -> Mass | None:
-        """Weight per coordinate of a tensor, in the layout; None where every update holds the whole tensor. Axes that
-        every update holds as a whole may be 1 long."""
+        """The mass of a tensor, in the layout: as `coverage_mass`, with the updates that have a mask of it."""
         layout = self.required_layout
-        shares = [share for (_, single), share in self._weight_of_selection.items() if spec.name not in single]
+        shares = [share for (_, masked), share in self._weight_of_selection.items() if spec.name not in masked]
         selected_mass = coverage_mass(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)
         if spec.name not in self._masked_mass:
             return selected_mass

@@ -1,14 +1,14 @@
-"""Which boards mask together, after a sum of masked updates was false.
+"""Decides which boards mask their updates together, and finds the boards that spoil sums.
 
-A false sum (numbers out of range, shares that don't fit) doesn't show which board is at fault, only that one of them
-is. Its boards are *suspects* from then on, and are summed in halves. Boards of a true sum are suspects no longer. So
-the group with the board at fault halves with each attempt, while the other boards' sums count: of n boards, one that
-always spoils its sum is named after 1 + log2(n) of them, rounded up.
+A sum of a cohort of boards is *false* if its numbers are out of range or its shares don't fit, and *true* otherwise. A
+false sum doesn't show which board is at fault. Its boards are *suspects* from then on, and are summed in halves. Boards
+of a true sum are suspects no longer. So the group with the board at fault halves with each attempt, while the other
+boards' sums count: of n boards, one that always spoils its sum is named after 1 + ⌈log2(n)⌉ false sums.
 
 A half of fewer boards than a sum needs is filled up with boards that aren't suspects. If these are too few, the half is
-left out, and it is drawn by lot which one that is. Only a board that was the one suspect of a false sum is named.
-Two hostile boards that act together may have a third one named: one of them behaves while it is a suspect, and spoils
-the sum in which it helps to fill up another one's half.
+left out; which one is drawn at random. Only a board that was the only suspect of a false sum is named. Two hostile
+boards that act together may have a third one named: one behaves while it is a suspect, and later spoils the sum in
+which it fills up a half with the third board.
 """
 
 from __future__ import annotations
@@ -25,11 +25,8 @@ Groups = Sequence[Collection[str]]
 def divide_into_cohorts(
     devices: Sequence[str], suspects: Groups, rng: np.random.Generator
 ) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Divide devices that were asked for the same into cohorts.
-
-    Returns:
-        The cohorts, and the devices that are left out of this attempt.
-    """
+    """Divide devices that were asked for the same into cohorts; returns the cohorts, and the devices that are left out
+    of this attempt. Each group of `suspects` has a board at fault."""
     # By lot: a fixed order would always leave the same boards out, or fill up halves with the same ones.
     shuffled = [devices[i] for i in rng.permutation(len(devices)).tolist()]
     groups = [[name for name in shuffled if name in group] for group in suspects]
@@ -46,15 +43,19 @@ def divide_into_cohorts(
             del unsuspected[:lacking]
         else:
             left_out += half
-    if not cohorts:  # no half is large enough: try other boards each time, and leave out as many as possible
-        left_out = [name for name in shuffled if name in left_out]
-        count = max(MIN_BOARDS - len(unsuspected), (len(left_out) + 1) // 2)
-        return [tuple(sorted(left_out[:count] + unsuspected))], sorted(left_out[count:])
+    if not cohorts:
+        return _cohort_of_leftovers([name for name in shuffled if name in left_out], unsuspected)
     if len(unsuspected) >= MIN_BOARDS:
         cohorts.append(unsuspected)
     else:  # a sum of so few would show too much of each
         cohorts[0] += unsuspected
     return [tuple(sorted(cohort)) for cohort in cohorts], sorted(left_out)
+
+
+def _cohort_of_leftovers(left_out: list[str], unsuspected: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """One cohort if no half is large enough: other boards each time, and as many left out as possible."""
+    count = max(MIN_BOARDS - len(unsuspected), (len(left_out) + 1) // 2)
+    return [tuple(sorted(left_out[:count] + unsuspected))], sorted(left_out[count:])
 
 
 def narrow_suspects(
@@ -65,11 +66,8 @@ def narrow_suspects(
     groups = [remaining for group in suspects if (remaining := sorted(set(group) - cleared))]
     at_fault: set[str] = set()
     for cohort in false_cohorts:
-        outside, inside = list[list[str]](), list[list[str]]()
-        for group in groups:
-            outside.append([name for name in group if name not in cohort])
-            inside.append([name for name in group if name in cohort])
-        outside, inside = [group for group in outside if group], [group for group in inside if group]
+        outside = [rest for group in groups if (rest := [name for name in group if name not in cohort])]
+        inside = [rest for group in groups if (rest := [name for name in group if name in cohort])]
         inside = inside or [sorted(cohort)]  # of boards of which none was suspected, all are
         # The false sum has one suspect: all others in it were in true sums before, or were never suspected.
         is_single = len(inside) == 1 and len(inside[0]) == 1

@@ -82,8 +82,8 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     held: Digest | None = None
     """sha256 of what they are the difference to; None for the difference to 0."""
     moved: BlobRef | None = None
-    """Where the channels are that a device was sent last (`fedprune.updates.remap`); None where they are as they were,
-    or where that is unknown."""
+    """Where the channels are that a device was sent last (`fedprune.updates.relocation`); None where they are as they
+    were, or where that is unknown."""
     moved_from: Digest | None = None
     """Digest of the selection that those were sent in."""
     secure: FreeObject | None = None

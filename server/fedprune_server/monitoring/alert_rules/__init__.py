@@ -1,7 +1,7 @@
 """The alert rules, one module for each subject: a module that is put here is a rule from then on.
 
-A rule is a function of a situation that yields the alerts which that justifies; `alert_rule` declares what kinds of
-alerts, of what severities. The server's log, its console, its metrics, its notifications and `fedprune-server doctor`
+A rule is a function: it takes a situation, and yields the alerts that the situation justifies. `alert_rule` declares
+their kinds and severities. The server's log, its console, its metrics, its notifications and `fedprune-server doctor`
 all show what `evaluate_alerts` returns.
 """
 
@@ -17,7 +17,7 @@ from fedprune_server.monitoring.situation import Situation
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-# Under another name: `alerts.ALERT_KINDS` is empty until the rules are imported, which importing this room does.
+# Under another name: `alerts.ALERT_KINDS` is empty until this package has imported every rule.
 ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = ALERT_KINDS
 
 

@@ -1,4 +1,4 @@
-"""T² · KL(softmax(y / T) ‖ softmax(z / T)) over classes, the mean over positions; labels are a teacher's outputs.
+"""T² · KL(softmax(y / T) ‖ softmax(z / T)) over classes, mean over positions. y: a teacher's logits, z: the model's.
 
 Its derivative is T · (softmax(z / T) − softmax(y / T)): cross-entropy with the teacher's softened shares, less its own
 entropy, so that the minimum is 0; T² keeps the size of gradients (Hinton, Vinyals and Dean, "Distilling the knowledge

@@ -1,11 +1,11 @@
-"""Relocations: the positions of one submodel's channels in another, so that a device can reuse the tensors that it
-keeps.
+"""Relocations: where one submodel's channels are in another, so that a device can reuse the tensors that it keeps.
 
 A server ranks channels again, or gives a device another width. What the device holds (its last weights, and what its
 last update left out) then belongs to other channels, in another order. For each tensor `n` whose layout changes, a
-relocation has `n::axes` (I32, one entry per axis): the number k of a list of positions `k` (I32), or −1 for an axis
-that stays as it is. A list has for each index of the new axis its position on the old one, or −1 for a channel that
-wasn't there, whose elements become 0. Arrays of a tensor's shape that belong to it (`n::momentum`) move with it.
+relocation has `n::axes`, int32 with one entry per axis: the number of a list of positions, or −1 for an axis that
+stays. List number 3 is the int32 tensor `3`: for each index on the new axis the index on the old one, or −1 for a
+channel that wasn't there, whose elements become 0. From channels 5, 2, 7 to 2, 9 it is [1, −1]. Arrays of a tensor's
+shape that belong to it (`n::momentum`) move with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _AXES_SUFFIX = "::axes"
 _NO_POSITION = -1
 
 
-def relocation(before: Selection, now: Selection) -> bytes:
+def make_relocation(before: Selection, now: Selection) -> bytes:
     """The relocation from one selection to another, as the bytes of an envelope."""
     lists: dict[bytes, int] = {}
     axes_by_tensor: dict[str, npt.NDArray[np.int32]] = {}
@@ -49,9 +49,9 @@ def relocation(before: Selection, now: Selection) -> bytes:
 
 
 def relocate(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, max_bytes: int) -> Tensors:
-    """Move tensors into the coordinates of another submodel, by the bytes of `relocation`. Raises `ProtocolError` if
-    they are damaged, or not for tensors like these. `max_bytes` bounds the unpacked bytes, and those of each tensor: a
-    small relocation could ask for a huge one."""
+    """Move tensors into the coordinates of another submodel, by the bytes of `make_relocation`. Raises `ProtocolError`
+    if they are damaged, or not for tensors like these. `max_bytes` bounds the unpacked bytes, and those of each tensor:
+    a small relocation could ask for a huge one."""
     lists = packing.unpack_tensors(raw, max_bytes)
     return {name: _move_tensor(name, value, lists, max_bytes) for name, value in tensors.items()}
 
@@ -70,13 +70,11 @@ def _move_tensor(name: str, value: npt.NDArray[np.float32], lists: Lists, max_by
         raise ProtocolError(
             f"size of {value_text(name)} in a relocation", expected=f"at most {max_bytes} bytes", got=tuple(shape)
         )
+    if not value.size:  # an axis without indices has nothing to take
+        return np.zeros(shape, np.float32)
     relocated_value = value
     for axis, positions in positions_by_axis.items():
-        relocated_value = (
-            np.take(relocated_value, np.maximum(positions, 0), axis)
-            if relocated_value.shape[axis]
-            else np.zeros(shape, np.float32)
-        )
+        relocated_value = np.take(relocated_value, np.maximum(positions, 0), axis)
         np.moveaxis(relocated_value, axis, 0)[positions == _NO_POSITION] = 0
     return relocated_value
 
