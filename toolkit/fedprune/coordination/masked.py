@@ -109,11 +109,9 @@ class MaskedCoordinator(SynchronousCoordinator):
         if state.phase is not Phase.CLOSING or event.round != state.round or "sums" in (state.closing or {}):
             return []
         state.closing = None
-        lost_devices = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
+        absent = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
         for name in event.dropped.keys() & state.tasks.keys():
-            state.tasks[name].refuse(
-                event.dropped[name], FailureKind.LOST if name in lost_devices else FailureKind.OTHER
-            )
+            state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in absent else FailureKind.OTHER)
         if not event.sums:
             retry_at_once = self._note_suspects((), event.false)
             return self._repeat_round(now) if retry_at_once else self._restart_after_unusable_updates(now)

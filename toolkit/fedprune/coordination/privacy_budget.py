@@ -118,20 +118,16 @@ def count_holders(tasks: Mapping[str, DeviceTask]) -> dict[str, int]:
 
     Submodels of one ranking hold one another where no width is larger; of those of different rankings nothing is said.
     """
-    rows_by_ranking: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    rows: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, task in tasks.items():
         offer = task.offer or {}
-        rows_by_ranking.setdefault(str(offer.get("ranking")), []).append(
-            (name, tuple(offer.get("widths", task.widths)))
-        )
+        rows.setdefault(str(offer.get("ranking")), []).append((name, tuple(offer.get("widths", task.widths))))
     holders_of_device: dict[str, int] = {}
-    for members in rows_by_ranking.values():
-        widths, row_of_member, counts = np.unique(
-            [w for _, w in members], axis=0, return_inverse=True, return_counts=True
-        )
+    for members in rows.values():
+        widths, inverse, counts = np.unique([w for _, w in members], axis=0, return_inverse=True, return_counts=True)
         holds = (widths[None, :, :] <= widths[:, None, :]).all(axis=2)  # [holder, held]
         holders = counts @ holds
         holders_of_device |= {
-            name: int(holders[row]) for (name, _), row in zip(members, np.ravel(row_of_member), strict=True)
+            name: int(holders[row]) for (name, _), row in zip(members, np.ravel(inverse), strict=True)
         }
     return holders_of_device

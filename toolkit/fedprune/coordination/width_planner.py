@@ -104,16 +104,14 @@ class WidthPlanner:
         if device.plan is None or device.accumulate != task.accumulate:
             return
         former_plan = self._read_plan(device.plan)
-        memory_limit = former_plan.limit_of(MEMORY).limit
+        limit = former_plan.limit_of(MEMORY).limit
         former_correction, expected = former_plan.correction, former_plan.prediction
         if device.widths != task.widths:
             expected = self._prediction_for_task(name, device, task, former_plan)
-        correction = Correction(**device.correction).corrected_by(
-            expected, former_correction, task.metrics, memory_limit
-        )
+        correction = Correction(**device.correction).corrected_by(expected, former_correction, task.metrics, limit)
         device.correction = vars(correction)
         peak_memory = task.metrics.get("peak_memory_bytes", 0.0)
-        exceeds_memory = peak_memory > memory_limit and correction != former_correction
+        exceeds_memory = peak_memory > limit and correction != former_correction
         if not exceeds_memory and not correction.differs_from(former_correction, former_plan.prediction):
             return
         corrections = [correction, correction.without_times()] if exceeds_memory else [correction]

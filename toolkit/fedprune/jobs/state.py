@@ -363,10 +363,8 @@ class State:
 
     def state_references(self) -> set[str]:
         """Digests of the blobs that the state itself needs, without those of its devices and tasks."""
-        totals = [cohort_sum["total"] for cohort_sum in (self.closing or {}).get("sums", ())]
-        return {
-            d for d in (self.model, self.plain_model, self.ranking, self.order, *self.memory.values(), *totals) if d
-        }
+        sums = [cohort_sum["total"] for cohort_sum in (self.closing or {}).get("sums", ())]
+        return {d for d in (self.model, self.plain_model, self.ranking, self.order, *self.memory.values(), *sums) if d}
 
     def round_of(self, task: DeviceTask) -> int:
         """The round that a part was offered in."""

@@ -101,9 +101,7 @@ def bars_html(rows: Sequence[Bar], label: str) -> str:
 
 def colour_legend(names: Sequence[str]) -> str:
     """A legend of filled colours, in the order of `style`."""
-    keys = "".join(
-        f'<span class="key box {series_classes(i)}">{html_text(name)}</span>' for i, name in enumerate(names)
-    )
+    keys = "".join(f'<span class="key box {series_classes(i)}">{html_text(n)}</span>' for i, n in enumerate(names))
     return f'<div class="keys">{keys}</div>'
 
 

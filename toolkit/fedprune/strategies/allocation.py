@@ -140,10 +140,8 @@ class Tiers(Allocator):
             raise ConfigError(("allocator", "densities"), expected="one or more", got="none")
         for value in self.densities:
             check_density(("allocator", "densities"), value)
-        shares_are_valid = len(self.shares) == len(self.densities) and all(
-            validation.is_number(s, 0) for s in self.shares
-        )
-        if self.shares and not (shares_are_valid and 0 < sum(self.shares) < math.inf):
+        are_valid = len(self.shares) == len(self.densities) and all(validation.is_number(s, 0) for s in self.shares)
+        if self.shares and not (are_valid and 0 < sum(self.shares) < math.inf):
             raise ConfigError(
                 ("allocator", "shares"), expected="one per density, of 0 or more", got=value_text(self.shares)
             )

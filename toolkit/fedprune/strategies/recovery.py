@@ -70,10 +70,8 @@ class Recovery:
             return {}
         new_densities: dict[str, float] = {}
         for name, device in members.items():
-            watch_state, fired = watch_score(
-                device.allocation.get(_WATCH, {}), device.allocation.get(SCORE), self.patience
-            )
-            device.allocation = {**device.allocation, _WATCH: watch_state}
+            watch, fired = watch_score(device.allocation.get(_WATCH, {}), device.allocation.get(SCORE), self.patience)
+            device.allocation = {**device.allocation, _WATCH: watch}
             if fired and device.density < 1:
                 new_densities[name] = self.next_density(device.density)
         floor = self._review_fleet(state, members, min_density)
@@ -92,12 +90,12 @@ class Recovery:
         # The code has 8·P, 5·P and 2·P by how ρ_min came to be 1; one patience, the longest, serves all
         # (docs/strategies/pr-fl.md).
         patience = self.patience if sparsest < 1 else 8 * self.patience
-        watch_state, fired = watch_score(allocation.get(_WATCH, {}), _mean_score(members), patience)
+        watch, fired = watch_score(allocation.get(_WATCH, {}), _mean_score(members), patience)
         if fired and sparsest >= 1:
             allocation[DONE] = True
         elif fired:
             floor = self.next_density(sparsest)
-        state.allocation = {**allocation, FLOOR: floor, _WATCH: watch_state}
+        state.allocation = {**allocation, FLOOR: floor, _WATCH: watch}
         return floor
 
 
@@ -134,12 +132,10 @@ def score_of_metrics(metrics: Mapping[str, float], suffix: str = "") -> float | 
 
 def _mean_score(members: Mapping[str, JobDevice]) -> float | None:
     """The mean of the middle scores, by samples: no single board's score or number of samples can move it far."""
-    weighted_scores = sorted(
-        (d.allocation[SCORE], max(1, d.samples)) for d in members.values() if SCORE in d.allocation
-    )
-    if not weighted_scores:
+    scores = sorted((d.allocation[SCORE], max(1, d.samples)) for d in members.values() if SCORE in d.allocation)
+    if not scores:
         return None
     # With three devices one is left out at each end, with two none: the mean must keep at least one.
-    trimmed_count = (len(weighted_scores) + 1) // 4
-    middle = weighted_scores[trimmed_count : len(weighted_scores) - trimmed_count]
+    trimmed_count = (len(scores) + 1) // 4
+    middle = scores[trimmed_count : len(scores) - trimmed_count]
     return math.fsum(s * n for s, n in middle) / sum(n for _, n in middle)

@@ -81,9 +81,7 @@ def _weight_counts(
             if not axis.groups:
                 continue
             # Weights of an index of this axis, over what is alive of the other axes.
-            combinations = math.prod(
-                int(alive_of_axis.sum()) for j, alive_of_axis in enumerate(alive_indices) if j != i
-            )
+            combinations = math.prod(int(flags.sum()) for j, flags in enumerate(alive_indices) if j != i)
             all_weights = np.full(axis.length, combinations, np.int64)
             active_weights = all_weights if spec.name not in mask else _active_counts(mask[spec.name], alive_indices, i)
             targets = totals[:2] if i in output_axes else totals[2:]
