@@ -1,16 +1,22 @@
 """Conv and ConvTranspose: their channels, their form in a cut, and their gradients.
 
-Each is the gradient of the other with respect to its input, so that both use the same three maps in different roles
-(`autodiff.convolutions`).
+A convolution is three maps, each linear in what it is given: the convolution itself, the transposed convolution, and
+the gradient of the kernel. Each operator is the gradient of the other with respect to its input, so that both use the
+same three maps in different roles, in the fastest implementation (`choose_convolution`).
 """
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
 import numpy as np
 
-from fedprune_export.autodiff.column_convolution import ChannelGroups
-from fedprune_export.autodiff.convolutions import choose_convolution
-from fedprune_export.autodiff.sliding_window import transposed_window, window
+from fedprune.planning.probe_report import CUDA
+from fedprune_export.autodiff.column_convolution import MAX_COLUMNS_AREA, ChannelGroups, ColumnConvolution
+from fedprune_export.autodiff.dense_convolution import CUDA_ALGORITHMS, DenseConvolution, choose_algorithms
+from fedprune_export.autodiff.depthwise_convolution import DepthwiseConvolution
+from fedprune_export.autodiff.sliding_window import Window, transposed_window, window
 from fedprune_export.autodiff.tape import Dim, Pull, Tape, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.choices import GROUPS, POSITIONS
@@ -185,3 +191,34 @@ def _add_bias_gradient(tape: Tape, node: Node, dy: str) -> None:
     if name and tape.needs_gradient(name):
         axes = tape.graph.ints(0, *range(2, len(tape.shape(node.inputs[0]))))
         tape.add_gradient(name, tape.graph.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))
+
+
+class Convolution(Protocol):
+    """A convolution with its window and kernel.
+
+    x is what the window slides over, [N, inputs, ...]; y has one element per position of the window, [N, outputs, ...].
+    A bias is a list of one vector, or empty.
+    """
+
+    def apply(self, x: str, bias: list[str]) -> str:
+        """y = x ∗ kernel + bias."""
+
+    def apply_transposed(self, dy: str, bias: list[str]) -> str:
+        """The transposed convolution of dy, which is the gradient of x, + bias."""
+
+    def kernel_gradient(self, x: str, dy: str) -> str:
+        """The gradient of the kernel."""
+
+
+def choose_convolution(tape: Tape, node: Node, w: Window, groups: ChannelGroups) -> Convolution:
+    """The fastest implementation of the layer that a Conv or ConvTranspose node is."""
+    kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
+    if int(node.attrs.get("group", 1)) == 1:
+        if tape.graph.unit == CUDA:
+            return DenseConvolution(tape.graph, w, kernel, CUDA_ALGORITHMS)
+        # On small maps one product of columns is faster than a convolution.
+        if math.prod(w.output) > MAX_COLUMNS_AREA:
+            return DenseConvolution(tape.graph, w, kernel, choose_algorithms(w, tape.extent(shape[1])))
+    elif (groups.inputs, groups.outputs) == (1, 1):
+        return DepthwiseConvolution(tape.graph, w, kernel)
+    return ColumnConvolution(tape, w, kernel, shape, groups, batch=tape.shape(node.inputs[0])[0])
