@@ -17,8 +17,7 @@ from fedprune.model.selection import Selection
 from fedprune.wire.fleet_messages import CrashReport
 from fedprune_server.devices.crash_store import CRASH_FILE as CRASHES
 from fedprune_server.devices.crash_store import CrashStore
-from fedprune_server.web.state.crashes import board_crashes
-from fedprune_server.web.state.details import device_details, kept_channels
+from fedprune_server.web.state.details import board_crashes, device_details, kept_channels
 from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.rows import slot_and_release
 from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter, encode_status

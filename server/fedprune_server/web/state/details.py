@@ -1,20 +1,23 @@
-"""Makes the details that operators ask for: of one device, and of the channels that the fleet holds."""
+"""Makes the details that operators ask for: of one device, of its crashes, and of the channels that the fleet holds."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedprune.core.errors import BundleError, StorageError
 from fedprune.core.text import one_line
+from fedprune.core.validation import is_whole
 from fedprune.jobs.state import DeviceTask, JobDevice, outcome
 from fedprune.model.selection import Selection
+from fedprune_server.devices.crash_store import MAX_CRASHES_PER_BOARD, BoardCrash, frames_of, read_crashes
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compare_device, predicted_figures
 from fedprune_server.engine.job_runner import JobRunner
-from fedprune_server.web.state.records import ChannelCoverage, DeviceDetails
+from fedprune_server.web.state.records import BoardCrashes, ChannelCoverage, DeviceDetails
 from fedprune_server.web.state.rows import number_or_none
 
 MAX_GROUPS = 2000
@@ -23,6 +26,7 @@ MAX_GROUPS = 2000
 MAX_CHANNELS = 65_536
 MAX_RANKING_BYTES = 4 << 20
 
+_MAX_FRAMES = 16  # innermost frames of a crash that are shown: a deep recursion has hundreds
 _MAX_ROWS = 20  # latest rounds of a device that are shown
 _MAX_ROUNDS = 60  # latest rounds of the job that are searched for them
 
@@ -169,3 +173,28 @@ def _read_ranks(runner: JobRunner, ranking: str | None) -> tuple[Any, ...] | Non
         return Selection.from_json(runner.store.read(ranking), runner.architecture).ranks
     except (BundleError, StorageError):  # deleted meanwhile, or of another architecture
         return None
+
+
+def board_crashes(folder: Path, device: str) -> BoardCrashes:
+    """A board's latest crashes in a state folder; none if they can't be read, which `doctor` reports."""
+    try:
+        crashes = read_crashes(folder, device, limit=MAX_CRASHES_PER_BOARD)[::-1]
+    except StorageError:
+        crashes = []
+    return BoardCrashes(device, tuple(map(_crash_row, crashes)))
+
+
+def _crash_row(crash: BoardCrash) -> dict[str, Any]:
+    body = crash.body
+    return {
+        "at": max(0.0, crash.at),
+        "received": max(0.0, crash.received),
+        "cause": one_line(str(body.get("cause", "")), 64),
+        "text": one_line(crash.text, 1000),
+        "release": one_line(str(body.get("release", "")), 150),
+        "slot": one_line(str(body.get("slot", "")), 64),
+        "uptime_s": number_or_none(body.get("uptime_s"), 0.0, 1e12),
+        "temperature_c": number_or_none(body.get("temperature_c"), -100.0, 300.0),
+        **{k: value if is_whole(value := body.get(k)) else None for k in ("memory_available", "memory_total")},
+        "frames": tuple(one_line(f, 290) for f in frames_of(crash)[:_MAX_FRAMES]),
+    }

@@ -12,8 +12,7 @@ from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.web.auth.roles import READING_ORDERS
 from fedprune_server.web.state.admin_executor import ADMIN_ORDERS, AdminExecutor
-from fedprune_server.web.state.crashes import board_crashes
-from fedprune_server.web.state.details import device_details, job_coverage
+from fedprune_server.web.state.details import board_crashes, device_details, job_coverage
 from fedprune_server.web.state.order_queue import Order, OrderAnswer, OrderQueue, answer_of
 from fedprune_server.web.state.publisher import StatusPublisher
 
