@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from fedprune.model.lengths import Shape
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.decoded_samples import CacheFullError, DecodedSamples
 from fedprune_device.data.file_index import FileIndex
-from fedprune_device.data.formats import Format
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.layouts import MAX_LABEL_BYTES, NO_LABELS, Layout, layout_of
 from fedprune_device.data.splits import SplitShares
@@ -66,6 +65,28 @@ class _File:
     @property
     def key(self) -> str:
         return f"{self.name} {self.version}"
+
+
+class Format(Protocol):
+    """A file format, such as `image_decoding.Pixels` and `audio_decoding.Audio`; `sources.SampleOptions` lists those in
+    use."""
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """File name extensions, in lower case, such as `.wav`."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Larger files are refused before they are read."""
+
+    def samples(self, body: bytes, shape: Shape) -> npt.NDArray[Any]:
+        """A file's samples [k, ...], k >= 1, in their most compact type; `shape` is the model's input shape.
+
+        Raises `DataError` if the file is damaged or can't be a sample of this shape.
+        """
+
+    def numbers(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Samples as the model takes them."""
 
 
 class SampleFolder:
