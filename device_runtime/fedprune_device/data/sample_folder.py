@@ -217,7 +217,9 @@ class SampleFolder:
                     file = self._identify(layout, path, label_file, index, reads)
                     if file is not None:
                         same_content = file_of_digest[class_of[path]].get(file.name, file)
-                        file_of_digest[class_of[path]][file.name] = max(file, same_content, key=_split_order)
+                        file_of_digest[class_of[path]][file.name] = max(
+                            file, same_content, key=lambda f: _SPLIT_ORDER.index(f.split)
+                        )
                 except FileNotFoundError:
                     if label_file is not None:
                         self._refusals.append("it has no file of labels")
@@ -269,10 +271,6 @@ class SampleFolder:
     def _content(self, path: Path) -> bytes:
         has_sample = path.suffix.lower() in self._formats
         return _read_file(path, self._format(path).max_bytes if has_sample else MAX_LABEL_BYTES)
-
-
-def _split_order(file: _File) -> int:
-    return _SPLIT_ORDER.index(file.split)
 
 
 def _interleave(queues: Iterable[list[_T]]) -> Iterable[_T]:

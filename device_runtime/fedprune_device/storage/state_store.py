@@ -30,8 +30,8 @@ class StateStore(Protocol):
 
     def stage(self, record: bytes) -> None: ...
 
-    def commit(self, neighbour: str | None) -> None:
-        """Make the staged record the newest; delete all others except the one at `neighbour`."""
+    def commit(self, base_slot: str | None) -> None:
+        """Make the staged record the newest; delete all others but the one that it was made from, at `base_slot`."""
         ...
 
 
@@ -49,10 +49,10 @@ class MemoryStateStore:
     def stage(self, record: bytes) -> None:
         self._staged = record
 
-    def commit(self, neighbour: str | None) -> None:
+    def commit(self, base_slot: str | None) -> None:
         """See `StateStore`."""
-        neighbours = {} if neighbour is None else {neighbour: self.records[neighbour]}
-        self.records, self._staged = {**neighbours, _free_slot(neighbour): self._staged}, b""
+        kept_records = {} if base_slot is None else {base_slot: self.records[base_slot]}
+        self.records, self._staged = {**kept_records, _free_slot(base_slot): self._staged}, b""
 
 
 class FolderStateStore:
@@ -74,12 +74,12 @@ class FolderStateStore:
     def stage(self, record: bytes) -> None:
         atomic_file.write_atomically(self._root / _STAGED_FILE, record, private=True)
 
-    def commit(self, neighbour: str | None) -> None:
+    def commit(self, base_slot: str | None) -> None:
         """See `StateStore`."""
-        slot = _free_slot(neighbour)
+        slot = _free_slot(base_slot)
         atomic_file.move_durably(self._root / _STAGED_FILE, self._root / slot)
         for name in _SLOTS:
-            if name not in (slot, neighbour):
+            if name not in (slot, base_slot):
                 atomic_file.remove_durably(self._root / name)
 
     def switch_to_job(self, job: str, previous_job: str = "") -> None:
@@ -132,8 +132,8 @@ class FolderStateStore:
                 atomic_file.remove_durably(path)
 
 
-def _free_slot(neighbour: str | None) -> str:
-    return next(n for n in _SLOTS if n != neighbour)
+def _free_slot(base_slot: str | None) -> str:
+    return next(n for n in _SLOTS if n != base_slot)
 
 
 def _read_record(path: Path) -> bytes | None:

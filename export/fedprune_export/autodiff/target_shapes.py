@@ -1,8 +1,9 @@
 """The shapes that Reshape, Expand and ConstantOfShape give, at every width and for every batch.
 
 Each has a target shape as an input: numbers that were traced at full width. The channel analysis knows the output's
-shape at every width (`tape.analysed_shape`), except along axes that follow the batch. Values that were not analysed
-follow the batch only: their shape is found from the target's numbers.
+shape at every width (`tape.analysed_shape`), except along axes that follow the batch, for which it has None. Values
+that were not analysed follow the batch only: their shape is found from the target's numbers. A size (`Dim`) is a number
+or a symbol (a group's width, the batch, a formula of them); `tape.extent` is its number at full width.
 """
 
 from __future__ import annotations

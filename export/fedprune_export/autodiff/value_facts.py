@@ -16,7 +16,7 @@ from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED, Axis, TensorSpec
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.trace import BATCH_EXTENT, TRACE_BATCHES, Trace
+from fedprune_export.ir.trace import BATCH_EXTENT, TRACE_BATCHES
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
@@ -30,15 +30,18 @@ class TracedConstant(NamedTuple):
 
 
 class ValueFacts(Dimensions):
-    """Facts about a model's values, in dimensions of the training graph. `source`: the model's graph."""
+    """Facts about a model's values, by their names in the model's graph (`source`).
+
+    It is a `Dimensions`, because axes of values become dimensions of the training graph.
+    """
 
     def __init__(self, model: Model, graph: Graph) -> None:
         super().__init__(graph)
-        self._model = model
+        self._trace = model.trace
         self.source = model.graph
         self._architecture = model.architecture
         self._analysed = model.values
-        # Nodes of shape arithmetic (computed from sizes and constants alone), by their outputs.
+        # Nodes that compute with sizes and constants only, by their outputs; the tape enters them as it meets them.
         self._arithmetic: dict[str, Node] = {}
 
     def is_width(self, dim: Dim) -> bool:
@@ -132,7 +135,7 @@ class ValueFacts(Dimensions):
         return np.where(follows_batch, times * BATCH_EXTENT, target)
 
     def _traced_constant(self, node: Node, index: int) -> TracedConstant | None:
-        """A constant or the result of shape arithmetic at a node's input."""
+        """A constant or the result of shape arithmetic at a node's input, whether or not it follows the batch."""
         if index >= len(node.inputs) or not node.inputs[index]:
             return None
         name = node.inputs[index]
@@ -160,10 +163,6 @@ class ValueFacts(Dimensions):
 
     def tensor_shape(self, spec: TensorSpec) -> Shape:
         return tuple(self.axis_dim(axis, self._architecture) for axis in spec.axes)
-
-    @property
-    def _trace(self) -> Trace:
-        return self._model.trace
 
 
 def describe(node: Node) -> str:

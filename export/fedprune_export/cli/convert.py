@@ -130,13 +130,12 @@ def _check_result_path(arguments: argparse.Namespace, *endings: str) -> None:
     if not arguments.out.exists():
         return
     for source in (arguments.source, arguments.weights, getattr(arguments, "into", None)):
-        if source is not None and any(p.exists() and arguments.out.samefile(p) for p in _files_of(Path(source))):
+        if source is None:
+            continue
+        path = Path(source)
+        files = [path / name for name in (*FILES, MANIFEST)] if path.is_dir() else [path]
+        if any(p.exists() and arguments.out.samefile(p) for p in files):
             raise UsageError(f"{arguments.out} is read and would be written over", hint="Give the result another name.")
-
-
-def _files_of(source: Path) -> list[Path]:
-    """A file, or the files of a bundle."""
-    return [source / name for name in (*FILES, MANIFEST)] if source.is_dir() else [source]
 
 
 def _source(arguments: argparse.Namespace, model: fx.Model | None) -> ConversionSource:

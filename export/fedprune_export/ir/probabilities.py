@@ -1,4 +1,4 @@
-"""Whether a graph ends in probabilities, and what makes them."""
+"""Finds out whether a graph's output is probabilities, and which node makes them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ def probability_node(graph: Graph, output: str, weights: Container[str]) -> Node
         if node is None or node.domain:
             return None
         sources: list[str] = []
-        if node.op in PROBABILITY_OPERATORS or _ends_primitive_form(node, makers, constants):
+        is_primitive = _ends_softmax(node, makers) or _ends_sigmoid(node, makers, constants)
+        if node.op in PROBABILITY_OPERATORS or is_primitive:
             maker = maker or node
         elif node.op in _PROBABILITY_PRESERVING:
             sources = node.inputs[:1]
-        elif node.op in _COMBINING_OPERATORS and not _can_enlarge(node, constants):
+        elif node.op in _COMBINING_OPERATORS and _keeps_unit_range(node, constants):
             sources = [i for i in node.inputs if i not in constants]
-        elif node.op == "Sub" and np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
+        elif node.op == "Sub" and _is_ones(node.inputs[0], constants):
             sources = node.inputs[1:]
         else:
             return None
@@ -52,29 +53,33 @@ def probability_node(graph: Graph, output: str, weights: Container[str]) -> Node
     return maker
 
 
-def _ends_primitive_form(node: Node, makers: Mapping[str, Node], constants: Mapping[str, Array]) -> bool:
-    """Whether a node ends a softmax or sigmoid in primitives: e / sum(e), exp(LogSoftmax) or 1 / (1 + exp(-x))."""
+def _is_ones(name: str, constants: Mapping[str, Array]) -> bool:
+    return name in constants and bool(np.all(constants[name] == 1))
 
-    def ops(name: str) -> list[str]:
-        return [makers[i].op for i in makers[name].inputs if i in makers] if name in makers else []
 
+def _ends_softmax(node: Node, makers: Mapping[str, Node]) -> bool:
+    """Whether a node ends a softmax in primitives: e / sum(e), or exp(LogSoftmax)."""
     if node.op == "Exp":
         return node.inputs[0] in makers and makers[node.inputs[0]].op == "LogSoftmax"
     total = makers.get(node.inputs[1]) if node.op == "Div" else None
-    if total is not None and total.op == "ReduceSum":
-        return total.inputs[0] == node.inputs[0]
-    if node.op == "Div" and not np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
-        return False
-    divisor = node.inputs[-1] if node.op in ("Div", "Reciprocal") else ""
-    if divisor not in makers or makers[divisor].op != "Add":
-        return False
-    return ops(divisor) == ["Exp"] and any(np.all(constants.get(i, np.zeros(1)) == 1) for i in makers[divisor].inputs)
+    return total is not None and total.op == "ReduceSum" and total.inputs[0] == node.inputs[0]
 
 
-def _can_enlarge(node: Node, constants: Mapping[str, Array]) -> bool:
-    """Whether a node's constants can make numbers above 1, or below 0, of probabilities."""
+def _ends_sigmoid(node: Node, makers: Mapping[str, Node], constants: Mapping[str, Array]) -> bool:
+    """Whether a node ends a sigmoid in primitives: 1 / (1 + exp(-x))."""
+    is_inverse = node.op == "Reciprocal" or (node.op == "Div" and _is_ones(node.inputs[0], constants))
+    total = makers.get(node.inputs[-1]) if is_inverse else None
+    if total is None or total.op != "Add":
+        return False
+    operators = [makers[i].op for i in total.inputs if i in makers]
+    return operators == ["Exp"] and any(_is_ones(i, constants) for i in total.inputs)
+
+
+def _keeps_unit_range(node: Node, constants: Mapping[str, Array]) -> bool:
+    """Whether a node's constants leave combinations of probabilities between 0 and 1."""
     values = [constants[i] for i in node.inputs if i in constants]
-    # Dividing probabilities by numbers of at least 1 leaves shares of them.
     if node.op == "Div":
-        return node.inputs[1] not in constants or not bool((constants[node.inputs[1]] >= 1).all())
-    return (node.op in ("Add", "Sum") and bool(values)) or not all(((v >= 0) & (v <= 1)).all() for v in values)
+        return node.inputs[1] in constants and bool((constants[node.inputs[1]] >= 1).all())
+    if node.op in ("Add", "Sum"):
+        return not values
+    return all(((v >= 0) & (v <= 1)).all() for v in values)

@@ -26,24 +26,25 @@ _MIN_SCALE = 1e-12
 
 
 def quantise(pair: LoweredPair, plan: QuantisationPlan) -> list[str]:
-    """Let a graph with folded norms compute with 8 bits; `prepare` then takes ranges [n, 2] of the plan's values.
+    """Let a graph with folded norms compute with 8 bits; `prepare` then has the input `RANGES` [n, 2]: the least and
+    the greatest number of each of `plan.values`.
 
     Returns the nodes with weights that stay in float32.
     """
     graph = pair.graph
     _define_scales(pair, plan)
     nodes, graph.nodes = graph.nodes, []
-    rounded_names = {p.name: _emit_rounding(pair, p.name, plan) for p in graph.inputs if p.name in plan.scales}
-    stays = []
+    rounded_names = {p.name: _emit_rounding(pair, p.name, plan) for p in graph.inputs if p.name in plan.scale_owners}
+    float_layers = []
     for node in nodes:
         if node.outputs[0] in plan.layers:
             _quantise_layer(pair, node, plan)
         elif any(pair.is_tensor(i) for i in node.inputs if i):
-            stays.append(node_text(node))
+            float_layers.append(node_text(node))
         node.inputs = [rounded_names.get(i, i) for i in node.inputs]
         graph.nodes.append(node)
-        rounded_names |= {o: _emit_rounding(pair, o, plan) for o in node.outputs if o in plan.scales}
-    return stays
+        rounded_names |= {o: _emit_rounding(pair, o, plan) for o in node.outputs if o in plan.scale_owners}
+    return float_layers
 
 
 def _define_scales(pair: LoweredPair, plan: QuantisationPlan) -> None:
@@ -68,12 +69,13 @@ def _define_scales(pair: LoweredPair, plan: QuantisationPlan) -> None:
 
 def _emit_rounding(pair: LoweredPair, name: str, plan: QuantisationPlan) -> str:
     """A value rounded to 8 bits."""
-    scale, zero = f"{plan.scales[name]}~scale", f"{plan.scales[name]}~zero"
+    scale, zero = f"{plan.scale_owners[name]}~scale", f"{plan.scale_owners[name]}~zero"
     return pair.graph.emit("DequantizeLinear", pair.graph.emit("QuantizeLinear", name, scale, zero), scale, zero)
 
 
 def _quantise_layer(pair: LoweredPair, node: Node, plan: QuantisationPlan) -> None:
-    """Give a layer 8-bit weights and a bias at the scale of its sums."""
+    """Give a layer 8-bit weights round(w / s) and an int32 bias round(b / (s · input scale)): s = max|w| / 127 per
+    output channel, or more where the bias would exceed an int32."""
     prepare, graph = pair.prepare, pair.graph
     stem, axis = node.outputs[0], channel_axis(node)
     shape = pair.shape(node.inputs[1]) or ()
@@ -82,9 +84,9 @@ def _quantise_layer(pair: LoweredPair, node: Node, plan: QuantisationPlan) -> No
     axes = [i for i in range(len(shape)) if i != axis]
     largest = prepare.emit("ReduceMax", prepare.emit("Abs", weight), attrs={"axes": axes, "keepdims": 0})
     scale = prepare.emit("Max", prepare.emit("Div", largest, prepare.scalar(127)), prepare.scalar(_MIN_SCALE))
-    input_scale = pair.prepared_value(f"{plan.scales[node.inputs[0]]}~scale")
+    input_scale = pair.prepared_value(f"{plan.scale_owners[node.inputs[0]]}~scale")
     if bias:
-        # With weights that are almost zero, a bias may exceed an int32 at their scale.
+        # A bias exceeds an int32 at the scale of weights that are almost zero.
         min_scale = prepare.emit(
             "Div", prepare.emit("Abs", bias), prepare.emit("Mul", input_scale, prepare.scalar(2.0**30))
         )

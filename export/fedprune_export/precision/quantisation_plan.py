@@ -36,12 +36,12 @@ class QuantisationPlan:
     Attributes:
         layers: Outputs of the layers with weights.
         values: Activations with a range of their own, in the graph's order: rows of the ranges.
-        scales: Per quantised activation, the activation whose scale it has.
+        scale_owners: Per quantised activation, the activation whose scale it has.
     """
 
     layers: list[str] = field(default_factory=list)
     values: list[str] = field(default_factory=list)
-    scales: dict[str, str] = field(default_factory=dict)
+    scale_owners: dict[str, str] = field(default_factory=dict)
 
 
 def plan_quantisation(pair: LoweredPair, keep: Collection[str] = ()) -> QuantisationPlan:
@@ -67,10 +67,11 @@ class _Planner:
             self._ranged.add(node.inputs[0])
             if node.op == "Conv" and (output := self._range_source(node.outputs[0])) not in self._output_names:
                 self._ranged.add(output)
-        scales = {p.name: p.name for p in graph.inputs if p.name in self._ranged}
+        scale_owners = {p.name: p.name for p in graph.inputs if p.name in self._ranged}
         for node in graph.nodes:
-            self._add_scales(node, scales)
-        return QuantisationPlan([n.outputs[0] for n in layers], [v for v in scales if scales[v] == v], scales)
+            self._add_scales(node, scale_owners)
+        values = [v for v, owner in scale_owners.items() if owner == v]
+        return QuantisationPlan([n.outputs[0] for n in layers], values, scale_owners)
 
     def _range_source(self, name: str) -> str:
         """The value whose range counts: that after a clamp, if nothing else reads the value before it."""
@@ -78,19 +79,19 @@ class _Planner:
         clamp = readers[0][0] if len(readers) == 1 and name not in self._output_names else None
         return clamp.outputs[0] if clamp is not None and clamp.op in _CLAMPING_OPERATORS and not clamp.domain else name
 
-    def _add_scales(self, node: Node, scales: dict[str, str]) -> None:
+    def _add_scales(self, node: Node, scale_owners: dict[str, str]) -> None:
         """Add the scales of a node's outputs to those of the values before it."""
         pair = self._pair
         reads = [i for i in node.inputs if i and not pair.is_tensor(i) and i not in pair.graph.initializers]
-        reads_quantised = bool(reads) and not node.domain and set(reads) <= scales.keys()
+        reads_quantised = bool(reads) and not node.domain and set(reads) <= scale_owners.keys()
         is_inner = len(node.outputs) == 1 and node.outputs[0] not in self._output_names
         if reads_quantised and node.op in _REARRANGING_OPERATORS and is_inner:
-            scales[node.outputs[0]] = scales[reads[0]]
+            scale_owners[node.outputs[0]] = scale_owners[reads[0]]
             return
         floats = {i for i in node.inputs if i and pair.is_float(i)}
         if reads_quantised and node.op in _QUANTISED_OPERATORS and floats == set(reads):
             self._ranged |= {self._range_source(node.outputs[0])} - self._output_names
-        scales |= {o: o for o in node.outputs if o in self._ranged}
+        scale_owners |= {o: o for o in node.outputs if o in self._ranged}
 
 
 def _is_layer(pair: LoweredPair, node: Node) -> bool:

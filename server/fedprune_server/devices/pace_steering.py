@@ -22,6 +22,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fedprune.core.rng import keyed_generator
 from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
 
@@ -83,18 +85,21 @@ class VisitPlan:
         return min(MAX_BOARD_AWAY_S, self.demand.stay_s * self.expected_at_meeting / self.target)
 
     def away_s(self, boards: int, now: float, seed: int, *key: object) -> float:
-        """Seconds after which a board is to come back, drawn at random by `seed` and `key`. `boards` take turns. `now`
-        is the wall clock, in seconds: meetings are at the same times for all boards."""
+        """Seconds after which a board is to come back, drawn at random by `seed` and `key`. `boards` share the places.
+        `now` is the wall clock, in seconds: meetings are at the same times for all boards."""
         rng = keyed_generator(seed, *key, "away")
-        if not self.needs_meetings:
-            mean = self.demand.stay_s * max(1.0, boards / self.target - 1)
-            return max(1.0, float(mean * rng.exponential()) % MAX_BOARD_AWAY_S)  # truncated, and exponential below that
-        period = self.period_s
-        skipped_meetings = int(rng.geometric(min(1.0, self.expected_at_meeting / max(1, boards))) - 1) % max(
-            1, int(MAX_BOARD_AWAY_S / period)
-        )
+        if self.needs_meetings:
+            return self._until_meeting_s(boards, now, rng)
+        mean = self.demand.stay_s * max(1.0, boards / self.target - 1)
+        return max(1.0, float(mean * rng.exponential()) % MAX_BOARD_AWAY_S)  # truncated, and exponential below that
+
+    def _until_meeting_s(self, boards: int, now: float, rng: np.random.Generator) -> float:
+        """Meetings begin at multiples of `period_s`; the board skips a random number of them."""
+        skipped_meetings = int(rng.geometric(min(1.0, self.expected_at_meeting / max(1, boards)))) - 1
+        skipped_meetings %= max(1, int(MAX_BOARD_AWAY_S / self.period_s))
         arrival = rng.random() * _ARRIVAL_SHARE * self.demand.stay_s
-        return max(1.0, min(MAX_BOARD_AWAY_S, (skipped_meetings + 1) * period - now % period + arrival))
+        next_meeting_s = (skipped_meetings + 1) * self.period_s - now % self.period_s
+        return max(1.0, min(MAX_BOARD_AWAY_S, next_meeting_s + arrival))
 
 
 class PaceSteering:
@@ -110,7 +115,7 @@ class PaceSteering:
     def __init__(self, target: int, seed: int, known_boards: Iterable[str], now: float) -> None:
         self._target, self._seed = target, seed
         self._visits: OrderedDict[str, float] = OrderedDict()  # when each visit began; the earliest first
-        self._busy_visits: dict[str, float] = {}  # visits of boards that had a part when it was their turn to leave
+        self._postponed_visits: dict[str, float] = {}  # of boards that should have left, and had a part in a round
         self._connected: set[str] = set()
         self._expected_until = dict.fromkeys(known_boards, now + AWAY_COUNTED_S)  # for each absent board
         self._able_to_leave: set[str] = set()  # connected boards that can be sent away
@@ -146,7 +151,7 @@ class PaceSteering:
         self._connected.add(device)
         if able:
             self._able_to_leave.add(device)
-        if able and self._target and device not in self._busy_visits:
+        if able and self._target and device not in self._postponed_visits:
             self._visits.setdefault(device, now)
 
     def on_disconnect(self, device: str, now: float) -> None:
@@ -154,7 +159,7 @@ class PaceSteering:
         self._connected.discard(device)
         self._able_to_leave.discard(device)
         self._visits.pop(device, None)
-        self._busy_visits.pop(device, None)
+        self._postponed_visits.pop(device, None)
         self._expected_until.setdefault(device, now + AWAY_COUNTED_S)
 
     def choose_leaving(
@@ -181,7 +186,7 @@ class PaceSteering:
                 break
             del self._visits[device]
             if has_work(device):
-                self._busy_visits[device] = visit_began_at
+                self._postponed_visits[device] = visit_began_at
                 continue
             self._connected.discard(device)
             self._able_to_leave.discard(device)
@@ -194,10 +199,10 @@ class PaceSteering:
         """Make boards that had a part the next to leave again, and forget boards that haven't come back in time."""
         if now - self._rechecked_at >= _BUSY_RECHECK_S:
             self._rechecked_at = now
-            for device, visit_began_at in self._busy_visits.items():
+            for device, visit_began_at in self._postponed_visits.items():
                 self._visits[device] = visit_began_at
                 self._visits.move_to_end(device, last=False)
-            self._busy_visits.clear()
+            self._postponed_visits.clear()
         if now - self._expired_at >= _EXPIRY_INTERVAL_S:
             self._expired_at = now
             self._expected_until = {name: until for name, until in self._expected_until.items() if until > now}

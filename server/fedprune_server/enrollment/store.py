@@ -100,7 +100,9 @@ class IdentityStore:
     @property
     def is_empty(self) -> bool:
         """Whether there are neither members nor claims."""
-        return self._database is None or self._read(_is_empty)
+        return self._database is None or self._read(
+            lambda connection: not any(connection.execute(sql.select(t).limit(1)).first() for t in (MEMBERS, CLAIMS))
+        )
 
     def add_claim(self, claim: JoinClaim, device: str | None, now: int, expires: int) -> None:
         """Store a claim's key, not its secret, for a device or for any (None). Times are in seconds since 1970."""
@@ -389,10 +391,6 @@ def _member_keys(connection: sql.Connection) -> dict[str, str]:
             return {name: bytes.fromhex(key).hex() for name, key in rows}
     except ValueError as error:
         raise StorageError(f"a row of a member is damaged ({error})", hint="Restore the server's backup.") from error
-
-
-def _is_empty(connection: sql.Connection) -> bool:
-    return not any(connection.execute(sql.select(table).limit(1)).first() for table in (MEMBERS, CLAIMS))
 
 
 def _approve(connection: sql.Connection, device: str, key: str, now: int) -> None:

@@ -56,7 +56,10 @@ class OfferMaker:
         if not self._strategy.is_device_independent:
             return None
         unit = command.unit or self._unit
-        return _basis_key(command), _submodel_key(command), command.coding, self._recipe(command), unit
+        # Density tells submodels of equal widths apart only with element masks.
+        density = command.part.density if command.basis.order is not None else 1.0
+        submodel_key = command.part.widths, density
+        return _basis_key(command), submodel_key, command.coding, self._recipe(command), unit
 
     def _recipe(self, command: do.Extract) -> Recipe:
         recipe = self._updates.recipe(self._updates.turn(command.basis, command.part))
@@ -118,8 +121,3 @@ def _basis_key(command: do.Extract) -> Hashable:
     """The key of the model and ranking from which a submodel is cut."""
     basis = command.basis
     return basis.round, basis.model, basis.ranking, basis.order
-
-
-def _submodel_key(command: do.Extract) -> Hashable:
-    """The key of a device's submodel; density is a part of it only with element masks."""
-    return command.part.widths, command.part.density if command.basis.order is not None else 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,11 @@ class JobTracker:
             case RoundEnded(summary, down, up):
                 self._write(summary, RoundNotes(down, up))
             case do.Finish(digest):
-                self._tracking.finish(partial(self._write_model, digest))
+                read, model = self._store.read, self._model
+                self._tracking.finish(lambda folder: write_model(folder / MODEL_FOLDER, model, read(digest)))
 
     def close(self) -> None:
         self._tracking.close(END_TIMEOUT_S)
-
-    def _write_model(self, digest: str, folder: Path) -> None:
-        write_model(folder / MODEL_FOLDER, self._model, self._store.read(digest))
 
     def _write(self, entry: Mapping[str, Any], notes: RoundNotes, without: Collection[str] = ()) -> None:
         if self._started_at is None:

@@ -55,7 +55,8 @@ class RoundRecorder:
         """
         contributions = [c for c in command.contributions if c.part.device not in event.rejected]
         notes.updates, notes.limited = len(contributions), event.reduced
-        if contributions and self._records_coverage(command.round):
+        number, rounds = command.round, self._job.rounds
+        if contributions and (number % max(1, rounds // _MAX_MAPS) == 0 or number in (1, rounds)):
             notes.coverage = self._coverage(contributions)
         # Before the first ranking there is nothing that a submodel could be cut by.
         if self._measure is None or not (contributions or basis.ranking):
@@ -74,10 +75,6 @@ class RoundRecorder:
         measurements = {str(k): float(v) for k, v in self._measure(moment).items()}
         # Any function may measure, and what isn't finite can't be written as JSON.
         notes.measured = {k: v for k, v in measurements.items() if math.isfinite(v)}
-
-    def _records_coverage(self, number: int) -> bool:
-        """Whether a round's channels are recorded."""
-        return number % max(1, self._job.rounds // _MAX_MAPS) == 0 or number in (1, self._job.rounds)
 
     def macs(self, device: str, number: int, offer: Mapping[str, Any], steps: int, samples: int) -> int:
         """MACs of a training, forward and backward, with each step at its own widths."""

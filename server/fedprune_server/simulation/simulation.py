@@ -149,10 +149,10 @@ class Simulation:
                 self._delete_superseded()  # a kill may have come between the last save and its deletions
             else:
                 self._save()
-            self._runner.boards = self._run.boards
+            self._runner.state_digests = self._run.boards
             # Trainings that a saved run had under way begin again: they depend only on their offers.
             for work in self._run.trainings():
-                self._runner.prepare(self._devices[work.device], work.offer, work.round)
+                self._runner.begin_ahead(self._devices[work.device], work.offer, work.round)
             if on_begin is not None:
                 on_begin(self)
             if isinstance(self.coordinator, SynchronousCoordinator):
@@ -322,7 +322,7 @@ class Simulation:
             self._schedule_birth(name, leaves_at + rng.exponential(self.experiment.dropouts.away_s))
         else:
             run.push(received_at + train_s, TrainingEnd(name, command.round, command.attempt, command.offer))
-            self._runner.prepare(device, command.offer, command.round)
+            self._runner.begin_ahead(device, command.offer, command.round)
 
     def _train_s(self, device: VirtualDevice, offer: Mapping[str, Any]) -> float:
         """Predicted seconds of a training; devices of one kind share them."""

@@ -119,16 +119,16 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
         body = {
             k: v for k, v in json.loads(offer.to_bytes()).items() if k not in ("v", "type", "job", "round", "attempt")
         }
-        before = dict(runner.boards)
+        before = dict(runner.state_digests)
         virtual = runner.train(device, body, number)
         assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
         assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MACHINE_METRICS}
         assert all(np.isfinite(v).all() for v in sent.values())
-        saved[number] = runner.boards["d"]
+        saved[number] = runner.state_digests["d"]
         runner = DeviceRunner(store, tmp_path / f"scratch-{number}")  # another process
-        runner.boards |= before
+        runner.state_digests |= before
         assert runner.train(device, body, number) == virtual
-        assert runner.boards["d"] == saved[number]
+        assert runner.state_digests["d"] == saved[number]
     assert ("accuracy_average" in virtual.metrics) == (recipe.average > 0)
     assert {"accuracy_validation", "loss_validation_before"} <= set(virtual.metrics)
 
@@ -186,7 +186,7 @@ def training_work(store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], 
 
 def train_all(runner: DeviceRunner, work: list[TrainingWork]) -> list[Outcome]:
     for item in work:
-        runner.prepare(*item)
+        runner.begin_ahead(*item)
     return [runner.train(*item) for item in work]
 
 
@@ -197,7 +197,7 @@ def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) ->
         for number in (1, 2):
             work = training_work(store, RECIPE, fleet, number)
             assert train_all(pooled, work) == train_all(alone, work)
-            assert pooled.boards == alone.boards
+            assert pooled.state_digests == alone.state_digests
         work[0][1]["classes"] = 3
         with pytest.raises(Exception, match="range") as own_error:
             alone.train(*work[0])
@@ -222,7 +222,7 @@ def test_cancelled_trainings_are_dropped(store: BlobStore, tmp_path: Path) -> No
     cancelled, of_another_round, _ = work
     with closing(DeviceRunner(store, tmp_path / "scratch", workers=2)) as runner:
         for item in work:
-            runner.prepare(*item)
+            runner.begin_ahead(*item)
         runner.cancel(cancelled[0].name)
         runner.cancel(of_another_round[0].name, number=7)  # of another round
         trained_digests = runner.await_started()
@@ -237,6 +237,6 @@ def test_samples_that_cannot_be_read_are_the_boards_refusal(store: BlobStore, tm
     [(device, offer, number)] = training_work(store, Recipe(), boards()[:1])
     broken = replace(device, data=StoredData(20, "f" * 64, missing))
     with closing(DeviceRunner(store, tmp_path / "scratch", workers=2)) as runner:
-        runner.prepare(broken, offer, number)
+        runner.begin_ahead(broken, offer, number)
         with pytest.raises(DataError, match="gone"):
             runner.train(broken, offer, number)

@@ -91,10 +91,6 @@ _ADDRESS = re.compile(r"(\w://)\S+")
 _SECRET = re.compile(r"((?:password|secret|token)\w*=)\S+", re.IGNORECASE)
 
 
-def _without_secrets(word: str) -> str:
-    return _SECRET.sub(r"\1***", _ADDRESS.sub(r"\1***", word))
-
-
 def command_text(arguments: Sequence[str]) -> str:
     """A command line for a log line, without secrets.
 
@@ -102,7 +98,8 @@ def command_text(arguments: Sequence[str]) -> str:
     subcommand, and the last arguments, such as paths. Addresses are hidden, because they may hold a password or be a
     secret, and so are values after words like `password=`.
     """
-    words = [_without_secrets(word) for argument in arguments if (word := one_line(argument, len(argument)))]
+    public = (_SECRET.sub(r"\1***", _ADDRESS.sub(r"\1***", one_line(a, len(a)))) for a in arguments)
+    words = [word for word in public if word]
     if len(text := " ".join(words)) <= _MAX_COMMAND_LENGTH:
         return text
     for i in range(min(2, len(words) - 1)):

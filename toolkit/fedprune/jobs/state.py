@@ -1,7 +1,8 @@
 """The state of a job between two events, as plain data that the server stores: digests and numbers, never weights.
 
 A `State` has a `JobDevice` for each device of the job and a `DeviceTask` for each device's *part* (participation) in
-the current round. The coordinator changes it; `to_json` and `from_json` write and read it.
+the current round. The coordinator changes it; `to_json` and `from_json` write and read it. A *core* is the part of the
+model that all boards train together at first; a round is *mixed* if its boards train different widths.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class JobDevice(TrackedEntry):
         plan: The plan's JSON, or None where none fits.
         widths: Kept channels per group; empty without a plan.
         excluded: Why it takes no part; empty if it does.
-        excluded_by: The kind of the failure behind that; empty if there was none.
+        excluded_by: The kind of the failure behind `excluded`; empty if there was none.
         failures: Offers in a row that it refused, or that brought an update that didn't count.
         correction: What its rounds taught about its predicted times (`fedprune.planning.correction.Correction`).
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
@@ -151,7 +152,7 @@ class JobDevice(TrackedEntry):
 
     @property
     def count_kind(self) -> bool:
-        """Whether it could take part in a round now."""
+        """Devices are counted by whether they could take part in a round now."""
         return self.online and not self.excluded
 
     @property
@@ -176,9 +177,9 @@ class DeviceTask(TrackedEntry):
         samples: Its training samples when the round began.
         weight: What its update counts for in the sums.
         work: How often the recipe's epochs are trained.
-        kind: The `FailureKind` of that.
+        kind: The `FailureKind` behind `reason`; empty unless the update was refused.
         past: The device's last counted update when the part began.
-        last_counted_round: The round of the offer behind that; 0 for none.
+        last_counted_round: The round of the offer behind `past`; 0 for none.
         mixed: Whether boards of the fleet train different widths in its round.
         core: Whether the fleet shares a core in its round, or has grown from one.
         basis: Asynchronous jobs: the model and ranking it was cut from (`fedprune.coordination.commands.Basis`); None

@@ -1,4 +1,8 @@
-"""Aggregators: what makes the next model of updates. Here are means, of models or of their changes."""
+"""Aggregators make the next global model from a round's updates: `Mean` averages models, `DeltaMean` their changes.
+
+Each update is reconstructed (`lifted`: in the coordinates of the global model) and added to running sums (`Fold`), so
+that no update need be kept.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.aggregation.compiled_kernels import load_kernels
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.model.selection import ElementMask, Selection, Tensors
-from fedprune.model.trainable import head_axes, matching_tensors
+from fedprune.model.trainable import matching_tensors
+from fedprune.strategies.changed_rows import changed_rows
 from fedprune.strategies.values import RoundClosing, Scene, Submodel, UpdateReport
 
 WEIGHTINGS = ("samples", "uniform")
 
 # The collection of the server momentum.
 VELOCITY = "velocity"
-
-# A row whose change is this small a share of it across its own direction has only decayed.
-_PARALLEL_TOLERANCE = 1e-5
 
 
 class Aggregator(ABC):
@@ -40,7 +41,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
-        """Empty sums for a round."""
+        """Empty sums for a round. `evidence`: also sum what curvature scores need."""
 
     @abstractmethod
     def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
@@ -96,9 +97,22 @@ class Mean(Aggregator):
 
     def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
         """Add an update: all of it or, if this raises, nothing. Raises as `Fold.add`."""
-        check_reconstruction(fold, report, lifted)
-        mask = self._counted_elements(report, lifted)
-        fold.add(lifted.selection, lifted.tensors, report.weight, report.steps, mask=mask, checked=True)
+        # Without `reconstruct` these are the same tensors: checking a large model twice costs a pass over it.
+        if lifted.tensors is not report.trained.tensors:
+            fold.check(lifted.selection, lifted.tensors)
+        fold.add(
+            lifted.selection,
+            lifted.tensors,
+            report.weight,
+            report.steps,
+            mask=self._counted_elements(report, lifted),
+            sent=self._subtrahend(report, lifted),
+            checked=True,
+        )
+
+    def _subtrahend(self, report: UpdateReport, lifted: Submodel) -> Tensors | None:
+        """Weights, less which an update is averaged; None to average the update itself."""
+        return None
 
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
@@ -127,26 +141,8 @@ class DeltaMean(Mean):
     synchronous rounds it is `Mean`, bit for bit. Batch-norm statistics, which are measured, are averaged as they are.
     """
 
-    def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
-        """Add an update's move: all of it or, if this raises, nothing. Raises as `Fold.add`."""
-        check_reconstruction(fold, report, lifted)
-        fold.add(
-            lifted.selection,
-            lifted.tensors,
-            report.weight,
-            report.steps,
-            mask=self._counted_elements(report, lifted),
-            sent=starting_weights(report, lifted),
-            checked=True,
-        )
-
-
-def check_reconstruction(fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
-    """Check the reconstruction of an update, which itself was checked before. Raises `BundleError` or `ProtocolError`
-    as `Fold.check`."""
-    # A strategy without `reconstruct` hands back the same tensors: checking a large model twice costs a pass over it.
-    if lifted.tensors is not report.trained.tensors:
-        fold.check(lifted.selection, lifted.tensors)
+    def _subtrahend(self, report: UpdateReport, lifted: Submodel) -> Tensors:
+        return starting_weights(report, lifted)
 
 
 def starting_weights(report: UpdateReport, lifted: Submodel) -> Tensors:
@@ -170,47 +166,3 @@ def same_coordinates(first: Selection, second: Selection) -> bool:
 def intersection(first: ElementMask, second: ElementMask) -> ElementMask:
     """Elements that are active in two masks."""
     return {**first, **{name: bits & first[name] if name in first else bits for name, bits in second.items()}}
-
-
-def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[str, npt.NDArray[np.bool_]]:
-    """Masks of the last layer's tensors: the rows that were trained. Raises `ConfigError` if the model has no last
-    layer.
-
-    Args:
-        submodel: What was trained.
-        before: What it began with.
-        decays: Weight decay also shrinks rows that have no gradient, all of a row alike: a row that only became shorter
-            was not trained. The bias goes with its weight's row.
-    """
-    axes = head_axes(submodel.selection.architecture)
-    weight = next(iter(axes))
-    trained_values, sent_values = (np.moveaxis(t[weight], axes[weight], 0) for t in (submodel.tensors, before))
-    is_changed = (trained_values != sent_values).reshape(len(trained_values), -1).any(axis=1)
-    if decays:
-        # Only weights decay, so the bias says nothing here: its row is judged by the weight's.
-        is_changed &= ~_only_decayed(
-            trained_values.reshape(len(trained_values), -1), sent_values.reshape(len(sent_values), -1)
-        )
-    else:
-        for name in list(axes)[1:]:
-            is_changed |= submodel.tensors[name] != before[name]
-    masks = {}
-    for name, axis in axes.items():
-        shape = submodel.tensors[name].shape
-        broadcast_rows = is_changed.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        masks[name] = np.array(np.broadcast_to(broadcast_rows, shape))
-    return masks
-
-
-def _only_decayed(trained_rows: npt.NDArray[np.float32], sent_rows: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Whether each row is c times what it was, with 0 < c ≤ 1."""
-    trained64, sent64 = trained_rows.astype(np.float64), sent_rows.astype(np.float64)
-    # Above 0, so that a row of zeros doesn't divide by 0.
-    squared_norms = np.maximum((sent64 * sent64).sum(axis=1), 1e-300)
-    # Least squares: the c for which c times the old row is nearest to the new one.
-    factor = (trained64 * sent64).sum(axis=1) / squared_norms
-    residual = np.sqrt(((trained64 - factor[:, None] * sent64) ** 2).sum(axis=1))
-    only_shrunk: npt.NDArray[np.bool_] = (
-        (residual <= _PARALLEL_TOLERANCE * np.sqrt(squared_norms)) & (factor > 0) & (factor <= 1)
-    )
-    return only_shrunk

@@ -1,7 +1,4 @@
-"""Training of virtual devices by the board's own code on the files that an offer names.
-
-So a round gives the same bits as on a board, in this process or in others.
-"""
+"""Trains virtual devices by the board's own code, in this process or in others, so that a round gives the same bits."""
 
 from __future__ import annotations
 
@@ -53,19 +50,19 @@ class WorkerKilledError(TrainingError):
 class DeviceRunner:
     """Trains virtual devices: one by one in this process or, with several workers, side by side in others.
 
-    A training depends on its offer and the board's state alone. So other processes can compute all trainings that are
+    A training depends on its offer and the board's state only. So other processes can compute all trainings that are
     under way while this one goes on; the boards' states change when `train` returns an outcome. With `cuda` it trains
-    on an NVIDIA GPU, if that works. `boards` are digests of the boards' states between rounds, blobs of the store; the
+    on an NVIDIA GPU, if that works. `state_digests` names, by device, the blob of its board's state between rounds; the
     simulation saves them.
     """
 
     def __init__(self, store: BlobStore, folder: Path, *, workers: int = 1, cuda: bool = False) -> None:
-        self.boards: dict[str, str] = {}
+        self.state_digests: dict[str, str] = {}
         self._store = store
         self._workers = workers
-        self._waiting: dict[str, TrainingWork] = {}
-        self._started: dict[str, tuple[int, Future[FinishedTraining]]] = {}
-        self._running: list[Future[FinishedTraining]] = []
+        self._waiting: dict[str, TrainingWork] = {}  # trainings that no process has begun yet
+        self._started: dict[str, tuple[int, Future[FinishedTraining]]] = {}  # those that `train` hasn't returned yet
+        self._running: list[Future[FinishedTraining]] = []  # those that occupy a process, also if they were cancelled
         self._local: _LocalRunner | None = None
         self._pool: ProcessPool[_LocalRunner] | None = None
         if workers == 1:
@@ -73,7 +70,7 @@ class DeviceRunner:
         else:
             self._pool = ProcessPool(workers, partial(_helper_runner, store, folder, cuda=cuda))
 
-    def prepare(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> None:
+    def begin_ahead(self, device: VirtualDevice, offer: dict[str, Any], round_number: int) -> None:
         """Begin a device's training ahead, where other processes train. It replaces any earlier training of the device.
 
         Raises `WorkerKilledError` if a process was killed.
@@ -81,14 +78,14 @@ class DeviceRunner:
         if self._pool is not None:
             # A newer offer replaces an older one, as on a board.
             self.cancel(device.name)
-            self._waiting[device.name] = device, offer, number
+            self._waiting[device.name] = device, offer, round_number
             self._begin_next()
 
-    def cancel(self, device: str, number: int | None = None) -> None:
+    def cancel(self, device: str, round_number: int | None = None) -> None:
         """Drop a device's training, of one round or of any. If a process has begun it, its outcome is dropped."""
-        if device in self._waiting and number in (None, self._waiting[device][2]):
+        if device in self._waiting and round_number in (None, self._waiting[device][2]):
             del self._waiting[device]
-        if device in self._started and number in (None, self._started[device][0]):
+        if device in self._started and round_number in (None, self._started[device][0]):
             self._started.pop(device)[1].cancel()
 
     def await_started(self) -> set[str]:
@@ -96,9 +93,9 @@ class DeviceRunner:
         futures = [future for _, future in self._started.values()]
         wait(futures)
         results = [future.result() for future in futures if future.exception() is None]
-        return {blob for outcome, board in results for blob in (outcome.weights.sha256, board) if blob}
+        return {blob for outcome, state in results for blob in (outcome.weights.sha256, state) if blob}
 
-    def train(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
+    def train(self, device: VirtualDevice, offer: dict[str, Any], round_number: int) -> Outcome:
         """Carry out an offer as a board does.
 
         Raises:
@@ -107,22 +104,22 @@ class DeviceRunner:
             WorkerKilledError: A process was killed.
         """
         if self._local is not None:
-            outcome, board = self._local.train(device, offer, number, self.boards.get(device.name))
+            outcome, state_digest = self._local.train(device, offer, round_number, self.state_digests.get(device.name))
         else:
-            outcome, board = self._await_training(device, offer, number)
-        if board is not None:
-            self.boards[device.name] = board
+            outcome, state_digest = self._await_training(device, offer, round_number)
+        if state_digest is not None:
+            self.state_digests[device.name] = state_digest
         return outcome if device.tamper is None else device.tamper(outcome, offer, self._store)
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close(wait=True)  # they write into the folder
 
-    def _await_training(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> FinishedTraining:
+    def _await_training(self, device: VirtualDevice, offer: dict[str, Any], round_number: int) -> FinishedTraining:
         """A training's outcome, from a process that may have begun it already."""
         self._waiting.pop(device.name, None)
         if device.name not in self._started:
-            self._begin((device, offer, number))
+            self._begin((device, offer, round_number))
         _, future = self._started[device.name]
         self._begin_next()
         while not future.done():
@@ -143,33 +140,35 @@ class DeviceRunner:
             self._begin(self._waiting.pop(device))
 
     def _begin(self, work: TrainingWork) -> None:
-        device, offer, number = work
+        device, offer, round_number = work
         future = Future[FinishedTraining]()
         try:
             # Samples are read here, because their loader need not be picklable, and no sooner than they are needed.
             loaded_device = VirtualDevice(device.name, device.profile, device.load())
             if self._pool is not None:
                 future = self._pool.submit(
-                    _LocalRunner.train, loaded_device, offer, number, self.boards.get(device.name)
+                    _LocalRunner.train, loaded_device, offer, round_number, self.state_digests.get(device.name)
                 )
         except BrokenExecutor as error:
             raise WorkerKilledError from error
         except FedpruneError as error:  # of the samples: the board's answer
             future.set_exception(error)
-        self._started[device.name] = number, future
+        self._started[device.name] = round_number, future
         self._running.append(future)
 
 
 class _LocalRunner:
+    """Trains devices in its process, as a board's agent does."""
+
     def __init__(self, store: BlobStore, folder: Path, *, cuda: bool) -> None:
         self._store = store
         self._slots = ModelSlots(folder, durable=False)
         self._slots.prepare()
         self._trainer = TrainerCache(keep=True, cuda=cuda)
-        self._agreeing: set[tuple[str, str]] = set()
+        self._checked_graphs: set[tuple[str, str]] = set()
 
-    def train(self, device: VirtualDevice, offer: dict[str, Any], number: int, board: str | None) -> FinishedTraining:
-        state = _BlobState(self._store, board)
+    def train(self, device: VirtualDevice, offer: dict[str, Any], round_: int, digest: str | None) -> FinishedTraining:
+        state = _BlobState(self._store, digest)
 
         def noise(offer: Offer) -> GaussianNoise:
             # Keyed noise, which a board never has: a simulation must give the same bits again.
@@ -183,9 +182,9 @@ class _LocalRunner:
             self._trainer,
             state,
             noise=noise,
-            checked_graphs=self._agreeing,
+            checked_graphs=self._checked_graphs,
         )
-        header = {"job": "simulation", "round": number, "attempt": 0}
+        header = {"job": "simulation", "round": round_, "attempt": 0}
         result = runner.carry_out(Offer.from_dict({**header, **device_offer(offer)}))
         result.commit_state()
         update = result.update
@@ -195,10 +194,7 @@ class _LocalRunner:
 
 
 class _BlobState:
-    """A board's state between its rounds (`fedprune_device.storage.local_state.StateStore`), in one blob.
-
-    `digest` is the blob, None if nothing was kept yet.
-    """
+    """A board's state between its rounds, a `StateStore` in one blob: `digest`, or None if nothing was kept yet."""
 
     def __init__(self, store: BlobStore, digest: str | None) -> None:
         self._store = store
@@ -213,10 +209,10 @@ class _BlobState:
     def stage(self, record: bytes) -> None:
         self._staged = record
 
-    def commit(self, neighbour: str | None) -> None:
-        state = MemoryStateStore({} if neighbour is None else {neighbour: self.read()[neighbour]})
+    def commit(self, base_slot: str | None) -> None:
+        state = MemoryStateStore({} if base_slot is None else {base_slot: self.read()[base_slot]})
         state.stage(self._staged)
-        state.commit(neighbour)
+        state.commit(base_slot)
         self._staged = b""
         # Sorted, so that equal states have equal digests.
         records = {name: np.frombuffer(data, np.uint8) for name, data in sorted(state.records.items())}

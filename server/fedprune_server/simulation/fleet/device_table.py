@@ -128,7 +128,8 @@ def _expand_rows(rows: object, federation: Federation | None) -> Iterator[_Row]:
             if key not in row:
                 raise ConfigError((*row_path, key), expected=needed_text, got="nothing")
         names = _names(row, row_path, federation, name_count, is_only_row=len(rows) == 1)
-        profiles = _checked_texts(row["profile"], (*row_path, "profile"))
+        names_of_profiles = row["profile"] if isinstance(row["profile"], list) and row["profile"] else [row["profile"]]
+        profiles = [_checked_text(name, (*row_path, "profile")) for name in names_of_profiles]
         data = "" if federation is not None else _checked_text(row["data"], (*row_path, "data"))
         links = _links(row.get("link", {}), (*row_path, "link"))
         share = setting_checks.check_number((*row_path, "validation"), row.get("validation", 0.0), 0, 0.9)
@@ -206,10 +207,6 @@ def _read_samples(
     with name_source(source):
         check(data)
     return load, data
-
-
-def _checked_texts(value: object, path: KeyPath) -> list[str]:
-    return [_checked_text(v, path) for v in (value if isinstance(value, list) and value else [value])]
 
 
 def _checked_text(value: object, path: KeyPath) -> str:

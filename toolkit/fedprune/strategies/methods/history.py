@@ -1,4 +1,4 @@
-"""The preset `history`: devices begin with a mixture of the global model and their own last one."""
+"""The preset `history`: devices begin with a mixture of the global model and their own last one, as in SubFLOT."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class HistoryOptions:
 class History(Strategy):
     """Start a device from a mixture of the global model and its own last one (`fuse_history`).
 
-    That is SubFLOT (arXiv 2604.06631) without its transport. A comparison of both shows how much of SubFLOT's gain
-    comes from memory only. µ is that of SubFLOT's pull at a pruning rate of 1 (eq. 7 and 8).
+    That is SubFLOT (arXiv 2604.06631) without its transport (the alignment of channels): a comparison of both shows how
+    much of SubFLOT's gain comes from memory only. `alpha`: share of the global model. `mu`: strength of the pull to the
+    weights that the device received, at a pruning rate of 1 (eq. 7 and 8).
     """
 
     alpha: float = 0.5
@@ -47,7 +48,7 @@ class History(Strategy):
 
 def fuse_history(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
     """Mix the global model with a device's last update. w ← α·w_t + (1 − α)·w_k where the update holds the coordinate,
-    w_t elsewhere (SubFLOT, eq. 6)."""
+    w_t elsewhere (SubFLOT, eq. 6). Without a counted update (`cut.past`) the submodel stays as it is."""
     if cut.past is None or alpha == 1:
         return submodel
     model = cut.scene.model
