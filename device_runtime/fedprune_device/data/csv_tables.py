@@ -42,15 +42,20 @@ def _blocks(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """The rows of a file with `width` columns, in blocks of `BLOCK_CELLS` cells."""
     number = 1
-    rows = filter(None, reader)
+    rows = _full_rows(reader, width)
     while block := list(islice(rows, -(-BLOCK_CELLS // width))):
-        for i, row in enumerate(block):
-            if len(row) != width:
-                hint = f"The first row has the names of all columns. {COMMAS_HINT}" if len(row) > width else ""
-                raise DataError(f"row {number + i}", expected=f"{width} columns", got=len(row), hint=hint)
         cells = [[row[position] for row in block] for position in columns.all]
         yield rows_of_cells(columns, cells, number, class_names, decimals)
         number += len(block)
+
+
+def _full_rows(reader: Iterator[list[str]], width: int) -> Iterator[list[str]]:
+    """The rows that aren't empty, each checked as it is read: a block of far too wide rows would fill the memory."""
+    for number, row in enumerate(filter(None, reader), 1):
+        if len(row) != width:
+            hint = f"The first row has the names of all columns. {COMMAS_HINT}" if len(row) > width else ""
+            raise DataError(f"row {number}", expected=f"{width} columns", got=len(row), hint=hint)
+        yield row
 
 
 class _Decimals:

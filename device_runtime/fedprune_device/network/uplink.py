@@ -77,7 +77,7 @@ class Uplink:
         code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
         reason = refusal_reason(error, private=False)  # the log stays on the board
         _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
-        self.status.set_failure(offer, one_line(reason))
+        self.status.set_failure(offer, one_line(reason, _MAX_REASON_LENGTH))
         self._refused_offer = offer
         sent_reason = one_line(refusal_reason(error, private=bool(offer.recipe.get("update_clip"))), _MAX_REASON_LENGTH)
         self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, sent_reason, int(code))

@@ -27,7 +27,7 @@ class BoardSystem:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.is_trial = root != Path("/")
+        self.is_other_root = root != Path("/")
         self.control = ServiceControl(root)
         self.unit = self.path_of(f"{UNITS_FOLDER}/{SERVICE_NAME}")
         self.link = self.path_of(f"{UNITS_FOLDER}/multi-user.target.wants/{SERVICE_NAME}")
@@ -38,7 +38,7 @@ class BoardSystem:
     @property
     def owner(self) -> Owner | None:
         """The service's user; None in trials and before it is made."""
-        if self.is_trial:
+        if self.is_other_root:
             return None
         try:
             entry = pwd.getpwnam(SERVICE_USER)
@@ -48,5 +48,5 @@ class BoardSystem:
 
     def check_root(self) -> None:
         """Raise `UsageError` if this is neither root nor a trial."""
-        if not self.is_trial and os.geteuid() != 0:
+        if not self.is_other_root and os.geteuid() != 0:
             raise UsageError("only root may do this", hint="Run it with sudo.")

@@ -56,7 +56,7 @@ class Installation:
 
     @property
     def runtime(self) -> RuntimeSlot:
-        python = sys.executable if self.system.is_trial else SERVICE_PYTHON
+        python = sys.executable if self.system.is_other_root else SERVICE_PYTHON
         return RuntimeSlot(self.kit, self.system.path_of(RUNTIME_FOLDER), python, self.system.owner, self.key)
 
     def check(self) -> None:
@@ -95,7 +95,7 @@ class Installation:
             )  # fmt: skip
 
     def _python_version(self) -> str:
-        if self.system.is_trial:
+        if self.system.is_other_root:
             return f"{sys.version_info[0]}.{sys.version_info[1]}"
         return run_command_line([SERVICE_PYTHON, "-c", _PYTHON_VERSION_PROGRAM]).strip()
 
@@ -104,7 +104,7 @@ class Installation:
         system, runtime = self.system, self.runtime
         if runtime.has_newer_release:
             print("already: a release from the server is installed; it is newer than the kit's and stays", flush=True)
-        if not system.is_trial and system.owner is None:
+        if not system.is_other_root and system.owner is None:
             self._report_step("make the system user fedprune")
             self._add_user()
             runtime = self.runtime  # whose files are that user's

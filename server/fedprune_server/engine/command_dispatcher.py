@@ -29,8 +29,6 @@ log = logging.getLogger("fedprune.server")
 # device has it, so an acknowledged offer may still be lost.
 _OFFER_REPEAT_S = 25.0
 
-DeviceCommand = do.PartCommand | do.TellFinished
-
 
 @dataclass(frozen=True)
 class DeviceTraffic:
@@ -64,7 +62,7 @@ class CommandDispatcher:
         self._changed_tasks = traffic.state.tasks.watch()
         self.revoked: set[str] = set()
 
-    def run(self, command: DeviceCommand) -> list[on.Event]:
+    def run(self, command: do.DeviceCommand) -> list[on.Event]:
         """Carry out a command. Raises `StorageError` if the disk fails."""
         job, device = self._job.name, command.device
         match command:

@@ -37,6 +37,7 @@ class ModelSessions:
                 del self._opened[next(iter(self._opened))]  # the least recently used one
             graph = at_widths(self.model, widths)
             shapes = self.model.architecture.shapes(widths)
+            # As inputs, not constants: a session takes long to make, and weights change every round.
             graph.inputs += [Port(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
             session = OnnxSession(graph.to_bytes())
         self._opened[widths] = session

@@ -195,7 +195,8 @@ def simulate(
 def _plan_of(fleet: str | Path | Mapping[str, Any] | FleetPlan, title: str, settings: dict[str, Any]) -> FleetPlan:
     """The plan of a file or of tables with these settings, or the given plan, which can't be given other settings."""
     if isinstance(fleet, FleetPlan):
-        conflicting = [name for name, value in (settings | {"title": title}).items() if value not in (None, "", False)]
+        given = settings | {"title": title or None, "reference": settings["reference"] or None}
+        conflicting = [name for name, value in given.items() if value is not None]
         if conflicting:
             raise ConfigError("fleet", expected=f"a file or tables, to set {', '.join(conflicting)}", got="a plan")
         return fleet

@@ -268,7 +268,7 @@ def translate_errors(url: str) -> Iterator[None]:
                 f"{url} is locked by another process",
                 hint="Wait until that process is done, continue it if it is stopped, or end it; nothing is lost.",
             ) from error
-        if any(phrase in message.lower() for phrase in _FULL_MESSAGES):
+        if any(phrase in str(_cause(error)).lower() for phrase in _FULL_MESSAGES):
             raise StorageFullError(
                 f"no room left for {url.removeprefix('sqlite:///')}",
                 hint="Make room on the disk and start the server again; nothing is lost.",

@@ -283,4 +283,5 @@ class TellFinished:
     model: str
 
 
-Command = PartCommand | Score | Extract | FoldUpdate | SumMasked | Close | Evaluate | WakeAt | Finish | TellFinished
+DeviceCommand = SendOffer | PullUpdate | Acknowledge | Cancel | TellFinished
+Command = DeviceCommand | Score | Extract | FoldUpdate | SumMasked | Close | Evaluate | WakeAt | Finish

@@ -182,5 +182,6 @@ class Resumed:
     """A shell continues with a state that an earlier one has saved."""
 
 
+UpdateEvent = UpdateAnnounced | UpdateStored | UpdateRejected | OfferRefused | Folded
 RoundEvent = Scored | Extracted | Unmasked | Closed | Evaluated
-Event = PartEvent | RoundEvent | DeviceBorn | DeviceDied | Ticked | Paused | Resumed
+Event = UpdateEvent | RoundEvent | DeviceBorn | DeviceDied | Ticked | Paused | Resumed

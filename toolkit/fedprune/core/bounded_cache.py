@@ -12,7 +12,10 @@ MAX_CACHED = 4096
 
 
 class BoundedCache(dict[_Key, _Value]):
-    """A dictionary of at most `MAX_CACHED` entries; the oldest is the one that was set first."""
+    """A dictionary of at most `MAX_CACHED` entries; the oldest is the one that was set first.
+
+    Only `cache[key] = value` keeps the bound, not `update` and `setdefault`.
+    """
 
     def __setitem__(self, key: _Key, value: _Value) -> None:
         super().__setitem__(key, value)

@@ -143,24 +143,72 @@ AXES_METADATA = "fedprune.axes"  # the channels on its tensors' axes
 SUMS, VALUE = "sums", "value"
 
 
-# Names of arrays that belong to a tensor, from the tensor's name. Inputs of a graph:
-momentum_name = "{}::momentum".format  # its momentum, with Adam and Lion its mean of gradients
-second_moment_name = "{}::second".format  # Adam's mean of squared gradients
-anchor_name = "{}::anchor".format  # the proximal term's anchor
-strength_name = "{}::mu".format  # the proximal term's strength µ
-mask_name = "{}::mask".format  # its element mask
-threshold_name = "{}::threshold".format  # the magnitude θ below which its elements count as 0
-gradient_sum_name = "{}::sum".format  # its gradients, summed over the parts of this batch so far
-base_name = "{}::base".format  # a frozen tensor in the precision in which it is stored
-base_scale_name = "{}::scale".format  # scales of a frozen tensor that is stored as int8, one per output channel
-dropout_mask_name = "{}::keep".format  # the mask of a dropout
+# Names of the arrays that belong to a tensor, from the tensor's name: inputs, outputs and, last, arrays of updates.
 
-# Outputs of a graph:
-next_name = "{}::next".format  # the next value of a tensor, or of an array that belongs to one
-gradient_name = "{}::gradient".format
 
-# In updates:
-squares_name = "{}::squares".format  # its squared gradients
+def momentum_name(name: str) -> str:
+    """A tensor's momentum, with Adam and Lion its mean of gradients."""
+    return f"{name}::momentum"
+
+
+def second_moment_name(name: str) -> str:
+    """Adam's mean of squared gradients."""
+    return f"{name}::second"
+
+
+def anchor_name(name: str) -> str:
+    """The proximal term's anchor."""
+    return f"{name}::anchor"
+
+
+def strength_name(name: str) -> str:
+    """The proximal term's strength µ."""
+    return f"{name}::mu"
+
+
+def mask_name(name: str) -> str:
+    """A tensor's element mask."""
+    return f"{name}::mask"
+
+
+def threshold_name(name: str) -> str:
+    """The magnitude θ below which its elements count as 0."""
+    return f"{name}::threshold"
+
+
+def gradient_sum_name(name: str) -> str:
+    """A tensor's gradients, summed over the parts of this batch so far."""
+    return f"{name}::sum"
+
+
+def base_name(name: str) -> str:
+    """A frozen tensor in the precision in which it is stored."""
+    return f"{name}::base"
+
+
+def base_scale_name(name: str) -> str:
+    """Scales of a frozen tensor that is stored as int8, one per output channel."""
+    return f"{name}::scale"
+
+
+def dropout_mask_name(name: str) -> str:
+    """The mask of a dropout."""
+    return f"{name}::keep"
+
+
+def next_name(name: str) -> str:
+    """The next value of a tensor, or of an array that belongs to one (output)."""
+    return f"{name}::next"
+
+
+def gradient_name(name: str) -> str:
+    """The gradient of a tensor (output)."""
+    return f"{name}::gradient"
+
+
+def squares_name(name: str) -> str:
+    """The squared gradients of a tensor in an update."""
+    return f"{name}::squares"
 
 
 def is_dropout_mask(name: str) -> bool:

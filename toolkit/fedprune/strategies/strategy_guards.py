@@ -114,6 +114,7 @@ def _guarding_method(kind: type, method: str, what: str, check: Check, origin: U
         except (errors.StorageError, errors.MissingExtraError, errors.StrategyError, MemoryError):
             raise
         except Exception as error:
+            # What the reader raised is no fault of the user's code, even if it passed through it.
             if error in reader_errors or (isinstance(error, errors.FedpruneError) and method in _UPDATE_METHODS):
                 raise
             location = origin.error_location(error) or definition_line

@@ -44,7 +44,7 @@ def _user_files(names: Collection[str]) -> set[Path]:
         if module is None or file is None:
             continue
         path = Path(file).resolve()
-        # A virtual environment may be in the user's folder.
+        # A virtual environment may be in the user's folder; what is installed there has versions instead of digests.
         is_user_file = not folders.isdisjoint(path.parents) and _INSTALL_FOLDERS.isdisjoint(path.parts)
         if not is_user_file and module.__name__.partition(".")[0] not in packages:
             continue
