@@ -148,11 +148,9 @@ class StepGraph:
                 raise TrainingError(f"shape of {name}", expected=shape, got=value.shape)
             for dimension, size in zip(shape, value.shape, strict=True):
                 # A free dimension has a name; the same name must mean the same width everywhere.
-                expected_size = (
-                    sizes.setdefault(dimension, size) if isinstance(dimension, str) and dimension else dimension
-                )
-                if isinstance(expected_size, int) and expected_size != size:
-                    raise TrainingError(f"shape of {name}", expected=f"{expected_size} ({dimension})", got=value.shape)
+                expected = sizes.setdefault(dimension, size) if isinstance(dimension, str) and dimension else dimension
+                if isinstance(expected, int) and expected != size:
+                    raise TrainingError(f"shape of {name}", expected=f"{expected} ({dimension})", got=value.shape)
 
     @cached_property
     def axes(self) -> TensorAxes | None:

@@ -129,12 +129,10 @@ class _Recurrent:
     def pull(self, dy: str | None, *dlast: str | None) -> None:
         g, tape = self.g, self.tape
         x = tape.value(self.inputs[0])
-        direction_gradients = self.split_directions(dy, 1) if dy else [""] * self.count
+        dys = self.split_directions(dy, 1) if dy else [""] * self.count
         dlasts = [*dlast, *[None] * (len(self.initial) - len(dlast))][: len(self.initial)]
         lasts = [self.split_directions(v, 0) if v else [self.zeros()] * self.count for v in dlasts]
-        backs = [
-            self.backward(d, direction_gradients[i], [last[i] for last in lasts]) for i, d in enumerate(self.directions)
-        ]
+        backs = [self.backward(d, dys[i], [last[i] for last in lasts]) for i, d in enumerate(self.directions)]
         if tape.needs_gradient(self.inputs[0]):
             gradients = [g.emit("MatMul", b.inputs, d.weight) for b, d in zip(backs, self.directions, strict=True)]
             tape.add_gradient(self.inputs[0], g.emit("Add", *gradients) if len(gradients) > 1 else gradients[0])

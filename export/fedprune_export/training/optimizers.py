@@ -38,11 +38,9 @@ def tensor_gradient(g: Graph, name: str, gradient: str, features: Features) -> s
         return gradient
     magnitude = g.emit("Abs", name)
     theta = step_contract.threshold_name(name)
-    denominator = g.emit("Max", g.emit("Add", magnitude, theta), g.scalar(_MIN_DENOMINATOR))
+    divisor = g.emit("Max", g.emit("Add", magnitude, theta), g.scalar(_MIN_DENOMINATOR))
     # Two quotients, since the square of the sum of two small numbers would be 0.
-    rise = g.emit(
-        "Mul", g.emit("Div", magnitude, denominator), g.emit("Div", g.emit("Mul", theta, g.scalar(2)), denominator)
-    )
+    rise = g.emit("Mul", g.emit("Div", magnitude, divisor), g.emit("Div", g.emit("Mul", theta, g.scalar(2)), divisor))
     slope = g.emit("Add", rise, g.scalar(1))
     return g.emit("Where", _is_above_threshold(g, name), g.emit("Mul", gradient, slope), g.scalar(0))
 

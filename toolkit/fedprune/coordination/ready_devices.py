@@ -1,7 +1,6 @@
 """The devices that a round may ask, updated by changes, so that a round begins without a look at all of them.
 
-Names are sorted once; who is ready is an array in their order, which numpy goes through in milliseconds for a
-million.
+Names are sorted once; who is ready is an array in their order: numpy goes through a million in milliseconds.
 """
 
 from __future__ import annotations

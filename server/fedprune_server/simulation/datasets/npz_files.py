@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,7 @@ def read_npz(path: Path) -> Samples:
     marks = arrays["is_test"]
     if marks.dtype.kind not in "biu" or marks.shape != samples.labels.shape:
         raise DataError("is_test", expected=f"true or false [{len(samples)}]", got=f"{marks.dtype} {marks.shape}")
-    return Samples(
-        samples.arrays, samples.labels, np.asarray(marks) != 0, samples.owners, samples.owner_names, samples.class_names
-    )
+    return replace(samples, is_test=np.asarray(marks) != 0)
 
 
 def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
