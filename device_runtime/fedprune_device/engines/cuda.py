@@ -26,8 +26,8 @@ LIBRARY_PATHS = (
 
 # cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
 _TO_DEVICE, _FROM_DEVICE = 1, 2
-# cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor
-_MAJOR, _MINOR = 75, 76
+# cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrIntegrated
+_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18
 # cudaErrorMemoryAllocation
 _OUT_OF_MEMORY = 2
 
@@ -50,6 +50,8 @@ class Gpu:
     """A board's GPU: its compute capability, such as 8.7, and its memory in bytes."""
 
     sm: str
+    shared_memory: bool
+    memory_free: int
     memory_total: int
 
 
@@ -76,7 +78,7 @@ class Cuda:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         sm = f"{self._attribute(_MAJOR)}.{self._attribute(_MINOR)}"
-        return Gpu(sm, total.value)
+        return Gpu(sm, bool(self._attribute(_INTEGRATED)), free.value, total.value)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function; raises `EngineError` with CUDA's own words if it returns an error code."""
