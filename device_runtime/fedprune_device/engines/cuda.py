@@ -51,7 +51,6 @@ class Gpu:
 
     sm: str
     shared_memory: bool
-    memory_free: int
     memory_total: int
 
 
@@ -78,7 +77,7 @@ class Cuda:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         sm = f"{self._attribute(_MAJOR)}.{self._attribute(_MINOR)}"
-        return Gpu(sm, bool(self._attribute(_INTEGRATED)), free.value, total.value)
+        return Gpu(sm, bool(self._attribute(_INTEGRATED)), total.value)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function; raises `EngineError` with CUDA's own words if it returns an error code."""
