@@ -165,7 +165,7 @@ class Tape(TapeShapes):
 
 
 def _can_be_float(node: Node, index: int) -> bool:
-    """Whether an output can have a gradient: indices, counts and truths have none, whatever they are computed from."""
+    """Whether an output can have a gradient: indices, counts, booleans have none, whatever they are computed from."""
     # The schema says so; operators of other domains have none, and count as floats.
     try:
         outputs = onnx.defs.get_schema(node.op, NORMAL_OPSET, node.domain).outputs

@@ -23,7 +23,7 @@ from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.ir.trace import Trace
 
-# ONNX declares these as integers and reads them as truths.
+# ONNX declares these as integers and reads them as booleans.
 _FLAGS = frozenset({"keepdims", "is_causal", "linear_before_reset", "layout", "count_include_pad", "ceil_mode"})
 _MAX_NAME_LENGTH = 20_000
 _INDEXED_OPERATORS = frozenset({"Gather", "GatherElements", "ScatterElements"})

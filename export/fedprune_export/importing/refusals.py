@@ -23,7 +23,7 @@ _FLOAT_MODEL_HINT = (
     "with 8 bits."
 )
 
-_KIND_NAMES = {"b": "truths", "i": "whole numbers", "u": "whole numbers"}
+_KIND_NAMES = {"b": "booleans", "i": "whole numbers", "u": "whole numbers"}
 
 
 def check_random(graph: Graph) -> None:
@@ -37,10 +37,8 @@ def check_random(graph: Graph) -> None:
 
 
 def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
-    """Raise `ModelError` unless the output consists of floats, which have a gradient.
-
-    `names` are the names that renamed values have in the file.
-    """
+    """Refuse an output of integers or booleans, which has no gradient, with a `ModelError`. `names` are the names in
+    the file of values that the import has renamed."""
     name, makers = graph.outputs[0].name, graph.producers()
     kind = _KIND_NAMES.get(trace.dtypes[name].kind)
     if kind is None:

@@ -28,13 +28,14 @@ from fedprune_export.training.step_graph import training_graph
 from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE
 from fedprune_server.executor.retention import LatestGraphs
 
+# Recipes are few; a strategy that changes one in every round must not fill memory.
 _MAX_WITHHELD = 64
 
 _LOG = logging.getLogger("fedprune.server")
 
 
 class OfferBlobs:
-    """Makes the blobs that offers name, and puts them into a store. Boards may serve at the lower `precisions`, too."""
+    """Makes the blobs that offers name: weights, masks and graphs. Boards may serve at the lower `precisions`, too."""
 
     def __init__(self, model: Model, store: BlobStore, precisions: Sequence[str] = ()) -> None:
         self._model = model
@@ -120,16 +121,14 @@ class OfferBlobs:
         self._graphs[key] = ref
         return ref
 
-    def withheld(self, recipe: Recipe) -> frozenset[str]:
+    def withheld_names(self, recipe: Recipe) -> frozenset[str]:
         """Tensors that no update carries: those that are frozen, and those that stay on the board. Raises `ConfigError`
         if a pattern matches no tensor, or no tensor is left to train."""
-        features = recipe.features
-        key = (features.key, *recipe.personal)
+        key = (recipe.features.key, *recipe.personal)
         if key not in self._withheld:
             architecture = self._model.architecture
-            frozen = frozen_tensors(architecture, features, self._model.frozen)
+            frozen = frozen_tensors(architecture, recipe.features, self._model.frozen)
             if len(self._withheld) >= _MAX_WITHHELD:
-                # Recipes are few; a strategy that changes one in every round must not fill memory.
                 self._withheld.clear()
             # A pattern that matches nothing is an error: what was misspelt must not be sent by mistake.
             self._withheld[key] = frozen | matching_tensors(architecture, recipe.personal, ("recipe", "personal"))
@@ -140,8 +139,8 @@ class OfferBlobs:
     ) -> tuple[Tensors, dict[str, Any]]:
         """Encode weights. Returns the weights as the device will decode them, and the entries of its offer.
 
-        The server continues from the decoded weights, so that both have the same bits. What coding leaves out is part
-        of the difference to the next weights, and so never adds up.
+        Coding loses precision. The server continues from the decoded weights, so that both sides have the same bits.
+        Losses don't add up over rounds, because the next difference is taken to what the device really has.
         """
         fields: dict[str, Any] = {}
         relocation_blob = b""
@@ -151,29 +150,33 @@ class OfferBlobs:
         weights_codec = None if coding.weights is None else updates.Codec.parse(coding.weights)
         if weights_codec is None:
             return packed, fields
-        held_digest, held_weights = None, None
-        if previous_selection is not None and coding.received is not None and not submodel.mask:
-            digest = coding.received.weights or ""
-            is_stored = bool(digest) and self._store.has(digest)
-            held_tensors: Tensors = tensorfile.decode(self._store.read(digest)) if is_stored else {}
-            held_tensors = relocate(held_tensors, relocation_blob, 2**40) if relocation_blob else held_tensors
-            if {n: v.shape for n, v in held_tensors.items()} == {n: v.shape for n, v in packed.items()}:
-                held_digest, held_weights = digest, held_tensors
         fields["weights_codec"] = str(weights_codec)
+        current_weights: Tensors | None = None
+        digest = None if coding.received is None else coding.received.weights
+        if digest and previous_selection is not None and not submodel.mask:
+            current_weights = self._weights_on_device(digest, relocation_blob, packed)
         try:
-            encoded = updates.weights.encode(weights_codec, packed, held_weights, self._trained)
+            encoded = updates.weights.encode(weights_codec, packed, current_weights, self._trained)
             decoded_bytes = sum(v.nbytes for v in packed.values())
-            decoded = updates.weights.decode(weights_codec, encoded, held_weights, decoded_bytes)
+            decoded = updates.weights.decode(weights_codec, encoded, current_weights, decoded_bytes)
         except ProtocolError as error:
             _LOG.warning("weights are sent plainly: %s", error)
             return packed, fields
-        reference = {"coded": self._store.put(encoded).to_dict()}
-        return decoded, {**fields, **reference, **({} if held_digest is None else {"held": held_digest})}
+        fields["coded"] = self._store.put(encoded).to_dict()
+        return decoded, fields if current_weights is None else {**fields, "held": digest}
+
+    def _weights_on_device(self, digest: str, relocation_blob: bytes, packed: Tensors) -> Tensors | None:
+        """A device's weights, moved to their places in its new submodel; None if they are deleted or don't fit it."""
+        if not self._store.has(digest):
+            return None
+        tensors: Tensors = tensorfile.decode(self._store.read(digest))
+        tensors = relocate(tensors, relocation_blob, 2**40) if relocation_blob else tensors
+        return tensors if {n: v.shape for n, v in tensors.items()} == {n: v.shape for n, v in packed.items()} else None
 
     def _update_shapes(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors in the update that answers these weights."""
-        withheld = self.withheld(recipe)
-        shapes = {n: v.shape for n, v in packed.items() if n not in withheld}
+        withheld_names = self.withheld_names(recipe)
+        shapes = {n: v.shape for n, v in packed.items() if n not in withheld_names}
         if recipe.report_squares:
             shapes |= {step_contract.squares_name(n): shape for n, shape in shapes.items() if n in self._trained}
         return shapes

@@ -1,4 +1,4 @@
-"""Closes rounds with the updates of single devices; secure aggregation overrides this (`executor.masked_sums`)."""
+"""Closes a round with the stored update of each device. (With secure aggregation `masked_sums` does it, with sums.)"""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedprune_server.executor.stored_updates import StoredUpdates
 
 
 class RoundCloser:
-    """Closes rounds with the updates of single devices. `round_of` returns the round of a command."""
+    """Closes rounds with the updates of single devices. `round_of` returns the open round that a command names."""
 
     def __init__(self, updates: StoredUpdates, round_of: Callable[[do.Close | do.Basis], Round]) -> None:
         self._updates, self._round_of = updates, round_of
 
     def offer_fields(self, basis: do.Basis, device_part: do.DevicePart, selection: Selection) -> dict[str, Any]:
-        """Fields of an offer that ask for the update in a form of its own."""
+        """Further fields of an offer: none here. With secure aggregation they describe the vector to mask."""
         return {}
 
     def close(self, command: do.Close) -> RoundOutcome:

@@ -84,7 +84,7 @@ class Worker:
             self._distiller = Distiller(model, self._calibration, distillation, job.recipe, job.seed)
         self._offer_blobs = OfferBlobs(model, store, job.precision)
         self.updates = StoredUpdates(
-            job, model.architecture, self.strategy, store, self._offer_blobs.withheld, model.ranks
+            job, model.architecture, self.strategy, store, self._offer_blobs.withheld_names, model.ranks
         )
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
         self._round: tuple[object, Round] | None = None
@@ -132,7 +132,7 @@ class Worker:
         recipe = self.updates.recipe(Turn(self.job.seed, round_, "", self.architecture.sizes))
         self._offer_blobs.training_ref(recipe, round_, self._unit)
         self._offer_blobs.lowered_refs(self.architecture.sizes, round_)
-        self._offer_blobs.withheld(recipe)
+        self._offer_blobs.withheld_names(recipe)
         return recipe
 
     def execute(self, command: HeavyCommand) -> on.Event:

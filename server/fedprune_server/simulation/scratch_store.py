@@ -10,11 +10,10 @@ from fedprune.blobs.blob_store import BlobStore
 
 
 class ScratchStore(BlobStore):
-    """A store that hashes each blob once.
+    """A blob store that trusts what it wrote.
 
-    Files aren't flushed. Those of an earlier run are verified; those of this one aren't, neither here nor in the helper
-    processes that are given this store. No blob travels, so references name a leaf table
-    of one leaf, the whole blob; `table` makes the real one.
+    Blobs of an earlier run are verified when read; those of this run aren't, nor in its helper processes, and files
+    aren't flushed to disk. `put` hashes a blob once: nothing is sent, so a reference may claim that it is one leaf.
     """
 
     def __init__(self, root: Path) -> None:

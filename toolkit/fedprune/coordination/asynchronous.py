@@ -1,10 +1,11 @@
-"""The coordinator of asynchronous jobs: idle devices work on the current model, which moves when the schedule closes a
-round.
+"""Coordinates asynchronous jobs: idle devices train the current model, and each closed round makes the next model.
 
-A round is one move of the model. It is scored, collects updates until the schedule closes it, becomes the next model
-and is evaluated, one after the other; devices work across rounds. An offer is of the round in which it was made, and
-names the model that it was cut from. A device trains a model once and then waits for the next one, so that
-an update is known by its device and its round, and the same events give the same bits.
+A round has four steps: rank the channels (if due), collect updates until the schedule closes the round, aggregate,
+evaluate (if due). Devices don't wait for that: a device may train across several rounds. Its offer keeps the number of
+the round in which it was made, and the model from which its submodel was cut. A device trains a model once, then waits
+for the next: so device and round identify an update, and equal events give equal bits.
+
+A *part* is one device's work in a round (its task); a *contribution* is a stored update with its weight.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ from fedprune.model.architecture import Architecture
 class AsynchronousCoordinator(Coordinator):
     """Rounds that close by arrivals or by windows, over devices that never wait for one another.
 
-    Until a round is scored, and while it is closed and evaluated, updates go on coming in, and count for the next one.
-    A device that is late, or whose update is too stale, gets a new offer; one that refused gets it when its time is
-    over, whether there is a new model by then or not.
+    Updates that come while a round is ranked, closed or evaluated count for the next round. A device that is late, or
+    whose update is too stale, gets a new offer; a device that refused gets it at its deadline, even for the same model.
     """
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
@@ -93,9 +93,8 @@ class AsynchronousCoordinator(Coordinator):
         state.phase, state.opened_at = Phase.TRAINING, now
         commands: Commands = []
         for name, task in sorted(state.tasks.items()) if self.schedule.max_staleness else ():
-            if task.progress is not Progress.REFUSED and not self.schedule.accepts_staleness(
-                state.round - state.round_of(task)
-            ):
+            is_stale = not self.schedule.accepts_staleness(state.round - state.round_of(task))
+            if is_stale and task.progress is not Progress.REFUSED:
                 if task.progress in (Progress.OFFERED, Progress.PULLING):
                     commands.append(do.Cancel(name, state.round_of(task), task.attempt, self._stale_reason))
                 task.refuse(self._stale_reason, FailureKind.STALE)
@@ -124,7 +123,7 @@ class AsynchronousCoordinator(Coordinator):
                 and self.privacy_budget.no_device_may_be_offered()
             )
             return self._finish_budget_spent(state.round - 1) if budget_is_spent else []
-        # The part keeps what it was cut from: the model moves while its device trains.
+        # The part keeps the model that it was cut from (its basis): there are newer ones when its update comes.
         basis = plain_json(self._current_basis())
         for name in idle:
             device, former_task = state.devices[name], state.tasks.get(name)
@@ -136,8 +135,8 @@ class AsynchronousCoordinator(Coordinator):
     def _queue_number(self, name: str) -> float:
         """A device's number in the queue for offers: the round of its last offer, plus a lot among those of that round.
 
-        By names alone the last ones would starve where few devices may work at a time. The number stays as it is while
-        the device waits.
+        In the order of names the last devices would starve where few may work at a time. The number stays as it is
+        while the device waits.
         """
         offered_round = self.state.devices[name].last_offered_round
         return offered_round + keyed_generator(self.job.seed, offered_round, name, "turn").random()
@@ -200,11 +199,10 @@ class AsynchronousCoordinator(Coordinator):
         commands = self._continue_round(now)
         # A device that is asked for the same again gets an offer instead of a cancellation: it continues.
         names_asked_again = {c.part.device for c in commands if isinstance(c, do.Extract)}
-        names_asked_again = {n for n in names_asked_again if n in late_attempts and late_attempts[n][0] == state.round}
         cancels: Commands = [
-            do.Cancel(n, number, a, DEADLINE_PASSED)
-            for n, (number, a) in late_attempts.items()
-            if n not in names_asked_again
+            do.Cancel(name, number, attempt, DEADLINE_PASSED)
+            for name, (number, attempt) in late_attempts.items()
+            if name not in names_asked_again or number != state.round
         ]
         return cancels + commands
 
@@ -228,16 +226,16 @@ class AsynchronousCoordinator(Coordinator):
             return []
         arrivals = self._device_index.arrival_times
         at_work = self._device_index.may_bring_update
-        state.deadline = self.schedule.closes_at(
-            state.opened_at, arrivals, at_work or self._device_index.has_absent_device, now
-        )
+        may_bring_more = at_work or self._device_index.has_absent_device
+        state.deadline = self.schedule.closes_at(state.opened_at, arrivals, may_bring_more, now)
         if state.deadline is None and arrivals and not at_work:
             # Devices that are away had time to come back.
             state.deadline = state.opened_at + self.job.deadline_s
         if state.deadline is None or state.deadline > now:
             return []
         fresh = self._device_index.checked_updates()[: self.schedule.arrivals or None]
-        # Saved with the state: after a restart the same updates enter with the same weights.
+        # `rate` (the step size), `fresh` (names of devices whose updates are new) and `weights` (by name) are saved
+        # with the state: after a restart the same updates enter with the same weights.
         state.closing = self._update_weights.closing_record(dict(fresh))
         state.phase, state.deadline = Phase.CLOSING, None
         return [self._close_command()]
@@ -250,10 +248,11 @@ class AsynchronousCoordinator(Coordinator):
             if name in fresh_names:
                 contributions.append(self._contribution(name, state.tasks[name], weight))
             else:
-                buffer = state.devices[name].buffer or {}
-                contributions.append(replace(convert(buffer["contribution"], do.Contribution), weight=weight))
-        fresh = tuple(closing["fresh"])  # those whose updates have not been seen before
-        return do.Close(state.round, state.model, dict(state.memory), fresh, tuple(contributions), closing["rate"])
+                kept_update = state.devices[name].buffer or {}
+                contributions.append(replace(convert(kept_update["contribution"], do.Contribution), weight=weight))
+        return do.Close(
+            state.round, state.model, dict(state.memory), tuple(closing["fresh"]), tuple(contributions), closing["rate"]
+        )
 
     def _on_closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state

@@ -25,8 +25,7 @@ DensityOrProfile = float | str
 # where it has none, what nodes answer.
 Densities = float | str | Sequence[float] | Mapping[int, DensityOrProfile] | Callable[[int], DensityOrProfile] | None
 
-# Every node is asked for its own share.
-ASK_NODES = "ask"
+ASK_NODES = "ask"  # every node is asked for its own share
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class NodeShare:
     """A node's part of the model.
 
     Attributes:
-        density: The share of them all that these are.
+        widths: Channels per group that the node gets.
+        density: Its share of all channels of the model.
         accumulate: Parts in which it works through a batch, unless the recipe asks for more.
     """
 
@@ -44,38 +44,38 @@ class NodeShare:
 
 
 class FlowerAllocation:
-    """Decides on nodes' shares, and remembers what nodes answered. Raises `ConfigError` if a density is not above 0 and
-    at most 1, or there is no such profile."""
+    """Decides which share of the model each Flower node trains: one density for all, one by node, the strategy's own
+    choice, or the node's answer when it is asked. Raises `ConfigError` if a density is not above 0 and at most 1, or
+    there is no such profile."""
 
-    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, wishes: Densities = None) -> None:
+    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, requested: Densities = None) -> None:
         self._job, self._strategy, self._architecture = job, strategy, architecture
         self._share_of_node: dict[int, NodeShare] = {}
-        self._wish_of_node: Callable[[int], DensityOrProfile] | None = None
+        self._density_of_node: Callable[[int], DensityOrProfile] | None = None
         self._fleet = Fleet(job, architecture, State(model=""))
         self._allocator: Allocator | None = None
-        if wishes is None:
+        if requested is None:
             self._allocator = strategy.allocator
-        elif isinstance(wishes, str):
-            if wishes != ASK_NODES:
-                self._wish_of_node = lambda node: wishes
+        elif isinstance(requested, str):
+            if requested != ASK_NODES:
+                self._density_of_node = lambda node: requested
                 # A profile that doesn't exist or fit shows now, not in the first round.
-                self.share_of(wishes, 1)
-        elif isinstance(wishes, Mapping):
-            self._wish_of_node = _wish_by_node(dict(wishes))
-        elif callable(wishes):
-            self._wish_of_node = wishes
-        elif isinstance(wishes, Sequence):
-            self._allocator = Tiers(tuple(cast(Sequence[float], wishes)))
+                self.share_of(requested, 1)
+        elif isinstance(requested, Mapping):
+            self._density_of_node = _density_by_node(dict(requested))
+        elif callable(requested):
+            self._density_of_node = requested
+        elif isinstance(requested, Sequence):
+            self._allocator = Tiers(tuple(cast(Sequence[float], requested)))
         else:
-            self._allocator = Fixed(wishes)
+            self._allocator = Fixed(requested)
 
     @property
     def asks_nodes(self) -> bool:
-        """Whether nodes are asked."""
-        return self._allocator is None and self._wish_of_node is None
+        return self._allocator is None and self._density_of_node is None
 
     def nodes_to_ask(self, nodes: Sequence[int]) -> list[int]:
-        """The nodes that are to be asked: those that haven't answered yet."""
+        """The nodes that haven't answered yet; none if nodes aren't asked."""
         return [n for n in nodes if n not in self._share_of_node] if self.asks_nodes else []
 
     def note_answer(self, node: int, density: object, profile: object, samples: object) -> None:
@@ -95,8 +95,8 @@ class FlowerAllocation:
     def share_out(self, nodes: Sequence[int], round_: int) -> dict[int, NodeShare]:
         """The shares of a round's nodes; without those that were asked and haven't answered. Raises `ConfigError` if
         nothing is known of a node."""
-        if self._wish_of_node is not None:
-            return {n: self.share_of(self._wish_of_node(n), 1) for n in nodes}
+        if self._density_of_node is not None:
+            return {n: self.share_of(self._density_of_node(n), 1) for n in nodes}
         if self._allocator is None:
             return {n: self._share_of_node[n] for n in nodes if n in self._share_of_node}
         state = self._fleet.state
@@ -109,30 +109,30 @@ class FlowerAllocation:
         devices = {n: state.devices[str(n)] for n in nodes}
         return {n: NodeShare(d.widths, d.density) for n, d in devices.items()}
 
-    def share_of(self, wish: DensityOrProfile, samples: int) -> NodeShare:
-        """The share of a density, or the one that is planned for a profile. Raises `ConfigError` if it is neither,
+    def share_of(self, requested: DensityOrProfile, samples: int) -> NodeShare:
+        """The share of a density, or the share that is planned for a profile. Raises `ConfigError` if it is neither,
         `ProfileError` if there is no such profile, and `PlanError` if no width fits it."""
-        if isinstance(wish, str):
-            recipe = partial(self._recipe, wish, samples)
-            plan = PlanSearch(self._architecture, profile_store.find_profile(wish), recipe, samples).search()
+        if isinstance(requested, str):
+            recipe = partial(self._recipe, requested, samples)
+            plan = PlanSearch(self._architecture, profile_store.find_profile(requested), recipe, samples).search()
             return NodeShare(plan.widths, kept_share(self._architecture, plan.widths), plan.accumulate)
-        check_density("density of a node", wish)
-        return NodeShare(widths_at(self._architecture, wish), float(wish))
+        check_density("density of a node", requested)
+        return NodeShare(widths_at(self._architecture, requested), float(requested))
 
     def _recipe(self, name: str, samples: int, widths: tuple[int, ...]) -> Recipe:
         """A node's recipe at these widths."""
         return self._strategy.planned_recipe(self._job, name, widths, kept_share(self._architecture, widths), samples)
 
 
-def _wish_by_node(wishes: dict[int, DensityOrProfile]) -> Callable[[int], DensityOrProfile]:
-    def of(node: int) -> DensityOrProfile:
-        if node not in wishes:
+def _density_by_node(densities: dict[int, DensityOrProfile]) -> Callable[[int], DensityOrProfile]:
+    def density_of(node: int) -> DensityOrProfile:
+        if node not in densities:
             raise ConfigError(
                 f"density of node {node}",
                 expected="one for every node",
-                got=f"those of {len(wishes)} others",
+                got=f"those of {len(densities)} others",
                 hint="Node ids are new in every run: give a function of the id, or density='ask'.",
             )
-        return wishes[node]
+        return densities[node]
 
-    return of
+    return density_of

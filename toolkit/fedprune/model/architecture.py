@@ -346,7 +346,7 @@ def widths_at(architecture: Architecture, density: float) -> tuple[int, ...]:
     if not 0 < density <= 1:
         raise BundleError("density", expected="above 0 and at most 1", got=density)
     # The product may be rounded to just above a whole number (0.7 × 10), which must not add a channel.
-    widths = [max(1, min(g.size, -int(-(density * g.size - 1e-9) // 1))) for g in architecture.groups]
+    widths = [max(1, min(g.size, math.ceil(density * g.size - 1e-9))) for g in architecture.groups]
     return architecture.check_widths(widths)
 
 

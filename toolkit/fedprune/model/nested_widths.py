@@ -1,14 +1,16 @@
 """Narrower training steps within one device's model: ordered dropout (FjORD, arXiv:2102.13451).
 
-Tensors of a submodel are in rank order, so that a narrower submodel is a prefix of every run of channels (channels that
-lie one after the other on an axis). A step at narrower widths trains that prefix; the rest of weights and optimiser
-state stays as it is for that step. `TensorAxes` says which part of each tensor the prefix is. It travels as text in the
-training graph's metadata, because a board has no `Architecture`.
+Tensors of a submodel have the most important channels first, so that a narrower submodel is a prefix of every run of
+channels (channels that lie one after the other on an axis). If each of 6 channels has 9 numbers on an axis of 54, four
+channels are its indices 0 to 35. A step at narrower widths trains these prefixes, and changes nothing else of weights
+and optimiser state. `TensorAxes` says which part of each tensor the prefix is. It travels as text in the training
+graph's metadata, because a board has no `Architecture`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +31,8 @@ _FORMAT = "fedprune.axes/1"
 
 @dataclass(frozen=True)
 class TensorAxes:
-    """The channels on the axes of a model's tensors: the full size of every group, and the axes of every tensor."""
+    """The full size of every channel group of a model, and the axes of its tensors, which are lists of runs (segments).
+    A segment of group `FIXED` belongs to no channel group, and is never cut."""
 
     sizes: tuple[int, ...]
     axes: Mapping[str, tuple[Axis, ...]]
@@ -56,13 +59,12 @@ class TensorAxes:
 
     @cached_property
     def narrowable_groups(self) -> frozenset[int]:
-        """The groups that can be narrowed, because their first channels are a prefix of each of their runs. If a
-        group's channels are in several runs (shuffled or split channels), only the ranks would tell how many of each
-        run are left, and where the next one begins."""
+        """The groups that can be narrowed, because their first channels are a prefix of each of their runs. If a group
+        is split over several runs (as shuffled channels are), only ranks would tell how many of each run are left."""
         groups = set(range(len(self.sizes)))
         for axis in (a for of_tensor in self.axes.values() for a in of_tensor):
             if any(s.group != FIXED and (s.start, s.count) != (0, self.sizes[s.group]) for s in axis.segments):
-                groups.difference_update(axis.groups)
+                groups -= set(axis.groups)
         return frozenset(groups)
 
     def step_widths(self, widths: Sequence[int], densities: Sequence[float]) -> list[tuple[int, ...]]:
@@ -73,7 +75,7 @@ class TensorAxes:
         plans = [tuple(widths)]
         for density in densities:
             # As in `widths_at`: rounding to just above a whole number must not add a channel.
-            density_widths = [max(1, -int(-(density * n - 1e-9) // 1)) for n in self.sizes]
+            density_widths = [max(1, math.ceil(density * n - 1e-9)) for n in self.sizes]
             plan = tuple(
                 min(density_width, own_width) if group in self.narrowable_groups else own_width
                 for group, (density_width, own_width) in enumerate(zip(density_widths, widths, strict=True))
@@ -122,19 +124,17 @@ class TensorAxes:
             onto[name][self._prefix(self.axes[name.partition("::")[0]], widths, narrower)] = value
 
     def _prefix(self, axes: Sequence[Axis], widths: Sequence[int], narrower: Sequence[int]) -> tuple[Any, ...]:
-        return mesh([self._kept_indices(axis, widths, narrower) for axis in axes])
+        return mesh([self._prefix_indices(axis, widths, narrower) for axis in axes])
 
-    def _kept_indices(self, axis: Axis, widths: Sequence[int], narrower: Sequence[int]) -> Indices:
-        """The indices of an axis at `widths` that remain at narrower ones."""
+    def _prefix_indices(self, axis: Axis, widths: Sequence[int], narrower: Sequence[int]) -> Indices:
+        """The indices of an axis at `widths` that remain at narrower widths: a prefix of each run."""
         if all(widths[g] == narrower[g] for g in axis.groups):
             return np.arange(axis.size(widths, self.sizes), dtype=np.int64)
         runs, start = [], 0
         for s in axis.segments:
-            length, kept_length = s.length, s.length
-            if s.group != FIXED:
-                length, kept_length = s.inner * widths[s.group], s.inner * narrower[s.group]
+            kept_length = s.length if s.group == FIXED else s.inner * narrower[s.group]
             runs.append(np.arange(start, start + kept_length, dtype=np.int64))
-            start += length
+            start += s.length if s.group == FIXED else s.inner * widths[s.group]
         return np.concatenate(runs)
 
 

@@ -14,9 +14,9 @@ class Prediction:
     Attributes:
         forward_macs: MACs of one sample's forward pass; `training_macs` those of its training step.
         wire_bytes: Size of its weights file.
-        first_bytes: The most bytes of weights that are sent to a board without any to which they could be coded as a
-            difference.
-        down_bytes: The same in every other round.
+        first_bytes: The most bytes of weights that are sent whole, to a board that has no earlier weights to which a
+            difference could be sent.
+        down_bytes: The most bytes of weights that are sent in every other round.
         up_bytes: The most bytes of its update.
         memory_bytes: Peak memory of the training process, local data included; `memory` is the same by what takes it.
         inference_bytes: Peak memory of a process that predicts one sample at a time.

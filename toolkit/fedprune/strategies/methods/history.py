@@ -1,4 +1,4 @@
-"""The preset `history`: devices begin with a mixture of the global model and their own last one, as in SubFLOT."""
+"""The preset `history`: devices begin with a mixture of the global model and their own last one."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ class HistoryOptions:
 class History(Strategy):
     """Start a device from a mixture of the global model and its own last one (`fuse_history`).
 
-    That is SubFLOT (arXiv 2604.06631) without its transport (the alignment of channels): a comparison of both shows how
-    much of SubFLOT's gain comes from memory only. `alpha`: share of the global model. `mu`: strength of the pull to the
-    weights that the device received, at a pruning rate of 1 (eq. 7 and 8).
+    That is SubFLOT (arXiv 2604.06631) without its transport: comparing both shows how much of SubFLOT's gain is due to
+    memory. `mu` pulls weights towards those that were sent, in proportion to the device's pruning rate (eq. 7 and 8).
     """
 
     alpha: float = 0.5
@@ -47,22 +46,23 @@ class History(Strategy):
 
 
 def fuse_history(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
-    """Mix the global model with a device's last update. w ← α·w_t + (1 − α)·w_k where the update holds the coordinate,
-    w_t elsewhere (SubFLOT, eq. 6). Without a counted update (`cut.past`) the submodel stays as it is."""
+    """Mix the global model with a device's last update: w ← α·w_t + (1 − α)·w_k where the update has the coordinate,
+    w_t elsewhere (SubFLOT, eq. 6)."""
     if cut.past is None or alpha == 1:
         return submodel
     model = cut.scene.model
-    own_tensors = submodel.selection.gather(cut.past.selection.scatter(cut.past.tensors_over(model), model))
+    # The device's last update may have other channels than its new submodel: write it over the global model, and cut.
+    own_model = cut.past.selection.scatter(cut.past.tensors_over(model), model)
+    own_tensors = submodel.selection.gather(own_model)
     tensors = {}
     for name, value in submodel.tensors.items():
-        # w_t + (1 − α)·(w_k − w_t) in float64 leaves what the history doesn't hold as it is, bit for bit.
-        mixture = value + (1 - alpha) * (own_tensors[name].astype(np.float64) - value)
-        tensors[name] = mixture.astype(np.float32)
+        # w_t + (1 − α)·(w_k − w_t) in float64 leaves coordinates that the update lacks as they are, bit for bit.
+        tensors[name] = (value + (1 - alpha) * (own_tensors[name].astype(np.float64) - value)).astype(np.float32)
     return Submodel(submodel.selection, tensors, submodel.mask)
 
 
 def history(job: Job) -> Strategy:
-    """Nested slices whose devices remember their own last model. Raises `ConfigError`."""
+    """The strategy `history` for a job, from its options. Raises `ConfigError`."""
     options = read_options(job, HistoryOptions)
     return History(
         job.strategy,
