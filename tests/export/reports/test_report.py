@@ -12,7 +12,7 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ExitCode
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.checks import labelled_data
+from fedprune_export.checks import labelled_file
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import load_digits
@@ -106,7 +106,7 @@ def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys
 def test_a_test_split_is_taken_first(digits: Path, tmp_path: Path) -> None:
     x, y = load_digits()
     np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:50], y_test=y[:50])
-    data = labelled_data.read_labelled_data(
+    data = labelled_file.read_labelled_data(
         tmp_path / "data.npz", import_onnx(digits.read_bytes(), "d").architecture, np.float32
     )
     assert len(data.x) == len(data.y) == 50
@@ -135,7 +135,7 @@ def test_data_that_does_not_fit_is_refused(
     np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
     architecture = import_onnx(digits.read_bytes(), "d").architecture
     with pytest.raises(DataError, match=message):
-        labelled_data.read_labelled_data(tmp_path / "data.npz", architecture, np.float32)
+        labelled_file.read_labelled_data(tmp_path / "data.npz", architecture, np.float32)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x93NUMPY"])
@@ -181,7 +181,7 @@ def test_labels_of_every_kind_are_scored(digits: Path, tmp_path: Path) -> None:
     wrong[0, :5] = 1 - wrong[0, :5]
     np.savez(tmp_path / "multi.npz", x=X, y=wrong)
     np.savez(tmp_path / "values.npz", x=X, y=out + 0.5)
-    multi = labelled_data.read_labelled_data(tmp_path / "multi.npz", architecture, np.float32, "multi")
-    values = labelled_data.read_labelled_data(tmp_path / "values.npz", architecture, np.float32, "values")
+    multi = labelled_file.read_labelled_data(tmp_path / "multi.npz", architecture, np.float32, "multi")
+    values = labelled_file.read_labelled_data(tmp_path / "values.npz", architecture, np.float32, "values")
     assert multi.score(lambda x: out[: len(x)]) == pytest.approx(1 - 5 / 40)
     assert values.score(lambda x: out[: len(x)]) == pytest.approx(0.5, rel=1e-6)
