@@ -1,7 +1,8 @@
 """Functions that act on each number by itself: activations, roots and exponentials, rounding, casts.
 
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
+A channel rule says which channels must be cut together (it ties their *atoms*, integers that name the indices of an
+axis), and which stay. A gradient rule writes the forward pass into the training graph and returns the *pull*, a
+function that later writes the inputs' gradients from dy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,38 @@ _OTHER_UNARY = (
     *("IsInf", "IsNaN", "Mish", "Not", "Round", "Shrink", "Sign", "Sin", "Sinh", "Swish", "Tan"),
 )
 
+Slope = Callable[[Graph, str, str], str]  # writes the derivative at every number, given the graph, x and y
+
+# Functions whose gradient is dy times their derivative: what it is in words, and what writes it.
+_DERIVATIVES: dict[str, tuple[str, Slope]] = {
+    "Sigmoid": ("dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _one_minus(g, y))),
+    "Tanh": ("dx = dy · (1 − y²).", lambda g, x, y: _one_minus(g, _square(g, y))),
+    "Exp": ("dx = dy · y.", lambda g, x, y: y),
+    # onnxruntime's Sigmoid rounds what is below 1e-7 to multiples of 6e-8.
+    "Softplus": ("dx = dy / (1 + e^(−x)).", lambda g, x, y: _inverse(g, _one_plus(g, g.emit("Exp", g.emit("Neg", x))))),
+    "Abs": ("dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x)),
+    "Sin": ("dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x)),
+    "Cos": ("dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x))),
+    "Tan": ("dx = dy · (1 + y²).", lambda g, x, y: _one_plus(g, _square(g, y))),
+    "Atan": ("dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _one_plus(g, _square(g, x)))),
+    "Asin": ("dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _one_minus(g, _square(g, x))))),
+    "Acos": ("dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _DERIVATIVES["Asin"][1](g, x, y))),
+    "Sinh": ("dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x)),
+    "Cosh": ("dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x)),
+    "Asinh": ("dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _one_plus(g, _square(g, x))))),
+    "Atanh": ("dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _one_minus(g, _square(g, x)))),
+    "Acosh": (
+        "dx = dy / √(x² − 1).",
+        lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _square(g, x), g.scalar(1)))),
+    ),
+    "Reciprocal": ("dx = −dy · y².", lambda g, x, y: g.emit("Neg", _square(g, y))),
+    "Erf": (
+        "dx = dy · 2/√π · e^(−x²).",
+        lambda g, x, y: _scale(g, g.emit("Exp", g.emit("Neg", _square(g, x))), 2 / math.sqrt(math.pi)),
+    ),
+    "Softsign": ("dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _square(g, _one_plus(g, g.emit("Abs", x))))),
+}
+
 
 @channel_rule(*dict.fromkeys([*ONE_TO_ONE, *_OTHER_UNARY]))
 def elementwise_channels(channels: Channels, node: Node) -> None:
@@ -37,8 +70,6 @@ def elementwise_channels(channels: Channels, node: Node) -> None:
 
 # Writes dx, given the graph, the node, its input x, its output y, and dy.
 Gradient = Callable[[Graph, Node, str, str, str], str]
-
-Slope = Callable[[Graph, str, str], str]  # writes the derivative at every number, given the graph, x and y
 
 
 def _emit_unary(tape: Tape, node: Node) -> tuple[str, str]:
@@ -108,36 +139,6 @@ def _mask_gradient(g: Graph, condition: str, dy: str) -> str:
     return g.emit("Where", condition, dy, g.scalar(0))
 
 
-# Functions whose gradient is dy times their derivative: what it is in words, and what writes it.
-_DERIVATIVES: dict[str, tuple[str, Slope]] = {
-    "Sigmoid": ("dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _one_minus(g, y))),
-    "Tanh": ("dx = dy · (1 − y²).", lambda g, x, y: _one_minus(g, _square(g, y))),
-    "Exp": ("dx = dy · y.", lambda g, x, y: y),
-    # onnxruntime's Sigmoid rounds what is below 1e-7 to multiples of 6e-8.
-    "Softplus": ("dx = dy / (1 + e^(−x)).", lambda g, x, y: _inverse(g, _one_plus(g, g.emit("Exp", g.emit("Neg", x))))),
-    "Abs": ("dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x)),
-    "Sin": ("dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x)),
-    "Cos": ("dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x))),
-    "Tan": ("dx = dy · (1 + y²).", lambda g, x, y: _one_plus(g, _square(g, y))),
-    "Atan": ("dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _one_plus(g, _square(g, x)))),
-    "Asin": ("dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _one_minus(g, _square(g, x))))),
-    "Acos": ("dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _DERIVATIVES["Asin"][1](g, x, y))),
-    "Sinh": ("dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x)),
-    "Cosh": ("dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x)),
-    "Asinh": ("dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _one_plus(g, _square(g, x))))),
-    "Atanh": ("dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _one_minus(g, _square(g, x)))),
-    "Acosh": (
-        "dx = dy / √(x² − 1).",
-        lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _square(g, x), g.scalar(1)))),
-    ),
-    "Reciprocal": ("dx = −dy · y².", lambda g, x, y: g.emit("Neg", _square(g, y))),
-    "Erf": (
-        "dx = dy · 2/√π · e^(−x²).",
-        lambda g, x, y: _scale(g, g.emit("Exp", g.emit("Neg", _square(g, x))), 2 / math.sqrt(math.pi)),
-    ),
-    "Softsign": ("dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _square(g, _one_plus(g, g.emit("Abs", x))))),
-}
-
 for _operator, (_text, _slope) in _DERIVATIVES.items():
     _register_smooth(_operator, _text, _slope)
 
@@ -156,7 +157,7 @@ def _negation(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
 
 @_unary("Sqrt")
 def _square_root(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """dx = dy / (2 · y), and 0 where y is: so torch has it of the standard deviation of equal numbers."""
+    """dx = dy / (2 · y), or 0 where y = 0, as torch does for the standard deviation of equal numbers."""
     slope = g.emit("Where", g.emit("Equal", y, g.scalar(0)), g.scalar(0), g.emit("Div", g.scalar(0.5), y))
     return g.emit("Mul", dy, slope)
 
@@ -252,18 +253,15 @@ def relu(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add_gradient(node.inputs[0], where_positive(tape, dy, y))
 
 
-STEP_SLOPE = 2.0**126  # the slope of a line that is a step from 0 to 1 for all but the least numbers
-
-
 def where_positive(tape: Tape, dy: str, y: str) -> str:
     """Dy where y is above 0, else 0.
 
-    If dy is finite, its product with a mask is the same and faster than a Where. The mask is a line so steep that it
-    reaches 1 at the smallest normal number.
+    If dy is finite, its product with a mask is the same and faster than a Where. The mask is HardSigmoid of slope
+    2^126: 0 up to y = 0, and 1 from the smallest normal number on.
     """
     g = tape.graph
     if tape.finite_slopes:
-        return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEP_SLOPE, "beta": 0.0}))
+        return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": 2.0**126, "beta": 0.0}))
     return _mask_gradient(g, g.emit("Greater", y, g.scalar(0)), dy)
 
 
