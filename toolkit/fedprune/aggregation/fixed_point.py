@@ -3,17 +3,13 @@
 A value v becomes the whole number q = round(v·2^s), and n·q is added in int64: whole numbers add up exactly, in any
 order, in any grouping, on any machine. With |v| ≤ 2^k, a total weight of at most 2^24 and s = 38 − k, a sum stays below
 2^62, so that int64 can't overflow; the unit is 2^-38 of the bound, and a mean is off by half of it at most. Where that
-is too coarse (batch-norm statistics, which have no natural bound), further *limbs* hold what rounding left over, each
-2^38 times finer.
-
-Several values at one coordinate are added by one product of their weights with them, in float64: all intermediate
-results are whole numbers of magnitude up to 2^53, so that this is exact, too, however a library orders it.
+is too coarse (batch-norm statistics, which have no natural bound), a sum has further *limbs*: the first holds
+q = round(v·2^s), the second round((v − q·2^-s)·2^(s + 38)), and so on.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,31 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import compiled_kernels
+from fedprune.aggregation.block_sums import VALUE_BITS, add_in_blocks
 from fedprune.core.errors import OutOfRangeError, ProtocolError
 
-# The largest total weight of a sum (see the module: it keeps int64 from overflowing).
+# The largest total weight of a sum: with it int64 can't overflow.
 MAX_WEIGHT = 2**24
 
-# Bits of a value as a whole number. 38 and the 24 of `MAX_WEIGHT` stay below the 63 of an int64.
-VALUE_BITS = 38
-
-# Doublings above the largest magnitude of what a range is made for: devices agree on the range before they train, and
-# weights grow while they do.
+# Doublings above today's largest magnitude: devices agree on a range before they train, and weights grow meanwhile.
 _HEADROOM_DOUBLINGS = 3
-
-# float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call.
-_BLOCK_NUMBERS = 262_144
-_MAX_ROW_NUMBERS = 32_768  # numbers of one row at once
-# The largest weight of several rows that are added by one product in float64: 2^38 times it is 2^53, up to which
-# float64 holds every whole number.
-_MAX_PRODUCT_WEIGHT = 2 ** (53 - VALUE_BITS)
 
 _MAX_CHECKED = 131_072  # squares added at once at most: many hide what a call costs
 _MIN_CHECKED = 8_192  # few enough that the squares of usual weights don't add up to the bound's
 
 Index = tuple[Any, ...]
-
-_THREAD_SCRATCH = threading.local()
 
 
 @dataclass(frozen=True)
@@ -155,7 +139,7 @@ class FixedSum:
             return
         total = self.limbs[0]
         target = total[index]
-        _add_in_blocks(target, rows, weights, VALUE_BITS - self.span.exponent)
+        add_in_blocks(target, rows, weights, VALUE_BITS - self.span.exponent)
         if not np.may_share_memory(target, total):  # an open mesh gives a copy
             total[index] = target
 
@@ -169,8 +153,7 @@ class FixedSum:
             remainder -= rounded * math.ldexp(1.0, -scale)
 
     def scatter(self, scattered: Sequence[compiled_kernels.ScatteredRows], inner: int) -> bool:
-        """Add weights·values at rows and columns of `inner` numbers, if that is compiled; returns whether it was
-        done."""
+        """Add weights·values at rows and columns of `inner` numbers. Returns False if this isn't compiled."""
         total = self.limbs[0]
         if self.span.limbs > 1 or not total.size:
             return False
@@ -186,10 +169,8 @@ class FixedSum:
         columns: npt.NDArray[np.int64],
         inner: int,
     ) -> bool:
-        """Put sums times shares into `out`, in another order, if that is compiled; returns whether it was done.
-
-        Arguments are as for `compiled_kernels.close_sums`; there are `inner` numbers per row and column.
-        """
+        """Write the means of a closed round to `out`: sum · unit · share, or `base` where the share is 0, each row and
+        column (of `inner` numbers) at its place in `rows` and `columns`. Returns False if this isn't compiled."""
         if self.span.limbs > 1 or not out.size:
             return False
         shape = (rows.size, columns.size, inner)
@@ -197,7 +178,7 @@ class FixedSum:
         return compiled_kernels.close_sums(self.limbs[0].reshape(shape), share, self.span.unit, rows, columns, *shaped)
 
     def round_to(self, out: npt.NDArray[np.float32], factor: float) -> bool:
-        """Put `value(factor)`, rounded to float32, into `out`, if that is compiled; returns whether it was done."""
+        """Put `value(factor)`, rounded to float32, into `out`. Returns False if this isn't compiled."""
         return self.span.limbs == 1 and compiled_kernels.scale_sums(self.limbs[0], self.span.unit * factor, out)
 
     def value(
@@ -214,89 +195,3 @@ class FixedSum:
             total += np.ldexp(self.limbs[i - 1][index].astype(np.float64), self.span.exponent - VALUE_BITS * i)
         total *= factor
         return total
-
-
-def _add_in_blocks(
-    total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int
-) -> None:
-    """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
-
-    Rows are of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
-    """
-    if compiled_kernels.add_rows(total, rows, weights, scale, VALUE_BITS):
-        return
-    if total.flags.c_contiguous and all(r.flags.c_contiguous for r in rows):
-        total, rows = total.reshape(-1), [r.reshape(-1) for r in rows]
-    if not total.size:
-        return
-    if not total.ndim:
-        total, rows = total.reshape(1), [r.reshape(1) for r in rows]
-    width = total.size // total.shape[0]
-    max_width = min(_MAX_ROW_NUMBERS, _BLOCK_NUMBERS // len(rows))
-    if not max_width:
-        # More rows than a block has room for: the order of additions is free.
-        half = len(rows) // 2
-        _add_in_blocks(total, rows[:half], weights[:half], scale)
-        _add_in_blocks(total, rows[half:], weights[half:], scale)
-    elif width > max_width and total.ndim > 1:
-        for i in range(total.shape[0]):
-            _add_in_blocks(total[i], [r[i] for r in rows], weights, scale)
-    else:
-        step = max(1, max_width // width)
-        groups = [
-            (first, np.array(w, np.float64))
-            for first, w in compiled_kernels.weight_runs(weights, _MAX_PRODUCT_WEIGHT, len(rows))
-        ]
-        for start in range(0, total.shape[0], step):
-            target = total[start : start + step]
-            rounded = _round_rows([r[start : start + step] for r in rows], scale)
-            for first, group in groups:
-                target += _weigh_rows(rounded[first : first + group.size], group).reshape(target.shape)
-
-
-def _round_rows(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:
-    """Values times 2^scale as whole numbers [rows, values], in this thread's scratch memory."""
-    shape, size = rows[0].shape, rows[0].size
-    scratch = _scratch()
-    rounded = scratch.rounded[: len(rows) * size].reshape(len(rows), size)
-    # Scaling by a power of two and rounding to whole numbers are exact in float32, too, at half the cost.
-    narrow = rows[0].dtype == np.float32
-    scaled: npt.NDArray[Any] = scratch.scaled[: len(rows) * size].reshape(len(rows), size) if narrow else rounded
-    factor = scaled.dtype.type(math.ldexp(1.0, scale))
-    for values, row in zip(rows, scaled, strict=True):
-        np.multiply(values, factor, out=row.reshape(shape))
-    np.rint(scaled, out=scaled)
-    if narrow:
-        np.copyto(rounded, scaled)
-    return rounded
-
-
-def _weigh_rows(rounded: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Σ weight · rounded [values], in this thread's scratch memory."""
-    if weights.sum() > _MAX_PRODUCT_WEIGHT:  # one weight alone
-        product: npt.NDArray[np.int64] = rounded[0].astype(np.int64) * int(weights[0])
-        return product
-    total = _scratch().weighted[: rounded.shape[1]]
-    if len(weights) == 1:
-        np.multiply(rounded[0], weights[0], out=total)
-    else:
-        np.dot(weights, rounded, out=total)
-    counts = total.view(np.int64)
-    np.copyto(counts, total, casting="unsafe")  # in its own memory, which is in the cache
-    return counts
-
-
-class _Scratch:
-    """A thread's own memory: fresh one would cost a page fault per 512 numbers."""
-
-    def __init__(self) -> None:
-        self.scaled = np.empty(_BLOCK_NUMBERS, np.float32)
-        self.rounded = np.empty(_BLOCK_NUMBERS, np.float64)
-        self.weighted = np.empty(_MAX_ROW_NUMBERS, np.float64)
-
-
-def _scratch() -> _Scratch:
-    scratch: _Scratch | None = getattr(_THREAD_SCRATCH, "scratch", None)
-    if scratch is None:
-        scratch = _THREAD_SCRATCH.scratch = _Scratch()
-    return scratch
