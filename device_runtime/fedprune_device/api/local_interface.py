@@ -29,11 +29,8 @@ def serve_local_interface(
     cuda: bool = False,
     selector: EngineSelector | None = None,
 ) -> Iterator[None]:
-    """Answer the application while the body runs, if there is an address.
-
-    The application may add samples if `samples` is a `SampleStore`. With `cuda` onnxruntime predicts on an NVIDIA GPU,
-    if that works.
-    """
+    """Answer the application while the body runs, if there is an address. The application may add samples if `samples`
+    is a `SampleStore`. With `cuda` onnxruntime predicts on an NVIDIA GPU, if that works."""
     if address is None:
         yield
         return

@@ -90,12 +90,9 @@ def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = Fa
 
 
 def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) -> dict[str, Inputs]:
-    """The arrays of an `.npz` file by name; objects in it are refused, not unpickled.
-
-    With `single` it may also be a `.npy` file, whose array is called x. Large uncompressed arrays stay in the file;
-    compressed ones are copied to the folder `spool`, or held in memory without one. Raises `DataError` if it isn't such
-    a file.
-    """
+    """The arrays of an `.npz` file by name; objects in it are refused, not unpickled. With `single` it may also be a
+    `.npy` file, whose array is called x. Large uncompressed arrays stay in the file; compressed ones are copied to the
+    folder `spool`, or held in memory without one. Raises `DataError` if it isn't such a file."""
     try:
         with path.open("rb") as file:
             check_members(file, str(path), DataError)

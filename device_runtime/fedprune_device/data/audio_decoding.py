@@ -44,12 +44,9 @@ class Audio:
             raise ConfigError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=self.rate)
 
     def samples(self, body: bytes, shape: Shape) -> Samples:
-        """A recording's windows [k, *shape], where `shape` is [length] or [1, length].
-
-        A shorter recording is padded with zeros. A longer one is cut into windows that don't overlap; the rest at its
-        end is dropped. If the length may vary, padded positions are marked, and the rest is a sample, too, unless it is
-        too short.
-        """
+        """A recording's windows [k, *shape], where `shape` is [length] or [1, length]. A shorter recording is padded
+        with zeros. A longer one is cut into windows that don't overlap; the rest at its end is dropped. If the length
+        may vary, padded positions are marked, and the rest is a sample, too, unless it is too short."""
         length = shape[-1] if shape else None
         if isinstance(length, Lengths) and shape[0] in (1, length):
             return _windows_of_any_length(resample(*decode_wav(body), self.rate), length, shape)

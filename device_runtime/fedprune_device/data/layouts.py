@@ -277,11 +277,8 @@ class BoxesBeside(YoloBoxes):
 
 
 def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
-    """The layout of a folder.
-
-    Raises `ConfigError` if a folder is no class, `DataError` or `StorageError` if a file about all of its
-    samples can't be read.
-    """
+    """The layout of a folder. Raises `ConfigError` if a folder is no class, `DataError` or `StorageError` if a file
+    about all of its samples can't be read."""
     folders = folders_in(root, names)
     folder_splits = [_PART_OF_FOLDER.get(folder.name.lower()) for folder in folders if folder.name not in names]
     is_divided = len(folder_splits) == len(folders) and "train" in folder_splits and all(folder_splits)

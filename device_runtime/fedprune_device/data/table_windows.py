@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model.lengths import Shape, upper_shape
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import Array, Inputs, OpenFiles, Rows, StoredArray
@@ -68,7 +68,7 @@ class TableFile:
 
     A round takes at most `max_windows` windows, evenly over the file. Windows are for training, validation or testing
     by the block of rows that they are in and never reach into another, so that no row that is tested on is trained on.
-    The numbers are kept in a file without a name in `spool`, of at most `room` bytes. Raises `DataError` if the file is
+    The numbers are kept in a file without a name in `spool`, of at most `max_bytes`. Raises `DataError` if the file is
     damaged, `MissingExtraError` for Parquet without pyarrow.
     """
 
@@ -79,10 +79,10 @@ class TableFile:
         max_windows: int,
         class_names: tuple[str, ...] = (),
         spool: Path | None = None,
-        room: int = TABLE_BYTES,
+        max_bytes: int = TABLE_BYTES,
     ) -> None:
         self._path, self._shares, self._max_windows = path, shares, max_windows
-        self._names, self._spool, self._room = class_names, spool, room
+        self._names, self._spool, self._max_bytes = class_names, spool, max_bytes
         self._stamp, self._numbers = self._read()
         self._training_count = min(max_windows, self._numbers.count)
 
@@ -107,9 +107,10 @@ class TableFile:
             plan = _plan_windows(numbers.columns, shape, targets)
             first, splits = self._windows(plan.span)
             arrays: list[Inputs] = []
-            for number in range(3):
-                x = numbers.windows(first[splits == number], plan.steps, plan.inputs)
-                arrays += [x, self._labels(x, first[splits == number], plan, targets)]
+            for split in SPLITS:
+                rows = first[splits == split]
+                x = numbers.windows(rows, plan.steps, plan.inputs)
+                arrays += [x, self._labels(x, rows, plan, targets)]
             data = LocalData(*arrays)
         except DataError as error:
             raise DataError(f"{self._path}: {error}") from error
@@ -117,6 +118,7 @@ class TableFile:
         return data
 
     def _labels(self, x: StoredArray, first: Rows, plan: _WindowPlan, targets: Targets | None) -> Inputs:
+        """Labels of the windows that begin at these rows. Without labels the inputs stand in for them (`LocalData`)."""
         if targets is None or (targets.takes_whole_numbers and not self._numbers.columns.classes):
             return x
         if targets.takes_whole_numbers:  # of a window's last row
@@ -128,8 +130,8 @@ class TableFile:
         targets(y)
         return replace(y, in_range=True)
 
-    def _windows(self, span: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """First rows of the chosen windows, and the part that each is for: 0 training, 1 testing, 2 validation."""
+    def _windows(self, span: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.str_]]:
+        """First rows of the chosen windows of `span` rows, and which of `SPLITS` each is for."""
         block = _BLOCK_WINDOWS * span
         windows_per_block, (blocks, rest_rows) = block - span + 1, divmod(self._numbers.count, block)
         total = blocks * windows_per_block + max(0, rest_rows - span + 1)
@@ -139,8 +141,7 @@ class TableFile:
         blocks_of, offsets = np.divmod(chosen, windows_per_block)
         # 1 minus the sequence: the first block then is for training, whatever the shares are.
         positions = 1 - (blocks_of * _GOLDEN_RATIO) % 1
-        splits = [("train", "test", "val").index(self._shares.split_at(n)) for n in positions]
-        return blocks_of * block + offsets, np.array(splits)
+        return blocks_of * block + offsets, np.array([self._shares.split_at(n) for n in positions])
 
     def _file_stamp(self) -> tuple[int, int, int]:
         with storage_errors(f"can't read {self._path}"):
@@ -156,8 +157,8 @@ class TableFile:
             file = OpenFiles.in_folder(self._spool)
             for rows in blocks:
                 width = rows.shape[1] * 4
-                if (count + len(rows)) * width > self._room:
-                    raise DataError("numbers", expected=f"at most {self._room // 4}", got="more")
+                if (count + len(rows)) * width > self._max_bytes:
+                    raise DataError("numbers", expected=f"at most {self._max_bytes // 4}", got="more")
                 write_all(file.fileno(), rows.tobytes(), count * width)
                 count += len(rows)
                 if columns.classes:  # `TableColumns.all` puts the class last

@@ -108,12 +108,9 @@ class EngineSelector:
         self.status, self.facts = "onnxruntime (an engine is being made)", {}
 
     def turn(self) -> CheckedSession | None:
-        """Advance by one step without waiting for a child process.
-
-        Returns the session to use from now on, once an engine has passed its check. The caller waits for the steps of
-        this process: to find CUDA and TensorRT, predict the samples of the check on the processor, load an engine and
-        try it. For a large model they take seconds.
-        """
+        """Advance by one step without waiting for a child process. Returns the session to use from now on, once an
+        engine has passed its check. The caller waits for the steps of this process: to find CUDA and TensorRT, predict
+        the samples of the check on the processor, load an engine and try it. For a large model they take seconds."""
         request = self._request
         if request is None:
             return None

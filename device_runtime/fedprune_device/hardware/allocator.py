@@ -17,12 +17,9 @@ _LOG = logging.getLogger("fedprune.device")
 
 
 def return_freed_blocks() -> None:
-    """Return freed blocks of 128 KiB and more to the system at once, from now on.
-
-    With every large block that is freed glibc raises the size from which it maps a block on its own, up to 32 MiB.
-    Smaller ones are cut from heaps that rarely shrink: weights that come and go with the rounds leave them full of
-    holes. A size that was set stays.
-    """
+    """Return freed blocks of 128 KiB and more to the system at once, from now on. With every large block that is freed
+    glibc raises the size from which it maps a block on its own, up to 32 MiB. Smaller ones are cut from heaps that
+    rarely shrink: weights that come and go with the rounds leave them full of holes. A size that was set stays."""
     _set_parameters({_MMAP_THRESHOLD: _INITIAL_THRESHOLD, _TRIM_THRESHOLD: _INITIAL_THRESHOLD})
 
 

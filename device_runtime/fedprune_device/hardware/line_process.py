@@ -52,11 +52,8 @@ class LineProcess(Closeable):
             self._in.flush()
 
     def read_answer(self, seconds: float) -> Any:
-        """The next answer.
-
-        Raises `EOFError` if the program has ended, `StrayLinesError`, or `ValueError` or `RecursionError` if the answer
-        is not JSON.
-        """
+        """The next answer. Raises `EOFError` if the program has ended, `StrayLinesError`, or `ValueError` or
+        `RecursionError` if the answer is not JSON."""
         with self._time_limit(seconds):
             for _ in range(_MAX_STRAY_LINES):
                 raw = self._out.readline(_MAX_LINE_BYTES)

@@ -51,11 +51,8 @@ def board_model(root: Path = Path("/")) -> str:
 
 
 def clock_hz(root: Path = Path("/")) -> int | None:
-    """The highest clock of any core, from the kernel and not from the board's name.
-
-    A 1.25 GHz edition of the Raspberry Pi 4 looks like the others:
-    https://github.com/geerlingguy/sbc-reviews/issues/110.
-    """
+    """The highest clock of any core, from the kernel and not from the board's name. A 1.25 GHz edition of the Raspberry
+    Pi 4 looks like the others: https://github.com/geerlingguy/sbc-reviews/issues/110."""
     # PCs' virtual machines have no cpufreq: there /proc/cpuinfo says the clock at this moment.
     files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq")
     clocks = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]

@@ -120,11 +120,8 @@ class BoardConnection:
         return None
 
     def _log_missing_answer(self) -> None:
-        """Log once per connection that the server doesn't answer this board's announcement.
-
-        Nothing else shows it: a broker also acknowledges messages that its access rules drop, and doesn't tell a
-        revoked board.
-        """
+        """Log once per connection that the server doesn't answer this board's announcement. Nothing else shows it: a
+        broker also acknowledges messages that its access rules drop, and doesn't tell a revoked board."""
         if self._announced_at is None or self.clock() - self._announced_at < ANSWER_TIMEOUT_S:
             return
         self._announced_at, self._is_answered = None, True

@@ -101,11 +101,8 @@ def resolve_membership(options: MembershipOptions) -> Membership:
 
 
 def checked_urls(options: MembershipOptions) -> tuple[str, ...]:
-    """The URLs at which to ask to join; nothing is written yet.
-
-    Raises `ConfigError` if no broker is named, a remote one is to be used without TLS or identity, or the file of
-    authorities is invalid.
-    """
+    """The URLs at which to ask to join; nothing is written yet. Raises `ConfigError` if no broker is named, a remote
+    one is to be used without TLS or identity, or the file of authorities is invalid."""
     insecure = options.insecure
     if not options.broker:
         raise ConfigError("no broker is given", hint="Use --broker mqtts://host or set FEDPRUNE_BROKER.")

@@ -1,7 +1,7 @@
 """Carries the board's arrays of an earlier round over to the channels that are trained now.
 
-Those are what the last update left out, and the optimiser's state. The server sends a relocation
-(`fedprune.updates.relocation`) if the channels have changed.
+They are what the last update left out, and the optimiser's state. If the channels have changed, the server sends a
+relocation (`fedprune.updates.relocation`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from fedprune.updates.relocation import relocate
 from fedprune.wire.messages import Offer
 from fedprune_device.storage.local_state import LocalState
 
+# Reads a file that the board has received.
+ReadBlob = Callable[[BlobRef], bytes]
+
 
 def carried_arrays(
-    arrays: Tensors,
-    base: LocalState,
-    offer: Offer,
-    tensors: Mapping[str, npt.NDArray[Any]],
-    read: Callable[[BlobRef], bytes],
+    arrays: Tensors, base: LocalState, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: ReadBlob
 ) -> Tensors:
     """Arrays of an earlier round for the tensors that are trained now, or for their optimiser's state. If `base` is of
     another selection, the channels that both selections have are copied, and the others are 0."""
@@ -46,7 +45,7 @@ def carried_optimizer_state(
     optimizer: str,
     offer: Offer,
     tensors: Mapping[str, npt.NDArray[Any]],
-    read: Callable[[BlobRef], bytes],
+    read: ReadBlob,
 ) -> tuple[Tensors, int]:
     """The optimiser's state that a round begins with, and the steps that led to it; empty if it begins at zero.
 

@@ -73,8 +73,8 @@ class Evaluation:
         return np.array(values, np.float64) * (1 if judge.higher_is_better else -1)
 
     def check(self, model: Predictor, loss: float | None) -> None:
-        """Check that a model may serve. `loss` is the training graph's for it on the first training samples; None where
-        training and inference differ by design. Raises `ModelError`."""
+        """Check that a model may serve. `loss` is what the training graph computed for it on the first training
+        samples; None where training and inference differ by design. Raises `ModelError`."""
         y = self._objective.targets(self._data.y_train)
         terms = loss_terms(y, self._recipe, self._classes)
 

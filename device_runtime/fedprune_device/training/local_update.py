@@ -1,8 +1,11 @@
-"""A board's update for an accepted offer: the weights that training begins with, and the files that it leaves."""
+"""What a board does around training for an offer.
+
+Before: the weights that training begins with. After: the update for the server, the model that serves, and the state
+for the next round.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -12,32 +15,28 @@ import numpy as np
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
-from fedprune.core.errors import ProtocolError
 from fedprune.model import step_contract
-from fedprune.model.element_mask import apply_mask, pack_active, unpack_active
+from fedprune.model.element_mask import apply_mask, pack_active
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ALL_ACTIVE, Tensors
-from fedprune.secure_aggregation.vector_form import MaskedForm
-from fedprune.updates import Codec, encode
-from fedprune.updates.clipped_noise import GaussianNoise, add_noise
+from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState, RoundState
 from fedprune_device.storage.state_store import StateStore
-from fedprune_device.training.carried_state import carried_arrays, carried_optimizer_state
+from fedprune_device.training.carried_state import ReadBlob, carried_optimizer_state
 from fedprune_device.training.evaluation import PROBE_SAMPLES
 from fedprune_device.training.received_weights import unpack_weights
 from fedprune_device.training.serving_average import blended_average, updated_average
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingResult
-
-_LOG = logging.getLogger("fedprune.device")
+from fedprune_device.training.update_encoding import UpdateEncoder
 
 
 @dataclass(frozen=True)
 class ServingAverage:
-    """The tensors that predict for the board's own average, with a share `received_share` of the received weights.
-    `loss` is as in `UpdateFiles`."""
+    """The board's own average, blended with a share `received_share` of the received weights, as it predicts. `loss` is
+    as in `UpdateFiles`."""
 
     tensors: Tensors
     received_share: float
@@ -50,8 +49,8 @@ class UpdateFiles:
 
     `trained_tensors` is the trained model as it predicts, None if it is the file `update`. The first of `averages`
     serves, unless validation samples prefer the second; without any the trained model serves. `local_state` is what the
-    board keeps. `loss` is the training graph's for the trained model that is to serve, None if training and inference
-    differ by design.
+    board keeps. `loss` is what the training graph computed for the trained model that is to serve, None if training and
+    inference differ by design.
     """
 
     update: BlobRef
@@ -81,14 +80,11 @@ class LocalUpdate:
         data: LocalData,
         noise: Callable[[], GaussianNoise],
     ) -> None:
-        self._noise = noise
         self._offer, self._recipe, self._trainer, self._device, self._data = offer, recipe, trainer, device, data
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
-        self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
-        self._form = None if offer.secure is None else MaskedForm.from_json(offer.secure)
-        coded = self._codec is not None or (self._form is not None and self._form.has_codes)
-        keeps = recipe.average or self._personal or coded or recipe.keep_optimizer_state
-        self.round_state = RoundState(states, offer) if keeps else None
+        self._encoder = UpdateEncoder(offer, recipe, trainer.trainable, noise)
+        keeps_state = recipe.average or self._personal or self._encoder.leaves_residual or recipe.keep_optimizer_state
+        self.round_state = RoundState(states, offer) if keeps_state else None
         self._calibrates = recipe.calibrate and trainer.has_batch_norm
         maskable = {*trainer.trainable, *trainer.frozen}
         received, self.mask = unpack_weights(weights, mask, recipe, trainer.axes, offer.widths, maskable)
@@ -107,7 +103,7 @@ class LocalUpdate:
         changed = has_personal or bool(self.mask) or self._calibrates
         return tensorfile.encode(self._predicting_tensors(self.tensors)) if changed else None
 
-    def optimizer_state(self, read: Callable[[BlobRef], bytes]) -> tuple[Tensors, int]:
+    def optimizer_state(self, read: ReadBlob) -> tuple[Tensors, int]:
         """The optimiser's state of the round before, and the steps behind it, as far as they are kept."""
         if self.round_state is None or not self._recipe.keep_optimizer_state:
             return {}, 0
@@ -121,7 +117,7 @@ class LocalUpdate:
         self,
         result: TrainingResult,
         put: Callable[[bytes], BlobRef],
-        read: Callable[[BlobRef], bytes],
+        read: ReadBlob,
         *,
         evaluates: bool = True,
         compares: bool = True,
@@ -133,38 +129,39 @@ class LocalUpdate:
         training graph's losses are wanted. Raises `TrainingError` if the update is not finite.
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
-        leaves_out = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
-        leaves_out = leaves_out or recipe.update_clip > 0 or self._form is not None
-        sends_trained = not self.mask and not leaves_out
+        has_other_tensors = bool(self.mask or trainer.frozen or self._personal or recipe.report_squares)
+        sends_trained = self._encoder.keeps_values and not has_other_tensors
         predicting = trained if sends_trained and not self._calibrates else self._predicting_tensors(trained)
-        private = self._add_privacy(self._update_tensors(result, predicting), read)
-        if self._form is None:
-            update, residual = self._encode(private, trained, read)
-        else:
-            update, residual = self._encode_vector(self._form, private, trained, read)
-        del private
+        base = None if self.round_state is None else self.round_state.base
+        update, residual = self._encoder.encode(
+            self._update_tensors(result, predicting), trained, base, self.mask, read
+        )
         update_ref = put(update)
         del update
         average: Tensors = {}
         shares: list[float] = []
         if recipe.average:
-            base = None if self.round_state is None else self.round_state.base
             average = updated_average(base, self._offer, trained, recipe.average, axes=trainer.axes, mask=self.mask)
             shares = self._blend_shares(base, evaluates=evaluates)
-            del base
-        local_state = None
-        if self.round_state is not None:
-            personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
-            mask, optimizer_fields = self.mask if average else ALL_ACTIVE, self._optimizer_fields(result)
-            local_state = LocalState.of(self._offer, average, personal, mask, residual=residual, **optimizer_fields)
-            self.round_state.release()
+        del base
+        local_state = self._next_state(result, average, residual)
         averages = tuple(self._blended_average(average, share, compares=compares) for share in shares)
         self._received = {}
         loss = self._probe_loss(trained) if compares and not averages else None
-        served = None
+        trained_tensors = None
         if predicting is not trained:  # most of these arrays are in the memory of the training graph
-            served = {n: np.array(v) if v is trained[n] else v for n, v in predicting.items()}
-        return UpdateFiles(update_ref, served, averages, local_state, loss)
+            trained_tensors = {n: np.array(v) if v is trained[n] else v for n, v in predicting.items()}
+        return UpdateFiles(update_ref, trained_tensors, averages, local_state, loss)
+
+    def _next_state(self, result: TrainingResult, average: Tensors, residual: Tensors) -> LocalState | None:
+        """What the board keeps for its next round; what it kept from the last one is released."""
+        if self.round_state is None:
+            return None
+        personal = {n: np.array(v) for n, v in result.tensors.items() if n in self._personal}
+        mask, optimizer_fields = self.mask if average else ALL_ACTIVE, self._optimizer_fields(result)
+        local_state = LocalState.of(self._offer, average, personal, mask, residual=residual, **optimizer_fields)
+        self.round_state.release()
+        return local_state
 
     def _blend_shares(self, base: LocalState | None, *, evaluates: bool) -> list[float]:
         """The shares of the received weights in the averages that may serve, that of the round before first."""
@@ -201,41 +198,6 @@ class LocalUpdate:
         squares = {n: result.last_squares[n] for n in sent if n in result.last_squares}
         sent, squares = pack_active(self.mask, sent), pack_active(self.mask, squares)
         return sent | {step_contract.squares_name(n): v for n, v in squares.items()}
-
-    def _add_privacy(self, update: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
-        """The update with clipping and noise; before it is encoded, so that no codec sees more than the server may."""
-        recipe = self._recipe
-        if not recipe.update_clip:
-            return update
-        received: Tensors = tensorfile.decode(read(self._offer.weights))
-        clip, multiplier = recipe.update_clip, recipe.update_noise
-        return add_noise(update, received, self._trainer.trainable, clip, multiplier, self._noise())
-
-    def _encode(self, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]) -> tuple[bytes, Tensors]:
-        """The encoded update, and the remainder that encoding leaves out, with all elements in their places."""
-        if self._codec is None:
-            return tensorfile.encode(update), {}
-        received: Tensors = tensorfile.decode(read(self._offer.weights))
-        residual = self._residual(trained, read)
-        packed = pack_active(self.mask, residual)
-        try:
-            raw, remainder = encode(self._codec, update, received, self._trainer.trainable, packed)
-        except ProtocolError as error:
-            _LOG.warning("the update is sent plainly: %s", error)
-            return tensorfile.encode(update), {}
-        return raw, unpack_active(self.mask, remainder)
-
-    def _encode_vector(
-        self, form: MaskedForm, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]
-    ) -> tuple[bytes, Tensors]:
-        """The update as the vector that is to be masked, and the remainder that its codes leave out."""
-        received: Tensors = tensorfile.decode(read(self._offer.weights))
-        vector, remainder = form.vector.encode(update, received, self._residual(trained, read))
-        return vector.to_bytes(), remainder
-
-    def _residual(self, trained: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
-        base = None if self.round_state is None else self.round_state.base
-        return {} if base is None else carried_arrays(base.residual, base, self._offer, trained, read)
 
     def _predicting_tensors(self, tensors: Tensors) -> Tensors:
         """The weights that predict: thresholded, with batch-norm statistics of the board's own if it measures them."""

@@ -118,11 +118,8 @@ class SavedRun:
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
-        """Hold the folder's lock.
-
-        Yields whether any process has saved there since `load`. Raises `StorageError` if another process holds it, or
-        the disk fails.
-        """
+        """Hold the folder's lock. Yields whether any process has saved there since `load`. Raises `StorageError` if
+        another process holds it, or the disk fails."""
         if self._folder is None:
             yield False
             return

@@ -39,12 +39,9 @@ class StallDetector:
             raise PlanError(what, hint=standstill_reason(state))
 
     def on_offered(self, command: do.SendOffer, state: State, refusal: str) -> None:
-        """Note an offer to a device.
-
-        An asynchronous job counts attempts per device, and a device may see many while the round is open for others.
-        In such a job an offer counts only if no update arrived since the last one and the round has no deadline.
-        `refusal` is the reason of the last refusal of an offer, empty without any.
-        """
+        """Note an offer to a device. An asynchronous job counts attempts per device, and a device may see many while
+        the round is open for others. In such a job an offer counts only if no update arrived since the last one and the
+        round has no deadline. `refusal` is the reason of the last refusal of an offer, empty without any."""
         task = state.tasks.get(command.device)
         # Synchronous rounds count attempts per round: the command knows them.
         if task is None or task.basis is None:

@@ -152,9 +152,9 @@ def test_a_model_that_no_window_fits_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_takes_no_more_room_than_it_may(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", ["a", "b"], series(100))
-    TableFile(path, ALL, 99, room=800)
+    TableFile(path, ALL, 99, max_bytes=800)
     with pytest.raises(DataError, match="199"):
-        TableFile(path, ALL, 99, room=799)
+        TableFile(path, ALL, 99, max_bytes=799)
 
 
 def rows_in(path: Path, text: str | bytes, names: tuple[str, ...] = ()) -> Any:

@@ -151,12 +151,9 @@ class Grants:
             state.longest_s = self._slowest_round_s(devices)
 
     def _suits_core(self, core: SharedCore) -> bool:
-        """Whether a core is better than ordered dropout for classifiers.
-
-        It is where boards are nearly as wide as each other, or labels are even: where the median board's labels are
-        worth at least the share `min_evenness` of all classes, or of as many as the board has samples. Boards that
-        don't report that count as worth none.
-        """
+        """Whether a core is better than ordered dropout for classifiers. It is where boards are nearly as wide as each
+        other, or labels are even: where the median board's labels are worth at least the share `min_evenness` of all
+        classes, or of as many as the board has samples. Boards that don't report that count as worth none."""
         devices = self._planned_devices
         if self._job.privacy.is_on or self._asks_alike or not self._sees_fleet:
             return False

@@ -17,11 +17,8 @@ from fedprune_server.simulation.results.tables import final_rows, result_table
 
 
 def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as the hub calls it
-    """The card of a run's last global model.
-
-    `license` is its identifier on the hub; empty for a placeholder. Raises `StorageError` if the run has no finished
-    round.
-    """
+    """The card of a run's last global model. `license` is its identifier on the hub; empty for a placeholder. Raises
+    `StorageError` if the run has no finished round."""
     measured = {name: value for name, value in run.last.metrics.items() if math.isfinite(value)}
     about = (
         f"The metrics at the head of this page are those of the model after round {run.last.round}, on the server's "

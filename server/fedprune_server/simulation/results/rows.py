@@ -22,7 +22,7 @@ def round_rows(record: Record) -> list[dict[str, Any]]:
     names = [
         *COMMON_COLUMNS,
         *sorted(set().union(*(r.metrics for r in record.rounds))),
-        *(f"local_{record.measure}" for _ in range(any(r.local for r in record.rounds))),
+        *([f"local_{record.measure}"] if any(r.local for r in record.rounds) else []),
         *(f"mean_{metric}" for metric in own_metrics),
         *sorted(set().union(*(r.measured for r in record.rounds))),
     ]

@@ -29,11 +29,8 @@ def track_rounds(
     targets: Sequence[TrackTarget], experiment: Experiment, folder: Path | None = None
 ) -> Iterator[Callable[[Simulation], None]]:
     """Track a simulation. Yields a function that writes its new rounds, to be called at the start and after every
-    round.
-
-    `folder` is the run's, None for the current one and for a run that is never continued. Raises `MissingExtraError` if
-    a tracker's library is not installed.
-    """
+    round. `folder` is the run's, None for the current one and for a run that is never continued. Raises
+    `MissingExtraError` if a tracker's library is not installed."""
     if not targets:
         yield lambda simulation: None
         return
