@@ -101,7 +101,7 @@ def _settle_choices(
         channels.fix(channels.rows[LOGITS])
         notes += _fix_counts_in_use(channels)
         unit = channels.atoms.units()
-        if not choices.advance(unit, _footprints(channels, unit)):
+        if not choices.reject_failed(unit, _footprints(channels, unit)):
             break
     return channels, notes
 
@@ -130,11 +130,8 @@ def _units_in_tensors(channels: Channels) -> AtomRow:
 
 
 def _fix_counts_in_use(channels: Channels) -> list[str]:
-    """Fix channels whose count the graph uses as a value.
-
-    The count may occur in a shape input that `rewrites` replaces, unless that entry also depends on the batch. Returns
-    a note per node that reads such a count.
-    """
+    """Fix channels whose count the graph uses as a value. The count may occur in a shape input that `rewrites`
+    replaces, unless that entry also depends on the batch. Returns a note per node that reads such a count."""
     graph, trace = channels.graph, channels.trace
     unit = _units_in_tensors(channels)
     constants = {n for n in graph.initializers if n not in channels.parameters}

@@ -2,8 +2,11 @@
 
 An axis of heads × dims loses whole heads, or the same dims of every head; a grouped convolution whole groups, or the
 same position in every group. Each such node offers its options, coarsest first. The channel rules run over the whole
-graph with one option per node; a node whose option left fewer than two channels to choose from is advanced to its next
-option, and the rules run again. Every run is right in itself: another option only makes more channels prunable.
+graph with one option per node; an option that left fewer than two channels to choose from is rejected, and the rules
+run again with the node's next one. Every run is right in itself: another option only makes more channels prunable.
+
+Indices of an axis that can only be cut together are a *unit* (`atoms`); units on the same axes of tensors have the same
+*footprint*, and may be channels of one group.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ Option = TypeVar("Option", bound=Hashable)
 # The channels that a grouped operator can lose: whole groups, or the same positions of every group.
 GROUPS, POSITIONS = "groups", "positions"
 
-# How often a node may go through its options: the first time it may have failed for another node's choice.
-_MAX_PASSES = 2
+# How often a node that has no option left begins again: its options may have failed for another node's choice.
+_MAX_RETRIES = 1
 
 
 class Choices:
@@ -37,7 +40,7 @@ class Choices:
         self._reverse = prefer == "fine"
         self._tried: dict[str, set[Hashable]] = {}
         self._offered: dict[str, int] = {}
-        self._passes_left: dict[str, int] = {}
+        self._retries_left: dict[str, int] = {}
         self._watched: dict[str, tuple[Hashable, list[AtomRow]]] = {}
         self._exhausted: set[str] = set()
 
@@ -59,18 +62,17 @@ class Choices:
         self._exhausted.add(key)
         return None
 
-    def watch(self, key: str, option: Hashable, rows: Sequence[AtomRow]) -> None:
+    def expect_choice(self, key: str, option: Hashable, rows: Sequence[AtomRow]) -> None:
         """Register the rows in which the node's present option must leave channels to choose from."""
         self._watched[key] = (option, list(rows))
 
-    def advance(self, unit: AtomRow, footprint: AtomRow) -> bool:
-        """Advance the nodes none of whose rows has two units that could be a group; returns whether to run again.
+    def reject_failed(self, unit: AtomRow, footprint: AtomRow) -> bool:
+        """Reject each option that left no choice: none of its watched rows has two units that could be one group.
 
-        Of several only those with the most options left are advanced: queries that can lose heads or dimensions wait
-        until keys and values in one tensor no longer choose between keys and values. A node that has run out of options
-        gets one more pass, since it may have failed for another one's choice.
-        `unit`: the unit of every atom after this run; `footprint`: per unit a number that is the same for units on the
-        same axes of tensors.
+        Returns whether the rules must run again. If several fail, only those of the nodes with the most options left
+        are rejected: queries that can lose heads or dimensions wait until keys and values in one tensor no longer
+        choose between keys and values. `unit`: the unit of every index (atom) after this run; `footprint`: per unit a
+        number for its footprint.
         """
         failed = [
             (key, option)
@@ -81,15 +83,15 @@ class Choices:
         for key, option in failed:
             if options_left[key] == max(options_left.values()):
                 self._tried[key].add(option)
-        runs_again = bool(failed)
-        if not runs_again:
-            for key in self._exhausted:
-                passes = self._passes_left.setdefault(key, _MAX_PASSES - 1)
-                if passes:
-                    self._passes_left[key] = passes - 1
-                    self._tried[key] = set()
-                    runs_again = True
-        return runs_again
+        return bool(failed) or self._retry_exhausted()
+
+    def _retry_exhausted(self) -> bool:
+        """Let nodes that have no option left begin again; returns whether there are some that may."""
+        retried = [key for key in self._exhausted if self._retries_left.setdefault(key, _MAX_RETRIES)]
+        for key in retried:
+            self._retries_left[key] -= 1
+            self._tried[key] = set()
+        return bool(retried)
 
 
 def _could_be_group(row: AtomRow, footprint: AtomRow) -> bool:

@@ -52,7 +52,7 @@ def carry_rows(channels: Channels, node: Node, rows: Sequence[AtomRow], run: Axi
         return {}
     carried_rows = _assign_rows(channels, run, grids, option, sizes)
     if len(options) > 1:
-        channels.choices.watch(key, option, list(carried_rows.values()))
+        channels.choices.expect_choice(key, option, list(carried_rows.values()))
     return carried_rows
 
 

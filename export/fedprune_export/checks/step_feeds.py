@@ -22,11 +22,12 @@ Shape = tuple[int | str | None, ...]
 _TRIAL_MIX_SHARE = 0.7
 
 
-def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str, Shape], seed: int = 0) -> Array:
-    """Labels that a training graph takes. `labels`: type and shape of its input `y`, as a session gives them."""
-    random, shape = np.random.default_rng(seed), (samples, *(d if isinstance(d, int) else 1 for d in labels[1][1:]))
+def random_labels(recipe: Recipe, samples: int, classes: int, form: tuple[str, Shape], seed: int = 0) -> Array:
+    """Labels that a training graph takes. `form`: type and shape of its input `y`, as a session gives them."""
+    type_name, (_, *sizes) = form
+    random, shape = np.random.default_rng(seed), (samples, *(d if isinstance(d, int) else 1 for d in sizes))
     # Which classes a loss of the model's own takes isn't known; two are likely.
-    if labels[0] == "tensor(int64)":
+    if type_name == "tensor(int64)":
         return random.integers(0, min(classes, 2) if recipe.loss == CUSTOM_LOSS else classes, shape)
     if labels_of(recipe.loss) == MULTI_LABELS:
         return random.integers(0, 2, shape).astype(np.float32)
@@ -43,13 +44,12 @@ def step_feeds(
 ) -> dict[str, Array]:
     """All inputs of a first training step on one batch. Dropouts drop nothing.
 
-    Where labels can be mixed, each sample's is mixed with its neighbour's.
-
-    Raises `ModelError` if the graph has an input that is not in the contract, or lacks x, y or a tensor.
+    Where labels can be mixed, each sample's is mixed with its neighbour's. Raises `ModelError` if the
+    graph has an input that is not in the contract, or lacks x, y or a tensor.
 
     Args:
         inputs: Type and shape of the graph's inputs, as a session gives them.
-        tensors: Weights and statistics; the anchors are the same.
+        tensors: Weights and statistics; the proximal term's anchors get the same values.
     """
     feeds: dict[str, Array] = {step_contract.X: x, step_contract.Y: y}
     feeds |= first_step_feeds(recipe, tensors, inputs, y, classes)

@@ -102,7 +102,7 @@ def _tie_groups(
         channels.fix([read_row, inside, outputs.reshape(-1)])
         return fixed_row(outputs.size)
     if len(options) > 1:
-        channels.choices.watch(node.outputs[0], option, representatives)
+        channels.choices.expect_choice(node.outputs[0], option, representatives)
     return produced
 
 

@@ -60,7 +60,7 @@ def group_norm_channels(channels: Channels, node: Node) -> None:
             channels.atoms.fix(row)
             row = np.zeros_like(row)
         if len(options) > 1 and option is not None:
-            channels.choices.watch(node.outputs[0], option, [row])
+            channels.choices.expect_choice(node.outputs[0], option, [row])
     tie_vectors(channels, node, [row])
     channels.set_output(node, [x[0], row, *(np.zeros_like(r) for r in x[2:])])
 
