@@ -90,14 +90,11 @@ class BackgroundExecutor:
 
     def _carry_out(self, command: HeavyCommand) -> CommandResult:
         try:
-            with log_context(round=command_round(command), device=command_device(command)):
+            round_ = command.basis.round if isinstance(command, do.Extract) else command.round
+            with log_context(round=round_, device=command_device(command)):
                 return self._worker.execute(command)
         except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
             return error
-
-
-def command_round(command: HeavyCommand) -> int:
-    return command.basis.round if isinstance(command, do.Extract) else command.round
 
 
 def command_device(command: do.Command) -> str | None:

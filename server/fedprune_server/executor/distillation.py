@@ -123,11 +123,8 @@ class Distiller:
         return selection.scatter(result.tensors, tensors)
 
     def _widths_of(self, trained: set[Widths], core: bool) -> tuple[Widths, tuple[float, ...]]:
-        """The widest width, and the narrower ones as shares of the whole model's.
-
-        They are the whole model and the strategy's densities; or else those that boards trained, at most
-        `MAX_NARROW_WIDTHS` and in 64ths.
-        """
+        """The widest width, and the narrower ones as shares of the whole model's. They are the whole model and the
+        strategy's densities; or else those that boards trained, at most `MAX_NARROW_WIDTHS` and in 64ths."""
         sizes = self._architecture.sizes
         if (self._settings.densities and not core) or not trained:
             return sizes, self._settings.densities

@@ -39,11 +39,8 @@ class SharedSums:
     """Has helpers sum the updates of a round. Call `add_checked` for each update that arrives, then `merge_all`.
 
     Sums that fail for any reason are not merged; the worker then adds those updates itself when the round closes, and
-    finds out which of them is at fault.
-
-    A strategy whose aggregator reads whole updates (robust means), or counts single elements, is left to the worker. If
-    updates are summed as they were trained, each helper sums one block of tensors of all updates, and reads only that
-    block. Otherwise (optimal transport) each helper sums whole updates, some of them.
+    finds out which of them is at fault. If updates are summed as they were trained, each helper sums one block of
+    tensors of all updates, and reads only that block. Otherwise (optimal transport) it sums some whole updates.
     """
 
     def __init__(self, worker: Worker, pool: TaskPool[Worker], block: int, batch: int) -> None:
@@ -60,7 +57,8 @@ class SharedSums:
         self._batches: list[_Batch] = []
 
     def accepts(self, command: do.FoldUpdate) -> bool:
-        """Whether helpers check and sum this update."""
+        """Whether helpers check and sum this update. If a strategy's aggregator reads whole updates (robust means), or
+        counts single elements, the worker does."""
         is_worth_sharing = not self._sums_as_trained or self._size >= 2 * self._block
         return self._by_tensor and is_worth_sharing and command.contribution.mask is None
 
@@ -83,19 +81,23 @@ class SharedSums:
         batches = self._batches if self._round == (command.round, command.model) else []
         self._checked_updates = []
         self._batches = [b for b in batches if all(counted.get(c.part.device) == c for c in b.updates)]
-        round_ = self._worker.round_of(command)
-        updates = {name: self._worker.updates.round_update(c) for name, c in counted.items()}
-        # An update that is already in the sums has been replaced or refused since: sums can't be undone, so they begin
-        # again.
-        if any(updates.get(device) != update for device, update in round_.included.items()):
-            round_.reset()
-        summed_devices = {*round_.included, *(c.part.device for b in self._batches for c in b.updates)}
-        unsummed = [c for c in command.contributions if c.part.device not in summed_devices]
-        unsummed = [c for c in unsummed if self.accepts(do.FoldUpdate(command.round, command.model, command.memory, c))]
+        unsummed = self._unsummed(command)
         if len(unsummed) >= _MIN_SHARED_UPDATES:
             self._batches += self._submit_updates(command, unsummed)
         self._merge_finished(command, wait=True)
         self._round, self._batches = None, []
+
+    def _unsummed(self, command: do.Close) -> list[do.Contribution]:
+        """The counted updates for helpers that no batch and no sum of the worker has."""
+        round_ = self._worker.round_of(command)
+        updates = {c.part.device: self._worker.updates.round_update(c) for c in command.contributions}
+        # An update that is already in the sums has been replaced or refused since: sums can't be undone, so they begin
+        # again.
+        if any(updates.get(device) != update for device, update in round_.included.items()):
+            round_.reset()
+        summed = {*round_.included, *(c.part.device for b in self._batches for c in b.updates)}
+        folds = [do.FoldUpdate(command.round, command.model, command.memory, c) for c in command.contributions]
+        return [f.contribution for f in folds if f.contribution.part.device not in summed and self.accepts(f)]
 
     def _submit_updates(self, command: do.FoldUpdate | do.Close, updates: Sequence[do.Contribution]) -> list[_Batch]:
         """Have helpers sum updates: plain ones by blocks of tensors, others (with a codec or transport) by groups."""
@@ -120,9 +122,10 @@ class SharedSums:
         name_blocks: Sequence[frozenset[str]],
         refs: Any,
     ) -> _Batch:
-        addition = do.Close(command.round, command.model, command.memory, (), tuple(updates))
-        tasks = [pool_tasks.Addition(addition, names, refs) for names in name_blocks]
-        return _Batch(addition.contributions, [self._pool.submit(pool_tasks.add_up_updates, task) for task in tasks])
+        # A command only to name the round and its updates: it closes nothing.
+        carrier = do.Close(command.round, command.model, command.memory, participants=(), contributions=tuple(updates))
+        tasks = [pool_tasks.Addition(carrier, names, refs) for names in name_blocks]
+        return _Batch(carrier.contributions, [self._pool.submit(pool_tasks.add_up_updates, task) for task in tasks])
 
     def _merge_finished(self, command: do.FoldUpdate | do.Close, *, wait: bool) -> None:
         """Merge the sums of finished batches; if `wait`, of all, within one `patience_s` for all helpers together."""

@@ -30,7 +30,7 @@ from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune.strategies import compose
-from fedprune.strategies.values import Memories, Turn
+from fedprune.strategies.values import NewMemory, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import Accountant
 from fedprune_server.executor.background import HeavyCommand
@@ -223,7 +223,7 @@ class Worker:
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
 
-    def _store_memories(self, digests_before: dict[str, str], memories: Memories) -> dict[str, str]:
+    def _store_memories(self, digests_before: dict[str, str], memories: NewMemory) -> dict[str, str]:
         digests = dict(digests_before)
         for name, tensors in memories.items():
             if tensors:

@@ -28,7 +28,7 @@ from fedprune.strategies.importance.scoring import (
 from fedprune.strategies.methods.ca_hfp import ca_hfp
 from fedprune.strategies.methods.fedavg import fedavg
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Memories, Scene
+from fedprune.strategies.values import NewMemory, Scene
 from support.fakes.strategy_reports import close_fold, report, scene
 from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.fakes.tiny_job import ARCHITECTURE
@@ -43,7 +43,7 @@ def strategy(**options: Any) -> Any:
     return ca_hfp(Job(strategy="ca-hfp", options=options))
 
 
-def a_round(current_scene: Scene, scorer: Strategy, density: float, seed: int) -> tuple[Memories, Selection]:
+def a_round(current_scene: Scene, scorer: Strategy, density: float, seed: int) -> tuple[NewMemory, Selection]:
     """One device of a density trains what the scorer ranks best; gives what the scorer remembers."""
     architecture = current_scene.architecture
     selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(current_scene).ranks)
@@ -85,7 +85,7 @@ def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, 
     architecture = data.draw(architectures())
     base = model(architecture, seed)
     scorer = strategy(densities=[0.5])
-    memory: Memories = {}
+    memory: NewMemory = {}
     for t in range(1, 60):
         current_scene = scene(architecture, base, memory, round=t)
         evidence = memory.get(EVIDENCE)

@@ -20,7 +20,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.importance.scoring import magnitude_scores, rank_channels
 from fedprune.strategies.shared_core import SharedCore
-from fedprune.strategies.values import Memories, Scene, SelfDistillation, Turn
+from fedprune.strategies.values import NewMemory, Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
 
 pytestmark = pytest.mark.board
@@ -95,7 +95,7 @@ def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_
     core = widths_at(architecture, 0.5)
 
     def model_after_round(
-        memory: Memories | None = None, scene: Scene | None = None, recipe: Recipe = MSE, **options: Any
+        memory: NewMemory | None = None, scene: Scene | None = None, recipe: Recipe = MSE, **options: Any
     ) -> Tensors:
         """The model after a round in which a board of half the channels changed nothing."""
         strategy = compose(job(options, recipe=recipe))

@@ -41,11 +41,8 @@ _compiled: dict[str, Kernel] = {}
 
 
 def load_kernels(numbers: int = MIN_COMPILED_NUMBERS) -> bool:
-    """Compile kernels for the folds of this process, once, if a model has enough numbers for it.
-
-    Returns whether there are kernels now: a model was large enough, numba is installed, and it may and can compile
-    here.
-    """
+    """Compile kernels for the folds of this process, once, if a model has enough numbers for it. Returns whether there
+    are kernels now: a model was large enough, numba is installed, and it may and can compile here."""
     global _tried
     with _lock:
         # Tried once: what fails here fails again, and would cost each job its seconds.

@@ -89,10 +89,7 @@ def check_partial_sums(
 
 def tensor_blocks(specs: Sequence[TensorSpec], max_blocks: int, min_numbers: int) -> list[frozenset[str]]:
     """Tensors divided into `max_blocks` blocks of about the same size; fewer where these would have less than
-    `min_numbers` numbers.
-
-    A tensor is never split. The largest go first, each to the block that is smallest so far.
-    """
+    `min_numbers` numbers. A tensor is never split. The largest go first, each to the block that is smallest so far."""
     sizes = {spec.name: math.prod(spec.shape) for spec in specs}
     count = max(1, min(max_blocks, sum(sizes.values()) // max(1, min_numbers), len(sizes)))
     names_of_block: list[list[str]] = [[] for _ in range(count)]

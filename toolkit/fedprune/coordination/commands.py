@@ -1,9 +1,15 @@
 """The coordinator's commands to the server. A command may be carried out twice with the same effect as once.
 
-Blobs are named by digest: `model` is the global model, `ranking` the order of its channels by importance (a selection
-at full width), `order` that of its elements, `mask` a mask of elements, `memory` by name what the job remembers.
-`widths` are numbers of channels per group. A *basis* is what submodels are cut from, a *part* a device's participation
-in a round.
+Blobs are named by digest. The terms:
+
+- `model`: the global model; a *basis* is the one that submodels are cut from.
+- `ranking`: the order of its channels by importance (a selection at full width); `order`: that of its elements.
+- `mask`: which elements of a submodel are active; None for all.
+- `widths`: numbers of channels per group.
+- `memory`: what the job remembers, by name.
+- *part*: a device's participation in a round; *attempt*: the number of the device's offer in it.
+- *contribution*: an update as it enters the *sums*, from which the next model is made.
+- *cohort*: devices that were sent the same, whose masked updates are summed together.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ class LastCountedUpdate:
 
     Attributes:
         codec: What it is encoded in; None for a plain tensor file.
-        sent: Where it is encoded, digest of the weights that the device was sent.
+        sent: Digest of the weights that the device was sent, which decoding needs; None for a plain tensor file.
     """
 
     round: int
@@ -59,9 +65,11 @@ class DevicePart:
     Attributes:
         density: The share of the model that it was given.
         past: Its last counted update, when the part began.
-        work, mixed, core: As in `coordination.grants.Grant`.
         last_counted_round: The round of the offer behind that update, known whether updates are kept or not; 0 for
             none.
+        work: How often the device trains the recipe's epochs.
+        mixed: Whether boards of the fleet train different widths.
+        core: Whether the fleet shares a core (the width that most boards train together), or has grown from it.
     """
 
     device: str
@@ -106,8 +114,8 @@ class Extract:
     """Make a device's submodel; answered by `Extracted`.
 
     Attributes:
-        accumulate: Parts in which the device works through a batch, unless the recipe asks for more.
-        unit: What the device has measured that it trains on, one of `UNITS`; empty where it hasn't measured.
+        accumulate: Micro-batches in which the device works through a batch, unless the recipe asks for more.
+        unit: What the device has measured that it trains on: `cpu` or `cuda`; empty where it hasn't measured.
     """
 
     basis: Basis
@@ -223,14 +231,12 @@ class SumMasked:
 
 @dataclass(frozen=True)
 class Close:
-    """Turn the sums of exactly these contributions into a new global model; answered by `Closed`.
-
-    Contributions that are not in the worker's sums (it may be new) are added first; what can't be used is left out, and
-    named with its reason in `Closed.rejected`.
+    """Turn the sums of exactly these contributions into a new global model; answered by `Closed`. Contributions that
+    are not in the worker's sums yet are added first; `Closed.rejected` names those that can't be used, with the reason.
 
     Attributes:
         rate: Share of the way from the model to the sums' mean that the model moves.
-        sums: The sums of all contributions, where updates are masked and none is known by itself.
+        sums: The sums of all contributions, where updates are masked and the server can't read single ones.
     """
 
     round: int

@@ -23,7 +23,7 @@ from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind, kind_of_update_error
 from fedprune.model.selection import Tensors
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Memories, Scene, Submodel, UpdateReport
+from fedprune.strategies.values import NewMemory, Scene, Submodel, UpdateReport
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class RoundOutcome:
     """
 
     model: Tensors | None = None
-    memories: Memories = field(default_factory=dict)
+    memories: NewMemory = field(default_factory=dict)
     updates: tuple[RoundUpdate, ...] = ()
     rejected: Mapping[str, Failure] = field(default_factory=dict)
     limited: Mapping[str, str] = field(default_factory=dict)

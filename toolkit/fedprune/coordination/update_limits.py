@@ -17,7 +17,7 @@ from fedprune.coordination.update_lengths import UpdateLengths, measure_update
 from fedprune.coordination.weight_limits import weight_limit
 from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
-from fedprune.strategies.values import Memories, Scene, Submodel, UpdateReport
+from fedprune.strategies.values import NewMemory, Scene, Submodel, UpdateReport
 
 _LOG = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class LimitedUpdates:
     updates: tuple[RoundUpdate, ...]
     rejected: Mapping[str, str]
     reasons: Mapping[str, str]
-    memories: Memories
+    memories: NewMemory
     reduced: frozenset[str] = frozenset()
 
 

@@ -35,7 +35,7 @@ class NodeShare:
     Attributes:
         widths: Channels per group that the node gets.
         density: Its share of all channels of the model.
-        accumulate: Parts in which it works through a batch, unless the recipe asks for more.
+        accumulate: Micro-batches in which it works through a batch, unless the recipe asks for more.
     """
 
     widths: tuple[int, ...]

@@ -31,7 +31,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors
-from fedprune.strategies.values import Cut, Memories, Scene, Submodel, Turn, UpdateReport
+from fedprune.strategies.values import Cut, NewMemory, Scene, Submodel, Turn, UpdateReport
 
 _LOG = logging.getLogger("flwr.fedprune")
 
@@ -97,7 +97,7 @@ class FlowerRounds:
         self.model: Tensors = dict(model.tensors)
         self.number = 0
         self._frozen = model.frozen
-        self._memory: Memories = {}
+        self._memory: NewMemory = {}
         self._samples_of_node: dict[str, int] = {}
         self._last_counted_round: dict[str, int] = {}
         self._tasks: dict[str, NodeTask] = {}

@@ -16,7 +16,7 @@ from fedprune.core.atomic_file import write_atomically
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
-from fedprune.strategies.values import Memories
+from fedprune.strategies.values import NewMemory
 
 FORMAT = "fedprune.flower-state/1"
 
@@ -33,7 +33,7 @@ class FlowerState:
     """What the next round continues from: the model, what the strategy remembers, and the counts of each node."""
 
     model: Tensors
-    memory: Memories
+    memory: NewMemory
     round: int
     samples_of_node: dict[str, int]
     last_counted_round: dict[str, int]
@@ -66,7 +66,7 @@ def read_state(path: Path, architecture: Architecture, strategy: str) -> FlowerS
         if {k: type(head[k]) for k in _HEAD_TYPES} != _HEAD_TYPES:
             raise ValueError("its head")
         model = {n.removeprefix("model/"): v for n, v in stored.items() if n.startswith("model/")}
-        memory: Memories = {}
+        memory: NewMemory = {}
         for number, name in enumerate(head["memory"]):
             prefix = f"memory/{number}/"
             memory[str(name)] = {n.removeprefix(prefix): v for n, v in stored.items() if n.startswith(prefix)}

@@ -10,7 +10,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.strategies.importance import scoring
 from fedprune.strategies.importance.gradient_stats import Evidence
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Memories, Ranking, Scene, UpdateReport
+from fedprune.strategies.values import NewMemory, Ranking, Scene, UpdateReport
 
 # Memory: what scores that observe know of gradient and curvature.
 EVIDENCE = "evidence"
@@ -45,7 +45,7 @@ class RankedChannels(Strategy):
             return Ranking(scoring.random_ranks(scene.architecture, scene.seed, scene.round))
         return Ranking(scoring.rank_channels(self._scores(scene, evidence)))
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         if not self.observes_movement:
             return {}
         evidence = self._evidence(scene)

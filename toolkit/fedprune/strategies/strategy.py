@@ -19,7 +19,7 @@ from fedprune.strategies.importance.scoring import order_scores, rank_channels
 from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.values import (
     Cut,
-    Memories,
+    NewMemory,
     Ranking,
     RoundClosing,
     Scene,
@@ -100,8 +100,8 @@ class Strategy:
         """Rank channels, and elements where there are element masks, once a round for all devices."""
         return Ranking(rank_channels(order_scores(scene.architecture)))
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
-        """Memories of a round that is about to close; `reports` reads the folded updates one by one."""
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
+        """What a round that is about to close adds to the memory; `reports` reads its updates one by one."""
         return {}
 
     def extract(self, cut: Cut) -> Submodel:

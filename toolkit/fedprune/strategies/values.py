@@ -1,4 +1,8 @@
-"""The values that a strategy's methods take and return."""
+"""The values that a strategy's methods take and return.
+
+Before a round: `Scene` (the round) and `Turn` (one device in it). To make a submodel: `Cut` gives `Submodel`. After
+training: `UpdateReport`. At the end: `RoundClosing`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,11 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ElementMask, Selection, Tensors
 from fedprune.strategies.importance.scoring import Ranks
 
-# A job's memory between rounds: named collections of tensors, such as `velocity`. Loaded when asked for.
+# A job's memory between rounds, as it is read: named collections of tensors, such as `velocity`, loaded when asked for.
 Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]
 
-# The new memory, by the same names; an empty collection is forgotten.
-Memories = dict[str, dict[str, npt.NDArray[Any]]]
+# What a round writes to the memory, by the same names; an empty collection is forgotten.
+NewMemory = dict[str, dict[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,17 @@ class Turn:
     """One device's part in a round.
 
     Attributes:
+        seed: The job's seed, from which every random choice is derived.
         round: The round, from 1.
         device: The device's name; empty for a submodel that any device might get.
         widths: Its channels per group.
         density: The share of the model that it was given, above 0 and at most 1.
+        samples: The training samples that the device was planned with.
         last_counted_round: The round whose offer its last counted update was trained for; 0 before the first.
-        work: How often it trains the recipe's epochs; what hands out the recipe sees to that.
+        work: How often it trains the recipe's epochs; its recipe already says so when the device gets it.
         mixed: Whether boards of the fleet train different widths in this round.
-        core: Whether the fleet shares a core in this round, or has grown from one.
+        core: Whether the fleet shares a core (the width that most boards train together) in this round, or has grown
+            from it.
     """
 
     seed: int
@@ -99,17 +106,16 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A round.
+    """A round as a strategy sees it: the global model, the job's memory, and the devices that take part.
 
     Attributes:
         round: The round, from 1.
         model: The global model w_t.
-        memory: What the job remembers.
         recipe: The job's local training, which a strategy may change for each device.
         participants: The devices that take part, sorted; empty where a device's submodel is made.
         ranks: Per group its channels, best first, as an earlier fleet that trained the job's first model cut it; None
             where none did.
-        core: As of `Turn`, for the devices whose updates make the round's sums; False before there are any.
+        core: As in `Turn`, for the devices whose updates are summed in this round; False before there are any.
     """
 
     architecture: Architecture
@@ -171,16 +177,14 @@ class UpdateReport:
 
 @dataclass(frozen=True, eq=False)
 class RoundClosing:
-    """The end of a round.
+    """What a round leaves: the next global model, and what the job remembers.
 
     Attributes:
-        model: The next global model.
-        memories: What is to be remembered.
         rejected: Devices whose updates were left out after all, as a strategy of a user may decide, and why.
     """
 
     model: Tensors
-    memories: Memories = field(default_factory=dict)
+    memories: NewMemory = field(default_factory=dict)
     rejected: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -27,7 +27,7 @@ from fedprune.strategies.importance.scoring import order_scores, rank_channels
 from fedprune.strategies.importance.structured_from_mask import surviving_selection, survivors
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Cut, Memories, Ranking, RoundClosing, Scene, Submodel, Turn, UpdateReport
+from fedprune.strategies.values import Cut, NewMemory, Ranking, RoundClosing, Scene, Submodel, Turn, UpdateReport
 
 NAME = "autoflip"
 
@@ -78,7 +78,7 @@ class AutoFlip(MaskedElements):
         alive = survivors(scene.architecture, mask, share=self.options.masked_share)
         return Ranking(surviving_selection(Selection.full(scene.architecture), alive).ranks, order)
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         """The explorers' guidance, in the first round."""
         if scene.round > 1:
             return {}

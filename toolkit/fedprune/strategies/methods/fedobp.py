@@ -22,7 +22,7 @@ from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.importance.element_ranking import quantile
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Cut, Memories, Scene, Submodel, UpdateReport
+from fedprune.strategies.values import Cut, NewMemory, Scene, Submodel, UpdateReport
 
 NAME = "fedobp"
 
@@ -72,7 +72,7 @@ class FedObp(Strategy):
                 tensors[name] = np.where(is_protected, own_values, tensors[name])
         return Submodel(submodel.selection, tensors, submodel.mask)
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         """The initial model, in the first round."""
         if INITIAL in scene.memory:
             return {}

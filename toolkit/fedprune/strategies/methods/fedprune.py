@@ -51,7 +51,7 @@ from fedprune.strategies.options import read_options
 from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import (
-    Memories,
+    NewMemory,
     Ranking,
     RoundClosing,
     Scene,
@@ -148,7 +148,7 @@ class FedPrune(Strategy):
             scorer = "ordered" if is_untrained(scene.architecture, scene.model) else "magnitude"
         return Ranking(rank_channels(channel_scores(scorer, scene.architecture, scene.model)))
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         """Store the first round's ranks."""
         if self._settled_ranking(scene) is not None:
             return {}

@@ -31,7 +31,7 @@ from fedprune.strategies.options import read_options
 from fedprune.strategies.recovery import Recovery
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.time_driven import StartAllocator, TimeDriven
-from fedprune.strategies.values import Memories, Ranking, Scene, Turn, UpdateReport
+from fedprune.strategies.values import NewMemory, Ranking, Scene, Turn, UpdateReport
 
 Floats = npt.NDArray[np.float32]
 
@@ -99,9 +99,9 @@ class Importance:
         """Channels in their own order, and the order of elements that holds."""
         return Ranking(rank_channels(order_scores(scene.architecture)), self._element_order(scene))
 
-    def learn(self, scene: Scene, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
+    def learn(self, scene: Scene, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         """The order, if it is new, and what devices reported."""
-        memories: Memories = {}
+        memories: NewMemory = {}
         # The order is stored, since `magnitudes` of a later model would give another one within the interval.
         if self._begins_interval(scene):
             memories[ORDER] = self._element_order(scene)
@@ -199,7 +199,7 @@ class PrFl(MaskedElements):
     def rank(self, scene: Scene) -> Ranking:
         return self.importance.rank(scene)
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> Memories:
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         return self.importance.learn(scene, reports)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:

@@ -55,7 +55,7 @@ def prune(
 ) -> Tensors:
     """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6), with α from 0 to 1 and the
     device's last update, whose channels the selection says, as its history. Raises as `align`."""
-    # Nothing of the global model enters: no plan need be solved.
+    # With alpha 0 the result is the history itself, so no plan is solved.
     if alpha == 0:
         _check_tensors(history, selection)
         return {t.name: history[t.name].copy() for t in selection.architecture.tensors}
@@ -95,8 +95,12 @@ def _check_tensors(tensors: Mapping[str, Floats], selection: Selection) -> None:
 class _Alignment:
     """The alignment of one model with another's channels.
 
-    Plans are solved in the order of the layers, and remembered by group. A plan that is asked for before a layer has
-    written to its group is that of the group's embedding, or the identity.
+    Plans are solved in the order of the layers, and remembered by group:
+
+    - `reader_plans`: for layers that read the group from here on;
+    - `layer_plans`: of one layer, by its weight's name: for the layer's own bias, norm and statistics;
+    - `unwritten_plans`: of groups that are read before any layer has written to them;
+    - `stream_plans`: by the name of a tensor after a sum, such as a norm's: the average of the summed layers' plans.
     """
 
     def __init__(
@@ -109,10 +113,10 @@ class _Alignment:
         self.source, self.source_selection = source, source_selection
         self.target, self.target_selection = target, target_selection
         self.architecture: Architecture = source_selection.architecture
-        self.reader_plans: dict[int, Coupling] = {}  # by group, the plan of layers that read it now
-        self.layer_plans: dict[str, dict[int, Coupling]] = {}  # by layer and group, the layer's own plan
-        self.unwritten_plans: dict[int, Coupling] = {}  # by group, the plan of one that was read before it was written
-        self.stream_plans: dict[str, dict[int, Coupling]] = {}  # by tensor and group, the average after a sum
+        self.reader_plans: dict[int, Coupling] = {}
+        self.layer_plans: dict[str, dict[int, Coupling]] = {}
+        self.unwritten_plans: dict[int, Coupling] = {}
+        self.stream_plans: dict[str, dict[int, Coupling]] = {}
         self._blocks: dict[tuple[Axis, bool], tuple[Block, ...]] = {}
 
     def run(self) -> Tensors:
@@ -176,10 +180,8 @@ class _Alignment:
         return {g: self._reader_plan(g) for g in groups}
 
     def _unwritten_plan(self, group: int) -> Coupling:
-        """The plan of a group that is read before any layer has written to it.
-
-        If its channels are the columns of an embedding table (also of one that is tied to the last layer), they are
-        aligned; otherwise they keep their order.
+        """The plan of a group that is read before any layer has written to it. If its channels are the columns of an
+        embedding table (also of one that is tied to the last layer), they are aligned; otherwise they keep their order.
         """
         weights = {n.weight for n in self.architecture.layers}
         tables = [t for t in self.architecture.tensors if t.kind is TensorKind.WEIGHT]
@@ -215,18 +217,18 @@ class _Alignment:
         axis = step.axes[out]
         source_blocks, target_blocks = self._blocks_of(axis, source=True), self._blocks_of(axis, source=False)
         untransported, target = self.source[step.name], self.target[step.name]
-        a, b = channel_rows(inner, out, source_blocks, group), channel_rows(target, out, target_blocks, group)
+        source_rows = channel_rows(inner, out, source_blocks, group)
+        target_rows = channel_rows(target, out, target_blocks, group)
         # A product is cheapest on the side with fewer columns; several output axes have no such form.
         if untransported.size >= inner.size or len(step.outputs) > 1:
-            return squared_distances(a, b)
+            return squared_distances(source_rows, target_rows)
         for i in step.inputs:
             axis = step.axes[i]
             input_plans = self._reader_plans(axis.groups)
             target = self._transport(target, i, axis, input_plans, adjoint=True, buffer_name=f"adjoint {i}")
-        product = (
-            channel_rows(untransported, out, source_blocks, group) @ channel_rows(target, out, target_blocks, group).T
-        )
-        return squared_distances(a, b, products=product)
+        weights = channel_rows(untransported, out, source_blocks, group)
+        products = weights @ channel_rows(target, out, target_blocks, group).T
+        return squared_distances(source_rows, target_rows, products=products)
 
     def _transport(
         self,
@@ -245,9 +247,6 @@ class _Alignment:
 
     def _blocks_of(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
         key = (axis, source)
-        axis_blocks = self._blocks.get(key)
-        if axis_blocks is None:
-            axis_blocks = self._blocks[key] = blocks_of_axis(
-                axis, self.source_selection if source else self.target_selection
-            )
-        return axis_blocks
+        if key not in self._blocks:
+            self._blocks[key] = blocks_of_axis(axis, self.source_selection if source else self.target_selection)
+        return self._blocks[key]

@@ -26,8 +26,8 @@ _BIAS_OPERATORS = ("Conv", "ConvTranspose", "Gemm")
 
 
 def after_sums(architecture: Architecture, order: Sequence[LayerStep]) -> dict[str, tuple[str, ...]]:
-    """The names of the tensors that come after a sum, by the weight of the layer before them; `order` are the model's
-    `layer_steps`."""
+    """The names of the tensors that come after a sum, by the weight of the layer before them. They are transported by
+    the stream's average of plans instead of the last layer's (`alignment`). `order` are the model's `layer_steps`."""
     rows, followers = _rows_between_weights(architecture, {s.name for s in order})
     summed_groups: set[int] = set()
     names_after: dict[str, tuple[str, ...]] = {}
@@ -43,11 +43,12 @@ def after_sums(architecture: Architecture, order: Sequence[LayerStep]) -> dict[s
 def _summed_tensors(
     rows: Sequence[LayerRow], specs: Sequence[TensorSpec], summed_groups: set[int]
 ) -> tuple[tuple[str, ...], set[int]]:
-    """The tensors between two weights that come after a sum, and the groups that are sums behind them. Additions are
-    those of biases first. If the rows have more or fewer norms than the tensors, no norm is taken to follow a sum."""
+    """Of the tensors from one weight to the next, the names of those that come after a sum; and the groups whose
+    channels are sums from there on. Additions are matched to biases first, and only the remaining ones are sums. If the
+    numbers of norms in rows and tensors differ, no norm is taken to follow a sum."""
     first, *rest = rows
     after_sum = [s.name for s in specs if s.kind is TensorKind.BIAS and set(s.axes[-1].groups) & summed_groups]
-    norms = _norm_families(specs, sum(r.op in _NORM_OPERATORS for r in rest))
+    norms = _tensors_by_norm(specs, sum(r.op in _NORM_OPERATORS for r in rest))
     adds_own_bias = first.op in _BIAS_OPERATORS and bool(specs) and specs[0].kind is TensorKind.BIAS
     biases = [s for s in specs[adds_own_bias:] if s.kind is TensorKind.BIAS]
     for row in rest:
@@ -82,19 +83,19 @@ def _rows_between_weights(
     return rows, specs
 
 
-def _norm_families(specs: Sequence[TensorSpec], rows: int) -> list[list[TensorSpec]]:
-    """The tensors of each norm; empty if their number isn't that of the rows. A scale without a bias may be a norm's,
-    or a learnt factor (LayerScale): the number of rows tells which."""
-    families: list[list[TensorSpec]] = []
+def _tensors_by_norm(specs: Sequence[TensorSpec], rows: int) -> list[list[TensorSpec]]:
+    """The tensors of each norm; empty if the table has another number of norms (`rows`). A scale without a bias may be
+    a norm's, or a learnt factor (LayerScale): the number of rows tells which."""
+    norms: list[list[TensorSpec]] = []
     for spec in specs:
         if spec.kind in (TensorKind.WEIGHT, TensorKind.BIAS):
             continue
-        previous = families[-1][-1] if families else None
+        previous = norms[-1][-1] if norms else None
         if previous is None or spec.kind is TensorKind.NORM_SCALE or _module(previous) != _module(spec):
-            families.append([])
-        families[-1].append(spec)
-    with_bias = [f for f in families if any(s.kind is not TensorKind.NORM_SCALE for s in f)]
-    return families if len(families) == rows else with_bias if len(with_bias) == rows else []
+            norms.append([])
+        norms[-1].append(spec)
+    with_bias = [n for n in norms if any(s.kind is not TensorKind.NORM_SCALE for s in n)]
+    return norms if len(norms) == rows else with_bias if len(with_bias) == rows else []
 
 
 def _module(spec: TensorSpec) -> str:
