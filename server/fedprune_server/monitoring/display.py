@@ -49,7 +49,8 @@ _STATE_STYLES = {
 
 
 class RoundLines:
-    """Logs one line per round, devices at debug level. Lines of one job of several name it."""
+    """Logs one line per round, devices at debug level. If the server has several jobs, each line begins with its
+    job's name."""
 
     def __init__(self) -> None:
         self._times: dict[str, RoundTimes] = {}

@@ -46,8 +46,8 @@ class Tracker(ABC):
 
     @abstractmethod
     def open(self, run: TrackedRun, name: str, rounds: int) -> int:
-        """Begin or continue the run of this unique `name`, which has `rounds` rounds as far as is noted (0: a new run).
-        Returns how many rounds it has."""
+        """Begin or continue the run of this unique `name`, which has `rounds` rounds by the server's own note (0: a new
+        run). Returns how many rounds it has."""
 
     @abstractmethod
     def write(self, number: int, values: Mapping[str, float], at: float) -> None:

@@ -23,7 +23,7 @@ class ArrivedUpdate:
 
 @dataclass(frozen=True)
 class FailedUpload:
-    """An update can't be received."""
+    """An update can't be received: `reason` in words, `failure` as a value of `FailureKind`."""
 
     device: str
     round: int
@@ -63,7 +63,8 @@ class ByteCounter:
 
 
 class UploadPlace:
-    """A place to which boards upload updates, for the server's loop. This base is nowhere: all updates are pulled.
+    """A place to which boards upload updates, for the server's loop. This base accepts no uploads: the server pulls all
+    updates over MQTT.
 
     Uploads that are `is_direct` bypass this server, so that any number may be under way at a time."""
 

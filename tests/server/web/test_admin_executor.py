@@ -51,7 +51,7 @@ def executor(state: Path, tmp_path: Path) -> Iterator[AdminExecutor]:
 
 def send_order(executor: AdminExecutor, kind: str, **fields: str) -> OrderAnswer:
     """The answer to an order."""
-    executor.submit(Order(1, "ann", kind, **fields))  # type: ignore[arg-type]
+    executor.submit(Order(1, "ann", kind, 1e12, **fields))  # type: ignore[arg-type]
     return ANSWERS.get(timeout=30)
 
 
@@ -178,7 +178,7 @@ def test_whatever_comes_of_an_order_is_answered(tmp_path: Path) -> None:
 
     with closing(Scripted(tmp_path, outcome)) as executor:
         for number in (1, 2, 3):
-            executor.submit(Order(number, "ann", "deny", device="a"))
+            executor.submit(Order(number, "ann", "deny", 1e12, device="a"))
         first, second, third = (ANSWERS.get(timeout=30) for _ in range(3))
     assert (first, second.ok, third) == (
         OrderAnswer(1, True, "1" + "x" * 5000),
@@ -196,7 +196,7 @@ def test_an_order_that_waited_too_long_behind_others_is_not_carried_out(tmp_path
 
     with closing(Scripted(tmp_path, outcome, lambda: now[0])) as executor:
         for number in (1, 2):
-            executor.submit(Order(number, "ann", "revoke", device="a", until=600.0))
+            executor.submit(Order(number, "ann", "revoke", 600.0, device="a"))
         answers = [ANSWERS.get(timeout=30), ANSWERS.get(timeout=30)]
     assert answers == [OrderAnswer(1, True, "well"), OrderAnswer(2, False, EXPIRED)]
     assert now == [605.0]
@@ -210,7 +210,7 @@ def test_no_more_orders_wait_than_can_be_carried_out(tmp_path: Path) -> None:
         go_on.wait(30)
         return "well"
 
-    executor, order = Scripted(tmp_path, outcome), Order(1, "ann", "deny", device="a")
+    executor, order = Scripted(tmp_path, outcome), Order(1, "ann", "deny", 1e12, device="a")
     executor.submit(order)
     assert begun.wait(30)
     for _ in range(MAX_WAITING_ORDERS):

@@ -116,7 +116,7 @@ class _ParagraphFormatter(argparse.HelpFormatter):
 
 
 def _examples(parser: CommandParser) -> list[str]:
-    """Examples of a command; of one that only has subcommands, all of a single one's, or each first of three."""
+    """Examples of a command. If subcommands have some: all of the only one with any, or the first of each of three."""
     command_examples = [lines for command in parser.commands().values() if (lines := _examples(command))]
     if not command_examples:
         return examples_of(parser.prog)

@@ -52,7 +52,7 @@ class Job:
         options: The strategy's own settings.
         density: Kept share of every channel group on every device, or 0 to let the planner decide per device.
         scorer: Ranks channels: `ordered`, `magnitude` or `curvature`.
-        warmup_rounds: Rounds of random nested ranks before the scorer's (curvature needs evidence first).
+        warmup_rounds: Rounds of random nested ranks before the scorer's (`curvature` learns from updates first).
         rule: `coverage` averages each coordinate over the devices that trained it; `fill` lets the others vote for the
             current model (CA-HFP, eq. 4).
         server_momentum: Momentum of the global model's moves, 0 for none.
@@ -65,8 +65,8 @@ class Job:
             or `int4`.
         privacy: Whether and how what boards hand in is clipped and noised.
         secure_aggregation: Boards mask what they hand in, so that the server learns only the sum of boards with the
-            same channels (`docs/secure-aggregation.md`). `move_limit` is not applied then, boards count alike, and
-            those that fewer than two others share their channels with don't count.
+            same channels (`docs/secure-aggregation.md`). `move_limit` is not applied then, all boards
+            weigh the same, and a board counts only if at least two others have the same channels.
         weight_limit: The most samples that a device counts for, in multiples of the round's median; 0 for no limit.
         most_samples: The most samples that any device counts for; 0 for no limit.
         move_limit: The longest update, in multiples of the median of the round's updates: a longer one is shortened to

@@ -47,6 +47,7 @@ class Order:
     """An operator's request to the server.
 
     Attributes:
+        until: When it expires, in seconds since 1970.
         job: For `pause`, `resume` and `coverage`.
         device: For `approve`, `deny`, `revoke`, `look` and `release_quarantine`.
         key: Fingerprint of the key to approve, as the board shows it.
@@ -55,12 +56,12 @@ class Order:
         groups: Shares of the boards for each stage of a rollout; empty for the default: one board, a tenth, all.
         devices: The boards of a rollout; empty for all members.
         reason: For the record.
-        until: When it expires, in seconds since 1970; None for never.
     """
 
     number: Annotated[int, number_range(1)]
     operator: Name
     kind: Annotated[str, word_of(tuple(ROLE_OF_ORDER))]
+    until: Annotated[float, number_range(0.0)]
     job: Job | None = None
     device: Device | None = None
     key: Annotated[str, printable_text(128)] | None = None
@@ -68,10 +69,9 @@ class Order:
     groups: Annotated[tuple[Annotated[float, number_range(0.0, 1.0)], ...], item_count(20)] = ()
     devices: Annotated[tuple[Device, ...], item_count(100)] = ()
     reason: Annotated[str, printable_text(500)] = ""
-    until: Annotated[float, number_range(0.0)] | None = None
 
     def is_expired(self, now: float) -> bool:
-        return self.until is not None and now > self.until
+        return now > self.until
 
 
 class OrderAnswer(NamedTuple):
