@@ -2,8 +2,8 @@
 
 A sample in a file of its own costs a write of the folder, of an inode and of both their journals; here it is one
 write and one sync at the end of a file. Nothing is changed in place. Every record has a head with a digest of its
-own, keyed so that no sample can pass for a record, and its payload is named by its digest: what is damaged is skipped
-by name, and what a power cut tore is the end of a segment that is never written to again.
+own, keyed so that no sample can pass for a record, and names its payload by its digest: so a damaged payload is
+recognised and skipped. A power cut tears only the end of a segment; that segment is never written to again.
 
 Space is reclaimed from the oldest segment on: its live records are appended again, and the file is deleted. A deletion
 in the oldest segment can only be of an older record, which is gone already, so that deletions aren't appended again.
@@ -103,7 +103,7 @@ class SegmentLog:
         self._sizes = dict(sorted((int(m[1]), size) for m, size in files))
         self._last_segment = max(self._sizes, default=0)
         self._descriptor: int | None = None
-        self._torn = True  # until the last segment has been read to its end
+        self._torn = True  # the last segment may end in a torn record, until it has been read to its end
 
     @property
     def size(self) -> int:

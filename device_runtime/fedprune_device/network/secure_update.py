@@ -155,7 +155,7 @@ class SecureUpdate:
             if self._participation is not None:
                 self._abandoned_sums.add(self._participation.sum_id)
                 _LOG.info("round %d of job %s: the secure sum begins again", message.round, message.job)
-            directory: dict[str, VerifyingKey] = {}
+            directory: dict[str, VerifyingKey] = {}  # the participant verifies neighbours with it; `share` fills it
             participant = Participant(session, self._connection.device, key, directory)
             self._participation = _Participation(message.sum, session, directory, participant)
         self._send_step(message, "keys", key.verifying_key.raw + self._participation.participant.advertise(), now)

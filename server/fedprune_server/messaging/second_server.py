@@ -195,8 +195,8 @@ class SecondServerGuard:
         return self._serving_since or (int(time.time()) if self._owns_broker else 0)
 
     def _answer(self, query: ServerQuery) -> None:
-        """Answer a server that asks. A server that begins gives precedence to one that serves; of two that both begin,
-        or both come back, only the one with the smaller id answers."""
+        """Answer a server that asks, if this one has precedence: the one that serves before one that begins; if both
+        begin or both come back, the one with the smaller id. Without precedence, ask the other."""
         serves_since = self._claimed_since
         if bool(serves_since) == bool(query.since):
             is_asking = not serves_since or self._clock() < self._asked_at + _ANSWER_TIMEOUT_S

@@ -21,7 +21,7 @@ from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 
 class WebClient:
     """A client's connection, with the device that its certificate names (None without certificates), and the deadline
-    of its next step. Either it `awaits_request`, or a request is being answered, and the connection keeps its place."""
+    of its next step. Either it `awaits_request`, or a request is being answered; then it isn't closed for others."""
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         self._connection = connection

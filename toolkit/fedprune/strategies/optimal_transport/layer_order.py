@@ -18,7 +18,7 @@ class LayerStep:
         axes: The weight's axes.
         outputs: Positions of the axes of output channels.
         inputs: Positions of the other axes with channels.
-        planned_groups: The channel groups for which a transport plan is solved at this layer.
+        planned_groups: The channel groups for which a transport plan is solved at this layer; none if it is depthwise.
     """
 
     name: str
@@ -52,7 +52,7 @@ def layer_steps(architecture: Architecture) -> list[LayerStep]:
 
 
 def _is_depthwise(layer: LayerRow, inputs: Sequence[int]) -> bool:
-    """Whether a layer works on each channel by itself, so that its output channels are its input channels."""
+    """Whether a layer works on each channel by itself: it then passes on its inputs' plan, and has none of its own."""
     shared_groups = groups_on(layer.input_volume.axes) & groups_on(layer.output_volume.axes)
     return layer.groups > 1 and not inputs and bool(shared_groups)
 
