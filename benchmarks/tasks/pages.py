@@ -96,8 +96,9 @@ def _promises(runs: Mapping[str, Runs]) -> list[str]:
     return [
         "",
         (
-            f"At its budget `fedprune` is as good as `{REFERENCE}`, less the range of that one's seeds, in "
-            f"{kept(as_good)}, and not behind `{EQUAL_TIME}` at the same time on the fleet in {kept(ahead_in_time)}."
+            f"The mean score of `{BUDGET}` is worse than `{REFERENCE}`'s by at most the range of `{REFERENCE}`'s seeds in "
+            f"{kept(as_good)}. When the first of the two runs has ended on the fleet, it is at least as good as "
+            f"`{EQUAL_TIME}`'s in {kept(ahead_in_time)}."
         ),
     ]
 
