@@ -96,8 +96,8 @@ def _promises(runs: Mapping[str, Runs]) -> list[str]:
     return [
         "",
         (
-            f"The mean score of `{BUDGET}` is worse than `{REFERENCE}`'s by at most the range of `{REFERENCE}`'s seeds in "
-            f"{kept(as_good)}. When the first of the two runs has ended on the fleet, it is at least as good as "
+            f"The mean score of `{BUDGET}` is worse than `{REFERENCE}`'s by at most the range of `{REFERENCE}`'s seeds "
+            f"in {kept(as_good)}. When the first of the two runs has ended on the fleet, it is at least as good as "
             f"`{EQUAL_TIME}`'s in {kept(ahead_in_time)}."
         ),
     ]

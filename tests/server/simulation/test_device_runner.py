@@ -224,7 +224,7 @@ def test_cancelled_trainings_are_dropped(store: BlobStore, tmp_path: Path) -> No
         for item in work:
             runner.begin_ahead(*item)
         runner.cancel(cancelled[0].name)
-        runner.cancel(of_another_round[0].name, number=7)  # of another round
+        runner.cancel(of_another_round[0].name, round_number=7)  # of another round
         trained_digests = runner.await_started()
         assert runner.train(*of_another_round).weights.sha256 in trained_digests
         assert runner.train(*cancelled).weights.sha256 not in trained_digests
