@@ -18,7 +18,7 @@ from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Tensor
 from fedprune.model.step_contract import LOGITS
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.choices import Choices, Prefer
-from fedprune_export.channels.cost_table import ValueAxes, activations, layers
+from fedprune_export.channels.cost_table import ValueAxes, activation_rows, layer_rows
 from fedprune_export.channels.grouping import form_groups
 from fedprune_export.channels.rule import SHAPE_INPUTS, Channels, Pick, apply_channel_rules
 from fedprune_export.ir.graph import Graph
@@ -80,8 +80,8 @@ def analyse(
             TensorSpec(n, TensorKind(kind), tuple(a for a in values[n] if a is not None))
             for n, kind in parameters.items()
         ),
-        layers=tuple(layers(graph, parameters, values, trace)),
-        activations=tuple(activations(graph, values, trace)),
+        layers=tuple(layer_rows(graph, parameters, values, trace)),
+        activations=tuple(activation_rows(graph, values, trace)),
         input_shape=tuple(int(d) for d in graph.inputs[0].shape[1:] if isinstance(d, int)),
         output_shape=tuple(int(d) for d in output_dims[1:] if d is not None),
     )

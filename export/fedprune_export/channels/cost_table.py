@@ -1,10 +1,11 @@
-"""The cost table of an architecture: nodes that take time, and activations that take memory."""
+"""Writes the cost table of an architecture: a row per node that takes time, and per activation that takes memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +31,15 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _STEP_VALUES = {"LSTM": 6, "GRU": 4, "RNN": 1}
 
 
-def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, trace: Trace) -> Iterable[LayerRow]:
+class _WeightUse(NamedTuple):
+    """A weight of a node, its axis that makes the output's channels, and how often a sample uses each number."""
+
+    name: str = ""
+    output_axis: int = 0
+    positions: int = 0
+
+
+def layer_rows(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, trace: Trace) -> Iterable[LayerRow]:
     """A row per weight of a node, and per other node that takes time, in the order of the graph."""
     producers = graph.producers()
     for node in graph.nodes:
@@ -38,8 +47,8 @@ def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, trace
         if not weights and (node.op in _UNCOUNTED or not _is_sample_data(node.outputs[0], values, trace)):
             continue
         row = _unweighted_row(node, values, trace, bool(weights))
-        for weight, axis, positions in weights or [("", 0, 0)]:
-            yield replace(row, weight=weight, positions=positions, output_axis=axis)
+        for use in weights or [_WeightUse()]:
+            yield replace(row, weight=use.name, positions=use.positions, output_axis=use.output_axis)
             # A recurrent node's second weight moves no data: its first row has the node's input and output.
             row = replace(row, input_volume=Volume(), output_volume=Volume())
 
@@ -51,14 +60,13 @@ def _is_sample_data(name: str, values: ValueAxes, trace: Trace) -> bool:
 
 def _weights_of(
     node: Node, parameters: Mapping[str, str], producers: Mapping[str, Node], trace: Trace
-) -> Iterable[tuple[str, int, int]]:
-    """The weights of a node: name, axis that makes its output, and how often a sample uses each number."""
+) -> Iterable[_WeightUse]:
     if node.op in _RECURRENT:
         length = int(trace.shapes[node.inputs[0]][1 if node.attrs.get("layout") else 0])
         for input_index in (1, 2):
             sources = _source_weights(node.inputs[input_index], parameters, producers)
             # A layer's own weights; torch's two directions come as one array made of two.
-            yield from ((w, min(1, len(trace.shapes[w]) - 2), length) for w in sources)
+            yield from (_WeightUse(w, min(1, len(trace.shapes[w]) - 2), length) for w in sources)
         return
     if node.op not in _WEIGHTED:
         return
@@ -71,7 +79,8 @@ def _weights_of(
         value = node.inputs[0] if node.op == "ConvTranspose" else node.outputs[0]
         per_sample = [1 if b else n for n, b in zip(trace.shapes[value], trace.batched(node.outputs[0]), strict=True)]
         positions_of_map = per_sample[2:] if node.op.startswith("Conv") else per_sample[:-1]
-        yield weight, min(axis, max(0, len(trace.shapes[weight]) - 1)), int(np.prod(positions_of_map, dtype=np.int64))
+        output_axis = min(axis, max(0, len(trace.shapes[weight]) - 1))
+        yield _WeightUse(weight, output_axis, int(np.prod(positions_of_map, dtype=np.int64)))
         return
 
 
@@ -153,22 +162,40 @@ def _weight_origin(node: Node, input_index: int, producers: Mapping[str, Node], 
     return name, axis
 
 
-def activations(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activation]:
+def activation_rows(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activation]:
     """A row per value that follows the batch; views share the memory of the value that they view, and its row."""
     view_sources = {
         n.outputs[0]: n.inputs[0]
         for n in graph.nodes
         if n.op in operators.VIEWS and not n.domain and n.outputs[0] != LOGITS
     }
+    kept_names = _names_kept_for_backward(graph, view_sources)
+    sequences = {n.outputs[0]: n.op for n in graph.nodes if n.op in _RECURRENT and not n.domain}
+    # A dropout keeps its mask for the backward pass. Where the mask spans some axes only, it is too small to count.
+    dropouts = {n.outputs[0] for n in graph.nodes if is_dropout(n) and mask_axes(graph, n) is None}
+    for name in (X, *(o for n in graph.nodes for o in n.outputs if o)):
+        axes = values[name]
+        if name in view_sources or None not in axes or trace.dtypes[name].kind != "f":
+            continue
+        channels, positions = _channels_and_positions(axes)
+        value = Activation(name, channels, positions, name in kept_names)
+        yield value
+        if name in dropouts:
+            yield replace(value, name=f"{name}~mask", is_kept=True)
+        if op := sequences.get(name):
+            yield replace(value, name=f"{name}~gates", positions=_GATES[op] * value.positions, is_kept=False)
+            for i in range(_STEP_VALUES[op]):
+                yield replace(value, name=f"{name}~{i}", is_kept=True)
+
+
+def _names_kept_for_backward(graph: Graph, view_sources: Mapping[str, str]) -> set[str]:
+    """The values that gradients read; for a view, the value that it views."""
 
     def viewed_value(name: str) -> str:
         while name in view_sources:
             name = view_sources[name]
         return name
 
-    sequences = {n.outputs[0]: n.op for n in graph.nodes if n.op in _RECURRENT and not n.domain}
-    # A dropout keeps its mask for the backward pass. Where the mask spans some axes only, it is too small to count.
-    dropouts = {n.outputs[0] for n in graph.nodes if is_dropout(n) and mask_axes(graph, n) is None}
     kept_names, gradient_reads = set[str](), operators.load_rules(operators.GRADIENT_READS)
     for node in graph.nodes:
         read = operators.BOTH if node.domain else gradient_reads.get(node.op)
@@ -178,21 +205,15 @@ def activations(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activ
             kept_names.update(viewed_value(i) for i in reads if i)
         if read in (operators.OUTPUT, operators.BOTH):
             kept_names.update(viewed_value(o) for o in node.outputs if o)
-    for name in (X, *(o for n in graph.nodes for o in n.outputs if o)):
-        axes = values[name]
-        if name in view_sources or None not in axes or trace.dtypes[name].kind != "f":
-            continue
-        channel_index = next((i for i, a in enumerate(axes) if a is not None and a.groups), None)
-        # Without an axis of channels: the first after the batch stands for them.
-        if channel_index is None:
-            channel_index = next((i for i, a in enumerate(axes) if i and a is not None), None)
-        channels = axes[channel_index] if channel_index is not None else None
-        positions = math.prod(a.length for i, a in enumerate(axes) if a is not None and i != channel_index)
-        value = Activation(name, channels or Axis.fixed(1), positions, name in kept_names)
-        yield value
-        if name in dropouts:
-            yield replace(value, name=f"{name}~mask", is_kept=True)
-        if op := sequences.get(name):
-            yield replace(value, name=f"{name}~gates", positions=_GATES[op] * value.positions, is_kept=False)
-            for i in range(_STEP_VALUES[op]):
-                yield replace(value, name=f"{name}~{i}", is_kept=True)
+    return kept_names
+
+
+def _channels_and_positions(axes: Sequence[Axis | None]) -> tuple[Axis, int]:
+    """The axis of a value's channels, and the product of its other sizes, without the batch."""
+    channel_index = next((i for i, a in enumerate(axes) if a is not None and a.groups), None)
+    # Without an axis of channels: the first after the batch stands for them.
+    if channel_index is None:
+        channel_index = next((i for i, a in enumerate(axes) if i and a is not None), None)
+    channels = axes[channel_index] if channel_index is not None else None
+    positions = math.prod(a.length for i, a in enumerate(axes) if a is not None and i != channel_index)
+    return channels or Axis.fixed(1), positions

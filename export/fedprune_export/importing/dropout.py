@@ -8,10 +8,10 @@ from fedprune_export.ir.dropout import dropout_ratio, is_dropout
 from fedprune_export.ir.graph import Graph, Node
 
 
-def read_dropouts(graph: Graph, notes: list[str]) -> None:
+def rewrite_dropouts(graph: Graph, notes: list[str]) -> None:
     """Write dropouts in the compiler's form, and remove those that drop nothing.
 
-    If other operators read a dropout's mask, they get one that is all true.
+    If other operators read a dropout's mask, they get one that is all true. `notes` gets a sentence on what was done.
     """
     ratios: list[float] = []
     outputs = {p.name for p in graph.outputs}

@@ -25,7 +25,7 @@ from fedprune_export.importing.constants import (
     narrow_constants,
     store_as_float32,
 )
-from fedprune_export.importing.dropout import read_dropouts
+from fedprune_export.importing.dropout import rewrite_dropouts
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.norms import replace_norms
@@ -97,7 +97,7 @@ def normalise(
     # At this point the graph begins with the packing of inputs: `Original` takes the file's inputs from it.
     row_graph = graph.copy()
     graph.prune()
-    read_dropouts(graph, notes)
+    rewrite_dropouts(graph, notes)
     drop_identities(graph)
     plain = parameter_roles.plain_numbers(graph)
     scalars = {n for n in plain - constants if parameters is None and graph.initializers[n].dtype == np.float32}

@@ -40,6 +40,7 @@ _ROLES = {
 # Operators whose operand may be a weight, but also a table of positions or a normalisation of images.
 _WEIGHTED_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
 
+_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
 _LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
 _PRODUCT_OPERATORS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 _PARAMETERS_HINT = "--parameters FILE lists what is to be trained."
@@ -289,9 +290,6 @@ def name_constants(graph: Graph, roles: Mapping[str, str]) -> None:
 
 def _read_order(graph: Graph) -> Iterable[str]:
     return dict.fromkeys(i for n in graph.nodes for i in n.inputs if i)
-
-
-_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
 
 
 def plain_numbers(graph: Graph) -> set[str]:

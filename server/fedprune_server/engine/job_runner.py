@@ -101,14 +101,8 @@ class JobRunner:
         )
         self._dispatcher = CommandDispatcher(traffic, self._channel.awaits_upload, services.blobs.url)
         self._database = job.storage.database
-        self._journal = Journal(
-            job.state,
-            job.storage,
-            BlobCollector(job.store, job.keep, job.job.recipe.judged_by),
-            self.registry,
-            self._dispatcher,
-            site.monotonic,
-        )
+        collector = BlobCollector(job.store, job.keep, job.job.recipe.judged_by)
+        self._journal = Journal(job.state, job.storage, collector, self.registry, self._dispatcher, site.monotonic)
         self._phases_without_deadline = _PHASES_WITHOUT_DEADLINE[: 2 if self._schedule.asynchronous else None]
         self._alarms: list[float] = []
         self._unsaved_events: list[on.Event] = []

@@ -42,16 +42,8 @@ def _next_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: 
         return None
     if not strategy.is_device_independent:
         return None
-    scene = Scene(
-        architecture,
-        job.seed,
-        state.round + 1,
-        archive.model(digest),
-        archive.memory(state.memory),
-        job.training_recipe,
-        tuple(sorted(state.devices)),
-        model.ranks,
-    )
+    weights, memory, devices = archive.model(digest), archive.memory(state.memory), tuple(sorted(state.devices))
+    scene = Scene(architecture, job.seed, state.round + 1, weights, memory, job.training_recipe, devices, model.ranks)
     # If the same model gets other ranks a round later, only the round decides them. `order` is set for element masks.
     ranking, later_ranking = strategy.rank(scene), strategy.rank(replace(scene, round=scene.round + 1))
     if ranking.order is not None or not all(map(np.array_equal, ranking.ranks, later_ranking.ranks)):

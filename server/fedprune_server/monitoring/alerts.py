@@ -38,6 +38,7 @@ class Alert:
 
     Attributes:
         kind: Its name in the documentation, such as `no-devices`.
+        severity: How urgent it is, one of `ALERT_LEVELS`.
         since: When it began, in seconds since 1970.
         what: The problem.
         why: Its consequence.

@@ -43,6 +43,7 @@ ORDER BY xact_start
 
 
 def postgresql_engine(url: sql.URL, *, read_only: bool) -> sql.Engine:
+    """An engine whose connections are tested before each use, and get the settings above as they open."""
     options = {k: v for k, v in _CONNECT_OPTIONS.items() if k not in url.query}
     engine = sql.create_engine(url, connect_args=options, pool_pre_ping=True)
     if read_only:

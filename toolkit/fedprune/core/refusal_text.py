@@ -30,6 +30,7 @@ PATTERN_WORDS: dict[str, str] = {}
 
 
 def refusal_error(refused: msgspec.ValidationError, raw: bytes, what: str, error: type[FedpruneError]) -> FedpruneError:
+    """The error, of class `error`, for a record that msgspec refused: `raw` is its JSON, `what` its name for people."""
     match = _REFUSAL.fullmatch(str(refused))
     problem, path = (match["what"], match["path"] or "") if match else (str(refused), "")
     if missing_field := _MISSING_FIELD.fullmatch(problem):

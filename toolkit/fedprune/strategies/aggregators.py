@@ -86,13 +86,10 @@ class Mean(Aggregator):
         `ConfigError` if a pattern of `excluded` matches no tensor."""
         # Compiled sums pay only for large models: the size decides whether they are loaded.
         load_kernels(sum(tensor.size for tensor in scene.model.values()))
+        setting, momentum = ("job", "options", "personal"), scene.recipe.momentum
+        excluded = matching_tensors(scene.architecture, self.excluded, setting)
         return Fold(
-            scene.architecture,
-            scene.model,
-            rule=self.rule,
-            evidence=evidence,
-            momentum=scene.recipe.momentum,
-            excluded=matching_tensors(scene.architecture, self.excluded, ("job", "options", "personal")),
+            scene.architecture, scene.model, rule=self.rule, evidence=evidence, momentum=momentum, excluded=excluded
         )
 
     def add(self, fold: Fold, report: UpdateReport, lifted: Submodel) -> None:
@@ -100,15 +97,8 @@ class Mean(Aggregator):
         # Without `reconstruct` these are the same tensors: checking a large model twice costs a pass over it.
         if lifted.tensors is not report.trained.tensors:
             fold.check(lifted.selection, lifted.tensors)
-        fold.add(
-            lifted.selection,
-            lifted.tensors,
-            report.weight,
-            report.steps,
-            mask=self._counted_elements(report, lifted),
-            sent=self._subtrahend(report, lifted),
-            checked=True,
-        )
+        mask, sent = self._counted_elements(report, lifted), self._subtrahend(report, lifted)
+        fold.add(lifted.selection, lifted.tensors, report.weight, report.steps, mask=mask, sent=sent, checked=True)
 
     def _subtrahend(self, report: UpdateReport, lifted: Submodel) -> Tensors | None:
         """Weights, less which an update is averaged; None to average the update itself."""

@@ -88,7 +88,7 @@ class OrderHandler:
         name = order.device or ""
         runner = self._runner_with(name)
         if order.kind == "look":
-            self._publisher.add(device_details(runner, name, self._clock()), board_crashes(self._folder, name))
+            self._publisher.queue(device_details(runner, name, self._clock()), board_crashes(self._folder, name))
             return name
         if not self._quarantine.release(name):
             raise ProtocolError(f"{name} is not in quarantine")
@@ -112,4 +112,4 @@ class OrderHandler:
         name, now = runner.job.name, self._clock()
         if now - self._coverage_times.get(name, -COVERAGE_INTERVAL_S) >= COVERAGE_INTERVAL_S:
             self._coverage_times[name] = now
-            self._publisher.add(job_coverage(runner, now))
+            self._publisher.queue(job_coverage(runner, now))

@@ -63,14 +63,14 @@ class StatusPublisher:
         self._faults: list[str] = []
         self._quarantined: set[str] = set()
         self._last_job_of: dict[str, str] = {}
-        self._pending: dict[str, None] = {}
+        self._pending: dict[str, None] = {}  # devices whose rows may have changed, in the order of the changes
         self._published_hashes: dict[str, int] = {}
-        self._statuses: dict[str, StatusRecord] = {}
+        self._statuses: dict[str, StatusRecord] = {}  # as they were published
         self._open_alerts: dict[tuple[str, float], Alert] = {}  # as they were published, by key and beginning
-        self._records: list[StatusRecord] = []
+        self._records: list[StatusRecord] = []  # queued for the next call
         self._unwritten: list[StatusRecord] = []
         self._needs_all = True
-        self._has_polled = self._is_complete = False
+        self._has_polled = self._was_complete = False  # whether the file says that it has all devices
         self._beat_at = self._sweep_at = 0.0
         self._last_rounds: dict[str, tuple[float | None, tuple[int, int]]] = {}
         self._rollouts: tuple[dict[str, Any], ...] = ()
@@ -79,7 +79,7 @@ class StatusPublisher:
         for name in devices:
             self._pending.setdefault(name)
 
-    def add(self, *records: StatusRecord) -> None:
+    def queue(self, *records: StatusRecord) -> None:
         self._records += records
 
     def note(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
@@ -100,7 +100,7 @@ class StatusPublisher:
                 last_round_at, last_bytes = self._last_rounds[job]
                 bytes_since = max(0, down - last_bytes[0]), max(0, up - last_bytes[1])
                 self._last_rounds[job] = (summary["at"], (down, up))
-                self.add(rows.finished_round_record(job, summary, last_round_at, bytes_since))
+                self.queue(rows.finished_round_record(job, summary, last_round_at, bytes_since))
 
     def job_of(self, device: str) -> str | None:
         """The job that has a device, or had it last; None if none had it."""
@@ -110,30 +110,30 @@ class StatusPublisher:
         """Write what has changed; after a failed write, everything. Raises `StorageError` if some of it can't be."""
         now = self._monotonic()
         if self._needs_all:
-            self._begin_again()
+            self._queue_everything()
         self._poll(now)
         self._collect_records()
         records = list(self._encode_records())
         devices = self._collect_devices(now + COLLECT_BUDGET_S)
-        is_complete = self._has_polled and not self._pending and not self._is_complete
-        if records or devices or is_complete or now >= self._beat_at:
+        becomes_complete = self._has_polled and not self._pending and not self._was_complete
+        if records or devices or becomes_complete or now >= self._beat_at:
             self._beat_at = now + BEAT_INTERVAL_S
             try:
-                self._writer.write(records, devices, at=self._clock(), is_complete=is_complete)
+                self._writer.write(records, devices, at=self._clock(), is_complete=becomes_complete)
             except StorageError:
                 self._needs_all = True
                 self._unwritten = [r for r, _ in records if r.kind == "log"][-_MAX_UNWRITTEN_LINES:]
                 raise
             self._unwritten = []
-            self._is_complete = self._is_complete or is_complete
+            self._was_complete = self._was_complete or becomes_complete
         if self._faults:
             faults, self._faults = self._faults, []
             raise StorageError(f"the console doesn't show {faults[0]}")
 
-    def _begin_again(self) -> None:
-        """Publish everything from now on."""
+    def _queue_everything(self) -> None:
+        """Queue everything, at the start and after a failed write."""
         self._writer.clear()
-        self._needs_all = self._is_complete = False
+        self._needs_all = self._was_complete = False
         self._published_hashes.clear()
         self._statuses.clear()
         self._records = list(self._unwritten)
@@ -141,7 +141,7 @@ class StatusPublisher:
         for name, job in self._jobs.items():
             last_round_at: float | None = None
             for summary in job.history[-ROUNDS_PUBLISHED:]:
-                self.add(rows.finished_round_record(name, summary, last_round_at, None))
+                self.queue(rows.finished_round_record(name, summary, last_round_at, None))
                 last_round_at = summary["at"]
             self.mark_changed(job.devices)
         self.mark_changed(self._poller.member_names)
@@ -167,16 +167,16 @@ class StatusPublisher:
             self.mark_changed(job.devices_with_traffic)
             self._add_changed(f"job {name}", _published_job(job))
         self._add_alerts()
-        self.add(*self.tap.take(_MAX_LINES))
+        self.queue(*self.tap.take(_MAX_LINES))
 
     def _add_alerts(self) -> None:
         alerts = {(alert.key, alert.since): alert for alert in self._alerts.open_alerts}
         for key in self._open_alerts.keys() - alerts.keys():
-            self.add(_alert_status(self._open_alerts.pop(key), self._clock()))
+            self.queue(_alert_status(self._open_alerts.pop(key), self._clock()))
         for key, alert in alerts.items():  # texts may change without a change of severity
             if self._open_alerts.get(key) != alert:
                 self._open_alerts[key] = alert
-                self.add(_alert_status(alert))
+                self.queue(_alert_status(alert))
 
     def _is_device(self, device: str) -> bool:
         """Whether a device of this name is published, or about to be."""
@@ -185,7 +185,7 @@ class StatusPublisher:
     def _add_changed(self, name: str, record: StatusRecord) -> None:
         if self._statuses.get(name) != record:
             self._statuses[name] = record
-            self.add(record)
+            self.queue(record)
 
     def _encode_records(self) -> Iterator[tuple[StatusRecord, str]]:
         records, self._records = self._records, []
