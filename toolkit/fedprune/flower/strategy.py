@@ -42,18 +42,18 @@ WEIGHT_LIMIT = 4.0
 class FedpruneStrategy(FedAvg):
     """Federated training of submodels.
 
-    Nodes are sampled as Flower's FedAvg samples them, by the same settings. Each is sent the slice of the model that it
-    carries, and so it is for evaluation. What comes back is summed exactly, whatever the order, by the strategy's
-    aggregator; an answer that can't be used is refused alone.
+    Nodes are sampled as Flower's FedAvg samples them, by the same settings. Each gets the slice of the model that it
+    can hold, in training and in evaluation. The strategy's aggregator sums the answers exactly, whatever their order;
+    an answer that can't be used is refused, and the others count.
 
     Args:
-        model: What is trained; `fedprune_export.importing.load` makes it of a torch module or an ONNX file.
+        model: The global model; `fedprune_export.importing.load` makes it of a torch module or an ONNX file.
         strategy: One of `fedprune.flower.PRESETS`, or a composition of your own as `package.module:function`.
         density: Who gets how much of the model: a share of every channel group for all; several, dealt in tiers; by
             node id, as a mapping or function; the name of a hardware profile; `"ask"`: every node is asked. None leaves
             it to the strategy's own tiers, and where it has none (`fedprune`, `plain`) nodes are asked.
-        recipe: Local training; nodes with a training graph obey it.
-        seed: Keys every random number but Flower's.
+        options: Settings of the strategy itself, as `[job.options]`.
+        recipe: Local training; nodes with a training graph obey it. `seed` keys all random numbers but Flower's.
         training: Makes a training graph, as the bytes of an ONNX file, of what a recipe needs; then every message for
             training has one, for nodes without torch. None for no graphs.
         state: A file in which the job is kept after every round, and from which it continues where it is there.
@@ -85,9 +85,9 @@ class FedpruneStrategy(FedAvg):
         self._graphs: dict[str, bytes] = {}
         self._state = None if state is None else Path(state)
         restored = self._state is not None and self._rounds.restore(self._state)
-        self._offset = self._rounds.number if restored else 0
+        self._rounds_before_start = self._rounds.number if restored else 0
         self._other_arrays: dict[str, Array] = _batch_norm_counters(self._rounds)
-        self._group = ""
+        self._group_id = ""
 
     @property
     def arrays(self) -> ArrayRecord:
@@ -106,10 +106,10 @@ class FedpruneStrategy(FedAvg):
         no node says what it carries."""
         nodes = [m.metadata.dst_node_id for m in super().configure_train(server_round, ArrayRecord(), config, grid)]
         self._rounds.begin(self._read_model(arrays))
-        number = self._offset + server_round
+        number = self._rounds_before_start + server_round
         tasks = self._rounds.open(number, self._share_out(nodes, number, grid))
-        self._group = f"fedprune-{number}"
-        return self._messages(tasks, MessageType.TRAIN, config, self._group)
+        self._group_id = f"fedprune-{number}"
+        return self._messages(tasks, MessageType.TRAIN, config, self._group_id)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -148,7 +148,7 @@ class FedpruneStrategy(FedAvg):
         if not nodes:
             return []
         self._rounds.begin(self._read_model(arrays))
-        number = self._offset + server_round
+        number = self._rounds_before_start + server_round
         tasks = self._rounds.evaluation_tasks(number, self._share_out(nodes, number, grid))
         return self._messages(tasks, MessageType.EVALUATE, config, f"fedprune-{number}")
 
@@ -278,8 +278,8 @@ class FedpruneStrategy(FedAvg):
     def _read_update(self, node: str, reply: Message) -> NodeUpdate:
         """An answer's tensors and counts; `Rounds.close` checks them further. Raises `ProtocolError` if it isn't one of
         this round, or not what an update is."""
-        if reply.metadata.group_id != self._group:
-            raise ProtocolError("round of an answer", expected=self._group, got=repr(reply.metadata.group_id)[:40])
+        if reply.metadata.group_id != self._group_id:
+            raise ProtocolError("round of an answer", expected=self._group_id, got=repr(reply.metadata.group_id)[:40])
         try:
             shapes = {n: v.shape for n, v in self._rounds.task(node).submodel.tensors.items()}
         except KeyError:
@@ -301,7 +301,7 @@ class FedpruneStrategy(FedAvg):
     def _average_metrics(
         self, contents: list[RecordDict], average: Callable[[list[RecordDict], str], MetricRecord]
     ) -> MetricRecord | None:
-        """Metrics of answers that name the same ones: the most frequent kind, so that no single one is in the way."""
+        """The mean metrics of the answers with the most frequent set of metrics: odd answers don't prevent it."""
         kinds = [_metric_names(content, self.weighted_by_key) for content in contents]
         counts = Counter(s for s in kinds if s is not None)
         if not counts:
