@@ -38,14 +38,14 @@ def compare_device(name: str, state: State | None, predicted: Mapping[str, Any] 
 
 
 def compare_latest(state: State) -> dict[str, RoundComparison]:
-    """Comparisons for the devices that counted in the latest round; empty for a device with another plan by now."""
+    """Comparisons for the devices that counted in the latest round; empty for a device whose widths have changed."""
     comparisons: dict[str, RoundComparison] = {}
     for name, device_summary in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
         if device is None or device_summary["progress"] != Progress.FOLDED.value:
             continue  # a device whose update didn't count has measured nothing in this round
-        is_present = device.plan is not None and device_summary.get("widths") == list(device.widths)
-        comparisons[name] = compare_device(name, state, (device.plan or {}).get("prediction")) if is_present else {}
+        is_unchanged = device.plan is not None and device_summary.get("widths") == list(device.widths)
+        comparisons[name] = compare_device(name, state, (device.plan or {}).get("prediction")) if is_unchanged else {}
     return comparisons
 
 

@@ -23,11 +23,11 @@ class DevicesAway:
         self._read_row = read
         # Absent devices that are complete in memory, the longest absent first.
         self._away_in_memory: dict[str, None] = {}
-        self._away_but_active: list[str] = []  # others, which were active when their turn came
+        self._away_but_active: list[str] = []  # those that stay in memory until the round is over, as they have a part
 
     def on_saved(self, state: State, changed_names: Iterable[str], *, round_over: bool) -> None:
-        """Put away devices that are not active, after the state was saved with these changed devices. After the end of
-        a round (`round_over`) other devices are active."""
+        """Put away absent devices without a part in this or the latest round, after the state was saved with these
+        changed devices. At the end of a round (`round_over`) those of earlier rounds can be put away, too."""
         state.devices.fetch = self._fetch
         if round_over:
             self._away_in_memory = dict.fromkeys([*self._away_but_active, *self._away_in_memory])

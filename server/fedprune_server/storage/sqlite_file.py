@@ -1,4 +1,4 @@
-"""A small SQLite file for data outside the server's database: that of the console, and crashes of boards."""
+"""A small SQLite file for the console's data and boards' crashes, and waits for locks of any SQLite database."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def wait_hook(hook: Callable[[], object]) -> Iterator[None]:
 def call_wait_hook(reason: str) -> None:
     """Call this thread's hook, if it has one. Waits call it at least every two seconds.
 
-    During the call `wait_reason` returns `reason`, and waits of the hook itself call no hook.
+    During the call `wait_reason` returns `reason`, and the hook isn't called again by waits of its own.
     """
     if (hook := _HOOK.get()) is not None:
         reason_token, hook_token = _REASON.set(reason), _HOOK.set(None)

@@ -1,7 +1,7 @@
 """Chunks: binary messages with a part of a blob or of its leaf table.
 
-A chunk is a header of 44 bytes and the bytes of consecutive leaves, or of consecutive 32 KiB pieces of the leaf table.
-All leaves except a blob's last one have 32 KiB.
+A leaf is 32 KiB of a blob (the last one may be shorter); the leaf table has the leaves' hashes. A chunk is a header of
+44 bytes and the bytes of consecutive leaves, or of consecutive 32 KiB pieces of the leaf table.
 
     offset  bytes
     0       3      "FPC"
