@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from support.processes.arm_board import Board, copied
+from support.processes.arm_board import Board, copy_userland
 from support.processes.arm_userland import BOOKWORM, CACHE, tool, userland
 
 HERE = Path(__file__).resolve().parent
@@ -96,7 +96,7 @@ def board(folder: Path, engines: Iterable[str]) -> Board:
     from fedprune_flash import BoardTarget
     from fedprune_flash.kit import wheelhouse
 
-    made = copied(userland(BOOKWORM), folder / "board")
+    made = copy_userland(userland(BOOKWORM), folder / "board")
     wheels = folder / "wheels"
     wheelhouse.fetch_wheels(wheelhouse.build_wheel(folder / "own"), BoardTarget(BOOKWORM.python), wheels)
     unpack(wheels, made.root / SITE[1:])

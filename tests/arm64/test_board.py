@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.processes.arm_board import copied
+from support.processes.arm_board import copy_userland
 from support.processes.arm_userland import BOOKWORM, userland
 
 ASK = (
@@ -17,7 +17,7 @@ ASK = (
 
 @pytest.mark.parametrize("offline", [False, True])
 def test_offline_is_offline(offline: bool, tmp_path: Path) -> None:
-    board = copied(userland(BOOKWORM), tmp_path / "board")
+    board = copy_userland(userland(BOOKWORM), tmp_path / "board")
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = board.run("/usr/bin/python3", "-c", ASK, str(server.getsockname()[1]), offline=offline)
     assert done.stdout == "aarch64\n"

@@ -15,7 +15,7 @@ from fedprune.security.keys import SigningKey
 from fedprune_export.importing import import_onnx
 from fedprune_flash import BoardSettings, BoardTarget, build_kit
 from fedprune_server.simulation.digits import digits_model
-from support.processes.arm_board import copied
+from support.processes.arm_board import copy_userland
 from support.processes.arm_installation import install, program, service
 from support.processes.arm_site import SITE, Headquarters
 from support.processes.arm_userland import BOOKWORM, JAMMY, TRIXIE, System, userland
@@ -28,7 +28,7 @@ SAMPLES = "/srv/fedprune/samples.npz"
 
 @pytest.mark.parametrize("system", [BOOKWORM, TRIXIE, JAMMY], ids=lambda s: f"{s.name}-python{s.python}")
 def test_a_board_installs_offline_joins_trains_and_counts(system: System, own_wheel: Path, tmp_path: Path) -> None:
-    board = copied(userland(system), tmp_path / "board")
+    board = copy_userland(userland(system), tmp_path / "board")
     site = Headquarters(tmp_path / "site", DEVICE)
     kit = build_kit(
         tmp_path / "kit",

@@ -12,7 +12,7 @@ from fedprune.security.keys import SigningKey
 from fedprune_flash import BoardSettings, BoardTarget, build_kit
 from fedprune_flash.kit.kit import INSTALLER_FILE
 from support.fakes.tiny_wheels import fleet_of_wheels, wheel
-from support.processes.arm_board import copied
+from support.processes.arm_board import copy_userland
 from support.processes.arm_installation import STICK
 from support.processes.arm_userland import BOOKWORM, userland
 
@@ -38,7 +38,7 @@ def test_a_kit_that_the_processor_can_t_run_is_refused(
         links=[wheels],
         signer=SigningKey.make(),
     )
-    board = copied(userland(BOOKWORM), tmp_path / "board", processor=processor)
+    board = copy_userland(userland(BOOKWORM), tmp_path / "board", processor=processor)
     shutil.copytree(kit.folder, board.root / STICK[1:])
     done = board.run("/usr/bin/python3", f"{STICK}/{INSTALLER_FILE}", "--no-start", offline=True)
     assert (done.returncode, done.stderr) == (

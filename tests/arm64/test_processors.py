@@ -13,7 +13,7 @@ from fedprune.core.errors import ExitCode
 from fedprune_flash import BoardTarget
 from fedprune_flash.kit import wheelhouse
 from support.paths import TESTS
-from support.processes.arm_board import Board, copied
+from support.processes.arm_board import Board, copy_userland
 from support.processes.arm_step import main as train_here
 from support.processes.arm_userland import BOOKWORM, userland
 
@@ -32,7 +32,7 @@ def unpack(wheels: Path, place: Path) -> None:
 def board(tmp_path_factory: pytest.TempPathFactory, own_wheel: Path, broken_wheel: Path) -> Board:
     """A userland with a kit's wheels, and beside them the broken one."""
     folder = tmp_path_factory.mktemp("processors")
-    board = copied(userland(BOOKWORM), folder / "board")
+    board = copy_userland(userland(BOOKWORM), folder / "board")
     wheelhouse.fetch_wheels(own_wheel, BoardTarget(BOOKWORM.python), folder / "wheels")
     unpack(folder / "wheels", board.root / SITE[1:])
     unpack(broken_wheel.parent, board.root / OLD[1:])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 
-def marked(rows: Iterable[str | tuple[str, ...]], *, soak: Collection[str]) -> list[Any]:
+def mark_soak(rows: Iterable[str | tuple[str, ...]], *, soak: Collection[str]) -> list[Any]:
     """Parameters of a test: names, or tuples that begin with one. Raises `ValueError` if a name to mark has none."""
     parameters = [(row,) if isinstance(row, str) else row for row in rows]
     if unknown := set(soak).difference(row[0] for row in parameters):

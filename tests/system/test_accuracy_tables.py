@@ -97,7 +97,7 @@ def by_hand(method, sent, found, step=1.0):
     return {"method": method, "seed": 0, "devices": {"a": [1.0, 1, 1]}, "rounds": rows}
 
 
-def started(*arguments, **environment):
+def run_benchmark(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.accuracy", *arguments],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
@@ -115,7 +115,7 @@ def started(*arguments, **environment):
 )
 @pytest.mark.at_push(1)
 def test_a_mistake_is_one_line(arguments, code, said):
-    ended = started(*arguments, FEDPRUNE_DATA="/nowhere")
+    ended = run_benchmark(*arguments, FEDPRUNE_DATA="/nowhere")
     assert ended.returncode == code
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -69,11 +69,11 @@ def wait_for_round(site: Site, number: int) -> None:
     """Wait for a round that is held: it closes with two updates, and but one may be under way from the one before."""
 
     def there() -> bool:
-        state = site.saved()
+        state = site.saved_state()
         return state is not None and state.round >= number
 
     site.wait_for(there, f"round {number}")
-    state = site.saved()
+    state = site.saved_state()
     assert state is not None
     assert state.round == number
 

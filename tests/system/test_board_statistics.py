@@ -13,7 +13,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training.step_graph import training_graph
-from support.nets.small_nets import seeded
+from support.nets.small_nets import randomise_norms
 
 
 class Net(nn.Module):
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("batch", [8, 13, 50])
 def test_one_pass_gives_torchs_cumulative_mean(batch: int) -> None:
-    net = seeded(Net())
+    net = randomise_norms(Net())
     rng = np.random.default_rng(2)
     x = (3 + 2 * rng.standard_normal((50, 3, 8, 8))).astype(np.float32)
     data = LocalData(x, rng.integers(0, 4, 50), x[:0], np.zeros(0, np.int64))

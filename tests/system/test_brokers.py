@@ -139,7 +139,7 @@ def test_a_bridge_that_is_cut_once_changes_no_bit(make: Callable[..., Site], tmp
         site.start("server")
         for name in DEVICES:
             site.start(name)
-        site.wait_for(lambda: bool((state := site.saved()) and state.history), "a round is over")
+        site.wait_for(lambda: bool((state := site.saved_state()) and state.history), "a round is over")
         line.cut()
         site.let_go(2)
         time.sleep(3)

@@ -17,7 +17,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune_server.storage.storage import Storage
-from support.processes.compose_file import DEPLOY, mounts, read_compose, remapped
+from support.processes.compose_file import DEPLOY, mounts, read_compose, replace_texts
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.processes.postgres import Postgres
 from support.processes.real_site import write_material
@@ -48,7 +48,7 @@ class Composed:
         program.write_text(PROGRAM.format(python=sys.executable))
         program.chmod(0o755)
 
-    def told(self, name: str) -> tuple[list[str], dict[str, str]]:
+    def command_and_environment(self, name: str) -> tuple[list[str], dict[str, str]]:
         """A service's command and environment, with this machine's paths, hosts and ports."""
         service = self.body["services"][name]
         found = mounts(self.body, name, self.folder)
@@ -65,18 +65,18 @@ class Composed:
         inherited = {k: os.environ[k] for k in ("PYTHONPATH", "HOME") if k in os.environ}
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}:{Path(find_mosquitto()).parent}"
         own = {"PATH": path, "OMP_NUM_THREADS": "1"}
-        return remapped(words, places), {**inherited, **own, **remapped(environment, places)}
+        return replace_texts(words, places), {**inherited, **own, **replace_texts(environment, places)}
 
     def run(self, name: str, *words: str) -> subprocess.CompletedProcess[str]:
         """What `docker compose exec` runs in a service, or without words the service until its end."""
-        command, environment = self.told(name)
+        command, environment = self.command_and_environment(name)
         return subprocess.run(
             list(words) or command, env=environment, cwd=self.folder, capture_output=True, text=True, check=False
         )
 
     def start(self, name: str, *words: str) -> None:
         """Start a service, or with words a program that isn't one."""
-        command, environment = self.told(name) if not words else (list(words), dict(os.environ))
+        command, environment = self.command_and_environment(name) if not words else (list(words), dict(os.environ))
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(command, env=environment, cwd=self.folder, stdout=log, stderr=log)
 

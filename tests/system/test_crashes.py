@@ -61,7 +61,7 @@ def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iter
 def wait_for_the_middle(site: Site, number: int) -> None:
     """Wait for the middle of a round that is held: all devices train, and nobody has delivered."""
     site.wait_until_held(number)
-    state = site.saved()
+    state = site.saved_state()
     assert state is not None
     assert (state.round, state.phase) == (number, Phase.TRAINING), site.logs()
     assert all(t.progress is Progress.OFFERED for t in state.tasks.values()), site.logs()

@@ -11,7 +11,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from support.processes.machine import listens
 from support.processes.real_site import write_material
-from support.processes.watched_site import Hook, Watched, doctor, shown
+from support.processes.watched_site import Hook, Watched, console_alerts, doctor
 
 pytestmark = pytest.mark.system
 
@@ -35,7 +35,7 @@ def site(tmp_path: Path) -> Iterator[Watched]:
 
 def rounds(site: Watched) -> int:
     """The round that the server has saved."""
-    return 0 if (saved := site.saved()) is None else saved.round
+    return 0 if (saved := site.saved_state()) is None else saved.round
 
 
 def hold_a_round(site: Watched) -> int:
@@ -54,22 +54,23 @@ def hold_a_round(site: Watched) -> int:
 def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> None:
     site.start_all()
     site.wait_for(lambda: listens(site.metrics) and rounds(site) > 2, "rounds go by")
-    assert site.counted("no-devices") == site.counted("no-progress") == 0
+    assert site.count_open_alerts("no-devices") == site.count_open_alerts("no-progress") == 0
     assert "alert:" not in site.log().replace("alert: the disk", "")
     ann = site.operator()
-    assert shown(ann).keys() <= {"disk"}
+    assert console_alerts(ann).keys() <= {"disk"}
 
     held = hold_a_round(site)
     for name in site.devices:
         site.stop(name)
     site.let_go(held)
     site.wait_for(lambda: "alert: no board" in site.log(), "the log reports it")
-    assert site.counted("no-devices") == 1
+    assert site.count_open_alerts("no-devices") == 1
     site.wait_for(
-        lambda: "no-devices" in shown(ann) and bool(Hook.posted("opened", "no-devices")), "console and webhook, too"
+        lambda: "no-devices" in console_alerts(ann) and bool(Hook.posted_alerts("opened", "no-devices")),
+        "console and webhook, too",
     )
     assert "no board that can take part" in ann.ask("/")
-    site.wait_for(lambda: site.counted("no-progress") == 1, "a deadline passes")
+    site.wait_for(lambda: site.count_open_alerts("no-progress") == 1, "a deadline passes")
     assert site.log().index("alert: no board") < site.log().index("makes no progress"), (
         "reported before the deadline passed"
     )
@@ -79,12 +80,14 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> Non
 
     for name in site.devices:
         site.start(name)
-    site.wait_for(lambda: site.counted("no-devices") + site.counted("no-progress") == 0, "the alerts close")
     site.wait_for(
-        lambda: not shown(ann).keys() - {"disk"} and bool(Hook.posted("resolved", "no-devices")),
+        lambda: site.count_open_alerts("no-devices") + site.count_open_alerts("no-progress") == 0, "the alerts close"
+    )
+    site.wait_for(
+        lambda: not console_alerts(ann).keys() - {"disk"} and bool(Hook.posted_alerts("resolved", "no-devices")),
         "console and webhook report the end",
     )
-    assert len(Hook.posted("opened", "no-devices")) == len(Hook.posted("resolved", "no-devices")) == 1
+    assert len(Hook.posted_alerts("opened", "no-devices")) == len(Hook.posted_alerts("resolved", "no-devices")) == 1
     assert site.log().count("alert: no board") == site.log().count("the alert is over: no board") == 1
 
     site.stop("server")
@@ -104,14 +107,14 @@ def test_a_broker_that_dies_is_told_everywhere_and_so_is_its_return(tmp_path: Pa
         what = "there is no connection to the broker"
         site.wait_for(lambda: f"alert: {what}. To do: see" in site.log(), "the log reports it")
         site.wait_for(
-            lambda: what in shown(ann).get("broker", "") and Hook.posted("opened", "broker") == [what],
+            lambda: what in console_alerts(ann).get("broker", "") and Hook.posted_alerts("opened", "broker") == [what],
             "console and webhook, too",
         )
-        assert site.counted("broker") == 1
+        assert site.count_open_alerts("broker") == 1
         assert doctor(site.state)[1]["broker"]["todo"]
         site.start("broker")
         site.wait_for(lambda: f"the alert is over: {what}" in site.log(), "it is over")
         site.wait_for(
-            lambda: "broker" not in shown(ann) and Hook.posted("resolved", "broker") == [what],
+            lambda: "broker" not in console_alerts(ann) and Hook.posted_alerts("resolved", "broker") == [what],
             "console and webhook report the end",
         )

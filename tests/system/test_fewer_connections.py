@@ -41,7 +41,7 @@ def test_boards_take_turns_and_a_killed_broker_costs_no_part(tmp_path: Path) -> 
             return {name for name in BOARDS if "come back in" in (site.folder / f"{name}.log").read_text()}
 
         def reached(number: int) -> bool:
-            state = site.saved()
+            state = site.saved_state()
             return state is not None and state.round >= number
 
         site.wait_for(lambda: len(left()) >= 2, "boards are sent away")

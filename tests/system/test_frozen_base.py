@@ -61,7 +61,7 @@ def run(material: Path, folder: Path, disturb: Callable[[Site, Path], None]) -> 
         site.hold(2)
         site.start_all()
         site.wait_until_held(2)
-        state = site.saved()
+        state = site.saved_state()
         assert state is not None
         base = next(task.offer["base"] for task in state.tasks.values() if task.offer is not None)
         digest = base["sha256"]

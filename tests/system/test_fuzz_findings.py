@@ -17,7 +17,7 @@ import pytest
 from fedprune.core.errors import FedpruneError, ProtocolError
 from support.faults.parser_target import Target
 from support.faults.parsers_of_boards import board_targets
-from support.faults.parsers_of_files import file_targets, npz, zipped
+from support.faults.parsers_of_files import file_targets, npz, zip_bytes
 from support.faults.parsers_of_messages import wire_targets
 from support.faults.parsers_of_setup import setup_targets
 
@@ -26,7 +26,7 @@ DEEP = b"[" * 100_000
 HUGE = 10**400
 
 
-def damaged(target: Target, **changes: object) -> bytes:
+def seed_with(target: Target, **changes: object) -> bytes:
     """The first sound input, with other values under these keys."""
     return json.dumps({**json.loads(target.seeds[0]), **changes}).encode()
 
@@ -46,7 +46,7 @@ def bad_header() -> bytes:
 
 def changed_zip(at: int, value: bytes) -> bytes:
     """An archive with other bytes in its first entry's record, counted from the record's beginning."""
-    raw = bytearray(zipped({"app/__init__.py": b"x" * 10}))
+    raw = bytearray(zip_bytes({"app/__init__.py": b"x" * 10}))
     record = raw.index(b"PK\x01\x02")
     raw[record + at : record + at + len(value)] = value
     return bytes(raw)
@@ -55,18 +55,18 @@ def changed_zip(at: int, value: bytes) -> bytes:
 FOUND: list[tuple[str, bytes]] = [
     ("settings.sweep", b'config = "' + b"a" * 300 + b'"'),
     ("state.job", DEEP),
-    ("state.rollout", damaged(TARGETS["state.rollout"], now=HUGE)),
+    ("state.rollout", seed_with(TARGETS["state.rollout"], now=HUGE)),
     ("state.record of a run", DEEP),
-    ("state.record of a run", damaged(TARGETS["state.record of a run"], groups=[["w", float("inf")]])),
+    ("state.record of a run", seed_with(TARGETS["state.record of a run"], groups=[["w", float("inf")]])),
     ("data.labelled", bad_deflate()),
     ("samples.to predict", bad_deflate()),
     ("samples.to predict", bad_header()),
     ("wheel.unpacked", changed_zip(42, b"\xff\xff\xff\xff")),
     ("wheel.unpacked", changed_zip(6, b"\x80\x00")),
-    ("wheel.unpacked", zipped({"app": b"x", "app/x.py": b"x"})),
+    ("wheel.unpacked", zip_bytes({"app": b"x", "app/x.py": b"x"})),
     ("wheel.metadata", changed_zip(6, b"\x80\x00")),
     ("wheel.file name", b"a-" + b"1" * 5000 + b"-py3-none-any.whl"),
-    ("kept.serving", damaged(TARGETS["kept.serving"], offset=[HUGE, 0])),
+    ("kept.serving", seed_with(TARGETS["kept.serving"], offset=[HUGE, 0])),
 ]
 
 
@@ -81,7 +81,7 @@ def test_what_was_found_is_refused_in_words(name: str, raw: bytes) -> None:
 def test_a_slots_record_with_an_infinite_number_is_damaged() -> None:
     target = TARGETS["kept.slot's record"]
     with pytest.raises(target.errors):
-        target.parse(target.frame(damaged(target, version=float("inf"))))
+        target.parse(target.frame(seed_with(target, version=float("inf"))))
 
 
 def test_a_line_of_an_index_with_an_infinite_number_is_left_out() -> None:
@@ -164,7 +164,7 @@ def test_pictures_that_would_fill_the_memory_are_not_decoded(name: str) -> None:
 
 def test_metadata_that_is_longer_than_it_says_is_not_unpacked_whole() -> None:
     """The archive says ten bytes, and 64 MB follow."""
-    raw = bytearray(zipped({"a-1.dist-info/METADATA": bytes(64 * 2**20)}))
+    raw = bytearray(zip_bytes({"a-1.dist-info/METADATA": bytes(64 * 2**20)}))
     at = raw.rindex(b"PK\x01\x02")
     raw[at + 24 : at + 28] = (10).to_bytes(4, "little")
     assert len(raw) < 100_000

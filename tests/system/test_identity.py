@@ -167,7 +167,7 @@ def test_a_claim_lets_one_board_in_and_a_revoked_one_is_out_at_once(site: Site, 
     config = site.folder / "fleet.toml"
     config.write_text(config.read_text().replace("rounds = 5", "rounds = 100000").replace("devices = 2", "devices = 1"))
     site.start_all()
-    site.wait_for(lambda: (state := site.saved()) is not None and state.round > 2, "rounds")
+    site.wait_for(lambda: (state := site.saved_state()) is not None and state.round > 2, "rounds")
 
     used = site.command("north")
     used[used.index("--device") + 1], used[used.index("--state") + 1] = "late", str(tmp_path / "late")
@@ -188,11 +188,11 @@ def test_a_claim_lets_one_board_in_and_a_revoked_one_is_out_at_once(site: Site, 
     subprocess.run(revoke, check=True, capture_output=True)
 
     site.wait_for(lambda: "device north was revoked" in (site.folder / "server.log").read_text(), "north is out")
-    state = site.saved()
+    state = site.saved_state()
     assert state is not None
     out = state.round + 1  # the round that was under way may still wait for it
-    site.wait_for(lambda: (state := site.saved()) is not None and state.round > out + 5, "rounds without north")
-    state = site.saved()
+    site.wait_for(lambda: (state := site.saved_state()) is not None and state.round > out + 5, "rounds without north")
+    state = site.saved_state()
     assert state is not None
     assert not state.devices["north"].online
     assert all(r["devices"].keys() == {"south"} for r in state.history if r["round"] > out)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.faults.kill_neighbours import DoomedNeighbours, strike
-from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
+from support.faults.kill_points import BOARDS, Doomed, check, run, run_without_kills
 from support.processes.postgres import Postgres
 from support.processes.real_site import write_material
 
@@ -28,7 +28,7 @@ def test_whoever_is_killed_at_a_flush_loses_no_update_and_counts_none_twice(tmp_
     rounds = ROUNDS if kills < 20 else kills
     calm, site = (Doomed(tmp_path, folder, rounds) for folder in folders)
     try:
-        undisturbed(calm)
+        run_without_kills(calm)
         done = run(site, kills)
         assert done.total >= kills
         check(site, calm, 1)
@@ -55,5 +55,5 @@ def test_a_job_survives_kills_of_its_database_and_of_its_helpers(tmp_path: Path,
         stack.callback(calm.stop_all)
         stack.callback(site.stop_all)
         done = strike(site, 10, seed=0, database=database)
-        undisturbed(calm, done.rounds + 1)
+        run_without_kills(calm, done.rounds + 1)
         check(site, calm, 1)

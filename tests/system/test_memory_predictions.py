@@ -57,19 +57,19 @@ def test_memory_of_training_and_predicting_is_predicted(group: str, nets: set[st
     assert nets <= {r["net"] for r in rows}
     assert len({(r["net"], r["image"]) for r in rows}) == {"rows": 11, "large": 8}[group]
     for row in rows:
-        assert LOW <= predicted(row, rows) / row["peak_bytes"] - 1 <= HIGH, row
+        assert LOW <= predicted_peak_bytes(row, rows) / row["peak_bytes"] - 1 <= HIGH, row
 
 
 def test_memory_of_training_nets_that_no_constant_was_fitted_to_is_predicted() -> None:
     rows = json.loads(RESULTS.read_text())["held_out"]
     assert len({r["net"] for r in rows}) >= 5
-    errors = [predicted(r, rows) / r["peak_bytes"] - 1 for r in rows if r["what"] == "training"]
+    errors = [predicted_peak_bytes(r, rows) / r["peak_bytes"] - 1 for r in rows if r["what"] == "training"]
     assert max(errors) <= HIGH
     assert min(errors) >= -0.07  # fasternet_t0 and resnet10t: docs/planner.md
     assert sum(e >= LOW for e in errors) >= 0.9 * len(errors)
 
 
-def predicted(row: dict[str, Any], rows: list[dict[str, Any]]) -> int:
+def predicted_peak_bytes(row: dict[str, Any], rows: list[dict[str, Any]]) -> int:
     """Peak memory by today's constants, of a process that measured itself."""
     costs = Costs(**row["costs"])
     if row["what"] == "training":

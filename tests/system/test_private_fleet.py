@@ -58,7 +58,7 @@ def test_a_private_job_ends_when_its_budget_is_spent_whoever_is_killed(site: Sit
     site.start_all()
 
     def rounds() -> int:
-        state = site.saved()
+        state = site.saved_state()
         return 0 if state is None else len(state.history)
 
     site.wait_for(lambda: rounds() >= 1, "a round")
@@ -68,7 +68,7 @@ def test_a_private_job_ends_when_its_budget_is_spent_whoever_is_killed(site: Sit
     site.let_go(2)
     site.finish()
 
-    state = site.saved()
+    state = site.saved_state()
     assert state is not None
     assert len(state.history) == ROUNDS
     shown = status_text(job_status(site.state))

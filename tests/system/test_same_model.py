@@ -28,7 +28,7 @@ from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.transfer.downloads import Downloads
-from support.marks import marked
+from support.marks import mark_soak
 from support.nets import benchmark_tasks
 
 pytestmark = pytest.mark.system
@@ -72,7 +72,7 @@ def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Si
     assert [r.model for r in record.rounds] == [r.model for r in virtual.rounds]
     assert [r.local for r in record.rounds] == [r.local for r in virtual.rounds]
     assert [measures(r.device_metrics) for r in record.rounds] == [measures(r.device_metrics) for r in virtual.rounds]
-    assert [planned(d) for d in record.devices] == [planned(d) for d in virtual.devices]
+    assert [without_measurements(d) for d in record.devices] == [without_measurements(d) for d in virtual.devices]
     for found, expected in zip(record.devices, virtual.devices, strict=True):
         # Predicted with the correction of the times, and without it again: the last bits tell of that.
         assert (found.train_j or 0.0) == pytest.approx(expected.train_j or 0.0, rel=1e-9)
@@ -80,7 +80,7 @@ def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Si
     return record, simulation
 
 
-def planned(device: DeviceRow) -> DeviceRow:
+def without_measurements(device: DeviceRow) -> DeviceRow:
     """A device without what was measured, which tells of the machine."""
     return replace(device, compared={}, train_j=None)
 
@@ -256,7 +256,7 @@ def right(kind: torch.Tensor, means: torch.Tensor, labels: torch.Tensor) -> torc
 of_both.target_shape = right.target_shape = (18,)  # type: ignore[attr-defined]
 
 
-def halved(data: Digits) -> Digits:
+def swap_halves(data: Digits) -> Digits:
     """Lower half before upper half, as boards lay out named arrays; classes and means as labels."""
 
     def x_of(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -278,7 +278,7 @@ def test_several_inputs_and_outputs_a_loss_and_a_metric_of_ones_own_give_the_sam
     torch.manual_seed(SEED)
     raw = fx.load(Halves(), loss=of_both, metric=right).graph.to_bytes()
     job = plain_job(epochs=1, loss="custom", metric="custom", lr=0.05)
-    record, _ = run_both(tmp_path, job, raw, halved(deal_digits([b.name for b in DEMO_BOARDS], seed=SEED)))
+    record, _ = run_both(tmp_path, job, raw, swap_halves(deal_digits([b.name for b in DEMO_BOARDS], seed=SEED)))
     assert record.measure == "score"
     assert record.last.metrics["score"] > 0.3
     assert set(record.last.local) == {b.name for b in DEMO_BOARDS}
@@ -295,12 +295,12 @@ def tiny(name: str) -> Digits:
 
 
 # A name of no task is in the symmetric difference, too, and `marked` refuses it.
-@pytest.mark.parametrize("task", marked(TASKS, soak=TASKS.keys() ^ {"adapters"}))
+@pytest.mark.parametrize("task", mark_soak(TASKS, soak=TASKS.keys() ^ {"adapters"}))
 @pytest.mark.soak
 def test_tasks_of_every_kind_give_the_same_models(tmp_path: Path, task: str) -> None:
     job = plain_job()
     job = replace(job, byte_budget=0, density=0.5, recipe=replace(TASKS[task].recipe, batch_size=3, epochs=1))
-    record, simulation = run_both(tmp_path, job, benchmark_tasks.imported(task).graph.to_bytes(), tiny(task))
+    record, simulation = run_both(tmp_path, job, benchmark_tasks.task_model(task).graph.to_bytes(), tiny(task))
     assert {row.updates for row in simulation.record().rounds} == {len(DEMO_BOARDS)}
     assert record.measure == job.recipe.judged_by
     assert np.isfinite(record.last.loss or 0.0)

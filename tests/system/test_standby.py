@@ -97,7 +97,7 @@ def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Sta
 def wait_for_the_middle(pair: Pair, number: int) -> None:
     """Wait for the middle of a round that is held: all devices train, and nobody has delivered."""
     pair.wait_until_held(number)
-    state = pair.saved()
+    state = pair.saved_state()
     assert state is not None
     assert (state.round, state.phase) == (number, Phase.TRAINING), pair.logs()
     assert all(t.progress is Progress.OFFERED for t in state.tasks.values()), pair.logs()
@@ -166,7 +166,7 @@ def test_a_standby_keeps_a_revocation_that_was_made_a_second_before(
         pair.database = url
 
         def round_now() -> int:
-            state = pair.saved()
+            state = pair.saved_state()
             return 0 if state is None else state.round
 
         shutil.copytree(pair.state / "identity", second / "identity")  # before any board has joined
@@ -183,7 +183,7 @@ def test_a_standby_keeps_a_revocation_that_was_made_a_second_before(
         pair.wait_for(lambda: "taking over from" in pair.logs_in_full(), "the second server takes over")
         out = round_now() + 1  # the round that was under way may have had it
         pair.wait_for(lambda: round_now() > out + 3, "rounds without north")
-        state = pair.saved()
+        state = pair.saved_state()
         assert state is not None
         assert all(r["devices"].keys() == {"south"} for r in state.history if r["round"] > out)
         with IdentityFolder(second, read_only=True) as identity:

@@ -82,7 +82,7 @@ def site(tmp_path: Path) -> Iterator[TwoServers]:
 @pytest.mark.soak
 def test_a_restored_server_takes_the_fleet_only_once_the_first_has_ended(site: TwoServers) -> None:
     site.start_all()
-    site.wait_for(lambda: (saved := site.saved()) is not None and saved.round >= 2, "rounds end")
+    site.wait_for(lambda: (saved := site.saved_state()) is not None and saved.round >= 2, "rounds end")
     site.tool("backup", "--state", site.state, "--to", site.folder / "backup")
     site.tool("restore", "--from", site.folder / "backup", "--state", site.restored)
 

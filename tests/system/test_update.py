@@ -98,7 +98,7 @@ class Board:
             process.kill()
             process.wait()
 
-    def told(self, line: str) -> list[str]:
+    def manager_lines_until(self, line: str) -> list[str]:
         """What the service manager was told until a line came."""
         lines: list[str] = []
         while line not in lines:
@@ -127,15 +127,15 @@ def board(tmp_path: Path, wheel: Path) -> Iterator[Board]:
 def test_a_runtime_that_reaches_its_broker_stays_and_feeds_the_watchdog(board: Board) -> None:
     with EmbeddedBroker(port=0) as broker:
         with board.running(broker.url):
-            told = board.told("STATUS=connected to the broker")
+            told = board.manager_lines_until("STATUS=connected to the broker")
             assert {"READY=1", "WATCHDOG=1"} <= {*told}
-            board.told("WATCHDOG=1")
-        board.told("STOPPING=1")
+            board.manager_lines_until("WATCHDOG=1")
+        board.manager_lines_until("STOPPING=1")
         board.update(2)
         with board.running(broker.url):
             state = board.until(lambda s: s.phase != TRIAL)
             assert (state.stable, state.outcome) == ("b", UpdateOutcome(2, COMMITTED)), board.log()
-            assert "STATUS=trying version 2" in board.told("STATUS=connected to the broker")
+            assert "STATUS=trying version 2" in board.manager_lines_until("STATUS=connected to the broker")
         assert board.updater.home.checked_record("b").version == 2
 
 
@@ -143,7 +143,7 @@ def test_an_illegal_instruction_is_the_reason_that_the_operator_reads(board: Boa
     bad = make_wheel(board.folder / "onnxruntime-9-py3-none-any.whl", {"onnxruntime/__init__.py": ILLEGAL})
     board.update(2, bad)
     with EmbeddedBroker(port=0) as broker, board.running(broker.url):
-        board.told("STATUS=connected to the broker")
+        board.manager_lines_until("STATUS=connected to the broker")
     state = board.updater.home.load()
     assert state is not None
     assert state.stable == "a"
@@ -155,9 +155,9 @@ def test_an_illegal_instruction_is_the_reason_that_the_operator_reads(board: Boa
 def test_a_runtime_that_never_reaches_its_broker_goes_back(board: Board) -> None:
     board.update(2, attempts=1, seconds=10)
     with board.running(f"mqtt://127.0.0.1:{free_port()}"):
-        board.told("READY=1")
+        board.manager_lines_until("READY=1")
         state = board.until(lambda s: s.phase != TRIAL)
-        board.told("READY=1")
+        board.manager_lines_until("READY=1")
     assert state.outcome is not None
     assert (state.stable, state.outcome.result) == ("a", ROLLED_BACK)
     assert state.outcome.reason == "not healthy within 10 s (its checks passed, but it had not reached the broker)"

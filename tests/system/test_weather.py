@@ -23,7 +23,7 @@ def message(number: int, qos: int = 0) -> bytes:
     return bytes((0x30 | qos << 1, len(body))) + body
 
 
-async def passed(weather: proxy.Weather, said: list[bytes]) -> tuple[list[bytes], Any]:
+async def pass_through(weather: proxy.Weather, said: list[bytes]) -> tuple[list[bytes], Any]:
     """What comes out at the broker's end of all that a board says."""
     heard, enough = bytearray(), asyncio.Event()
 
@@ -56,7 +56,7 @@ async def passed(weather: proxy.Weather, said: list[bytes]) -> tuple[list[bytes]
 
 def test_loss_and_delay_change_no_byte() -> None:
     said = [CONNECT, *(message(n) for n in range(300)), b"\xe0\0"]
-    out, tally = asyncio.run(passed(proxy.Weather(round_trip_s=0.002, loss=0.3, bytes_s=1e6), said))
+    out, tally = asyncio.run(pass_through(proxy.Weather(round_trip_s=0.002, loss=0.3, bytes_s=1e6), said))
     assert out == said
     assert tally.events["connections"] == 1
     assert tally.events["lost"] > 0
@@ -64,7 +64,7 @@ def test_loss_and_delay_change_no_byte() -> None:
 
 def test_repeats_and_swaps_lose_nothing_and_touch_publishes_alone() -> None:
     said = [CONNECT, *(message(n, n % 2) for n in range(400)), b"\xc0\0", b"\xe0\0"]
-    out, tally = asyncio.run(passed(proxy.Weather(round_trip_s=0.002, repeats=0.2, swaps=0.2), said))
+    out, tally = asyncio.run(pass_through(proxy.Weather(round_trip_s=0.002, repeats=0.2, swaps=0.2), said))
     # A repeated packet of QoS 1 says so in its header; take that off again.
     plain = Counter(bytes((p[0] & ~0x08, *p[1:])) if p[0] >> 4 == 3 else p for p in out)
     assert plain.keys() == set(said)

@@ -106,7 +106,7 @@ def test_models_come_over_https_from_the_server_itself(material: Path, tmp_path:
 def test_mqtt_takes_over_when_the_web_server_dies(material: Path, tmp_path: Path) -> None:
     models = own(material, tmp_path / "own")
     with site(material, tmp_path / "other", 'blob_url = "https://127.0.0.1:1"') as made:
-        with WebPlace(BlobStore(made.state / "blobs"), certified(made)) as web:
+        with WebPlace(BlobStore(made.state / "blobs"), web_tls_context(made)) as web:
             config = made.folder / "fleet.toml"
             config.write_text(config.read_text().replace("https://127.0.0.1:1", web.url))
             web.behave = dies_after(web, 3)
@@ -118,7 +118,7 @@ def test_mqtt_takes_over_when_the_web_server_dies(material: Path, tmp_path: Path
         assert "what is lacking comes over MQTT" in logs
 
 
-def certified(made: Site) -> ssl.SSLContext:
+def web_tls_context(made: Site) -> ssl.SSLContext:
     """TLS of a web server with a certificate of the fleet's authority."""
     with IdentityFolder(made.state) as identity:
         key = make_tls_key()

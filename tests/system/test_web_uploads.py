@@ -56,7 +56,7 @@ def taken_in(site: Site) -> int:
     return sum(map(int, re.findall(r"took in (\d+) updates", (site.folder / "server.log").read_text())))
 
 
-def failed(site: Site) -> list[str]:
+def failed_uploads(site: Site) -> list[str]:
     logs = "".join((site.folder / f"{name}.log").read_text() for name in DEVICES)
     return [line for line in logs.splitlines() if "can't be uploaded" in line]
 
@@ -69,7 +69,7 @@ def test_updates_come_over_https_to_the_same_models(material: Path, tmp_path: Pa
         site.start_all()
         assert models(site.finish_complete()) == over_mqtt
         assert taken_in(site) == 4
-        assert failed(site) == []
+        assert failed_uploads(site) == []
 
 
 @pytest.mark.soak
@@ -94,7 +94,7 @@ def test_a_server_that_is_killed_in_the_middle_of_an_upload_counts_it_once(
             assert models(site.finish_complete()) == over_mqtt
             assert not any(partial.iterdir())
             assert taken_in(site) >= 3
-            assert 1 <= len(failed(site)) <= 2
+            assert 1 <= len(failed_uploads(site)) <= 2
     finally:
         relay.close()
 
@@ -108,7 +108,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ceph]:
     made.close()
 
 
-def uploaded(site: Site, s3: Ceph) -> int:
+def count_bucket_uploads(site: Site, s3: Ceph) -> int:
     """Updates that boards put into the bucket."""
     logs = "".join((site.folder / f"{name}.log").read_text() for name in DEVICES)
     return logs.count(f"bytes of the update were uploaded to {s3.secure_endpoint}")
@@ -130,7 +130,7 @@ def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
         site.let_go(1)
 
         def awaited() -> bool:
-            state = site.saved()
+            state = site.saved_state()
             return state is not None and [t.progress for t in state.tasks.values()] == [Progress.PULLING] * 2
 
         site.wait_for(awaited, "both updates are announced")
@@ -138,8 +138,8 @@ def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
         site.kill("server")
         s3.resume()
         assert models(site.finish_complete()) == over_mqtt
-        assert uploaded(site, s3) == 4
+        assert count_bucket_uploads(site, s3) == 4
         assert taken_in(site) == 0
         assert "bytes came from https://127.0.0.1" in site.logs_in_full()
-        assert failed(site) == []
+        assert failed_uploads(site) == []
         assert "X-Amz" not in site.logs_in_full()

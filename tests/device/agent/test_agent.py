@@ -29,7 +29,7 @@ from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.training.evaluation import Evaluation
 from support.fakes.agent_fleet import TOPICS
-from support.fakes.agent_harness import LONG, Bench, expected, same
+from support.fakes.agent_harness import LONG, Bench, expected_tensors, same
 
 pytestmark = pytest.mark.board
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.board
 def test_a_round_ends_with_what_training_gives(bench: Bench, graphs: Path, weights: Tensors, data: LocalData) -> None:
     bench.server.plan = [bench.server.offer(1)]
     bench.run()
-    assert same(bench.server.result(1), expected(graphs, weights, data, 1))
+    assert same(bench.server.result(1), expected_tensors(graphs, weights, data, 1))
     update = bench.server.updates[1]
     assert (update.samples, update.steps) == (70, 10)
     assert update.metrics["accuracy_after"] > update.metrics["accuracy_before"]
@@ -51,7 +51,7 @@ def test_own_predictions_are_adjusted_and_masked_as_the_recipe_says(bench: Bench
     bench.server.plan = [bench.server.offer(1, recipe, "full")]
     bench.run()
     assert isinstance(bench.server.seen[-1], Death), "it says that it ends"
-    with bench.reopened() as store:
+    with bench.reopen_store() as store:
         assert (store.task, store.pending) == (None, None)
         predictor, record = store.slots.open()
     assert record.offset is not None
@@ -68,7 +68,7 @@ def test_messages_that_come_twice_or_are_lost_do_no_harm(
     bench.server.plan = [bench.server.offer(1), bench.server.offer(2)]
     bench.server.mangle = lambda _, raw: [raw] * (2 if not lost else rng.random() > lost)
     bench.run()
-    assert same(bench.server.result(2), expected(graphs, weights, data, 2))
+    assert same(bench.server.result(2), expected_tensors(graphs, weights, data, 2))
 
 
 @pytest.mark.parametrize("raw", [b"{", b"FPC\1"])
@@ -115,7 +115,7 @@ def test_an_update_of_a_cancelled_attempt_is_dropped(bench: Bench) -> None:
 
     server.react = react
     bench.run(until_finished=False)
-    with bench.reopened() as store:
+    with bench.reopen_store() as store:
         assert store.pending is None
         assert store.task.done
         assert store.blobs.names() == sorted(b.sha256 for b in (server.graphs["plain"], server.graphs["inference"]))
@@ -252,7 +252,7 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
     server.watch = watch
     bench.run(until_finished=False)
     assert 4 not in server.updates
-    with bench.reopened() as store:
+    with bench.reopen_store() as store:
         current = store.slots.current()
         assert current.round == (3 if cancelled else 5)
         for job, rounds in {"job": [3], "other": [1, 2] if cancelled else [2, 5]}.items():

@@ -167,6 +167,6 @@ def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, 
     bench.stop_on(Refusal)
     bench.run(until_finished=False)
     assert server.of(Refusal)[0].exit_code == ExitCode.MODEL
-    with bench.reopened() as store:
+    with bench.reopen_store() as store:
         serving = store.slots.current()
         assert serving.round == 1

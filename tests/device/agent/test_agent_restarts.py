@@ -26,7 +26,7 @@ from fedprune.wire.messages import (
 )
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.privacy.policy import PrivacyPolicy
-from support.fakes.agent_harness import Bench, expected, same
+from support.fakes.agent_harness import Bench, expected_tensors, same
 
 pytestmark = pytest.mark.board
 
@@ -58,7 +58,7 @@ def test_training_that_was_cut_off_is_done_again_to_the_same_bits(
     assert not server.of(UpdateAnnouncement)
     server.react = lambda _: None
     bench.run()
-    assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
+    assert same(server.result(1), expected_tensors(graphs, weights, data, 1, recipe))
 
 
 def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_for_the_next_attempt(
@@ -74,7 +74,7 @@ def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_f
     bench.stop_on(TrainingDone)
     bench.run(until_finished=False)
     (trained,) = server.of(TrainingDone)
-    with bench.reopened() as store:  # as it is once a process has masked the update and was killed
+    with bench.reopen_store() as store:  # as it is once a process has masked the update and was killed
         masked = store.blobs.put(bytes(8 * wide))
         store.keep_update(
             UpdateAnnouncement("d", "job", 1, 0, offer.weights.sha256, masked, trained.samples, trained.steps)
@@ -108,7 +108,7 @@ def test_a_round_that_promises_less_than_the_owner_asks_for_by_now_is_not_gone_o
     bench.run(until_finished=False)
     assert server.of(Refusal)[0].exit_code == ExitCode.PRIVACY
     assert not server.of(UpdateAnnouncement)
-    with bench.reopened() as store:
+    with bench.reopen_store() as store:
         assert store.task.done
 
 
@@ -145,7 +145,7 @@ def test_another_attempt_at_the_same_work_goes_on_where_the_first_one_is(
     assert server.updates[1].attempt >= 2
     assert done == sorted(done)
     assert [d for _, d in done] == sorted({d for _, d in done})
-    assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
+    assert same(server.result(1), expected_tensors(graphs, weights, data, 1, recipe))
 
 
 @pytest.mark.parametrize("blob", ["weights", "plain", "inference"])
@@ -156,7 +156,7 @@ def test_a_blob_that_the_disk_damaged_is_pulled_again(
     bench.damage({"weights": server.weights, **server.graphs}[blob])
     server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
     bench.run()
-    assert same(server.result(1), expected(graphs, weights, data, 1))
+    assert same(server.result(1), expected_tensors(graphs, weights, data, 1))
 
 
 def test_a_blob_that_the_server_no_longer_has_is_a_refusal(bench: Bench) -> None:

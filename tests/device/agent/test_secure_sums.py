@@ -23,7 +23,7 @@ from fedprune.secure_aggregation.vector_form import TensorGrid, VectorForm
 from fedprune.security.keys import KEY_BYTES, SigningKey, VerifyingKey
 from fedprune.wire.messages import Accepted, Offer, Refusal, SecureStep, TrainingDone, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData
-from support.fakes.agent_harness import Bench, expected
+from support.fakes.agent_harness import Bench, expected_tensors
 
 pytestmark = pytest.mark.board
 
@@ -134,7 +134,7 @@ def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
     sums = Sums(bench, offer, announced)
     server.react = sums.react
     bench.run(until_finished=False)
-    vector, _ = form_of(weights).encode(expected(graphs, weights, data, 1, RECIPE), weights)
+    vector, _ = form_of(weights).encode(expected_tensors(graphs, weights, data, 1, RECIPE), weights)
     assert sums.total is not None
     assert sums.total.to_bytes() == vector.to_bytes()
     assert len({vector.to_bytes(), *sums.vectors}) == 1 + attempts
@@ -143,7 +143,7 @@ def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
     last = next(i for i, m in enumerate(server.seen) if isinstance(m, TrainingDone) and m.attempt + 1 == attempts)
     late = [message for message in server.seen[last:] if isinstance(message, UpdateAnnouncement)]
     assert {message.attempt for message in late} == {attempts - 1}, "it announces a vector of an earlier sum"
-    with bench.reopened() as store:
+    with bench.reopen_store() as store:
         assert store.pending is None
         assert store.task.done
 

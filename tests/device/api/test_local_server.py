@@ -15,7 +15,7 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune_device.api import http_server
 from fedprune_device.api.address import LocalAddress
 from fedprune_device.client import Board
-from support.fakes.local_board import LocalBoard, ask, npy, parsed, received, request
+from support.fakes.local_board import LocalBoard, ask, npy, parse_answers, read_to_end, request
 from support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.board
@@ -51,7 +51,7 @@ ALLOWED = {200, 201, 400, 403, 404, 405, 409, 411, 413, 414, 415, 422, 431, 503,
 def test_what_is_no_request_of_this_interface_is_answered_with_its_status(
     open_board: LocalBoard, raw: bytes, status: int
 ) -> None:
-    answers = parsed(open_board.exchange(raw))
+    answers = parse_answers(open_board.exchange(raw))
     assert [s for s, _ in answers] == [status]
     assert answers[0][1]["error"]["what"]
     assert ask(open_board, GOOD)[0] == 200
@@ -59,7 +59,7 @@ def test_what_is_no_request_of_this_interface_is_answered_with_its_status(
 
 def check(open_board: LocalBoard, raw: bytes) -> None:
     """Whatever is sent: whole answers with known statuses or none at all, no traceback, and then all is as before."""
-    answers = parsed(open_board.exchange(raw))
+    answers = parse_answers(open_board.exchange(raw))
     for status, body in answers:
         assert status in ALLOWED
         assert "Traceback" not in str(body)
@@ -126,7 +126,7 @@ def test_a_user_who_only_connects_keeps_no_other_user_out(
     slow.sendall(raw[:-1])
     hostile = connect_as("bob", 4 * http_server.MAX_CLIENTS)
     slow.sendall(raw[-1:])
-    assert parsed(received(slow))[0][0] == 200, "bob's own places are what bob gets"
+    assert parse_answers(read_to_end(slow))[0][0] == 200, "bob's own places are what bob gets"
     hostile += connect_as("bob", 1)
     current_user[0] = "ann"
     assert serving_board.board.predict(X).round == 1, "who has the most places makes room"
@@ -139,7 +139,7 @@ def test_a_client_that_sends_too_slowly_is_cut_off(serving_board: LocalBoard, mo
     for raw in (b"", GOOD[:-2], request("POST", "/v1/predict", npy(X), Content_Type=NPY)[:-1]):
         with serving_board.connect() as connection:
             connection.sendall(raw)
-            assert received(connection) == b""
+            assert read_to_end(connection) == b""
 
 
 def test_clients_that_never_read_lose_their_places(local: LocalBoard) -> None:
@@ -154,7 +154,7 @@ def test_clients_that_never_read_lose_their_places(local: LocalBoard) -> None:
             assert connection.recv(1) == b"H"
         assert ask(local, GOOD)[0] == 503, "all places are taken by answers that nobody reads"
         until(lambda: ask(local, GOOD)[0] == 200)
-        lengths = [len(received(connection)) for connection in greedy]
+        lengths = [len(read_to_end(connection)) for connection in greedy]
         assert min(lengths) < size, "the answer was cut off where a place was lost: the other may not be due yet"
 
 

@@ -19,7 +19,7 @@ from fedprune_device.engines.engine_selector import (
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.engine_board import EngineBoard, X
 from support.fakes.tensorrt import VERSIONS
-from support.marks import marked
+from support.marks import mark_soak
 from support.waiting import until
 
 pytestmark = pytest.mark.board
@@ -96,7 +96,8 @@ def test_each_way_is_measured_once_and_then_the_faster_one_taken(
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "setting", marked(["refitted_wrong", "refit_refused", "missing", "no_refitter"], soak=["refit_refused", "missing"])
+    "setting",
+    mark_soak(["refitted_wrong", "refit_refused", "missing", "no_refitter"], soak=["refit_refused", "missing"]),
 )
 def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, setting: str) -> None:
     selector = board.selector()

@@ -33,7 +33,7 @@ from fedprune.wire.urls import UploadUrl
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.http_upload import HttpUpload
 from support.fakes.agent_fleet import TOPICS
-from support.fakes.agent_harness import Bench, expected, same
+from support.fakes.agent_harness import Bench, expected_tensors, same
 from support.fakes.web_server import Handler, WebPlace
 from support.waiting import until
 
@@ -179,7 +179,7 @@ def test_a_board_uploads_where_the_server_wants_it(
 ) -> None:
     board.run()
     for number in (1, 2):
-        assert same(board.server.result(number), expected(graphs, weights, data, number))
+        assert same(board.server.result(number), expected_tensors(graphs, weights, data, number))
     assert board.results == [None, None]
     assert len(board.web.uploads) == 2
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
@@ -200,7 +200,7 @@ def test_what_fails_goes_over_mqtt_and_the_next_update_is_uploaded_again(
     board.web.take = once
     board.run()
     for number in (1, 2):
-        assert same(board.server.result(number), expected(graphs, weights, data, number))
+        assert same(board.server.result(number), expected_tensors(graphs, weights, data, number))
     assert [bool(reason) for reason in board.results] == [True, False]
     lines = [r.getMessage() for r in caplog.records if "can't be uploaded" in r.getMessage()]
     assert len(lines) == 1

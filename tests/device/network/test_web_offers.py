@@ -16,7 +16,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import BlobRequest, Cancelled, Offer, Refusal, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData
-from support.fakes.agent_harness import Bench, expected, same
+from support.fakes.agent_harness import Bench, expected_tensors, same
 from support.fakes.web_server import Handler, WebPlace
 
 pytestmark = [pytest.mark.board, pytest.mark.usefixtures("stall_after")]
@@ -53,7 +53,7 @@ def test_all_comes_from_the_web(
     offer = board.offer(1)
     board.server.plan = [offer]
     board.run()
-    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
     assert board.wants == []
     assert warnings(caplog) == []
     sizes = {r.sha256: r.size for r in offer.blobs()}
@@ -74,8 +74,8 @@ def test_what_the_web_server_lacks_comes_over_mqtt_and_the_next_offer_asks_it_ag
 
     board.server.react = later
     board.run()
-    assert same(board.server.result(1), expected(graphs, weights, data, 1))
-    assert same(board.server.result(2), expected(graphs, halves, data, 2))
+    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
+    assert same(board.server.result(2), expected_tensors(graphs, halves, data, 2))
     assert board.wants
     assert second.sha256 not in {w.sha256 for w in board.wants}
     assert len(warnings(caplog)) == 1
@@ -94,7 +94,7 @@ def test_a_web_server_that_dies_in_the_middle_leaves_the_rest_to_mqtt(
     board.server.plan = [offer]
     board.web.answers = 1
     board.run()
-    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
     assert board.web.sent > 0
     first = board.web.asked[0][0]
     asked = {w.sha256 for w in board.wants}
@@ -109,7 +109,7 @@ def test_wrong_bytes_are_not_believed(
     board.server.plan = [board.offer(1)]
     board.web.behave = lambda handler, data: not handler.give(bytes(len(data)))
     board.run()
-    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
     assert len(warnings(caplog)) == 1
 
 

@@ -76,7 +76,7 @@ def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releas
     it = board(releases[3], releases[4])
     it.run_until_idle()
     assert states(it, 3) == [DOWNLOADING, STAGED, TRIAL, ROLLED_BACK]
-    ended = it.server.ended(3)
+    ended = it.server.final_report(3)
     assert "exit code 1" in ended.reason
     assert it.ran == [1, 3, 3, 3, 1, 4], "a release that went back is not tried again, a higher one is"
 
@@ -91,7 +91,7 @@ def test_an_offer_of_what_the_board_knows_is_answered_from_its_disk(board: Make,
     assert reported == [(3, ROLLED_BACK), (1, REFUSED), (2, COMMITTED)], (
         "it runs the second, whatever came of the third"
     )
-    ended = it.server.ended(1)
+    ended = it.server.final_report(1)
     assert "expected a number above 3" in ended.reason
     assert it.server.wants == wants, "nothing is pulled again"
 
@@ -117,7 +117,7 @@ def test_messages_that_come_twice_or_get_lost_cost_time_alone(
 
 
 def test_what_was_pulled_before_a_restart_is_not_pulled_again(board: Make, tmp_path: Path) -> None:
-    it = board(make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6))
+    it = board(make_release(tmp_path / "big", 2, extra_files=BIG, unpacked=3 * 10**6))
     lives, passed, cut = 0, 0, False
     leaves: list[tuple[str, str, int]] = []
 
@@ -201,7 +201,7 @@ def test_a_board_without_room_pulls_nothing(
 
 
 def test_files_that_are_not_what_was_signed_are_refused(board: Make, tmp_path: Path) -> None:
-    big = make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6)
+    big = make_release(tmp_path / "big", 2, extra_files=BIG, unpacked=3 * 10**6)
     it = board(big)
     it.server.mangle = lambda raw: [raw[:-1] + bytes([raw[-1] ^ 1])] if raw.startswith(b"FPC") else [raw]
     assert "arrived damaged" in refusal_reason(it)
@@ -245,9 +245,9 @@ def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
             it.run_until_idle()
         state = it.home.load()
         assert (state.phase, state.highest, it.home.checked_record(state.stable).version) == (STABLE, 3, 2)
-        ended = it.server.ended(2)
+        ended = it.server.final_report(2)
         assert ended.state == COMMITTED
-        ended = it.server.ended(3)
+        ended = it.server.final_report(3)
         assert (ended.state, "exit code 1" in ended.reason or "without a message" in ended.reason) == (
             ROLLED_BACK,
             True,
@@ -292,7 +292,7 @@ def test_a_wheel_that_the_running_slot_has_is_copied_and_fetched_only_if_it_is_d
     assert it.home.checked_record(it.home.load().stable).version == 2
     wheel_digests = {digest_of(path) for path in (second / "wheels").iterdir()}
     assert it.server.requested == wheel_digests | ({digest_of(shared)} if damaged else set())
-    assert it.server.ended(2).state == COMMITTED
+    assert it.server.final_report(2).state == COMMITTED
 
 
 def test_copied_files_are_checked_against_the_release(tmp_path: Path) -> None:

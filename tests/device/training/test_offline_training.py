@@ -37,7 +37,7 @@ from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.training_thread import NICENESS
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
-from support.fakes.agent_harness import agent_on, expected, same
+from support.fakes.agent_harness import agent_on, expected_tensors, same
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
 from support.waiting import until
 
@@ -130,12 +130,12 @@ def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fl
 
     board.run_agent(script, every=0.2)
     # What was trained alone is in no update: round 2 began with the weights of the server.
-    assert same(board.server.result(1), expected(graphs, weights, data, 1))
-    assert same(board.server.result(2), expected(graphs, weights, data, 2))
-    assert same(board.serving_weights(), expected(graphs, weights, data, 2))
+    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
+    assert same(board.server.result(2), expected_tensors(graphs, weights, data, 2))
+    assert same(board.serving_weights(), expected_tensors(graphs, weights, data, 2))
     # It served all the same.
     assert len(served) == 1
-    assert not same(served[0], expected(graphs, weights, data, 1))
+    assert not same(served[0], expected_tensors(graphs, weights, data, 1))
 
 
 def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
@@ -152,7 +152,7 @@ def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
     board.run_agent(script, every=0.2)
     board.server.accepts = True
     board.run_agent(lambda *_: until(lambda: 1 in board.server.updates, "the update"))
-    assert same(board.server.result(1), expected(graphs, weights, data, 1))
+    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
 
 
 class Gate(ThermalGuard):

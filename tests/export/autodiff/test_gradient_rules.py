@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import RULES, gradient_rule
-from support.oracles.differentiation import Dims, Oracle, Rows, check, differentiated, floats, ints, node, normal
+from support.oracles.differentiation import Dims, Oracle, Rows, check, floats, gradient_session, ints, node, normal
 
 pytestmark = pytest.mark.torch
 
@@ -534,7 +534,7 @@ def test_what_has_no_gradient_is_refused_by_name(op: str, shapes: dict[str, Dims
     data = {n: a for n, a in arrays.items() if n != "k"}
     constants = {n: a for n, a in arrays.items() if n == "k"}
     with pytest.raises(ModelError, match=rf"the_{op}|constant k.*{message}"):
-        differentiated([node(op, *shapes, **attrs)], data, shapes, constants)
+        gradient_session([node(op, *shapes, **attrs)], data, shapes, constants)
 
 
 def test_an_operator_has_one_rule() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.oracles.differentiation import check, differentiated, node, normal, reference
+from support.oracles.differentiation import check, gradient_session, node, normal, reference
 
 pytestmark = pytest.mark.torch
 
@@ -82,7 +82,7 @@ def check_bits(nodes: list[Any], oracle: Any, x: np.ndarray[Any, Any]) -> None:
     want_y = reference(oracle, {"x": x}, torch.float32, None)["result"]
     dy = np.round(normal(*want_y.shape, seed=9) * 8)  # whole numbers: sums are exact in any order
     want = reference(oracle, {"x": x}, torch.float32, dy)["x::gradient"]
-    got = differentiated(nodes, {"x": x}, {"x": ("N", "c", *x.shape[2:])}, {}).run({"x": x, "dy": dy})
+    got = gradient_session(nodes, {"x": x}, {"x": ("N", "c", *x.shape[2:])}, {}).run({"x": x, "dy": dy})
     np.testing.assert_array_equal(want, got["x::gradient"])
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
-from support.oracles.differentiation import check, differentiated, node, normal
+from support.oracles.differentiation import check, gradient_session, node, normal
 
 pytestmark = pytest.mark.torch
 
@@ -72,6 +72,6 @@ def test_samples_at_places_and_borders_are_torchs(padding: str, corners: bool) -
 def test_other_samples_are_refused_by_name(attrs: dict[str, Any], size: tuple[int, ...], text: str) -> None:
     data = {"x": normal(2, 3, *size), "grid": normal(2, *size, len(size))}
     with pytest.raises(ModelError, match=text):
-        differentiated(
+        gradient_session(
             [node("GridSample", "x", "grid", **attrs)], data, {n: ("N", *v.shape[1:]) for n, v in data.items()}, {}
         )

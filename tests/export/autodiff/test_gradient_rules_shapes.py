@@ -22,8 +22,8 @@ from support.oracles.differentiation import (
     Rows,
     Shapes,
     check,
-    differentiated,
     floats,
+    gradient_session,
     ints,
     node,
     normal,
@@ -252,7 +252,7 @@ def test_a_reshape_to_a_multiple_of_the_batch(batches: int, rest: list[int]) -> 
         node("Reshape", "x", "s"),
     ]
     constants = {"first": ints(0), "times": ints(batches), "rest": ints(*rest)}
-    session = differentiated(nodes, {"x": x}, {"x": ("N", *x.shape[1:])}, constants)
+    session = gradient_session(nodes, {"x": x}, {"x": ("N", *x.shape[1:])}, constants)
     want = x.reshape(2 * batches, *rest)
     got = session.run({"x": x, "dy": 2 * want})
     np.testing.assert_array_equal(want, got["result"])
@@ -666,7 +666,7 @@ def test_what_has_no_form_at_every_width_is_refused_by_name(
 ) -> None:
     x = normal(*({"N": 2, "c": 12, "h": 4, "d": 6}.get(str(d), d) for d in dims))
     with pytest.raises(ModelError, match=message):
-        differentiated(nodes, {"x": x}, {"x": dims}, constants, values)
+        gradient_session(nodes, {"x": x}, {"x": dims}, constants, values)
 
 
 def test_a_reshape_apart_whose_sizes_all_vary_is_refused_by_name() -> None:
@@ -675,4 +675,4 @@ def test_a_reshape_apart_whose_sizes_all_vary_is_refused_by_name() -> None:
     data = {"x": normal(3, 20), "w": normal(4, 1, seed=1)}
     values = {"r": ("N", "c", 5), "y": ("N", "c", 5)}
     with pytest.raises(ModelError, match="the_Reshape"):
-        differentiated(nodes, data, {"x": ("N", "cd"), "w": ("c", 1)}, {"s": ints(0, 4, 5)}, values)
+        gradient_session(nodes, data, {"x": ("N", "cd"), "w": ("c", 1)}, {"s": ints(0, 4, 5)}, values)

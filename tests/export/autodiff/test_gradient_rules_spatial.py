@@ -16,7 +16,7 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_export.autodiff.tape import Tape
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
-from support.oracles.differentiation import Arrays, Symbols, check, differentiated, error, node, normal, reference
+from support.oracles.differentiation import Arrays, Symbols, check, error, gradient_session, node, normal, reference
 
 pytestmark = pytest.mark.torch
 
@@ -220,4 +220,4 @@ def test_convolution_that_pads_by_itself(mode: str, groups: int, stride: int) ->
 def test_groups_that_are_cut_unevenly_are_refused_by_name() -> None:
     data = {"x": normal(2, 4, 5, 5), "w": normal(6, 2, 3, 3)}
     with pytest.raises(ModelError, match="the_Conv"):
-        differentiated([node("Conv", "x", "w", group=2)], data, {"x": ("N", "c", 5, 5), "w": ("o", 2, 3, 3)}, {})
+        gradient_session([node("Conv", "x", "w", group=2)], data, {"x": ("N", "c", 5, 5), "w": ("o", 2, 3, 3)}, {})

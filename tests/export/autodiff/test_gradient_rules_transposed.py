@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph, Port
-from support.oracles.differentiation import Symbols, check, differentiated, node, normal
+from support.oracles.differentiation import Symbols, check, gradient_session, node, normal
 
 pytestmark = pytest.mark.torch
 
@@ -134,7 +134,7 @@ def test_padding_that_follows_from_the_output_is_onnxruntimes(
     graph.inputs = [Port(n, a.dtype, a.shape) for n, a in data.items()]
     graph.outputs = [Port("y", np.dtype(np.float32), (None,) * 4)]
     want = OnnxSession(graph.to_bytes()).run(data)["y"]
-    session = differentiated([layer], data, {n: a.shape for n, a in data.items()}, {})
+    session = gradient_session([layer], data, {n: a.shape for n, a in data.items()}, {})
     got = session.run({**data, "dy": normal(*want.shape)})
     np.testing.assert_allclose(got["result"], want, rtol=1e-5, atol=1e-5)
     dy = normal(*want.shape)
@@ -147,4 +147,4 @@ def test_padding_that_leaves_nothing_is_refused_by_name() -> None:
     data = {"x": normal(2, 3, 1, 4), "w": normal(3, 2, 2, 2, seed=1)}
     layer = node("ConvTranspose", "x", "w", kernel_shape=[2, 2], pads=[1, 1, 1, 1])
     with pytest.raises(ModelError, match="the_ConvTranspose"):
-        differentiated([layer], data, {n: a.shape for n, a in data.items()}, {})
+        gradient_session([layer], data, {n: a.shape for n, a in data.items()}, {})

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.ir.graph import Graph, Node, Port
-from support.oracles.differentiation import check, differentiated, ints, node, normal
+from support.oracles.differentiation import check, gradient_session, ints, node, normal
 
 pytestmark = pytest.mark.torch
 
@@ -208,7 +208,7 @@ def test_what_has_no_rule_is_refused_by_name(what: str) -> None:
     layer = Node("LSTM", inputs, ["y"], {"hidden_size": 4, **attrs}, "the_LSTM")
     constants = {f"input{i}": v for i, v in further.items()}
     with pytest.raises(ModelError, match=f"the_LSTM.*{what}"):
-        differentiated([layer], data, {n: a.shape for n, a in data.items()}, constants)
+        gradient_session([layer], data, {n: a.shape for n, a in data.items()}, constants)
 
 
 def test_pruning_keeps_what_a_loop_reads() -> None:

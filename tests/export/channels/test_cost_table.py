@@ -16,7 +16,7 @@ from fedprune.planning.kernel_workload import workload
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
-from support.marks import marked
+from support.marks import mark_soak
 
 pytestmark = pytest.mark.torch
 
@@ -53,7 +53,7 @@ def test_recurrent_layers_multiply_once_per_step(kind: type[nn.RNNBase], gates: 
     assert costs_at(architecture, architecture.sizes).forward_macs == expected
 
 
-@pytest.mark.parametrize("name", marked(["lenet", "resnet20_bn", "concat_net"], soak=["resnet20_bn"]))
+@pytest.mark.parametrize("name", mark_soak(["lenet", "resnet20_bn", "concat_net"], soak=["resnet20_bn"]))
 def test_costs_at_a_width_are_those_of_the_cut_graph(name: str, imported: Imported) -> None:
     model = imported(name)
     widths = widths_at(model.architecture, DENSITY)

@@ -7,7 +7,7 @@ import pytest
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing import import_onnx
-from support.faults.model_mutations import damaged
+from support.faults.model_mutations import damage_model
 from support.nets.model_corpus import corpus
 
 MODELS = corpus()
@@ -30,7 +30,7 @@ def test_the_models_that_are_damaged_are_sound(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_damaged_model_is_imported_or_refused(name: str) -> None:
-    refusals = {s: refusal(damaged(MODELS[name], np.random.default_rng([s, len(name)]))) for s in range(CASES)}
+    refusals = {s: refusal(damage_model(MODELS[name], np.random.default_rng([s, len(name)]))) for s in range(CASES)}
     assert len({r for r in refusals.values() if r}) > 10
     assert {s: r for s, r in refusals.items() if len(r) > 1000} == {}
     assert {s: r for s, r in refusals.items() if "can't be understood" in r} == {}, "only the net below caught it"

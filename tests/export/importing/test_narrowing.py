@@ -58,7 +58,7 @@ def import_module(module: nn.Module) -> Model:
 
 
 @pytest.mark.parametrize("make", [nets.lenet, pytest.param(nets.resnet20_bn, marks=pytest.mark.soak), nets.concat_net,
-                                  lambda: nets.seeded(Mixed())],
+                                  lambda: nets.randomise_norms(Mixed())],
                          ids=["lenet", "resnet20", "concat", "mixed"])  # fmt: skip
 def test_it_computes_what_the_cut_graph_computes(make) -> None:  # type: ignore[no-untyped-def]
     model = import_module(make())

@@ -130,6 +130,6 @@ def test_a_table_goes_by_its_own_plan_and_the_last_norm_by_the_average() -> None
     ],
 )
 def test_what_follows_a_sum_is_found_in_the_table_of_layers(name: str, expected: set[str]) -> None:
-    net = whole_models.imported(name).architecture
+    net = whole_models.whole_model(name).architecture
     after = [n for names in after_sums(net, layer_steps(net)).values() for n in names]
     assert {n.rpartition(".")[0] for n in after} == expected

@@ -27,7 +27,7 @@ GRAPHS = opset_graphs.graphs()
 
 
 def run(graph: Graph, feeds: dict[str, Any], opset: int) -> dict[str, Any]:
-    return OnnxSession(opset_graphs.checked(graph, opset)).run(feeds)
+    return OnnxSession(opset_graphs.checked_bytes(graph, opset)).run(feeds)
 
 
 @pytest.mark.parametrize("opset", WRITABLE_OPSETS)

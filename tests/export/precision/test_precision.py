@@ -30,7 +30,7 @@ from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.precision import Lowered, lower
 from fedprune_export.pruning.model import Model
-from support.marks import marked
+from support.marks import mark_soak
 from support.nets import device_nets, whole_models
 from support.nets import small_nets as nets
 from support.nets.wide_sum import WIDE_SUM, saturates
@@ -78,7 +78,7 @@ NETS: Mapping[str, Callable[[], nn.Module]] = {
     "mobilenet": device_nets.mobilenet_v2,
     "waves": whole_models.MODELS["wave_net"].make,
     "transformer": whole_models.MODELS["vision_transformer"].make,
-    "layers": lambda: nets.seeded(Layers()),
+    "layers": lambda: nets.randomise_norms(Layers()),
     "lstm": lambda: Sequences().eval(),
 }
 ALONE = ("waves", "transformer")
@@ -188,14 +188,14 @@ def test_norms_behind_layers_are_gone_and_others_stay(name: str, left: int) -> N
 
 @pytest.mark.parametrize(
     "name",
-    marked(
+    mark_soak(
         ["normalizer_free", "conv_mixer", "group_norm_resnet"],
         soak=["group_norm_resnet"],
     ),
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_follows_from_weights_alone_is_prepared(name: str, precision: str, tmp_path: Path) -> None:
-    model = whole_models.imported(name)
+    model = whole_models.whole_model(name)
     x = whole_models.samples(name, 8)
     bundle(tmp_path, model, random_selection(model, 0.5, seed=2), precision, x)
     logits = logits_of(tmp_path / graph_file(precision), x)

@@ -19,7 +19,7 @@ from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
-from support.nets.small_nets import LeNet, seeded
+from support.nets.small_nets import LeNet, randomise_norms
 from support.oracles.cutting import distance, inputs, outputs
 
 pytestmark = pytest.mark.torch
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.torch
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return import_onnx(export_torch(seeded(LeNet())), "lenet")
+    return import_onnx(export_torch(randomise_norms(LeNet())), "lenet")
 
 
 def masked(model: Model, seed: int) -> tuple[ElementMask, Tensors]:

@@ -10,7 +10,7 @@ import torch
 
 from fedprune_export.importing import ImportChoices, export_torch, import_onnx
 from fedprune_export.pruning.model import Model
-from support.marks import marked
+from support.marks import mark_soak
 from support.nets import hard_nets
 from support.oracles.cutting import cut_error, distance, inputs, outputs, random_selection
 
@@ -32,7 +32,7 @@ LONG = (
 )  # fmt: skip
 """Networks that take torch longest to export."""
 
-NAMES = marked(hard_nets.NETS, soak=LONG)
+NAMES = mark_soak(hard_nets.NETS, soak=LONG)
 
 
 @cache
@@ -69,7 +69,7 @@ def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
         assert cut_error(model, random_selection(model, density, seed=int(density * 100) + batch), batch) < 1e-5
 
 
-@pytest.mark.parametrize("name", marked(FINE, soak=["CrossAttention"]))
+@pytest.mark.parametrize("name", mark_soak(FINE, soak=["CrossAttention"]))
 def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
     model = import_net(name, "fine")
     assert [g.size for g in model.architecture.groups] == FINE[name]

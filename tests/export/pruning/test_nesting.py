@@ -97,7 +97,7 @@ class Reads(nn.Module):
     ],
 )
 def test_what_is_silent_is_an_input_of_a_sum_and_nothing_else(layer: Callable[[], nn.Module], silent: bool) -> None:
-    model = import_module(nets.seeded(Reads(layer())))
+    model = import_module(nets.randomise_norms(Reads(layer())))
     start = nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
     name = "layer.weight"
     assert np.array_equal(start[name], model.tensors[name]) is not silent

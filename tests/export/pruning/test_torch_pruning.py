@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedprune_export.pruning.cut import cut
-from support.marks import marked
+from support.marks import mark_soak
 from support.nets import whole_models
 from support.nets.whole_models import MODELS
 from support.oracles.cutting import distance, outputs, random_selection
@@ -21,7 +21,7 @@ from support.oracles.physical_pruning import lines, our_groups, outputs_of, prun
 
 pytestmark = pytest.mark.torch
 
-EQUAL = marked(
+EQUAL = mark_soak(
     (
         "lenet",
         "vgg11_bn",
@@ -127,12 +127,12 @@ def _one_thread() -> None:
 @pytest.mark.at_push(3)
 def test_groups_are_the_same(name: str) -> None:
     module = MODELS[name].make()
-    assert our_groups(whole_models.imported(name).architecture, module) == their_groups(module)
+    assert our_groups(whole_models.whole_model(name).architecture, module) == their_groups(module)
 
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> None:
-    model, x = whole_models.imported(name), whole_models.samples(name, 6)
+    model, x = whole_models.whole_model(name), whole_models.samples(name, 6)
     selection = random_selection(model, 0.5, seed=9)
     expected = outputs_of(prune(MODELS[name].make(), selection), x)
     assert distance(outputs(cut(model, selection), x), expected) < 1e-5
@@ -142,7 +142,7 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
 @pytest.mark.at_push(3)
 def test_differences_are_the_known_ones(name: str) -> None:
     module, expected = MODELS[name].make(), DIFFERENT[name]
-    ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)
+    ours, theirs = our_groups(whole_models.whole_model(name).architecture, module), their_groups(module)
     assert lines(ours - theirs) == sorted(expected.ours)
     assert lines(theirs - ours) == sorted(expected.theirs)
 
@@ -150,7 +150,7 @@ def test_differences_are_the_known_ones(name: str) -> None:
 def test_whole_groups_of_a_normalisation_pruned_by_hand_are_our_cut() -> None:
     """Torch-Pruning leaves their number as it was; with the right one its network is ours."""
     name = "group_norm_resnet"
-    model, x = whole_models.imported(name), whole_models.samples(name, 6)
+    model, x = whole_models.whole_model(name), whole_models.samples(name, 6)
     selection = random_selection(model, 0.5, seed=9)
     logits = outputs(cut(model, selection), x)
     module = prune(MODELS[name].make(), selection)
@@ -161,8 +161,8 @@ def test_whole_groups_of_a_normalisation_pruned_by_hand_are_our_cut() -> None:
     assert distance(logits, outputs_of(module, x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", marked(UNSEEN, soak=["encoder"]))
+@pytest.mark.parametrize("name", mark_soak(UNSEEN, soak=["encoder"]))
 def test_channels_that_torch_pruning_does_not_list(name: str) -> None:
     module = MODELS[name].make()
-    ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)
+    ours, theirs = our_groups(whole_models.whole_model(name).architecture, module), their_groups(module)
     assert set(UNSEEN[name]) <= set(lines(ours - theirs))

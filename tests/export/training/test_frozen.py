@@ -19,7 +19,7 @@ from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
-from support.nets.small_nets import seeded
+from support.nets.small_nets import randomise_norms
 
 pytestmark = pytest.mark.torch
 
@@ -49,7 +49,7 @@ def deep() -> Deep:
     with torch.random.fork_rng():
         torch.manual_seed(4)
         net = Deep()
-    seeded(net)
+    randomise_norms(net)
     return net
 
 

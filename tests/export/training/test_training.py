@@ -26,7 +26,7 @@ from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.step_graph import training_graph
-from support.nets.small_nets import seeded
+from support.nets.small_nets import randomise_norms
 
 pytestmark = pytest.mark.torch
 
@@ -77,7 +77,7 @@ THETA, SCALE = 0.1, 2.0
 def net(kind: type[nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return seeded(kind())
+        return randomise_norms(kind())
 
 
 @cache
@@ -311,7 +311,7 @@ def test_a_batch_of_one_position_keeps_statistics_finite() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc2(torch.relu(self.norm(self.fc1(x))))
 
-    flat = import_onnx(export_torch(seeded(Flat())), "flat")
+    flat = import_onnx(export_torch(randomise_norms(Flat())), "flat")
     session = OnnxSession(training_graph(flat, Features()).to_bytes(), training=True)
     got = session.run(feeds(flat, Features(), 1))
     assert all(np.isfinite(v).all() for v in got.values())
@@ -345,8 +345,8 @@ class Repeated(Normalised):
 @pytest.mark.parametrize("kind", [Normalised, Repeated])
 @pytest.mark.parametrize(("first", "second"), [(0.1, 1.0), (0.0, 0.3)])
 def test_statistics_move_by_the_modules_momentum(first: float, second: float, kind: type[Normalised]) -> None:
-    net = seeded(kind(first, second)).double().train()
-    normalised_model = import_onnx(export_torch(seeded(kind(first, second))), "normalised")
+    net = randomise_norms(kind(first, second)).double().train()
+    normalised_model = import_onnx(export_torch(randomise_norms(kind(first, second))), "normalised")
     net.load_state_dict({n: torch.tensor(v) for n, v in normalised_model.tensors.items()}, strict=False)
     fed = feeds(normalised_model, Features(), 7)
     got = OnnxSession(training_graph(normalised_model, Features()).to_bytes(), training=True).run(fed)
@@ -360,7 +360,7 @@ def test_statistics_move_by_the_modules_momentum(first: float, second: float, ki
 
 @pytest.fixture(scope="module")
 def normalised_model() -> bytes:
-    return export_torch(seeded(Normalised(0.1, 0.1)))
+    return export_torch(randomise_norms(Normalised(0.1, 0.1)))
 
 
 @pytest.mark.parametrize("momentum", [-0.5, float("nan")])

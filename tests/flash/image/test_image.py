@@ -23,7 +23,7 @@ from fedprune_flash import BoardTarget, Kit
 from fedprune_flash.cli import main as cli
 from support.fakes.runtime_releases import CLAIM, KEY
 from support.processes.disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
-from support.processes.machine import confined
+from support.processes.machine import confining_command
 
 pytestmark = pytest.mark.system
 
@@ -251,7 +251,7 @@ def test_the_first_boots_script_ends_whatever_fails_and_leaves_a_board_that_come
     if cut != "none":
         scripts[cut] = f"{note}; kill -9 $PPID; sleep 1"
     environment = programs_in(tmp_path / "programs", **dict.fromkeys(failing, "exit 1"), **scripts)
-    first_boot = [*confined(tmp_path), "/bin/sh", str(board / "boot/fedprune-firstrun.sh")]
+    first_boot = [*confining_command(tmp_path), "/bin/sh", str(board / "boot/fedprune-firstrun.sh")]
     done = subprocess.run(first_boot, env=environment, check=False)
     assert (board / "started").read_text() == "--no-start\n"
     assert (board / "etc/hostname").read_text() == "attic\n"

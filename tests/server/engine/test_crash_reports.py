@@ -13,7 +13,7 @@ from fedprune_server.devices.crash_store import CrashStore, read_crashes
 from fedprune_server.monitoring.metrics import Metrics
 from fedprune_server.observation.snapshot import JobSnapshot
 from support.fakes.fleet import Fleet, ToyDevice, Watcher
-from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.several_jobs import SeveralJobs, rename_job
 from support.fakes.tiny_job import JOB
 
 
@@ -39,7 +39,7 @@ def answers(board: ToyDevice) -> set[int]:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_crash_is_stored_and_acknowledged(tmp_path: Path, several: bool) -> None:
-    jobs = [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)]
+    jobs = [rename_job(JOB, "one", rounds=1), rename_job(JOB, "two", rounds=1)]
     fleet: Any = SeveralJobs(tmp_path / "several", jobs, "abc") if several else Fleet(tmp_path / "alone", JOB)
     crashes_once(fleet.air.devices["a"])
     with CrashStore(tmp_path) as crashes:

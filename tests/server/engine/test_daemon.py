@@ -15,7 +15,7 @@ from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Refusal, Up
 from fedprune.wire.topics import Topics
 from fedprune_server.executor.retention import sweep_blobs
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import Fleet, ToyDevice, fill, folded, larger
+from support.fakes.fleet import Fleet, ToyDevice, counted_devices, fill, larger
 from support.fakes.tiny_job import JOB
 
 
@@ -26,7 +26,7 @@ def last(device: ToyDevice, kind: type) -> object:
 def test_a_job_runs_from_births_to_the_last_model(fleet: Fleet) -> None:
     state = fleet.run()
     assert state.phase is Phase.FINISHED
-    assert folded(state) == [["a", "b", "c"]] * 3
+    assert counted_devices(state) == [["a", "b", "c"]] * 3
 
 
 def test_messages_that_come_twice_change_nothing(fleet: Fleet, expected: str) -> None:
@@ -60,7 +60,7 @@ def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fle
 def test_nobody_waits_behind_a_message_to_a_device_that_is_not_let_in_any_more(fleet: Fleet) -> None:
     fleet.air.shut.add("b")
     state = fleet.run()
-    assert folded(state) == [["a", "c"]] * 3
+    assert counted_devices(state) == [["a", "c"]] * 3
 
 
 def test_an_update_is_acknowledged_only_when_it_is_on_the_disk(fleet: Fleet) -> None:
@@ -81,7 +81,7 @@ def test_an_update_is_acknowledged_only_when_it_is_on_the_disk(fleet: Fleet) -> 
 def test_a_silent_device_is_left_behind_at_the_deadline(fleet: Fleet) -> None:
     fleet.air.devices["b"].silent = True
     state = fleet.run()
-    assert folded(state) == [["a", "c"]] * 3
+    assert counted_devices(state) == [["a", "c"]] * 3
     assert fleet.air.now >= 3 * JOB.deadline_s
 
 
@@ -98,7 +98,7 @@ def test_a_refusal_leaves_the_round_to_the_others(fleet: Fleet) -> None:
         Refusal("c", offer.job, offer.round, offer.attempt, "no room", 30)
     )
     state = fleet.run()
-    assert folded(state) == [["a", "b"]] * 3
+    assert counted_devices(state) == [["a", "b"]] * 3
     assert state.history[0]["devices"]["c"]["reason"] == "no room"
     assert state.history[0]["devices"]["c"]["kind"] == "no room"
     assert fleet.air.now < JOB.deadline_s
@@ -107,7 +107,7 @@ def test_a_refusal_leaves_the_round_to_the_others(fleet: Fleet) -> None:
 def test_an_update_that_the_worker_rejects_does_not_count(fleet: Fleet) -> None:
     fleet.worker.poison = {"a"}
     state = fleet.run()
-    assert folded(state) == [["b", "c"]] * 3
+    assert counted_devices(state) == [["b", "c"]] * 3
     assert "not finite" in state.history[0]["devices"]["a"]["reason"]
 
 
@@ -115,14 +115,14 @@ def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(f
     liar = fleet.air.devices["a"]
     liar.lie = larger
     state = fleet.run()
-    assert folded(state) == [["b", "c"]] * 3
+    assert counted_devices(state) == [["b", "c"]] * 3
     assert not any(isinstance(m, BlobRequest) for m in liar.heard)
 
 
 def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet) -> None:
     fleet.air.lost = [Topics("default").down("b", JOB.name)]
     state = fleet.run()
-    assert folded(state) == [["a", "b", "c"]] * 3
+    assert counted_devices(state) == [["a", "b", "c"]] * 3
     assert fleet.air.now < JOB.deadline_s
 
 
@@ -181,4 +181,4 @@ def test_an_update_that_its_device_has_lost_is_rejected(fleet: Fleet) -> None:
 
     device.lie = forget
     state = fleet.run()
-    assert folded(state) == [["b", "c"]] * 3
+    assert counted_devices(state) == [["b", "c"]] * 3

@@ -12,7 +12,7 @@ from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Offer, Refu
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import Fleet, ToyDevice, Watcher, fill, folded
+from support.fakes.fleet import Fleet, ToyDevice, Watcher, counted_devices, fill
 from support.fakes.tiny_job import JOB
 
 
@@ -59,7 +59,7 @@ def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts
     board.session = 2
     fleet.air.devices["a"] = board
     state = fleet.run()
-    assert "a" in folded(state)[-1]
+    assert "a" in counted_devices(state)[-1]
     assert fleet.storage.unplanned_devices() == {}
 
 
@@ -131,7 +131,7 @@ def test_a_board_that_counts_as_offline_and_speaks_is_asked_to_announce_itself(f
 def test_a_profile_is_named_by_a_plain_name(fleet: Fleet, profile: str) -> None:
     fleet.job = replace(JOB, devices=2)
     fleet.air.devices["a"].profile = profile
-    assert folded(fleet.run()) == [["b", "c"]] * 3
+    assert counted_devices(fleet.run()) == [["b", "c"]] * 3
 
 
 def test_a_refusal_is_told_on_one_line(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
@@ -191,5 +191,5 @@ def test_what_an_earlier_start_could_not_do_says_nothing_of_a_board_that_runs(fl
 
     board.take = late  # type: ignore[method-assign]
     state = fleet.run()
-    assert folded(state) == [["a", "b", "c"]] * JOB.rounds
+    assert counted_devices(state) == [["a", "b", "c"]] * JOB.rounds
     assert fleet.storage.unplanned_devices() == {}

@@ -18,7 +18,7 @@ from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage import sqlite_engine
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import Fleet, fill, folded, larger
+from support.fakes.fleet import Fleet, counted_devices, fill, larger
 from support.fakes.tiny_job import JOB
 
 
@@ -145,7 +145,7 @@ def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next
     liar.lie = larger
     killed_once_saved(fleet, lambda e: isinstance(e, on.UpdateAnnounced) and e.device == "a")
     fleet.restart()
-    assert folded(fleet.run()) == [["b", "c"]] * 3
+    assert counted_devices(fleet.run()) == [["b", "c"]] * 3
 
 
 @pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
@@ -162,7 +162,7 @@ def test_a_server_killed_anywhere_goes_on_to_the_same_model(
     fleet.restart()
     state = fleet.run()
     assert state.model == expected
-    assert folded(state) == [["a", "b", "c"]] * 3
+    assert counted_devices(state) == [["a", "b", "c"]] * 3
 
 
 class LockedDatabase:

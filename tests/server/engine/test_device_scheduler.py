@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.wire.messages import Offer
 from fedprune_server.engine.device_scheduler import DeviceScheduler
-from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.several_jobs import SeveralJobs, rename_job
 from support.fakes.tiny_job import JOB
 
 ASYNCHRONOUS = {
@@ -45,7 +45,7 @@ def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
     kinds: list[dict[str, Any]], ends: list[tuple[int, bool]], strange: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [named(JOB, f"job-{i}", **{"rounds": 2, "deadline_s": 50, **kind}) for i, kind in enumerate(kinds)]
+        jobs = [rename_job(JOB, f"job-{i}", **{"rounds": 2, "deadline_s": 50, **kind}) for i, kind in enumerate(kinds)]
         several, compared, offers = SeveralJobs(Path(folder), jobs, "abcd"), [0], [0]
         several.air.devices["d"].profile = "unknown-board" if strange else several.air.devices["d"].profile
         host = several.host()

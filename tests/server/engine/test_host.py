@@ -17,16 +17,16 @@ from fedprune_server.engine.further_jobs import further_configs
 from fedprune_server.engine.server import Server
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import Fleet, Watcher, fill, folded
-from support.fakes.several_jobs import KilledError, SeveralJobs, named
+from support.fakes.fleet import Fleet, Watcher, counted_devices, fill
+from support.fakes.several_jobs import KilledError, SeveralJobs, rename_job
 from support.fakes.tiny_job import JOB
 
 
 def test_two_jobs_that_need_all_devices_take_turns_and_end_as_if_alone(tmp_path: Path) -> None:
-    jobs = [named(JOB, "one"), named(JOB, "two", seed=5, rounds=2)]
+    jobs = [rename_job(JOB, "one"), rename_job(JOB, "two", seed=5, rounds=2)]
     several = SeveralJobs(tmp_path / "several", jobs, "abc")
     states = several.run()
-    assert [folded(s) for s in states.values()] == [[["a", "b", "c"]] * 3, [["a", "b", "c"]] * 2]
+    assert [counted_devices(s) for s in states.values()] == [[["a", "b", "c"]] * 3, [["a", "b", "c"]] * 2]
     for job in jobs:
         alone = Fleet(tmp_path / f"alone-{job.name}", job)
         assert alone.run().model == states[job.name].model
@@ -37,7 +37,7 @@ def test_two_jobs_that_need_all_devices_take_turns_and_end_as_if_alone(tmp_path:
 @pytest.mark.parametrize("count", [2, 9, 23])
 @pytest.mark.at_push(3)
 def test_a_host_killed_anywhere_goes_on_to_the_same_models(tmp_path: Path, point: str, count: int) -> None:
-    jobs = [named(JOB, "one", rounds=2), named(JOB, "two", seed=5, rounds=2)]
+    jobs = [rename_job(JOB, "one", rounds=2), rename_job(JOB, "two", seed=5, rounds=2)]
     expected = {j.name: Fleet(tmp_path / j.name, j).run().model for j in jobs}
     several = SeveralJobs(tmp_path / "several", jobs, "abc")
     host = several.host()
@@ -51,14 +51,14 @@ def test_a_host_killed_anywhere_goes_on_to_the_same_models(tmp_path: Path, point
 
 
 def test_small_jobs_run_side_by_side_each_with_its_share_and_no_device_stands_idle(tmp_path: Path) -> None:
-    jobs = [named(JOB, "one", devices=1, rounds=10), named(JOB, "two", devices=1, rounds=10)]
+    jobs = [rename_job(JOB, "one", devices=1, rounds=10), rename_job(JOB, "two", devices=1, rounds=10)]
     several = SeveralJobs(tmp_path, jobs, "abcdef")
     states = several.run()
     for state in states.values():
         assert len(state.history) == 10
-        assert max(map(len, folded(state)[:-1])) <= 3  # its share, until the other one is done
+        assert max(map(len, counted_devices(state)[:-1])) <= 3  # its share, until the other one is done
     # Which devices a job gets depends on when the worker threads end: a job doesn't wait for one that is at work.
-    assert {n for s in states.values() for names in folded(s)[:2] for n in names} == set("abcdef")
+    assert {n for s in states.values() for names in counted_devices(s)[:2] for n in names} == set("abcdef")
     assert several.clashes == []
 
 
@@ -69,7 +69,7 @@ def stop_at_end(host: Server, job: str, snapshot: JobSnapshot, event: object) ->
 
 
 def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None:
-    jobs = [named(JOB, "one"), named(JOB, "two")]
+    jobs = [rename_job(JOB, "one"), rename_job(JOB, "two")]
     several = SeveralJobs(tmp_path, jobs, "abc", {"two": 0.0})
     host = several.host(observers=[Watcher(lambda snapshot, event: stop_at_end(host, "one", snapshot, event))])
     states = several.run(host)
@@ -77,11 +77,11 @@ def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None
     assert states["two"].round == 0
     several.restart()
     several.weights = {}
-    assert folded(several.run()["two"]) == [["a", "b", "c"]] * 3
+    assert counted_devices(several.run()["two"]) == [["a", "b", "c"]] * 3
 
 
 def test_devices_hear_of_the_end_when_all_jobs_are_done(tmp_path: Path) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", rounds=1)], "abc")
+    several = SeveralJobs(tmp_path, [rename_job(JOB, "one"), rename_job(JOB, "two", rounds=1)], "abc")
     several.run()
     for device in several.air.devices.values():
         ends = [i for i, m in enumerate(device.heard) if isinstance(m, Finished)]
@@ -91,16 +91,18 @@ def test_devices_hear_of_the_end_when_all_jobs_are_done(tmp_path: Path) -> None:
 
 def test_an_asynchronous_job_shares_with_one_in_rounds(tmp_path: Path) -> None:
     schedule = {"kind": "asynchronous", "arrivals": 2}
-    stream = named(JOB, "stream", strategy="support.fakes.tiny_job:scheduled", options={"schedule": schedule}, rounds=4)
-    several = SeveralJobs(tmp_path, [stream, named(JOB, "rounds")], "abcd")
+    stream = rename_job(
+        JOB, "stream", strategy="support.fakes.tiny_job:scheduled", options={"schedule": schedule}, rounds=4
+    )
+    several = SeveralJobs(tmp_path, [stream, rename_job(JOB, "rounds")], "abcd")
     states = several.run()
     assert [s.phase for s in states.values()] == [Phase.FINISHED] * 2
-    assert all(len(names) >= 3 for names in folded(states["rounds"]))
+    assert all(len(names) >= 3 for names in counted_devices(states["rounds"]))
     assert several.clashes == []
 
 
 def test_a_device_that_connects_anew_at_work_goes_on_with_what_it_owes(tmp_path: Path) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two")], "abc")
+    several = SeveralJobs(tmp_path, [rename_job(JOB, "one"), rename_job(JOB, "two")], "abc")
     device = several.air.devices["a"]
     take, died = device.take, list[Offer]()
 
@@ -115,13 +117,13 @@ def test_a_device_that_connects_anew_at_work_goes_on_with_what_it_owes(tmp_path:
 
     device.take = dying  # type: ignore[method-assign]
     states = several.run()
-    assert all(folded(s) == [["a", "b", "c"]] * 3 for s in states.values())
+    assert all(counted_devices(s) == [["a", "b", "c"]] * 3 for s in states.values())
     assert several.air.now < JOB.deadline_s
     assert several.clashes == []
 
 
 def test_what_is_of_no_job_of_the_server_is_cancelled(tmp_path: Path) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)], "abc")
+    several = SeveralJobs(tmp_path, [rename_job(JOB, "one", rounds=1), rename_job(JOB, "two", rounds=1)], "abc")
     device = several.air.devices["a"]
     device.pending = UpdateAnnouncement("a", "third", 4, 1, "0" * 64, device.store.put(fill("old")), 10, 5)
     several.run()
@@ -131,18 +133,18 @@ def test_what_is_of_no_job_of_the_server_is_cancelled(tmp_path: Path) -> None:
 
 
 def test_a_device_that_no_job_can_plan_for_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two")], "abcd")
+    several = SeveralJobs(tmp_path, [rename_job(JOB, "one"), rename_job(JOB, "two")], "abcd")
     several.air.devices["b"].profile = "unknown-board"
     host = several.host()
     states = several.run(host)
-    assert all(folded(s) == [["a", "c", "d"]] * 3 for s in states.values())
+    assert all(counted_devices(s) == [["a", "c", "d"]] * 3 for s in states.values())
     assert "b" in host.connected
     assert "b" not in host.fleet_snapshot().job_of_device
     assert "there is no hardware profile called" in caplog.text
 
 
 def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path: Path) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "one", devices=2), named(JOB, "two", devices=2)], "abc")
+    several = SeveralJobs(tmp_path, [rename_job(JOB, "one", devices=2), rename_job(JOB, "two", devices=2)], "abc")
     host = several.host()
     gone = several.air.devices["c"]
     take = gone.take

@@ -23,7 +23,7 @@ from fedprune.wire.messages import (
     UpdateAnnouncement,
 )
 from fedprune.wire.topics import Topics
-from support.fakes.fleet import Fleet, Watcher, fill, folded
+from support.fakes.fleet import Fleet, Watcher, counted_devices, fill
 from support.fakes.tiny_job import JOB
 
 
@@ -43,7 +43,7 @@ def test_a_probe_that_makes_no_sense_is_told_and_the_device_takes_no_part(
     fleet.job = replace(JOB, devices=2)
     device = fleet.air.devices["a"]
     device.send_birth = lambda: device.say(Birth("a", 1, device.profile, 10, "test", {"cores": -1}))  # type: ignore[method-assign]
-    assert folded(fleet.run()) == [["b", "c"]] * 3
+    assert counted_devices(fleet.run()) == [["b", "c"]] * 3
     assert "device a is excluded: probe report" in caplog.text
 
 
@@ -167,4 +167,4 @@ def test_no_bytes_end_the_daemon(tmp_path_factory: pytest.TempPathFactory, messa
     fleet = Fleet(tmp_path_factory.mktemp("fuzz"), replace(JOB, rounds=1))
     for channel, payload in messages:
         fleet.air.to_server(f"fedprune/1/default/a/-/{channel}", payload)
-    assert folded(fleet.run()) == [["a", "b", "c"]]
+    assert counted_devices(fleet.run()) == [["a", "b", "c"]]

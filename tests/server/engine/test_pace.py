@@ -20,7 +20,7 @@ from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_server.devices import pace_steering
 from fedprune_server.devices.presence import HELLO_ANSWER_S
 from fedprune_server.engine.server import Server
-from support.fakes.fleet import Fleet, ToyDevice, folded
+from support.fakes.fleet import Fleet, ToyDevice, counted_devices
 from support.fakes.tiny_job import JOB
 
 TRAINING_S = 30.0
@@ -102,7 +102,9 @@ def test_rounds_go_on_with_the_target_connected_and_reach_other_boards(make: Cal
     state = fleet.run(connected=10)
     assert fleet.most <= 12  # two may come back between two looks
     asked = [set(r["devices"]) for r in state.history]
-    assert all(set(done) == names for done, names in zip(folded(state), asked, strict=True))  # no board left a part
+    assert all(
+        set(done) == names for done, names in zip(counted_devices(state), asked, strict=True)
+    )  # no board left a part
     assert len(set().union(*asked)) > 15  # more than are ever connected at a time
     assert all(d.failures == 0 and d.missed_rounds == 0 for d in state.devices.values())
 
@@ -155,4 +157,4 @@ def test_a_broker_that_restarts_costs_no_part_of_a_round(
     state = fleet.run_daemon(daemon)
     assert max(returned) > HELLO_ANSWER_S
     assert "taken for gone" not in caplog.text
-    assert all(set(done) == set(r["devices"]) for done, r in zip(folded(state), state.history, strict=True))
+    assert all(set(done) == set(r["devices"]) for done, r in zip(counted_devices(state), state.history, strict=True))

@@ -28,7 +28,7 @@ from fedprune_server.cli.status_text import status_text
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import folded
+from support.fakes.fleet import counted_devices
 from support.fakes.masked_cohort import ServerView
 from support.fakes.secure_fleet import SecureFleet
 
@@ -45,7 +45,7 @@ def test_masked_updates_give_the_model_of_plain_ones(model: Model, tmp_path: Pat
     fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True)
     fleet.board("c").samples = 1000
     state = fleet.run()
-    assert folded(state) == [list(NAMES)] * 2
+    assert counted_devices(state) == [list(NAMES)] * 2
     assert state.model == plain(tmp_path, model).model
 
 
@@ -55,7 +55,7 @@ def test_a_fifth_of_the_boards_may_drop_out_at_any_step(model: Model, tmp_path: 
     fleet.board("c").stops_at = step
     state = fleet.run()
     left = NAMES if step == "survivors" else ("a", "b", "d", "e")  # what has arrived then counts
-    assert folded(state) == [list(left)]
+    assert counted_devices(state) == [list(left)]
     assert state.model == plain(tmp_path, model, left, rounds=1).model
 
 
@@ -86,15 +86,15 @@ def test_the_server_can_compute_nothing_but_the_sum(model: Model, tmp_path: Path
     session = SecureSumSession.from_bytes(transcript.requests["advertise"]["a"])
     view = ServerView(session, transcript)
     assert set(view.arrived) == {"a", "b", "d", "e"}
-    assert view.revealed() == [{"a", "b", "d", "e"}]
+    assert view.revealed_groups() == [{"a", "b", "d", "e"}]
     for name, masked in view.arrived.items():
         # Without all masks that the server can remove, a vector is still spread over the whole range.
-        left = view.unmasked(name)
+        left = view.unmasked_vector(name)
         assert np.median(np.abs(left.wide.view(np.int64).astype(np.float64))) > 2**60
         assert left.to_bytes() != masked.to_bytes()
     total = Vector.zeros(session)
     for name in view.arrived:
-        total.add(view.unmasked(name))
+        total.add(view.unmasked_vector(name))
     assert int(total.wide[0]) == 4  # boards
 
 
@@ -111,7 +111,7 @@ def test_coded_updates_travel_in_half_the_bytes_and_give_nearly_the_same_model(m
     settings = {"rounds": 3, "scorer": "ordered"}
     fleet = SecureFleet(tmp_path / "a", model, NAMES, secure_aggregation=True, compression="int8", **settings)
     state = fleet.run()
-    assert folded(state) == [list(NAMES)] * 3
+    assert counted_devices(state) == [list(NAMES)] * 3
     sizes = sorted({(m.round, m.weights.size) for m in fleet.of(UpdateAnnouncement)})
     assert len(sizes) == 3
     assert sizes[1][1] == sizes[2][1] < 0.6 * sizes[0][1]
@@ -141,7 +141,7 @@ def test_a_server_that_restarts_in_the_middle_of_a_sum_begins_it_again(model: Mo
     board.spoil = lambda message: message
     fleet.restart()
     state = fleet.run()
-    assert folded(state) == [list(NAMES)]
+    assert counted_devices(state) == [list(NAMES)]
     assert state.model == plain(tmp_path, model, rounds=1).model
     assert len({m.sum for m in fleet.of(SecureStep)}) == 2
 
@@ -171,7 +171,7 @@ def test_messages_that_get_lost_are_repeated(model: Model, tmp_path: Path, direc
     fleet.air.to_server = lose_uplink  # type: ignore[method-assign]
     fleet.air.publish = lose_downlink  # type: ignore[method-assign]
     state = fleet.run()
-    assert folded(state) == [list(NAMES)]
+    assert counted_devices(state) == [list(NAMES)]
     assert state.model == plain(tmp_path, model, rounds=1).model
     steps = {"up": {"trained", "keys", "shares", "update"}, "down": {"session", "roster", "delivery", "survivors"}}
     assert steps[direction] <= {step for _, step in lost}
@@ -190,7 +190,7 @@ def test_a_late_refusal_of_an_earlier_round_leaves_a_board_in_its_sum(model: Mod
     fleet.air.to_server = add_late_refusal  # type: ignore[method-assign]
     state = fleet.run()
     assert not late
-    assert folded(state) == [["a", "b", "c"]] * 2
+    assert counted_devices(state) == [["a", "b", "c"]] * 2
     assert fleet.air.now < fleet.job.deadline_s
 
 
@@ -207,8 +207,8 @@ def test_a_board_that_spoils_sums_is_found_named_and_left_out(model: Model, tmp_
     state = fleet.run()
     assert state.at_fault == ["c"]
     assert state.devices["c"].excluded
-    assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
-    assert not any("c" in names for names in folded(state))
+    assert counted_devices(state)[-1] == [name for name in EIGHT if name != "c"]
+    assert not any("c" in names for names in counted_devices(state))
     payloads = [payload for topic, payload in fleet.published if "/c/" in topic and b'"unmasking"' in payload]
     messages = [parse_message(payload) for payload in payloads]
     # Of 8 suspects, then 4, 2 and 1.
@@ -219,7 +219,7 @@ def test_a_board_that_spoils_sums_is_found_named_and_left_out(model: Model, tmp_
     fleet.board("c").session += 1
     state = fleet.run()
     assert state.at_fault == ["c"]
-    assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
+    assert counted_devices(state)[-1] == [name for name in EIGHT if name != "c"]
 
 
 def test_a_board_that_sends_false_shares_is_found(model: Model, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_board_that_sends_false_shares_is_found(model: Model, tmp_path: Path) 
     fleet.air.to_server = false  # type: ignore[method-assign]
     state = fleet.run()
     assert state.at_fault == ["c"]
-    assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
+    assert counted_devices(state)[-1] == [name for name in EIGHT if name != "c"]
 
 
 def test_boards_that_announce_the_same_vector_end_neither_server_nor_job(model: Model, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_board_can_t_have_a_file_deleted_by_announcing_it_as_its_vector(model:
     fleet.board("c").spoil_vector = file
     state = fleet.run()
     assert fleet.store.has(digests[0])
-    assert folded(state) == [["a", "b", "d", "e"]]
+    assert counted_devices(state) == [["a", "b", "d", "e"]]
 
 
 def test_too_few_boards_of_a_width_are_left_out_and_never_seen(model: Model, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_board_whose_messages_are_damaged_drops_out(model: Model, tmp_path: Pa
 
     fleet.air.to_server = shorten_shares  # type: ignore[method-assign]
     state = fleet.run()
-    assert folded(state) == [["a", "b", "d", "e"]]
+    assert counted_devices(state) == [["a", "b", "d", "e"]]
     assert "sealed shares" in state.history[0]["devices"]["c"]["reason"]
 
 
@@ -340,7 +340,7 @@ PRIVATE = {
 def test_shared_noise_is_in_the_sum_and_costs_what_it_costs_without_masks(model: Model, tmp_path: Path) -> None:
     fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, **PRIVATE)
     state, expected = fleet.run(), plain(tmp_path, model, **PRIVATE)
-    assert folded(state) == [list(NAMES)] * 2
+    assert counted_devices(state) == [list(NAMES)] * 2
     assert [r["model"] for r in state.history] == [r["model"] for r in expected.history]
     paid = [(r["metrics"]["epsilon"], r["metrics"]["epsilon_next"]) for r in state.history]
     assert paid == [(r["metrics"]["epsilon"], r["metrics"]["epsilon_next"]) for r in expected.history]
@@ -378,7 +378,7 @@ def test_a_running_job_may_begin_to_mask(model: Model, tmp_path: Path) -> None:
     for name in NAMES:
         fleet.board(name).offer = fleet.board(name).pending = None
     fleet.job = replace(fleet.job, secure_aggregation=True)
-    assert folded(fleet.run()) == [list(NAMES)] * 2
+    assert counted_devices(fleet.run()) == [list(NAMES)] * 2
     assert fleet.of(TrainingDone)
 
 
@@ -399,5 +399,5 @@ def test_only_the_vector_that_a_board_has_announced_is_added(model: Model, tmp_p
     state = fleet.run_daemon(daemon)
     assert not any(accepted)
     assert len(accepted) >= 2
-    assert folded(state) == [list(NAMES)]
+    assert counted_devices(state) == [list(NAMES)]
     assert state.model == plain(tmp_path, model, rounds=1).model

@@ -17,7 +17,7 @@ from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.snapshots import SnapshotMaker
 from fedprune_server.observation.snapshot import AT_OTHER_JOB, OFFLINE, FleetSnapshot
 from support.fakes.fleet import Watcher
-from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.several_jobs import SeveralJobs, rename_job
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 NOTHING: Any = SimpleNamespace(waiting=0, queued=0, progress=lambda name: None, devices=list)
@@ -83,7 +83,10 @@ def test_a_device_is_offline_or_at_another_job() -> None:
 
 
 def test_every_round_and_the_end_of_each_job_are_shown_once_and_in_order(tmp_path: Path) -> None:
-    several, watcher = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", rounds=2)], "abc"), Watcher()
+    several, watcher = (
+        SeveralJobs(tmp_path, [rename_job(JOB, "one"), rename_job(JOB, "two", rounds=2)], "abc"),
+        Watcher(),
+    )
     kinds: dict[str, list[str]] = {"one": [], "two": []}
     watcher = Watcher(lambda snapshot, what: kinds[snapshot.name].append(type(what).__name__))
     several.run(several.host(observers=[watcher]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fakes.fleet import Fleet, folded
+from support.fakes.fleet import Fleet, counted_devices
 from support.fakes.tiny_job import JOB
 
 DAY = 24 * 3600.0
@@ -21,6 +21,6 @@ def test_a_clock_that_jumps_a_day_neither_closes_a_round_nor_stretches_it(tmp_pa
     silent.take = lambda offer: None  # type: ignore[method-assign, assignment]
     fleet.clock = lambda: fleet.air.now + (jump if fleet.air.now > began + 2 else 0.0)
     state = fleet.run()
-    assert folded(state) == [["a", "b"], ["a", "b"]]
+    assert counted_devices(state) == [["a", "b"], ["a", "b"]]
     assert 40 <= fleet.air.now - began < 50
     assert state.history[-1]["at"] == pytest.approx(fleet.air.now + jump, abs=5), "the log shows the new time"

@@ -38,7 +38,7 @@ from fedprune_server.storage.database import Database
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.open_database import open_database
 from fedprune_server.storage.tables import MEMBERS
-from support.fakes.members import certified, serials_of
+from support.fakes.members import member_certificate, serials_of
 from support.faults.power_cuts import CutError, power
 
 HOUR, DAY = 3600, 24 * 3600
@@ -466,7 +466,7 @@ def test_a_revoked_device_s_certificates_are_listed_again_when_the_list_was_lost
     identity: IdentityFolder, tmp_path: Path
 ) -> None:
     for name in ("pi-1", "pi-2"):
-        certified(identity, name)
+        member_certificate(identity, name)
     before = identity.authority.crl_path.read_bytes()
     identity.revoke("pi-1")
     for lost in (before, b"", None):
@@ -483,7 +483,7 @@ def test_a_revocation_broken_off_before_the_list_was_written_is_completed(
     identity: IdentityFolder, tmp_path: Path
 ) -> None:
     """The member's row alone says that its certificates are revoked."""
-    certified(identity, "pi-1")
+    member_certificate(identity, "pi-1")
     identity.store.revoke("pi-1", 7)
     with IdentityFolder(tmp_path / "state") as restarted:
         assert restarted.store.revoked_certificates() == dict.fromkeys(serials_of(tmp_path / "state", "pi-1"), 7)

@@ -40,7 +40,7 @@ from fedprune_server.observation.observer import DevicesChanged, LoopBlocked, Ro
 from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Fleet, ToyDevice, Watcher
-from support.fakes.shown_jobs import SEEN, boards, show
+from support.fakes.shown_jobs import TRAINING_SNAPSHOT, boards, show
 from support.fakes.tiny_job import JOB
 
 NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 32 * 10**9
@@ -199,11 +199,11 @@ FLEET = FleetSnapshot(connected_devices=("a", "c"))
 def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(tmp_path: Path) -> None:
     now = [NOW]
     # c is at another job, d was revoked
-    snapshot = replace(SEEN, devices=boards("a", "bcd"), revoked_devices=("d",), fleet=FLEET)
+    snapshot = replace(TRAINING_SNAPSHOT, devices=boards("a", "bcd"), revoked_devices=("d",), fleet=FLEET)
 
     def away(rounds: int, snapshot: JobSnapshot = snapshot, *events: Any) -> dict[str | None, float]:
         now[0] += 60
-        show(monitor, *events, *[ROUND] * rounds, seen=snapshot)
+        show(monitor, *events, *[ROUND] * rounds, snapshot=snapshot)
         return {a.device: a.since for a in monitor.book.open_alerts if a.kind == "device-away"}
 
     monitor = watching(tmp_path, now=lambda: now[0], away_rounds=2)
@@ -218,7 +218,7 @@ def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(
 
 def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
     clones = {"a": "it has two voices", "b": "it has two voices"}
-    snapshot = replace(SEEN, is_paused=True, revoked_devices=("b",), cloned_devices=clones)
+    snapshot = replace(TRAINING_SNAPSHOT, is_paused=True, revoked_devices=("b",), cloned_devices=clones)
     assert Participation(snapshot, 2, {}, lambda: NOW).absences().keys() == {"a"}
 
 
@@ -227,7 +227,7 @@ def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
     [(FailureKind.OTHER, {"a"}), (FailureKind.LEFT_OUT, set()), (FailureKind.FALSE_SUM, set())],
 )
 def test_a_board_that_others_keep_from_counting_is_not_failing(kind: FailureKind, failing: set[str]) -> None:
-    watch = Participation(SEEN, 2, {}, lambda: NOW)
+    watch = Participation(TRAINING_SNAPSHOT, 2, {}, lambda: NOW)
     device_part = {"progress": "refused", "reason": "it didn't count", "kind": kind.value}
     for number in (1, 2, 3):
         show(watch, RoundEnded({"round": number, "devices": {"a": device_part}}), devices=boards("a"))
@@ -453,7 +453,7 @@ def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:
 def test_a_board_far_off_its_plan_is_found() -> None:
     def excess(before: Mapping[str, str], **measured: tuple[float, float]) -> dict[str, str]:
         compared: dict[str, Any] = {"a": measured} if measured else {}
-        return prediction_excesses(replace(SEEN, comparisons=compared, devices=boards("a")), before)
+        return prediction_excesses(replace(TRAINING_SNAPSHOT, comparisons=compared, devices=boards("a")), before)
 
     off = {"a": "memory 126.00 MB instead of 100.00 MB"}
     assert excess({}, peak_memory_bytes=(100e6, 126e6), step_seconds=(1.0, 1.9)) == off
@@ -486,16 +486,16 @@ def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
 
 
 def test_the_end_of_a_server_resolves_nothing_and_its_next_start_only_what_is_over(tmp_path: Path, disk: Disk) -> None:
-    disk.free, now, snapshot = 0.05, [0.0], replace(SEEN, fleet=FleetSnapshot())
+    disk.free, now, snapshot = 0.05, [0.0], replace(TRAINING_SNAPSHOT, fleet=FleetSnapshot())
     monitor = watching(tmp_path, now=lambda: now[0])
     monitor.start()
-    show(monitor, seen=snapshot)
-    with wait_hook(lambda: show(monitor, LoopBlocked(), seen=snapshot)):
+    show(monitor, snapshot=snapshot)
+    with wait_hook(lambda: show(monitor, LoopBlocked(), snapshot=snapshot)):
         for now[0] in (1.0, 12.0):
             call_wait_hook("the database is locked by process 7")
     assert kinds_of(monitor) == {"database-waits", "disk"}
     disk.free = 0.0
-    show(monitor, ServerEnding(), seen=snapshot)
+    show(monitor, ServerEnding(), snapshot=snapshot)
     monitor.close()
     assert {(a.kind, a.severity) for a in monitor.book.open_alerts} == {
         ("database-waits", "critical"),
@@ -504,30 +504,30 @@ def test_the_end_of_a_server_resolves_nothing_and_its_next_start_only_what_is_ov
 
     monitor = watching(tmp_path, now=lambda: now[0])
     monitor.start()
-    show(monitor, seen=snapshot)
+    show(monitor, snapshot=snapshot)
     monitor.close()
     assert kinds_of(monitor) == {"disk"}
 
 
 def test_alerts_about_a_job_are_over_when_it_is_finished_though_the_server_ends_at_once(tmp_path: Path) -> None:
-    monitor, snapshot = watching(tmp_path, now=lambda: 10.0), replace(SEEN, fleet=FleetSnapshot())
-    show(monitor, SendOffer("a", 1, 1, {}), at=10.0, seen=snapshot)
-    show(monitor, Ticked(), Finish("m"), at=1e6, seen=snapshot)
+    monitor, snapshot = watching(tmp_path, now=lambda: 10.0), replace(TRAINING_SNAPSHOT, fleet=FleetSnapshot())
+    show(monitor, SendOffer("a", 1, 1, {}), at=10.0, snapshot=snapshot)
+    show(monitor, Ticked(), Finish("m"), at=1e6, snapshot=snapshot)
     assert kinds_of(monitor) == {"no-progress"}
-    show(monitor, Finish("m"), seen=snapshot, phase=Phase.FINISHED)
-    show(monitor, ServerEnding(), seen=snapshot, phase=Phase.FINISHED)
+    show(monitor, Finish("m"), snapshot=snapshot, phase=Phase.FINISHED)
+    show(monitor, ServerEnding(), snapshot=snapshot, phase=Phase.FINISHED)
     assert kinds_of(monitor) == set()
 
 
 def test_a_start_closes_no_alert_that_only_its_last_run_had_counted_before_a_round_has_ended(tmp_path: Path) -> None:
     stuck = Alert("no-progress", "critical", NOW, "nothing comes", "why", "todo", job=JOB.name)
-    now, snapshot = [0.0], replace(SEEN, fleet=FleetSnapshot())
+    now, snapshot = [0.0], replace(TRAINING_SNAPSHOT, fleet=FleetSnapshot())
     monitor = watching(tmp_path, stuck, now=lambda: now[0])
     monitor.read_site()
-    show(monitor, seen=snapshot)
+    show(monitor, snapshot=snapshot)
     assert kinds_of(monitor) == {"no-progress"}
     now[0] += 1
-    show(monitor, ROUND, seen=snapshot)
+    show(monitor, ROUND, snapshot=snapshot)
     assert kinds_of(monitor) == set()
 
 
@@ -557,18 +557,18 @@ def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Pa
 
 
 def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:
-    now, snapshot = [0.0], replace(SEEN, fleet=FleetSnapshot())
+    now, snapshot = [0.0], replace(TRAINING_SNAPSHOT, fleet=FleetSnapshot())
     monitor = watching(tmp_path, now=lambda: now[0])
-    show(monitor, seen=snapshot)
+    show(monitor, snapshot=snapshot)
     now[0] = 59.0
     assert not monitor.is_hanging
     assert monitor.open_alerts() == []
     now[0] = 61.0
     assert [a.kind for a in monitor.open_alerts()] == ["server-hangs"]
-    show(monitor, seen=snapshot)
+    show(monitor, snapshot=snapshot)
     assert monitor.open_alerts() == []
     now[0] = 130.0
-    show(monitor, LoopBlocked(), seen=snapshot)  # for its database, or a lock
+    show(monitor, LoopBlocked(), snapshot=snapshot)  # for its database, or a lock
     assert monitor.open_alerts() == []
 
 
@@ -576,13 +576,16 @@ def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) ->
 def test_while_the_database_is_waited_for_no_other_alert_opens_or_closes(
     tmp_path: Path, connected: bool, able: int
 ) -> None:
-    now, snapshot = [0.0], replace(SEEN, able_devices=able, fleet=FleetSnapshot(broker_connected=connected))
+    now, snapshot = (
+        [0.0],
+        replace(TRAINING_SNAPSHOT, able_devices=able, fleet=FleetSnapshot(broker_connected=connected)),
+    )
     monitor = watching(tmp_path, now=lambda: now[0])
     for now[0] in (0.0, 8.0) if connected else (0.0, 16.0):
-        show(monitor, seen=snapshot)
+        show(monitor, snapshot=snapshot)
     before = [] if connected else ["broker"]
     assert [a.kind for a in monitor.book.open_alerts] == before
-    with wait_hook(lambda: show(monitor, LoopBlocked(), seen=snapshot)):
+    with wait_hook(lambda: show(monitor, LoopBlocked(), snapshot=snapshot)):
         for now[0] in (17.0, 28.0, 60.0):
             call_wait_hook("the database is locked by process 7")
     assert [a.kind for a in monitor.book.open_alerts] == [*before, "database-waits"]
@@ -595,12 +598,16 @@ def test_alerts_wait_until_all_jobs_of_a_server_were_seen(tmp_path: Path) -> Non
     show(
         monitor,
         ROUND,
-        seen=replace(SEEN, name="first", fleet=FleetSnapshot(has_several_jobs=True, connected_devices="abc")),
+        snapshot=replace(
+            TRAINING_SNAPSHOT, name="first", fleet=FleetSnapshot(has_several_jobs=True, connected_devices="abc")
+        ),
     )
     assert kinds_of(monitor) == {"round-waits"}
     show(
         monitor,
         ROUND,
-        seen=replace(SEEN, name="second", fleet=FleetSnapshot(has_several_jobs=True, connected_devices="abc")),
+        snapshot=replace(
+            TRAINING_SNAPSHOT, name="second", fleet=FleetSnapshot(has_several_jobs=True, connected_devices="abc")
+        ),
     )
     assert kinds_of(monitor) == set()

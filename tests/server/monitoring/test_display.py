@@ -50,7 +50,7 @@ def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCa
     lines = RoundLines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
         for number, now in ((2, 100.0), (3, 130.0), (4, 160.0), (5, 190.0), (10, 220.0)):
-            show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, seen=SNAPSHOT, is_paused=number == 5)
+            show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, snapshot=SNAPSHOT, is_paused=number == 5)
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", ", about 4 min left", ", about 3 min left", "", ""]
 
@@ -60,9 +60,9 @@ def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None
     stream = Terminal()
     display = make_display(stream)
     assert isinstance(display, LiveTable)
-    show(display, seen=SNAPSHOT)
+    show(display, snapshot=SNAPSHOT)
     logging.getLogger("fedprune.server").warning("device nano takes no part")
-    show(display, ServerEnding(), seen=SNAPSHOT)
+    show(display, ServerEnding(), snapshot=SNAPSHOT)
     for text in ("leaves: round 2 of 10", "raspberry-pi-4b", "12,345", "train 3/10", "device nano takes no part"):
         assert text in stream.getvalue()
 
@@ -70,7 +70,7 @@ def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_closed_table_gives_logging_back() -> None:
     logger = logging.getLogger("fedprune")
     before = (logger.handlers[:], logger.propagate)
-    show(LiveTable(Terminal()), ServerEnding(), seen=SNAPSHOT)
+    show(LiveTable(Terminal()), ServerEnding(), snapshot=SNAPSHOT)
     assert (logger.handlers[:], logger.propagate) == before
 
 
@@ -83,8 +83,8 @@ def test_the_table_is_not_drawn_at_every_message() -> None:
 
     display = LiveTable(Terminal())
     for _ in range(100):
-        show(display, seen=SNAPSHOT, devices=LazyMapping(devices))
-    show(display, ServerEnding(), seen=SNAPSHOT)
+        show(display, snapshot=SNAPSHOT, devices=LazyMapping(devices))
+    show(display, ServerEnding(), snapshot=SNAPSHOT)
     assert len(drawn) == 1
 
 
@@ -93,6 +93,6 @@ def test_brackets_in_a_devices_words_are_shown_as_they_are(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
     display = make_display(stream)
-    show(display, seen=SNAPSHOT, devices={"pi": replace(ROW, activity=text)})
-    show(display, ServerEnding(), seen=SNAPSHOT)
+    show(display, snapshot=SNAPSHOT, devices={"pi": replace(ROW, activity=text)})
+    show(display, ServerEnding(), snapshot=SNAPSHOT)
     assert text in stream.getvalue()

@@ -16,7 +16,7 @@ from fedprune_server.cli.main import main
 from fedprune_server.monitoring.health import RUNNING, STANDING_BY, Pulse, check_pulse
 from fedprune_server.observation.observer import ServerEnding, TurnEnded
 from support.fakes.fleet import Fleet, Watcher
-from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.several_jobs import SeveralJobs, rename_job
 from support.fakes.shown_jobs import show
 from support.fakes.tiny_job import JOB
 from support.waiting import until
@@ -113,7 +113,7 @@ def test_the_loops_beat_in_every_turn(tmp_path: Path) -> None:
     """However long a job waits, of one or of several: never longer than a turn of the loop."""
     fleet, several = (
         Fleet(tmp_path / "one"),
-        SeveralJobs(tmp_path / "several", [named(JOB, "one"), named(JOB, "two")], "abc"),
+        SeveralJobs(tmp_path / "several", [rename_job(JOB, "one"), rename_job(JOB, "two")], "abc"),
     )
     for air, run in ((fleet.air, fleet.run_daemon), (several.air, several.run)):
         beats: list[float] = []

@@ -35,7 +35,7 @@ from fedprune_server.observation.observer import (
     TurnSaved,
 )
 from fedprune_server.observation.snapshot import LazyMapping
-from support.fakes.shown_jobs import SEEN, show
+from support.fakes.shown_jobs import TRAINING_SNAPSHOT, show
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -109,8 +109,8 @@ def test_an_event_that_cannot_be_counted_takes_no_other_event_with_it(caplog: py
         TurnSaved(0.01),
         RoundEnded({"round": 2, "model": "", "metrics": {}, "devices": {}}),
     ]
-    Observers([metrics]).show([(SEEN, [TurnEvent(1.0, what) for what in events])])
-    job = (("job", SEEN.name),)
+    Observers([metrics]).show([(TRAINING_SNAPSHOT, [TurnEvent(1.0, what) for what in events])])
+    job = (("job", TRAINING_SNAPSHOT.name),)
     figures = values(metrics)
     assert figures["fedprune_database_save_seconds_count", job] == 1
     assert figures["fedprune_rounds_finished_total", job] == 2

@@ -19,7 +19,7 @@ from fedprune_server.monitoring.participation import AWAY, FAILING, Participatio
 from fedprune_server.monitoring.situation import Situation
 from fedprune_server.observation.observer import DevicesChanged, RoundEnded
 from support.fakes.fleet import Fleet, ToyDevice
-from support.fakes.shown_jobs import SEEN, boards, show
+from support.fakes.shown_jobs import TRAINING_SNAPSHOT, boards, show
 from support.fakes.tiny_job import JOB
 
 DEADLINE_S = 600.0
@@ -126,7 +126,7 @@ def test_a_board_that_is_back_within_seconds_is_no_alert(tmp_path: Path) -> None
 def test_a_board_that_was_offline_at_its_deadlines_needs_a_connection_and_no_repair(
     tmp_path: Path, online: bool, kind: str
 ) -> None:
-    watch = Participation(SEEN, 9, {}, lambda: 1000.0)
+    watch = Participation(TRAINING_SNAPSHOT, 9, {}, lambda: 1000.0)
     late = {"progress": "refused", "reason": "the deadline has passed", "kind": FailureKind.LATE.value}
     changed = DevicesChanged(frozenset("a"))
     for number in (1, 2):

@@ -16,7 +16,7 @@ from fedprune_server.observation.observer import (
     TurnSaved,
 )
 from fedprune_server.observation.snapshot import JobSnapshot, LazyMapping
-from support.fakes.shown_jobs import SEEN
+from support.fakes.shown_jobs import TRAINING_SNAPSHOT
 
 OTHER = JobSnapshot(name="other")
 
@@ -39,7 +39,7 @@ class Failing:
 
 
 def turn(at: float) -> list[tuple[JobSnapshot, list[TurnEvent]]]:
-    return [(SEEN, [TurnEvent(at, TurnSaved(0.1))]), (OTHER, [TurnEvent(at, TurnSaved(0.2))])]
+    return [(TRAINING_SNAPSHOT, [TurnEvent(at, TurnSaved(0.1))]), (OTHER, [TurnEvent(at, TurnSaved(0.2))])]
 
 
 def test_one_that_fails_is_logged_once_and_hides_nothing_from_the_next(caplog: pytest.LogCaptureFixture) -> None:
@@ -65,7 +65,7 @@ def test_a_slow_one_has_its_share_of_the_time_and_misses_nothing() -> None:
     assert len(quick.seen) == 2000
     spent = 0.1 * len(slow.seen)
     assert 0 < spent <= 1.5 * MAX_LOOP_SHARE * (now[0] - 100.0)
-    for job in (SEEN.name, OTHER.name):
+    for job in (TRAINING_SNAPSHOT.name, OTHER.name):
         ats = [at for name, times in slow.seen if name == job for at in times]
         assert ats == list(range(len(ats))), "in order, each once"
         assert len(ats) > 900
@@ -85,9 +85,9 @@ def test_while_the_loop_waits_all_are_called_at_once() -> None:
     now = [0.0]
     slow = Taking(now, 1.0)
     observers = Observers([slow], lambda: now[0])
-    observers.show([(SEEN, [])])
-    observers.show([(SEEN, [TurnEvent(1.0, TurnSaved(0.1))])])
-    observers.show([(SEEN, [TurnEvent(2.0, LoopBlocked())])], at_once=True)
+    observers.show([(TRAINING_SNAPSHOT, [])])
+    observers.show([(TRAINING_SNAPSHOT, [TurnEvent(1.0, TurnSaved(0.1))])])
+    observers.show([(TRAINING_SNAPSHOT, [TurnEvent(2.0, LoopBlocked())])], at_once=True)
     assert [times for _, times in slow.seen] == [[], [1.0, 2.0]]
 
 
@@ -100,8 +100,8 @@ def test_an_observer_that_waits_itself_is_not_called_within_its_own_call() -> No
             observers.show(turn(1), at_once=True)
 
     observers = Observers([Waiting()])
-    observers.show([(SEEN, [])])
-    assert calls == [SEEN.name]
+    observers.show([(TRAINING_SNAPSHOT, [])])
+    assert calls == [TRAINING_SNAPSHOT.name]
 
 
 def test_what_is_lazy_is_made_once_and_only_if_somebody_looks() -> None:

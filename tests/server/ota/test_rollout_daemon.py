@@ -19,7 +19,7 @@ from fedprune.wire.transfer import Pull
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Air, Fleet, ToyDevice
 from support.fakes.runtime_releases import KEY, make_release
-from support.fakes.several_jobs import JobsDevice, SeveralJobs, named
+from support.fakes.several_jobs import JobsDevice, SeveralJobs, rename_job
 from support.fakes.tiny_job import JOB, NAMES
 
 
@@ -145,7 +145,7 @@ class Busy(Updated, JobsDevice):
 
 def test_several_jobs_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: Path) -> None:
     UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
-    several = SeveralJobs(tmp_path / "jobs", [named(JOB, n, devices=1) for n in ("one", "two")], "")
+    several = SeveralJobs(tmp_path / "jobs", [rename_job(JOB, n, devices=1) for n in ("one", "two")], "")
     updated = {n: Busy(n, tmp_path / "busy", several.air) for n in NAMES}
     several.air.devices.update(updated)
     with RolloutStore(tmp_path) as store:

@@ -63,7 +63,9 @@ def run(tmp_path: Path) -> Build:
         limits = {"move_limit": 0.0, "weight_limit": 0.0}  # equations hold for updates as they come
         settings = {"rounds": 4, "recipe": Recipe(max_steps=3, batch_size=16), **limits, **settings}
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        return Run(digits_simulation(folder, kept=False, fleet=boards_that_validate(), strategy=strategy, **settings))
+        return Run(
+            digits_simulation(folder, keeps_state=False, fleet=boards_that_validate(), strategy=strategy, **settings)
+        )
 
     return build
 

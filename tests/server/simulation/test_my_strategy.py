@@ -34,7 +34,7 @@ def _strategy_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_strategy(folder: Path, strategy: str = "my_strategy:energy") -> Simulation:
     fleet = boards(("a", "b", "c"), "raspberry-pi-5")
     simulation = digits_simulation(
-        folder, kept=False, fleet=fleet, rounds=3, density=0.5, strategy=strategy, recipe=RECIPE
+        folder, keeps_state=False, fleet=fleet, rounds=3, density=0.5, strategy=strategy, recipe=RECIPE
     )
     simulation.run()
     losses = [h["metrics"]["loss"] for h in simulation.state.history]

@@ -70,7 +70,7 @@ def model_of(task: str) -> Model:
 
 
 def net_of(task: str) -> Model:
-    return whole_models.imported(TASKS[task].net)
+    return whole_models.whole_model(TASKS[task].net)
 
 
 def random_samples(task: str, count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -28,7 +28,7 @@ def build(tmp_path: Path) -> Build:
         samples = (digits().x[:50], digits().y[:50])
         fleet = boards(("a", "b"), "raspberry-pi-4b")
         settings = {"fleet": fleet, "evaluation": samples, "privacy": privacy, **job, **settings}
-        return digits_simulation(tmp_path / folder, kept=False, **settings)
+        return digits_simulation(tmp_path / folder, keeps_state=False, **settings)
 
     return make
 

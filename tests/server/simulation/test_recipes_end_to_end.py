@@ -37,7 +37,7 @@ def simulation(folder: Path, recipe: dict[str, Any], **settings: Any) -> Simulat
         for b, d in zip(boards(NAMES), data.devices.values(), strict=True)
     ]
     settings = {"recipe": Recipe.from_dict(recipe), "evaluation": (data.x, labels(data.x, data.y)), **settings}
-    return digits_simulation(folder, kept=False, title="numbers", fleet=fleet, density=0.5, **settings)
+    return digits_simulation(folder, keeps_state=False, title="numbers", fleet=fleet, density=0.5, **settings)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from fedprune.wire.messages import Cancelled, Offer, RoundProgress
 from fedprune_server.simulation.fleet.device_table import with_link
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_simulation
-from support.fakes.fleet import Fleet, folded
+from support.fakes.fleet import Fleet, counted_devices
 from support.fakes.tiny_job import JOB
-from support.marks import marked
+from support.marks import mark_soak
 
 NAMES = ("a", "b", "c", "d", "e")
 
@@ -84,7 +84,7 @@ def run(fleet: Fleet, *slow: SlowDevice) -> State:
 def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -> None:
     fleet = fleet_of(tmp_path, participation=0.8, over_selection=0.25, rounds=2)
     state = run(fleet, SlowDevice(fleet, "b", 80.0))
-    assert folded(state) == [["a", "c", "d", "e"]] * 2
+    assert counted_devices(state) == [["a", "c", "d", "e"]] * 2
     assert reasons(state, 1) == {"b": ENOUGH_UPDATES}
     reasons_told = [m.reason for m in fleet.air.devices["b"].heard if isinstance(m, Cancelled)]
     assert reasons_told == [ENOUGH_UPDATES] * 2
@@ -107,7 +107,7 @@ def test_few_work_at_a_time_and_all_count(tmp_path: Path) -> None:
 
     fleet.storage.save = save_and_count  # type: ignore[method-assign]
     state = run(fleet, *(SlowDevice(fleet, n, 10.0) for n in NAMES))
-    assert folded(state) == [list(NAMES)] * 2
+    assert counted_devices(state) == [list(NAMES)] * 2
     assert max(training_counts) == 2
     assert state.model == expected
 
@@ -123,7 +123,7 @@ def test_a_kill_in_the_line_loses_nobody(tmp_path: Path) -> None:
     fleet.air.on_idle = idle
     daemon.run()
     fleet.restart()
-    assert folded(fleet.run()) == [list(NAMES)]
+    assert counted_devices(fleet.run()) == [list(NAMES)]
 
 
 # In simulation.
@@ -139,7 +139,9 @@ def simulate(tmp_path_factory: pytest.TempPathFactory) -> Simulate:
     small = {"density": 0.25, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
 
     def make(**settings: Any) -> Simulation:
-        return digits_simulation(tmp_path_factory.mktemp("run"), kept=False, fleet=fleet, **{**small, **settings})
+        return digits_simulation(
+            tmp_path_factory.mktemp("run"), keeps_state=False, fleet=fleet, **{**small, **settings}
+        )
 
     return make
 
@@ -149,7 +151,7 @@ def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(
 ) -> None:
     run = simulate(participation=0.75, over_selection=0.34, rounds=5)
     run.run()
-    slowest = [r for r, c in enumerate(folded(run.state), 1) if len(c) == 4]
+    slowest = [r for r, c in enumerate(counted_devices(run.state), 1) if len(c) == 4]
     assert slowest == [4]
     assert run.state.devices[KINDS[0]].failures == 0
 
@@ -157,12 +159,14 @@ def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(
 @pytest.mark.parametrize("kind", ["semi-async", pytest.param("async", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "strategy",
-    marked(["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"], soak=["fedavg", "heterofl", "fedrolex"]),
+    mark_soak(
+        ["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"], soak=["fedavg", "heterofl", "fedrolex"]
+    ),
 )
 def test_strategies_go_through_a_schedule_that_is_not_their_own(simulate: Simulate, strategy: str, kind: str) -> None:
     settings = {"strategy": strategy, "density": 0.0, "scorer": "magnitude", "deadline_s": 20.0, "rounds": 3}
     run = simulate(schedule={"kind": kind}, **settings)
     run.run()
     assert run.state.phase is Phase.FINISHED
-    assert all(folded(run.state))
+    assert all(counted_devices(run.state))
     assert len({r["model"] for r in run.state.history}) == 3

@@ -14,7 +14,7 @@ from fedprune_server.simulation.digits import deal_digits, digits_model, write_d
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.runs import RunSpec, RunStatus, do_runs
 from fedprune_server.simulation.sweep import read_sweep
-from support.fakes.run_works import drawn
+from support.fakes.run_works import draw_numbers
 
 RUNS = [RunSpec(f"run-{i}", {"seed": i}) for i in range(3)]
 WRONG = [RunSpec(f"wrong-{kind}", {"seed": 0, "fail": kind}) for kind in ("refused", "broken", "killed")]
@@ -59,9 +59,11 @@ recipe = { lr = 0.01 }
 
 @pytest.mark.soak
 def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
-    one_worker = do_runs(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
+    one_worker = do_runs(draw_numbers, [*RUNS, *WRONG], tmp_path / "one", workers=1)
     statuses: list[list[RunStatus]] = []
-    two_workers = do_runs(drawn, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: statuses.append(list(s)))
+    two_workers = do_runs(
+        draw_numbers, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: statuses.append(list(s))
+    )
     assert [(e.name, e.error.splitlines()[-1:]) for e in one_worker] == [
         (e.name, e.error.splitlines()[-1:]) for e in two_workers
     ]
@@ -78,15 +80,15 @@ def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
 def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
     def watch(_: object) -> None:
         with pytest.raises(StorageError, match="another command"):
-            do_runs(drawn, RUNS, tmp_path)
+            do_runs(draw_numbers, RUNS, tmp_path)
 
-    assert not any(e.error for e in do_runs(drawn, RUNS[:1], tmp_path, watch=watch))
+    assert not any(e.error for e in do_runs(draw_numbers, RUNS[:1], tmp_path, watch=watch))
 
 
 def test_ray_is_missed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtraError, match="Ray"):
-        do_runs(drawn, RUNS, tmp_path, ray=True)
+        do_runs(draw_numbers, RUNS, tmp_path, ray=True)
 
 
 @pytest.fixture

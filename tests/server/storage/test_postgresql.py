@@ -24,7 +24,7 @@ from fedprune_server.storage.database import LostConnectionError
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 from support.fakes.opened_job import open_job
-from support.fakes.stored_job import filled
+from support.fakes.stored_job import second_round_state
 from support.processes.postgres import Postgres
 
 pytestmark = pytest.mark.postgresql
@@ -162,7 +162,7 @@ class Cutting:
 def test_an_event_is_saved_once_where_the_commits_answer_is_lost(postgres: Postgres, answered: bool) -> None:
     url = postgres.database()
     with closing(Cutting(postgres.port, answered=answered)) as relay:
-        state = filled()
+        state = second_round_state()
         with Storage(url.replace(f":{postgres.port}/", f":{relay.port}/")) as storage:
             for number in range(3, 8):
                 state.round = number

@@ -20,7 +20,7 @@ from fedprune.jobs.state import JobDevice
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
-from support.fakes.stored_job import born, filled
+from support.fakes.stored_job import born, second_round_state
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 
@@ -39,12 +39,12 @@ def file(tmp_path: Path) -> Iterator[Storage]:
 
 def test_a_state_comes_back_as_it_was(storage: Storage, url: str) -> None:
     assert storage.load() is None
-    storage.save(filled(), [born("a")], 1.0, {"a": (7, 8)})
+    storage.save(second_round_state(), [born("a")], 1.0, {"a": (7, 8)})
     storage.put_settings({"job": JOB.to_dict()})
     storage.put_unplanned_devices({"x": {"excluded": "no profile", "session": 2}})
     with Storage(url, create=False) as reopened:
-        assert reopened.load() == filled()
-        assert reopened.rounds() == filled().history
+        assert reopened.load() == second_round_state()
+        assert reopened.rounds() == second_round_state().history
         assert reopened.incomplete_rounds() == []
         assert reopened.settings() == {"job": JOB.to_dict()}
         assert reopened.unplanned_devices() == {"x": {"excluded": "no profile", "session": 2}}
@@ -95,8 +95,8 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
 
 
 def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, url: str) -> None:
-    storage.save(filled(), (), 1.0)
-    state = State(model="o" * 64, history=filled().history)
+    storage.save(second_round_state(), (), 1.0)
+    state = State(model="o" * 64, history=second_round_state().history)
     state.devices["z"] = JobDevice(1, True, {"name": "board"}, None, 5)
     storage.save(state, (), 2.0)
     with Storage(url) as reopened:
@@ -106,7 +106,7 @@ def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, ur
 def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
     storage: Storage, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = filled()
+    state = second_round_state()
     state.history += [{**state.history[0], "round": n} for n in (2, 3)]
     storage.save(state, (), 1.0)
     all_rounds = storage.rounds()
@@ -121,7 +121,7 @@ def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
 
 
 def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
-    state = filled()
+    state = second_round_state()
     storage.save(state, [born("a")], 1.0, {"a": (1, 1)})
     storage.save(state, [on.UpdateAnnounced("a", 1, 1, "w" * 64, {}, 10, 5)], 2.0, {"a": (1, 900)})
     assert [kind for _, _, kind, _ in storage.log.events()] == ["DeviceBorn"]
@@ -169,7 +169,7 @@ def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path, co
 def test_a_damaged_page_is_found_when_opening(tmp_path: Path) -> None:
     with Storage.open_in(tmp_path) as storage:
         for number in range(50):
-            storage.save(replace(filled(), ranking=f"{number:064d}"), [born(f"device{number}")], 1.0)
+            storage.save(replace(second_round_state(), ranking=f"{number:064d}"), [born(f"device{number}")], 1.0)
     path = tmp_path / DATABASE_FILE
     raw = bytearray(path.read_bytes())
     assert len(raw) > 3 * 4096

@@ -27,7 +27,7 @@ from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.http_server import BlobServer
 from fedprune_server.transfer.served_job import ServedJob
-from support.fakes.members import certified
+from support.fakes.members import member_certificate
 from support.processes.s3 import S3
 from support.waiting import attempts
 
@@ -170,7 +170,7 @@ class Fleet:
         return sha256 in self.offers.get(device or "", ())
 
     def certify(self, device: str) -> None:
-        issued, key = certified(self.identity, device)
+        issued, key = member_certificate(self.identity, device)
         save_tls_key(key, self.root / f"{device}.key")
         (self.root / f"{device}.pem").write_text(issued)
 

@@ -32,7 +32,7 @@ from fedprune_server.transfer.http import WebBlobs
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.s3_uploads import URL_LIFETIME_S, S3Uploads
 from fedprune_server.transfer.upload_place import UploadEnd
-from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
+from support.fakes.fleet import SIZE, Fleet, ToyWorker, counted_devices, models
 from support.processes.s3 import S3
 from support.waiting import until
 
@@ -330,7 +330,7 @@ def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(
 ) -> None:
     state = fleet.run()
     assert models(state) == expected_models
-    assert folded(state) == [["a", "b", "c"]] * 3
+    assert counted_devices(state) == [["a", "b", "c"]] * 3
     assert fleet.uploaded == 9
     ups = [up for _, up in fleet.storage.traffic().values()]
     assert min(ups) > 3 * SIZE

@@ -36,8 +36,8 @@ from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.served_job import ServedJob
 from fedprune_server.transfer.upload_place import UploadEnd
 from fedprune_server.transfer.web_uploads import HttpUploads
-from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
-from support.fakes.members import certified
+from support.fakes.fleet import SIZE, Fleet, ToyWorker, counted_devices, models
+from support.fakes.members import member_certificate
 from support.fakes.secure_fleet import SecureFleet
 from support.processes.s3 import S3
 from support.waiting import until
@@ -295,7 +295,7 @@ def test_only_the_board_whose_update_it_is_may_upload_it(tmp_path: Path, store: 
     assert board.put(UPDATE) == REF
     with IdentityFolder.make(tmp_path / "state", "default") as identity:
         for device in ("attic", "cellar"):
-            issued, key = certified(identity, device)
+            issued, key = member_certificate(identity, device)
             save_tls_key(key, tmp_path / f"{device}.key")
             (tmp_path / f"{device}.pem").write_text(issued)
 
@@ -425,7 +425,7 @@ def test_masked_updates_may_be_uploaded_and_nothing_else_is(tmp_path: Path, serv
     for name in names:
         fleet.board(name).upload = upload
     state = fleet.run()
-    assert folded(state) == [list(names)] * 2
+    assert counted_devices(state) == [list(names)] * 2
     over_mqtt = SecureFleet(tmp_path / "mqtt", fleet.model, names, secure_aggregation=True).run()
     assert models(state) == models(over_mqtt)
     assert server.received == len(bodies) == 6
@@ -454,7 +454,7 @@ def test_uploads_to_the_server_are_brought_into_the_bucket(
 def test_a_job_whose_boards_upload_ends_in_the_same_models(fleet: Uploading, expected_models: list[str]) -> None:
     state = fleet.run()
     assert models(state) == expected_models
-    assert folded(state) == [["a", "b", "c"]] * 3
+    assert counted_devices(state) == [["a", "b", "c"]] * 3
     assert fleet.server.received == 9
     ups = [up for _, up in fleet.storage.traffic().values()]
     assert min(ups) > 3 * SIZE
@@ -473,7 +473,7 @@ def test_messages_that_come_twice_count_once(fleet: Uploading, expected_models: 
     fleet.air.doubled = True
     state = fleet.run()
     assert models(state) == expected_models
-    assert folded(state) == [["a", "b", "c"]] * 3
+    assert counted_devices(state) == [["a", "b", "c"]] * 3
 
 
 def test_another_web_server_s_word_is_not_taken(fleet: Uploading, expected_models: list[str]) -> None:
@@ -501,5 +501,5 @@ def test_a_server_that_dies_with_an_update_in_hand_counts_it_once(fleet: Uploadi
     fleet.restart()
     state = fleet.run()
     assert models(state) == expected_models
-    assert folded(state) == [["a", "b", "c"]] * 3
+    assert counted_devices(state) == [["a", "b", "c"]] * 3
     assert uploaded == 9  # what is on the disk isn't wanted again

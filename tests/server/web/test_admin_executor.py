@@ -27,7 +27,7 @@ from fedprune_server.storage.open_database import open_database
 from fedprune_server.web.state.admin_executor import MAX_WAITING_ORDERS, AdminExecutor
 from fedprune_server.web.state.membership_poller import Member, MembershipPoller, PollResult
 from fedprune_server.web.state.order_queue import EXPIRED, Order, OrderAnswer
-from support.fakes.members import certified, serials_of
+from support.fakes.members import member_certificate, serials_of
 from support.fakes.runtime_releases import make_release
 from support.waiting import until
 
@@ -95,7 +95,7 @@ def test_a_board_is_turned_away_and_one_that_is_in_stays(state: Path, executor: 
 
 def test_a_board_that_is_shut_out_has_no_key_and_no_certificate_any_more(state: Path, executor: AdminExecutor) -> None:
     with IdentityFolder(state) as identity:
-        certified(identity, "attic")
+        member_certificate(identity, "attic")
     answer = send_order(executor, "revoke", device="attic")
     assert (answer.ok, answer.text.startswith("attic: 1 key and 1 certificate revoked")) == (True, True)
     with IdentityFolder(state) as identity:

@@ -36,8 +36,8 @@ from fedprune_server.web.state.order_queue import INTERRUPTED, Order, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter
 from support.fakes.fleet import Air, Fleet, Watcher
-from support.fakes.several_jobs import SeveralJobs, named
-from support.fakes.shown_jobs import SEEN, show
+from support.fakes.several_jobs import SeveralJobs, rename_job
+from support.fakes.shown_jobs import TRAINING_SNAPSHOT, show
 from support.fakes.tiny_job import JOB
 from support.waiting import until
 
@@ -173,7 +173,7 @@ def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tm
 def test_a_row_that_is_wrong_costs_no_other(tmp_path: Path) -> None:
     publisher = StatusPublisher(SITE, StatusWriter(tmp_path / STATUS_FILE))
     rows = {n: DeviceSnapshot(name=n, temperature_c=t) for n, t in {"a": 50.0, "b": math.nan}.items()}
-    publisher.note(replace(SEEN, devices=rows, fleet=FleetSnapshot()), [])
+    publisher.note(replace(TRAINING_SNAPSHOT, devices=rows, fleet=FleetSnapshot()), [])
     with pytest.raises(StorageError, match="device b"):
         publisher.publish()
     assert set(FleetView(tmp_path / STATUS_FILE).device_names) == {"a"}
@@ -412,7 +412,7 @@ def test_an_alert_is_shown_with_its_present_text_and_closes_whatever_that_is(tmp
 
 
 def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", seed=5, rounds=2)], "abc")
+    several = SeveralJobs(tmp_path, [rename_job(JOB, "one"), rename_job(JOB, "two", seed=5, rounds=2)], "abc")
     console = Console(tmp_path, several.air)
     host = console.serve(several.host(observers=[console.observer]))
     states = several.run(host)

@@ -80,20 +80,22 @@ class Bench:
         self.stop_on(RoundProgress, phase="train")
         self.run(until_finished=False)
         self.server.react = lambda _: None
-        with self.reopened() as store:
+        with self.reopen_store() as store:
             damaged = store.blobs.path((blob or self.server.weights).sha256)
         damaged.write_bytes(b"rot")
         return damaged
 
-    def reopened(self) -> DeviceStore:
+    def reopen_store(self) -> DeviceStore:
         return DeviceStore(self.root / "state")
 
 
-def expected(graphs: Path, weights: Tensors, data: LocalData, number: int, recipe: Recipe | None = None) -> Tensors:
+def expected_tensors(
+    graphs: Path, weights: Tensors, data: LocalData, number: int, recipe: Recipe | None = None
+) -> Tensors:
     trainer = Trainer(graphs / "plain.onnx")
     recipe = recipe or Recipe(epochs=2, batch_size=16)
     return trainer.train(weights, data, TrainingTask(recipe, seed=7, device="d", round=number, classes=3)).tensors
 
 
-def same(one: Any, other: Any) -> bool:
-    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+def same(left: Any, right: Any) -> bool:
+    return list(left) == list(right) and all(left[n].tobytes() == right[n].tobytes() for n in left)

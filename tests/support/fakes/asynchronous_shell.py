@@ -66,7 +66,7 @@ class Shell(coordinator_shell.Shell):
         return digest(command.device, command.offer["weights"]["sha256"])
 
     def model(self, command: do.Close) -> str:
-        return summed(command)
+        return model_digest(command)
 
     def feed(self, event: on.Event) -> list[do.Command]:
         commands = super().feed(event)
@@ -108,10 +108,10 @@ class Shell(coordinator_shell.Shell):
             self.feed(self.inbox.pop(0))
 
 
-def summed(close: do.Close) -> str:
+def model_digest(close: do.Close) -> str:
     """A model that depends on everything that decides one: not on attempts, which are no part of any sum."""
-    parts = [(c.part.device, c.basis.round, c.basis.model, c.weights, c.weight) for c in close.contributions]
-    return digest("model", close.model, close.rate, parts)
+    contributions = [(c.part.device, c.basis.round, c.basis.model, c.weights, c.weight) for c in close.contributions]
+    return digest("model", close.model, close.rate, contributions)
 
 
 def history(shell: Shell) -> list[tuple[int, str]]:

@@ -149,8 +149,8 @@ class Trial:
     database: ConsoleDatabase
     clock: Callable[[], float]
 
-    def browser(self, name: str = "", **more: Any) -> Browser:
-        browser = Browser(self.app, **more)
+    def browser(self, name: str = "", **options: Any) -> Browser:
+        browser = Browser(self.app, **options)
         if name:
             assert browser.login(self.console, name).status == 303
         return browser
@@ -160,9 +160,9 @@ class Trial:
         """All orders so far."""
         return [read_order(r) for r in self.database.rows("SELECT * FROM orders ORDER BY number")]
 
-    def write(self, *records: StatusRecord, **more: Any) -> None:
+    def write(self, *records: StatusRecord, **options: Any) -> None:
         """Publish records as the server does."""
-        write(self.writer, *records, at=self.clock(), **more)
+        write(self.writer, *records, at=self.clock(), **options)
 
     def answer(self, number: int, ok: bool, text: str) -> None:
         """Answer an order as the server does."""

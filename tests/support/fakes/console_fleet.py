@@ -131,7 +131,7 @@ class ConsoleFleet:
         share = row["density"] or 0
         history = tuple(
             {"round": n, "at": self._now - 300 * (self._round - n), "progress": "folded", "density": share,
-             "samples": 600, "metrics": self._measured(n), "reason": ""}
+             "samples": 600, "metrics": self._board_metrics(n), "reason": ""}
             for n in range(self._ended, max(0, self._ended - 20), -1)
         )  # fmt: skip
         sizes = {f"layer{i}.conv": (16 * (i + 1), 64 * (i + 1)) for i in range(8)}
@@ -148,11 +148,11 @@ class ConsoleFleet:
     def channels(sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], ...]:
         """Which channels of each group a device holds, given their numbers; the same each time."""
         rows = []
-        for group, (kept, of) in sizes.items():
+        for group, (kept_channels, of) in sizes.items():
             ranking = list(range(of))
             random.Random(group).shuffle(ranking)  # nosec B311  # as above
-            bits = sum(1 << (-of % 8 + of - 1 - c) for c in ranking[:kept])
-            rows.append({"group": group, "kept": kept, "of": of, "which": f"{bits:0{2 * ((of + 7) // 8)}x}"})
+            bits = sum(1 << (-of % 8 + of - 1 - c) for c in ranking[:kept_channels])
+            rows.append({"group": group, "kept": kept_channels, "of": of, "which": f"{bits:0{2 * ((of + 7) // 8)}x}"})
         return tuple(rows)
 
     @staticmethod
@@ -188,7 +188,7 @@ class ConsoleFleet:
     def _metrics(self, number: int) -> dict[str, float]:
         return {"accuracy": 0.9 - 0.8 / (1 + number / 5), "loss": 2.3 / (1 + number / 8)}
 
-    def _measured(self, number: int) -> dict[str, float]:
+    def _board_metrics(self, number: int) -> dict[str, float]:
         """A board's metrics of a round."""
         metrics = self._metrics(number)
         return {

@@ -69,13 +69,13 @@ class Shell(ABC):
             case do.Score():
                 return on.Scored(command.round, digest("ranking", command.round))
             case do.Extract():
-                part = command.part
+                device_part = command.part
                 offer: dict[str, Any] = {
                     "weights": {"sha256": self.weights(command)},
-                    "widths": list(part.widths),
+                    "widths": list(device_part.widths),
                     "recipe": self.recipe,
                 }
-                return on.Extracted(command.basis.round, part.device, part.attempt, offer)
+                return on.Extracted(command.basis.round, device_part.device, device_part.attempt, offer)
             case do.SendOffer():
                 return on.UpdateAnnounced(
                     command.device,

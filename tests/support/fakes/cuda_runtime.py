@@ -62,12 +62,12 @@ class CudaRuntime:
     def get_available_providers(self) -> list[str]:
         return [*(["CUDAExecutionProvider"] if self._offers else []), "CPUExecutionProvider"]
 
-    def InferenceSession(self, model: Any, options: Any, providers: list[Any], **more: Any) -> Any:  # noqa: N802
+    def InferenceSession(self, model: Any, options: Any, providers: list[Any], **arguments: Any) -> Any:  # noqa: N802
         names = [p if isinstance(p, str) else p[0] for p in providers]
         wants = "CUDAExecutionProvider" in names
         if wants and not self._accepts:
             raise RuntimeError("CUDA failure 35: driver too old")
-        real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], **more)
+        real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], **arguments)
         on_cuda, double = wants and self._loads, self
         records = any(not isinstance(p, str) and "enable_cuda_graph" in p[1] for p in providers)
         if records and self.unpartitioned:

@@ -49,11 +49,11 @@ def boards(names: Sequence[str] = KINDS, kind: str = "") -> list[VirtualDevice]:
 def noting(board: VirtualDevice, note: Callable[[str, Mapping[str, Any]], object]) -> VirtualDevice:
     """The board, which notes its name and the offer whenever it has trained."""
 
-    def noted(outcome: Outcome, offer: Mapping[str, Any], store: BlobStore) -> Outcome:
+    def note_offer(outcome: Outcome, offer: Mapping[str, Any], store: BlobStore) -> Outcome:
         note(board.name, offer)
         return outcome
 
-    return replace(board, tamper=noted)
+    return replace(board, tamper=note_offer)
 
 
 def boards_that_validate() -> list[VirtualDevice]:
@@ -78,13 +78,13 @@ def digits_experiment(fleet: Sequence[VirtualDevice] | None = None, **settings: 
 def digits_simulation(
     folder: Path,
     *,
-    kept: bool = True,
+    keeps_state: bool = True,
     store: type[BlobStore] = ScratchStore,
     pace: SavePace = SAVE_PACE,
     **settings: Any,
 ) -> Simulation:
     """A simulation with its blobs, and if `kept` its state, in a folder."""
-    place = folder if kept else None
+    place = folder if keeps_state else None
     return Simulation(digits_experiment(**settings), store(folder / "blobs"), folder=place, pace=pace)
 
 

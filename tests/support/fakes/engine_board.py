@@ -51,10 +51,10 @@ class EngineBoard:
         )
 
     def answering(
-        self, selector: EngineSelector, wanted: EngineRequest, *, rebuild: bool = False
+        self, selector: EngineSelector, request: EngineRequest, *, rebuild: bool = False
     ) -> CheckedSession | None:
         """What the selector comes to in the end."""
-        selector.request_engine(wanted, rebuild=rebuild)
+        selector.request_engine(request, rebuild=rebuild)
         for _ in attempts("a session", explain=lambda: f"{selector.status}, {selector.progress}"):
             session = selector.turn()
             if session is not None or selector.is_done:

@@ -88,31 +88,33 @@ class ToyWorker:
             case do.Score():
                 return on.Scored(command.round, self.store.put(fill("ranks", command.model, size=50)).sha256)
             case do.Extract():
-                basis, part = command.basis, command.part
+                basis, device_part = command.basis, command.part
                 self.store.read(basis.model)
-                weights = self.store.put(fill("part", basis.model, basis.ranking, part.device))
+                weights = self.store.put(fill("part", basis.model, basis.ranking, device_part.device))
                 graph = self.store.put(self.graph(basis.round)).to_dict()
                 body = {
                     "seed": 1,
                     "architecture": "0" * 64,
                     "selection": "1" * 64,
-                    "widths": list(part.widths),
+                    "widths": list(device_part.widths),
                     "classes": 3,
                     "weights": weights.to_dict(),
                     "training": graph,
                     "inference": graph,
                     "recipe": {},
                 }
-                return on.Extracted(basis.round, part.device, part.attempt, body)
+                return on.Extracted(basis.round, device_part.device, device_part.attempt, body)
             case do.FoldUpdate():
                 self.store.read(command.contribution.weights)
-                part = command.contribution.part
-                if part.device in self.poison:
-                    return on.UpdateRejected(part.device, command.round, part.attempt, "weights are not finite")
-                return on.Folded(part.device, command.round, part.attempt)
+                device_part = command.contribution.part
+                if device_part.device in self.poison:
+                    return on.UpdateRejected(
+                        device_part.device, command.round, device_part.attempt, "weights are not finite"
+                    )
+                return on.Folded(device_part.device, command.round, device_part.attempt)
             case do.Close():
-                parts = [(p.part.device, p.weights) for p in command.contributions]
-                return on.Closed(command.round, self.store.put(fill("global", command.model, parts)).sha256)
+                contributions = [(p.part.device, p.weights) for p in command.contributions]
+                return on.Closed(command.round, self.store.put(fill("global", command.model, contributions)).sha256)
             case do.Evaluate():
                 self.store.read(command.model)
                 return on.Evaluated(command.round, {"accuracy": 0.5})
@@ -359,7 +361,7 @@ class Fleet:
         self.air.inbox = deque([ConnectionUp()])
 
 
-def folded(state: State) -> list[list[str]]:
+def counted_devices(state: State) -> list[list[str]]:
     """Per round the devices that counted."""
     return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 

@@ -99,10 +99,10 @@ class LocalBoard:
                 connection.shutdown(socket.SHUT_WR)
             except OSError:
                 pass
-            return received(connection)
+            return read_to_end(connection)
 
 
-def received(connection: socket.socket) -> bytes:
+def read_to_end(connection: socket.socket) -> bytes:
     data_read = b""
     try:
         while data := connection.recv(65_536):
@@ -112,7 +112,7 @@ def received(connection: socket.socket) -> bytes:
     return data_read
 
 
-def parsed(raw: bytes) -> list[tuple[int, dict[str, Any]]]:
+def parse_answers(raw: bytes) -> list[tuple[int, dict[str, Any]]]:
     """Statuses and bodies of answers, one after the other; each must be whole."""
     answers = []
     while raw:
@@ -142,7 +142,7 @@ def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
 
 def ask(board: LocalBoard, raw: bytes) -> tuple[int, dict[str, Any]]:
     """The one answer to a request."""
-    answers = parsed(board.exchange(raw))
+    answers = parse_answers(board.exchange(raw))
     assert len(answers) == 1, answers
     return answers[0]
 

@@ -75,7 +75,7 @@ class MaskedCohort:
         return board.unmask(request)
 
 
-def drawn(session: SecureSumSession, seed: int) -> Vector:
+def draw_vector(session: SecureSumSession, seed: int) -> Vector:
     """A vector of numbers of the whole range."""
     random = np.random.default_rng(seed)
     return Vector(
@@ -83,7 +83,7 @@ def drawn(session: SecureSumSession, seed: int) -> Vector:
     )
 
 
-def summed(vectors: Collection[Vector], session: SecureSumSession) -> Vector:
+def plain_sum(vectors: Collection[Vector], session: SecureSumSession) -> Vector:
     """The sum without masks."""
     total = Vector.zeros(session)
     for vector in vectors:
@@ -127,7 +127,7 @@ class ServerView:
             return []
         return [n for n in self.graph[board] if n in self.shared and n not in self.mask_keys]
 
-    def revealed(self) -> list[set[str]]:
+    def revealed_groups(self) -> list[set[str]]:
         """The groups of boards whose sums the server can compute: all of their masks are known, or cancel."""
         groups, waiting = [], set(self.shared)
         while waiting:
@@ -135,14 +135,14 @@ class ServerView:
             while reached:
                 board = reached.pop()
                 group.add(board)
-                found = [n for n in self.links(board) if n in waiting]
-                waiting -= set(found)
-                reached += found
+                neighbours = [n for n in self.links(board) if n in waiting]
+                waiting -= set(neighbours)
+                reached += neighbours
             if all(n in self.arrived and n in self.seeds for n in group):
                 groups.append(group)
         return groups
 
-    def unmasked(self, board: str) -> Vector:
+    def unmasked_vector(self, board: str) -> Vector:
         """A board's vector without the masks that the server can compute."""
         out = self.arrived[board].copy()
         if board in self.seeds:

@@ -15,7 +15,7 @@ from fedprune_server.storage.open_database import open_database
 from fedprune_server.storage.tables import CERTIFICATES
 
 
-def certified(identity: IdentityFolder, device: str) -> tuple[str, TlsKey]:
+def member_certificate(identity: IdentityFolder, device: str) -> tuple[str, TlsKey]:
     """The certificate of a board that joins with a claim, and its key."""
     key = make_tls_key()
     request = make_request(key, device)

@@ -61,7 +61,7 @@ objects = st.dictionaries(
     ),
     max_size=3,
 )
-held = st.none() | st.fixed_dictionaries({"job": names, "round": counts, "attempt": counts})
+held_task = st.none() | st.fixed_dictionaries({"job": names, "round": counts, "attempt": counts})
 metrics = st.dictionaries(
     st.from_regex(r"[a-z_]{1,20}", fullmatch=True), st.floats(allow_nan=False, allow_infinity=False), max_size=5
 )
@@ -71,7 +71,7 @@ frames = st.lists(
 reals = st.none() | st.floats(-1e12, 1e12)
 messages = st.one_of(
     st.builds(
-        Birth, names, counts, texts, counts, texts, st.none() | objects, held,
+        Birth, names, counts, texts, counts, texts, st.none() | objects, held_task,
         codecs=st.lists(names, max_size=3).map(tuple), answer_s=st.none() | st.floats(0, 3600),
         abilities=st.lists(names, max_size=3).map(tuple),
     ),

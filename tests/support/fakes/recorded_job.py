@@ -63,19 +63,19 @@ def play_job(
             folder.storage.save(coordinator.state, [event], float(count))
             for command in commands:
                 if isinstance(command, do.SendOffer):
-                    weights = BlobRef.of(trained(folder, command.offer, command.round)).to_dict()
+                    weights = BlobRef.of(board_update(folder, command.offer, command.round)).to_dict()
                     known_by = (command.offer["weights"]["sha256"], weights, 50, 2)
                     queue.append(on.UpdateAnnounced("a", command.round, command.attempt, *known_by))
                 elif isinstance(command, do.PullUpdate):
                     offer = coordinator.state.tasks["a"].offer or {}
-                    folder.store.put(trained(folder, offer, command.round))
+                    folder.store.put(board_update(folder, offer, command.round))
                     queue.append(on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"]))
                 elif isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close, do.Evaluate)):
                     queue.append(opened.worker.execute(command))
         return coordinator.state
 
 
-def trained(folder: StateFolder, offer: Mapping[str, Any], number: int) -> bytes:
+def board_update(folder: StateFolder, offer: Mapping[str, Any], number: int) -> bytes:
     """What the board makes of an offer."""
     tensors = tensorfile.decode(folder.store.read(offer["weights"]["sha256"]))
     return tensorfile.encode({k: v + np.float32(number) for k, v in tensors.items()})

@@ -64,12 +64,12 @@ class ReleaseServer:
         }
         return ReleaseOffer(**{**values, **changes})
 
-    def ended(self, number: int) -> ReleaseReport | None:
+    def final_report(self, number: int) -> ReleaseReport | None:
         return next((r for r in self.reports if r.number == number and r.state in ENDS), None)
 
     @property
     def done(self) -> bool:
-        return all(self.ended(o.number) for o in self.offers)
+        return all(self.final_report(o.number) for o in self.offers)
 
     def connect(self) -> None:
         """The board's process is another, or its connection is."""
@@ -102,7 +102,7 @@ class ReleaseServer:
         return True
 
     def next(self) -> None:
-        left = [o for o in self.offers if not self.ended(o.number)]
+        left = [o for o in self.offers if not self.final_report(o.number)]
         if left:
             self.say(left[0])
 

@@ -12,7 +12,7 @@ from fedprune.core.rng import keyed_generator
 from fedprune_server.simulation.runs import Progress, RunSpec
 
 
-def drawn(run: RunSpec, folder: Path, report: Progress) -> None:
+def draw_numbers(run: RunSpec, folder: Path, report: Progress) -> None:
     """Draws numbers, or fails in the way that the settings say; counts how often it was called."""
     calls = folder / "calls"
     calls.write_text(calls.read_text() + "x" if calls.exists() else "x")

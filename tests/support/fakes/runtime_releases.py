@@ -44,7 +44,7 @@ def make_release(
     *,
     app: str = APP,
     entry: str = "app:main",
-    more: dict[str, bytes | str] | None = None,
+    extra_files: dict[str, bytes | str] | None = None,
     shared: Path | None = None,
     key: SigningKey = KEY,
     **changes: object,
@@ -65,7 +65,7 @@ def make_release(
             {
                 f"library-{number}.data/purelib/library/__init__.py": version_line,
                 "library/deep/er/data.txt": version_line * 50,
-                **(more or {}),
+                **(extra_files or {}),
             },
         ),
         *([] if shared is None else [shared]),

@@ -40,11 +40,11 @@ from support.fakes.masked_cohort import Transcript
 STATISTICS = ("mean", "var")
 
 
-def trained(name: str, number: int, sent: Tensors) -> Tensors:
+def board_tensors(name: str, number: int, sent: Tensors) -> Tensors:
     """What a board makes of a submodel in a round: the same each time."""
     dice = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:4], "big"))
-    moved = {n: (v + 0.05 * dice.standard_normal(v.shape)).astype(np.float32) for n, v in sent.items()}
-    return {n: np.abs(v) if n.endswith("var") else v for n, v in moved.items()}
+    new_tensors = {n: (v + 0.05 * dice.standard_normal(v.shape)).astype(np.float32) for n, v in sent.items()}
+    return {n: np.abs(v) if n.endswith("var") else v for n, v in new_tensors.items()}
 
 
 class MaskingBoard(ToyDevice):
@@ -111,7 +111,7 @@ class MaskingBoard(ToyDevice):
         if self.stops_at == "trained":
             return
         sent = tensorfile.decode(self.store.read(offer.weights.sha256))
-        tensors = trained(self.name, offer.round, sent)
+        tensors = board_tensors(self.name, offer.round, sent)
         if clip := offer.recipe.get("update_clip"):
             noise = GaussianNoise.from_key(self.name, offer.round)
             names = [name for name in sent if not name.endswith(STATISTICS)]
@@ -159,11 +159,11 @@ class SecureFleet(Fleet):
             self.air.devices[name] = MaskingBoard(name, folder / "devices", self.air)
         to_server = self.air.to_server
 
-        def noted(topic: str, payload: bytes) -> None:
+        def record_message(topic: str, payload: bytes) -> None:
             self.published.append((topic, payload))
             to_server(topic, payload)
 
-        self.air.to_server = noted  # type: ignore[method-assign]
+        self.air.to_server = record_message  # type: ignore[method-assign]
 
     def board(self, name: str) -> MaskingBoard:
         device = self.air.devices[name]

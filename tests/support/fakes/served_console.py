@@ -90,9 +90,9 @@ class ServedConsole:
         host, port = self._server.servers[0].sockets[0].getsockname()[:2]
         return f"http://{host}:{port}"
 
-    def write(self, *records: StatusRecord, **more: Any) -> None:
+    def write(self, *records: StatusRecord, **options: Any) -> None:
         """Publish records, as a server does."""
-        write(self.writer, *records, **more)
+        write(self.writer, *records, **options)
 
     def _serve(self) -> None:
         async def serve() -> None:

@@ -151,6 +151,6 @@ class SeveralJobs:
         return [c for d in self.air.devices.values() if isinstance(d, JobsDevice) for c in d.clashes]
 
 
-def named(job: Job, name: str, **changes: object) -> Job:
+def rename_job(job: Job, name: str, **changes: object) -> Job:
     """The same job by another name."""
     return replace(job, name=name, **changes)  # type: ignore[arg-type]

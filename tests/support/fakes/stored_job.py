@@ -26,7 +26,7 @@ TO_THE_SECOND_ROUND: list[on.Event] = [
 ]
 
 
-def filled() -> State:
+def second_round_state() -> State:
     """A state in the middle of a second round."""
     state = State(model="m" * 64)
     coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)

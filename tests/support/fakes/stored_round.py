@@ -82,11 +82,11 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.FoldUp
     basis = do.Basis(1, start, scored.ranking, scored.order)
     contributions = []
     for k, name in enumerate(names):
-        part = do.DevicePart(name, 1, widths_at(w.architecture, DENSITIES[k]), DENSITIES[k], 10 + k, None)
-        extracted = w.execute(do.Extract(basis, part))
+        device_part = do.DevicePart(name, 1, widths_at(w.architecture, DENSITIES[k]), DENSITIES[k], 10 + k, None)
+        extracted = w.execute(do.Extract(basis, device_part))
         assert isinstance(extracted, on.Extracted)
         offer, dice = extracted.offer, np.random.default_rng(k)
-        withheld = w.updates.withheld_names(basis, part)
+        withheld = w.updates.withheld_names(basis, device_part)
         update = {
             n: (v + (0.5 if name == far else 0.1) * dice.standard_normal(v.shape)).astype(np.float32)
             for n, v in tensorfile.decode(w.store.read(offer["weights"]["sha256"])).items()
@@ -100,5 +100,7 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.FoldUp
         stored = w.store.put(tensorfile.encode(update)).sha256
         sent, mask = offer["weights"]["sha256"], offer["mask"]["sha256"] if "mask" in offer else None
         widths = tuple(offer["widths"])
-        contributions.append(do.Contribution(basis, part, sent, mask, stored, 10 + k, 3, widths, offer["ranking"]))
+        contributions.append(
+            do.Contribution(basis, device_part, sent, mask, stored, 10 + k, 3, widths, offer["ranking"])
+        )
     return [do.FoldUpdate(1, start, {}, c) for c in contributions], do.Close(1, start, {}, names, tuple(contributions))

@@ -62,5 +62,7 @@ def close_fold(
     fold = aggregator.fold(at, evidence=evidence)
     for each in all_reports:
         aggregator.add(fold, each, each.trained)
-    again: Callable[[], Iterator[tuple[UpdateReport, Submodel]]] = lambda: ((r, r.trained) for r in all_reports)  # noqa: E731
-    return aggregator.close(fold, at, rate, again), fold
+    reread_updates: Callable[[], Iterator[tuple[UpdateReport, Submodel]]] = lambda: (
+        (r, r.trained) for r in all_reports
+    )
+    return aggregator.close(fold, at, rate, reread_updates), fold

@@ -81,7 +81,7 @@ class Play:
     model: Tensors
     devices: Mapping[str, Device]
     architecture: Architecture = NET
-    move: Move = lambda submodel, device, round_: moved(submodel, device, round_)
+    move: Move = lambda submodel, device, round_: perturb_tensors(submodel, device, round_)
     squares: Callable[[Submodel, str, int], Tensors] = lambda submodel, device, round_: {}
     seed: int = 7
     memory: dict[str, dict[str, npt.NDArray[Any]]] = field(default_factory=dict)
@@ -120,13 +120,13 @@ class Play:
             weight = device.weight if strategy.aggregator.weighting == "samples" else 1
             squares = self.squares(sent, name, self.round)
             report = UpdateReport(cut, trained, weight, 5, lambda sent=sent: sent, squares)  # type: ignore[misc]
-            strategy.aggregator.add(fold, report, self._lifted(report))
+            strategy.aggregator.add(fold, report, self._reconstruct(report))
             self.sent[name], self.reports[name] = sent, report
-        closing = strategy.close(fold, scene, 1.0, lambda: ((r, self._lifted(r)) for r in self._all()))
+        closing = strategy.close(fold, scene, 1.0, lambda: ((r, self._reconstruct(r)) for r in self._all()))
         self.rejected = dict(closing.rejected)
         counts = self.round > strategy.exploration_rounds or strategy.exploration_updates_model
         memories = dict(closing.memories) if counts else {}
-        memories |= strategy.learn(scene, fold, lambda: (r for n, r in self._named() if n not in self.rejected))
+        memories |= strategy.learn(scene, fold, lambda: (r for n, r in self._named_reports() if n not in self.rejected))
         if counts:
             self.model = closing.model
         self.memory = {n: v for n, v in (self.memory | memories).items() if v}
@@ -134,17 +134,17 @@ class Play:
             trained = report.trained
             self.past[name] = PastUpdate(trained.selection, trained.tensors, trained.mask, self.round)
 
-    def _lifted(self, report: UpdateReport) -> Submodel:
+    def _reconstruct(self, report: UpdateReport) -> Submodel:
         return self.strategy.reconstruct(report)
 
     def _all(self) -> Iterator[UpdateReport]:
         return iter(self.reports.values())
 
-    def _named(self) -> Iterator[tuple[str, UpdateReport]]:
+    def _named_reports(self) -> Iterator[tuple[str, UpdateReport]]:
         return iter(self.reports.items())
 
 
-def moved(submodel: Submodel, device: str, round_: int, scale: float = 0.1) -> Tensors:
+def perturb_tensors(submodel: Submodel, device: str, round_: int, scale: float = 0.1) -> Tensors:
     """What was sent, moved by normal numbers that belong to the places in the global model; masked elements stay."""
     out: Tensors = {}
     for spec in submodel.selection.architecture.tensors:
@@ -159,6 +159,6 @@ def moved(submodel: Submodel, device: str, round_: int, scale: float = 0.1) -> T
     return out
 
 
-def identical(one: Tensors, other: Tensors) -> bool:
+def identical(left: Tensors, right: Tensors) -> bool:
     """Whether two models have the same bits."""
-    return one.keys() == other.keys() and all(one[n].tobytes() == other[n].tobytes() for n in one)
+    return left.keys() == right.keys() and all(left[n].tobytes() == right[n].tobytes() for n in left)

@@ -172,7 +172,7 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
                 return None
             cache["known"] += 1
             header = {"version": version, "sm": os.environ["DOUBLE_SM"], "shapes": config._shapes, "new": False}
-            return IHostMemory(packed(header | {"refittable": "REFIT" in flags}, network.graph, network.weights))
+            return IHostMemory(pack_engine(header | {"refittable": "REFIT" in flags}, network.graph, network.weights))
 
     class ErrorList:
         def __init__(self) -> None:
@@ -206,7 +206,7 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
 
     class ICudaEngine:
         def __init__(self, raw: bytes) -> None:
-            self.header, self.graph, self.weights = unpacked(raw)
+            self.header, self.graph, self.weights = unpack_engine(raw)
             if (self.header["version"], self.header["sm"]) != (version, os.environ["DOUBLE_SM"]):
                 raise ValueError("the engine is of another version or device")
             place = Path(tempfile.mkdtemp(dir=folder))
@@ -224,8 +224,8 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
             return TensorIOMode["INPUT" if name in self.session.inputs else "OUTPUT"]
 
         def get_tensor_dtype(self, name: str) -> Any:
-            whole = self.session.inputs.get(name, ("",))[0] == "tensor(int64)"
-            return DataType["FLOAT" if not whole else "INT64" if major >= 10 else "INT32"]
+            is_integer = self.session.inputs.get(name, ("",))[0] == "tensor(int64)"
+            return DataType["FLOAT" if not is_integer else "INT64" if major >= 10 else "INT32"]
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             return tuple(d if isinstance(d, int) else -1 for d in self.session.inputs[name][1])
@@ -242,7 +242,7 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
 
         def serialize_with_config(self, config: Any) -> IHostMemory:
             return IHostMemory(
-                packed({**self.header, "refittable": False}, self.graph, b"" if config.excluded else self.weights)
+                pack_engine({**self.header, "refittable": False}, self.graph, b"" if config.excluded else self.weights)
             )
 
     class IExecutionContext:
@@ -250,11 +250,13 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
             self._engine, self._arrays, self._addresses = engine, dict[str, Any](), dict[str, int]()
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            least, _, most = self._engine.header["shapes"].get(name, [list(shape)] * 3)
-            fits = len(shape) == len(least) and all(a <= d <= b for a, d, b in zip(least, shape, most, strict=True))
+            smallest, _, largest = self._engine.header["shapes"].get(name, [list(shape)] * 3)
+            fits = len(shape) == len(smallest) and all(
+                a <= d <= b for a, d, b in zip(smallest, shape, largest, strict=True)
+            )
             if fits:
-                whole = self._engine.session.inputs[name][0] == "tensor(int64)"
-                self._arrays[name] = np.zeros(shape, np.int64 if whole else np.float32)
+                is_integer = self._engine.session.inputs[name][0] == "tensor(int64)"
+                self._arrays[name] = np.zeros(shape, np.int64 if is_integer else np.float32)
             return fits
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -341,12 +343,12 @@ def _constants(name: str, *names: str) -> Any:
     return IntEnum(name, {constant: number for number, constant in enumerate(names)})
 
 
-def packed(header: dict[str, Any], graph: bytes, weights: bytes) -> bytes:
+def pack_engine(header: dict[str, Any], graph: bytes, weights: bytes) -> bytes:
     header = {**header, "sizes": [len(graph), len(weights)]}
     return b"DOUBLE " + json.dumps(header).encode() + b"\n" + graph + weights
 
 
-def unpacked(raw: bytes) -> tuple[dict[str, Any], bytes, bytes]:
+def unpack_engine(raw: bytes) -> tuple[dict[str, Any], bytes, bytes]:
     line, _, rest = bytes(raw).partition(b"\n")
     header = json.loads(line.removeprefix(b"DOUBLE "))
     size = header["sizes"][0]

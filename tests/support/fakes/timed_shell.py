@@ -45,7 +45,7 @@ class Timed(coordinator_shell.Shell):
     job: Job
     boards: dict[str, Board]
     offered: list[tuple[int, str, float]] = field(default_factory=list)
-    most: int = 0
+    max_parts_in_flight: int = 0
 
     def __post_init__(self) -> None:
         coordinator_shell.Shell.__init__(self, self.job)
@@ -112,9 +112,11 @@ class Timed(coordinator_shell.Shell):
             raise AssertionError(f"nothing will ever happen in {self.state.phase}")
         if self.state.phase is Phase.TRAINING:
             kinds = ("extracting", "offered", "pulling")
-            self.most = max(self.most, sum(t.progress.value in kinds for t in self.state.tasks.values()))
+            self.max_parts_in_flight = max(
+                self.max_parts_in_flight, sum(t.progress.value in kinds for t in self.state.tasks.values())
+            )
 
-    def counted(self) -> list[list[str]]:
+    def counted_devices(self) -> list[list[str]]:
         """Per round the devices that counted."""
         return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in self.state.history]
 
@@ -124,7 +126,7 @@ class Timed(coordinator_shell.Shell):
         return {n: d["reason"] for n, d in devices.items() if d["progress"] != "folded"}
 
 
-def begun(job: Job, boards: dict[str, Board]) -> Timed:
+def announced_shell(job: Job, boards: dict[str, Board]) -> Timed:
     """A shell whose devices have announced themselves."""
     shell = Timed(job, boards)
     shell.arrive()

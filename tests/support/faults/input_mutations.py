@@ -29,7 +29,7 @@ _TOKENS = (
 _EXTREMES = (0, 1, -1, -2, 0x7F, 0x80, 0x7FFF, 0x8000, 0x7FFFFFFF, -0x80000000, 0x7FFFFFFFFFFFFFFF)
 
 
-def mutated(seeds: Sequence[bytes], rng: random.Random, *, text: bool = False) -> bytes:
+def mutate(seeds: Sequence[bytes], rng: random.Random, *, text: bool = False) -> bytes:
     """One of the inputs, damaged once or a few times.
 
     Args:
@@ -99,7 +99,7 @@ def _damaged_json(raw: bytes, rng: random.Random) -> bytes:
         containers = _places(root)
         holder, index = rng.choice(containers)
         _damage(holder, index, rng)
-    text = "".join(_written(root[0], rng.random() < 0.5)) if root else ""
+    text = "".join(_json_pieces(root[0], rng.random() < 0.5)) if root else ""
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -169,7 +169,7 @@ class Raw(str):
     __slots__ = ()
 
 
-def _written(value: Any, ascii_only: bool) -> list[str]:
+def _json_pieces(value: Any, ascii_only: bool) -> list[str]:
     if isinstance(value, Raw):
         return [str(value)]
     if isinstance(value, Pairs):
@@ -179,12 +179,12 @@ def _written(value: Any, ascii_only: bool) -> list[str]:
                 ", " if number else "",
                 json.dumps(key, ensure_ascii=ascii_only),
                 ":",
-                *_written(item, ascii_only),
+                *_json_pieces(item, ascii_only),
             ]
         return [*chunks, "}"]
     if isinstance(value, list):
         chunks = ["["]
         for number, item in enumerate(value):
-            chunks += [", " if number else "", *_written(item, ascii_only)]
+            chunks += [", " if number else "", *_json_pieces(item, ascii_only)]
         return [*chunks, "]"]
     return [json.dumps(value, ensure_ascii=ascii_only)]

@@ -210,7 +210,7 @@ def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
     finished, expected = finished_rounds(site), finished_rounds(calm)
     if len(finished) < rounds:
         raise LedgerError(f"{len(finished)} rounds were finished, not {rounds}")
-    counted = _counted(site)
+    counted = _counted_updates(site)
     notes = {name: _notes(site.notes(name)) for name in site.devices}
     for summary, calm_summary in zip(finished, expected, strict=False):
         number = summary["round"]
@@ -245,7 +245,7 @@ def finished_rounds(site: Site) -> list[dict[str, Any]]:
         return []
 
 
-def _counted(site: Site) -> dict[tuple[int, str], str]:
+def _counted_updates(site: Site) -> dict[tuple[int, str], str]:
     """By round and device the digest of the update that was in the sums as the round was closed."""
     stored: dict[tuple[int, str], str] = {}
     closed: dict[tuple[int, str], str] = {}
@@ -262,7 +262,7 @@ def _counted(site: Site) -> dict[tuple[int, str], str]:
     return closed
 
 
-def undisturbed(site: Doomed, rounds: int = 0) -> None:
+def run_without_kills(site: Doomed, rounds: int = 0) -> None:
     """Run the job without any kill, to its end or until this many of its rounds are over."""
     site.live_all(lambda who: Life(who, 0, after=False))
     try:

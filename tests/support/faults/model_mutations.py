@@ -20,7 +20,7 @@ _REFUSED = (ValueError, TypeError, IndexError, onnx.checker.ValidationError)
 """What protobuf raises at changes that no file can hold."""
 
 
-def damaged(raw: bytes, rng: Rng) -> bytes:
+def damage_model(raw: bytes, rng: Rng) -> bytes:
     """A model with a few things changed: bytes of its file, or parts of its structure."""
     if rng.random() < 0.3:
         return _bytes(bytearray(raw), rng)

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.faults.input_mutations import mutated
+from support.faults.input_mutations import mutate
 from support.faults.parser_target import Target
 
 LONGEST_MESSAGE = 4000  # characters of an error: what is hostile must not fill a log
@@ -33,7 +33,7 @@ class Tally:
     """
 
     inputs: int = 0
-    taken: int = 0
+    accepted_count: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     slowest: tuple[float, int, int] = (0.0, -1, 0)
     peak: tuple[int, int, int, int] = (0, 1, -1, 0)
@@ -44,7 +44,7 @@ class Tally:
 def case(target: Target, number: int) -> bytes:
     """The input of a number: always the same."""
     rng = random.Random(f"{target.name} {number}")
-    return target.frame(mutated(target.seeds, rng, text=target.text))
+    return target.frame(mutate(target.seeds, rng, text=target.text))
 
 
 def fuzz(target: Target, first: int, count: int, tally: Tally | None = None) -> Tally:
@@ -66,7 +66,7 @@ def _run(target: Target, raw: bytes, number: int, tally: Tally) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             target.parse(raw)
-        tally.taken += 1
+        tally.accepted_count += 1
     except target.errors as error:
         tally.refused[type(error).__name__] += 1
         if len(str(error)) > LONGEST_MESSAGE:
@@ -88,7 +88,7 @@ def _memory(target: Target, raw: bytes, number: int, tally: Tally) -> None:
         used = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    tally.taken += quiet.taken
+    tally.accepted_count += quiet.accepted_count
     tally.refused += quiet.refused
     for what, which in quiet.findings.items():
         tally.findings.setdefault(what, which)

@@ -60,14 +60,14 @@ def scratch() -> Path:
 def as_json(parse: Callable[[Any], object]) -> Callable[[bytes], object]:
     """A parser of what JSON gave, as one of bytes; bytes that are no JSON are none of its business."""
 
-    def parsed(raw: bytes) -> object:
+    def parse_json(raw: bytes) -> object:
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError):
             return None
         return parse(body)
 
-    return parsed
+    return parse_json
 
 
 def as_object(parse: Callable[[dict[str, Any]], object]) -> Callable[[bytes], object]:
@@ -88,15 +88,15 @@ def as_file(parse: Callable[[Path], object], name: str) -> Callable[[bytes], obj
         name: Its name, which parsers may go by.
     """
 
-    def parsed(raw: bytes) -> object:
+    def parse_file(raw: bytes) -> object:
         path = scratch() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(raw)
         return parse(path)
 
-    return parsed
+    return parse_file
 
 
-def dumped(*bodies: object) -> tuple[bytes, ...]:
+def json_seeds(*bodies: object) -> tuple[bytes, ...]:
     """Bodies as JSON."""
     return tuple(json.dumps(body).encode() for body in bodies)

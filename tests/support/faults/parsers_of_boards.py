@@ -26,7 +26,7 @@ from fedprune_device.privacy.redaction import redact
 from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.telemetry.crash_frames import fault_frames
-from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
+from support.faults.parser_target import Target, as_file, as_object, as_text, json_seeds, scratch
 from support.faults.parsers_of_files import picture
 from support.faults.parsers_of_samples import sample_targets
 
@@ -37,24 +37,24 @@ _FILES = 2 * 2**20  # bytes that numpy's, Pillow's and zipfile's machinery may t
 @cache
 def board_targets() -> tuple[Target, ...]:
     """All of them."""
-    return (*_requests(), *sample_targets(), *_kept())
+    return (*_requests(), *sample_targets(), *_slot_file_targets())
 
 
 def _requests() -> tuple[Target, ...]:
     x = np.zeros((2, *SHAPE), np.float32)
     npy = io.BytesIO()
     np.save(npy, x)
-    said = (
+    requests = (
         b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
         b"GET /v1/status HTTP/1.1\r\nHost: 127.0.0.1:80\r\n\r\n",
     )
 
     def body(kind: str) -> Callable[[bytes], object]:
-        def parsed(raw: bytes) -> object:
-            found = request_array(Request("POST", "/v1/predict", {}, {"content-type": kind}, raw), SHAPE, tokens=False)
-            return request_batch(found, SHAPE, 64, tokens=False)
+        def parse_body(raw: bytes) -> object:
+            array = request_array(Request("POST", "/v1/predict", {}, {"content-type": kind}, raw), SHAPE, tokens=False)
+            return request_batch(array, SHAPE, 64, tokens=False)
 
-        return parsed
+        return parse_body
 
     def label(raw: bytes) -> object:
         return json_document(Request("POST", "/", {}, {"content-type": "application/json"}, raw), "label")
@@ -63,15 +63,15 @@ def _requests() -> tuple[Target, ...]:
         return Pixels().read(raw, ("PNG", "JPEG"), SHAPE)
 
     return (
-        Target("local.request", _asked, said, text=True, constant=_FILES, share=0.5),
+        Target("local.request", _handle_request, requests, text=True, constant=_FILES, share=0.5),
         Target(
             "local.json",
             body("application/json"),
-            dumped({"x": x[0].tolist()}, {"x": x.tolist()}),
+            json_seeds({"x": x[0].tolist()}, {"x": x.tolist()}),
             text=True,
             factor=200,
         ),
-        Target("local.label", label, dumped({"label": 3}), text=True),
+        Target("local.label", label, json_seeds({"label": 3}), text=True),
         Target("local.safetensors", body("application/safetensors"), (tensorfile.encode({"x": x}),)),
         Target("local.npy", body("application/x-npy"), (npy.getvalue(),)),
         Target("local.raw numbers", body("application/octet-stream"), (x.tobytes(),)),
@@ -113,7 +113,7 @@ class _Server:
 
     endpoints: Any = None
 
-    def arrived(self, _: object) -> None: ...
+    def on_request_read(self, _: object) -> None: ...
 
     @staticmethod
     def answer(_: Request) -> LocalAnswer:
@@ -123,7 +123,7 @@ class _Server:
 _Server.endpoints = _Server
 
 
-def _asked(raw: bytes) -> object:
+def _handle_request(raw: bytes) -> object:
     try:
         return _Handler(_Client(raw), ("", 0), _Server())  # type: ignore[arg-type]
     except ConnectionAbortedError:  # the client went in the middle of a body
@@ -154,7 +154,7 @@ def _slot(body: bytes) -> bytes:
     return json.dumps(record).encode()
 
 
-def _kept() -> tuple[Target, ...]:
+def _slot_file_targets() -> tuple[Target, ...]:
     serving = {
         "job": "j", "round": 1, "classes": 2, "offset": [0.0, 1.0], "slot": "a", "loss": "cross_entropy",
         "files": {"inference.onnx": "0" * 64, "weights.safetensors": "1" * 64}, "present": None, "precision": "float32",
@@ -165,12 +165,12 @@ def _kept() -> tuple[Target, ...]:
     home.write_record("a", SlotRecord(1, "0.1", "app:main", {"app.py": ("0" * 64, 3)}))
     state, record = (json.loads((home.folder / n).read_bytes())["body"].encode() for n in ("state.json", "a.json"))
 
-    def loaded(raw: bytes) -> object:
+    def load_state(raw: bytes) -> object:
         for name in ("state.json", "copy.json"):
             (home.folder / name).write_bytes(raw)
         return home.load()
 
-    def recorded(raw: bytes) -> object:
+    def load_record(raw: bytes) -> object:
         (home.folder / "a.json").write_bytes(raw)
         return home.record("a")
 
@@ -179,17 +179,17 @@ def _kept() -> tuple[Target, ...]:
         Target(
             "kept.document's body",
             as_file(read_document, "document"),
-            dumped({"a": 1, "b": [2]}),
+            json_seeds({"a": 1, "b": [2]}),
             text=True,
             frame=_document,
         ),
         Target("kept.fault", as_text(_fault), (_FAULT,), text=True, constant=2**20),
-        Target("kept.serving", as_object(ServingRecord.from_dict), dumped(serving), text=True),
+        Target("kept.serving", as_object(ServingRecord.from_dict), json_seeds(serving), text=True),
         Target("kept.own", LocalState.from_bytes, (_own(),), share=0.5),
-        Target("kept.launcher's state", loaded, (state,), text=True, share=0.5, frame=_slot),
+        Target("kept.launcher's state", load_state, (state,), text=True, share=0.5, frame=_slot),
         Target(
             "kept.slot's record",
-            recorded,
+            load_record,
             (record,),
             text=True,
             share=0.5,

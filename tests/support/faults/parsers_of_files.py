@@ -44,7 +44,7 @@ from support.fakes.opened_job import read_config
 from support.fakes.runtime_releases import make_wheel
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 from support.fakes.tiny_wheels import wheel
-from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
+from support.faults.parser_target import Target, as_file, as_object, as_text, json_seeds, scratch
 
 FLEET = b"""
 [model]
@@ -102,7 +102,7 @@ def _descriptions() -> tuple[Target, ...]:
     folder = _bundle(selection)
     manifest = (folder / "manifest.json").read_bytes()
 
-    def bundled(raw: bytes) -> object:
+    def read_bundle(raw: bytes) -> object:
         (folder / "manifest.json").write_bytes(raw)
         return open_bundle(folder)
 
@@ -117,7 +117,7 @@ def _descriptions() -> tuple[Target, ...]:
         ),
         Target("file.tensor axes", as_text(TensorAxes.from_json), (axes,), text=True),
         Target("file.engine plan", EnginePlan.from_json, (EnginePlan().to_json().encode(),), text=True, share=2),
-        Target("file.bundle manifest", bundled, (manifest,), text=True, constant=_FILES, share=0.2),
+        Target("file.bundle manifest", read_bundle, (manifest,), text=True, constant=_FILES, share=0.2),
     )
 
 
@@ -129,7 +129,7 @@ def _bundle(selection: Selection) -> Path:
     folder = scratch() / "bundle"
     folder.mkdir(exist_ok=True)
     tensors = {n: np.zeros(s, np.float32) for n, s in selection.shapes().items()}
-    known = {
+    contents = {
         NAMED: ARCHITECTURE.to_json().encode(),
         SUBMODEL: selection.to_json().encode(),
         WEIGHTS: tensorfile.encode(tensors),
@@ -137,7 +137,7 @@ def _bundle(selection: Selection) -> Path:
     }
     files = {}
     for name in (*FILES, "engine.json"):
-        data = known.get(name, b"graph")
+        data = contents.get(name, b"graph")
         (folder / name).write_bytes(data)
         files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     body = {
@@ -186,7 +186,7 @@ def _settings() -> tuple[Target, ...]:
         Target(
             "settings.tables",
             as_object(lambda b: parse_config(b, folder)),
-            dumped({"job": JOB.to_dict(), "server": {"site": "lab", "keep": 3}}),
+            json_seeds({"job": JOB.to_dict(), "server": {"site": "lab", "keep": 3}}),
             text=True,
         ),
         Target("file.bucket's owner", lambda raw: decode_record(Owner, raw, "it", StorageError), (owner,), text=True),
@@ -207,7 +207,7 @@ def _settings() -> tuple[Target, ...]:
             factor=200,
             share=0.3,
         ),
-        Target("settings.weather", as_object(sky), dumped(weather, {}), text=True),
+        Target("settings.weather", as_object(sky), json_seeds(weather, {}), text=True),
     )
 
 
@@ -224,7 +224,7 @@ def _states() -> tuple[Target, ...]:
     record = Record("a run", JOB.to_dict(), (("w", 8),), (), ())
     return (
         Target("state.job", as_text(State.from_json), (state,), text=True, share=2),
-        Target("state.rollout", as_object(Rollout.from_dict), dumped(rollout), text=True),
+        Target("state.rollout", as_object(Rollout.from_dict), json_seeds(rollout), text=True),
         Target("state.record of a run", as_text(Record.from_json), (record.to_json().encode(),), text=True),
     )
 
@@ -278,7 +278,7 @@ def _data_sets() -> tuple[Target, ...]:
     )
 
 
-def zipped(names: dict[str, bytes]) -> bytes:
+def zip_bytes(names: dict[str, bytes]) -> bytes:
     """A zip archive."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -294,14 +294,14 @@ def _wheels() -> tuple[Target, ...]:
     small = make_wheel(scratch() / "small.whl", {"app/__init__.py": "x = 1\n" * 50, "app-1.dist-info/METADATA": "a"})
     seeds = (wheel_bytes, small.read_bytes())
 
-    def unpacked(path: Path) -> object:
+    def unpack_wheel(path: Path) -> object:
         folder = scratch() / "slot"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        found = Wheel(path, "it.whl")
-        if found.size > 2**20:
+        wheel_file = Wheel(path, "it.whl")
+        if wheel_file.size > 2**20:
             return None  # whoever unpacks looks at the room first
-        done = list(found.unpack(folder))
+        done = list(wheel_file.unpack(folder))
         inside = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
         if inside != {path for path, _, _ in done}:
             raise ValueError(f"files {inside}")
@@ -311,7 +311,7 @@ def _wheels() -> tuple[Target, ...]:
         return parse_wheel_name(Path(raw.decode("utf-8", "replace").replace("\0", "") or "x"), ReleaseError)
 
     return (
-        Target("wheel.unpacked", as_file(unpacked, "one.whl"), seeds, factor=2200, constant=_FILES, share=0.2),
+        Target("wheel.unpacked", as_file(unpack_wheel, "one.whl"), seeds, factor=2200, constant=_FILES, share=0.2),
         Target(
             "wheel.metadata",
             as_file(lambda p: wheel_requirements(p, ReleaseError), "two.whl"),

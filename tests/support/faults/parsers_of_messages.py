@@ -108,7 +108,7 @@ def wire_targets() -> tuple[Target, ...]:
         Target("wire.message", m.parse_message, messages, text=True, share=6),
         Target("wire.order", as_text(_order), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
-        Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
+        Target("wire.pull", _pull_chunk, chunks, factor=16, constant=4 * 2**20, share=0.2),
         Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
         Target("wire.broker address", as_text(BrokerUrl.parse), _urls(), text=True, share=2),
         Target("wire.blobs' address", as_text(BlobUrl.parse), _web_urls(), text=True, share=2),
@@ -238,7 +238,7 @@ def _upload_urls() -> tuple[bytes, ...]:
     return b"https://models.example:8443/a%20b/c.d?X-Amz-Signature=0%2F1&b=c", b"http://127.0.0.1:8080/ab/cd"
 
 
-def _pulled(raw: bytes) -> object:
+def _pull_chunk(raw: bytes) -> object:
     """A chunk that comes in the middle of a transfer of which one leaf is here."""
     store = BlobStore(scratch() / "pull", durable=False)
     pull = Pull(REF, store.partial(REF))
@@ -301,40 +301,40 @@ def _joining() -> tuple[Target, ...]:
     }  # fmt: skip
     answer = JoinAnswer(**body, signature=authority.sign(signed_answer_bytes(**body)).hex())
 
-    def asked(raw: bytes) -> object:
-        found = m.parse_message(raw)
-        return check_request(found) if isinstance(found, JoinRequest) else found
+    def parse_request(raw: bytes) -> object:
+        message = m.parse_message(raw)
+        return check_request(message) if isinstance(message, JoinRequest) else message
 
-    def answered(raw: bytes) -> object:
-        found = m.parse_message(raw)
-        return check_answer(found, request, authority.pin) if isinstance(found, JoinAnswer) else found
+    def parse_answer(raw: bytes) -> object:
+        message = m.parse_message(raw)
+        return check_answer(message, request, authority.pin) if isinstance(message, JoinAnswer) else message
 
     def pem(what: str) -> Callable[[bytes], bytes]:
         return lambda der: f"-----BEGIN {what}-----\n{base64.encodebytes(der).decode()}-----END {what}-----\n".encode()
 
-    def believed(raw: bytes) -> object:
+    def inspect_certificate(raw: bytes) -> object:
         """What is looked at in a certificate, before and after it is believed."""
-        found = read_certificate(raw, "it")
+        x509_certificate = read_certificate(raw, "it")
         return (
-            pin_of(found),
-            certificate_name(found),
-            key_digest(found.public_key()),
-            found.not_valid_after_utc,
-            pem_of(found),
+            pin_of(x509_certificate),
+            certificate_name(x509_certificate),
+            key_digest(x509_certificate.public_key()),
+            x509_certificate.not_valid_after_utc,
+            pem_of(x509_certificate),
         )
 
     content = x509.load_pem_x509_certificate(certificate.encode()).public_bytes(serialization.Encoding.DER)
     asks = x509.load_pem_x509_csr(csr.encode()).public_bytes(serialization.Encoding.DER)
     return (
-        Target("join.certificate's content", believed, (content,), share=2, frame=pem("CERTIFICATE")),
+        Target("join.certificate's content", inspect_certificate, (content,), share=2, frame=pem("CERTIFICATE")),
         Target(
             "join.content of a certificate request",
             as_text(lambda text: request_key(text, "pi-1")),
             (asks,),
             frame=pem("CERTIFICATE REQUEST"),
         ),
-        Target("join.request", asked, (request.to_bytes(),), text=True, share=0.5),
-        Target("join.answer", answered, (answer.to_bytes(),), text=True, share=0.5),
+        Target("join.request", parse_request, (request.to_bytes(),), text=True, share=0.5),
+        Target("join.answer", parse_answer, (answer.to_bytes(),), text=True, share=0.5),
         Target(
             "join.certificate", lambda raw: read_certificate(raw, "it"), (authority.pem.encode(), certificate.encode())
         ),
@@ -365,12 +365,12 @@ def _blobs() -> tuple[Target, ...]:
         Target("blob.some tensors", _some, (weights, bits), share=0.2),
         Target("blob.lowered graphs", lambda raw: unpack_graphs(raw, INT8), (graphs,)),
         Target("blob.mask", lambda raw: mask_from_bits(tensorfile.decode(raw), shapes), (bits,)),
-        Target("blob.weights of an offer", lambda raw: _offered(raw, recipe), (weights, masked)),
-        *map(_coded, ("int8", "int4", "top-k:0.25")),
+        Target("blob.weights of an offer", lambda raw: _check_offer(raw, recipe), (weights, masked)),
+        *map(_codec_target, ("int8", "int4", "top-k:0.25")),
     )
 
 
-def _coded(text: str) -> Target:
+def _codec_target(text: str) -> Target:
     """An update in a codec."""
     codec = Codec.parse(text)
     assert codec is not None
@@ -389,5 +389,5 @@ def _some(raw: bytes) -> object:
         store.delete(ref.sha256)
 
 
-def _offered(raw: bytes, recipe: Recipe) -> object:
+def _check_offer(raw: bytes, recipe: Recipe) -> object:
     return offered(raw, None, recipe, None, ARCHITECTURE.sizes, ("w", "head"))

@@ -42,7 +42,7 @@ _ALL = SplitShares(0.0)
 @cache
 def sample_targets() -> tuple[Target, ...]:
     """All of them."""
-    return (*_files(), *_tables(), *_folders(), *_kept())
+    return (*_files(), *_tables(), *_folders(), *_sample_store_targets())
 
 
 def to_predict(path: Path) -> object:
@@ -60,7 +60,7 @@ def _files() -> tuple[Target, ...]:
     np.save(npy, x)
     recordings = wav(b"\0\1" * 99), wav(b"abcdef" * 40, 2, 3, 48_000)
 
-    def streamed(path: Path) -> object:
+    def read_streamed(path: Path) -> object:
         """Samples that stay in the file, or in a copy of it, as those of a large set do."""
         with patch("fedprune_device.data.stored_array.MAX_SAMPLES_IN_MEMORY", 0):
             return _read(load_data(str(path), validation_share=0.2, spool=scratch()))
@@ -73,7 +73,7 @@ def _files() -> tuple[Target, ...]:
         arrays("npz", read_arrays, sets),
         arrays("data", lambda path: load_data(str(path)), sets),
         arrays("several inputs", lambda path: load_data(str(path)), several),
-        arrays("streamed", streamed, (*sets, *label_maps)),
+        arrays("streamed", read_streamed, (*sets, *label_maps)),
         arrays("to predict", to_predict, (sets[0], npy.getvalue())),
         Target(
             "samples.recording",
@@ -126,10 +126,12 @@ def _folders() -> tuple[Target, ...]:
     images = {"images/a.png": jpegs[0], "images/b.png": image}
     sounds = wav(b"\0\1" * 40), wav(b"abcdef" * 9, 2, 3, 48_000)
 
-    def folder(name: str, at: str, others: Mapping[str, bytes], targets: Targets, seeds: tuple[bytes, ...]) -> Target:
+    def folder(
+        name: str, at: str, intact_files: Mapping[str, bytes], targets: Targets, seeds: tuple[bytes, ...]
+    ) -> Target:
         """A folder with a damaged file `at` among sound ones."""
         root = scratch() / "folders" / name.replace(" ", "_")
-        for path, body in others.items():
+        for path, body in intact_files.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_bytes(body)
         (root / at).parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +162,7 @@ def _folders() -> tuple[Target, ...]:
     )
 
 
-def _kept() -> tuple[Target, ...]:
+def _sample_store_targets() -> tuple[Target, ...]:
     folder = scratch() / "segments"
     folder.mkdir(exist_ok=True)
     log = SegmentLog(folder, b"key", 2**20)
@@ -174,11 +176,11 @@ def _kept() -> tuple[Target, ...]:
     described, segment = root / "set.json", root / "segment-00000001.log"
     segments, description = segment.read_bytes(), described.read_bytes()
 
-    def replayed(raw: bytes) -> object:
+    def replay_segment(raw: bytes) -> object:
         log.path(1).write_bytes(raw)
         return list(SegmentLog(folder, b"key", 2**20).replay())
 
-    def opened(body: bytes, logged: bytes) -> object:
+    def open_set(body: bytes, logged: bytes) -> object:
         for path in root.glob("segment-*"):
             path.unlink()
         described.write_bytes(body)
@@ -187,16 +189,16 @@ def _kept() -> tuple[Target, ...]:
             samples.add(np.zeros(4, np.float32), 0)
             return _read(samples.snapshot((4,)))
 
-    def indexed(path: Path) -> object:
+    def find_in_index(path: Path) -> object:
         with FileIndex(path).update() as index:
             return index.find_digest("a", path.stat())
 
     lines = b'["a", 3, 17, "%s"]\n["b", 4, 18, "%s"]\n' % (b"0" * 64, b"1" * 64)
     return (
-        Target("samples.segment", replayed, (log.path(1).read_bytes(),), share=0.5),
-        Target("samples.set", lambda raw: opened(description, raw), (segments,), constant=2**20, share=0.3),
-        Target("samples.set's description", lambda raw: opened(raw, segments), (description,), text=True, share=0.3),
-        Target("samples.index", as_file(indexed, "images.index"), (lines,), text=True, share=0.5),
+        Target("samples.segment", replay_segment, (log.path(1).read_bytes(),), share=0.5),
+        Target("samples.set", lambda raw: open_set(description, raw), (segments,), constant=2**20, share=0.3),
+        Target("samples.set's description", lambda raw: open_set(raw, segments), (description,), text=True, share=0.3),
+        Target("samples.index", as_file(find_in_index, "images.index"), (lines,), text=True, share=0.5),
     )  # fmt: skip
 
 

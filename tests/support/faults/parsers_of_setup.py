@@ -17,7 +17,7 @@ from fedprune_flash.image.unpacking import unpack_image
 from fedprune_flash.kit.board_settings import check_authorities
 from fedprune_flash.kit.kit import open_kit
 from fedprune_flash.on_board.kit_folder import KitFolder
-from support.faults.parser_target import Target, as_file, as_text, dumped, scratch
+from support.faults.parser_target import Target, as_file, as_text, json_seeds, scratch
 
 _FILES = 2 * 2**20  # bytes that hashing and unpacking may take for any file
 
@@ -25,10 +25,10 @@ _FILES = 2 * 2**20  # bytes that hashing and unpacking may take for any file
 @cache
 def setup_targets() -> tuple[Target, ...]:
     """All of them."""
-    return (*_told(), *_kits(), *_images())
+    return (*_joining_targets(), *_kits(), *_images())
 
 
-def _told() -> tuple[Target, ...]:
+def _joining_targets() -> tuple[Target, ...]:
     claim = JoinClaim(b"i" * 5, b"s" * 15, b"p" * 12).text
     authority = Authority.make(scratch() / "board authority", "lab").pem.encode()
     return (
@@ -57,19 +57,19 @@ def _kits() -> tuple[Target, ...]:
         "number": 0, "entry": "app:main", "contents": "0" * 64, "key": None,
     }  # fmt: skip
 
-    def made(raw: bytes) -> object:
+    def read_kit(raw: bytes) -> object:
         (folder / "kit.json").write_bytes(raw)
         return open_kit(folder)
 
-    def arrived(raw: bytes) -> object:
+    def check_kit(raw: bytes) -> object:
         (folder / "kit.json").write_bytes(raw)
-        found = KitFolder(folder)
-        found.check_files()
-        return found
+        kit = KitFolder(folder)
+        kit.check_files()
+        return kit
 
     return (
-        Target("kit.made", made, dumped(manifest), text=True, constant=_FILES, share=0.3),
-        Target("kit.on the board", arrived, dumped(manifest), text=True, constant=_FILES, share=0.3),
+        Target("kit.made", read_kit, json_seeds(manifest), text=True, constant=_FILES, share=0.3),
+        Target("kit.on the board", check_kit, json_seeds(manifest), text=True, constant=_FILES, share=0.3),
     )
 
 
@@ -85,12 +85,12 @@ def _images() -> tuple[Target, ...]:
     def table(raw: bytes) -> object:
         return read_partitions(io.BytesIO(raw), len(raw))
 
-    def unpacked(path: Path) -> object:
+    def unpack(path: Path) -> object:
         with out.open("wb") as file:
             return unpack_image(path, file)
 
     packed = (gzip.compress(image, mtime=0), lzma.compress(image))
     return (
         Target("image.partitions", table, (image,), constant=_FILES),
-        Target("image.packed", as_file(unpacked, "packed.img"), (*packed, image), constant=80 * 2**20, share=0.2),
+        Target("image.packed", as_file(unpack, "packed.img"), (*packed, image), constant=80 * 2**20, share=0.2),
     )

@@ -154,16 +154,16 @@ def power(at: int = 0, kind: str = "before") -> Iterator[Power]:
     patched = [(os, n) for n in names] + [(Path, n) for n in ("replace", "rename", "unlink", "mkdir", "rmdir")]
     real_open = os.open
 
-    def opened(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+    def open_file(path: Any, flags: int, *rest: Any, **named: Any) -> int:
         if not flags & (os.O_CREAT | os.O_TRUNC) or supply._inside:
             return real_open(path, flags, *rest, **named)
         return int(supply.step("open", real_open, (path, flags, *rest), named))
 
-    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments, **named: supply.step(name, function, arguments, named)
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in patched:
-            patch.setattr(owner, name, wrapped(name, getattr(owner, name)))
-        patch.setattr(os, "open", opened)
+            patch.setattr(owner, name, wrap(name, getattr(owner, name)))
+        patch.setattr(os, "open", open_file)
         yield supply

@@ -30,14 +30,14 @@ def module(name: str) -> torch.nn.Module:
 
 
 @functools.cache
-def imported(name: str) -> Model:
+def task_model(name: str) -> Model:
     """A task's model for its own settings."""
     return fx.load(module(name), **TASKS[name].own)
 
 
 def samples(name: str, count: int, seed: int) -> tuple[Array, Array]:
     """Random samples of a task with labels of its kind."""
-    rng, model = np.random.default_rng(seed), imported(name)
+    rng, model = np.random.default_rng(seed), task_model(name)
     inputs, outputs = model.architecture.input_shape, model.architecture.output_shape
     words = getattr(TASKS[name].net, "input_dtype", "") == "int64"
     x = rng.integers(0, outputs[0], (count, *inputs)) if words else rng.standard_normal((count, *inputs), np.float32)

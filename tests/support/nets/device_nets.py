@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from support.nets.small_nets import seeded
+from support.nets.small_nets import randomise_norms
 
 CLASSES = 4
 
@@ -51,4 +51,4 @@ class MobileNetV2(nn.Module):
 def mobilenet_v2() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return seeded(MobileNetV2().eval())
+        return randomise_norms(MobileNetV2().eval())

@@ -39,8 +39,8 @@ def architectures(draw: st.DrawFn) -> Architecture:
         kernel = draw(st.sampled_from([0, 1, 3]))
         transposed = draw(st.booleans())
         axes = (into, out) if transposed else (out, into)
-        places = (Axis.fixed(kernel),) * 2 if kernel else ()
-        tensors.append(TensorSpec(f"{name}.weight", TensorKind.WEIGHT, axes + places))
+        kernel_axes = (Axis.fixed(kernel),) * 2 if kernel else ()
+        tensors.append(TensorSpec(f"{name}.weight", TensorKind.WEIGHT, axes + kernel_axes))
         layers.append(
             LayerRow(name, "Conv" if kernel else "Gemm", f"{name}.weight", draw(st.integers(1, 9)), int(transposed))
         )
@@ -113,7 +113,7 @@ def model(architecture: Architecture, seed: int, scale: float = 1.0) -> Tensors:
     return {k: np.asarray(v) for k, v in out.items()}
 
 
-def trained(selection: Selection, base: Tensors, seed: int, scale: float = 0.1) -> Tensors:
+def perturb_submodel(selection: Selection, base: Tensors, seed: int, scale: float = 0.1) -> Tensors:
     """A submodel as it might come back: what was extracted, moved by normal numbers."""
     random = np.random.default_rng(seed)
     out: Tensors = {}
@@ -125,7 +125,7 @@ def trained(selection: Selection, base: Tensors, seed: int, scale: float = 0.1) 
 
 
 @st.composite
-def rounds(draw: st.DrawFn, whole: bool = False, most: int = 5) -> tuple[Architecture, Tensors, list[Update]]:
+def rounds(draw: st.DrawFn, has_full_widths: bool = False, most: int = 5) -> tuple[Architecture, Tensors, list[Update]]:
     """A round: a base and updates of any widths, of common, of own or of various ranks."""
     architecture = draw(architectures())
     base = model(architecture, draw(seeds))
@@ -133,8 +133,8 @@ def rounds(draw: st.DrawFn, whole: bool = False, most: int = 5) -> tuple[Archite
     updates = []
     for _ in range(draw(st.integers(1, most))):
         order = draw(ranks(architecture)) if draw(st.integers(0, 3)) == 0 else common
-        sizes = architecture.sizes if whole else draw(widths(architecture))
+        sizes = architecture.sizes if has_full_widths else draw(widths(architecture))
         selection = Selection.of(architecture, sizes, order)
         weight, steps = draw(st.integers(1, 10_000)), draw(st.integers(1, 50))
-        updates.append((selection, trained(selection, base, draw(seeds)), weight, steps))
+        updates.append((selection, perturb_submodel(selection, base, draw(seeds)), weight, steps))
     return architecture, base, updates

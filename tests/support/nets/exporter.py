@@ -20,11 +20,11 @@ def keep_translations() -> None:
         warnings.simplefilter("ignore")
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        made = functools.cache(ONNXRegistry.from_torchlib)
+        cached_registry = functools.cache(ONNXRegistry.from_torchlib)
 
         def from_torchlib(*which: Any, **opset: Any) -> ONNXRegistry:
-            registry = copy.copy(made(*which, **opset))
-            registry.functions = {name: list(found) for name, found in registry.functions.items()}
+            registry = copy.copy(cached_registry(*which, **opset))
+            registry.functions = {name: list(overloads) for name, overloads in registry.functions.items()}
             return registry
 
         ONNXRegistry.from_torchlib = staticmethod(from_torchlib)

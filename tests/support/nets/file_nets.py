@@ -5,42 +5,42 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from support.nets.small_nets import seeded
+from support.nets.small_nets import randomise_norms
 
 
 class _Net(nn.Sequential):
-    def __init__(self, input_shape: tuple[int, ...], *parts: nn.Module) -> None:
-        super().__init__(*parts)
+    def __init__(self, input_shape: tuple[int, ...], *layers: nn.Module) -> None:
+        super().__init__(*layers)
         self.input_shape = input_shape
 
 
-def _seeded(make: object) -> nn.Module:
+def _make_seeded(make: object) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return seeded(make())  # type: ignore[operator]
+        return randomise_norms(make())  # type: ignore[operator]
 
 
 def autoencoder() -> nn.Module:
     """Pictures of 96 x 96 through an eighth of their numbers."""
-    return _seeded(
+    return _make_seeded(
         lambda: _Net((3, 96, 96), nn.Conv2d(3, 8, 8, 8), nn.ReLU(), nn.ConvTranspose2d(8, 3, 8, 8)),
     )
 
 
 def listener() -> nn.Module:
     """Two classes of recordings of a second."""
-    parts = nn.Conv1d(1, 8, 64, 16), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 2)
-    return _seeded(lambda: _Net((1, 16_000), *parts))
+    layers = nn.Conv1d(1, 8, 64, 16), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 2)
+    return _make_seeded(lambda: _Net((1, 16_000), *layers))
 
 
 def painter() -> nn.Module:
     """Three classes for each pixel of 16 x 12."""
-    return _seeded(lambda: _Net((3, 16, 12), nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)))
+    return _make_seeded(lambda: _Net((3, 16, 12), nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)))
 
 
 def finder() -> nn.Module:
     """One box in 16 x 12 pixels: its class's logit, centre and size."""
-    return _seeded(lambda: _Net((3, 16, 12), nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5)))
+    return _make_seeded(lambda: _Net((3, 16, 12), nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5)))
 
 
 def box_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -55,12 +55,12 @@ box_loss.target_shape = (2, 5)  # type: ignore[attr-defined]
 
 def forecaster() -> nn.Module:
     """The next row of two columns after sixteen."""
-    return _seeded(lambda: _Net((2, 16), nn.Conv1d(2, 8, 5), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)))
+    return _make_seeded(lambda: _Net((2, 16), nn.Conv1d(2, 8, 5), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)))
 
 
 def seer() -> nn.Module:
     """The next row of two columns after two thousand."""
-    return _seeded(lambda: _Net((2, 2000), nn.Conv1d(2, 8, 20, 20), nn.ReLU(), nn.Flatten(), nn.Linear(800, 2)))
+    return _make_seeded(lambda: _Net((2, 2000), nn.Conv1d(2, 8, 20, 20), nn.ReLU(), nn.Flatten(), nn.Linear(800, 2)))
 
 
 class _Gathered(nn.Module):
@@ -109,12 +109,12 @@ class _Pair(nn.Module):
 
 
 def gathered() -> nn.Module:
-    return _seeded(_Gathered)
+    return _make_seeded(_Gathered)
 
 
 def tagger() -> nn.Module:
-    return _seeded(_Tagger)
+    return _make_seeded(_Tagger)
 
 
 def pair() -> nn.Module:
-    return _seeded(_Pair)
+    return _make_seeded(_Pair)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from support.nets.small_nets import seeded
+from support.nets.small_nets import randomise_norms
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def make(name: str) -> nn.Module:
     """A network by name, the same each time."""
     with torch.random.fork_rng():
         torch.manual_seed(len(name))
-        return seeded(NETS[name].make())
+        return randomise_norms(NETS[name].make())
 
 
 # -- gates and attention ----------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class CrossAttention(Tokens):
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         q = self.q(self.queries.expand(x.shape[0], -1, -1)).view(-1, 4, 2, 6).transpose(1, 2)
-        k, v = (part.reshape(-1, 6, 2, 6).transpose(1, 2) for part in self.kv(x).chunk(2, -1))
+        k, v = (half.reshape(-1, 6, 2, 6).transpose(1, 2) for half in self.kv(x).chunk(2, -1))
         return ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(-1, 4, 12)
 
 
@@ -167,7 +167,10 @@ class GroupedQueries(Tokens):
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         q = self.q(x).unflatten(-1, (6, 4)).transpose(1, 2)
-        k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2).repeat_interleave(3, 1) for part in (self.k, self.v))
+        k, v = (
+            projection(x).unflatten(-1, (2, 4)).transpose(1, 2).repeat_interleave(3, 1)
+            for projection in (self.k, self.v)
+        )
         y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
         return self.out(y.transpose(1, 2).flatten(2))
 

@@ -98,7 +98,7 @@ def linear() -> Model:
     return import_onnx(g.to_bytes(), "linear")
 
 
-def hidden() -> Model:
+def hidden_layer_model() -> Model:
     """Two layers with a normalisation between them."""
     rng = np.random.default_rng(0)
     g = Graph(inputs=[Port("x", np.dtype(np.float32), ("N", FEATURES))])
@@ -133,14 +133,14 @@ COMPILED = {
     "bce": (linear, Features(loss="bce", class_weight=True)),
     "bias": (linear, Features(trainable=("b",))),
     "huber": (linear, Features(loss="huber", accumulate=True)),
-    "narrow": (hidden, Features(ordered_dropout=True, optimizer="adam", proximal=True)),
-    "still": (hidden, Features(frozen=("w1", "gamma", "mean", "var"))),
+    "narrow": (hidden_layer_model, Features(ordered_dropout=True, optimizer="adam", proximal=True)),
+    "still": (hidden_layer_model, Features(frozen=("w1", "gamma", "mean", "var"))),
     "tokens": (tokens, Features()),
     "mixup": (linear, Features(label_pairs=True, accumulate=True, label_smoothing=True, class_weight=True)),
-    "kept": (hidden, Features(axes=True)),
-    "masked": (hidden, Features(element_mask=True, axes=True, gradients=True)),
-    "threshold": (hidden, Features(threshold=True, axes=True)),
-    "scaled": (hidden, Features(scale=True, axes=True, gradients=True)),
+    "kept": (hidden_layer_model, Features(axes=True)),
+    "masked": (hidden_layer_model, Features(element_mask=True, axes=True, gradients=True)),
+    "threshold": (hidden_layer_model, Features(threshold=True, axes=True)),
+    "scaled": (hidden_layer_model, Features(scale=True, axes=True, gradients=True)),
 }
 
 
@@ -171,10 +171,10 @@ if __name__ == "__main__":
         (FOLDER / f"{name}.onnx").write_bytes(graph.to_bytes())
     for name, (model, features) in COMPILED.items():
         (FOLDER / f"{name}.onnx").write_bytes(training_graph(model(), features).to_bytes())
-    whole = hidden()
-    (FOLDER / "hidden.onnx").write_bytes(inference_model(whole, whole.architecture.sizes))
-    (FOLDER / "hidden_half.onnx").write_bytes(inference_model(whole, [HIDDEN // 2]))
+    hidden_model = hidden_layer_model()
+    (FOLDER / "hidden.onnx").write_bytes(inference_model(hidden_model, hidden_model.architecture.sizes))
+    (FOLDER / "hidden_half.onnx").write_bytes(inference_model(hidden_model, [HIDDEN // 2]))
     for precision in ("float16", "int8"):
-        kit = lower(whole, [HIDDEN // 2], precision).packed
+        kit = lower(hidden_model, [HIDDEN // 2], precision).packed
         (FOLDER / f"hidden_half_{precision}.safetensors").write_bytes(kit)
     (FOLDER / "inference.onnx").write_bytes(inference().SerializeToString(deterministic=True))

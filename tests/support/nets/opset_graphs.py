@@ -76,7 +76,7 @@ def graphs() -> dict[str, tuple[Graph, Arrays]]:
     return {"forms": (forms(), {"x": image}), "network": (network().graph, {"x": picture})}
 
 
-def checked(graph: Graph, opset: int) -> bytes:
+def checked_bytes(graph: Graph, opset: int) -> bytes:
     """A graph at an opset, which onnx has checked."""
     raw = graph.to_bytes(opset=opset)
     proto = onnx.load_model_from_string(raw)
@@ -91,7 +91,7 @@ def main() -> None:
     for name, (graph, feeds) in graphs().items():
         arrays |= {f"{name}/in/{k}": v for k, v in feeds.items()}
         arrays |= {f"{name}/out/{k}": v for k, v in OnnxSession(graph.to_bytes()).run(feeds).items()}
-        arrays |= {f"{name}/opset/{o}": np.frombuffer(checked(graph, o), np.uint8) for o in WRITABLE_OPSETS}
+        arrays |= {f"{name}/opset/{o}": np.frombuffer(checked_bytes(graph, o), np.uint8) for o in WRITABLE_OPSETS}
     np.savez_compressed(FILE, **arrays)
 
 

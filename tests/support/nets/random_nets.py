@@ -44,13 +44,13 @@ def nets(draw: st.DrawFn) -> Model:
         elif step == "relu":
             values.append((graph.emit("Relu", value), channels))
         elif step == "add":
-            other, width = values[draw(st.integers(0, len(values) - 1))]
+            second_value, width = values[draw(st.integers(0, len(values) - 1))]
             if width != channels:
-                other = conv(other, width, channels)
-            values.append((graph.emit("Add", value, other), channels))
+                second_value = conv(second_value, width, channels)
+            values.append((graph.emit("Add", value, second_value), channels))
         elif step == "concat":
-            other, width = values[draw(st.integers(0, len(values) - 1))]
-            values.append((graph.emit("Concat", value, other, attrs={"axis": 1}), channels + width))
+            second_value, width = values[draw(st.integers(0, len(values) - 1))]
+            values.append((graph.emit("Concat", value, second_value, attrs={"axis": 1}), channels + width))
         else:
             kernel = weight(channels, 1, 3, 3)
             attrs = {"pads": [1] * 4, "group": channels}

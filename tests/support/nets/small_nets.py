@@ -140,24 +140,24 @@ class Reader(nn.Module):
         return self.out(torch.relu(self.wide(looks.mean(1)))) + (hidden.mean(1) @ self.words.weight.T)[:, :5]
 
 
-def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomise_norms(module: nn.Module, seed: int = 0) -> nn.Module:
     """The module in eval mode with batch-norm vectors and statistics that are not just zeros and ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                if part.affine:
-                    part.weight.copy_(torch.rand(part.num_features, generator=generator) + 0.5)
-                    part.bias.copy_(torch.randn(part.num_features, generator=generator) * 0.2)
-                part.running_mean.copy_(torch.randn(part.num_features, generator=generator) * 0.2)
-                part.running_var.copy_(torch.rand(part.num_features, generator=generator) + 0.5)
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                if layer.affine:
+                    layer.weight.copy_(torch.rand(layer.num_features, generator=generator) + 0.5)
+                    layer.bias.copy_(torch.randn(layer.num_features, generator=generator) * 0.2)
+                layer.running_mean.copy_(torch.randn(layer.num_features, generator=generator) * 0.2)
+                layer.running_var.copy_(torch.rand(layer.num_features, generator=generator) + 0.5)
     return module.eval()
 
 
 def _make(kind: type[nn.Module], **arguments: object) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return seeded(kind(**arguments))
+        return randomise_norms(kind(**arguments))
 
 
 def lenet() -> nn.Module:
@@ -184,12 +184,12 @@ class UNet(nn.Module):
         self.input_shape = (3, size, size)
 
         def block(before: int, after: int) -> nn.Module:
-            parts: list[nn.Module] = []
+            layers: list[nn.Module] = []
             for channels in (before, after):
-                parts += [nn.Conv2d(channels, after, 3, padding=1), nn.ReLU()]
+                layers += [nn.Conv2d(channels, after, 3, padding=1), nn.ReLU()]
                 if normalised:
-                    parts.insert(-1, nn.BatchNorm2d(after))
-            return nn.Sequential(*parts)
+                    layers.insert(-1, nn.BatchNorm2d(after))
+            return nn.Sequential(*layers)
 
         self.outer, self.inner, self.bottom = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
         self.up_inner = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)

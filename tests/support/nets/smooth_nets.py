@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from support.nets.small_nets import BasicBlock, seeded
+from support.nets.small_nets import BasicBlock, randomise_norms
 
 
 class SmoothResNet(nn.Module):
@@ -29,4 +29,4 @@ def make() -> nn.Module:
     """The network, the same each time."""
     with torch.random.fork_rng():
         torch.manual_seed(len(SmoothResNet.__name__))
-        return seeded(SmoothResNet())
+        return randomise_norms(SmoothResNet())

@@ -88,10 +88,10 @@ class AttentionUNet(nn.Module):
         a = self.a(x)
         b = self.b(functional.max_pool2d(a, 2))
         below = self.up_b(self.c(functional.max_pool2d(b, 2)))
-        below = self.up_a(self.back_b(torch.cat([self.gated(0, b, below), below], 1)))
-        return self.head(self.back_a(torch.cat([self.gated(1, a, below), below], 1)))
+        below = self.up_a(self.back_b(torch.cat([self.gate_skip(0, b, below), below], 1)))
+        return self.head(self.back_a(torch.cat([self.gate_skip(1, a, below), below], 1)))
 
-    def gated(self, i: int, beside: Tensor, below: Tensor) -> Tensor:
+    def gate_skip(self, i: int, beside: Tensor, below: Tensor) -> Tensor:
         both = torch.relu(self.below[i](below) + self.beside[i](beside))
         return beside * torch.sigmoid(self.gate[i](both))
 

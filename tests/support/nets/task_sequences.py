@@ -314,9 +314,11 @@ class Fusion(nn.Module):
         self.what, self.where = nn.Linear(width, 5), nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 3))
 
     def forward(self, motion: Tensor, frame: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        moved = torch.relu(self.moves(motion)).transpose(1, 2)
-        seen = torch.relu(self.sees(frame.to(self.sees.weight.dtype) / 255)).flatten(2).transpose(1, 2)
-        both = self.norm(moved + self.ask(moved, seen, seen, need_weights=False)[0]).mean(1)
+        motion_features = torch.relu(self.moves(motion)).transpose(1, 2)
+        frame_features = torch.relu(self.sees(frame.to(self.sees.weight.dtype) / 255)).flatten(2).transpose(1, 2)
+        both = self.norm(
+            motion_features + self.ask(motion_features, frame_features, frame_features, need_weights=False)[0]
+        ).mean(1)
         gate = torch.sigmoid(self.gate(torch.cat([both, self.kinds(kind)], 1)))
-        joint = gate * both + (1 - gate) * seen.mean(1)
+        joint = gate * both + (1 - gate) * frame_features.mean(1)
         return self.what(joint), self.where(joint)

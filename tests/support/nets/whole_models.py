@@ -36,10 +36,10 @@ class Whole:
 
     make: Callable[[], nn.Module]
     groups: int
-    kept: float
+    kept_share: float
     vocabulary: int = 0
     stays: tuple[str, ...] = ()
-    places: tuple[str, ...] = ()
+    position_weights: tuple[str, ...] = ()
     values: bool = False
 
 
@@ -47,16 +47,16 @@ def _ours(kind: type[nn.Module]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return scattered(nets.seeded(kind()))
+            return scatter_parameters(nets.randomise_norms(kind()))
 
     return make
 
 
 def _timm(name: str, **arguments: Any) -> Callable[[], nn.Module]:
-    return lambda: settled(scattered(zoo.timm_model(name, **arguments)))
+    return lambda: settle_statistics(scatter_parameters(zoo.timm_model(name, **arguments)))
 
 
-def scattered(module: nn.Module, seed: int = 1) -> nn.Module:
+def scatter_parameters(module: nn.Module, seed: int = 1) -> nn.Module:
     """The module with random numbers in every parameter that is uniform.
 
     Fresh networks have scales of one, biases of nought and gains of 1e-6: with these, an error behind a scale would
@@ -77,7 +77,7 @@ def scattered(module: nn.Module, seed: int = 1) -> nn.Module:
     return module
 
 
-def settled(module: nn.Module, seed: int = 2) -> nn.Module:
+def settle_statistics(module: nn.Module, seed: int = 2) -> nn.Module:
     """The module with batch-norm statistics that nearly fit its layers, as those of a trained network do.
 
     With statistics that don't fit, a deep network's values grow from layer to layer until float32 says nothing. The
@@ -140,9 +140,11 @@ TASKS: dict[str, Whole] = {
     "crnn": Whole(_ours(task_sequences.Crnn), 3, 0.29),
     "wave_net": Whole(_ours(task_sequences.WaveNet), 7, 0.29),
     "patch_transformer": Whole(_ours(task_sequences.PatchTransformer), 3, 0.36, values=True),
-    "n_beats": Whole(_ours(task_sequences.NBeats), 8, 0.4, values=True, places=("codes.0.weight", "codes.1.weight")),
+    "n_beats": Whole(
+        _ours(task_sequences.NBeats), 8, 0.4, values=True, position_weights=("codes.0.weight", "codes.1.weight")
+    ),
     "tcn": Whole(_ours(task_sequences.Tcn), 4, 0.3, values=True),
-    "d_linear": Whole(_ours(task_sequences.DLinear), 0, 1, values=True, places=("slow.weight",)),
+    "d_linear": Whole(_ours(task_sequences.DLinear), 0, 1, values=True, position_weights=("slow.weight",)),
     "llama": Whole(_ours(task_sequences.Llama), 5, 0.32, vocabulary=40),
     "alibi": Whole(_ours(task_sequences.Alibi), 4, 0.35, vocabulary=40),
     "lora_reader": Whole(
@@ -150,11 +152,13 @@ TASKS: dict[str, Whole] = {
         4,
         0.89,
         vocabulary=40,
-        places=("q.lora_B.weight", "out.lora_B.weight", "fc1.lora_B.weight", "fc2.lora_B.weight"),
+        position_weights=("q.lora_B.weight", "out.lora_B.weight", "fc1.lora_B.weight", "fc2.lora_B.weight"),
     ),
     "adapted_encoder": Whole(_ours(task_sequences.AdaptedEncoder), 4, 0.35),
     "two_towers": Whole(_ours(task_sequences.TwoTowers), 5, 0.38, vocabulary=20, values=True),
-    "fusion": Whole(_ours(task_sequences.Fusion), 4, 0.4, vocabulary=20, values=True, places=("what.weight",)),
+    "fusion": Whole(
+        _ours(task_sequences.Fusion), 4, 0.4, vocabulary=20, values=True, position_weights=("what.weight",)
+    ),
 }
 """Small ones of tasks other than classifying images."""
 
@@ -170,7 +174,7 @@ MODELS: dict[str, Whole] = {**OURS, **TASKS, **PUBLISHED}
 
 
 @functools.cache
-def exported(name: str) -> bytes:
+def onnx_bytes(name: str) -> bytes:
     """One of `MODELS` as ONNX; each only once."""
     entry = MODELS[name]
     module = entry.make()
@@ -179,19 +183,19 @@ def exported(name: str) -> bytes:
     return export_torch(module, name=name)
 
 
-def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
+def whole_model(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
     """One of `MODELS`, imported; each only once."""
-    return _imported(name, prefer)
+    return _import_once(name, prefer)
 
 
 @functools.cache  # which takes a default that is given for another call
-def _imported(name: str, prefer: Literal["coarse", "fine"]) -> Model:
+def _import_once(name: str, prefer: Literal["coarse", "fine"]) -> Model:
     if MODELS[name].values:
-        return fx.load(MODELS[name].make(), name=name, prefer=prefer, loss=squared)
-    return import_onnx(exported(name), name, ImportChoices(prefer=prefer))
+        return fx.load(MODELS[name].make(), name=name, prefer=prefer, loss=squared_error)
+    return import_onnx(onnx_bytes(name), name, ImportChoices(prefer=prefer))
 
 
-def squared(*tensors: torch.Tensor) -> torch.Tensor:
+def squared_error(*tensors: torch.Tensor) -> torch.Tensor:
     """The loss of values: mean squares, over all outputs together."""
     *outputs, labels = tensors
     return (torch.cat([o.flatten(1) for o in outputs], 1) - labels.flatten(1)).square().mean(1)
@@ -200,22 +204,24 @@ def squared(*tensors: torch.Tensor) -> torch.Tensor:
 def samples(name: str, batch: int, seed: int = 5) -> np.ndarray[Any, Any]:
     """Random samples for one of `MODELS`."""
     rng = np.random.default_rng(seed)
-    entry, model = MODELS[name], imported(name)
+    entry, model = MODELS[name], whole_model(name)
     packing = read_packing(model.graph.metadata, INPUTS_KEY)
     if not packing:
         shape = (batch, *model.architecture.input_shape)
         return rng.integers(0, entry.vocabulary, shape) if entry.vocabulary else normal(rng, shape)
     kinds = getattr(entry.make(), "input_dtype", {})
     rows = [
-        rng.integers(0, entry.vocabulary, (batch, part.size)) if part.name in kinds else normal(rng, (batch, part.size))
-        for part in packing
+        rng.integers(0, entry.vocabulary, (batch, packed_input.size))
+        if packed_input.name in kinds
+        else normal(rng, (batch, packed_input.size))
+        for packed_input in packing
     ]
     return np.concatenate(rows, 1).astype(np.float32)
 
 
 def labels(name: str, batch: int, seed: int = 0) -> np.ndarray[Any, Any]:
     """Random labels for one of `MODELS`."""
-    rng, outputs = np.random.default_rng(seed), imported(name).architecture.output_shape
+    rng, outputs = np.random.default_rng(seed), whole_model(name).architecture.output_shape
     if MODELS[name].values:
         return normal(rng, (batch, *outputs))
     return rng.integers(0, outputs[0], (batch, *outputs[1:]))

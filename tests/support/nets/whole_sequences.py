@@ -100,7 +100,7 @@ class TiedLanguageModel(nn.Module):
         x = self.embedding(x)
         n, t, c = x.shape
         y = self.norm1(x)
-        q, k, v = (part(y).reshape(n, t, 4, c // 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (projection(y).reshape(n, t, 4, c // 4).transpose(1, 2) for projection in (self.q, self.k, self.v))
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o(y.transpose(1, 2).reshape(n, t, c))
         y = self.norm2(x)

@@ -60,7 +60,7 @@ class Symbols:
             segments += [Segment(number, 0, self.sizes[group], inner)] * passes
         return Axis(tuple(segments))
 
-    def kept(self, dim: int | str, size: int, widths: dict[str, int]) -> list[int]:
+    def kept_indices(self, dim: int | str, size: int, widths: dict[str, int]) -> list[int]:
         """The indices that are left of a dimension."""
         axis = self.axis(dim)
         if axis is None:
@@ -85,7 +85,7 @@ def _runs(dim: str) -> list[tuple[int, str, int]]:
     return out
 
 
-def differentiated(
+def gradient_session(
     nodes: Sequence[Node],
     data: Arrays,
     shapes: Shapes,
@@ -113,12 +113,12 @@ def differentiated(
     arch = Architecture("op", symbols.groups, specs, (), (), (1,), (1,))
     out = Graph()
     tape = Tape(Model(graph, arch, values=axes), out, frozen)
-    wanted = {n: a.dtype.kind == "f" and n not in frozen for n, a in data.items()}
+    needs_gradient = {n: a.dtype.kind == "f" and n not in frozen for n, a in data.items()}
     entered: dict[str, Shape] = {}
     for name, array in data.items():
         entered[name] = tuple("N" if a is None else tape.axis_dim(a, arch) for a in axes[name])
         out.inputs.append(Port(name, array.dtype, entered[name]))
-        tape.enter(name, name, entered[name], needs_gradient=wanted[name])
+        tape.enter(name, name, entered[name], needs_gradient=needs_gradient[name])
     tape.forward()
     out.inputs.append(Port("dy", np.dtype(np.float32), tape.shape("y")))
     tape.add_gradient("y", "dy")
@@ -126,7 +126,7 @@ def differentiated(
     out.emit("Identity", tape.value("y"), out="result")
     out.outputs.append(Port("result", np.dtype(np.float32), tape.shape("y")))
     for name in data:
-        if wanted[name]:
+        if needs_gradient[name]:
             gradient = tape.gradient(name)
             assert gradient is not None, name
             out.emit("Identity", gradient, out=f"{name}::gradient")
@@ -174,7 +174,7 @@ def check(
     with a batch of one sample less; the oracle must do with data of any width.
     """
     shapes = shapes or {k: v.shape for k, v in data.items()}
-    session = differentiated(nodes, data, shapes, constants or {}, values, frozen)
+    session = gradient_session(nodes, data, shapes, constants or {}, values, frozen)
     runs = [data]
     if narrow is not None:
         symbols = Symbols(data, shapes)
@@ -204,9 +204,9 @@ def check(
 class Rows(dict[str, Callable[[], None]]):
     """Checks by name."""
 
-    def add(self, name: str, nodes: Sequence[Node], oracle: Oracle, data: Arrays, *shapes: Any, **more: Any) -> None:
+    def add(self, name: str, nodes: Sequence[Node], oracle: Oracle, data: Arrays, *shapes: Any, **options: Any) -> None:
         """A row for `check`, whose oracle takes the data in their order."""
-        self[name] = partial(check, nodes, lambda **leaves: oracle(*leaves.values()), data, *shapes, **more)
+        self[name] = partial(check, nodes, lambda **leaves: oracle(*leaves.values()), data, *shapes, **options)
 
     def one(
         self,
@@ -229,7 +229,7 @@ class Rows(dict[str, Callable[[], None]]):
 
 def _fewer(symbols: Symbols, dim: int | str, size: int, widths: dict[str, int]) -> list[int]:
     """What is left of a dimension when widths are narrow; of a batch all but one sample."""
-    return list(range(max(1, size - 1))) if dim == "N" else symbols.kept(dim, size, widths)
+    return list(range(max(1, size - 1))) if dim == "N" else symbols.kept_indices(dim, size, widths)
 
 
 def node(op: str, *inputs: str, out: str = "y", **attrs: Any) -> Node:

@@ -81,7 +81,7 @@ class Distances:
         each = (*self.ours_each.values(), *self.torch_each.values())
         return all(math.isfinite(d) for far in (self.ours, self.torch, *each) for d in far)
 
-    def flipped(self, far: list[float]) -> list[float]:
+    def flipped_batches(self, far: list[float]) -> list[float]:
         """The batches of an engine in which a decision of a ReLU or maximum fell to the other side.
 
         They are off by a multiple of what is the least for either engine: a gradient that is wrong is so in each batch.
@@ -101,7 +101,7 @@ class Distances:
         """
         if not self.is_finite:
             return False
-        extra_flips = len(self.flipped(self.ours)) - len(self.flipped(self.torch))
+        extra_flips = len(self.flipped_batches(self.ours)) - len(self.flipped_batches(self.torch))
         return (
             extra_flips <= SPARE_FLIPS
             and max(self.ours) <= max(CAP, 2 * max(self.torch))
@@ -213,15 +213,15 @@ def of_rows(net: torch.nn.Module, x: torch.Tensor, state: dict[str, torch.Tensor
     """A module's outputs as an imported model gives them: several inputs are parts of a row, and so are outputs."""
     shapes: Any = net.input_shape
     if not isinstance(shapes, dict):
-        made = torch.func.functional_call(net, state or {}, x)
+        outputs = torch.func.functional_call(net, state or {}, x)
     else:
         kinds: Any = getattr(net, "input_dtype", {})
         rows = x.split([math.prod(shapes[name]) for name in sorted(shapes)], 1)
-        given = {n: part.reshape(-1, *shapes[n]) for n, part in zip(sorted(shapes), rows, strict=True)}
-        given = {n: part.long() if kinds.get(n) == "int64" else part for n, part in given.items()}
-        made = torch.func.functional_call(net, state or {}, (), given)
-    made = tuple(made.values()) if isinstance(made, dict) else made
-    return torch.cat([part.flatten(1) for part in made], 1) if isinstance(made, tuple) else made
+        inputs = {n: values.reshape(-1, *shapes[n]) for n, values in zip(sorted(shapes), rows, strict=True)}
+        inputs = {n: values.long() if kinds.get(n) == "int64" else values for n, values in inputs.items()}
+        outputs = torch.func.functional_call(net, state or {}, (), inputs)
+    outputs = tuple(outputs.values()) if isinstance(outputs, dict) else outputs
+    return torch.cat([values.flatten(1) for values in outputs], 1) if isinstance(outputs, tuple) else outputs
 
 
 def only_norms_train(module: torch.nn.Module) -> torch.nn.Module:

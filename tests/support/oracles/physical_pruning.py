@@ -26,7 +26,7 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 
 def our_groups(architecture: Architecture, module: nn.Module) -> Counter[LayerGroup]:
     """Per channel group the sides of convolutions and dense layers that it touches, and its size."""
-    layers = {n: part for n, part in module.named_modules() if isinstance(part, LAYERS)}
+    layers = {n: submodule for n, submodule in module.named_modules() if isinstance(submodule, LAYERS)}
     groups: Counter[LayerGroup] = Counter()
     for i, group in enumerate(architecture.groups):
         sides = set()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from support.oracles.torch_operators import Tensor, operator, padded
+from support.oracles.torch_operators import Tensor, operator, pad_axes
 
 
 def _pads(a: Mapping[str, Any], x: Tensor, kernel: list[int]) -> list[tuple[int, int]]:
@@ -32,7 +32,7 @@ def _pads(a: Mapping[str, Any], x: Tensor, kernel: list[int]) -> list[tuple[int,
 def _conv(a: Mapping[str, Any], x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     function = (functional.conv1d, functional.conv2d, functional.conv3d)[w.ndim - 3]
     n = w.ndim - 2
-    x = padded(x, _pads(a, x, list(w.shape[2:])))
+    x = pad_axes(x, _pads(a, x, list(w.shape[2:])))
     return function(x, w, b, a.get("strides", [1] * n), 0, a.get("dilations", [1] * n), a.get("group", 1))
 
 
@@ -53,7 +53,7 @@ def _max_pool(a: Mapping[str, Any], x: Tensor) -> Tensor:
     kernel = a["kernel_shape"]
     function = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(kernel) - 1]
     ones = [1] * len(kernel)
-    x = padded(x, _pads(a, x, kernel), -math.inf)
+    x = pad_axes(x, _pads(a, x, kernel), -math.inf)
     return function(x, kernel, a.get("strides", ones), 0, a.get("dilations", ones), bool(a.get("ceil_mode")))
 
 
@@ -67,9 +67,9 @@ def _average_pool(a: Mapping[str, Any], x: Tensor) -> Tensor:
         sizes = [n + low + high for n, (low, high) in zip(x.shape[2:], pads, strict=True)]
         beyond = [(0, -(n - k) % s) for n, k, s in zip(sizes, kernel, strides, strict=True)]
     inside = torch.ones(1, 1, *x.shape[2:], dtype=x.dtype)
-    inside = padded(inside, pads, 1.0 if a.get("count_include_pad") else 0.0)
-    return function(padded(padded(x, pads), beyond), kernel, strides) / function(
-        padded(inside, beyond), kernel, strides
+    inside = pad_axes(inside, pads, 1.0 if a.get("count_include_pad") else 0.0)
+    return function(pad_axes(pad_axes(x, pads), beyond), kernel, strides) / function(
+        pad_axes(inside, beyond), kernel, strides
     )
 
 

@@ -28,7 +28,7 @@ def operator(*names: str) -> Callable[[Function], Function]:
     return register
 
 
-def padded(x: Tensor, pads: list[tuple[int, int]], value: float = 0.0) -> Tensor:
+def pad_axes(x: Tensor, pads: list[tuple[int, int]], value: float = 0.0) -> Tensor:
     """Padding before and after each of the last axes."""
     return functional.pad(x, [p for pair in reversed(pads) for p in pair], value=value)
 
@@ -73,12 +73,12 @@ for _name, _function in {
 
 
 def _fold(function: Function) -> Function:
-    def folded(a: Mapping[str, Any], first: Tensor, *others: Tensor) -> Tensor:
-        for other in others:
-            first = function(first, other)
+    def fold(a: Mapping[str, Any], first: Tensor, *operands: Tensor) -> Tensor:
+        for operand in operands:
+            first = function(first, operand)
         return first
 
-    return folded
+    return fold
 
 
 OPERATORS["Max"] = _fold(torch.maximum)
@@ -149,8 +149,8 @@ def _einsum(a: Mapping[str, Any], *x: Tensor) -> Tensor:
     return torch.einsum(a["equation"], *x)
 
 
-def _axes(a: Mapping[str, Any], x: Tensor, given: Tensor | None) -> tuple[int, ...]:
-    axes = a.get("axes") if given is None else given.tolist()
+def _axes(a: Mapping[str, Any], x: Tensor, axes_input: Tensor | None) -> tuple[int, ...]:
+    axes = a.get("axes") if axes_input is None else axes_input.tolist()
     return tuple(axes) if axes else tuple(range(x.ndim))
 
 
@@ -295,7 +295,7 @@ def _pad(
         if mode == "constant":
             pairs = [(0, 0)] * x.ndim
             pairs[axis] = (low, high)
-            x = padded(x, pairs, 0.0 if value is None else value.item())
+            x = pad_axes(x, pairs, 0.0 if value is None else value.item())
         else:
             at = torch.arange(-low, n + high)
             if mode == "edge":

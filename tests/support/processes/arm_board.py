@@ -16,7 +16,7 @@ from pathlib import Path
 
 from support.processes.arm_userland import tool
 
-_PARTS = {"cortex-a53": "0xd03", "cortex-a72": "0xd08", "cortex-a76": "0xd0b", "cortex-a78": "0xd41"}
+_CPU_PARTS = {"cortex-a53": "0xd03", "cortex-a72": "0xd08", "cortex-a76": "0xd0b", "cortex-a78": "0xd41"}
 """What a processor's `CPU part` says in /proc/cpuinfo."""
 
 _STAND_INS = {"cortex-a78": "cortex-a76"}
@@ -120,13 +120,13 @@ class Board:
         rows = (
             f"processor\t: {core}\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm crc32 cpuid\n"
             "CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\n"
-            f"CPU part\t: {_PARTS[self.processor]}\nCPU revision\t: 3\n\n"
+            f"CPU part\t: {_CPU_PARTS[self.processor]}\nCPU revision\t: 3\n\n"
             for core in range(_CORES)
         )
         (self._hardware / "cpuinfo").write_text("".join(rows))
 
 
-def copied(userland: Path, place: Path, **changes: str) -> Board:
+def copy_userland(userland: Path, place: Path, **changes: str) -> Board:
     """A board of its own with a userland's files."""
     shutil.copytree(userland, place, symlinks=True)
     return Board(place, **changes)

@@ -89,10 +89,10 @@ class Headquarters:
         """Who asked to be let in, and what became of it."""
         return {row["device"]: row["status"] for row in json.loads(self._say("devices", "--json"))}
 
-    def wait(self, seen: Callable[[], object], what: str, limit_s: float) -> None:
+    def wait(self, condition: Callable[[], object], what: str, limit_s: float) -> None:
         """Look until something is so."""
         deadline = time.monotonic() + limit_s
-        while not seen():
+        while not condition():
             for child in self._children:
                 assert child.poll() in (None, 0), f"{child.args} ended: {self.logs()}"
             assert time.monotonic() < deadline, f"{what}: it never came to that. {self.logs()}"

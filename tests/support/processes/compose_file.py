@@ -15,28 +15,28 @@ DEPLOY = ROOT / "deploy"
 _VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?::([-?])([^}]*))?\}")
 
 
-def interpolated(value: Any, environment: Mapping[str, str]) -> Any:
+def fill_in_variables(value: Any, environment: Mapping[str, str]) -> Any:
     """A part of the file with its variables; `$$` is a dollar, and a variable that is wanted must be there."""
 
-    def put(found: re.Match[str]) -> str:
-        if found[0] == "$$":
+    def put(match: re.Match[str]) -> str:
+        if match[0] == "$$":
             return "$"
-        if environment.get(found[1]):
-            return environment[found[1]]
-        if found[2] != "-":
-            raise KeyError(f"{found[1]}: {found[3]}")
-        return found[3]
+        if environment.get(match[1]):
+            return environment[match[1]]
+        if match[2] != "-":
+            raise KeyError(f"{match[1]}: {match[3]}")
+        return match[3]
 
     if isinstance(value, dict):
-        return {k: interpolated(v, environment) for k, v in value.items()}
+        return {k: fill_in_variables(v, environment) for k, v in value.items()}
     if isinstance(value, list):
-        return [interpolated(v, environment) for v in value]
+        return [fill_in_variables(v, environment) for v in value]
     return _VARIABLE.sub(put, value) if isinstance(value, str) else value
 
 
 def read_compose(environment: Mapping[str, str], folder: Path = DEPLOY) -> dict[str, Any]:
     """The file with its variables and merged keys."""
-    body: dict[str, Any] = interpolated(yaml.safe_load((folder / "compose.yaml").read_text()), environment)
+    body: dict[str, Any] = fill_in_variables(yaml.safe_load((folder / "compose.yaml").read_text()), environment)
     return body
 
 
@@ -62,12 +62,12 @@ def mounts(body: Mapping[str, Any], service: str, folder: Path) -> dict[str, Pat
     return targets
 
 
-def remapped(value: Any, places: Mapping[str, str]) -> Any:
+def replace_texts(value: Any, replacements: Mapping[str, str]) -> Any:
     """A part of the file with other texts for some; the longest first."""
     if isinstance(value, dict):
-        return {k: remapped(v, places) for k, v in value.items()}
+        return {k: replace_texts(v, replacements) for k, v in value.items()}
     if isinstance(value, list):
-        return [remapped(v, places) for v in value]
-    for text in sorted(places, key=len, reverse=True):
-        value = value.replace(text, places[text])
+        return [replace_texts(v, replacements) for v in value]
+    for text in sorted(replacements, key=len, reverse=True):
+        value = value.replace(text, replacements[text])
     return value

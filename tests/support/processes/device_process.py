@@ -15,7 +15,7 @@ from fedprune.wire.link import BrokerLink
 from fedprune_device.client import Board
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.agent_fleet import TOPICS, MemoryServer
-from support.processes.real_site import HELD
+from support.processes.real_site import HOLDING_PROGRAM
 from support.waiting import until
 
 
@@ -62,7 +62,7 @@ class Field:
         command = [
             sys.executable,
             *python,
-            *(["-m"] if holds is None else ["-c", HELD, str(holds)]),
+            *(["-m"] if holds is None else ["-c", HOLDING_PROGRAM, str(holds)]),
             "fedprune_device.cli.main",
             "run",
             "--no-probe",
@@ -80,8 +80,8 @@ class Field:
         self.processes.append(process)
         return process
 
-    def wait(self, seen: Callable[[], object], what: str) -> None:
-        until(seen, what, explain=lambda: (self.root / "log").read_text()[-3000:])
+    def wait(self, condition: Callable[[], object], what: str) -> None:
+        until(condition, what, explain=lambda: (self.root / "log").read_text()[-3000:])
 
     def wait_for(self, kind: type, **fields: Any) -> None:
         def seen() -> bool:

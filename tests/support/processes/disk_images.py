@@ -63,7 +63,14 @@ def mcopy(path: Path, files: Iterable[Path], start: int = 0, folder: str = "") -
 
 
 def make_image(
-    path: Path, boot: Path, root: Path, *, boot_mb: int = 40, root_mb: int = 8, start: int = 2048, more: str = ""
+    path: Path,
+    boot: Path,
+    root: Path,
+    *,
+    boot_mb: int = 40,
+    root_mb: int = 8,
+    start: int = 2048,
+    extra_partitions: str = "",
 ) -> tuple[int, int]:
     """An image as Raspberry Pi OS has it: a table, a FAT32 partition with a folder's files, an ext4 one with another's.
 
@@ -74,9 +81,9 @@ def make_image(
     second = start + sectors
     total = second + root_mb * 2048
     with path.open("wb") as file:
-        file.truncate((total + (8192 if more else 0)) * SECTOR)
+        file.truncate((total + (8192 if extra_partitions else 0)) * SECTOR)
     table = f"label: dos\nlabel-id: 0x5eedf00d\nstart={start},size={sectors},type=c,bootable\n"
-    table += f"start={second},size={root_mb * 2048},type=83\n{more.format(start=total)}"
+    table += f"start={second},size={root_mb * 2048},type=83\n{extra_partitions.format(start=total)}"
     run("sfdisk", "-q", path, text=table.encode())
     at = start * SECTOR
     run("mformat", "-i", f"{path}@@{at}", "-F", "-T", str(sectors), "-h", "64", "-s", "32", "-v", "BOOTFS", "::")

@@ -45,7 +45,7 @@ def embedded_broker(server: int) -> int | None:
     return None
 
 
-_TAKEN: list[socket.socket] = []
+_PORT_CLAIMS: list[socket.socket] = []
 
 
 def free_port() -> int:
@@ -68,7 +68,7 @@ def free_port() -> int:
         except OSError:
             claim.close()
             continue
-        _TAKEN.append(claim)
+        _PORT_CLAIMS.append(claim)
         return port
 
 
@@ -93,7 +93,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def confined(folder: Path) -> list[str]:
+def confining_command(folder: Path) -> list[str]:
     """Begins a command that can write into a folder alone, for scripts that set a board up: for root the system is
     read-only to it, and nobody else may write there."""
     if os.geteuid():

@@ -47,7 +47,7 @@ class Step:
 
     script: str = ""
     how: str = ""
-    shown: str = ""
+    page_output: str = ""
     examples: int = 0
     waits: list[str] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ def steps(page: Path) -> list[Step]:
         elif match["mark"] == "output":
             page_steps[-1].examples += 1
         else:
-            page_steps[-1].shown = match["body"]
+            page_steps[-1].page_output = match["body"]
     return page_steps
 
 
@@ -119,7 +119,7 @@ class Reader:
                 self.left_out += step.never
                 continue
             output = self._run(step)
-            missing = _missing(step.shown, output)
+            missing = _missing(step.page_output, output)
             assert missing is None, f"the page shows {missing!r}, but\n{step.script}said\n{output}"
 
     def _run(self, step: Step) -> str:
@@ -180,10 +180,10 @@ class Reader:
         return "\n".join(f"--- {n}\n{self._log(n).read_text(errors='replace')[-2000:]}" for n in self.terminals)
 
 
-def _missing(shown: str, output: str) -> str | None:
+def _missing(page_output: str, output: str) -> str | None:
     """The first line of what a page shows that doesn't come in the output, after those before it."""
     lines: Iterator[str] = iter(output.splitlines())
-    for line in shown.splitlines():
+    for line in page_output.splitlines():
         pattern = re.compile(r"\s+".join(".*".join(map(re.escape, word.split("..."))) for word in line.split()))
         if line.strip() and not any(pattern.fullmatch(line_text.strip()) for line_text in lines):
             return line

@@ -33,7 +33,7 @@ data = "evaluation.npz"
 """What every configuration says of `write_material`'s files."""
 
 
-HELD = """\
+HOLDING_PROGRAM = """\
 import runpy, sys, time
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +205,7 @@ class Site:
             join = self.join_port if self.mosquitto else self.port
             security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{join}"]
         url = self._url(self.board_ports.get(name, self.port))
-        start = [*python[:1], "-c", HELD, str(self.holds)] if self.may_hold else python
+        start = [*python[:1], "-c", HOLDING_PROGRAM, str(self.holds)] if self.may_hold else python
         return [
             *(*start, "fedprune_device.cli.main", "run", "--broker", url, "--device", name, "--no-probe", *security),
             *("--data", str(self.material / f"{name}.npz"), "--state", str(self.folder / name), "--threads", "1"),
@@ -250,7 +250,7 @@ class Site:
         """Hold a round no longer."""
         (self.holds / f"{seed}-{number}").unlink()
 
-    def saved(self) -> State | None:
+    def saved_state(self) -> State | None:
         """What the server has saved."""
         try:
             with Storage.open_existing(self.state) as storage:
@@ -273,7 +273,7 @@ class Site:
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"{name} doesn't end: {self.logs()}") from None
             assert code == 0, self.logs()
-        state = self.saved()
+        state = self.saved_state()
         assert state is not None
         return state
 

@@ -34,7 +34,7 @@ class Hook(BaseHTTPRequestHandler):
         """Log nothing."""
 
     @classmethod
-    def posted(cls, event: str, kind: str, severity: str = "") -> list[str]:
+    def posted_alerts(cls, event: str, kind: str, severity: str = "") -> list[str]:
         """Texts of a kind's alerts that arrived with an event."""
         return [a["what"] for e, a in cls.got if (e, a["kind"]) == (event, kind) and severity in ("", a["severity"])]
 
@@ -42,8 +42,8 @@ class Hook(BaseHTTPRequestHandler):
 class Watched(Site):
     """A site whose server has metrics, a console and a webhook."""
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.metrics, self.console = free_port(), free_port()
 
     def __enter__(self) -> Watched:
@@ -60,8 +60,8 @@ class Watched(Site):
         self._hook.server_close()
 
     def command(self, name: str) -> list[str]:
-        more = ["--metrics", str(self.metrics), "--console", str(self.console)] if name == "server" else []
-        return [*super().command(name), *more]
+        extra_options = ["--metrics", str(self.metrics), "--console", str(self.console)] if name == "server" else []
+        return [*super().command(name), *extra_options]
 
     def stop(self, name: str) -> None:
         """Stop a process for good."""
@@ -81,14 +81,14 @@ class Watched(Site):
         """What the server has logged."""
         return (self.folder / "server.log").read_text()
 
-    def counted(self, kind: str) -> int:
+    def count_open_alerts(self, kind: str) -> int:
         """Open alerts of a kind, by the metrics."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=20) as answer:
             lines = answer.read().decode().splitlines()
         return int(sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith(f'fedprune_alerts{{kind="{kind}"')))
 
 
-def shown(operator: Operator) -> dict[str, str]:
+def console_alerts(operator: Operator) -> dict[str, str]:
     """Open alerts that the console shows, by kind."""
     return {a["alert"]: a["text"] for a in json.loads(operator.ask("/api/v1/alerts?gone=no"))["items"]}
 

@@ -18,7 +18,17 @@ from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import ElementMask, Selection, Tensors
-from support.nets.drawn_models import Update, architectures, model, ranks, rounds, seeds, selections, trained, widths
+from support.nets.drawn_models import (
+    Update,
+    architectures,
+    model,
+    perturb_submodel,
+    ranks,
+    rounds,
+    seeds,
+    selections,
+    widths,
+)
 
 pytestmark = pytest.mark.board
 
@@ -169,7 +179,7 @@ def _without(tensors: Tensors) -> Tensors:
 def test_a_bad_update_is_refused_and_leaves_nothing_behind(spoil: Callable[[Tensors], Tensors], message: str) -> None:
     base = model(NORM, 0)
     selection = Selection.of(NORM, (3,))
-    good = trained(selection, base, 1)
+    good = perturb_submodel(selection, base, 1)
     fold, clean = Fold(NORM, base), Fold(NORM, base)
     with pytest.raises(ProtocolError, match=message):
         fold.add(selection, spoil(good), 5)
@@ -233,7 +243,9 @@ def test_a_mean_is_within_a_bit_of_that_in_float64(
         selection = Selection.full(architecture)
         if dice.random() < 0.5:
             selection = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
-        updates.append((selection, trained(selection, base, seed + k + 1), dice.choice((1, 77, 500, 20_000)), 1))
+        updates.append(
+            (selection, perturb_submodel(selection, base, seed + k + 1), dice.choice((1, 77, 500, 20_000)), 1)
+        )
     got, _ = fold_of(architecture, base, updates).close()
     dice.shuffle(updates)
     assert identical(got, fold_of(architecture, base, updates).close()[0])
@@ -253,7 +265,7 @@ def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: in
     fill, averaging = Fold(architecture, base, rule="fill"), Fold(architecture, base)
     for k in range(data.draw(st.integers(1, 4))):
         selection = data.draw(selections(architecture))
-        trained_tensors, weight = trained(selection, base, seed + k + 1), data.draw(st.integers(1, 20_000))
+        trained_tensors, weight = perturb_submodel(selection, base, seed + k + 1), data.draw(st.integers(1, 20_000))
         fill.add(selection, trained_tensors, weight)
         averaging.add(Selection.full(architecture), selection.scatter(trained_tensors, base), weight)
     got, expected = fill.close()[0], averaging.close()[0]
@@ -282,7 +294,7 @@ def masked_rounds(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[Masked]]
         selection = Selection.of(architecture, draw(widths(architecture)), order)
         mask = random_mask(selection, draw(seeds)) if draw(st.booleans()) else {}
         weight, steps = draw(st.integers(1, 1000)), draw(st.integers(1, 50))
-        updates.append((selection, trained(selection, base, draw(seeds)), weight, steps, mask))
+        updates.append((selection, perturb_submodel(selection, base, draw(seeds)), weight, steps, mask))
     return architecture, base, updates
 
 
@@ -326,14 +338,14 @@ def test_a_mask_of_whole_channels_is_a_narrower_submodel(data: st.DataObject, se
     base = model(architecture, seed)
     narrow = data.draw(selections(architecture))
     second_selection = data.draw(selections(architecture))
-    full = trained(Selection.full(architecture), base, seed + 1)
+    full = perturb_submodel(Selection.full(architecture), base, seed + 1)
     mask = {t.name: narrow.coverage_mask(t.name) for t in architecture.trainable}
     for rule in ("coverage", "fill"):
         one, two = (Fold(architecture, base, rule=rule, evidence=True) for _ in range(2))
         one.add(Selection.full(architecture), full, 3, 2, mask=mask)
         two.add(narrow, narrow.gather(full), 3, 2)
         for fold in (one, two):
-            fold.add(second_selection, trained(second_selection, base, seed + 2), 5, 4)
+            fold.add(second_selection, perturb_submodel(second_selection, base, seed + 2), 5, 4)
         got, expected = one.close()[0], two.close()[0]
         for spec in architecture.trainable:
             assert got[spec.name].tobytes() == expected[spec.name].tobytes()
@@ -370,7 +382,7 @@ def test_updates_of_earlier_models_move_the_model_of_now(
     fold, moves = Fold(architecture, base), []
     for k, (selection, _, weight, steps, mask) in enumerate(updates):
         sent = selection.gather(earlier)
-        trained_tensors = trained(selection, earlier, seed + k)
+        trained_tensors = perturb_submodel(selection, earlier, seed + k)
         fold.add(selection, trained_tensors, weight, steps, mask=mask, sent=sent)
         moves.append((selection, {n: trained_tensors[n] - sent[n] for n in trained_tensors}, weight, steps, mask))
     got, _ = fold.close()
@@ -442,7 +454,7 @@ def test_masks_that_do_not_fit_are_refused_and_leave_nothing_behind(active: dict
     selection = Selection.of(NORM, (3,))
     fold = Fold(NORM, base)
     with pytest.raises(ProtocolError, match="mask of"):
-        fold.add(selection, trained(selection, base, 1), 1, mask=active)
+        fold.add(selection, perturb_submodel(selection, base, 1), 1, mask=active)
     assert fold.weight == 0
     assert identical(fold.close()[0], base)
 

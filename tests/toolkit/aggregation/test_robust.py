@@ -19,7 +19,7 @@ from fedprune.strategies.methods.robust import RobustAggregator, Robustness
 from fedprune.strategies.values import Scene, UpdateReport
 from support.fakes.strategy_reports import close, report, scene
 from support.fakes.strategy_rounds import NET
-from support.nets.drawn_models import architectures, model, ranks, seeds, trained, widths
+from support.nets.drawn_models import architectures, model, perturb_submodel, ranks, seeds, widths
 
 pytestmark = pytest.mark.board
 
@@ -43,7 +43,7 @@ def rounds(draw: st.DrawFn, min_reports: int = 1) -> tuple[Scene, list[UpdateRep
         if draw(st.booleans()):
             dice, shapes = np.random.default_rng(k), selection.shapes()
             mask = {t.name: np.asarray(dice.random(shapes[t.name]) < 0.6) for t in architecture.trainable}
-        tensors = trained(selection, base, draw(seeds))
+        tensors = perturb_submodel(selection, base, draw(seeds))
         weight = draw(st.integers(1, 100))
         reports.append(report(current_scene, selection, tensors, weight, mask=mask, device=f"d{k}", steps=k + 1))
     return current_scene, reports
@@ -117,7 +117,9 @@ def test_memory_does_not_grow_with_the_fleet() -> None:
     architecture = Architecture("big", (ChannelGroup("c", 64),), (kind,), (), (), (3,), (1,))
     base = model(architecture, 0)
     current_scene, budget = scene(architecture, base), 2 * base["w"].nbytes
-    submodels = [trained(selection, base, 1) for selection in (Selection.of(architecture, (n,)) for n in (64, 32))]
+    submodels = [
+        perturb_submodel(selection, base, 1) for selection in (Selection.of(architecture, (n,)) for n in (64, 32))
+    ]
     peaks = []
     for fleet in (8, 64):
         widths_ = [(64, 32)[k % 2] for k in range(fleet)]
@@ -146,7 +148,7 @@ def test_less_than_half_can_t_move_a_median_out_of_what_the_others_say(
     architecture = data.draw(architectures())
     base = model(architecture, seed)
     current_scene, full_selection = scene(architecture, base), Selection.full(architecture)
-    honest = [trained(full_selection, base, seed + k) for k in range(4)]
+    honest = [perturb_submodel(full_selection, base, seed + k) for k in range(4)]
     worst = {n: np.full_like(v, 7.9) for n, v in base.items()}
     reports = [report(current_scene, full_selection, p, 1, device=f"h{k}") for k, p in enumerate(honest)]
     reports += [report(current_scene, full_selection, worst, 1000, device=f"bad{k}") for k in range(3)]
@@ -192,7 +194,7 @@ def test_tiny_statistics_that_nobody_holds_keep_their_bits(kind: str) -> None:
     """Sums hold 2^-52 and more: a variance of 10^-12 would come back rounded."""
     base = {n: v * np.float32(1e-12) for n, v in model(NET, 0).items()}
     current_scene, narrow = scene(NET, base), Selection.of(NET, (2, 2))
-    reports = [report(current_scene, narrow, trained(narrow, base, k), device=f"d{k}") for k in range(3)]
+    reports = [report(current_scene, narrow, perturb_submodel(narrow, base, k), device=f"d{k}") for k in range(3)]
     got = close(RobustAggregator(Mean(), Robustness(centre=kind)), current_scene, reports).model
     for name in ("norm.mean", "norm.variance"):
         out = ~narrow.coverage_mask(name)

@@ -16,7 +16,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
-from support.fakes.asynchronous_shell import ALL, KINDS, ONE, WINDOW, Shell, history, job_of, summed
+from support.fakes.asynchronous_shell import ALL, KINDS, ONE, WINDOW, Shell, history, job_of, model_digest
 from support.fakes.tiny_job import ARCHITECTURE, NAMES
 
 pytestmark = pytest.mark.board
@@ -117,7 +117,7 @@ class Weather(Shell):
         """Of each round the close that became its model; all others of it say the same."""
         for number in range(1, self.job.rounds + 1):
             mine = [c for c in self.closes if c.round == number]
-            assert len({summed(c) for c in mine}) == 1
+            assert len({model_digest(c) for c in mine}) == 1
             yield mine[-1]
 
 
@@ -141,7 +141,7 @@ def test_a_job_ends_whatever_the_weather_was(job: Job, data: st.DataObject) -> N
     model = "m0"
     for close in shell.final_closes():
         assert close.model == model
-        model = summed(close)
+        model = model_digest(close)
         names = [c.part.device for c in close.contributions]
         assert names == sorted(set(names))
         assert names

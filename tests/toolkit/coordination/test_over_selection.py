@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.coordination.stragglers import ENOUGH_UPDATES, MAX_MISSED_ROUNDS
-from support.fakes.timed_shell import Board, Timed, begun
+from support.fakes.timed_shell import Board, Timed, announced_shell
 from support.fakes.tiny_job import JOB
 
 pytestmark = pytest.mark.board
@@ -25,7 +25,7 @@ def job(**settings: object) -> object:
 
 
 def shell_of(boards: dict[str, Board], **settings: object) -> Timed:
-    return begun(job(**{"devices": len(boards), **settings}), boards)  # type: ignore[arg-type]
+    return announced_shell(job(**{"devices": len(boards), **settings}), boards)  # type: ignore[arg-type]
 
 
 def test_more_are_asked_and_the_round_closes_with_enough() -> None:
@@ -33,7 +33,7 @@ def test_more_are_asked_and_the_round_closes_with_enough() -> None:
     shell.run(rounds=1)
     asked = {n for _, n, _ in shell.offered}
     assert len(asked) == 7
-    counted = shell.counted()[0]
+    counted = shell.counted_devices()[0]
     assert len(counted) == 5
     # The five that were quickest: the slow ones that were asked were not among them.
     assert set(counted) == set(sorted(asked, key=lambda n: shell.boards[n].seconds)[:5])
@@ -46,7 +46,7 @@ def test_who_is_let_go_again_and_again_is_waited_for() -> None:
     boards = fleet(4, slow=1)
     shell = shell_of(boards, rounds=12, participation=0.75, over_selection=0.4)
     shell.run()
-    assert [i for i, c in enumerate(shell.counted(), 1) if "d0" in c] == [4, 8, 12]  # cut, cut, cut, waited for
+    assert [i for i, c in enumerate(shell.counted_devices(), 1) if "d0" in c] == [4, 8, 12]  # cut, cut, cut, waited for
     assert MAX_MISSED_ROUNDS == 3
 
 
@@ -56,11 +56,11 @@ def test_the_model_follows_from_who_counted_alone(order: list[int]) -> None:
     """Whatever the order of arrival, the same five give the same model."""
     reference = shell_of(fleet(10))
     reference.run(rounds=1)
-    counted = set(reference.counted()[0])
+    counted = set(reference.counted_devices()[0])
     asked = sorted({n for _, n, _ in reference.offered}, key=lambda n: (n not in counted, n))
     seconds = {n: 10.0 + order[i] + (100 if n not in counted else 0) for i, n in enumerate(asked)}
     boards = {n: Board(seconds=seconds.get(n, 10.0)) for n in fleet(10)}
     shell = shell_of(boards, deadline_s=1000)
     shell.run(rounds=1)
-    assert set(shell.counted()[0]) == counted
+    assert set(shell.counted_devices()[0]) == counted
     assert shell.state.history[0]["model"] == reference.state.history[0]["model"]

@@ -10,7 +10,7 @@ from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
-from support.fakes.asynchronous_shell import ALL, WINDOW, Shell, job_of, summed
+from support.fakes.asynchronous_shell import ALL, WINDOW, Shell, job_of, model_digest
 from support.fakes.tiny_job import JOB
 
 pytestmark = pytest.mark.board
@@ -63,7 +63,7 @@ class Faulty(Shell):
         rejected = dict.fromkeys(sorted(bad), "out of bounds")
         if not left:
             return on.Closed(command.round, command.model, command.memory, rejected)
-        return on.Closed(command.round, summed(replace(command, contributions=left)), {}, rejected)
+        return on.Closed(command.round, model_digest(replace(command, contributions=left)), {}, rejected)
 
 
 def test_a_kept_update_that_no_longer_fits_is_forgotten() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, mesh
-from support.nets.drawn_models import architectures, model, seeds, selections, trained
+from support.nets.drawn_models import architectures, model, perturb_submodel, seeds, selections
 
 pytestmark = pytest.mark.board
 
@@ -39,7 +39,7 @@ def test_what_was_extracted_goes_back_to_its_place(data: st.DataObject, seed: in
 def test_what_was_scattered_can_be_extracted(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     selection, full = data.draw(selections(architecture)), model(architecture, seed)
-    submodel = trained(selection, full, seed + 1)
+    submodel = perturb_submodel(selection, full, seed + 1)
     regathered = selection.gather(selection.scatter(submodel, full))
     assert all(regathered[n].tobytes() == submodel[n].tobytes() for n in submodel)
 

@@ -18,8 +18,8 @@ from fedprune.secure_aggregation.grid import CohortGrid, step_exponent
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import SecureSumSession
 from fedprune.secure_aggregation.vector_form import MAX_CODE, MaskedForm, TensorGrid, VectorForm
-from support.fakes.masked_cohort import NAMES, MaskedCohort, summed
-from support.nets.drawn_models import architectures, model, seeds, selections, trained
+from support.fakes.masked_cohort import NAMES, MaskedCohort, plain_sum
+from support.nets.drawn_models import architectures, model, perturb_submodel, seeds, selections
 from support.nets.two_groups import ARCHITECTURE, TRAINED
 
 pytestmark = pytest.mark.board
@@ -30,7 +30,7 @@ def exact(fold: Fold, selection: Selection, boards: int) -> CohortGrid:
 
 
 def total(grid: CohortGrid, vectors: list[Vector]) -> Vector:
-    return summed(vectors, SecureSumSession(b"x", 2, 2, grid.narrow, grid.wide))
+    return plain_sum(vectors, SecureSumSession(b"x", 2, 2, grid.narrow, grid.wide))
 
 
 def alike(plain: Fold, masked: Fold) -> None:
@@ -48,7 +48,9 @@ def cohorts(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[tuple[Selectio
     base, out = model(architecture, draw(seeds)), []
     for _ in range(draw(st.integers(1, 3))):
         selection = draw(selections(architecture))
-        out.append((selection, [trained(selection, base, draw(seeds)) for _ in range(draw(st.integers(1, 4)))]))
+        out.append(
+            (selection, [perturb_submodel(selection, base, draw(seeds)) for _ in range(draw(st.integers(1, 4)))])
+        )
     return architecture, base, out
 
 
@@ -75,7 +77,7 @@ def test_boards_that_mask_give_the_bits_of_a_plain_fold() -> None:
     grid, sent = exact(masked, selection, 8), selection.gather(base)
     session = SecureSumSession(b"grid", 8, 5, grid.narrow, grid.wide)
     cohort, names = MaskedCohort(session, NAMES[:8]), NAMES[:8]
-    updates = {name: trained(selection, base, i) for i, name in enumerate(names)}
+    updates = {name: perturb_submodel(selection, base, i) for i, name in enumerate(names)}
     vectors = {name: grid.form.encode(tensors, sent)[0] for name, tensors in updates.items()}
     board_sum = cohort.carry_out(vectors, {"mask": {names[1]}, "unmask": {names[4]}})
     masked.add_partial_sums([grid.partial_sums(board_sum, len(cohort.collector.boards), sent)])
@@ -100,7 +102,7 @@ def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boa
     plain = {n: FixedSum(base[n].shape, masked.sum_range(n)) for n in TRAINED}
     vectors = []
     for i in range(boards):
-        new = trained(Selection.full(ARCHITECTURE), base, seed + i, scale=2.0**step * 40)
+        new = perturb_submodel(Selection.full(ARCHITECTURE), base, seed + i, scale=2.0**step * 40)
         vector, left = grid.form.encode(new, base)
         vectors.append(vector)
         for name in TRAINED:
@@ -118,7 +120,7 @@ def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boa
 def test_what_codes_leave_out_is_made_up_for_later() -> None:
     base = model(ARCHITECTURE, 5)
     _, grid = coded_grid(base, dict.fromkeys(TRAINED, -6), 1)
-    new = trained(Selection.full(ARCHITECTURE), base, 6, scale=0.004)  # half a step is 0.008
+    new = perturb_submodel(Selection.full(ARCHITECTURE), base, 6, scale=0.004)  # half a step is 0.008
     reached, left = {n: np.zeros(base[n].shape) for n in TRAINED}, None
     for _ in range(50):
         vector, left = grid.form.encode(new, base, left)
@@ -165,7 +167,7 @@ def test_updates_that_do_not_fit_are_refused_before_they_are_masked() -> None:
 def test_a_form_that_was_sent_to_a_board_gives_the_same_vector() -> None:
     base = model(ARCHITECTURE, 1)
     _, grid = coded_grid(base, {"a": -8}, 2)
-    new = trained(Selection.full(ARCHITECTURE), base, 6, scale=0.1)
+    new = perturb_submodel(Selection.full(ARCHITECTURE), base, 6, scale=0.1)
     received_form = VectorForm.from_json(json.loads(json.dumps(grid.form.to_json())))
     assert received_form.encode(new, base)[0].to_bytes() == grid.form.encode(new, base)[0].to_bytes()
     for wrong in (
@@ -199,7 +201,7 @@ def test_tensors_that_stay_on_boards_enter_the_sum_as_they_were_sent() -> None:
     travels = {t.name: TensorGrid(masked.sum_range(t.name)) for t in masked.shared if t.name not in stays}
     grid = CohortGrid(selection, travels, 2, {name: masked.sum_range(name) for name in stays})
     sent = selection.gather(base)
-    updates = [{**trained(selection, base, i), **{n: sent[n] for n in stays}} for i in range(2)]
+    updates = [{**perturb_submodel(selection, base, i), **{n: sent[n] for n in stays}} for i in range(2)]
     vectors = [grid.form.encode(update, sent)[0] for update in updates]
     assert not stays & set(grid.form.tensors)
     masked.add_partial_sums([grid.partial_sums(total(grid, vectors), 2, sent)])

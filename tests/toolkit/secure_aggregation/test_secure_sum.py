@@ -26,8 +26,8 @@ from support.fakes.masked_cohort import (
     STEPS,
     MaskedCohort,
     ServerView,
-    drawn,
-    summed,
+    draw_vector,
+    plain_sum,
 )
 
 pytestmark = pytest.mark.board
@@ -41,7 +41,7 @@ def same_vector(first: Vector, second: Vector) -> bool:
 
 
 def vectors(session: SecureSumSession, names: Iterable[str], seed: int = 0) -> dict[str, Vector]:
-    return {name: drawn(session, seed + i) for i, name in enumerate(names)}
+    return {name: draw_vector(session, seed + i) for i, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,16 @@ def test_the_sum_is_the_survivors_or_there_is_none(case: Case) -> None:
         lost = str(error)
     view = ServerView(case.session, cohort.transcript)
     # Where a circle fell apart, sums of its parts may be known; a part is never a single board.
-    assert all(len(group) > case.session.threshold for group in view.revealed())
+    assert all(len(group) > case.session.threshold for group in view.revealed_groups())
     if not enough(view, case, present["mask"], present["unmask"]):
         assert total is None
         assert "left in a secure sum" in lost
         return
     assert total is not None, lost
     assert cohort.collector.boards == tuple(sorted(present["mask"]))
-    assert same_vector(total, summed([inputs[n] for n in present["mask"]], case.session))
+    assert same_vector(total, plain_sum([inputs[n] for n in present["mask"]], case.session))
     if len(present["advertise"] - present["mask"]) < case.session.degree:
-        assert view.revealed() == [present["mask"]]
+        assert view.revealed_groups() == [present["mask"]]
 
 
 # What the server's transcript tells
@@ -126,10 +126,10 @@ def test_every_other_input_with_the_same_sum_explains_the_transcript(seed: int, 
     total = cohort.carry_out(inputs, {step: gone})
     view, boards = ServerView(SMALL, cohort.transcript), cohort.collector.boards
     alternative_inputs = vectors(SMALL, boards, seed + 5000)
-    rest = summed([alternative_inputs[n] for n in boards[:-1]], SMALL)
+    rest = plain_sum([alternative_inputs[n] for n in boards[:-1]], SMALL)
     alternative_inputs[boards[-1]] = Vector(total.narrow - rest.narrow, total.wide - rest.wide)
     # What is left of each vector once the known masks are taken off: the input and masks of pairs of survivors.
-    hidden = {name: view.unmasked(name) for name in boards}
+    hidden = {name: view.unmasked_vector(name) for name in boards}
     assert all(not same_vector(hidden[name], inputs[name]) for name in boards)
     masks = _explaining(hidden, alternative_inputs, view)
     for name in boards:
@@ -194,7 +194,7 @@ def test_an_own_mask_stays_when_a_vector_comes_too_late() -> None:
     sent = cohort.boards[late].mask(delivery, inputs[late].copy())
     with pytest.raises(ProtocolError, match=f"masked vector of {late}"):
         cohort.collector.add_masked(late, sent)
-    assert same_vector(total, summed([inputs[n] for n in SIX if n != late], SMALL))
+    assert same_vector(total, plain_sum([inputs[n] for n in SIX if n != late], SMALL))
     view = ServerView(SMALL, cohort.transcript)
     assert late in view.mask_keys
     assert late not in view.seeds
@@ -330,7 +330,7 @@ def test_damaged_shares_and_too_few_of_them_are_refused_before_anything_is_sent(
         cohort.collector.add_shares(name, message)
     name = SIX[0]
     delivery = cohort.collector.deliveries()[name]
-    vector = drawn(SMALL, 1)
+    vector = draw_vector(SMALL, 1)
     before = vector.copy()
     changed = bytearray(delivery)
     changed[-1] ^= 1
@@ -383,7 +383,9 @@ def test_messages_of_other_steps_and_other_boards_are_refused_and_repeated_ones_
     deliveries = collector.deliveries()
     with pytest.raises(ProtocolError, match="step of the shares"):
         collector.deliveries()
-    masked = {n: cohort.boards[n].mask(raw, drawn(SMALL, i)) for i, (n, raw) in enumerate(sorted(deliveries.items()))}
+    masked = {
+        n: cohort.boards[n].mask(raw, draw_vector(SMALL, i)) for i, (n, raw) in enumerate(sorted(deliveries.items()))
+    }
     with pytest.raises(ProtocolError, match="bytes of a masked vector"):
         collector.add_masked(SIX[0], masked[SIX[0]][:-1])
     for name, message in masked.items():
@@ -400,7 +402,7 @@ def test_messages_of_other_steps_and_other_boards_are_refused_and_repeated_ones_
         assert not collector.is_ready or name != min(asked)
         collector.add_unmasking(name, answer)
     assert collector.is_ready
-    assert same_vector(collector.total(), summed([drawn(SMALL, i) for i in range(6)], SMALL))
+    assert same_vector(collector.total(), plain_sum([draw_vector(SMALL, i) for i in range(6)], SMALL))
     with pytest.raises(ProtocolError, match="nothing more"):
         collector.add_advertisement(NAMES[7], cohort.boards[SIX[0]].advertise())
 

@@ -19,7 +19,7 @@ from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.element_masks import MaskedElements, global_mask
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
-from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
+from support.fakes.strategy_rounds import NET, Device, Play, identical, perturb_tensors
 from support.nets.drawn_models import model, seeds
 
 pytestmark = pytest.mark.board
@@ -108,7 +108,7 @@ def test_what_the_first_mask_prunes_is_0_from_the_start_and_later_masks_take_the
 
 def test_a_tensor_that_did_not_move_keeps_all_its_elements() -> None:
     def still(submodel: Any, device: str, round_: int) -> Tensors:
-        return moved(submodel, device, round_) | {"second.bias": submodel.tensors["second.bias"]}
+        return perturb_tensors(submodel, device, round_) | {"second.bias": submodel.tensors["second.bias"]}
 
     play = Play(autoflip(), model(NET, 1), DEVICES, move=still)
     play.play(2)
@@ -125,7 +125,7 @@ def test_where_nothing_moved_nothing_is_masked() -> None:
 
 def dead_rows(submodel: Any, device: str, round_: int) -> Tensors:
     """Two filters and a neuron don't move when exploring, so that all of what makes them is masked."""
-    out = moved(submodel, device, round_)
+    out = perturb_tensors(submodel, device, round_)
     if round_ == 1:
         for name, rows in (("first.weight", [1, 4]), ("second.weight", [2]), ("second.bias", [2])):
             out[name][rows] = submodel.tensors[name][rows]

@@ -32,7 +32,7 @@ from fedprune.strategies.values import NewMemory, Scene
 from support.fakes.strategy_reports import close_fold, report, scene
 from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.fakes.tiny_job import ARCHITECTURE
-from support.nets.drawn_models import architectures, model, seeds, trained
+from support.nets.drawn_models import architectures, model, perturb_submodel, seeds
 
 pytestmark = pytest.mark.board
 
@@ -47,7 +47,7 @@ def a_round(current_scene: Scene, scorer: Strategy, density: float, seed: int) -
     """One device of a density trains what the scorer ranks best; gives what the scorer remembers."""
     architecture = current_scene.architecture
     selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(current_scene).ranks)
-    update = report(current_scene, selection, trained(selection, dict(current_scene.model), seed), 5, steps=3)
+    update = report(current_scene, selection, perturb_submodel(selection, dict(current_scene.model), seed), 5, steps=3)
     _, fold = close_fold(strategy().aggregator, current_scene, [update], evidence=scorer.observes_movement)
     return scorer.learn(current_scene, fold, lambda: iter([update])), selection
 

@@ -15,7 +15,7 @@ from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Submodel
-from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
+from support.fakes.strategy_rounds import NET, Device, Play, identical, perturb_tensors
 from support.nets.drawn_models import model, seeds
 
 pytestmark = pytest.mark.board
@@ -50,7 +50,7 @@ def test_a_move_is_averaged_over_the_devices_that_moved() -> None:
     start = model(NET, 1)
 
     def some(submodel: Submodel, device: str, round_: int) -> Tensors:
-        after = moved(submodel, device, round_)
+        after = perturb_tensors(submodel, device, round_)
         still = {"a": slice(0, 2), "b": slice(1, 3), "c": slice(1, 2)}[device]
         after["head.bias"][still] = submodel.tensors["head.bias"][still]
         return after

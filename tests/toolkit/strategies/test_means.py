@@ -17,7 +17,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import head_axes
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from support.fakes.strategy_reports import close, report, scene
-from support.nets.drawn_models import architectures, model, seeds, selections, trained
+from support.nets.drawn_models import architectures, model, perturb_submodel, seeds, selections
 
 pytestmark = pytest.mark.board
 
@@ -52,7 +52,7 @@ def test_whole_updates_give_the_bits_of_fedavg(aggregator: Mean, data: st.DataOb
     current_scene, full_selection = scene(architecture, base), Selection.full(architecture)
     fold, reports = Fold(architecture, base), []
     for k in range(3):
-        trained_tensors = trained(full_selection, base, seed + k)
+        trained_tensors = perturb_submodel(full_selection, base, seed + k)
         fold.add(full_selection, trained_tensors, 10 + k)
         reports.append(report(current_scene, full_selection, trained_tensors, 10 + k))
     assert identical(close(aggregator, current_scene, reports).model, fold.close()[0])
@@ -64,7 +64,7 @@ def test_moves_are_taken_from_what_was_sent(data: st.DataObject, seed: int) -> N
     now, earlier = model(architecture, seed), model(architecture, seed + 1)
     current_scene, earlier_scene = scene(architecture, now, round=3), scene(architecture, earlier, round=2)
     selection = data.draw(selections(architecture))
-    trained_tensors = trained(selection, earlier, seed + 2)
+    trained_tensors = perturb_submodel(selection, earlier, seed + 2)
     got = close(DeltaMean(), current_scene, [report(earlier_scene, selection, trained_tensors, 3)]).model
     sent = selection.gather(earlier)
     expected = selection.scatter(
@@ -81,10 +81,10 @@ def test_a_reconstruction_in_other_coordinates_moves_away_from_the_model_that_wa
     now, earlier = model(NET, 0), model(NET, 1)
     current_scene, earlier_scene = scene(NET, now), scene(NET, earlier)
     narrow, full_selection = Selection.of(NET, (2,)), Selection.full(NET)
-    narrow_report = report(earlier_scene, narrow, trained(narrow, earlier, 2))
+    narrow_report = report(earlier_scene, narrow, perturb_submodel(narrow, earlier, 2))
     aggregator = DeltaMean()
     fold = aggregator.fold(current_scene, evidence=False)
-    lifted = type(narrow_report.trained)(full_selection, trained(full_selection, earlier, 3))
+    lifted = type(narrow_report.trained)(full_selection, perturb_submodel(full_selection, earlier, 3))
     aggregator.add(fold, narrow_report, lifted)
     got = fold.close()[0]
     for name, value in got.items():
@@ -101,7 +101,7 @@ def test_the_last_layer_is_the_one_that_makes_the_outputs() -> None:
 def rows_of(trained_rows: list[int], base: Tensors, seed: int, *, decay: float = 1.0) -> Tensors:
     """An update that trained everything in the body, and only some rows of the head."""
     full_selection = Selection.full(NET)
-    out = trained(full_selection, base, seed)
+    out = perturb_submodel(full_selection, base, seed)
     for name in ("head.weight", "head.bias"):
         still = [r for r in range(5) if r not in trained_rows]
         out[name][still] = base[name][still] * np.float32(decay)
@@ -144,7 +144,7 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
         reports = []
         for i, (k, weight) in enumerate(zip(stale, update_weights(schedule, arrivals, 2, uniform=True), strict=True)):
             earlier_scene = scene(NET, past[t - 1 - k], round=t - k)
-            trained_tensors = trained(full_selection, earlier_scene.model, 10 * t + i)
+            trained_tensors = perturb_submodel(full_selection, earlier_scene.model, 10 * t + i)
             reports.append(report(earlier_scene, full_selection, trained_tensors, weight, device=f"d{i}"))
             for n in velocity:
                 velocity[n] *= beta if i == 0 else 1

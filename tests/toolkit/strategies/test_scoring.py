@@ -26,7 +26,7 @@ from fedprune.model.architecture import (
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.gradient_stats import Evidence
 from fedprune.strategies.importance.scoring import curvature_scores, magnitude_scores, rank_channels
-from support.nets.drawn_models import architectures, model, seeds, trained
+from support.nets.drawn_models import architectures, model, perturb_submodel, seeds
 
 pytestmark = pytest.mark.board
 
@@ -75,7 +75,7 @@ def by_channel(architecture: Architecture, coordinate_scores: dict[str, Any]) ->
 
 def one_round(base: Tensors, selection: Selection, seed: int = 1, **options: Any) -> Fold:
     fold = Fold(selection.architecture, base, evidence=True, momentum=MOMENTUM, **options)
-    fold.add(selection, trained(selection, base, seed), 10, 4)
+    fold.add(selection, perturb_submodel(selection, base, seed), 10, 4)
     return fold
 
 
@@ -135,7 +135,7 @@ def test_a_model_that_does_not_fit_is_refused(tensors: Tensors) -> None:
 def test_the_first_round_gives_the_mean_gradient(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base, full_selection = model(architecture, seed), Selection.full(architecture)
-    updates = [(trained(full_selection, base, seed + k), 10 * k, k + 2) for k in (1, 2)]
+    updates = [(perturb_submodel(full_selection, base, seed + k), 10 * k, k + 2) for k in (1, 2)]
     fold, evidence = Fold(architecture, base, evidence=True, momentum=MOMENTUM), Evidence.empty(architecture)
     for tensors, weight, steps in updates:
         fold.add(full_selection, tensors, weight, steps)
