@@ -121,16 +121,16 @@ def _npy_array(body: bytes) -> Array:
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
             version
         ]
-        shape, fortran, kind = read_header(file)
+        shape, fortran, dtype = read_header(file)
     except Exception as error:  # what is damaged makes numpy's parser raise anything
         hint = "Write it with numpy.save, without objects."
         raise DataError("the body isn't a .npy file", got=error_reason(error), hint=hint) from error
     data = memoryview(body)[file.tell() :]
-    expected_bytes = math.prod(shape) * max(kind.itemsize, 1)
-    if kind.hasobject or len(data) != expected_bytes or min(shape, default=0) < 0:
-        raise DataError(f"bytes of {kind} {shape_text(*shape)}", expected=expected_bytes, got=len(data))
-    flat = np.frombuffer(data, np.uint8).view(kind) if kind.str in _ARRAY_TYPES else np.zeros(0, kind)
-    x = _check_type(flat, kind.str)
+    expected_bytes = math.prod(shape) * max(dtype.itemsize, 1)
+    if dtype.hasobject or len(data) != expected_bytes or min(shape, default=0) < 0:
+        raise DataError(f"bytes of {dtype} {shape_text(*shape)}", expected=expected_bytes, got=len(data))
+    flat = np.frombuffer(data, np.uint8).view(dtype) if dtype.str in _ARRAY_TYPES else np.zeros(0, dtype)
+    x = _check_type(flat, dtype.str)
     return x.reshape(shape[::-1]).T if fortran else x.reshape(shape)
 
 
@@ -139,22 +139,22 @@ def _raw_array(body: bytes, shape: Shape | None, tokens: bool) -> Array:
         raise RequestError(
             503, "the shape of raw numbers is unknown while there is no model", hint="Send safetensors, .npy or JSON."
         )
-    kind = np.dtype("<i8" if tokens else "<f4")
+    dtype = np.dtype("<i8" if tokens else "<f4")
     sizes = [s for s in shape if isinstance(s, int)]
-    sample_bytes = math.prod(sizes) * kind.itemsize
+    sample_bytes = math.prod(sizes) * dtype.itemsize
     # With a free axis, raw numbers are one sample: its length follows from theirs.
     if free_axis(shape) is not None and body and sample_bytes and len(body) % sample_bytes == 0:
-        return np.frombuffer(body, kind).reshape([s if isinstance(s, int) else -1 for s in shape])
+        return np.frombuffer(body, dtype).reshape([s if isinstance(s, int) else -1 for s in shape])
     if len(sizes) < len(shape) or not sample_bytes:
         raise DataError(f"raw numbers for {shape_text(*shape)}", hint="Send safetensors, .npy or JSON.")
     if not body or len(body) % sample_bytes:
-        expected = f"{sample_bytes} for each sample of {kind.name} {shape_text(*shape)}"
+        expected = f"{sample_bytes} for each sample of {dtype.name} {shape_text(*shape)}"
         raise DataError("bytes of raw numbers", expected=expected, got=len(body))
-    return np.frombuffer(body, kind).reshape(-1, *sizes)
+    return np.frombuffer(body, dtype).reshape(-1, *sizes)
 
 
-def _check_type(x: Array, kind: str) -> Array:
-    if kind not in _ARRAY_TYPES:
+def _check_type(x: Array, type_code: str) -> Array:
+    if type_code not in _ARRAY_TYPES:
         raise DataError(
             "type of the numbers", expected="float32 (or int64 for token ids)", got=x.dtype,
             hint="Scale images as the model expects them, such as x.astype('float32') / 255.",

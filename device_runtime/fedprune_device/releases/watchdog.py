@@ -12,7 +12,7 @@ from fedprune_device.releases.release_trial import ReleaseTrial
 
 _LOG = logging.getLogger("fedprune.device")
 
-_MAX_WATCHDOG_S = 10.0  # four times the longest time between two beats
+_MAX_WATCHDOG_S = 10.0  # a beat comes every quarter of this at the latest, even if no manager watches
 
 
 class Watchdog:
@@ -34,7 +34,7 @@ class Watchdog:
         self._tell = tell
         # A quarter of the manager's time, so that one slow turn doesn't restart the service.
         watchdog_s = watchdog_seconds() if interval is None else interval
-        self._interval_s = min(_MAX_WATCHDOG_S, watchdog_s or 4e9) / 4
+        self._interval_s = min(_MAX_WATCHDOG_S, watchdog_s or _MAX_WATCHDOG_S) / 4
         self._clock = clock
         self._next_beat = 0.0
         self._ready = False

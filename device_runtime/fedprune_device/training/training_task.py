@@ -27,11 +27,11 @@ class TrainingResult:
         samples: Local training samples.
         loss_first: Mean loss over the first tenth of the steps (at least one).
         loss_last: Mean loss over the last tenth of the steps (at least one).
-        train_accuracy: Share of correctly classified samples (with `bce` of labels) in the last epoch, counted by its
-            steps; None where numbers are predicted.
+        train_accuracy: Share of correctly classified samples (for the loss `bce`: labels) in the last epoch, counted
+            by its steps; None where numbers are predicted.
         seconds: Wall-clock time.
         step_seconds: Median time of a step.
-        last_squares: Squared gradients of the last of these steps, by tensor, if the recipe asks for them.
+        last_squares: Squared gradients of the last step, by tensor, if the recipe asks for them.
         moments: The optimiser's state after the last step, by the names of the training graph.
         optimizer_steps: Steps behind that state, with those of earlier rounds where it was kept.
     """

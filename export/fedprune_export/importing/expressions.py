@@ -61,7 +61,7 @@ class Expressions:
         return Counter([value]), 1.0
 
     def without_addend(self, value: str, expected: float) -> str | None:
-        """The other operand of a sum with this constant; None if the value is no such sum."""
+        """The other operand of a sum with this constant; None if the value is no sum with it."""
         node = self.maker(value, "Add")
         for a, b in (node.inputs, node.inputs[::-1]) if node is not None else ():
             if self.is_number(b, expected):

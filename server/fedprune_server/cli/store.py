@@ -160,7 +160,7 @@ def _restore(arguments: argparse.Namespace) -> None:
                 manifest = source.manifest
     if arguments.json:
         print_json(rows)
-    if manifest.has_operators:
+    if manifest.has_console_database:
         _print_advice(
             arguments,
             "the console's operators are those of the backup: remove those again who were removed since, and set new "

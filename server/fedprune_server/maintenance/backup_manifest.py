@@ -89,7 +89,7 @@ class BackupManifest:
         return any(e.path.startswith("identity/") for e in self.entries)
 
     @property
-    def has_operators(self) -> bool:
+    def has_console_database(self) -> bool:
         return any(e.path == CONSOLE for e in self.entries)
 
     @property

@@ -62,7 +62,8 @@ def close_fold(
     fold = aggregator.fold(at, evidence=evidence)
     for each in all_reports:
         aggregator.add(fold, each, each.trained)
-    reread_updates: Callable[[], Iterator[tuple[UpdateReport, Submodel]]] = lambda: (
-        (r, r.trained) for r in all_reports
-    )
+
+    def reread_updates() -> Iterator[tuple[UpdateReport, Submodel]]:
+        return ((r, r.trained) for r in all_reports)
+
     return aggregator.close(fold, at, rate, reread_updates), fold

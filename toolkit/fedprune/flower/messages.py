@@ -9,7 +9,7 @@ RECORD_NAME = "fedprune"
 
 FORMAT = "fedprune.flower/1"
 
-# The type of the message in which a node is asked what it carries; its app answers `@app.query("fedprune")`.
+# The type of the message in which a node is asked for its density or profile; its app answers `@app.query("fedprune")`.
 ASKING_TYPE = "query.fedprune"
 
 # Metric: the optimiser steps behind an update.

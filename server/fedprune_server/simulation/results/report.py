@@ -207,8 +207,8 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
     return write_page(run_document(run, reference, judged=judged), folder / "report.html")
 
 
-def _ratio(amount: float, total: float) -> float:
-    return amount / total if total else math.nan
+def _ratio(part: float, total: float) -> float:
+    return part / total if total else math.nan
 
 
 def _percent_text(value: float) -> str:
