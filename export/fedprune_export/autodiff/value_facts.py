@@ -16,7 +16,7 @@ from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED, Axis, TensorSpec
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.trace import BATCH_EXTENT, TRACE_BATCHES
+from fedprune_export.ir.trace import BATCH_EXTENT, TRACE_BATCHES, Trace
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
@@ -37,7 +37,7 @@ class ValueFacts(Dimensions):
 
     def __init__(self, model: Model, graph: Graph) -> None:
         super().__init__(graph)
-        self._trace = model.trace
+        self._model = model
         self.source = model.graph
         self._architecture = model.architecture
         self._analysed = model.values
@@ -163,6 +163,10 @@ class ValueFacts(Dimensions):
 
     def tensor_shape(self, spec: TensorSpec) -> Shape:
         return tuple(self.axis_dim(axis, self._architecture) for axis in spec.axes)
+
+    @property
+    def _trace(self) -> Trace:
+        return self._model.trace  # made when it is first needed: some models have none
 
 
 def describe(node: Node) -> str:
