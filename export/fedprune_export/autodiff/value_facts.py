@@ -30,10 +30,7 @@ class TracedConstant(NamedTuple):
 
 
 class ValueFacts(Dimensions):
-    """Facts about a model's values, by their names in the model's graph (`source`).
-
-    It is a `Dimensions`, because axes of values become dimensions of the training graph.
-    """
+    """Facts about a model's values, by their names in its graph (`source`), in dimensions of the training graph."""
 
     def __init__(self, model: Model, graph: Graph) -> None:
         super().__init__(graph)
