@@ -127,6 +127,7 @@ def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
     job = view.job(JOB.name)
     assert job is not None
     assert (job["round"], job["phase"], job["model_digest"]) == (state.round, "finished", state.model)
+    assert job["deadline_at"] is None, "nothing waits for boards any more"
     rounds = view.rounds(JOB.name).items
     assert [r["round"] for r in rounds] == [3, 2, 1]
     assert all((r["counted"], r["devices"]) == (3, 3) for r in rounds)

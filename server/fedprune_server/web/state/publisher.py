@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune_server.monitoring.alert_book import AlertBook
@@ -253,7 +254,7 @@ def _published_job(job: JobSnapshot) -> PublishedJob:
         round=job.round,
         rounds=job.rounds,
         phase=job.phase.value,
-        deadline_at=job.closes_at,
+        deadline_at=None if job.phase is Phase.FINISHED else job.closes_at,
         paused=job.is_paused,
         metrics=dict(list(job.metrics.items())[:64]),
         strategy=job.strategy[:200],
