@@ -19,6 +19,7 @@ from fedprune_server.simulation.results.tables import TAIL_ROUNDS, final_rows, r
 MAX_LOST_POINTS = 2.0  # points by which the fleet's accuracies may fall below the reference's
 MAX_LOSS_EXCESS = 0.05  # relative excess of the fleet's losses over the reference's, for regression
 _MAX_LISTED = 10  # devices without updates, and warnings, that are listed, at most
+_MACHINE_NOTE = "Predicted: for the board of the profile. Measured: on the machine where the device ran."
 MAX_BYTES_SHARE = 0.15  # share of the reference's bytes that the fleet may use, each way
 
 
@@ -155,6 +156,7 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
         + (f" Bytes: {run.measured}." if run.measured else "")
     )
     verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
+    predictions = prediction_rows(run)
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
         "Summary": [result_table(list(zip(*final_rows(runs), strict=True))), verdicts],  # as narrow as a phone
@@ -168,7 +170,10 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
         "Channels of the devices": [Drawing(charts.channel_map(run))],
         "Channels over the rounds": [Drawing(charts.coverage_map(run))],
         "Plans": [result_table(plan_rows(run)), _warnings(run)],
-        "Predicted and measured": [result_table(prediction_rows(run))],
+        "Predicted and measured": [
+            _MACHINE_NOTE * any("measured" in title for title in predictions[0]),
+            result_table(predictions),
+        ],
     }
     return Document(run.title, run.facts(), sections)
 
