@@ -255,7 +255,8 @@ class _NextSteps:
         if spoilt := divergence.diagnose_history(snapshot.history, opened.job.to_dict(), uncalibrated=uncalibrated):
             log.warning("%s", spoilt)
         state = shlex.quote(str(config.state))
-        log.info("to take the model out: fedprune-server export-model --state %s --out global.onnx", state)
+        code = f" --allow {shlex.quote(opened.job.strategy)}" if ":" in opened.job.strategy else ""
+        log.info("to take the model out: fedprune-server export-model --state %s --out global.onnx%s", state, code)
         if not self._until_finished:
             log.info(
                 "the server keeps running, so that boards that connect later learn that the job is finished. "

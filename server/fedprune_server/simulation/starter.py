@@ -110,7 +110,11 @@ def write_starter(folder: Path, boards: Sequence[StarterBoard], seed: int = 0) -
     hands = deal_digits([board.name for board in boards], seed=seed)
     with storage_errors(f"can't write {folder}"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} holds something already", expected="an empty folder, or a new one")
+            raise ConfigError(
+                f"{folder} holds something already",
+                expected="an empty folder, or a new one",
+                hint="Choose another name: fedprune-simulate new DIR.",
+            )
         (folder / "profiles").mkdir(parents=True)
         (folder / "model.onnx").write_bytes(digits_model())
         evaluation, calibration = _SERVER_FILES
