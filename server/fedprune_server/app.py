@@ -261,7 +261,8 @@ class _NextSteps:
             log.info(
                 "the server keeps running, so that boards that connect later learn that the job is finished. "
                 "Ctrl-C ends it; with --until-finished it ends by itself. "
-                "For more rounds, start it again with a higher --rounds, or a higher total (such as total_bytes) if that total ended the job."
+                "For more rounds, start it again with a higher --rounds, or with a higher total, such as total_bytes, "
+                "if that has ended it."
             )
 
 
