@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
