@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedprune.output.chart import HEIGHT, MAX_CURVE_POINTS, WIDTH, coverage_strip, lay_out_chart
+from fedprune.output.chart_html import chart_html
 
 # As ever, but on a busy machine the first example may take its time.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,6 +36,13 @@ def test_every_point_lies_in_the_plot_and_axes_hold_all_values(
         assert 0 <= x <= WIDTH
         assert 0 <= y <= HEIGHT
     assert len(drawn.table_rows) == len(drawn.positions) == len(values)
+
+
+def test_runs_of_unlike_costs_are_named_with_the_cost_of_each() -> None:
+    series = {"a": [0.25, 0.5, None], "b": [None, 0.5, 0.75]}
+    drawn = lay_out_chart("k", "A title", [1.0, 2.0, 9.0], series, "{:.2f}".format, x_title="MB", is_amount_axis=True)
+    assert drawn is not None
+    assert f"a 0.50 ({drawn.positions[1]} MB), b 0.75 ({drawn.positions[2]} MB)<" in chart_html(drawn)
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:

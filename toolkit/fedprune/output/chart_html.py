@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from fedprune.output.chart import HEIGHT, LEVELS, MAX_TABLE_CURVES, WIDTH, Chart, Strip, last_value
+from fedprune.output.chart import HEIGHT, LEVELS, MAX_TABLE_CURVES, WIDTH, Chart, Curve, Strip, last_value
 
 # Curves whose values under the pointer fit on the line above the chart; those of more curves are in a box.
 MAX_INLINE_CURVES = 3
@@ -34,7 +34,10 @@ def chart_html(chart: Chart, *, legend: bool = True) -> str:
     keys_html = legend_html([(c.name, c.style) for c in chart.curves]) if legend and len(chart.curves) > 1 else ""
     words = (chart.x_title, chart.positions[-1])
     heading = " ".join(words if chart.x_title == "round" else reversed(words))
-    latest_html = html_text(f"{heading}: {latest}")
+    ends_differ = chart.x_title != "round" and len(chart.curves) > 1  # a run that cost less ends further to the left
+    latest_html = html_text(
+        ", ".join(_end_text(chart, c) for c in chart.curves) if ends_differ else f"{heading}: {latest}"
+    )
     output = f'<output aria-hidden="true">{latest_html}</output>' if is_inline else ""
     plot_html = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in chart.grid_lines)
     for i, curve in enumerate(chart.curves):
@@ -59,6 +62,11 @@ def chart_html(chart: Chart, *, legend: bool = True) -> str:
         f'aria-label="{html_text(chart.summary)}">{plot_html}</svg></div>'
         f'<div class="xs" aria-hidden="true">{_label_spans(chart.marks_x)}</div></div>{_value_table(chart)}</figure>'
     )
+
+
+def _end_text(chart: Chart, curve: Curve) -> str:
+    places = zip(reversed(chart.positions), reversed(curve.values), strict=True)
+    return f"{curve.name} {next((f'{value} ({place} {chart.x_title})' for place, value in places if value), 'unknown')}"
 
 
 def legend_html(entries: Sequence[tuple[str, str]]) -> str:
