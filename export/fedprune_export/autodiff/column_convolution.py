@@ -32,7 +32,7 @@ class ChannelGroups(NamedTuple):
 
 
 class ColumnConvolution:
-    """A convolution in groups of any number and length (see `convolutions.Convolution`).
+    """A convolution in groups of any number and length (see `Convolution` in `operators.convolution`).
 
     Values are gathered with the batch as their last axis, so that each index copies a run of memory.
     """

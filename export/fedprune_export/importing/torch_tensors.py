@@ -34,7 +34,7 @@ def record_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onn
             got=f"{len(parameters) - len(lost)} (without {', '.join(lost[:5])})",
             hint="Please report this with the module.",
         )
-    trainable = [n for n in parameters if n in initializer_names]
+    exported = [n for n in parameters if n in initializer_names]
     # Running statistics are buffers for PyTorch; here they are cut and averaged with the parameters.
     statistics = [
         f"{prefix}.{field}" if prefix else field
@@ -47,9 +47,9 @@ def record_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onn
     for alias, first in first_names.items():
         if alias != first:
             aliases.setdefault(first, []).append(alias)
-    frozen = [n for n in trainable if not parameters[n].requires_grad]
+    frozen = [n for n in exported if not parameters[n].requires_grad]
     facts = {metadata.UNUSED_KEY: unused, metadata.FROZEN_KEY: frozen, metadata.TIED_KEY: aliases}
-    texts = {metadata.PARAMETERS_KEY: json.dumps([*trainable, *statistics])}
+    texts = {metadata.PARAMETERS_KEY: json.dumps([*exported, *statistics])}
     texts |= {key: json.dumps(fact) for key, fact in facts.items() if fact}
     onnx.helper.set_model_props(proto, texts)
 

@@ -60,7 +60,7 @@ class RunsGraph(Protocol):
         """Names of the outputs."""
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Arrays by output name; see `Session.run`."""
+        """Arrays by output name; see `OnnxSession.run`."""
 
 
 class OnnxSession:

@@ -52,7 +52,7 @@ MAX_MESSAGE_BYTES = 256 * 1024
 
 
 def base64_text(max_bytes: int) -> Meta:
-    """Up to `most` bytes as text in base64 (RFC 4648, with padding)."""
+    """Up to `max_bytes` bytes as text in base64 (RFC 4648, with padding)."""
     pattern = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
     return pattern_text(pattern, f"base64 of at most {max_bytes} bytes", 4 * -(-max_bytes // 3))
 
