@@ -1,7 +1,8 @@
 """Exports a job's rounds as OpenTelemetry spans, made of the events and commands of the job's coordinator.
 
     round N  >  score, close, evaluate
-             >  device (one for each that is asked)  >  extract, train (offered to announced), pull (to stored), aggregate
+             >  device (one for each that is asked)  >  extract, train (offered to announced), pull (to stored),
+                                                        aggregate
 
 Asynchronous jobs have no end of a round that all wait for: a device's span belongs to the round in which it was asked,
 whose own span ends with the round.
