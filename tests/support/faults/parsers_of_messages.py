@@ -204,7 +204,7 @@ def _orders() -> tuple[bytes, ...]:
 
 
 def _order(text: str) -> object:
-    return read_order({"number": 1, "operator": "ann", "kind": "rollout_start", "what": text, "until": None})
+    return read_order({"number": 1, "operator": "ann", "kind": "rollout_start", "what": text, "until": 1e9})
 
 
 def _release() -> Release:
