@@ -404,7 +404,11 @@ def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
             ExitCode.IMAGE,
             "user-data on the boot partition has settings already",
         ),
-        ({"scheme": "firstrun", "extra_partitions": "start={start},size=2048,type=83\n"}, ExitCode.IMAGE, "two root partitions"),
+        (
+            {"scheme": "firstrun", "extra_partitions": "start={start},size=2048,type=83\n"},
+            ExitCode.IMAGE,
+            "two root partitions",
+        ),
         ({"boot": {**BOOTS["firstrun"], "full": "x" * 41_200_000}}, ExitCode.IMAGE, "doesn't fit the boot partition"),
     ],
 )
