@@ -153,6 +153,7 @@ class NotificationQueue:
 
 class Notifier:
     """Sends notifications of a server's alerts, and the heartbeat, which tells another machine that the loop works.
+    Raises `ConfigError` if a secret's file can't be used.
 
     Args:
         open_alerts: Returns the open alerts; called on the notifier's thread.

@@ -90,7 +90,8 @@ class OrderService:
     def give(self, session: OperatorSession, address: str, body: object, expires_s: float = ORDER_LIFETIME_S) -> int:
         """Add an order, which the server may take within `expires_s`; returns its number.
 
-        Raises `RefusedError` if the order is invalid, this operator may not give it, or too many are waiting.
+        Raises `RefusedError` if the order is invalid, this operator may not give it, or too many are waiting;
+        `StorageError` if the disk fails or is full.
         """
         if not isinstance(body, Mapping) or not set(body) <= {"order", *ORDER_ARGUMENTS}:
             names = ", ".join(ORDER_ARGUMENTS)
