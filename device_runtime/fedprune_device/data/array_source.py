@@ -167,8 +167,9 @@ def _as_mapping(returned: object) -> dict[str, Any]:
 def _pack_inputs(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], PaddedRows | None]:
     """Join the arrays of several inputs into one, in the alphabetical order of their names, as models take them.
 
-    Lengths of padded samples follow the numbers of each sample; the content of such rows is returned, too. Large arrays
-    are written to a file in `spool`, or held in memory without one. Raises `DataError` if they don't belong together.
+    A row of padded samples has a sample's numbers and then its length; the second value describes such rows, and is
+    None without lengths. Large arrays are written to a file in `spool`, or held in memory without one. Raises
+    `DataError` if they don't belong together.
     """
     if any(name.partition("_")[0] == "x" for name in arrays):
         return _pack_lengths(arrays, spool)

@@ -1,7 +1,7 @@
 """Carries the board's arrays of an earlier round over to the channels that are trained now.
 
-They are what the last update left out, and the optimiser's state. If the channels have changed, the server sends a
-relocation (`fedprune.updates.relocation`).
+They are the residual (what the encoded update left out) and the optimiser's state. If the channels have changed, the
+server sends a relocation (`fedprune.updates.relocation`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the installer is given to trust and to join with: the server's key, and a one-time claim."""
+"""Options of the installer: the server's key, which the board trusts, and a one-time claim, with which it joins."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.masked_reference import masked_graph
 from fedprune_export.pruning.model import Model
 
-# Random inputs of the check; a batch that is no batch size of the trace, so that a frozen one would show.
+# Number of random inputs. The trace has other batch sizes, so that a graph with one of those fixed in it fails here.
 PARITY_SAMPLES = 7
 
 # More than one, so that batch norms have something to normalise by, and losses pairs to compare.

@@ -1,4 +1,4 @@
-"""Replaces nodes of an ONNX file: new names, stacked and split values, and values that don't depend on data."""
+"""Rewrites the nodes of an ONNX file: new names, stacked and split values, and values that don't depend on data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
 
 _MAX_STEPS = 200  # most operators that compute a length or condition
-_MAX_SIZE_TENSOR_BYTES = 4096  # bytes of a tensor whose numbers are no sizes
+_MAX_SIZE_TENSOR_BYTES = 4096  # a larger tensor holds no sizes, so shape inference doesn't need its numbers
 
 # Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them.
 _TRIAL_SIZES = (3, 5)

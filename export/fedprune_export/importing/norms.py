@@ -171,7 +171,8 @@ def _replace_norm(expressions: Expressions, norm: _NormMatch) -> None:
     """Replace the last node of a pattern by the operator, with the scale and bias that follow, or ones and zeros."""
     graph, last = expressions.graph, norm.last
     scale = bias = None
-    # A constant scale and bias would have to be multiplied by the vectors that follow, so only 1 and 0 take them.
+    # A norm with a scale and bias of its own takes those that follow only if its own are 1 and 0: no vectors are
+    # multiplied here.
     if not norm.scale or bool((norm.scale[0] == 1).all() and (norm.scale[1] == 0).all()):
         scale = _following_vector(expressions, norm, last.outputs[0], "Mul")
         last = scale.node if scale else last

@@ -3,6 +3,8 @@
 A convolution is three maps, each linear in what it is given: the convolution itself, the transposed convolution, and
 the gradient of the kernel. Each operator is the gradient of the other with respect to its input, so that both use the
 same three maps in different roles, in the fastest implementation (`choose_convolution`).
+
+In channel rules a *row* has an *atom* (an integer) for each channel of an axis: tied atoms are kept or cut together.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def _set_output_channels(channels: Channels, node: Node, produced: AtomRow) -> N
 def _tie_groups(
     channels: Channels, node: Node, read_row: AtomRow, written_row: AtomRow | None, inside: AtomRow, groups: int
 ) -> AtomRow:
-    """Tie the channels that a grouped convolution can lose only together.
+    """Tie the channels that a grouped convolution can lose only together: a group, or a position of every group.
 
     Args:
         written_row: Output channels of all groups, where the weight has an axis of them (Conv).

@@ -1,7 +1,7 @@
 """GroupNormalization and InstanceNormalization: statistics per sample, and per group of channels or per channel.
 
-Their training forms are written as a batch normalisation of a single sample with as many channels: onnxruntime's
-operator does in one pass over memory what a product and a sum do in two.
+In training graphs each is a BatchNormalization of one sample, with a channel for every group of every sample:
+onnxruntime's operator scales and shifts in one pass over memory, where a Mul and an Add need two.
 
 Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
 fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
@@ -131,13 +131,14 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     if node.op == "GroupNormalization":
         number, length = tape.block_layout(node, name, 1, int(node.attrs["num_groups"]))
     rows = _Rows(tape, shape, number, length)
-    # The mean of float32 sums is off by a little where it is large: of values that it has centred it is exact.
+    # A mean of float32 numbers has a small error if it is large. So this one is subtracted first: the mean of centred
+    # values, which the operator computes, is exact.
     flat = tape.reshape(x, shape, rows.group_shape)
-    rough = g.emit("ReduceMean", flat, attrs={"axes": [2], "keepdims": 1})
-    centred = g.emit("Sub", flat, rough)
+    rough_mean = g.emit("ReduceMean", flat, attrs={"axes": [2], "keepdims": 1})
+    centred = g.emit("Sub", flat, rough_mean)
     # Scratch arrays for the operator, as for batch norms. They are made of
     # values that no other norm has, because onnxruntime merges equal nodes.
-    group_means = g.emit("Reshape", rough, g.ints(-1))
+    group_means = g.emit("Reshape", rough_mean, g.ints(-1))
     twice = g.emit("Add", group_means, group_means)
     scratch = g.emit("Sub", group_means, group_means), g.emit("Sub", twice, twice)
     inputs = (centred, rows.ones(rows.groups), rows.zeros(rows.groups), *scratch)
@@ -155,14 +156,18 @@ def group_norm(tape: Tape, node: Node) -> Pull:
             tape.add_gradient(beta, sum_axes(g, dy, reduced_axes, keep=False))
         if not tape.needs_gradient(name):
             return
+        # dx = dy_term + group_terms: s·γ·dy, and −s · (mean(γ·dy) + z · mean(γ·dy·z)).
         inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", variance, g.scalar(epsilon))))
-        back = g.emit("Neg", inverse)
-        mean, slope = (g.emit("Mul", rows.mean(g.emit("Mul", v, scale)), back) for v in (each, each_dot))
-        line = _affine(g, tape.reshape(z, shape, rows.group_shape), slope, mean)
-        steepness = rows.per_channel(inverse, scale)
-        wide = _affine(g, tape.reshape(dy, shape, rows.channel_shape), steepness, rows.zeros(rows.channels))
-        line, wide = tape.reshape(line, rows.group_shape, shape), tape.reshape(wide, rows.channel_shape, shape)
-        tape.add_gradient(name, g.emit("Add", wide, line))
+        minus_inverse = g.emit("Neg", inverse)
+        mean_term, z_factor = (
+            g.emit("Mul", rows.mean(g.emit("Mul", v, scale)), minus_inverse) for v in (each, each_dot)
+        )
+        group_terms = _affine(g, tape.reshape(z, shape, rows.group_shape), z_factor, mean_term)
+        dy_factor = rows.per_channel(inverse, scale)
+        dy_term = _affine(g, tape.reshape(dy, shape, rows.channel_shape), dy_factor, rows.zeros(rows.channels))
+        group_terms = tape.reshape(group_terms, rows.group_shape, shape)
+        dy_term = tape.reshape(dy_term, rows.channel_shape, shape)
+        tape.add_gradient(name, g.emit("Add", dy_term, group_terms))
 
     return pull
 

@@ -25,9 +25,10 @@ def matmul_channels(channels: Channels, node: Node) -> None:
     a, b = channels.input_rows(node, 0), channels.input_rows(node, 1)
     channels.atoms.tie(a[-1], b[-2] if len(b) > 1 else b[0])
     rank = max(len(a), len(b)) - 2
-    lead: list[AtomRow] = []
+    # Leading axes align on the right: an operand with fewer of them has none at first.
+    leads, lead = (a[:-2], b[:-2]), list[AtomRow]()
     for axis in range(max(rank, 0)):
-        rows = [r[axis - (rank - len(r) + 2)] for r in (a, b) if axis - (rank - len(r) + 2) >= 0]
+        rows = [r[axis - rank] for r in leads if axis - rank >= -len(r)]
         longest = max(rows, key=lambda r: r.size)
         for row in rows:
             if row.size == longest.size:
@@ -241,7 +242,7 @@ def _full_equation(node: Node, ranks: list[int]) -> tuple[list[str], str]:
         out = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     free = [c for c in string.ascii_letters if c not in text]
     dots = max((r - len(t) + 3 for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
-    # Axes of an ellipsis are aligned on the right.
+    # Letters for the axes of the longest ellipsis; a term with fewer takes the last ones, as they align on the right.
     full = [t.replace("...", "".join(free[dots - (r - len(t) + 3) : dots])) for t, r in zip(terms, ranks, strict=True)]
     if any(len(t) != r for t, r in zip(full, ranks, strict=True)):
         raise ModelError(f"{describe(node)}: letters of its equation don't fit its inputs", got=text)

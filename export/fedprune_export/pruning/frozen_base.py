@@ -109,7 +109,7 @@ def check_precision(precision: object) -> None:
 
 
 def _without_weight(layer: LayerRow, architecture: Architecture) -> LayerRow:
-    """A layer of frozen weights as a product that sums as many numbers: its cost without its tensor."""
+    """A layer of frozen weights without its tensor: a product of as many multiplications, so that its cost stays."""
     products = math.prod(architecture.by_name[layer.weight].shape) * layer.positions
     outputs = max(1, layer.output_volume.size(architecture.sizes, architecture.sizes))
     return replace(layer, weight="", positions=0, output_axis=0, inner=Axis.fixed(max(1, products // outputs)))

@@ -13,7 +13,8 @@ from fedprune.core.text import quantity
 from fedprune.output.tables import progress
 from fedprune_server.cli.sweep_runs import failure_rows, output_folder, print_remarks, run_variants
 
-# Four fifths of ten rounds leave a core two in which boards have grown, and one seed can't show what is noise.
+# A shared core is trained for four fifths of the rounds: ten leave two in which boards train all that they can hold.
+# One seed can't show what is noise.
 ADVISED_ROUNDS, ADVISED_SEEDS = 10, 2
 
 

@@ -230,11 +230,14 @@ class StateFolder(Closeable):
         with storage_errors(f"can't read {path}"):
             # A second server of a job, on a machine of its own, has no file yet: it reads the configured model, or else
             # the copy in the bucket.
-            is_missing = not path.exists() and config.model is not None and Path(config.model).is_file()
-            bucket_copy = None if path.exists() or is_missing else self.store.first_model()
-            raw = read_job_model(config) if is_missing else read_file(path) if bucket_copy is None else bucket_copy
-            is_missing = is_missing or bucket_copy is not None
-        if is_missing and tensorfile.sha256_hex(raw) == stored_settings["model"]:
+            raw: bytes | None = None
+            if not path.exists():
+                has_model_file = config.model is not None and Path(config.model).is_file()
+                raw = read_job_model(config) if has_model_file else self.store.first_model()
+            is_from_elsewhere = raw is not None
+            if raw is None:
+                raw = read_file(path)
+        if is_from_elsewhere and tensorfile.sha256_hex(raw) == stored_settings["model"]:
             self.store.write_file(path, raw)
         elif tensorfile.sha256_hex(raw) != stored_settings["model"]:
             raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")

@@ -55,7 +55,7 @@ class Calibration:
         graph = model.graph.copy()
         for node in graph.nodes:
             if node.op == "BatchNormalization":
-                node.attrs["momentum"] = 0.0  # Only the statistics of the batch, whatever share a training step keeps.
+                node.attrs["momentum"] = 0.0  # nothing of the old statistics is kept, only the batch's are taken
         batch_graph = training_graph(replace(model, graph=graph), frozen_features)
         self._session = OnnxSession(batch_graph.to_bytes(), training=True)
 

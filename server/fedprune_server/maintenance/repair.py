@@ -41,6 +41,7 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
             for path in finding.paths:
                 yield f"moved {path} to {_set_aside(folder, path)}"
         if finding.repair in (Repair.SET_ASIDE, Repair.FETCH):
+            # A path is <store>/<two digits>/<sha256>: the blob goes back into the store where it was damaged.
             root = finding.paths[0].parent.parent if finding.paths else folder / BLOBS_FOLDER
             target = BlobStore(root) if bucket is None or finding.paths else bucket
             for source in sources:
@@ -60,16 +61,17 @@ def _set_aside(folder: Path, path: Path) -> Path:
     return target
 
 
-def _repair_objects(store: BucketStore, finding: Finding, folder: Path) -> Iterator[str]:
-    """Repair objects as a finding says, moving damaged ones that the job needs to `folder`; yields what was done."""
+def _repair_objects(store: BucketStore, finding: Finding, damaged_folder: Path) -> Iterator[str]:
+    """Delete a finding's objects from the bucket, those that the job needs after a copy to `damaged_folder`; yields
+    what was done. Only findings to delete or to set aside have keys."""
     for key in finding.keys:
         if finding.repair is Repair.SET_ASIDE:
             data = store.bucket.get(key, store.max_size)
             if data is None:
                 raise StorageError(f"{store.bucket.url}/{key} is gone", hint="Check again.")
-            folder.mkdir(mode=0o700, exist_ok=True)
-            store.write_file(folder / key.removeprefix(OBJECTS), data)
-            yield f"laid {key} in {folder}"
+            damaged_folder.mkdir(mode=0o700, exist_ok=True)
+            store.write_file(damaged_folder / key.removeprefix(OBJECTS), data)
+            yield f"laid {key} in {damaged_folder}"
         store.forget(key)
         store.bucket.delete([key])
     if finding.keys:

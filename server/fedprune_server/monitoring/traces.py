@@ -4,8 +4,8 @@
              >  device (one for each that is asked)  >  extract, train (offered to announced), pull (to stored),
                                                         aggregate
 
-Asynchronous jobs have no end of a round that all wait for: a device's span belongs to the round in which it was asked,
-whose own span ends with the round.
+In an asynchronous job a device's span belongs to the round in which the device was asked, even if it ends after that
+round's span.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class JobSnapshot:
         queues: Number of items that wait in the server, by queue.
         able_devices: How many could take part in a round now.
         known_devices: How many ever announced themselves.
-        devices: The same by name, with those of which only bytes were counted.
+        devices: Devices that announced themselves, by name, and those of which only bytes were counted.
         devices_with_traffic: Devices that have sent or were sent something since the job was saved.
         device_states: How many devices are `working`, `idle`, `excluded`, `offline` or `revoked`.
         awaited_devices: Devices whose part is under way, and when the round goes on without each; None if that is

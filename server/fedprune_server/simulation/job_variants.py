@@ -1,6 +1,7 @@
 """The variants of a job that advice compares: usual strategies, cores and codecs, as far as the fleet can train them.
 
-A core is the width that most boards train together. A codec encodes the weights and updates that are sent.
+A core is the width that most boards train together until most of the job is over (`fedprune.strategies.shared_core`). A
+codec encodes the weights and updates that are sent.
 """
 
 from __future__ import annotations
@@ -109,12 +110,13 @@ def _misfit_reason(devices: Mapping[str, JobDevice]) -> str:
 
 
 def _training_key(strategy: Strategy, devices: Mapping[str, JobDevice], *, trained_before: bool) -> object:
-    """A key of what boards train, equal for equal trainings."""
-    core, kinds = strategy.core, Counter((d.density, d.widths) for d in devices.values() if d.widths)
-    if core is None or strategy.allocator is not None or not kinds:
+    """A key of what boards train, equal for equal trainings: the core's settings where they decide, else the core's
+    width or a phrase."""
+    core, board_counts = strategy.core, Counter((d.density, d.widths) for d in devices.values() if d.widths)
+    if core is None or strategy.allocator is not None or not board_counts:
         return core
-    if all(density == 1 for density, _ in kinds):
+    if all(density == 1 for density, _ in board_counts):
         return "the whole model"
     if not core.is_unconditional:
         return "as their labels are"
-    return "what each can hold" if trained_before else core.choose_core(kinds)
+    return "what each can hold" if trained_before else core.choose_core(board_counts)

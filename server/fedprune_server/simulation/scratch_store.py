@@ -13,7 +13,8 @@ class ScratchStore(BlobStore):
     """A blob store that trusts what it wrote.
 
     Blobs of an earlier run are verified when read; those of this run aren't, nor in its helper processes, and files
-    aren't flushed to disk. `put` hashes a blob once: nothing is sent, so a reference may claim that it is one leaf.
+    aren't flushed to disk. `put` hashes a blob once, and not its leaves of 32 KiB, too: nothing is sent in leaves, so
+    the reference may be that of a blob of one leaf.
     """
 
     def __init__(self, root: Path) -> None:

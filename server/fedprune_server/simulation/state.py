@@ -49,6 +49,7 @@ class SimulationState:
         sequence: Number of the last queued item; it orders items of the same time.
         queue: Queued items with their times, by number.
         sessions: Number of each device's latest connection.
+        online: Devices that are connected.
         leaves: End of each device's window of time.
         held: Digests of the blobs that each device holds.
         tables: Digest of the leaf table of the weights that each device was sent last.

@@ -117,7 +117,7 @@ class ClientUpdate:
     """The checked input of `Fold.add`.
 
     Attributes:
-        weight: n_k.
+        weight: n_k, the device's number of samples.
         sent: What the device began with, where that is not the fold's base.
     """
 

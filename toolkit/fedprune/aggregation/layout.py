@@ -1,4 +1,4 @@
-"""The memory layout of a fold's sums, and the coordinates of submodels in them.
+"""The memory layout of a fold (the sums of a round's updates), and where the numbers of a submodel belong in it.
 
 Sums are laid out by the ranks of the first update: along every axis, segment by segment, the most important channel
 first. A submodel of the same ranks is a prefix of each segment, so that slices suffice; others need index arrays.

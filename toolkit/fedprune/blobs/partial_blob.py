@@ -1,7 +1,7 @@
 """A content-addressed folder, and blobs that arrive in it in pieces.
 
-A partial blob can be resumed after any crash. When it is opened again, each leaf on the disk is verified against the
-leaf table, so that no record of what has arrived has to be kept.
+A partial blob can be resumed after any crash. When it is opened again, each leaf (32 KiB) on the disk is verified
+against the leaf table, the list of the leaves' digests, so that no record of what has arrived has to be kept.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class PartialBlob:
             if table is None or hashlib.sha256(table).hexdigest() != self.ref.leaves:
                 if self.ref.leaf_count > 1:
                     return
-                # A small blob is its own only leaf: its table is its name, and need not be sent.
+                # A blob of one leaf: its digest is the table, which need not be sent.
                 table = bytes.fromhex(self.ref.sha256) if self.ref.leaf_count else b""
                 if hashlib.sha256(table).hexdigest() != self.ref.leaves:
                     raise ProtocolError(
@@ -325,7 +325,7 @@ def _index_runs(indices: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _start_write_back(descriptor: int, start: int, end: int) -> None:
-    """Let Linux start writing a file's new pages to the disk, without waiting: the advice does that first."""
+    """Let Linux start writing a file's new pages to the disk, without waiting: it does so before it drops pages."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)

@@ -1,8 +1,8 @@
 """The contract of training graphs: the name, type and shape of each input and output.
 
 The exporter writes graphs by this contract and the trainer feeds them by it; neither knows the other. A graph has the
-inputs and outputs that its recipe's features need, and no others. N is the number of samples, K that of a sample's
-outputs (of each place), such as classes.
+inputs and outputs that its recipe's features need, and no others. N is the number of samples, K the
+number of a sample's outputs, such as classes; if a sample has several places, such as pixels, of each place.
 
 Inputs:
     `x` [N, ...]: float32, or int64 where the model reads token ids.

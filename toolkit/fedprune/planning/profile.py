@@ -19,8 +19,8 @@ from fedprune.core.errors import ProfileError
 from fedprune.core.records import convert_record, encode_record, number_range, pattern_text, word_of
 from fedprune.core.toml_file import read_toml
 
-# The providers of a board, as far as they work there: with the first all on its processor, with the second all on its
-# GPU, with the third predictions in TensorRT engines and the rest on the GPU; where it doesn't, on the processor.
+# What a board computes with: all on its processor; all on its GPU; or predictions in TensorRT engines and the rest on
+# the GPU. What doesn't work on the GPU is computed on the processor.
 TIERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
 
 Watts = Annotated[float, number_range(0, 10**5)]

@@ -76,7 +76,9 @@ class OnnxSession:
         threads: Threads inside an operator; 0 takes one per core.
         cuda: Whether to compute on an NVIDIA GPU. Where that fails, now or while it runs, the CPU takes over: a graph
             keeps nothing from run to run, so that nothing is lost.
-        records: Whether repeated runs on placed arrays are recorded as CUDA graphs, where the graph trains.
+        training: Whether the graph trains.
+        records: Whether a training graph's repeated runs on arrays in the GPU's memory (`place`) are recorded once and
+            then replayed (CUDA graphs).
         exact: Whether int8 operators are computed by their definition, in float32. Their kernels are faster, but on x86
             without VNNI they saturate, as boards' processors do not.
 

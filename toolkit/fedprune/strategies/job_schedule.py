@@ -86,7 +86,7 @@ def _with_own_schedule(strategy: Strategy, job: Job) -> Strategy:
     averages_updates = (
         type(aggregator) in (Mean, DeltaMean) and strategy.has_plain_close and not strategy.exploration_rounds
     )
-    # Who averages models on a schedule of its own does it by that schedule's arithmetic.
+    # A strategy that has a schedule of its own and averages whole models (`Mean`) needs that schedule's arithmetic.
     if not averages_updates or (strategy.schedule is not None and type(aggregator) is Mean):
         raise ConfigError(
             f"with strategy {strategy.name}, which keeps its own",

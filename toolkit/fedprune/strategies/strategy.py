@@ -1,4 +1,4 @@
-"""The base class of all strategies."""
+"""The base class of all strategies: what each device is sent, and how updates become the next global model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ Inputs = Literal["sum", "updates", "measurements"]
 class Strategy:
     """A strategy: seven methods that a subclass may override, and how updates are averaged.
 
-    The methods are `begin`, `rank`, `learn`, `extract`, `reconstruct`, `recipe` and `close`. They must not keep state:
+    The methods are `begin`, `rank`, `learn`, `extract`, `reconstruct`, `recipe` and `close`. They get a `Scene` (the
+    round), a `Turn` (a device's part in it), a `Cut` (both, and the device's channels), `UpdateReport`s (trained
+    submodels with their cuts) and a `Fold` (the sums of the round's updates). They must not keep state:
     what must last is returned by `learn` and `close`, and is in `scene.memory` a round later. It is stored after every
     round, so that a round can be repeated in another process with the same bits.
 
@@ -105,9 +107,9 @@ class Strategy:
         return {}
 
     def extract(self, cut: Cut) -> Submodel:
-        """The submodel to send to a device: the ranking's first channels (HeteroFL, Diao et al. 2021, eq. 2). With
-        other channels than the cut's or a prefix of them the offer carries a ranking of its own, to which
-        `UpdateReport.trained` then refers."""
+        """The submodel to send to a device: the ranking's first channels (HeteroFL, Diao et al. 2021, eq. 2). If an
+        override takes channels that are not the first ones of `cut.selection`, the offer carries a ranking of its own,
+        and `UpdateReport.trained` has its channels in that order."""
         return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
 
     def reconstruct(self, report: UpdateReport) -> Submodel:

@@ -78,9 +78,10 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     weights_codec: Annotated[str, printable_text(256)] | None = None
     """How weights come where they come encoded; a board keeps those that it has until the next offer."""
     coded: BlobRef | None = None
-    """The weights so encoded: a board that has what they are the difference to may pull this instead."""
+    """The weights, encoded by `weights_codec` as the difference to the blob `held`: a board that has that blob may pull
+    these bytes in place of `weights`."""
     held: Digest | None = None
-    """sha256 of what they are the difference to; None for the difference to 0."""
+    """sha256 of the blob that `coded` is the difference to; None for the difference to 0."""
     moved: BlobRef | None = None
     """Where the channels are that a device was sent last (`fedprune.updates.relocation`); None where they are as they
     were, or where that is unknown."""

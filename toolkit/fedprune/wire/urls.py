@@ -1,7 +1,7 @@
 """Addresses of brokers, and of the web servers from which boards fetch blobs and to which they upload updates.
 
-Paths of blobs are those in a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in front of one
-suffices: `{base}/{first two digits}/{sha256}`, and the same with `.leaves` for the file of the leaf table
+A blob has the same path as in a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in front of
+one suffices: `{base}/{first two digits}/{sha256}`, and the same with `.leaves` for the file of the leaf table
 (`fedprune.blobs.blob_ref`).
 """
 

@@ -102,7 +102,7 @@ def read_devices(
 
 @contextmanager
 def name_source(source: Subject) -> Iterator[None]:
-    """Let an error that names no setting name this setting or file."""
+    """Add this setting or file to errors of the body that name no setting yet."""
     try:
         yield
     except FedpruneError as error:

@@ -40,7 +40,7 @@ def job_record(
         measured: Where bytes were counted.
         started_at: The run's start, on the clock of the state's history.
         partition: The fleet's data, if known.
-        uncalibrated: As in the record.
+        uncalibrated: Whether batch-norm statistics of the global model are averages of the boards'.
     """
     round_notes = notes or {}
     rounds = (

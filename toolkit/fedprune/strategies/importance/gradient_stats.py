@@ -63,9 +63,9 @@ class Evidence:
         """Take in one round (the formulas are the module's) by its fold, made with `evidence=True` and the devices'
         momentum.
 
-        `lr` is the devices' learning rate, in the middle of the round where it changes; `samples_per_step` is the batch
-        size, divided by the number of epochs. Raises `BundleError` if the fold is of another architecture or without
-        evidence, or the rates are out of range.
+        `lr` is the devices' learning rate; if it changes within a round, that of the round's middle. `samples_per_step`
+        is the batch size divided by the number of epochs: times a device's steps it is s_k. Raises `BundleError` if the
+        fold is of another architecture or without evidence, or the rates are out of range.
         """
         if fold.architecture.digest != self.architecture.digest:
             raise BundleError("evidence and fold belong to different architectures")

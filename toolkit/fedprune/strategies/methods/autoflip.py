@@ -1,5 +1,6 @@
 """AutoFLIP (arXiv 2405.10271): devices explore once, and elements that they don't move far are masked.
 
+The *guidance* of an element is the squared distance that explorers moved it.
 `docs/strategies/autoflip.md` has equations, readings and options.
 """
 
@@ -40,7 +41,15 @@ WarmStart = Literal["init", "explored_mean"]
 
 @dataclass(frozen=True)
 class AutoFlipOptions:
-    """Options of `autoflip`, which `docs/strategies/autoflip.md` explains."""
+    """Options of `autoflip`, which `docs/strategies/autoflip.md` explains.
+
+    Attributes:
+        pruned_share: Share of elements, those with the least guidance, that are masked.
+        exploration_epochs: Most epochs of round 1; `patience` is for its early stopping.
+        lr_decay: Factor per round on the learning rate, from round 3 on.
+        warm_start: Whether the model stays the initial one in round 1, or moves to the explorers' mean.
+        structured: Whether submodels lose the channels that masks leave without weights.
+    """
 
     pruned_share: float = bounded(0.3, 0, 1, below=True)
     exploration_epochs: int = bounded(150, 1, 10_000)
@@ -129,8 +138,8 @@ class AutoFlip(MaskedElements):
 
 @dataclass(frozen=True)
 class DampedMean(Mean):
-    """A mean with damped momentum, which the mean of the explorers' models doesn't have. What the first mask prunes
-    begins at 0."""
+    """A mean with damped momentum from round 2 on; round 1 takes the plain mean of the explorers' models. What the
+    first mask prunes begins at 0."""
 
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
@@ -176,7 +185,7 @@ def without_empty_channels(cut: Cut, share: float) -> Submodel:
 
 
 def _guidance(report: UpdateReport, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
-    """G_k = (w_k^exp − w_0)² of one explorer, whose channels are its groups' first."""
+    """G_k = (w_k^exp − w_0)² of one explorer, with its widths: it had the first channels of each group."""
     trained = report.trained
     guidance: dict[str, npt.NDArray[Any]] = {_WIDTHS: np.array(trained.selection.widths, np.int64)}
     for name in names:

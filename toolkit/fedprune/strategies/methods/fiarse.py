@@ -1,4 +1,4 @@
-"""FIARSE (Wu et al., NeurIPS 2024): submodels of the largest weights, which learn what their size is worth.
+"""FIARSE (Wu et al., NeurIPS 2024): submodels keep the largest weights, and training shapes their sizes to fit.
 
 `docs/strategies/fiarse.md` has equations, readings and options.
 """

@@ -1,4 +1,4 @@
-"""Medians and trimmed means around any other aggregator, so that no single update decides."""
+"""The option `robust`: an aggregator gets the median or trimmed mean of all updates, so that no single one decides."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Robustness:
 
 @dataclass(frozen=True)
 class RobustAggregator(Aggregator):
-    """Another aggregator, fed with one update: the median of all, or their trimmed mean.
+    """Gives another aggregator (`inner`) a single update in place of all: their median or trimmed mean.
 
     Updates are read again when a round closes, once per `budget_bytes` bytes of them: a slab is a part of a tensor, for
     which the values of all devices are in memory at once. After that the fold (the running sum of the round's updates)

@@ -1,5 +1,8 @@
 """Solves a large transport problem on few of its n·m pairs of channels (column generation).
 
+A *plan* says how much of each source channel goes to each target channel. A *potential* is a price per channel; a
+pair's *reduced cost* is its cost less both prices.
+
 1. The network simplex gets the cheapest few pairs of every channel: an optimal plan uses fewer than n + m pairs.
 2. Its dual potentials u, v say whether another pair could help. If C_jk ≥ u_j + v_k for all pairs, the plan is optimal
    for the whole matrix, by linear programming duality. Otherwise the pairs that break it are added, and step 1 is
@@ -58,7 +61,7 @@ def uniform_masses(n: int, m: int) -> tuple[npt.NDArray[np.float64], npt.NDArray
 
 def plan_by_columns(cost: Cost) -> Coupling | None:
     """The plan by column generation; None where it does not end soon."""
-    pot = load_pot().lp.emd_wrap  # the solver behind `ot.emd`, whose sparse matrices take as long as small problems
+    pot = load_pot().lp.emd_wrap  # `ot.emd` makes sparse matrices, which takes as long as a small problem
     n, m = cost.shape
     sent_mass, received_mass = uniform_masses(n, m)
     cost32 = np.ascontiguousarray(cost, np.float32)

@@ -202,7 +202,7 @@ def _add_rounds(values: Floats, rounds: Sequence[Indices], scale: np.float32, ou
 
 def _swap_axes(values: Floats, out: Floats) -> Floats:
     """[a, b, c] as [b, a, c]: a sparse product runs along rows, so its axis goes to the front and back. What lies along
-    c moves as one item: numpy would run a loop of its own over the taps of every kernel."""
+    c moves as one item; otherwise numpy would run an inner loop over these few numbers."""
     a, b, c = values.shape
     kind = f"V{4 * c}"
     items = np.ascontiguousarray(values).reshape(a, b * c).view(kind)
