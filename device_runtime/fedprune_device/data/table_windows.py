@@ -51,7 +51,8 @@ class _StoredTable:
 
 @dataclass(frozen=True)
 class _WindowPlan:
-    """The conversion of windows to a model's samples: rows of inputs, rows to predict, and the layouts of both."""
+    """The conversion of windows to a model's samples: `steps` rows of inputs, then `horizon` rows to predict (0 for
+    none), and the layouts of both."""
 
     steps: int
     horizon: int
@@ -167,6 +168,7 @@ class TableFile:
 
 
 def _plan_windows(columns: TableColumns, shape: Shape, targets: Targets | None) -> _WindowPlan:
+    """Labels are none, the class of a window's last row, the inputs themselves, or the rows after the inputs."""
     channels = len(columns.inputs)
     steps, channels_first = steps_and_order(shape, channels, True)
     if not steps:

@@ -33,7 +33,8 @@ def carried_arrays(
         if offer.moved is None or offer.moved_from != base.selection:
             return {}
         try:
-            arrays = relocate(arrays, read(offer.moved), 2 * max(v.nbytes for v in tensors.values()) + 2**20)
+            max_bytes = 2 * max(v.nbytes for v in tensors.values()) + 2**20  # one that unpacks to more is refused
+            arrays = relocate(arrays, read(offer.moved), max_bytes)
         except ProtocolError:
             return {}
     shapes = {n: v.shape for n, v in tensors.items()}

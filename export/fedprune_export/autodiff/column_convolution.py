@@ -1,10 +1,11 @@
 """Convolution as matrix products with columns (im2col), for small maps and for groups of any number and length.
 
 A column has the numbers of the input under one position of the window. The product of the kernel with the columns of a
-whole batch is the convolution. It serves where Conv's attribute can't: a node's number of groups is fixed, but that of
-a layer that loses whole groups varies with the width. On small maps it is faster, too, because onnxruntime's Conv
-computes one product per sample. Where only the length of the groups varies and the map is large, Conv and ConvTranspose
-serve for all but the gradient of the kernel.
+whole batch is the convolution.
+
+- The number of groups varies with the width (whole groups are cut): columns for everything, as Conv has a fixed number.
+- The map is small: columns for everything, because they are faster. onnxruntime's Conv computes a product per sample.
+- Otherwise: Conv and ConvTranspose, and columns for the gradient of the kernel alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ChannelGroups(NamedTuple):
 class ColumnConvolution:
     """A convolution in groups of any number and length (see `Convolution` in `operators.convolution`).
 
-    Values are gathered with the batch as their last axis, so that each index copies a run of memory.
+    Values are gathered with the batch as their last axis, so that each index copies a run of memory. `area` is the
+    number of positions of the input, `positions` that of the window, `taps` that of the kernel's elements in space.
     """
 
     def __init__(self, tape: Tape, w: Window, kernel: str, shape: Shape, groups: ChannelGroups, batch: Dim) -> None:
@@ -74,12 +76,14 @@ class ColumnConvolution:
         flat = self.batch_last(dy, self.positions)
         # Gemm transposes its second factor by itself, which MatMul doesn't; with one group two axes suffice.
         if self.groups == 1:
-            side = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.outputs, width))
+            dy_matrix = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.outputs, width))
             patches = tape.reshape(self.columns(x), (1, rows, width), (rows, width))
-            product = g.emit("Gemm", side, patches, attrs={"transB": 1})
+            product = g.emit("Gemm", dy_matrix, patches, attrs={"transB": 1})
             return tape.reshape(product, (self.outputs, rows), self.shape)
-        side = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.groups, self.group_outputs, width))
-        product = g.emit("MatMul", self.columns(x), g.emit("Transpose", side, attrs={"perm": [0, 2, 1]}))
+        dy_matrix = tape.reshape(
+            flat, (self.outputs, self.positions, self.batch), (self.groups, self.group_outputs, width)
+        )
+        product = g.emit("MatMul", self.columns(x), g.emit("Transpose", dy_matrix, attrs={"perm": [0, 2, 1]}))
         product = g.emit("Transpose", product, attrs={"perm": [0, 2, 1]})
         return tape.reshape(product, (self.groups, self.group_outputs, rows), self.shape)
 
@@ -99,9 +103,11 @@ class ColumnConvolution:
         """The gradient of the columns. Each position of the input then sums the gradients of the columns it is in."""
         g, tape = self.g, self.tape
         width, rows = tape.product([self.positions, self.batch]), tape.product([self.group_inputs, self.taps])
-        side = tape.reshape(dy, (self.outputs, self.positions, self.batch), (self.groups, self.group_outputs, width))
-        product = g.emit("MatMul", g.emit("Transpose", self.matrix(), attrs={"perm": [0, 2, 1]}), side)
-        spread = tape.reshape(
+        dy_matrix = tape.reshape(
+            dy, (self.outputs, self.positions, self.batch), (self.groups, self.group_outputs, width)
+        )
+        product = g.emit("MatMul", g.emit("Transpose", self.matrix(), attrs={"perm": [0, 2, 1]}), dy_matrix)
+        gradients = tape.reshape(
             product, (self.groups, rows, width), (self.inputs, self.taps * self.positions, self.batch)
         )
         reads = inverse_reads(self.read_positions, self.area)
@@ -109,7 +115,7 @@ class ColumnConvolution:
         # Positions at the border are in fewer windows: an index of -1 adds a zero, so that one Gather serves all.
         max_readers = max(map(len, readers))
         padded_readers = np.stack([np.pad(p, (0, max_readers - len(p)), constant_values=-1) for p in readers], axis=1)
-        total = g.emit("ReduceSum", self.gather_positions(spread, padded_readers), g.ints(1), attrs={"keepdims": 0})
+        total = g.emit("ReduceSum", self.gather_positions(gradients, padded_readers), g.ints(1), attrs={"keepdims": 0})
         total = tape.reshape(total, (self.inputs, self.area, self.batch), (self.inputs, *self.window.sizes, self.batch))
         return self.batch_first(total)
 

@@ -1,4 +1,7 @@
-"""Gradients of values whose elements were picked by index: dy is put back where each element came from, on zeros."""
+"""Gradients of values whose elements were picked by index: dy is put back where each element came from, on zeros.
+
+dy is the gradient of the picked values; `tape.graph.emit` adds a node, and returns the name of its output.
+"""
 
 from __future__ import annotations
 

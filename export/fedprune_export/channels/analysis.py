@@ -101,7 +101,7 @@ def _settle_choices(
         channels.fix(channels.rows[LOGITS])
         notes += _fix_counts_in_use(channels)
         unit = channels.atoms.units()
-        if not choices.reject_failed(unit, _footprints(channels, unit)):
+        if not choices.reject_failed_options(unit, _footprints(channels, unit)):
             break
     return channels, notes
 

@@ -1,4 +1,4 @@
-"""Choices: operators whose channels can be cut in more than one way, of which only one fits a rectangular tensor.
+"""Tries, for each operator whose channels can be cut in more than one way, one way after the other until one works.
 
 An axis of heads × dims loses whole heads, or the same dims of every head; a grouped convolution whole groups, or the
 same position in every group. Each such node offers its options, coarsest first. The channel rules run over the whole
@@ -66,12 +66,12 @@ class Choices:
         """Register the rows in which the node's present option must leave channels to choose from."""
         self._watched[key] = (option, list(rows))
 
-    def reject_failed(self, unit: AtomRow, footprint: AtomRow) -> bool:
+    def reject_failed_options(self, unit: AtomRow, footprint: AtomRow) -> bool:
         """Reject each option that left no choice: none of its watched rows has two units that could be one group.
 
         Returns whether the rules must run again. If several fail, only those of the nodes with the most options left
-        are rejected: queries that can lose heads or dimensions wait until keys and values in one tensor no longer
-        choose between keys and values. `unit`: the unit of every index (atom) after this run; `footprint`: per unit a
+        are rejected. In attention, for example, keys and values in one tensor have more options than queries: queries
+        wait until theirs are settled. `unit`: the unit of every index (atom) after this run; `footprint`: per unit a
         number for its footprint.
         """
         failed = [

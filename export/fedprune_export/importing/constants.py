@@ -142,22 +142,23 @@ def fold_constants(graph: Graph, trace: Trace, constants: set[str], output: str)
     That includes shape arithmetic that doesn't depend on the batch; it has full widths, also in a cut graph.
     """
     constant_values = {n: graph.initializers[n] for n in constants if n in graph.initializers}
+    # A mark says that a size depends on the batch.
     for name, marks in size_marks(graph, trace, constant_values, trace.batched).items():
         if name in trace.integers and not marks.any():
             constant_values[name] = trace.integers[name]
-    static: set[str] = set()
+    computable: set[str] = set()
     for node in graph.nodes:
         reads = [i for i in node.inputs if i]
         if (
             # Folding would freeze one draw of random numbers, or remove a dropout.
             node.op not in RANDOM_OPERATORS
             and not is_dropout(node)
-            and all(i in constant_values or i in static for i in reads)
+            and all(i in constant_values or i in computable for i in reads)
             and not all(o in constant_values for o in node.outputs if o)
         ):
-            static.update(o for o in node.outputs if o)
-    if static:
-        constant_values.update(_evaluate(graph, constant_values, static, trace))
+            computable.update(o for o in node.outputs if o)
+    if computable:
+        constant_values.update(_evaluate(graph, constant_values, computable, trace))
     folded = {o for n in graph.nodes for o in n.outputs if o in constant_values and o != output}
     graph.nodes = [n for n in graph.nodes if not all(o in folded for o in n.outputs if o)]
     for name in folded:
@@ -165,13 +166,15 @@ def fold_constants(graph: Graph, trace: Trace, constants: set[str], output: str)
         constants.add(name)
 
 
-def _evaluate(graph: Graph, constant_values: Mapping[str, Array], static: set[str], trace: Trace) -> dict[str, Array]:
-    names = sorted(static)
-    static_graph = Graph(
+def _evaluate(
+    graph: Graph, constant_values: Mapping[str, Array], computable: set[str], trace: Trace
+) -> dict[str, Array]:
+    names = sorted(computable)
+    computable_graph = Graph(
         outputs=[Port(n, trace.dtypes[n], trace.shapes[n]) for n in names],
-        nodes=[n for n in graph.copy().nodes if any(o in static for o in n.outputs)],
+        nodes=[n for n in graph.copy().nodes if any(o in computable for o in n.outputs)],
         initializers=dict(constant_values),
         opset=graph.opset,
     )
-    static_graph.prune()
-    return OnnxSession(static_graph.to_bytes()).run({}, names)
+    computable_graph.prune()
+    return OnnxSession(computable_graph.to_bytes()).run({}, names)

@@ -30,7 +30,7 @@ class _NormMatch:
         x: The value that is normalised.
         last: The pattern's last node.
         axes: Axes that are normalised together, ascending; of a GroupNormalization the channels.
-        scale: The constant scale and bias of its channels, if it has them.
+        scale_and_bias: The constant scale and bias of its channels, if it has them.
     """
 
     op: str
@@ -38,10 +38,10 @@ class _NormMatch:
     last: Node
     axes: tuple[int, ...]
     attrs: dict[str, object]
-    scale: tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], ...] = ()
+    scale_and_bias: tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], ...] = ()
 
 
-class _Vector(NamedTuple):
+class _ScaleOrBias(NamedTuple):
     """The scale or bias that is applied to a norm: its name, the node that applies it, and a reshape that it needs."""
 
     name: str
@@ -173,7 +173,7 @@ def _replace_norm(expressions: Expressions, norm: _NormMatch) -> None:
     scale = bias = None
     # A norm with a scale and bias of its own takes those that follow only if its own are 1 and 0: no vectors are
     # multiplied here.
-    if not norm.scale or bool((norm.scale[0] == 1).all() and (norm.scale[1] == 0).all()):
+    if not norm.scale_and_bias or bool((norm.scale_and_bias[0] == 1).all() and (norm.scale_and_bias[1] == 0).all()):
         scale = _following_vector(expressions, norm, last.outputs[0], "Mul")
         last = scale.node if scale else last
         if norm.op != "RMSNormalization":
@@ -184,9 +184,9 @@ def _replace_norm(expressions: Expressions, norm: _NormMatch) -> None:
         inputs = [scale.name]
     else:
         ones = np.ones([expressions.trace.shapes[norm.x][a] for a in norm.axes])
-        inputs = [graph.constant(norm.scale[0] if norm.scale else ones, np.float32)]
+        inputs = [graph.constant(norm.scale_and_bias[0] if norm.scale_and_bias else ones, np.float32)]
     if bias or is_group:
-        inputs.append(bias.name if bias else graph.constant(norm.scale[1], np.float32))
+        inputs.append(bias.name if bias else graph.constant(norm.scale_and_bias[1], np.float32))
     nodes = [vector.reshape for vector in (scale, bias) if vector and vector.reshape]
     rank, out = len(expressions.trace.shapes[norm.x]), last.outputs[0]
     attrs = norm.attrs if is_group else {**norm.attrs, "axis": -len(norm.axes)}
@@ -203,7 +203,7 @@ def _replace_norm(expressions: Expressions, norm: _NormMatch) -> None:
     graph.nodes[index : index + 1] = nodes
 
 
-def _following_vector(expressions: Expressions, norm: _NormMatch, value: str, op: str) -> _Vector | None:
+def _following_vector(expressions: Expressions, norm: _NormMatch, value: str, op: str) -> _ScaleOrBias | None:
     """The scale (`op` Mul) or bias (Add) that is applied to a value, in the norm's shape; None if there is none.
 
     The value must have no other reader: otherwise the norm would be computed twice.
@@ -228,10 +228,10 @@ def _following_vector(expressions: Expressions, norm: _NormMatch, value: str, op
     while trace.shapes[operand] != shape and (node := expressions.maker(operand, *_RESHAPES)) is not None:
         operand = node.inputs[0]
     if trace.shapes[operand] == shape:
-        return _Vector(operand, reader)
+        return _ScaleOrBias(operand, reader)
     if operand in expressions.constants:
-        return _Vector(graph.constant(graph.initializers[operand].reshape(shape), np.float32), reader)
+        return _ScaleOrBias(graph.constant(graph.initializers[operand].reshape(shape), np.float32), reader)
     if len(shape) != 1:
         return None
     flat = graph.fresh("Reshape")
-    return _Vector(flat, reader, Node("Reshape", [operand, graph.ints(-1)], [flat], {}, flat))
+    return _ScaleOrBias(flat, reader, Node("Reshape", [operand, graph.ints(-1)], [flat], {}, flat))

@@ -133,7 +133,8 @@ def export_dropouts(torch: Any, module: Any, mode: TrainingMode) -> Iterator[Non
 
 
 class _DropoutCalls:
-    """Replaces calls of dropouts by the custom operator; the ratio is that of the call's arguments."""
+    """Replaces calls of dropouts by the custom operator; the ratio is that of the call's arguments.
+    Subclasses override `ratio`: one records it, one replaces it."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch

@@ -25,7 +25,7 @@ _BROADCASTING = (
 
 @channel_rule(*dict.fromkeys([*MANY_TO_ONE, *_BROADCASTING]))
 def broadcast_channels(channels: Channels, node: Node) -> None:
-    """Tie axes of equal length. An axis of length 1 is broadcast and stays free."""
+    """Tie axes of equal length, which can only be cut together. An axis of length 1 is broadcast, and isn't tied."""
     shape = channels.shape(node.outputs[0])
     out: list[AtomRow] = []
     has_fixed = False
@@ -101,33 +101,33 @@ def extremes(tape: Tape, node: Node) -> Pull:
     g, names = tape.graph, node.inputs
     shapes = [tape.shape(n) for n in names]
     y, shape = tape.value(names[0]), shapes[0]
-    chain = []
+    steps = []
     for name, operand_shape in zip(names[1:], shapes[1:], strict=True):
-        left, b, before = y, tape.value(name), shape
+        left, right, left_shape = y, tape.value(name), shape
         shape = tape.broadcast(node, shape, operand_shape)
-        y = g.emit(node.op, left, b)
-        chain.append((name, left, b, before, shape))
+        y = g.emit(node.op, left, right)
+        steps.append((name, left, right, left_shape, shape))
     # PyTorch's clamp is exported as a maximum and a minimum with a number.
-    bounded = len(names) == 2 and any(map(tape.is_number, names))
-    if not chain:
+    is_clamp = len(names) == 2 and any(map(tape.is_number, names))
+    if not steps:
         y = g.emit("Identity", y)
     tape.enter(node.outputs[0], y, shape)
     wins = "Greater" if node.op == "Max" else "Less"
 
     def pull(dy: str) -> None:
-        if bounded:
+        if is_clamp:
             name, bound = sorted(names, key=tape.is_number)
             inside = g.emit(f"{wins}OrEqual", tape.value(name), tape.value(bound))
             tape.add_gradient(name, g.emit("Where", inside, dy, g.scalar(0)))
             return
-        for name, left, b, before, step_shape in reversed(chain):
+        for name, left, right, left_shape, step_shape in reversed(steps):
             # PyTorch splits the gradient of equal numbers evenly.
-            half = g.emit("Where", g.emit("Equal", left, b), g.emit("Mul", dy, g.scalar(0.5)), g.scalar(0))
+            half = g.emit("Where", g.emit("Equal", left, right), g.emit("Mul", dy, g.scalar(0.5)), g.scalar(0))
             if tape.needs_gradient(name):
-                share = g.emit("Where", g.emit(wins, b, left), dy, half)
+                share = g.emit("Where", g.emit(wins, right, left), dy, half)
                 tape.add_gradient(name, tape.sum_to_shape(share, step_shape, tape.shape(name)))
             # What is left goes on to the operands before, from the last to the first.
-            dy = tape.sum_to_shape(g.emit("Where", g.emit(wins, left, b), dy, half), step_shape, before)
+            dy = tape.sum_to_shape(g.emit("Where", g.emit(wins, left, right), dy, half), step_shape, left_shape)
         tape.add_gradient(names[0], dy)
 
     return pull

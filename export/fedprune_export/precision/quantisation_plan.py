@@ -2,6 +2,9 @@
 
 Layers with weights come first. Operators between two of them are quantised if all their inputs are already; all others
 stay in float32. `quantisation` writes what is planned here.
+
+An activation's *range* (smallest and largest number) gives its *scale*. An operator that only rearranges numbers shares
+the scale of its input, which is then its *scale owner*.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ class _Planner:
         layers = [n for n in graph.nodes if _is_layer(self._pair, n) and n.outputs[0] not in keep]
         for node in layers:
             self._ranged.add(node.inputs[0])
-            if node.op == "Conv" and (output := self._range_source(node.outputs[0])) not in self._output_names:
+            if node.op == "Conv" and (output := self._value_after_clamp(node.outputs[0])) not in self._output_names:
                 self._ranged.add(output)
         scale_owners = {p.name: p.name for p in graph.inputs if p.name in self._ranged}
         for node in graph.nodes:
@@ -73,7 +76,7 @@ class _Planner:
         values = [v for v, owner in scale_owners.items() if owner == v]
         return QuantisationPlan([n.outputs[0] for n in layers], values, scale_owners)
 
-    def _range_source(self, name: str) -> str:
+    def _value_after_clamp(self, name: str) -> str:
         """The value whose range counts: that after a clamp, if nothing else reads the value before it."""
         readers = self._consumers.get(name, [])
         clamp = readers[0][0] if len(readers) == 1 and name not in self._output_names else None
@@ -90,7 +93,7 @@ class _Planner:
             return
         floats = {i for i in node.inputs if i and pair.is_float(i)}
         if reads_quantised and node.op in _QUANTISED_OPERATORS and floats == set(reads):
-            self._ranged |= {self._range_source(node.outputs[0])} - self._output_names
+            self._ranged |= {self._value_after_clamp(node.outputs[0])} - self._output_names
         scale_owners |= {o: o for o in node.outputs if o in self._ranged}
 
 

@@ -161,7 +161,7 @@ def _limit_bars(plan: WidthPlan) -> list[Bar]:
     return [
         Bar(
             f"{limit.name} (binds)" if limit.name == plan.bound else limit.name,
-            (("part two" if limit.name == plan.bound else "held", 0.0, min(1.0, limit.overshoot)),),
+            (("part two" if limit.name == plan.bound else "held", 0.0, min(1.0, limit.used_share)),),
             limit.describe().partition(": ")[2],
         )
         for limit in plan.limits

@@ -45,9 +45,9 @@ class SynchronousCoordinator(Coordinator):
 
     A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
     updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. Each
-    device's participation is its *part* of the round. A round closes at its deadline with the updates that are on the
-    server's disk. Without any update, or soon after its last device has refused, it starts again under the next attempt
-    number, with a new choice of the devices that are present. The deadline counts from the last offer.
+    device's participation is its *part* of the round (`DeviceTask`). A round closes at its deadline with the updates
+    that are on the server's disk. Without any update, or soon after its last device has refused, it starts again under
+    the next attempt number, with a new choice of the devices that are present. The deadline counts from the last offer.
 
     `coordination.stragglers` says how many devices a round asks, and whether it closes without the slowest. Where
     `in_flight` limits the devices that work at a time, every device has the deadline for its own offer.

@@ -204,13 +204,13 @@ class Selection:
             raise BundleError(f"this is not a selection ({type(error).__name__}: {error})") from error
 
 
-def mesh(maps: Sequence[Indices]) -> tuple[Any, ...]:
+def mesh(axis_indices: Sequence[Indices]) -> tuple[Any, ...]:
     """An index for the outer product of index rows, one per axis. Trailing axes whose rows are runs become slices,
     which are copied as blocks: with index arrays every kernel position would be gathered by itself, in twenty times the
     time."""
-    runs = [_as_slice(m) for m in maps]
+    runs = [_as_slice(m) for m in axis_indices]
     last_irregular = max((i for i, r in enumerate(runs) if r is None), default=-1)
-    arrays = np.ix_(*maps[: last_irregular + 1]) if last_irregular >= 0 else ()
+    arrays = np.ix_(*axis_indices[: last_irregular + 1]) if last_irregular >= 0 else ()
     return (*arrays, *(r for r in runs[last_irregular + 1 :] if r is not None), ...)
 
 

@@ -72,7 +72,7 @@ class _Candidate:
     @property
     def worst_limit(self) -> PlanLimit:
         """The limit that it breaks by most."""
-        return max((m for m in self.limits if not m.fits), key=lambda m: m.overshoot)
+        return max((m for m in self.limits if not m.fits), key=lambda m: m.used_share)
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,7 @@ class PlanSearch:
         split_recipe, fits = self._split_to_fit(candidate.widths, candidate.requested_recipe, min_samples=1)
         if fits:
             remedies.append(self._setting_text(MEMORY, split_recipe.accumulate))
-        share = self.profile.memory.training_share * limit.overshoot
+        share = self.profile.memory.training_share * limit.used_share
         if share <= 1:
             share = math.ceil(100 * share) / 100
             remedies.append(

@@ -40,11 +40,11 @@ class PlanLimit:
         return self.value <= self.limit
 
     @property
-    def overshoot(self) -> float:
+    def used_share(self) -> float:
         return self.value / self.limit if self.limit > 0 else math.inf
 
     def describe(self) -> str:
-        share = f"{self.overshoot:.0%}" if math.isfinite(self.overshoot) else "over"
+        share = f"{self.used_share:.0%}" if math.isfinite(self.used_share) else "over"
         return f"{self.name}: {amount(self.value, self.unit)} of {amount(self.limit, self.unit)} ({share})"
 
 

@@ -37,14 +37,14 @@ def magnitudes(tensors: Mapping[str, Floats], names: Iterable[str]) -> Tensors:
     return {n: np.abs(tensors[n]) for n in names}
 
 
-def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], share: float) -> Tensors:
-    """An order by which every mask keeps a share of each tensor: its largest weights. PR-FL's floor
+def with_floors(importance: Mapping[str, Floats], weights: Mapping[str, Floats], share: float) -> Tensors:
+    """Importance by which every mask keeps a share of each tensor: its largest weights. PR-FL's floor
     (`config.min_density`): floor(share · n) elements of a tensor of n and at least one, so that no layer is cut off; 0
     for no floors. Raises `BundleError` if the share is not from 0 to 1."""
     if not 0 <= share <= 1:
         raise BundleError("floor of element masks", expected="from 0 to 1", got=share)
     floored: Tensors = {}
-    for name, value in order.items():
+    for name, value in importance.items():
         floored[name] = value.astype(np.float32)
         if share and value.size:
             is_kept = _largest_mask(
@@ -54,39 +54,41 @@ def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], shar
     return floored
 
 
-def top_mask(order: Mapping[str, Floats], density: float) -> ElementMask:
+def top_mask(importance: Mapping[str, Floats], density: float) -> ElementMask:
     """The mask that keeps the most important elements of all tensors together.
 
-    It has floor(density · n) of the n elements of the order, and at least one; fewer only where more than the rest is
-    marked by −∞, more only where more is marked by +∞. Raises `BundleError` if the density is not above 0 and at most
-    1, or an importance is not a number.
+    It has floor(density · n) of the n elements, and at least one; fewer only where more than the rest is marked by −∞,
+    more only where more is marked by +∞. Raises `BundleError` if the density is not above 0 and at most 1, or an
+    importance is not a number.
     """
     if not 0 < density <= 1:
         raise BundleError("density of an element mask", expected="above 0 and at most 1", got=density)
     # Sorted, so that ties fall alike on every machine, whatever order a dict was read in.
-    names = sorted(order)
-    flat = np.concatenate([np.asarray(order[n], np.float32).reshape(-1) for n in names] or [np.zeros(0, np.float32)])
+    names = sorted(importance)
+    flat = np.concatenate(
+        [np.asarray(importance[n], np.float32).reshape(-1) for n in names] or [np.zeros(0, np.float32)]
+    )
     if np.isnan(flat).any():
-        bad = next(n for n in names if np.isnan(order[n]).any())
+        bad = next(n for n in names if np.isnan(importance[n]).any())
         raise BundleError(f"importance of the elements of {bad}", expected="numbers", got="NaN")
     always, never = int(np.count_nonzero(flat == np.inf)), int(np.count_nonzero(flat == -np.inf))
     count = max(1, int(density * flat.size + _ROUNDING_TOLERANCE)) if flat.size else 0
     bits = _largest_mask(flat, max(always, min(count, flat.size - never)))
     active, offset = {}, 0
     for name in names:
-        size = order[name].size
-        active[name] = bits[offset : offset + size].reshape(order[name].shape)
+        size = importance[name].size
+        active[name] = bits[offset : offset + size].reshape(importance[name].shape)
         offset += size
     return active
 
 
-def mask_threshold(order: Mapping[str, Floats], mask: ElementMask) -> float:
+def mask_threshold(importance: Mapping[str, Floats], mask: ElementMask) -> float:
     """The least importance of an active element; 0 if no element or every element is active. For |w| and `top_mask`, it
     is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`)."""
     # A threshold of the smallest weight would drop it as soon as it shrinks; at 0 the graph computes an ordinary step.
     if all(bits.all() for bits in mask.values()):
         return 0.0
-    smallest_active = [float(order[n][m].min()) for n, m in mask.items() if m.any()]
+    smallest_active = [float(importance[n][m].min()) for n, m in mask.items() if m.any()]
     return min(smallest_active, default=0.0)
 
 
