@@ -18,7 +18,7 @@ _SCALE_HINT = "Scale images yourself as the model expects them, such as x.astype
 
 
 def check_shape(x: Inputs, shape: Shape) -> None:
-    """Check samples [n, ...] against one sample's shape (names and None: any size); raises `DataError`."""
+    """Check samples [n, ...] against one sample's shape (a name or None stands for any size); raises `DataError`."""
     if not fits_shape(x.shape[1:], shape):
         raise DataError(
             "shape of one sample",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError
 from fedprune_device.data.table_columns import CLASS, SKIPPED, TableColumns, is_number
 
-_MAX_ROUNDING = 1.0  # of a number in float32; seconds since 1970, and keys of databases, change by more
+_MAX_ROUNDING = 1.0  # numbers that float32 changes by more are refused: seconds since 1970, keys of databases
 BLOCK_CELLS = 2**14  # cells of a file that are held at once: as a Python string each takes some 60 bytes
 _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d{1,2}:\d{2}")
 _TRUTH = {"true": "1", "false": "0"}

@@ -27,7 +27,7 @@ _FIRST_PAUSE_S, _MAX_PAUSE_S = 10.0, 3600.0
 
 
 class SignedChannel(MessageChannel):
-    """Signs what the board sends, and accepts each message that its server has signed once. The board has joined."""
+    """Signs what a board that has joined sends, and accepts each message that its server has signed, once."""
 
     def __init__(self, identity: DeviceIdentity, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(identity.device, identity.site)

@@ -114,38 +114,38 @@ def _divide_into_groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, i
         for u, n in zip(units_of_row.tolist(), counts.tolist(), strict=True):
             if u:
                 footprint.setdefault(u, []).append((i, n))
-    keys: dict[int, object] = {u: tuple(f) for u, f in footprint.items()}
+    group_keys: dict[int, object] = {u: tuple(f) for u, f in footprint.items()}
     divided: set[int] = set()
     unfit = alone = 0
     while True:
         members: dict[object, list[int]] = {}
         for u in footprint:  # by first appearance: graph order
-            if u in keys:
-                members.setdefault(keys[u], []).append(u)
-        lists = list(members.values())
+            if u in group_keys:
+                members.setdefault(group_keys[u], []).append(u)
+        groups = list(members.values())
         group_of, position = np.full(size, FIXED, np.int64), np.zeros(size, np.int64)
-        for g, units in enumerate(lists):
+        for g, units in enumerate(groups):
             group_of[units], position[units] = g, np.arange(len(units))
-        runs, broken = _find_runs(axes, group_of, position, [len(m) for m in lists])
+        runs, broken = _find_runs(axes, group_of, position, [len(m) for m in groups])
         # A group of one channel could not lose any: an axis can't be cut to nothing.
-        single = {g for g, units in enumerate(lists) if len(units) == 1}
+        single = {g for g, units in enumerate(groups) if len(units) == 1}
         if not broken and not single:
-            return Grouping(group_of, position, [len(m) for m in lists]), unfit, alone
+            return Grouping(group_of, position, [len(m) for m in groups]), unfit, alone
         for g in broken - single:
-            runs_of_units = {u: runs.get(u, ()) for u in lists[g]}
+            runs_of_units = {u: runs.get(u, ()) for u in groups[g]}
             # Units in different runs may be groups of their own: they are tried again with the runs as part of the key.
             if len(set(runs_of_units.values())) > 1:
                 for u, run in runs_of_units.items():
-                    keys[u] = (keys[u], run)
+                    group_keys[u] = (group_keys[u], run)
                 divided.update(runs_of_units)
                 continue
-            unfit += len(lists[g])
-            for u in lists[g]:
-                del keys[u]
+            unfit += len(groups[g])
+            for u in groups[g]:
+                del group_keys[u]
         for g in single:
-            unfit += lists[g][0] in divided
-            alone += lists[g][0] not in divided
-            del keys[lists[g][0]]
+            unfit += groups[g][0] in divided
+            alone += groups[g][0] not in divided
+            del group_keys[groups[g][0]]
 
 
 def _group_without_width(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:

@@ -1,4 +1,7 @@
-"""Makes the sample inputs with which a torch module is exported, one tensor for each argument of its `forward`."""
+"""Makes the sample inputs with which a torch module is exported, one tensor for each argument of its `forward`.
+
+If an input's length varies, these include `mask` and `lengths`, which the graph computes from the padding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a normalised graph at a target's opset, later or earlier than 17: the operators that changed in between.
+"""Writes a normalised graph at a target's opset, later or earlier than 17: the operators that changed in between.
 
 To support a further form, add a rule to `_LATER` or `_EARLIER`: a function that emits what the opset has.
 """

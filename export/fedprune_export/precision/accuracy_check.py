@@ -69,7 +69,7 @@ class PrecisionTrial:
 
 
 class PrecisionTrials:
-    """Lowers one submodel.
+    """Tries one submodel at lower precisions.
 
     Args:
         files: The bundle's files: its inference graph and its weights are read.
@@ -96,8 +96,8 @@ class PrecisionTrials:
     def run(self, precision: str) -> PrecisionTrial:
         """Lower the submodel as far as its outputs allow.
 
-        With int8 first and last layer stay in float32 where otherwise the outputs would be too far off, and where that
-        is not enough, so do those layers that are furthest off by themselves. Raises `ModelError` if there is no such
+        With int8, if the outputs would be too far off, the first and the last layer stay in float32. If that is not
+        enough, so do those layers that are furthest off by themselves. Raises `ModelError` if there is no such
         precision, int8 has no samples to measure ranges on or nothing that it can be used for, or the outputs stay too
         far from float32's.
         """

@@ -1,6 +1,6 @@
 """The masked whole graph: the reference whose outputs a cut must equal.
 
-Weights stay as they are. Lost channels are multiplied by zero where they are contracted: at the inputs of convolutions,
+Weights stay as they are. Lost channels are multiplied by zero where they are summed up: at the inputs of convolutions,
 matrix products, recurrent layers and sums. In between their values don't matter, since no operator mixes them with kept
 ones; zero weights instead would make weights that are normalised in the graph divide by zero. A norm that averages over
 channels averages over those that are kept, be it of activations or of weights (weight standardisation, weight norm):

@@ -54,7 +54,7 @@ def _show(arguments: argparse.Namespace) -> None:
 _DEFAULT = "default"
 
 # Settings that name files which a server reads when it starts, or functions as `package.module:function`. A missing
-# file is reported here, because a check on another machine than the server's may not have it.
+# file is only reported, because a check may run on another machine than the server, which doesn't have it.
 _START_FILES = (("model", "path"), ("evaluation", "data"), ("calibration", "data"))
 
 

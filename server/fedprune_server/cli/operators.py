@@ -31,7 +31,7 @@ from fedprune_server.web.state.order_queue import WITHDRAWN
 from fedprune_server.web.state.orders import OrderService, RefusedError
 from fedprune_server.web.state.status_writer import STATUS_FILE
 
-# The loop looks for orders twice a second; one that isn't answered in 30 s has met a server that hangs.
+# The loop looks for orders twice a second; if one isn't answered in 30 s, the server hangs.
 _ANSWER_TIMEOUT_S, _POLL_INTERVAL_S = 30.0, 0.2
 _TAKEN_HINT = "It may still carry it out. See its log."
 

@@ -182,7 +182,7 @@ class SavedRun:
             return self._logged_position
         data = "".join(rows).encode()
         with storage_errors(f"can't write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
-            file.truncate(logged_bytes)  # rounds that a kill has made undone
+            file.truncate(logged_bytes)  # without rounds whose state was not saved before the run was killed
             file.seek(logged_bytes)
             file.write(data)
             file.flush()

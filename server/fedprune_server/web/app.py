@@ -77,7 +77,7 @@ class _EntryRoutes:
         ready = self._console.view.is_ready
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
-    def form(self, request: Request, status: int = 200, error: str = "", next_path: str = "/") -> Response:
+    def login_page(self, request: Request, status: int = 200, error: str = "", next_path: str = "/") -> Response:
         nonce = secrets.token_urlsafe(32)
         csrf = self._console.sessions.login_token(nonce)
         has_no_accounts = len(self._console.accounts) == 0
@@ -90,14 +90,14 @@ class _EntryRoutes:
         next_path = safe_path(request.query_params.get("next"))
         if request.state.session is not None:
             return RedirectResponse(next_path, 303)
-        return self.form(request, next_path=next_path)
+        return self.login_page(request, next_path=next_path)
 
     async def login(self, request: Request) -> Response:
         fields = await form_fields(request)
         name, password, next_path = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
         if self._waiting >= _MAX_WAITING_LOGINS:
             return await run_in_threadpool(
-                self.form, request, 503, "Too many are logging in. Try again in a moment.", next_path
+                self.login_page, request, 503, "Too many are logging in. Try again in a moment.", next_path
             )
         self._waiting += 1
         try:
@@ -116,11 +116,11 @@ class _EntryRoutes:
         """Refuse a login before its password is checked: a form that is too old, or too many attempts."""
         expected = self._console.sessions.login_token(request.cookies.get(self._console.exposure.login_cookie, ""))
         if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
-            return self.form(request, 403, "The form was open for too long. Try again.", next_path)
+            return self.login_page(request, 403, "The form was open for too long. Try again.", next_path)
         wait = self._console.throttle.admit(fields.get("name", "")[:64], request.state.address)
         if wait == 0:
             return None
-        answer = self.form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", next_path)
+        answer = self.login_page(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", next_path)
         answer.headers["retry-after"] = str(int(wait) + 1)
         return answer
 
@@ -131,7 +131,7 @@ class _EntryRoutes:
         is_too_long = len(fields.get("password", "")) > MAX_PASSWORD
         if operator is None or is_too_long or self._console.accounts.hash_of(name) != hashed:
             self._console.audit.note_failed_login(one_line(name, 64), address)
-            return self.form(request, 401, "Name or password is wrong.", next_path)
+            return self.login_page(request, 401, "Name or password is wrong.", next_path)
         self._console.throttle.reset(name, address)
         # Another token than before the login, so that nobody can have planted it in this browser.
         self._console.sessions.end(request.state.token)

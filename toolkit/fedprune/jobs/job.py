@@ -53,8 +53,8 @@ class Job:
         density: Kept share of every channel group on every device, or 0 to let the planner decide per device.
         scorer: Ranks channels: `ordered`, `magnitude` or `curvature`.
         warmup_rounds: Rounds of random nested ranks before the scorer's (`curvature` learns from updates first).
-        rule: `coverage` averages each coordinate over the devices that trained it; `fill` lets the others vote for the
-            current model (CA-HFP, eq. 4).
+        rule: `coverage` averages each coordinate over the devices that trained it; with `fill` the others count
+            with the current model's value (CA-HFP, eq. 4).
         server_momentum: Momentum of the global model's moves, 0 for none.
         recipe: Local training.
         precision: Lower precisions that boards may serve at, too: offers bring the graphs.

@@ -140,9 +140,9 @@ class Selection:
         for spec in self.architecture.tensors:
             maps = self.maps(spec.name)
             runs = [_as_slice(m) for m in maps]
-            cut = (*(slice(None) if r is None else r for r in runs), ...)
-            rows = tuple((axis, maps[axis]) for axis, r in enumerate(runs) if r is None)
-            plans.append(_GatherPlan(spec.name, spec.shape, shapes[spec.name], cut, rows))
+            slices = (*(slice(None) if r is None else r for r in runs), ...)
+            taken_indices = tuple((axis, maps[axis]) for axis, r in enumerate(runs) if r is None)
+            plans.append(_GatherPlan(spec.name, spec.shape, shapes[spec.name], slices, taken_indices))
         return tuple(plans)
 
     def scatter(

@@ -1,7 +1,7 @@
 """Weights for devices in fewer bytes: as their difference to those that the device holds, or whole, as float16.
 
 Server and device decode with the same code, and the server continues from what it decoded, so that both have the same
-bits. What a codec leaves out is part of the difference to the next weights, so that errors never add up.
+bits. What a codec leaves out is sent later, in the difference to the next weights, so that errors never add up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The samples of a data set: arrays that may be memory-mapped, of which the rows in use are copied."""
+"""The samples of a data set: arrays that may be memory-mapped, from which the rows in use are copied."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNK_SAMPLES = 4096  # samples per chunk when all are read
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """All samples of a data set. Rows count through the parts, one after the other.
+    """All samples of a data set. Rows are numbered through all parts, one after the other.
 
     Raises `DataError` if lengths, types or shapes don't fit each other, or a number is out of range.
 

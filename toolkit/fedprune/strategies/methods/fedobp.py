@@ -50,7 +50,7 @@ class FedObp(Strategy):
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model, with θ_i^{t−1} where its score is above the quantile."""
         submodel = super().extract(cut)
-        # Above the largest score there is nothing; a submodel that any device might get has no own elements.
+        # Nothing is above the largest score; a submodel that is made for no device in particular has no own elements.
         if self.q == 1 or not cut.turn.device:
             return submodel
         # Batch-norm statistics are always the global model's.
