@@ -32,7 +32,7 @@ class TrainingResult:
         seconds: Wall-clock time.
         step_seconds: Median time of a step.
         last_squares: Squared gradients of the last step, by tensor, if the recipe asks for them.
-        moments: The optimiser's state after the last step, by the names of the training graph.
+        moments: The optimiser's state after the last step (such as means of gradients), by the names of the graph.
         optimizer_steps: Steps behind that state, with those of earlier rounds where it was kept.
     """
 

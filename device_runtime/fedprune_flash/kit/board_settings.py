@@ -37,8 +37,8 @@ class BoardSettings:
     """The settings of a board.
 
     `server` is `mqtts://host[:port]` without user and password; `mqtt://` is for trials on this machine alone. `data`
-    is an absolute path on the board, or `package.module:function`. `authority`: the kit brings certificates of other
-    authorities of the broker. `join` is where the board joins, if not at the broker's host, port 8884. Raises
+    is an absolute path on the board, or `package.module:function`. `authority`: whether the kit brings certificates
+    of other authorities of the broker. `join` is where the board joins, if not at the broker's host, port 8884. Raises
     `ConfigError`.
     """
 

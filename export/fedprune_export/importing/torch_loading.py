@@ -15,7 +15,7 @@ _TORCH_HINT = (
 
 
 def factory_product(text: str) -> Any:
-    """The module that the factory `package.module:factory` makes; a class of modules makes one without arguments.
+    """The module that `package.module:factory` names, or that this function or class makes without arguments.
 
     Raises `ModelError` if there is no such factory, or it fails; `MissingExtraError` if torch is not installed.
     """

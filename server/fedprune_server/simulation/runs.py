@@ -1,8 +1,8 @@
 """Many runs, each in a process of its own: on this machine or on a Ray cluster.
 
-A run has a name and settings, and writes its results into its own folder. What a run has done before is its function's
-business. A failed or killed one doesn't affect the others. Processes exchange nothing but files, so their number and
-place don't matter.
+A run has a name and settings, and writes its results into its own folder. If a run is started again, its function
+decides whether to resume. A failed or killed one doesn't affect the others. Processes exchange nothing but files, so
+their number and place don't matter.
 """
 
 from __future__ import annotations

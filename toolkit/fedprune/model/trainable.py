@@ -17,7 +17,7 @@ HEAD_PATTERN = "@head"
 def head_axes(architecture: Architecture, setting: KeyPath = ("recipe",)) -> dict[str, int]:
     """The last layer's tensors, with the output axis of each.
 
-    The last layer is the last one with a weight whose outputs no cut may touch. Its bias is, of the biases with as many
+    The last layer is the last one with a weight whose outputs are never cut. Its bias is, of the biases with as many
     elements as there are outputs, the one with the layer's name, or else the first one after its weight. Raises
     `ConfigError`, which names `setting`, if there is no such layer.
     """

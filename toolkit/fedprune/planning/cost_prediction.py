@@ -121,7 +121,7 @@ def _transfer_bytes(
     the size of the weights' own file."""
     up_codec, down_codec = (None if text is None else Codec.parse(text) for text in codecs)
     whole_codec = None if down_codec is None else HALF_CODEC
-    if up_codec is down_codec is whole_codec is None and not recipe.report_squares:
+    if up_codec is None and down_codec is None and not recipe.report_squares:
         return plain_bytes, plain_bytes, plain_bytes
     trained, weights = {t.name for t in architecture.trainable}, architecture.shapes(widths)
     sizes = {

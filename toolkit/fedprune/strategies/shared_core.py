@@ -13,9 +13,9 @@ from fedprune.core.settings import bounded, check_fields
 class SharedCore:
     """When boards train the core, and how wide it is: wider boards train it, too, until most of the job is over.
 
-    It is the mixture of widths that costs accuracy, not narrow models: wide boards' gradients change channels by which
-    narrow boards answer, and the other way round. So most of a job goes into one width. Models that were trained before
-    have no core: what their other channels know would be lost.
+    It is the mixture of widths that costs accuracy, not narrow models: wide boards' gradients change channels with
+    which narrow boards predict, and the other way round. So most of a job goes into one width. Models that were trained
+    before have no core: what their other channels know would be lost.
 
     Attributes:
         board_share: The share of boards that can hold the core; the others train what they can hold.
