@@ -194,6 +194,13 @@ def test_a_quote_that_nothing_closes_is_refused(tmp_path: Path, begin: str) -> N
         rows_in(tmp_path / "a.csv", begin + "1,2\n" * 250_000)
 
 
+def test_rows_are_checked_as_they_are_read(tmp_path: Path) -> None:
+    """A row that is too wide ends the reading: a file of such rows must not fill a board's memory first."""
+    too_long_for_any_reader = "1" * 2**21
+    with pytest.raises(DataError, match="row 1"):
+        rows_in(tmp_path / "a.csv", f"a,b\n1,2,3\n{too_long_for_any_reader}\n")
+
+
 @pytest.mark.parametrize(
     ("text", "place", "way_out"),
     [

@@ -13,10 +13,12 @@ import pytest
 
 import fedprune_export as fx
 from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_server import simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.rows import COST_COLUMNS
 from fedprune_server.simulation.starter import STARTER_BOARDS, write_starter
@@ -67,6 +69,13 @@ def test_tables_give_the_run_that_a_file_of_them_gives(fleet: dict[str, Any]) ->
     assert main(["--config", "fleet.toml", "--seed", "3", "--out", "out"]) == 0
     assert Record.load(Path("out/metrics.json")).rounds == run.record.rounds
     assert simulate("fleet.toml", seed=3, rounds=1).record.rounds == run.record.rounds[:1]
+
+
+@pytest.mark.parametrize("setting", [{"seed": 0}, {"rounds": 1}, {"reference": True}, {"title": "mine"}])
+def test_a_plan_takes_no_settings_beside_its_own(fleet: dict[str, Any], setting: dict[str, Any]) -> None:
+    plan = read_fleet_plan(Path("settings"), tables=fleet)
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        simulate(plan, **setting)
 
 
 def test_there_is_a_row_per_round_or_per_round_and_device(fleet: dict[str, Any], tmp_path: Path) -> None:
