@@ -42,7 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--input-shape",
         type=parse_shape,
         metavar="C,H,W",
-        help="one sample's shape, for torch modules; LEAST:MOST for a length",
+        help="one sample's shape, for torch modules and free sizes of ONNX files; LEAST:MOST for a length",
     )
     group.add_argument("--token-ids", action="store_true", help="a torch module takes whole numbers: token ids")
     group.add_argument("--name", help="the model's name (default: that of the file or factory)")

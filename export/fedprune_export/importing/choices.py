@@ -29,8 +29,9 @@ class ImportChoices:
     """A user's choices for an import. Those that shape the graph are stored in the model's file.
 
     Attributes:
-        input_shape: One sample's shape, if a torch module doesn't say it in `input_shape`. For an ONNX file it must be
-            the file's own. One size may be the bounds of a length, such as "400:16000", for a free axis of the file.
+        input_shape: One sample's shape, if a torch module doesn't say it in `input_shape`. It gives the
+            free sizes of an ONNX file, whose other sizes it must repeat. One free size may be the bounds of a length,
+            such as "400:16000".
         token_ids: Whether a torch module takes token ids (int64), if it doesn't say it in `input_dtype`.
         output: The output that gives the logits, if the model has several; or the inner value at which the model ends.
         parameters: Names of the trainable tensors; by default those that the file lists, or all that are used as

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 
 from fedprune.core.errors import ModelError, shape_text, value_text
 from fedprune.core.validation import check_instance, check_whole
-from fedprune.model.lengths import LENGTH_METADATA, Lengths, Shape, fits_shape, free_axis, padding_value, upper_shape
+from fedprune.model.lengths import LENGTH_METADATA, Lengths, Shape, free_axis, padding_value
 from fedprune_export.importing import metadata
 from fedprune_export.ir.graph import Graph, Port
 
@@ -62,44 +62,6 @@ def free_input(shapes: Mapping[str, Shape]) -> FreeInput | None:
         if isinstance(bounds, Lengths):
             return FreeInput(name, axis, bounds.lower)
     return None
-
-
-def bind_length(proto: onnx.ModelProto, shape: Shape) -> None:
-    """Set a free axis of an ONNX model to the upper bound of its length, and note its bounds in the metadata.
-
-    Raises `ModelError` if the model has no such axis, or another shape.
-    """
-    initializer_names = {t.name for t in proto.graph.initializer}
-    inputs = [i for i in proto.graph.input if i.name not in initializer_names]
-    axis, data_inputs = free_axis(shape), [i for i in inputs if i.name not in (MASK, LENGTHS)]
-    free = [
-        i
-        for i in data_inputs
-        if len(i.type.tensor_type.shape.dim) == len(shape) + 1 and not isinstance(_dims(i)[(axis or 0) + 1], int)
-    ]
-    sizes = upper_shape(shape)
-    if axis is None or len(free) != 1:
-        raise ModelError(
-            "the input whose length varies",
-            expected=f"one input {shape_text('n', *shape)} with a free axis {(axis or 0) + 1}",
-            got=", ".join(f"{value_text(i.name)} {shape_text(*_dims(i))}" for i in data_inputs),
-        )
-    if not fits_shape(
-        [d if isinstance(d, int) else int(sizes[a] or 0) for a, d in enumerate(_dims(free[0])[1:])], sizes
-    ):
-        raise ModelError("the shape of one sample", expected=shape_text(*_dims(free[0])[1:]), got=shape_text(*shape))
-    # A symbol is one size in all shapes, and a mask is as long as the samples even under another symbol.
-    symbol, max_length = free[0].type.tensor_type.shape.dim[axis + 1].dim_param, int(sizes[axis] or 0)
-    for value in inputs:
-        for position, dim in enumerate(value.type.tensor_type.shape.dim[1:], 1):
-            is_free = value is free[0] and position == axis + 1
-            if is_free or (dim.dim_param and dim.dim_param == symbol) or (value.name == MASK and position == 1):
-                dim.dim_value = max_length
-    # Shapes of inner values may contain the axis, too; they are inferred again.
-    del proto.graph.value_info[:]
-    bounds = shape[axis]
-    min_length = bounds.lower if isinstance(bounds, Lengths) else 1
-    metadata.write_properties(proto, {FREE_INPUT_KEY: json.dumps([free[0].name, axis, min_length])})
 
 
 def compute_lengths(graph: Graph, notes: list[str]) -> None:
@@ -170,8 +132,3 @@ def _read_free_input(graph: Graph, text: str) -> tuple[Port, int, int]:
     axis = check_whole(f"metadata {FREE_INPUT_KEY}: axis", axis, 0, len(port.shape) - 2, error=ModelError)
     max_length = check_whole("size of the axis whose length varies", port.shape[axis + 1], 1, error=ModelError)
     return port, axis, check_whole(f"metadata {FREE_INPUT_KEY}: length", min_length, 1, max_length, error=ModelError)
-
-
-def _dims(value: onnx.ValueInfoProto) -> list[Any]:
-    dims = value.type.tensor_type.shape.dim
-    return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]

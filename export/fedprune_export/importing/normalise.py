@@ -17,6 +17,7 @@ from fedprune.core.text import first_few
 from fedprune.model.step_contract import LOGITS, RESERVED_NAMES, X
 from fedprune_export.importing import parameter_roles
 from fedprune_export.importing.activations import replace_activations
+from fedprune_export.importing.batches import free_batch
 from fedprune_export.importing.checks import check_indices, check_nodes, compare_with_original
 from fedprune_export.importing.constants import (
     copy_fills,
@@ -33,13 +34,12 @@ from fedprune_export.importing.original import Original
 from fedprune_export.importing.output_softmax import drop_output_softmax
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.refusals import check_not_quantised, check_output, check_random, check_trainable
+from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.simplification import bypass, drop_identities, simplify
 from fedprune_export.importing.translation import translate, upgrade_model
 from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.ir.dropout import remove_dropouts
-from fedprune_export.ir.fixed_batch import check_batch, refuse_fixed_batch
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.sample_inputs import sample_input
 from fedprune_export.ir.trace import Trace, trace_graph
 
 
@@ -87,6 +87,9 @@ def normalise(
     store_as_float32(graph)
     constants = parameter_roles.constants_of(model, graph, notes if parameters is None else [])
     file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
+    _name_nodes(graph)
+    check_sizes(graph)
+    graph, layout = free_batch(graph, raw, notes)
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)
     if own_loss:
@@ -110,12 +113,10 @@ def normalise(
     # Check sizes before anything is run: the trace refuses values that would fill the memory.
     graph_trace = trace_graph(graph)
     check_indices(graph, graph_trace)
-    if graph_trace.dims(LOGITS)[:1] != (None,):
-        refuse_fixed_batch(graph)
     check_output(graph, graph_trace, {new: old for old, new in names.items()})
     softmax = "" if own_loss else drop_output_softmax(graph, graph_trace, notes)
     # onnxruntime allocates whatever a file asks for, so it loads the file only after the trace has bounded all sizes.
-    original = Original(raw, file_inputs, file_outputs, row_graph)
+    original = Original(raw, file_inputs, file_outputs, row_graph, layout)
     # After this each operator has one form, and constants are folded.
     _simplify(graph, graph_trace, constants, notes, LOGITS)
     check_random(graph)
@@ -193,8 +194,6 @@ def _check_ports(graph: Graph) -> None:
     port = graph.inputs[0]
     if port.dtype not in (np.float32, np.int64):
         raise ModelError(f"type of input {port.name}", expected="float32, or int64 for identifiers", got=port.dtype)
-    check_batch(port)
-    sample_input(port, 1)
 
 
 def _drop_casts(graph: Graph, trace: Trace) -> None:

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 
 from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing.batches.layout import BatchLayout
 from fedprune_export.ir.graph import Array, Graph, Port
+
+
+class RawFile:
+    """A session of the user's file that takes any number of samples, with the batch first in all arrays.
+
+    Raises `ModelError` if onnxruntime doesn't load the file.
+
+    Args:
+        outputs: The names of the outputs that are computed.
+        layout: Where the file has its batch, and of how many samples.
+    """
+
+    def __init__(self, raw: bytes, outputs: list[str], layout: BatchLayout) -> None:
+        self.layout = layout
+        self._outputs, self._session = outputs, raw_session(raw, outputs)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs for samples: all at once, or in batches of the file's own size."""
+        size, count = self.layout.size, len(next(iter(feeds.values())))
+        if size is None and count >= self.layout.least:
+            return self._run_batch(feeds)
+        size = size or self.layout.least
+        batches = []
+        for first in range(0, count, size):
+            # The last batch is filled up with samples that were run before.
+            rows = np.arange(first, first + size) % count
+            batches.append(self._run_batch({name: value[rows] for name, value in feeds.items()}))
+        return {name: np.concatenate([batch[name] for batch in batches])[:count] for name in self._outputs}
+
+    def _run_batch(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        moved = {name: np.moveaxis(value, 0, self.layout.inputs.get(name, 0)) for name, value in feeds.items()}
+        values = self._session.run({k: np.ascontiguousarray(v) for k, v in moved.items()}, self._outputs)
+        axes = {name: self.layout.outputs.get(name, 0) for name in values}
+        return {n: v[None] if axes[n] is None else np.moveaxis(v, axes[n] or 0, 0) for n, v in values.items()}
 
 
 class Original:
@@ -19,12 +55,13 @@ class Original:
     Args:
         inputs: The names of the file's inputs.
         outputs: The names of the outputs that are compared.
-        row: A graph whose only input is the import's, and which computes the file's inputs from it.
+        row: A graph whose only input is the import's, and which computes the file's inputs, batch first, from it.
+        layout: Where the file has its batch.
     """
 
-    def __init__(self, raw: bytes, inputs: list[str], outputs: list[str], row: Graph) -> None:
+    def __init__(self, raw: bytes, inputs: list[str], outputs: list[str], row: Graph, layout: BatchLayout) -> None:
         self._inputs, self._outputs, self._row_name = inputs, outputs, row.inputs[0].name
-        self._session = raw_session(raw, outputs)
+        self._file = RawFile(raw, outputs, layout)
         feeder = row.copy()
         # The row may be an input of the file itself, when it has only one.
         feeder.outputs = [Port(name, np.dtype(np.float32), ()) for name in inputs if name != self._row_name]
@@ -39,7 +76,7 @@ class Original:
     def run(self, x: Array) -> Array:
         """The outputs for samples of the import's input; several are concatenated, as by `pack_outputs`."""
         inputs = self._feeder.run({self._row_name: x}) if self._feeder is not None else {}
-        values = self._session.run({name: inputs.get(name, x) for name in self._inputs}, self._outputs)
+        values = self._file.run({name: inputs.get(name, x) for name in self._inputs})
         if len(self._outputs) == 1:
             return values[self._outputs[0]]
         return np.concatenate([values[name].reshape(len(x), -1) for name in self._outputs], 1)
@@ -54,6 +91,9 @@ def raw_session(raw: bytes, outputs: list[str]) -> OnnxSession:
     model = onnx.load_model_from_string(raw)
     for value in [o for o in model.graph.output if o.name not in outputs]:
         model.graph.output.remove(value)
+    for dim in [d for i in model.graph.input for d in i.type.tensor_type.shape.dim]:
+        if dim.HasField("dim_value") and dim.dim_value in (0, -1):
+            dim.Clear()  # some exporters' way of writing a free axis
     for scope in (model.graph, *model.functions):
         _drop_dead(scope)
     return OnnxSession(model.SerializeToString())

@@ -14,8 +14,9 @@ from fedprune.core.disk import path_exists
 from fedprune.core.errors import ModelError, shape_text
 from fedprune.model.lengths import Shape, free_axis
 from fedprune_export.importing.hub_folder import model_name, read_hub_folder
-from fedprune_export.importing.lengths import bind_length, read_shape
+from fedprune_export.importing.lengths import read_shape
 from fedprune_export.importing.model_file import parse_model, read_model_file
+from fedprune_export.importing.sample_shapes import bind_shape
 from fedprune_export.importing.timm_models import TIMM_PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch
 from fedprune_export.importing.torch_loading import factory_product
@@ -35,10 +36,10 @@ def read_source_bytes(source: str | Path, input_shape: Sequence[int | str] | Non
     if _is_factory(text):
         return export_torch(factory_product(text), input_shape=shape, token_ids=token_ids, name=text)
     raw = read_hub_folder(Path(source)) if is_folder(source) else read_model_file(Path(source))
-    if shape is None or not has_free_axis:
+    if shape is None:
         return raw
     proto = parse_model(raw)
-    bind_length(proto, shape)
+    bind_shape(proto, shape)
     bound: bytes = proto.SerializeToString(deterministic=True)
     return bound
 

@@ -18,7 +18,7 @@ from fedprune.core.errors import ModelError, value_text
 from fedprune_export.ir.drafts import NORMAL_OPSET, Array, Dim, Draft, Node, Port
 from fedprune_export.ir.opset_lowering import lower_to_opset
 
-__all__ = ["NORMAL_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name", "read_tensor"]
+__all__ = ["NORMAL_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name", "read_dims", "read_tensor"]
 
 _TYPES = frozenset(helper.get_all_tensor_dtypes())
 
@@ -173,5 +173,13 @@ def _port(value: onnx.ValueInfoProto) -> Port:
             f"{value_text(value.name)} is not a tensor of a known type",
             hint="Sequences, maps and optionals are not supported.",
         )
-    dims: list[Dim] = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim]
-    return Port(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), tuple(dims))
+    return Port(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), read_dims(value))
+
+
+def read_dims(value: onnx.ValueInfoProto) -> tuple[Dim, ...]:
+    """The dimensions of a file's input or output: a name or None where they are free. Some exporters write these as 0
+    or -1."""
+    dims = value.type.tensor_type.shape.dim
+    return tuple(
+        d.dim_value if d.HasField("dim_value") and d.dim_value not in (0, -1) else (d.dim_param or None) for d in dims
+    )

@@ -20,14 +20,14 @@ def shapes_at_batch(graph: Graph, batch: int) -> InferredShapes:
     measured: dict[str, Array] = {}
     while inferred.missing:
         before = len(measured)
-        measured |= _run_values(graph, inferred.missing, batch)
+        measured |= run_values(graph, inferred.missing, batch)
         inferred = infer(graph, batch, measured)
         if len(measured) == before:
             raise ModelError(f"value {inferred.missing[0]} has no shape")
     return inferred
 
 
-def _run_values(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
+def run_values(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
     """Compute these values by running the graph."""
     probe = graph.copy()
     probe.outputs = [Port(n, np.dtype(np.float32), ()) for n in names]

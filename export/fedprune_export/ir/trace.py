@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.ir.fixed_batch import check_batch, refuse_fixed_batch
-from fedprune_export.ir.graph import Array, Graph
+from fedprune_export.ir.graph import Array, Graph, Port
 from fedprune_export.ir.measured_shapes import shapes_at_batch
-from fedprune_export.ir.shape_inference import InferredShapes, ShapeError
+from fedprune_export.ir.shape_inference import InferredShapes
 
 # The first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed.
 TRACE_BATCHES = (3, 5)
@@ -58,12 +57,8 @@ def trace_graph(graph: Graph) -> Trace:
     Raises `ModelError` if the batch can't vary, a value would be huge, or an operator makes no sense.
     """
     for port in graph.inputs:
-        check_batch(port)
-    try:
-        runs = [shapes_at_batch(graph, batch) for batch in (*TRACE_BATCHES, *_EXTRA_BATCHES)]
-    except ShapeError as error:
-        refuse_fixed_batch(graph, str(error))
-        raise
+        _check_batch(port)
+    runs = [shapes_at_batch(graph, batch) for batch in (*TRACE_BATCHES, *_EXTRA_BATCHES)]
     first, second, *further = runs
     for name, shape in first.shapes.items():
         # A Squeeze without axes removes the batch where it is 1.
@@ -80,6 +75,16 @@ def trace_graph(graph: Graph) -> Trace:
         _small_integers(first),
         _small_integers(second),
     )
+
+
+def _check_batch(port: Port) -> None:
+    if not port.shape or isinstance(port.shape[0], int):
+        raise ModelError(
+            f"input {port.name} has a fixed batch",
+            expected="a free first dimension",
+            got=list(port.shape),
+            hint="Export the model with a dynamic batch.",
+        )
 
 
 def _small_integers(inferred: InferredShapes) -> dict[str, Array]:

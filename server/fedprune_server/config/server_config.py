@@ -52,7 +52,8 @@ class JobSettings:
     )
     input_shape: tuple[int | str, ...] | None = setting(
         None,
-        "One sample's shape, for a torch factory whose module doesn't state it; `LEAST:MOST` for a length that varies.",
+        "One sample's shape, for a torch factory whose module doesn't state it, or an ONNX file with free sizes; "
+        "`LEAST:MOST` for a length that varies.",
     )
     loss: str | None = setting(
         None,

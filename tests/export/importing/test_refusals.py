@@ -90,23 +90,6 @@ def test_an_output_of_whole_numbers_or_truths_is_named(op: str) -> None:
     training_graph(import_onnx(file, "net", ImportChoices(output="l")), Features())
 
 
-FIXED: dict[str, tuple[Callable[[Graph], str], tuple[int, ...]]] = {
-    "a row": (lambda g: g.emit("Gemm", g.emit("Reshape", "h", g.ints(1, -1)), "last"), (6,)),
-    "all sizes": (lambda g: g.emit("MatMul", g.emit("Reshape", "h", g.ints(2, 3, 2)), "pair"), (6,)),
-    "the end": (lambda g: g.emit("Reshape", g.emit("MatMul", "h", "last"), g.ints(1, -1)), (6,)),
-}
-
-
-@pytest.mark.parametrize("name", FIXED)
-def test_a_reshape_that_fixes_the_batch_is_named(name: str) -> None:
-    def build(g: Graph) -> str:
-        g.emit("MatMul", "image", "w", out="h")
-        return FIXED[name][0](g)
-
-    tensors = {"w": random(6, 6), "last": random(6, 4), "pair": random(2, 4)}
-    check_refusal(raw(build, tensors, out=(None,) * (3 if name == "all sizes" else 2)), "Reshape", "batch")
-
-
 @pytest.mark.parametrize("op", ["RandomNormalLike", "RandomUniformLike", "Bernoulli"])
 def test_random_numbers_are_named(op: str) -> None:
     def build(g: Graph) -> str:
