@@ -258,3 +258,36 @@ def test_a_plan_is_that_of_a_free_batch(size: int) -> None:
         return fx.plan(model, "raspberry-pi-5", density=0.5)
 
     assert plan_of(size) == plan_of("N")
+
+
+def masked(size: int, *, flat: bool) -> Build:
+    """Positions of a mask [n, 4] as masks of attention read them: by [sample, position], or in a row of all samples."""
+
+    def build(g: Graph) -> str:
+        samples, places = np.meshgrid(np.arange(size), [2, 0], indexing="ij")
+        if flat:
+            row = g.emit("Reshape", "image", g.ints(-1))
+            read = g.emit("Gather", row, g.constant(samples * 4 + places, np.int64))
+        else:
+            read = g.emit("GatherND", "image", g.constant(np.stack([samples, places], -1), np.int64))
+        return g.emit("MatMul", g.emit("Mul", read, "scale"), "v")
+
+    return build
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("flat", [True, False])
+def test_positions_that_are_the_same_in_each_sample(size: int, flat: bool) -> None:
+    raw = file_of(masked(size, flat=flat), (size, 4), 2, scale=(2,), v=(2, 3))
+    check_equal(import_onnx(raw, "net"), raw, size)
+
+
+def test_a_tensor_with_the_same_row_for_each_sample_keeps_its_name() -> None:
+    graph = Graph(inputs=[Port("image", F32, (3, 4))])
+    row = RANDOM.standard_normal((1, 4)).astype(np.float32)
+    graph.initializers |= {"rows": np.repeat(row, 3, 0), "v": RANDOM.standard_normal((4, 2)).astype(np.float32)}
+    added = graph.emit("Tanh", graph.emit("Add", graph.emit("Tanh", "image"), "rows"))
+    graph.outputs = [Port(graph.emit("MatMul", added, "v"), F32, (3, 2))]
+    model = import_onnx(graph.to_bytes(), "net")
+    assert model.tensors["rows"].shape == (1, 4)
+    check_equal(model, graph.to_bytes(), 3)

@@ -49,6 +49,7 @@ class Propagation:
 
     def __init__(self, source: Graph, batch: int, *, may_drop: bool) -> None:
         self.batch, self.may_drop = batch, may_drop and batch == 1
+        self._source = source
         self.fixed: InferredShapes = shapes_at_batch(source, batch)
         sizes = {d for shape in self.fixed.shapes.values() for d in shape} | {batch}
         self.trial = next((t for t in _TRIAL_SIZES if t not in sizes), _TRIAL_SIZES[-1])
@@ -74,6 +75,16 @@ class Propagation:
         """The integers of a value in the file; None if they depend on data."""
         value = self.fixed.numbers.get(name) if name else None
         return None if value is None else [int(v) for v in value.reshape(-1)]
+
+    def constant_value(self, name: str) -> Array | None:
+        """A value of the file that doesn't depend on the batch; None if it does."""
+        if name in self.places:
+            return None
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        if name not in self.fixed.numbers:
+            self.fixed.numbers |= run_values(self._source, [name], self.batch)
+        return self.fixed.numbers[name]
 
     def axes(self, node: Node, position: int, default: Sequence[int] | None = None) -> list[int] | None:
         """The axes in a node's attribute or input, counted from 0; None if they depend on data."""
@@ -164,6 +175,12 @@ class Propagation:
             shape, before = self.shapes.shapes[name], self.shapes.shapes[maker.inputs[0]]
             if before == (*shape[:axis], 1, *shape[axis + 1 :]):
                 return maker.inputs[0]
+        tensor, is_read = self.graph.initializers.get(name), any(name in node.inputs for node in self.graph.nodes)
+        if tensor is not None and not is_read and np.array_equal(tensor, np.roll(tensor, 1, axis)):
+            # It keeps its name, by which it may be listed as a parameter.
+            self.graph.initializers[name] = np.take(tensor, [0], axis)
+            set_value(self.shapes, name, self.graph.initializers[name])
+            return name
         return self.emit("Slice", name, self.ints(0), self.ints(1), self.ints(axis))
 
     def is_zero(self, name: str) -> bool:

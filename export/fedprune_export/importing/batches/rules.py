@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from fedprune_export.importing.batches.places import ADDED, Place, places_after_reshape
 from fedprune_export.importing.batches.propagation import Propagation
 from fedprune_export.ir.graph import Node
@@ -174,6 +176,8 @@ def _gather(state: Propagation, node: Node) -> None:
             state.refuse(node, "data and indices have the batch")
         _along_axis(0)(state, node)
         return
+    if _gather_in_samples(state, node):
+        return
     if not (state.may_drop and place.is_exact and state.numbers(indices) in ([0], [-1])):
         state.refuse(node, "it takes single samples of the batch")
     if state.rank(indices):
@@ -181,6 +185,25 @@ def _gather(state: Propagation, node: Node) -> None:
         state.locate(node)
     else:
         _own_axis(state, node, data, place.axis)
+
+
+def _gather_in_samples(state: Propagation, node: Node) -> bool:
+    """Write a Gather from rows of all samples, [n · size, ...], whose indices are the same in each sample.
+
+    Returns whether they are. Masks of attention are read in this way.
+    """
+    data, place = node.inputs[0], state.places[node.inputs[0]]
+    indices = state.constant_value(node.inputs[1])
+    size = place.inner
+    if place.axis or place.outer > 1 or place.is_exact or indices is None or len(indices) != state.batch:
+        return False
+    starts = (np.arange(state.batch) * size).reshape(-1, *[1] * (indices.ndim - 1))
+    if np.any(indices != indices[:1] + starts) or indices[0].min() < 0 or indices[0].max() >= size:
+        return False
+    rows = state.emit("Reshape", data, state.ints(-1, size, *state.shapes.shapes[data][1:]))
+    state.emit("Gather", rows, state.constant(indices[0]), out=node.outputs[0], axis=1)
+    state.locate(node)
+    return True
 
 
 def _slice(state: Propagation, node: Node) -> None:
@@ -370,7 +393,20 @@ def _gemm(state: Propagation, node: Node) -> None:
     state.locate(node)
 
 
-def _indexed_writes(state: Propagation, node: Node) -> None:
+def _gather_nd(state: Propagation, node: Node) -> None:
+    """Indices [sample, position] with the same positions in each sample become positions alone."""
+    data, place = node.inputs[0], state.places.get(node.inputs[0])
+    indices = None if node.attrs.get("batch_dims") else state.constant_value(node.inputs[1])
+    if place == Place(0) and indices is not None and indices.shape[-1] == 2 and len(indices) == state.batch:
+        samples = np.arange(state.batch).reshape(-1, *[1] * (indices.ndim - 2))
+        if np.all(indices[..., 0] == samples) and np.all(indices[..., 1] == indices[:1, ..., 1]):
+            state.emit("Gather", data, state.constant(indices[0, ..., 1]), out=node.outputs[0], axis=1)
+            state.locate(node)
+            return
+    _indexed(state, node)
+
+
+def _indexed(state: Propagation, node: Node) -> None:
     if node.inputs[1] not in state.places:
         state.refuse(node, "it reads or writes at positions that are numbers of single samples")
     _plain(state, node)
@@ -395,5 +431,6 @@ _RULES: dict[str, _Rule] = {
     "Resize": _resize,
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _recurrent),
     "Gemm": _gemm,
-    **dict.fromkeys(("GatherND", "ScatterND"), _indexed_writes),
+    "GatherND": _gather_nd,
+    "ScatterND": _indexed,
 }
