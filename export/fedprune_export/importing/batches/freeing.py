@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from fedprune.core.errors import ModelError, value_text
@@ -19,6 +21,7 @@ from fedprune_export.importing.original import RawFile
 from fedprune_export.ir.graph import Array, Graph, Port
 from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.sample_inputs import sample_feeds
+from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
 from fedprune_export.ir.shape_inference import ShapeError
 
 # Batch sizes at which a file with a free batch is tried, and those that its inside may be made for.
@@ -42,6 +45,7 @@ def free_batch(graph: Graph, raw: bytes, notes: list[str]) -> tuple[Graph, Batch
     for layout in possible_layouts(graph):
         moved = move_batch_first(graph, layout)
         if layout.size is None and (axes := _output_axes(moved)) is not None:
+            moved = _with_fixed_positions(moved, layout, raw, axes)
             least = 2 if _write_squeezed_axes(moved) else 1
             freed, layout = moved, BatchLayout(None, layout.inputs, axes, least)
             for port in freed.outputs:
@@ -77,6 +81,39 @@ def _output_axes(graph: Graph) -> dict[str, int] | None:
     return out
 
 
+def _with_fixed_positions(graph: Graph, layout: BatchLayout, raw: bytes, axes: Mapping[str, int]) -> Graph:
+    """A graph that reads no positions which it computes from the batch's size; itself if it reads none, or must.
+
+    torch writes masks and token types in this way: [sample, position] in a batch of any size. The graph for one sample
+    has constants there.
+    """
+    if (single := _with_constant_positions(graph, 1)) is None:
+        return graph
+    try:
+        freed, _ = _search(single, Propagation(single, 1, may_drop=False), BatchLayout(1, layout.inputs), raw)
+    except ModelError:
+        return graph
+    return freed if _output_axes(freed) == dict.fromkeys(axes, 0) and not any(axes.values()) else graph
+
+
+def _with_constant_positions(graph: Graph, batch: int) -> Graph | None:
+    """A graph whose sizes are computed for one batch size, if it reads positions that follow from sizes; else None."""
+    by_sizes = {name for name, value in graph.initializers.items() if value.dtype.kind in "iub" or value.size == 1}
+    for node in graph.nodes:
+        reads = node.inputs[:1] if node.op == "CastLike" else node.inputs
+        if node.op in SIZE_OPERATORS or by_sizes.issuperset(filter(None, reads)):
+            by_sizes.update(node.outputs)
+    positions = {n.inputs[1] for n in graph.nodes if n.op in ("Gather", "GatherND") and n.outputs[0] not in by_sizes}
+    if not positions & (by_sizes - set(graph.initializers)):
+        return None
+    constant, known = graph.copy(), shapes_at_batch(graph, batch).numbers
+    for node in graph.nodes:
+        if all(name in known and name in by_sizes for name in node.outputs):
+            constant.initializers |= {name: known[name] for name in node.outputs}
+    constant.nodes = [n for n in constant.nodes if n.outputs[0] not in constant.initializers]
+    return constant
+
+
 def _write_squeezed_axes(graph: Graph) -> bool:
     """Write the axes of each Squeeze without axes, which would also remove a batch of 1.
 
@@ -95,8 +132,8 @@ def _free(graph: Graph, layout: BatchLayout, raw: bytes) -> tuple[Graph, BatchLa
     for size in _USUAL_BATCHES if layout.size is None else (layout.size,):
         try:
             # A file that takes any batch must not drop what it does along it.
-            state = Propagation(graph, size, may_drop=layout.size is not None)
-            return _search(graph, state, layout, raw)
+            source = _with_constant_positions(graph, size) or graph
+            return _search(source, Propagation(source, size, may_drop=layout.size is not None), layout, raw)
         except ModelError as error:  # noqa: PERF203
             errors.append(error)
     # A node that fixes the batch says more than sizes that fit no other batch.
