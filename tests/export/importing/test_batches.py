@@ -291,3 +291,25 @@ def test_a_tensor_with_the_same_row_for_each_sample_keeps_its_name() -> None:
     model = import_onnx(graph.to_bytes(), "net")
     assert model.tensors["rows"].shape == (1, 4)
     check_equal(model, graph.to_bytes(), 3)
+
+
+@pytest.mark.parametrize("batch", ["N", 1, 3])
+def test_positions_that_follow_from_the_batch(batch: int | str) -> None:
+    """Token types and masks as torch writes them: zeros like the tokens, and [sample, position] by ranges."""
+
+    def build(g: Graph) -> str:
+        sizes = g.emit("Shape", "image")
+        types = g.emit("Gather", "types", g.emit("Expand", g.constant(1, np.int64), sizes))
+        count = g.emit("Gather", sizes, g.constant(0, np.int64))
+        samples = g.emit("Range", g.constant(0, np.int64), count, g.constant(1, np.int64))
+        starts = g.emit("Mul", g.emit("Unsqueeze", samples, g.ints(1)), g.ints(4))
+        row = g.emit("Flatten", "image", attrs={"axis": 0})
+        flat = g.emit("Reshape", row, g.ints(-1))
+        read = g.emit("Gather", flat, g.emit("Add", starts, g.constant([[2, 0, 1, 1]], np.int64)))
+        tokens = g.emit("Add", g.emit("Unsqueeze", g.emit("Tanh", read), g.ints(2)), types)
+        return g.emit("MatMul", g.emit("Tanh", tokens), "v")
+
+    raw = file_of(build, (batch, 4), 3, types=(2, 5), v=(5, 3))
+    model = import_onnx(raw, "net")
+    assert {"types", "v"} <= set(model.tensors)
+    check_equal(model, raw, batch if isinstance(batch, int) else 2)
