@@ -108,7 +108,8 @@ def _with_constant_positions(graph: Graph, batch: int) -> Graph | None:
         return None
     constant, known = graph.copy(), shapes_at_batch(graph, batch).numbers
     for node in graph.nodes:
-        if all(name in known and name in by_sizes for name in node.outputs):
+        # Numbers that aren't whole may be computed from parameters.
+        if all(name in known and name in by_sizes and known[name].dtype.kind in "iub" for name in node.outputs):
             constant.initializers |= {name: known[name] for name in node.outputs}
     constant.nodes = [n for n in constant.nodes if n.outputs[0] not in constant.initializers]
     return constant
