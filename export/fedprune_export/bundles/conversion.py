@@ -29,6 +29,7 @@ from fedprune_export.checks.parity import MAX_PARITY_ERROR, PARITY_SAMPLES, rela
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.hub_folder import BATCH_COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
+from fedprune_export.importing.prediction_head import HEAD_KEY, attach_head
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.sample_inputs import sample_feeds
@@ -94,7 +95,8 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: 
 
 
 def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None = None) -> bytes:
-    """A model as one ONNX file with its weights inside, which can be imported again.
+    """A model as one ONNX file with its weights inside, which can be imported again. Outputs of its prediction head
+    follow the logits.
 
     `opset` is by default the graph's own, or one that every supported onnxruntime loads. Raises `ModelError` if the
     graph can't be written at that opset.
@@ -106,6 +108,8 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
     proto = written.to_proto(opset=opset)
     properties = {p.key: p.value for p in proto.metadata_props}
     properties[PARAMETERS_KEY] = json.dumps(list(names))
+    if HEAD_KEY in properties:
+        attach_head(proto, properties[HEAD_KEY])
     onnx.helper.set_model_props(proto, properties)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw

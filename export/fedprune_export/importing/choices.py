@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import onnx
 
-from fedprune.core.errors import ModelError, value_text
+from fedprune.core.errors import ModelError
 from fedprune.core.validation import check_texts
 from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, with_adapters
-from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.model_building import as_model_errors, build_model, name_setting_in_errors, tensor_names
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.packing import OUTPUTS_KEY, read_packing
+from fedprune_export.importing.prediction_head import choose_output
 from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, embed_user_graph, read_loss, read_metric
 from fedprune_export.pruning.frozen_base import check_precision
 
@@ -96,31 +96,10 @@ def _edit_file(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
 def _write_choices(proto: onnx.ModelProto, choices: ImportChoices) -> None:
     """Write the chosen output, parameters and preference into a model."""
     if choices.output is not None:
-        _choose_output(proto, choices.output)
+        choose_output(proto, choices.output)
     if choices.parameters is not None:
         listed = check_texts("parameters", choices.parameters, error=ModelError)
         parameters = metadata.check_tensor_names(listed, tensor_names(proto), "the list of parameters")
         metadata.write_properties(proto, {metadata.PARAMETERS_KEY: json.dumps(parameters)})
     if choices.prefer is not None:
         metadata.write_properties(proto, {metadata.PREFER_KEY: choices.prefer})
-
-
-def _choose_output(proto: onnx.ModelProto, output: str) -> None:
-    """Make one value the only output: one of several outputs, or an inner value."""
-    outputs = {o.name: o for o in proto.graph.output}
-    inner = {name for node in proto.graph.node for name in node.output if name}
-    if output not in outputs and output not in inner:
-        names = metadata.shown_names(list(outputs))
-        raise ModelError("the model has no such output", expected=names, got=value_text(output))
-    value = outputs.get(output)
-    if value is None:
-        # A value within the model has no declared type; its shape must be inferred.
-        dims = file_shapes(proto).get(output)
-        if dims is None:
-            raise ModelError(f"value {value_text(output)} can't be the output", expected="a value whose shape is known")
-        sizes: list[int | str | None] = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
-        value = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes)
-    chosen_output = onnx.ValueInfoProto()
-    chosen_output.CopyFrom(value)
-    del proto.graph.output[:]
-    proto.graph.output.append(chosen_output)

@@ -18,6 +18,7 @@ from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
 from fedprune_export.importing.normalise import Normalised, normalise
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY
+from fedprune_export.importing.prediction_head import HEAD_KEY, separate_head
 from fedprune_export.importing.user_graphs import (
     LOSS_KEY,
     METRIC_KEY,
@@ -67,15 +68,21 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     frozen = metadata.read_names(texts, metadata.FROZEN_KEY, tensors) or ()
     prefer = _parse_prefer(texts.get(metadata.PREFER_KEY, "coarse"))
     parameters = None if listed is None else frozenset(listed)
-    normal = normalise(proto, parameters, raw, own_loss=own_loss or LOSS_KEY in texts)
+    own_loss = own_loss or LOSS_KEY in texts
+    head, head_notes = "", list[str]()
+    if not own_loss:
+        proto, raw, head = separate_head(proto, raw, head_notes)
+    normal = normalise(proto, parameters, raw, own_loss=own_loss)
     frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
     # With adapters, or a frozen base in another precision, frozen weights keep all channels.
     uncut = uncut_tensors(normal.parameters, frozen_names) if precision is None else frozenset(frozen_names)
     analysis = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=prefer, uncut=uncut)
     author_notes = metadata.author_notes(texts)
-    notes = tuple(dict.fromkeys([*author_notes, *normal.notes, *analysis.notes]))
+    notes = tuple(dict.fromkeys([*author_notes, *head_notes, *normal.notes, *analysis.notes]))
     normal.graph.metadata = _model_metadata(texts, normal, frozen_names)
+    if head:
+        normal.graph.metadata[HEAD_KEY] = head
     if prefer != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = prefer
     ranks = metadata.recorded_ranks(texts, analysis.architecture)

@@ -1,0 +1,94 @@
+"""Files that end in decisions are trained from the values before them, and written with their own end."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fedprune.core.errors import ModelError
+from fedprune.model.step_contract import LOGITS, X
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.bundles.conversion import onnx_file
+from fedprune_export.importing import import_onnx
+
+INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
+PROBABILITIES = helper.make_node("Softmax", ["scores"], ["p"], axis=1)
+LABEL = helper.make_node("ArgMax", ["scores"], ["label"], axis=1, keepdims=0)
+ENDS = {
+    "argmax": ([LABEL], {"label": (INT64, ["N"])}),
+    "probabilities and their argmax": (
+        [PROBABILITIES, helper.make_node("ArgMax", ["p"], ["label"], axis=-1, keepdims=0)],
+        {"label": (INT64, ["N"]), "p": (FLOAT, ["N", 3])},
+    ),
+    "scores and argmax": ([LABEL], {"scores": (FLOAT, ["N", 3]), "label": (INT64, ["N"])}),
+    "the best two": (
+        [helper.make_node("TopK", ["scores", "two"], ["best", "which"], axis=1)],
+        {"best": (FLOAT, ["N", 2]), "which": (INT64, ["N", 2])},
+    ),
+    "names of classes": (
+        [
+            PROBABILITIES,
+            helper.make_node("ArgMax", ["p"], ["number"], axis=1, keepdims=0),
+            helper.make_node("ArrayFeatureExtractor", ["classes", "number"], ["name"], domain="ai.onnx.ml"),
+        ],
+        {"name": (INT64, [1, "N"]), "p": (FLOAT, ["N", 3])},
+    ),
+}
+
+
+def file_of(nodes: list[onnx.NodeProto], outputs: dict[str, tuple[int, list[int | str]]]) -> bytes:
+    """A model of two layers whose 3 `scores` go through an end."""
+    rng = np.random.default_rng(0)
+    values = {
+        "v": rng.standard_normal((5, 8)).astype(np.float32),
+        "w": rng.standard_normal((8, 3)).astype(np.float32),
+        "two": np.array([2]),
+        "classes": np.array([[10, 20, 30]]),
+    }
+    used = {"v", "w", *(i for n in nodes for i in n.input)}
+    layers = [
+        helper.make_node("MatMul", ["image", "v"], ["a"]),
+        helper.make_node("Relu", ["a"], ["h"]),
+        helper.make_node("MatMul", ["h", "w"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        [*layers, *nodes],
+        "model",
+        [helper.make_tensor_value_info("image", FLOAT, ["N", 5])],
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in outputs.items()],
+        [numpy_helper.from_array(value, name) for name, value in values.items() if name in used],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    raw: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    return raw
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_file_is_written_with_its_own_end(end: str) -> None:
+    raw = file_of(*ENDS[end])
+    model = import_onnx(raw, "model")
+    assert model.architecture.output_shape == (3,)
+    assert any("'scores'" in note for note in model.notes)
+    written = onnx_file(model.graph, model.tensors, "model")
+    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
+    before, after = OnnxSession(raw).run({"image": x}), OnnxSession(written).run({X: x})
+    assert after.keys() == {LOGITS, *before}
+    for name, value in before.items():
+        np.testing.assert_allclose(after[name], value, rtol=1e-5, atol=1e-6)
+    again = import_onnx(written, "model")
+    assert again.architecture.digest == model.architecture.digest
+    assert onnx_file(again.graph, again.tensors, "model") == written
+
+
+def test_classes_on_another_axis_are_left_to_the_user() -> None:
+    nodes = [helper.make_node("ArgMax", ["scores"], ["label"], axis=0, keepdims=0)]
+    with pytest.raises(ModelError, match="--output scores"):
+        import_onnx(file_of(nodes, {"label": (INT64, [3])}), "model")
+
+
+def test_outputs_of_several_values_are_left_to_the_user() -> None:
+    outputs: dict[str, tuple[int, list[int | str]]] = {"label": (INT64, ["N"]), "h": (FLOAT, ["N", 8])}
+    with pytest.raises(ModelError, match="--output"):
+        import_onnx(file_of([LABEL], outputs), "model")
