@@ -6,6 +6,7 @@ from fedprune.core.imports import lazy_attributes
 
 if TYPE_CHECKING:  # a command that only parses its options doesn't load numpy
     from fedprune_device.data.array_source import load_data
+    from fedprune_device.data.data_source import ArrayType, DataSource, Schema
     from fedprune_device.data.dataset import LocalData
     from fedprune_device.data.labels import log_prior
     from fedprune_device.serving.predictor import Predictor
@@ -13,8 +14,11 @@ if TYPE_CHECKING:  # a command that only parses its options doesn't load numpy
     from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingTask
 
 __all__ = [
+    "ArrayType",
+    "DataSource",
     "LocalData",
     "Predictor",
+    "Schema",
     "Trainer",
     "TrainingControl",
     "TrainingResult",
@@ -24,6 +28,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ArrayType": "fedprune_device.data.data_source",
+    "DataSource": "fedprune_device.data.data_source",
+    "Schema": "fedprune_device.data.data_source",
     "LocalData": "fedprune_device.data.dataset",
     "Predictor": "fedprune_device.serving.predictor",
     "Trainer": "fedprune_device.training.trainer",

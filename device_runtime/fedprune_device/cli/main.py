@@ -204,7 +204,7 @@ def _add_train(commands: Any) -> None:
         "--data",
         required=True,
         metavar="SRC",
-        help=".npz with x and y, package.module:function, or files as docs/board-data.md lists them",
+        help=".npz with x and y, package.module:Class, or files as docs/board-data.md lists them",
     )
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the trained bundle; may be the same DIR")
     train.add_argument(
@@ -245,7 +245,7 @@ def _add_predict(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="SRC",
-        help=".npy, or what trains: .npz with x or x_test (and labels), package.module:function, or files as "
+        help=".npy, or what trains: .npz with x or x_test (and labels), package.module:Class, or files as "
         "docs/board-data.md lists them",
     )
     predict.add_argument(

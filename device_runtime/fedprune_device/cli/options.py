@@ -93,7 +93,7 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SRC",
-        help=".npz with x and y, package.module:function, files as docs/board-data.md lists them (images, "
+        help=".npz with x and y, package.module:Class, files as docs/board-data.md lists them (images, "
         "recordings, tables), or `local`: what the application adds",
     )
     local = parser.add_argument_group("the local interface (docs/local-interface.md)")

@@ -101,6 +101,11 @@ class LocalData:
         return LocalData(*arrays)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """See `SampleSource`: arrays are read in one way."""
+        return ()
+
+    @property
     def is_unlabelled(self) -> bool:
         """Whether the samples have no labels: a model is trained to reproduce its inputs."""
         return self.y_train is self.x_train
@@ -169,6 +174,11 @@ class SampleSource(Protocol):
     def effective_classes(self) -> int | None:
         """The labels' effective number of classes (`fedprune_device.data.labels.effective_classes`), without waiting;
         None if it isn't known, or samples have no class."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen where the samples can be read in several ways: a sentence each, without any of their numbers.
+        Complete after a snapshot. The board's log has each of them once."""
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """A round's samples; raises `DataError` if there are none.

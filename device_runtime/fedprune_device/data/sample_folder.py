@@ -130,6 +130,11 @@ class SampleFolder:
         """See `SampleSource`; of the files for training, None unless folders are classes."""
         return effective_classes(self._files_per_class) if len(self._files_per_class) > 1 else None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See `SampleSource`."""
+        return ()
+
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The samples that exist now; unreadable files are logged and left out. Raises `DataError` if none is left."""
         if shape is None:

@@ -132,6 +132,11 @@ class SampleStore(Closeable):
         del counts[UNLABELLED]
         return effective_classes(counts.values())
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See `SampleSource`."""
+        return ()
+
     def add(self, x: Array, label: int | None = None) -> AddedSample:
         """Add a sample, if it is to stay.
 

@@ -1,4 +1,4 @@
-"""Opens the source of a board's samples that its options name: files, a table, a function or the sample store."""
+"""Opens the source of a board's samples that its options name: files, a table, a class or the sample store."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune_device.data.array_source import load_data
+from fedprune_device.data.array_source import open_arrays
 from fedprune_device.data.audio_decoding import Audio
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.data.image_decoding import Pixels
@@ -53,11 +53,11 @@ class SampleOptions:
         return self.fixed(spool=state)
 
     def fixed(self, class_names: tuple[str, ...] = (), spool: Path | None = None) -> SampleSource:
-        """The samples of a file, a table, a function or a folder of files, with copies of large arrays in `spool`."""
+        """The samples of a file, a table, a class or a folder of files, with copies of large arrays in `spool`."""
         source, names = Path(self.data), self.class_names or class_names
         if source.is_dir():
             formats = self.pixels, Audio(self.audio_rate)
             return SampleFolder(source, formats, self.shares, self.samples_most, names, spool)
         if is_table(source):
             return TableFile(source, self.shares, self.samples_most, names, spool)
-        return load_data(self.data, self.seed, self.device, self.validation_share, spool=spool)
+        return open_arrays(self.data, self.shares, self.samples_most, names, spool)

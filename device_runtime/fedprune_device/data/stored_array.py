@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError
 from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 
@@ -275,11 +275,41 @@ def join_arrays(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | No
 
 def gather_chunks(chunks: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
     """One array of this shape from parts of its samples; in a temporary file in `spool` if it is large."""
-    if spool is None or not _should_spool(dtype, shape, any_type=False):
-        return np.concatenate([np.zeros((0, *shape[1:]), dtype), *chunks])
-    return _write_spool(
-        spool, shape, dtype, lambda file: [file.write(np.ascontiguousarray(chunk).data) for chunk in chunks]
-    )
+    writer = ArrayWriter(shape, dtype, spool)
+    for chunk in chunks:
+        writer.append(chunk)
+    return writer.array()
+
+
+class ArrayWriter:
+    """Makes one array [n, ...] of parts of its samples: in a temporary file in `spool` if it is large.
+
+    Raises `StorageError` if the file can't be written.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], spool: Path | None) -> None:
+        self._shape, self._dtype, self._spool = shape, dtype, spool
+        self._parts = [np.zeros((0, *shape[1:]), dtype)]
+        self._bytes = 0
+        self._file: OpenFiles | None = None
+        if spool is not None and _should_spool(dtype, shape, any_type=False):
+            with storage_errors(f"can't write a copy of the samples to {spool}"):
+                self._file = OpenFiles.in_folder(spool)
+
+    def append(self, part: Array) -> None:
+        if self._file is None:
+            self._parts.append(part)
+            return
+        body = np.ascontiguousarray(part, self._dtype).tobytes()
+        with storage_errors(f"can't write a copy of the samples to {self._spool}"):
+            write_all(self._file.fileno(), body, self._bytes)
+        self._bytes += len(body)
+
+    def array(self) -> Inputs:
+        """The parts as one array, once all are there."""
+        if self._file is None:
+            return np.concatenate(self._parts)
+        return StoredArray(self._file, _file_stamp(self._file.fileno()), 0, self._dtype, self._shape)
 
 
 def _should_spool(dtype: np.dtype[Any], shape: tuple[int, ...], *, any_type: bool) -> bool:

@@ -97,6 +97,11 @@ class TableFile:
         """See `SampleSource`; of all rows, None unless a column has their class."""
         return self._numbers.effective_classes
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See `SampleSource`."""
+        return ()
+
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The windows that exist now; raises `DataError` if the model takes others."""
         if shape is None:

@@ -176,10 +176,10 @@ def SESSION() -> OnnxSession:  # noqa: N802
 
 def load_arrays(arrays: dict[str, Array], folder: Path | None = None) -> LocalData:
     """A board's data from arrays, all of it for training."""
-    from fedprune_device.data.array_source import _assemble
+    from fedprune_device.data.array_assembly import assemble
 
     empty = {"x_test": arrays["x"][:0], "y_test": arrays["y"][:0], "lengths_test": LENGTHS[:0]}
-    return _assemble({f"{n}_train": v for n, v in arrays.items()} | empty, 0, "", folder)
+    return assemble({f"{n}_train": v for n, v in arrays.items()} | empty, folder)
 
 
 def test_a_file_with_lengths_is_padded_to_the_bound(tmp_path: Path) -> None:
