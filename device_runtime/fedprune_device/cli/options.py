@@ -16,6 +16,7 @@ from fedprune.planning.profile import TIERS
 from fedprune.wire.topics import EVERYONE, check_device, check_topic_name, to_name
 from fedprune_device.api.address import SOCKET
 from fedprune_device.data.splits import TEST_SHARE
+from fedprune_device.data.table_options import MISSING
 
 BROKER_VARIABLE, JOIN_VARIABLE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN"
 SITE_VARIABLE, DEVICE_VARIABLE = "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
@@ -139,6 +140,20 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
         default=16_000,
         metavar="HZ",
         help="sampling rate that the model expects of recordings (default: 16000)",
+    )
+    group.add_argument(
+        "--missing",
+        choices=MISSING,
+        default=MISSING[0],
+        help="missing numbers of a table: refuse them, hold the last number, take the training rows' mean, or drop "
+        "windows that have one (default: error)",
+    )
+    group.add_argument(
+        "--step",
+        type=float,
+        metavar="S",
+        help="seconds between two rows of a table: no window spans a gap of more than 1.5 times this (default: the "
+        "table's median step)",
     )
     group.add_argument(
         "--samples-most",

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from fedprune.core.errors import DataError
+from fedprune.core.text import quantity
 from fedprune_device.data.table_cells import BLOCK_CELLS, COMMAS_HINT, rows_of_cells
-from fedprune_device.data.table_columns import OpenTable, TableColumns
+from fedprune_device.data.table_columns import OpenTable, TableBlock, TableColumns, is_missing, is_number
+from fedprune_device.data.table_times import TimeReader
 
 _MAX_LINE_LENGTH = 2**20  # characters; without a limit a file without line breaks would be read as a whole
 _DELIMITERS = ";\t|,"
@@ -22,46 +21,167 @@ _OPENING_QUOTE = re.compile(r'(?<![^;\t|,]) *"')  # a cell: within one a quote i
 _QUOTED = re.compile(_OPENING_QUOTE.pattern + r'[^"]*(?:""[^"]*)*"')
 _DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
+_SPACES = " \u00a0\u2009\u202f"  # a space, and the thin and unbroken ones that typesetters put between thousands
+_SPACED = re.compile(rf"[+\u2212-]?\d{{1,3}}([{_SPACES}])\d{{3}}(?:\1\d{{3}})*(?:[.,]\d+)?")
+_MAX_EMPTY_ROWS = 2**16  # that are held until it is known whether they end the file
 
 
-def open_csv(file: Any, class_names: tuple[str, ...]) -> OpenTable:
+def open_csv(file: Any, class_names: tuple[str, ...], *, allows_missing: bool = False) -> OpenTable:
     """Read the names of the columns, and return the rows as an iterator."""
-    lines = _limited_lines(file)
+    comments = _Comments()
+    lines = comments.skip(_limited_lines(file))
     first_row = _row_lines(lines)
     delimiter_line = _DELIMITER_LINE.fullmatch(first_row[0].strip())
     head = [_row_lines(lines) if delimiter_line else first_row, _row_lines(lines)]
-    delimiter = delimiter_line[1] if delimiter_line else _delimiter(*map(_row_text, head))
+    head = comments.with_names(head)
+    delimiter = delimiter_line[1] if delimiter_line else _delimiter(*map(_row_text, head[:2]))
     reader = csv.reader(chain(*head, lines), delimiter=delimiter, skipinitialspace=True)
     names = [name.strip() for name in next(reader, [])]
     columns = TableColumns.of(names)
-    return columns, _blocks(reader, columns, len(names), class_names, _Decimals(delimiter))
+    rows = _Rows(reader, names, columns, class_names)
+    times, decimals = TimeReader(columns.times, columns.index), _Decimals(delimiter)
+
+    def notes() -> list[str]:
+        return [
+            text for text in (_separator_text(delimiter), decimals.note, comments.note, rows.note, times.note) if text
+        ]
+
+    return OpenTable(columns, _blocks(rows, class_names, decimals, times, allows_missing=allows_missing), notes)
 
 
 def _blocks(
-    reader: Iterator[list[str]], columns: TableColumns, width: int, class_names: tuple[str, ...], decimals: _Decimals
-) -> Iterator[npt.NDArray[np.float32]]:
-    """The rows of a file with `width` columns, in blocks of `BLOCK_CELLS` cells."""
-    number = 1
-    rows = _full_rows(reader, width)
-    while block := list(islice(rows, -(-BLOCK_CELLS // width))):
-        cells = [[row[position] for row in block] for position in columns.all]
-        yield rows_of_cells(columns, cells, number, class_names, decimals)
+    rows: _Rows, class_names: tuple[str, ...], decimals: _Decimals, times: TimeReader, *, allows_missing: bool
+) -> Iterator[TableBlock]:
+    """The rows of a file in blocks of `BLOCK_CELLS` cells."""
+    number, columns, checked_rows = 1, rows.columns, iter(rows)
+    while block := list(islice(checked_rows, -(-BLOCK_CELLS // rows.width))):
+        cells = {position: [row[position] for row in block] for position in columns.read}
+        first = number + rows.units
+        column_cells = [cells[position] for position in columns.all]
+        numbers = rows_of_cells(columns, column_cells, first, class_names, decimals, allows_missing=allows_missing)
+        yield TableBlock(numbers, times(cells, first))
         number += len(block)
 
 
-def _full_rows(reader: Iterator[list[str]], width: int) -> Iterator[list[str]]:
-    """The rows that aren't empty, each checked as it is read: a block of far too wide rows would fill the memory."""
-    for number, row in enumerate(filter(None, reader), 1):
-        if len(row) != width:
-            hint = f"The first row has the names of all columns. {COMMAS_HINT}" if len(row) > width else ""
-            raise DataError(f"row {number}", expected=f"{width} columns", got=len(row), hint=hint)
-        yield row
+def _separator_text(delimiter: str) -> str:
+    return "" if delimiter == "," else f"columns are separated by {'tabs' if delimiter == chr(9) else delimiter}"
+
+
+class _Comments:
+    """Drops lines that begin with `#`. The last one before the first row may have the names, as numpy writes them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last = ""
+
+    def skip(self, lines: Iterator[str]) -> Iterator[str]:
+        is_quoted = False  # within a quoted text with line breaks, which may have such a line
+        for line in lines:
+            if not is_quoted and line.startswith("#"):
+                self._count += 1
+                self._last = line
+                continue
+            is_quoted ^= line.count('"') % 2 == 1
+            yield line
+
+    def with_names(self, head: list[list[str]]) -> list[list[str]]:
+        """The first rows, with the names before them if the last comment has these and the first row has numbers."""
+        delimiter = _delimiter(*map(_row_text, head))
+        cells = _row_text(head[0]).split(delimiter)
+        names = self._last.lstrip("# ").split(delimiter)
+        if not self._last or len(cells) != len(names) or any(map(_looks_numeric, names)):
+            return head
+        if not all(_looks_numeric(cell) or is_missing(cell) for cell in cells):
+            return head
+        self._count -= 1
+        return [[self._last.lstrip("# ")], *head]
+
+    @property
+    def note(self) -> str:
+        return f"{quantity(self._count, 'line')} that begin with # are left out" if self._count else ""
+
+
+def _looks_numeric(cell: str) -> bool:
+    return is_number(cell.replace(",", "."))
+
+
+class _Rows:
+    """The rows of a file, each checked as it is read: a block of far too wide rows would fill the memory.
+
+    Empty cells beyond the last name are cut off, and those of names that are empty may be missing. A first row of units
+    and empty rows at the end are left out.
+    """
+
+    def __init__(
+        self, reader: Iterator[list[str]], names: list[str], columns: TableColumns, class_names: tuple[str, ...]
+    ) -> None:
+        self._reader, self._names, self.columns = reader, names, columns
+        self._class_names = class_names
+        self.width = len(names)
+        self.units = 0  # rows of units
+        self._cut_rows = self._empty_rows = 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        rows = (self._fitted(number, row) for number, row in enumerate(filter(None, self._reader), 1))
+        first = next(rows, None)
+        second = next(rows, None)
+        if first is not None and second is not None and self._has_units(first) and not self._has_units(second):
+            self.units = 1
+            first = None
+        empty_rows: list[list[str]] = []
+        for row in chain((row for row in (first, second) if row is not None), rows):
+            if not any(map(str.strip, row)):
+                empty_rows.append(row)
+                if len(empty_rows) > _MAX_EMPTY_ROWS:
+                    raise DataError("empty rows", expected=f"at most {_MAX_EMPTY_ROWS} together", got="more")
+                continue
+            yield from empty_rows
+            empty_rows.clear()
+            yield row
+        self._empty_rows = len(empty_rows)
+
+    def _fitted(self, number: int, row: list[str]) -> list[str]:
+        if len(row) > self.width and not any(map(str.strip, row[self.width :])):
+            self._cut_rows += 1
+            return row[: self.width]
+        if len(row) < self.width and not any(self._names[len(row) :]):
+            return row + [""] * (self.width - len(row))
+        if len(row) != self.width:
+            hint = f"The first row has the names of all columns. {COMMAS_HINT}" if len(row) > self.width else ""
+            raise DataError(f"row {number}", expected=f"{self.width} columns", got=len(row), hint=hint)
+        return row
+
+    def _has_units(self, row: list[str]) -> bool:
+        """Whether no column of numbers has one, but some have a text that no class, time or missing number is."""
+        cells = [row[i].strip() for i in self.columns.inputs + self.columns.targets]
+        texts = [cell for cell in cells if not is_missing(cell)]
+        classes = [row[i].strip() for i in self.columns.classes]
+        if not texts or any(map(_may_be_number, texts)) or any(cell in self._class_names for cell in classes):
+            return False
+        return not any(map(_may_be_number, classes))
+
+    @property
+    def note(self) -> str:
+        parts = [
+            "the first row after the names has no numbers, as one of units, and is left out" if self.units else "",
+            f"{quantity(self._empty_rows, 'empty row')} at the end are left out" if self._empty_rows else "",
+            f"{quantity(self._cut_rows, 'row')} end in empty cells without a name, which are left out"
+            if self._cut_rows
+            else "",
+        ]
+        return "; ".join(filter(None, parts))
+
+
+def _may_be_number(text: str) -> bool:
+    """Whether a text has a digit, or is true or false: then it is no unit of its own."""
+    return text.lower() in ("true", "false") or any(map(str.isdigit, text.replace("m2", "").replace("m3", "")))
 
 
 class _Decimals:
     """The decimal mark of a CSV file: a point or, as spreadsheets of many countries write it, a comma.
 
-    If another character separates the columns, a comma is a decimal mark unless it may as well separate thousands.
+    A comma is a decimal mark unless it may as well separate thousands, or columns. Spaces within a number separate
+    thousands.
     """
 
     def __init__(self, delimiter: str) -> None:
@@ -71,9 +191,13 @@ class _Decimals:
     def __call__(self, column: list[str]) -> list[str]:
         """The cells with decimal points. Raises `DataError` if the file has both marks: one of them means thousands."""
         text = "\n".join(column)
+        if any(space in text for space in _SPACES):
+            column = [_without_spaces(cell) for cell in column]
+        if "\u2212" in text:  # the minus sign of spreadsheets
+            column = [cell.replace("\u2212", "-") for cell in column]
         if "." in text and any(_DECIMAL_POINT.fullmatch(cell.strip()) for cell in column):
             self._marks.add(".")
-        commas = [cell.strip() for cell in column if "," in cell] if "," in text and self._delimiter != "," else []
+        commas = [cell.strip() for cell in column if "," in cell] if "," in text else []
         if commas and (self._delimiter == ";" or not all(map(_THOUSANDS.fullmatch, commas))):
             column = [cell if "." in cell else cell.replace(",", ".") for cell in column]
             if any(_DECIMAL_POINT.fullmatch(cell.replace(",", ".")) for cell in commas):
@@ -82,6 +206,15 @@ class _Decimals:
             expected = "decimals after a point, or after a comma"
             raise DataError("numbers", expected=expected, got="both", hint=COMMAS_HINT)
         return column
+
+    @property
+    def note(self) -> str:
+        return "decimals come after a comma" if "," in self._marks else ""
+
+
+def _without_spaces(cell: str) -> str:
+    cell = cell.strip()
+    return re.sub(rf"[{_SPACES}]", "", cell) if _SPACED.fullmatch(cell) else cell
 
 
 def _delimiter(names: str, row: str) -> str:

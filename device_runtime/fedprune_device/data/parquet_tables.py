@@ -8,23 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, error_reason
 from fedprune.core.zip_limits import MAX_INFLATED_BYTES, MAX_INFLATION
 from fedprune_device.data.table_cells import BLOCK_CELLS, CONVERT_HINT, TIMES_HINT, rows_of_cells
-from fedprune_device.data.table_columns import OpenTable, TableColumns
+from fedprune_device.data.table_columns import OpenTable, TableBlock, TableColumns
+from fedprune_device.data.table_times import TimeReader
 
 _BUFFER_BYTES = 2**16  # bytes of a column of a Parquet file that are read at once; otherwise all of a row group are
 
 
 @contextmanager
-def open_parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[OpenTable]:
+def open_parquet(path: Path, class_names: tuple[str, ...], *, allows_missing: bool = False) -> Iterator[OpenTable]:
     """Read the columns of a file, and return its rows as an iterator, which reads while the context is open."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
+        from pyarrow.types import is_temporal
     except ModuleNotFoundError as error:
         raise MissingExtraError("Parquet files need pyarrow", extra="parquet") from error
 
@@ -32,19 +31,30 @@ def open_parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[OpenTable
         with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             columns = TableColumns.of([name.strip() for name in file.schema_arrow.names])
             _check_types(file.schema_arrow, columns)
-            _check_unpacked(file.metadata, path.stat().st_size, len(columns.all))
-            yield columns, _blocks(file, columns, class_names)
+            _check_unpacked(file.metadata, path.stat().st_size, len(columns.read))
+            kinds = file.schema_arrow.types
+            index = columns.index if columns.index is None or not is_temporal(kinds[columns.index]) else None
+            times = TimeReader(columns.times, index)
+            blocks = _blocks(file, columns, class_names, times, allows_missing=allows_missing)
+            yield OpenTable(columns, blocks, lambda: [times.note] if times.note else [])
     except (FedpruneError, OSError):
         raise
     except (ArrowException, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
         raise DataError("no table", expected="Parquet", got=error_reason(error)) from error
 
 
-def _blocks(file: Any, columns: TableColumns, class_names: tuple[str, ...]) -> Iterator[npt.NDArray[np.float32]]:
-    number, names = 1, [file.schema_arrow.names[i] for i in columns.all]
+def _blocks(
+    file: Any, columns: TableColumns, class_names: tuple[str, ...], times: TimeReader, *, allows_missing: bool
+) -> Iterator[TableBlock]:
+    number, names = 1, file.schema_arrow.names
     try:
-        for batch in file.iter_batches(max(1, BLOCK_CELLS // len(names)), columns=names):
-            yield rows_of_cells(columns, [_column_cells(batch.column(name)) for name in names], number, class_names)
+        for batch in file.iter_batches(
+            max(1, BLOCK_CELLS // len(columns.read)), columns=[names[i] for i in columns.read]
+        ):
+            cells = [_column_cells(batch.column(names[i])) for i in columns.all]
+            numbers = rows_of_cells(columns, cells, number, class_names, allows_missing=allows_missing)
+            time_columns = {i: _time_cells(batch.column(names[i])) for i in columns.read if i not in columns.all}
+            yield TableBlock(numbers, times(time_columns, number))
             number += len(batch)
     except OSError as error:
         # pyarrow raises this without an errno for data that it can't unpack.
@@ -87,3 +97,20 @@ def _column_cells(column: Any) -> Any:
     if types.is_boolean(column.type) or types.is_decimal(column.type):
         column = column.cast(float64(), safe=False)  # true is 1
     return column.to_pylist() if column.null_count else column.to_numpy(zero_copy_only=False)
+
+
+def _time_cells(column: Any) -> list[Any]:
+    """The cells of a column of times: seconds, or what the file has where it isn't a type of times."""
+    from pyarrow import int64, types
+
+    kind = column.type
+    if not (types.is_timestamp(kind) or types.is_date(kind) or types.is_time(kind)):
+        return list(column.to_pylist())
+    if types.is_date32(kind):
+        numbers, factor = column.cast("int32").cast(int64()), 86_400.0
+    elif types.is_date64(kind):
+        numbers, factor = column.cast(int64()), 1e-3
+    else:
+        numbers = column.cast("int32").cast(int64()) if types.is_time32(kind) else column.cast(int64())
+        factor = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[kind.unit]
+    return [None if n is None else n * factor for n in numbers.to_pylist()]

@@ -14,6 +14,7 @@ from fedprune_device.data.reservoir import SampleLimits
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_windows import TableFile, is_table
 
 LOCAL = "local"  # name of the source that applications on the board fill
@@ -36,6 +37,8 @@ class SampleOptions:
     audio_rate: int
     samples_most: int
     samples_bytes: int = 0
+    missing: str = "error"
+    step: float | None = None
 
     @property
     def pixels(self) -> Pixels:
@@ -59,5 +62,6 @@ class SampleOptions:
             formats = self.pixels, Audio(self.audio_rate)
             return SampleFolder(source, formats, self.shares, self.samples_most, names, spool)
         if is_table(source):
-            return TableFile(source, self.shares, self.samples_most, names, spool)
+            table = TableOptions(self.missing, self.step)
+            return TableFile(source, self.shares, self.samples_most, names, spool, options=table)
         return open_arrays(self.data, self.shares, self.samples_most, names, spool)

@@ -13,24 +13,23 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
-from fedprune_device.data.table_columns import CLASS, SKIPPED, TableColumns, is_number
+from fedprune_device.data.table_columns import CLASS, TIME, TableColumns, is_missing, is_number
 
 _MAX_ROUNDING = 1.0  # numbers that float32 changes by more are refused: seconds since 1970, keys of databases
 BLOCK_CELLS = 2**14  # cells of a file that are held at once: as a Python string each takes some 60 bytes
 _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d{1,2}:\d{2}")
 _TRUTH = {"true": "1", "false": "0"}
-_EMPTY = ("", "na", "n/a", "#n/a", "nan", "null", "none", "-", "?")  # what programs write for a missing number
 CONVERT_HINT = "A net takes numbers: write them as such"
 TIMES_HINT = (
-    f"{CONVERT_HINT}, for example the hour of the day. A column that tells when a row was measured is skipped if it "
-    f"is called {SKIPPED[1]}."
+    f"{CONVERT_HINT}, for example the hour of the day. A column that tells when a row was measured is no input if it "
+    f"is called {TIME}."
 )
 COMMAS_HINT = "Write numbers with a point before the decimals and nothing between thousands."
 _LARGE_HINT = (
     "Scale the column, as a net takes small numbers, such as value / 1e6. A column that tells when a row was measured "
-    f"is skipped if it is called {SKIPPED[1]}."
+    f"is no input if it is called {TIME}."
 )
-_GAPS_HINT = "Fill the gaps, or leave such rows out."
+_GAPS_HINT = "Say what the board does with these: --missing hold, mean or drop. Or fill them yourself."
 _TEXTS_HINT = f"{CONVERT_HINT}, call the column {CLASS} if it has the classes, or leave it out."
 _NAMES_HINT = "Give the classes' names in the order that all boards share: --class-names A,B,C."
 
@@ -41,10 +40,13 @@ def rows_of_cells(
     first_row: int,
     class_names: tuple[str, ...],
     decimals: Callable[[list[str]], list[str]] | None = None,
+    *,
+    allows_missing: bool = False,
 ) -> npt.NDArray[np.float32]:
     """Cells by column as rows [n, columns] of numbers. Raises `DataError` for the first cell that is no number.
 
-    `first_row` is the number of the first row, for errors; `decimals` writes the numbers of a column with a point.
+    `first_row` is the number of the first row, for errors; `decimals` writes the numbers of a column with a point. A
+    missing number is NaN if `allows_missing`.
     """
     rows = np.empty((len(cells[0]), len(cells)), np.float32)
     for position, (index, column) in enumerate(zip(columns.all, cells, strict=True)):
@@ -55,6 +57,8 @@ def rows_of_cells(
             rows[:, position] = values
             is_valid = np.isfinite(rows[:, position]) & (np.abs(rows[:, position] - values) < _MAX_ROUNDING)
             is_valid &= not is_class or ((values >= 0) & (values < 2**24) & (values % 1 == 0))
+        if allows_missing:
+            is_valid[[i for i in np.flatnonzero(~is_valid) if is_missing(column[i])]] = True
         if not is_valid.all():
             bad = int(np.argmin(is_valid))
             names_only = first_row + bad == 1 and not any(is_number(column[0]) for column in cells)
@@ -67,7 +71,7 @@ def _cell_error(where: str, cell: Any, class_names: tuple[str, ...], *, is_class
     """The error for a cell, with a hint that loses no data. `names_only`: the file's first row has no number."""
     cell = cell.strip().lower() if isinstance(cell, str) else cell
     got, hint = "something else", _TEXTS_HINT
-    if cell is None or cell != cell or cell in _EMPTY:  # NaN is unequal to itself
+    if is_missing(cell):
         got, hint = "an empty cell", _GAPS_HINT
     elif is_class:
         hint = _NAMES_HINT

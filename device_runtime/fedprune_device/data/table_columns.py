@@ -1,11 +1,11 @@
-"""Tells by their names which columns of a table are inputs, numbers to predict (targets), and classes."""
+"""Tells by their names which columns of a table are inputs, numbers to predict (targets), classes and times."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,15 @@ from fedprune.core.errors import DataError
 CLASS = "class"  # the column of classes
 CLASSES = (CLASS, "label")  # its names, in any case
 TARGET = "target"  # what names of columns to predict begin with, in any case
-SKIPPED = ("", "time", "timestamp", "date", "datetime")  # names of columns with times, or with the rows' numbers
-_INDEX = re.compile(r"unnamed: 0|__index_level_\d+__")  # an index without a name, as pandas writes it
+# Names of columns with times, in any case, also with a unit such as `time (s)` or `timestamp_ms`.
+TIMESTAMPS = ("timestamp", "time_stamp", "datetime", "date_time", "ts", "_time", "last_changed", "last_updated")
+TIME, DATE = "time", "date"
+# What programs write for a missing number.
+_MISSING = frozenset(
+    ("", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "<na>", "nat", "-", "--", "?", "unavailable", "unknown")
+)
+_UNIT = re.compile(r"\s*[(\[][^)\]]*[)\]]$|_(?:s|ms|us|ns|utc|local)$")
+_INDEX = re.compile(r"|unnamed: 0|__index_level_\d+__")  # an index without a name, as pandas and R write it
 _MAX_COLUMNS = 4096
 
 
@@ -27,16 +34,20 @@ class TableColumns:
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
     classes: tuple[int, ...]
+    times: tuple[tuple[int, ...], ...] = ()  # what may be the times, in the order of preference (`TimeReader`)
+    index: int | None = None  # a column without a name, the last of `times`
+    names: tuple[str, ...] = ()  # of `all`, in lower case
 
     @classmethod
     def of(cls, names: Sequence[str]) -> TableColumns:
         """Raises `DataError` if names are missing, twice there, or there are too many."""
         lower_names = [name.lower() for name in names]
-        used_columns = [i for i, name in enumerate(lower_names) if name not in SKIPPED and not _INDEX.fullmatch(name)]
+        times = {i: kind for i, name in enumerate(lower_names) if (kind := _time_kind(name))}
+        used_columns = [i for i, name in enumerate(lower_names) if i not in times and not _INDEX.fullmatch(name)]
         if len(names) > _MAX_COLUMNS:
             raise DataError("columns", expected=f"at most {_MAX_COLUMNS}", got=len(names))
         for column in used_columns:
-            if (first := names.index(names[column])) != column:
+            if (first := lower_names.index(lower_names[column])) != column:
                 raise DataError(
                     "names of columns",
                     expected="different ones",
@@ -53,14 +64,57 @@ class TableColumns:
         inputs = tuple(column for column in used_columns if column not in targets + classes)
         if not inputs:
             raise DataError("columns", expected="some of numbers to read", got="none")
-        return cls(inputs, targets, classes)
+        index = next((i for i, name in enumerate(lower_names) if _INDEX.fullmatch(name)), None)
+        all_names = tuple(lower_names[i] for i in inputs + targets + classes)
+        return cls(inputs, targets, classes, _time_candidates(times, index), index, all_names)
 
     @property
     def all(self) -> tuple[int, ...]:
         return self.inputs + self.targets + self.classes
 
+    @property
+    def read(self) -> tuple[int, ...]:
+        """The columns whose cells are needed, without repetition."""
+        return tuple(dict.fromkeys([*self.all, *(column for columns in self.times for column in columns)]))
 
-OpenTable = tuple[TableColumns, Iterator[npt.NDArray[np.float32]]]  # a table's columns, and its rows in blocks
+
+class TableBlock(NamedTuple):
+    """Some rows of a table: their numbers [n, columns] in the order of `TableColumns.all`, NaN where one is missing,
+    and their times [n] in seconds, if the table has times."""
+
+    numbers: npt.NDArray[np.float32]
+    times: npt.NDArray[np.float64] | None
+
+
+class OpenTable(NamedTuple):
+    """A table's columns, its rows, and what was chosen to read them: `notes` is complete once all rows were read."""
+
+    columns: TableColumns
+    blocks: Iterator[TableBlock]
+    notes: Callable[[], list[str]]
+
+
+def _time_kind(name: str) -> str:
+    """Whether a column is named as one of times: as `TIME`, `DATE` or the first of `TIMESTAMPS`; empty if it isn't."""
+    name = _UNIT.sub("", name)
+    return TIMESTAMPS[0] if name in TIMESTAMPS else name if name in (TIME, DATE) else ""
+
+
+def _time_candidates(kinds: Mapping[int, str], index: int | None) -> tuple[tuple[int, ...], ...]:
+    def of(kind: str) -> list[int]:
+        return [i for i, other in kinds.items() if other == kind]
+
+    pairs = [(date, time) for date in of(DATE)[:1] for time in of(TIME)[:1]]
+    single_columns = of(TIMESTAMPS[0]) + of(TIME) + of(DATE) + ([] if index is None else [index])
+    stamps = [(i,) for i in of(TIMESTAMPS[0])]
+    return tuple(dict.fromkeys([*stamps, *pairs, *((i,) for i in single_columns)]))
+
+
+def is_missing(cell: Any) -> bool:
+    """Whether a cell is empty, or has what programs write for a missing number."""
+    if isinstance(cell, str):
+        return cell.strip().lower() in _MISSING
+    return cell is None or bool(cell != cell)  # NaN is unequal to itself
 
 
 def is_number(cell: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +9,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.disk import storage_errors, write_all
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model.lengths import Shape, upper_shape
+from fedprune_device.data.column_statistics import ColumnStatistics
 from fedprune_device.data.dataset import SPLITS, LocalData
-from fedprune_device.data.labels import Targets, effective_classes
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.notes import Notes
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.data.stored_array import Array, Inputs, OpenFiles, Rows, StoredArray
+from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray
+from fedprune_device.data.stored_table import NO_CLASS, NO_NUMBER, StoredTable, read_table
 from fedprune_device.data.table_columns import CLASS, TARGET, TableColumns
-from fedprune_device.data.tables import CSV, PARQUET, open_table
+from fedprune_device.data.table_options import TableOptions
+from fedprune_device.data.tables import CSV, PARQUET
 
 TABLE_BYTES = 2**30  # most bytes of a table's numbers on the disk
 
@@ -27,26 +30,12 @@ TABLE_BYTES = 2**30  # most bytes of a table's numbers on the disk
 _BLOCK_WINDOWS = 8
 # (√5 − 1) / 2: its multiples modulo 1 fill the range from 0 to 1 evenly, however many there are.
 _GOLDEN_RATIO = 0.6180339887498949
+_STATISTICS_ROWS = 2**13  # rows that are read at once for their mean
 
 
 def is_table(path: Path) -> bool:
     """Whether a file's name is that of a table."""
     return path.suffix.lower() in (CSV, PARQUET)
-
-
-@dataclass(frozen=True)
-class _StoredTable:
-    """A table's rows in a file without a name, as float32 [count, columns]."""
-
-    file: OpenFiles
-    columns: TableColumns
-    count: int
-    effective_classes: int | None
-
-    def windows(self, first: npt.NDArray[np.int64], rows: int, convert: Callable[[Array], Array]) -> StoredArray:
-        """Windows of `rows` rows [n, rows, columns], converted."""
-        width = len(self.columns.all)
-        return StoredArray.at_positions(self.file, first * (4 * width), np.dtype(np.float32), (rows, width), convert)
 
 
 @dataclass(frozen=True)
@@ -67,10 +56,10 @@ class _WindowPlan:
 class TableFile:
     """A board's samples as windows of a table's rows; rows that are added are noticed at the next round.
 
-    A round takes at most `max_windows` windows, evenly over the file. Windows are for training, validation or testing
-    by the block of rows that they are in and never reach into another, so that no row that is tested on is trained on.
-    The numbers are kept in a file without a name in `spool`, of at most `max_bytes`. Raises `DataError` if the file is
-    damaged, `MissingExtraError` for Parquet without pyarrow.
+    A round takes at most `max_windows` windows, evenly over the file. None spans a gap between the times of two rows.
+    Windows are for training, validation or testing by the block of rows that they are in and never reach into another,
+    so that no row that is tested on is trained on. The numbers are kept in a file without a name in `spool`, of at most
+    `max_bytes`. Raises `DataError` if the file is damaged, `MissingExtraError` for Parquet without pyarrow.
     """
 
     def __init__(
@@ -81,9 +70,11 @@ class TableFile:
         class_names: tuple[str, ...] = (),
         spool: Path | None = None,
         max_bytes: int = TABLE_BYTES,
+        options: TableOptions | None = None,
     ) -> None:
         self._path, self._shares, self._max_windows = path, shares, max_windows
         self._names, self._spool, self._max_bytes = class_names, spool, max_bytes
+        self._options, self._notes = options or TableOptions(), Notes(path)
         self._stamp, self._numbers = self._read()
         self._training_count = min(max_windows, self._numbers.count)
 
@@ -100,7 +91,7 @@ class TableFile:
     @property
     def notes(self) -> tuple[str, ...]:
         """See `SampleSource`."""
-        return ()
+        return self._notes.texts
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The windows that exist now; raises `DataError` if the model takes others."""
@@ -111,7 +102,9 @@ class TableFile:
         numbers = self._numbers
         try:
             plan = _plan_windows(numbers.columns, shape, targets)
-            first, splits = self._windows(plan.span)
+            needs_class = targets is not None and targets.takes_whole_numbers
+            first, splits = self._windows(plan, needs_class=needs_class)
+            plan = self._fitted(plan)
             arrays: list[Inputs] = []
             for split in SPLITS:
                 rows = first[splits == split]
@@ -122,6 +115,27 @@ class TableFile:
             raise DataError(f"{self._path}: {error}") from error
         self._training_count = data.samples
         return data
+
+    def _fitted(self, plan: _WindowPlan) -> _WindowPlan:
+        """The plan with missing numbers replaced by the means of the training rows, if the options say so."""
+        if self._numbers.marks is None or self._options.missing != "mean":
+            return plan
+        means = self._training_statistics(_BLOCK_WINDOWS * plan.span).mean
+
+        def after_filling(select: Callable[[Array], Array]) -> Callable[[Array], Array]:
+            return lambda rows: select(np.where(np.isnan(rows), means, rows))
+
+        targets = None if plan.targets is None else after_filling(plan.targets)
+        return replace(plan, inputs=after_filling(plan.inputs), targets=targets)
+
+    def _training_statistics(self, block: int) -> ColumnStatistics:
+        """Of the numbers in the blocks of `block` rows that are for training."""
+        statistics = ColumnStatistics(len(self._numbers.columns.all))
+        blocks = np.arange(-(-self._numbers.count // block), dtype=np.int64)
+        for index in blocks[self._splits(blocks) == "train"].tolist():
+            for first in range(index * block, min((index + 1) * block, self._numbers.count), _STATISTICS_ROWS):
+                statistics.add(self._numbers.rows(first, min(_STATISTICS_ROWS, (index + 1) * block - first)))
+        return statistics
 
     def _labels(self, x: StoredArray, first: Rows, plan: _WindowPlan, targets: Targets | None) -> Inputs:
         """Labels of the windows that begin at these rows. Without labels the inputs stand in for them (`LocalData`)."""
@@ -136,40 +150,61 @@ class TableFile:
         targets(y)
         return replace(y, in_range=True)
 
-    def _windows(self, span: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.str_]]:
-        """First rows of the chosen windows of `span` rows, and which of `SPLITS` each is for."""
-        block = _BLOCK_WINDOWS * span
-        windows_per_block, (blocks, rest_rows) = block - span + 1, divmod(self._numbers.count, block)
-        total = blocks * windows_per_block + max(0, rest_rows - span + 1)
-        if not total:
-            raise DataError("rows", expected=f"at least {span}, a window's", got=self._numbers.count)
-        chosen = np.arange(0, total, -(-total // self._max_windows), dtype=np.int64)
-        blocks_of, offsets = np.divmod(chosen, windows_per_block)
+    def _windows(self, plan: _WindowPlan, *, needs_class: bool) -> tuple[Rows, npt.NDArray[np.str_]]:
+        """First rows of the chosen windows, and which of `SPLITS` each is for."""
+        first = self._first_rows(plan, needs_class=needs_class)
+        if not len(first):
+            raise self._no_windows_error(plan.span)
+        first = first[:: -(-len(first) // self._max_windows)]
+        return first, self._splits(first // (_BLOCK_WINDOWS * plan.span))
+
+    def _splits(self, blocks: Rows) -> npt.NDArray[np.str_]:
+        """The split of each of these blocks."""
         # 1 minus the sequence: the first block then is for training, whatever the shares are.
-        positions = 1 - (blocks_of * _GOLDEN_RATIO) % 1
-        return blocks_of * block + offsets, np.array([self._shares.split_at(n) for n in positions])
+        positions = 1 - (blocks * _GOLDEN_RATIO) % 1
+        return np.array([self._shares.split_at(n) for n in positions], "U5")
+
+    def _first_rows(self, plan: _WindowPlan, *, needs_class: bool) -> Rows:
+        """The first rows of all windows: within a block, and without a jump in time or a number that is missing."""
+        numbers, span, marks = self._numbers, plan.span, self._numbers.marks
+        block_starts = np.arange(0, numbers.count, _BLOCK_WINDOWS * span, dtype=np.int64)
+        is_bad = marks is not None and self._options.missing != "mean"
+        bad_rows = np.flatnonzero(marks & NO_NUMBER) if marks is not None and is_bad else np.zeros(0, np.int64)
+        edges = np.unique(np.concatenate([block_starts, numbers.starts, bad_rows, bad_rows + 1, [numbers.count]]))
+        begins, lengths = edges[:-1], np.diff(edges)
+        counts = np.maximum(0, np.where(np.isin(begins, bad_rows), 0, lengths - span + 1))
+        ends = np.cumsum(counts)
+        total = int(ends[-1]) if len(ends) else 0
+        # Of many windows only those that may be chosen are listed.
+        has_class = marks is not None and needs_class
+        stride = 1 if has_class else max(1, -(-total // self._max_windows))
+        chosen = np.arange(0, total, stride, dtype=np.int64)
+        runs = np.searchsorted(ends, chosen, side="right")
+        first: Rows = begins[runs] + chosen - (ends - counts)[runs]
+        if marks is not None and needs_class:
+            first = first[marks[first + plan.steps - 1] & NO_CLASS == 0]
+        return first
+
+    def _no_windows_error(self, span: int) -> DataError:
+        count, jumps = self._numbers.count, len(self._numbers.starts)
+        if count < span or not (jumps or self._numbers.marks is not None):
+            return DataError("rows", expected=f"at least {span}, a window's", got=count)
+        hint = "The board's log says where time jumps: sort the rows by time, or give the seconds between two (--step)."
+        hint = hint if jumps else "Choose what is done about missing numbers: --missing hold or mean."
+        return DataError(
+            "rows in sequence", expected=f"at least {span}, a window's, without a gap", got="fewer", hint=hint,
+        )  # fmt: skip
 
     def _file_stamp(self) -> tuple[int, int, int]:
         with storage_errors(f"can't read {self._path}"):
             status = self._path.stat()
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def _read(self) -> tuple[tuple[int, int, int], _StoredTable]:
-        stamp, count, labels = self._file_stamp(), 0, Counter[float]()
-        with (
-            open_table(self._path, self._names) as (columns, blocks),
-            storage_errors("can't write the numbers of a table"),
-        ):
-            file = OpenFiles.in_folder(self._spool)
-            for rows in blocks:
-                width = rows.shape[1] * 4
-                if (count + len(rows)) * width > self._max_bytes:
-                    raise DataError("numbers", expected=f"at most {self._max_bytes // 4}", got="more")
-                write_all(file.fileno(), rows.tobytes(), count * width)
-                count += len(rows)
-                if columns.classes:  # `TableColumns.all` puts the class last
-                    labels.update(rows[:, -1].tolist())
-            return stamp, _StoredTable(file, columns, count, effective_classes(labels.values()))
+    def _read(self) -> tuple[tuple[int, int, int], StoredTable]:
+        stamp = self._file_stamp()
+        table, notes = read_table(self._path, self._names, self._options, self._spool, self._max_bytes)
+        self._notes.replace(notes)
+        return stamp, table
 
 
 def _plan_windows(columns: TableColumns, shape: Shape, targets: Targets | None) -> _WindowPlan:

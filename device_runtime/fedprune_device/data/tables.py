@@ -18,8 +18,8 @@ CSV, PARQUET = ".csv", ".parquet"
 
 
 @contextmanager
-def open_table(path: Path, class_names: tuple[str, ...]) -> Iterator[OpenTable]:
-    """The columns of a file, and its rows in blocks [n, columns].
+def open_table(path: Path, class_names: tuple[str, ...], *, allows_missing: bool = False) -> Iterator[OpenTable]:
+    """The columns of a file, and its rows in blocks. A missing number is NaN if `allows_missing`, else an error.
 
     A class is a number; for a name in `class_names` it is the name's index. Raises `DataError`, which names the file
     and the row, `StorageError` if the file can't be read, `MissingExtraError` for Parquet without pyarrow.
@@ -27,13 +27,13 @@ def open_table(path: Path, class_names: tuple[str, ...]) -> Iterator[OpenTable]:
     try:
         with storage_errors(f"can't read {path}"):
             if path.suffix.lower() == PARQUET:
-                with open_parquet(path, class_names) as table:
+                with open_parquet(path, class_names, allows_missing=allows_missing) as table:
                     yield table
             else:
                 with path.open("rb") as start:
                     encoding = encoding_of(start.read(2))
                 with path.open(encoding=encoding, newline="") as file:
-                    yield open_csv(file, class_names)
+                    yield open_csv(file, class_names, allows_missing=allows_missing)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except (UnicodeError, csv.Error) as error:

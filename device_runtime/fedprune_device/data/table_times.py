@@ -1,0 +1,194 @@
+"""Reads a table's column of times: ISO 8601 and other dates, seconds or milliseconds since 1970, times of a day."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError
+from fedprune_device.data.table_columns import is_missing, is_number
+
+Times = npt.NDArray[np.float64]  # seconds; NaN where a row has none
+
+_CLOCK = r"(?P<h>\d{1,2}):(?P<m>\d{2})(?::(?P<s>\d{2})(?:[.,](?P<f>\d{1,9}))?)?(?:\s*(?P<half>[AaPp])\.?[Mm]\.?)?"
+_ZONE = r"\s*(?P<zone>Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?"
+_MOMENT = rf"(?:(?:[Tt,]?\s*|\s+){_CLOCK})?{_ZONE}"
+_YEAR, _MONTH, _DAY = r"(?P<y>\d{4})", r"(?P<mo>\d{1,2})", r"(?P<d>\d{1,2})"
+_FORMATS = {
+    "dates with the year first": re.compile(rf"{_YEAR}(?P<mark>[-/.]){_MONTH}(?P=mark){_DAY}{_MOMENT}"),
+    "dates with the day first": re.compile(rf"{_DAY}(?P<mark>[-/.]){_MONTH}(?P=mark){_YEAR}{_MOMENT}"),
+    "dates with the month first": re.compile(rf"{_MONTH}(?P<mark>[-/.]){_DAY}(?P=mark){_YEAR}{_MOMENT}"),
+    "dates without separators": re.compile(r"(?P<y>(?:19|20)\d{2})(?P<mo>\d{2})(?P<d>\d{2})"
+        r"(?:[Tt]?(?P<h>\d{2})(?P<m>\d{2})(?P<s>\d{2})(?:[.,](?P<f>\d{1,9}))?)?" + _ZONE),
+    "times of a day": re.compile(_CLOCK),
+}  # fmt: skip
+_DAY_FIRST, _MONTH_FIRST = "dates with the day first", "dates with the month first"
+_UNITS = (
+    (1e17, 1e-9, "nanoseconds"),
+    (1e14, 1e-6, "microseconds"),
+    (1e11, 1e-3, "milliseconds"),
+    (0.0, 1.0, "seconds"),
+)
+_FORMAT_HINT = "Write all times alike, such as 2024-01-31T13:45:00Z, or as seconds since 1970."
+_ROWS_FOR_FORMAT = 2**12  # rows by which the format is chosen
+
+
+class TimeReader:
+    """Reads the times of a table. The first rows choose the column and the format, which all others must have.
+
+    `candidates` are columns in the order of preference; two together are a date and a time of its day.
+    """
+
+    def __init__(self, candidates: Sequence[tuple[int, ...]], index: int | None) -> None:
+        self._candidates, self._index = candidates, index
+        self._chosen: tuple[int, ...] | None = None
+        self._parse: Callable[[list[Any]], Times | None] = _no_times
+        self._is_undecided = True
+        self.note = ""
+
+    def __call__(self, cells: Mapping[int, Any], first_row: int) -> Times | None:
+        """The times of some rows, from the cells of each column; None if no column can be read as times.
+
+        Raises `DataError` for a cell that hasn't the format of those before; `first_row` is the number of the first.
+        """
+        if self._is_undecided:
+            self._is_undecided = False
+            self._choose(cells)
+        if self._chosen is None:
+            return None
+        column = _joined([cells[index] for index in self._chosen])
+        times = self._parse(column)
+        if times is None:
+            bad = next(i for i in range(len(column)) if self._parse(column[i : i + 1]) is None)
+            where = f"row {first_row + bad}, column {self._chosen[0] + 1}"
+            raise DataError(where, expected="a time as in the rows before", got="another format", hint=_FORMAT_HINT)
+        return times
+
+    def _choose(self, cells: Mapping[int, Any]) -> None:
+        for columns in self._candidates:
+            column = _joined([cells[index][:_ROWS_FOR_FORMAT] for index in columns])
+            chosen = _format_of(column, dates_alone=columns == (self._index,))
+            if chosen is not None:
+                self._chosen, (self._parse, text) = columns, chosen
+                where = " and ".join(str(index + 1) for index in columns)
+                self.note = f"the times are in column {where}: {text}"
+                return
+        if [columns for columns in self._candidates if columns != (self._index,)]:
+            self.note = "no column of times could be read: rows count as evenly spaced, in the order of the file"
+
+
+def _no_times(cells: list[Any]) -> Times | None:
+    return None
+
+
+def _joined(columns: list[Any]) -> list[Any]:
+    """One column of cells; a date and a time of the day become one text, or one number of seconds."""
+    if len(columns) == 1:
+        return list(columns[0])
+    return [
+        a + b if isinstance(a, float) and isinstance(b, float) else "" if is_missing(a) else f"{a} {b}"
+        for a, b in zip(*columns, strict=True)
+    ]
+
+
+def _format_of(cells: list[Any], *, dates_alone: bool) -> tuple[Callable[[list[Any]], Times | None], str] | None:
+    """How these cells are read as times, and in words; None if they aren't times. `dates_alone`: numbers aren't.
+
+    If no format fits all cells, it is the first one's, so that another one later is an error.
+    """
+    filled_cells = [cell for cell in cells if not is_missing(cell)]
+    if not filled_cells:
+        return None
+    found: dict[str, Times] = {}
+    for name, pattern in _FORMATS.items():
+        if not (dates_alone and name in ("times of a day", "dates without separators")):
+            times = _parse_texts(pattern, filled_cells)
+            if times is not None:
+                found[name] = times
+    if {_DAY_FIRST, _MONTH_FIRST} <= found.keys():
+        return _day_or_month(found[_DAY_FIRST], found[_MONTH_FIRST])
+    if found:
+        name = next(iter(found))
+        return _parser(name), name
+    if dates_alone:
+        return None
+    if not all(map(is_number, filled_cells)):
+        return _format_of(filled_cells[:1], dates_alone=False) if len(filled_cells) > 1 else None
+    typical = float(np.median([abs(float(cell)) for cell in filled_cells]))
+    _, factor, unit = next(row for row in _UNITS if typical >= row[0])
+    return (lambda some: _parse_numbers(some, factor)), f"numbers, read as {unit}"
+
+
+def _parser(name: str) -> Callable[[list[Any]], Times | None]:
+    return lambda cells: _parse_texts(_FORMATS[name], cells)
+
+
+def _day_or_month(day_first: Times, month_first: Times) -> tuple[Callable[[list[Any]], Times | None], str]:
+    """The order of day and month by which the rows follow each other more closely."""
+
+    def jumps(times: Times) -> tuple[int, float]:
+        steps = np.diff(times)
+        return min(int((steps < 0).sum()), int((steps > 0).sum())), float(np.abs(steps).sum())
+
+    by_day, by_month = jumps(day_first), jumps(month_first)
+    name = _MONTH_FIRST if by_month < by_day else _DAY_FIRST
+    return _parser(name), name + (", which the first rows don't prove" if by_day == by_month else "")
+
+
+def _parse_numbers(cells: list[Any], factor: float) -> Times | None:
+    out = np.full(len(cells), np.nan)
+    for i, cell in enumerate(cells):
+        if is_number(cell):
+            out[i] = float(cell) * factor
+        elif not is_missing(cell):
+            return None
+    return out
+
+
+def _parse_texts(pattern: re.Pattern[str], cells: list[Any]) -> Times | None:
+    out = np.full(len(cells), np.nan)
+    for i, cell in enumerate(cells):
+        if is_missing(cell):
+            continue
+        match = pattern.fullmatch(str(cell).strip())
+        seconds = None if match is None else _seconds(match.groupdict())
+        if seconds is None:
+            return None
+        out[i] = seconds
+    return out
+
+
+def _seconds(parts: dict[str, str | None]) -> float | None:
+    hour, minute, second = int(parts.get("h") or 0), int(parts.get("m") or 0), int(parts.get("s") or 0)
+    if half := parts.get("half"):
+        if not 1 <= hour <= 12:
+            return None
+        hour = hour % 12 + 12 * (half in "Pp")
+    if hour > 24 or minute > 59 or second > 60:
+        return None
+    fraction = parts.get("f")
+    out = 3600 * hour + 60 * minute + second + (float(f"0.{fraction}") if fraction else 0.0)
+    if "y" in parts:
+        day = _day_number(parts["y"], parts["mo"], parts["d"])
+        if day is None:
+            return None
+        out += 86_400 * day
+    zone = parts.get("zone") or ""
+    if zone[:1] in ("+", "-"):
+        offset = 3600 * int(zone[1:3]) + 60 * int(zone[3:].lstrip(":") or 0)
+        out -= offset if zone[0] == "+" else -offset
+    return out
+
+
+@lru_cache(maxsize=64)
+def _day_number(year: str | None, month: str | None, day: str | None) -> int | None:
+    try:
+        return dt.date(int(year or 0), int(month or 0), int(day or 0)).toordinal() - 719_163  # of 1970-01-01
+    except ValueError:
+        return None
