@@ -98,8 +98,9 @@ class LiveModel(Closeable):
         `model` answers even if another one has become active. Raises `ModelError` if an operator fails.
         """
         with self._prediction_lock:
-            logits = model.predictor.predict(x)
-        return likelihoods(model.record.loss, model.record.adjustment(logits).astype(np.float64))
+            logits = model.predictor.predict(model.record.scaling(x))
+        outputs = model.record.scaling.invert(model.record.adjustment(logits))
+        return likelihoods(model.record.loss, outputs.astype(np.float64))
 
     def poll(self) -> None:
         with self._poll_lock:

@@ -17,12 +17,16 @@ from fedprune.core.disk import path_exists, storage_errors
 from fedprune.core.errors import BundleError, DataError, StorageError, UsageError, search_location
 from fedprune.model.features import JUDGED_LABELS, labels_of
 from fedprune.model.lengths import Lengths, Shape, fits_shape, free_axis, pad_to_bound, upper_shape
+from fedprune.model.recipe import Recipe
+from fedprune.model.scaling import BOARD
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.data.array_source import load_data, read_arrays
+from fedprune_device.data.dataset import Channels
 from fedprune_device.data.labels import LogitAdjustment, Targets
 from fedprune_device.data.layouts import IGNORED_CLASS, Unlabelled, layout_of
 from fedprune_device.data.sample_checks import checked_inputs, checked_samples
+from fedprune_device.data.scaling import Scaling, scaling_of
 from fedprune_device.data.sequences import LENGTHS
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
@@ -36,12 +40,21 @@ _MAX_NAMED_FOLDERS = 10  # folders of boards that an error names
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    adjustment = LogitAdjustment()
+    adjustment, scaling = LogitAdjustment(), Scaling()
+    recipe = Recipe()
     class_names: tuple[str, ...] = ()
     if arguments.bundle is not None:
         bundle = open_bundle(arguments.bundle)
         predictor = Predictor(_graph_path(bundle, arguments.precision), threads=arguments.threads)
         class_names, loss = bundle.class_names, bundle.recipe.loss
+        recipe = bundle.recipe
+        if recipe.scaling == (BOARD,):
+            raise UsageError(
+                "--bundle with recipe.scaling 'board'",
+                expected="a scale",
+                got="the mean and deviation of a board, which the bundle lacks",
+                hint="Give the board's own --state, or the bundle that `fedprune-device train` wrote.",
+            )
         if arguments.data is not None:
             if loss != "cross_entropy":
                 raise UsageError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
@@ -54,7 +67,7 @@ def predict(arguments: argparse.Namespace) -> None:
         )
     else:
         predictor, record = _open_slots(arguments.state).open(arguments.threads)
-        adjustment, loss = record.adjustment, record.loss
+        adjustment, scaling, loss = record.adjustment, record.scaling, record.loss
     shape, targets = predictor.input_shape, None
     has_scores = labels_of(loss) in (*JUDGED_LABELS, "values")
     files = arguments.input.is_dir() or is_table(arguments.input)
@@ -65,7 +78,10 @@ def predict(arguments: argparse.Namespace) -> None:
     samples = _read_samples(arguments, shape, class_names, targets)
     if samples.name:
         print(f"{samples.name} of {arguments.input}", file=sys.stderr)
-    logits = adjustment(predictor.predict(samples.x))
+    if recipe.scaling:
+        outputs = predictor.predict(samples.x[:0])  # for their shape
+        scaling = scaling_of(samples.x, outputs, recipe, samples.channels)
+    logits = scaling.invert(adjustment(predictor.predict(scaling(samples.x))))
     if arguments.output is not None:
         with arguments.output.open("wb") as file:
             np.save(file, logits)
@@ -133,6 +149,7 @@ class _InputSamples:
     y: npt.NDArray[Any] | None
     name: str = ""
     lengths: Inputs | None = None
+    channels: Channels | None = None
 
 
 def _read_samples(
@@ -152,13 +169,14 @@ def _read_samples(
     layout = layout_of(arguments.input, class_names) if split is None and arguments.input.is_dir() else None
     if type(layout) is Unlabelled and not layout.splits:
         data = replace(options, test_share=0.0, validation_share=0.0).fixed(class_names).snapshot(shape, targets)
-        return _InputSamples(data.x_train, None)
+        return _InputSamples(data.x_train, None, channels=data.channels)
     data = options.fixed(class_names).snapshot(shape, targets)
     split = split or ("test" if len(data.y_test) else "train")
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if not len(y):
         raise DataError(f"{source}: no {split} samples")
-    return _InputSamples(x, None if y is x else np.asarray(y), f"the {split} samples")
+    labels = None if y is x else np.asarray(y)
+    return _InputSamples(x, labels, f"the {split} samples", channels=data.channels)
 
 
 def _arrays_of_split(arrays: Mapping[str, Inputs], split: str | None) -> _InputSamples | None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fedprune.runtime.precision_files import files_of, weights_file
 from fedprune_device.cli.options import default_threads
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment
+from fedprune_device.data.scaling import scale_entries, scale_samples
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import PrecisionCheck, lower_model
@@ -60,6 +62,7 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     trainer = Trainer(bundle.path(TRAINING), threads=threads, base=bundle.base)
     data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))
     try:
+        data, scaling = scale_samples(data, recipe)
         training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, threads)
     except DataError as error:
         raise DataError(f"{arguments.data}: {error}") from error
@@ -74,7 +77,8 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     report(f"trained: {summary}, loss {result.loss_first:.4g} -> {result.loss_last:.4g}")
     files, after = training.finish(result)
     report(f"after: {_metrics_text(after)}")
-    write_bundle(arguments.out, files, bundle.selection, bundle.recipe, bundle.target, bundle.class_names, bundle.base)
+    kept_recipe = replace(bundle.recipe, scaling=scale_entries(scaling, data))
+    write_bundle(arguments.out, files, bundle.selection, kept_recipe, bundle.target, bundle.class_names, bundle.base)
     size = sum(map(len, files.values()))
     if arguments.json:
         body = {"out": str(arguments.out), "bytes": size, "samples": data.samples, "test_samples": len(data.y_test)}

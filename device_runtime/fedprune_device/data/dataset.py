@@ -24,6 +24,19 @@ SPLITS = ("train", "test", "val")  # the suffixes of the arrays in a file, and i
 _NO_SAMPLES = np.zeros((0, 0), np.float32)
 
 
+@dataclass(frozen=True)
+class Channels:
+    """The names of a table's columns in samples, and the axis of one sample along which they are.
+
+    `outputs` are those of numbers to predict; empty without any. A single column has no axis of its own.
+    """
+
+    inputs: tuple[str, ...]
+    input_axis: int = 0
+    outputs: tuple[str, ...] = ()
+    output_axis: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class LocalData:
     """Training, test and validation samples of one device.
@@ -35,6 +48,7 @@ class LocalData:
             without labels have their inputs as labels: then this is the same object as `x_train`.
         x_test: Inputs that are never trained on; may be empty. Their results are reported, and decide nothing.
         x_val: Inputs that are never trained on; training and fleet decide by their results. May be empty.
+        channels: The columns of a table that the samples are made of; None for arrays, which name none.
         rows: How samples of different lengths are packed, if each input is a row of numbers with its length.
         spool: A folder for copies of large arrays, which are otherwise held in memory.
 
@@ -49,6 +63,7 @@ class LocalData:
     x_val: Inputs = field(default_factory=lambda: _NO_SAMPLES)
     y_val: Inputs = field(default_factory=lambda: np.zeros(0, np.int64))
     rows: PaddedRows | None = field(default=None, kw_only=True)
+    channels: Channels | None = field(default=None, kw_only=True)
     spool: Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -142,6 +143,15 @@ class StoredArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         return np.asarray(self[:], dtype)
+
+    def after_reading(self, function: Callable[[Array], Array]) -> StoredArray:
+        """This array with a function of samples [n, ...] that is applied as they are read, and keeps their shape."""
+        return replace(
+            self,
+            convert=partial(_convert_read, self.convert, self.dtype, function),
+            sample_shape=self.shape[1:],
+            converted_type=np.float32,
+        )
 
     def as_float32(self) -> StoredArray:
         """This array, read as float32."""
@@ -326,6 +336,12 @@ def _write_spool(
         with open(copy.fileno(), "wb", closefd=False) as file:
             write(file)
         return StoredArray(copy, _file_stamp(copy.fileno()), 0, dtype, shape)
+
+
+def _convert_read(
+    first: Callable[[Array], Array] | None, dtype: np.dtype[Any], second: Callable[[Array], Array], raw: Array
+) -> Array:
+    return second(raw.astype(dtype, copy=False) if first is None else first(raw))
 
 
 def _to_float32(raw: Array) -> Array:

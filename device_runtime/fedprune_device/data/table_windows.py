@@ -13,7 +13,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model.lengths import Shape, upper_shape
 from fedprune_device.data.column_statistics import ColumnStatistics
-from fedprune_device.data.dataset import SPLITS, LocalData
+from fedprune_device.data.dataset import SPLITS, Channels, LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.notes import Notes
 from fedprune_device.data.splits import SplitShares
@@ -47,6 +47,7 @@ class _WindowPlan:
     horizon: int
     inputs: Callable[[Array], Array]
     targets: Callable[[Array], Array] | None
+    channels: Channels
 
     @property
     def span(self) -> int:
@@ -110,7 +111,7 @@ class TableFile:
                 rows = first[splits == split]
                 x = numbers.windows(rows, plan.steps, plan.inputs)
                 arrays += [x, self._labels(x, rows, plan, targets)]
-            data = LocalData(*arrays)
+            data = LocalData(*arrays, channels=plan.channels)
         except DataError as error:
             raise DataError(f"{self._path}: {error}") from error
         self._training_count = data.samples
@@ -215,15 +216,17 @@ def _plan_windows(columns: TableColumns, shape: Shape, targets: Targets | None) 
         expected = "a model of [channels, steps] or [steps, channels]"
         raise DataError(f"windows of {channels} columns", expected=expected, got=shape_text(*shape))
     inputs = column_layout(0, channels, channels_first, len(shape))
+    names = columns.names[:channels]
+    without_outputs = _WindowPlan(steps, 0, inputs, None, Channels(names, _axis(channels_first, len(shape))))
     if targets is None:
-        return _WindowPlan(steps, 0, inputs, None)
+        return without_outputs
     if targets.takes_whole_numbers:
         if columns.classes and targets.shape:
             labels = shape_text("n", *targets.shape)
             raise DataError(f"labels for loss {targets.loss}", expected=labels, got=f"a column {CLASS!r}: [n]")
-        return _WindowPlan(steps, 0, inputs, None)
+        return without_outputs
     if not columns.targets and tuple(targets.shape) == tuple(shape):
-        return _WindowPlan(steps, 0, inputs, None)
+        return without_outputs
     begin, count = (channels, len(columns.targets)) if columns.targets else (0, channels)
     horizon, channels_first = steps_and_order(targets.shape, count, channels_first)
     if not horizon:
@@ -231,7 +234,15 @@ def _plan_windows(columns: TableColumns, shape: Shape, targets: Targets | None) 
             f"labels for loss {targets.loss}", expected=shape_text(*targets.shape), got=f"{count} columns to predict",
             hint=f"Let the names of columns to predict begin with {TARGET!r}; without any, all inputs are predicted.",
         )  # fmt: skip
-    return _WindowPlan(steps, horizon, inputs, column_layout(begin, count, channels_first, len(targets.shape)))
+    outputs = columns.names[begin : begin + count], _axis(channels_first, len(targets.shape))
+    described_channels = Channels(names, without_outputs.channels.input_axis, *outputs)
+    predicted = column_layout(begin, count, channels_first, len(targets.shape))
+    return _WindowPlan(steps, horizon, inputs, predicted, described_channels)
+
+
+def _axis(channels_first: bool, rank: int) -> int:
+    """The axis of columns in a sample of this many dimensions (`column_layout`)."""
+    return 0 if channels_first or rank == 1 else 1
 
 
 def steps_and_order(shape: Shape, channels: int, channels_first: bool) -> tuple[int, bool]:

@@ -8,7 +8,7 @@ before serves again.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedprune.model.features import labels_of
 from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, served_files
 from fedprune_device.data.labels import LogitAdjustment
+from fedprune_device.data.scaling import Scaling
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import clear_precision
 
@@ -39,6 +40,7 @@ class ServingRecord:
             the frozen base, if there is one.
         offset: See `LogitAdjustment`, as for `present`.
         slot: The folder of the model, one of `_SLOTS`.
+        scaling: The scale of its inputs and of what it predicts.
     """
 
     job: str
@@ -50,6 +52,7 @@ class ServingRecord:
     loss: str = "cross_entropy"
     present: tuple[float, ...] | None = None
     precision: str = FLOAT32
+    scaling: Scaling = field(default_factory=Scaling)
 
     @property
     def weights(self) -> str:

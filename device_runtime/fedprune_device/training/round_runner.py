@@ -17,12 +17,14 @@ from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import DivergedError, StorageError
 from fedprune.core.metrics import BLEND
 from fedprune.model.recipe import Recipe
+from fedprune.model.scaling import BOARD
 from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import served_files
 from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.labels import LogitAdjustment, Targets
+from fedprune_device.data.scaling import Scaling, scale_samples
 from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
@@ -64,11 +66,13 @@ class TrainedRound:
 
 @dataclass(frozen=True)
 class _RoundInputs:
-    """The samples of a round, the labels that its graph takes, and the graphs that lower its model, by precision."""
+    """The samples of a round, scaled, the labels that its graph takes, and the graphs that lower its model, by
+    precision."""
 
     data: LocalData
     targets: Targets
     adjustment: LogitAdjustment
+    scaling: Scaling
     lowering: Mapping[str, BlobRef]
 
 
@@ -182,7 +186,9 @@ class RoundRunner:
         base = self._base_path(offer)
         trainer = self._trainer.of(offer.training.sha256, lambda: self._read_blob(offer.training), base)
         targets = trainer.targets(recipe, offer.classes)
-        data = self._data.snapshot(trainer.input_shape, targets)
+        data, scaling = scale_samples(
+            self._data.snapshot(trainer.input_shape, targets), recipe, self._fitted_scaling(offer, recipe)
+        )
         work = LocalUpdate(
             offer,
             recipe,
@@ -203,7 +209,15 @@ class RoundRunner:
         adjustment = LogitAdjustment.of(data.y_train, recipe, offer.classes)
         objective = trainer.objective(recipe, offer.classes)
         evaluation = Evaluation(data, recipe, offer.classes, adjustment, objective)
-        return work, trainer, evaluation, _RoundInputs(data, targets, adjustment, lowering)
+        return work, trainer, evaluation, _RoundInputs(data, targets, adjustment, scaling, lowering)
+
+    def _fitted_scaling(self, offer: Offer, recipe: Recipe) -> Scaling | None:
+        """The scale that the board has taken of its own samples in an earlier round: it stays until the job ends, as
+        the model has learnt with it."""
+        if recipe.scaling != (BOARD,):
+            return None
+        served = self._slots.current()
+        return None if served is None or served.job != offer.job or served.scaling.inputs is None else served.scaling
 
     def _train(
         self, offer: Offer, work: LocalUpdate, trainer: Trainer, inputs: _RoundInputs, control: TrainingControl
@@ -280,6 +294,7 @@ class RoundRunner:
             loss=recipe.loss,
             present=inputs.adjustment.present,
             precision=precision,
+            scaling=inputs.scaling,
         )
 
     def _file_digests(self, offer: Offer, weights: BlobRef | bytes, precision: str) -> dict[str, str]:

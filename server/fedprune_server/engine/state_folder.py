@@ -134,7 +134,7 @@ class StateFolder(Closeable):
         if config.evaluation is not None:
             evaluation = load_evaluation(config.evaluation, model, config.job.recipe)
         if config.calibration is not None:
-            calibration = load_calibration(config.calibration, model)
+            calibration = load_calibration(config.calibration, model, config.job.recipe)
         settings = {
             "job": config.job.to_dict(),
             "name": name,

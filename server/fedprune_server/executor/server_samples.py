@@ -15,6 +15,7 @@ from fedprune.model.recipe import Recipe
 from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
+from fedprune_device.data.scaling import scale_samples
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_step
 
@@ -58,15 +59,26 @@ def fit_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
     targets = Targets.of(recipe, architecture.classes, shape, whole_numbers=label_port.dtype.kind == "i")
     data = data.snapshot(_shape(model), targets)
     data.check(targets, _shape(model), token_ids=_takes_token_ids(model))
-    return data
+    return scale_samples(data, recipe)[0]
 
 
-def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:
+def load_calibration(source: str, model: Model, recipe: Recipe) -> npt.NDArray[Any]:
     """Samples for batch-norm statistics: `x_test` where the source has it, else all of `x`; labels are not needed.
 
     The source is one as for `load_evaluation`. Raises `DataError` if the samples can't be read or don't fit the model.
     """
-    return np.asarray(load_inputs(source, _shape(model), token_ids=_takes_token_ids(model)))
+    x = load_inputs(source, _shape(model), token_ids=_takes_token_ids(model))
+    return scale_arrays((np.asarray(x), np.asarray(x)), recipe)[0]
+
+
+def scale_arrays(samples: LabelledSamples, recipe: Recipe) -> LabelledSamples:
+    """The server's samples scaled as a recipe says: with `board` by their own mean and deviation. Raises `DataError`
+    as `scale_samples` does."""
+    if not recipe.scaling:
+        return samples
+    x, y = samples
+    data, _ = scale_samples(LocalData(x, y, x[:0], y[:0]), recipe)
+    return np.asarray(data.x_train), np.asarray(data.y_train)
 
 
 def _shape(model: Model) -> Shape:

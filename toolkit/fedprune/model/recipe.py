@@ -17,7 +17,7 @@ from fedprune.core.errors import ConfigError, value_text
 from fedprune.core.metrics import ACCURACY, LOSS, METRICS, SCORE
 from fedprune.core.settings import bounded, check_fields, choice_of
 from fedprune.core.validation import is_number
-from fedprune.model import augmentation, mixup
+from fedprune.model import augmentation, mixup, scaling
 from fedprune.model.features import CUSTOM_LOSS, JUDGED_LABELS, METRICS_OF, OPTIMIZERS, Features, labels_of
 from fedprune.model.losses import LOSSES
 from fedprune.model.rule import SettingRule, check_rules
@@ -89,6 +89,9 @@ class PlainTraining:
             it is. Above 0, batch-norm statistics aren't uploaded, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
         secure_aggregation: The update leaves the board masked, and never otherwise.
+        scaling: What samples of numbers are scaled by: `COLUMN:MEAN:DEVIATION` for each column of a table (or each
+            channel of arrays, in their order), or `board` alone for each board's own mean and deviation. Predictions of
+            columns are scaled back. Empty for numbers as they are.
     """
 
     epochs: int = bounded(1, 1, 10_000)
@@ -121,6 +124,7 @@ class PlainTraining:
     update_clip: float = bounded(0.0, 0, 1e6)
     update_noise: float = bounded(0.0, 0, 1e10)
     secure_aggregation: bool = False
+    scaling: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,7 @@ class Recipe(LocalMethod, PlainTraining):
         dropout = _entries("ordered_dropout", dropout, expected, lambda share: is_number(share, 0, 1) and share > 0)
         object.__setattr__(self, "ordered_dropout", tuple(map(float, dropout)))
         object.__setattr__(self, "augment", augmentation.check_augmentations(self.augment))
+        object.__setattr__(self, "scaling", scaling.check_scaling(self.scaling))
         check_rules(self, RULES, ("recipe",))
 
     def learning_rate(self, round_: int, done_share: float) -> float:

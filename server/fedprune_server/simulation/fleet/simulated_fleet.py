@@ -21,7 +21,13 @@ from fedprune_server.config.layers import errors_with_origin
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import job_with_changes
 from fedprune_server.config.track_targets import TrackTarget, track_targets
-from fedprune_server.executor.server_samples import LabelledSamples, fit_data, load_calibration, load_evaluation
+from fedprune_server.executor.server_samples import (
+    LabelledSamples,
+    fit_data,
+    load_calibration,
+    load_evaluation,
+    scale_arrays,
+)
 from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.datasets.fleet_data import FleetData
@@ -102,12 +108,14 @@ def _build_plan(
         with name_source(("evaluation", "data")):
             evaluation = load_evaluation(config.evaluation, model, job.recipe)
     elif federation is not None:
-        evaluation = federation.evaluation()
+        dealt = federation.evaluation()
+        evaluation = None if dealt is None else scale_arrays(dealt, job.recipe)
     if config.calibration is not None:
         with name_source(("calibration", "data")):
-            calibration = load_calibration(config.calibration, model)
+            calibration = load_calibration(config.calibration, model, job.recipe)
     elif federation is not None:
-        calibration = federation.calibration_inputs()
+        inputs = federation.calibration_inputs()
+        calibration = None if inputs is None else scale_arrays((inputs, inputs), job.recipe)[0]
     return FleetPlan(
         title=title or job.name,
         job=job,
