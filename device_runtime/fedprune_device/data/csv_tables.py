@@ -12,7 +12,7 @@ from fedprune.core.errors import DataError
 from fedprune.core.text import quantity
 from fedprune_device.data.table_cells import BLOCK_CELLS, COMMAS_HINT, rows_of_cells
 from fedprune_device.data.table_columns import OpenTable, TableBlock, TableColumns, is_missing, is_number
-from fedprune_device.data.table_times import TimeReader
+from fedprune_device.data.table_times import TimeReader, is_date
 
 _MAX_LINE_LENGTH = 2**20  # characters; without a limit a file without line breaks would be read as a whole
 _DELIMITERS = ";\t|,"
@@ -23,6 +23,8 @@ _DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
 _SPACES = " \u00a0\u2009\u202f"  # a space, and the thin and unbroken ones that typesetters put between thousands
 _SPACED = re.compile(rf"[+\u2212-]?\d{{1,3}}([{_SPACES}])\d{{3}}(?:\1\d{{3}})*(?:[.,]\d+)?")
+_NUMBER_BEGIN = re.compile(r"\s*[+\u2212-]?[.,]?\d|\s*[+-]?inf", re.IGNORECASE)
+_STATES = ("true", "false", "on", "off", "yes", "no")
 _MAX_EMPTY_ROWS = 2**16  # that are held until it is known whether they end the file
 
 
@@ -37,7 +39,8 @@ def open_csv(file: Any, class_names: tuple[str, ...], *, allows_missing: bool = 
     delimiter = delimiter_line[1] if delimiter_line else _delimiter(*map(_row_text, head[:2]))
     reader = csv.reader(chain(*head, lines), delimiter=delimiter, skipinitialspace=True)
     names = [name.strip() for name in next(reader, [])]
-    columns = TableColumns.of(names)
+    first_cells = next(csv.reader(head[-1], delimiter=delimiter, skipinitialspace=True), [])
+    columns = TableColumns.of(names, [i for i, cell in enumerate(first_cells[: len(names)]) if is_date(cell)])
     rows = _Rows(reader, names, columns, class_names)
     times, decimals = TimeReader(columns.times, columns.index), _Decimals(delimiter)
 
@@ -152,13 +155,10 @@ class _Rows:
         return row
 
     def _has_units(self, row: list[str]) -> bool:
-        """Whether no column of numbers has one, but some have a text that no class, time or missing number is."""
-        cells = [row[i].strip() for i in self.columns.inputs + self.columns.targets]
-        texts = [cell for cell in cells if not is_missing(cell)]
-        classes = [row[i].strip() for i in self.columns.classes]
-        if not texts or any(map(_may_be_number, texts)) or any(cell in self._class_names for cell in classes):
-            return False
-        return not any(map(_may_be_number, classes))
+        """Whether no cell of a row may be a number, a time or a class, but one of a column of numbers has a text."""
+        texts = [row[i] for i in self.columns.inputs + self.columns.targets if not is_missing(row[i])]
+        has_class = any(row[i].strip() in self._class_names for i in self.columns.classes)
+        return bool(texts) and not has_class and not any(map(_may_be_number, row))
 
     @property
     def note(self) -> str:
@@ -172,9 +172,9 @@ class _Rows:
         return "; ".join(filter(None, parts))
 
 
-def _may_be_number(text: str) -> bool:
-    """Whether a text has a digit, or is true or false: then it is no unit of its own."""
-    return text.lower() in ("true", "false") or any(map(str.isdigit, text.replace("m2", "").replace("m3", "")))
+def _may_be_number(cell: str) -> bool:
+    """Whether a cell begins as a number or a time does, or is a state, and so no unit."""
+    return _NUMBER_BEGIN.match(cell) is not None or cell.strip().lower() in _STATES
 
 
 class _Decimals:

@@ -23,16 +23,17 @@ def open_parquet(path: Path, class_names: tuple[str, ...], *, allows_missing: bo
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
-        from pyarrow.types import is_temporal
+        from pyarrow.types import is_date, is_temporal, is_timestamp
     except ModuleNotFoundError as error:
         raise MissingExtraError("Parquet files need pyarrow", extra="parquet") from error
 
     try:
         with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-            columns = TableColumns.of([name.strip() for name in file.schema_arrow.names])
+            kinds = file.schema_arrow.types
+            dates = [i for i, kind in enumerate(kinds) if is_timestamp(kind) or is_date(kind)]
+            columns = TableColumns.of([name.strip() for name in file.schema_arrow.names], dates)
             _check_types(file.schema_arrow, columns)
             _check_unpacked(file.metadata, path.stat().st_size, len(columns.read))
-            kinds = file.schema_arrow.types
             index = columns.index if columns.index is None or not is_temporal(kinds[columns.index]) else None
             times = TimeReader(columns.times, index)
             blocks = _blocks(file, columns, class_names, times, allows_missing=allows_missing)

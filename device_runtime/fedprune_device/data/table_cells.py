@@ -83,6 +83,8 @@ def _cell_error(where: str, cell: Any, class_names: tuple[str, ...], *, is_class
         hint = TIMES_HINT
     elif "," in cell and any(map(str.isdigit, cell)):
         hint = COMMAS_HINT
+    elif cell[:1].isdecimal():
+        hint = "Write numbers alone: without a unit, and with nothing between thousands."
     elif names_only:
         hint = "Names of columns are one row: leave a second one, such as of units, out."
     expected = (" or ".join(class_names) or "a whole number from 0") if is_class else "a number"

@@ -16,7 +16,10 @@ CLASS = "class"  # the column of classes
 CLASSES = (CLASS, "label")  # its names, in any case
 TARGET = "target"  # what names of columns to predict begin with, in any case
 # Names of columns with times, in any case, also with a unit such as `time (s)` or `timestamp_ms`.
-TIMESTAMPS = ("timestamp", "time_stamp", "datetime", "date_time", "ts", "_time", "last_changed", "last_updated")
+TIMESTAMPS = (
+    "timestamp", "time_stamp", "datetime", "date_time", "ts", "_time", "last_changed", "last_updated", "unix",
+    "unixtime", "unix_time", "epoch", "epoch_time",
+)  # fmt: skip
 TIME, DATE = "time", "date"
 # What programs write for a missing number.
 _MISSING = frozenset(
@@ -39,10 +42,16 @@ class TableColumns:
     names: tuple[str, ...] = ()  # of `all`, in lower case
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> TableColumns:
-        """Raises `DataError` if names are missing, twice there, or there are too many."""
+    def of(cls, names: Sequence[str], dates: Sequence[int] = ()) -> TableColumns:
+        """The roles of columns. `dates` are those that have dates: the only one is the times if none is called so.
+
+        Raises `DataError` if names are missing, twice there, or there are too many.
+        """
         lower_names = [name.lower() for name in names]
         times = {i: kind for i, name in enumerate(lower_names) if (kind := _time_kind(name))}
+        unnamed_dates = [i for i in dates if not _INDEX.fullmatch(lower_names[i])]
+        if not times and len(unnamed_dates) == 1:
+            times = {unnamed_dates[0]: TIMESTAMPS[0]}
         used_columns = [i for i, name in enumerate(lower_names) if i not in times and not _INDEX.fullmatch(name)]
         if len(names) > _MAX_COLUMNS:
             raise DataError("columns", expected=f"at most {_MAX_COLUMNS}", got=len(names))

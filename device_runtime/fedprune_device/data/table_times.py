@@ -17,18 +17,30 @@ from fedprune_device.data.table_columns import is_missing, is_number
 Times = npt.NDArray[np.float64]  # seconds; NaN where a row has none
 
 _CLOCK = r"(?P<h>\d{1,2}):(?P<m>\d{2})(?::(?P<s>\d{2})(?:[.,](?P<f>\d{1,9}))?)?(?:\s*(?P<half>[AaPp])\.?[Mm]\.?)?"
-_ZONE = r"\s*(?P<zone>Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?"
+_ZONE = r"\s*(?P<zone>Z|z|[A-Z]{3,5}|[+-]\d{2}(?::?\d{2})?)?(?:\[[\w/+-]+\])?"
 _MOMENT = rf"(?:(?:[Tt,]?\s*|\s+){_CLOCK})?{_ZONE}"
 _YEAR, _MONTH, _DAY = r"(?P<y>\d{4})", r"(?P<mo>\d{1,2})", r"(?P<d>\d{1,2})"
-_FORMATS = {
-    "dates with the year first": re.compile(rf"{_YEAR}(?P<mark>[-/.]){_MONTH}(?P=mark){_DAY}{_MOMENT}"),
-    "dates with the day first": re.compile(rf"{_DAY}(?P<mark>[-/.]){_MONTH}(?P=mark){_YEAR}{_MOMENT}"),
-    "dates with the month first": re.compile(rf"{_MONTH}(?P<mark>[-/.]){_DAY}(?P=mark){_YEAR}{_MOMENT}"),
+_SHORT_YEAR, _NAMED_MONTH = r"(?P<y>\d{2})", r"(?P<mo>[A-Za-z]{3})[a-z]*\.?"
+_WEEKDAY = r"(?:[A-Z][a-z]{2,8},?\s+)?"
+_DATED = {
+    "dates with the year first": rf"{_YEAR}(?P<mark>[-/.]){_MONTH}(?P=mark){_DAY}",
+    "dates with the day first": rf"{_DAY}(?P<mark>[-/.]){_MONTH}(?P=mark){_YEAR}",
+    "dates with the month first": rf"{_MONTH}(?P<mark>[-/.]){_DAY}(?P=mark){_YEAR}",
+    "dates with the day first and a short year": rf"{_DAY}(?P<mark>[-/.]){_MONTH}(?P=mark){_SHORT_YEAR}",
+    "dates with the month first and a short year": rf"{_MONTH}(?P<mark>[-/.]){_DAY}(?P=mark){_SHORT_YEAR}",
+    "dates with a short year first": rf"{_SHORT_YEAR}(?P<mark>[-/.]){_MONTH}(?P=mark){_DAY}",
+    "dates with the name of the month": rf"{_WEEKDAY}{_DAY}[-/ ]{_NAMED_MONTH}[-/ ]{_YEAR}",
+    "dates with the name of the month first": rf"{_WEEKDAY}{_NAMED_MONTH} {_DAY},? {_YEAR}",
+}
+_FORMATS = {name: re.compile(text + _MOMENT) for name, text in _DATED.items()} | {
     "dates without separators": re.compile(r"(?P<y>(?:19|20)\d{2})(?P<mo>\d{2})(?P<d>\d{2})"
         r"(?:[Tt]?(?P<h>\d{2})(?P<m>\d{2})(?P<s>\d{2})(?:[.,](?P<f>\d{1,9}))?)?" + _ZONE),
+    "times of a day, or durations": re.compile(
+        r"(?:(?P<days>\d{1,6}) days? )?(?P<h>\d{1,6}):(?P<m>\d{2}):(?P<s>\d{2})(?:[.,](?P<f>\d{1,9}))?"),
     "times of a day": re.compile(_CLOCK),
+    "minutes and seconds": re.compile(r"(?P<m>\d{1,2}):(?P<s>\d{2})[.,](?P<f>\d{1,9})"),
 }  # fmt: skip
-_DAY_FIRST, _MONTH_FIRST = "dates with the day first", "dates with the month first"
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _UNITS = (
     (1e17, 1e-9, "nanoseconds"),
     (1e14, 1e-6, "microseconds"),
@@ -105,17 +117,14 @@ def _format_of(cells: list[Any], *, dates_alone: bool) -> tuple[Callable[[list[A
     filled_cells = [cell for cell in cells if not is_missing(cell)]
     if not filled_cells:
         return None
-    found: dict[str, Times] = {}
+    fitting_formats: dict[str, Times] = {}
     for name, pattern in _FORMATS.items():
-        if not (dates_alone and name in ("times of a day", "dates without separators")):
+        if name in _DATED or not dates_alone:
             times = _parse_texts(pattern, filled_cells)
             if times is not None:
-                found[name] = times
-    if {_DAY_FIRST, _MONTH_FIRST} <= found.keys():
-        return _day_or_month(found[_DAY_FIRST], found[_MONTH_FIRST])
-    if found:
-        name = next(iter(found))
-        return _parser(name), name
+                fitting_formats[name] = times
+    if fitting_formats:
+        return _closest(fitting_formats)
     if dates_alone:
         return None
     if not all(map(is_number, filled_cells)):
@@ -125,20 +134,29 @@ def _format_of(cells: list[Any], *, dates_alone: bool) -> tuple[Callable[[list[A
     return (lambda some: _parse_numbers(some, factor)), f"numbers, read as {unit}"
 
 
-def _parser(name: str) -> Callable[[list[Any]], Times | None]:
-    return lambda cells: _parse_texts(_FORMATS[name], cells)
-
-
-def _day_or_month(day_first: Times, month_first: Times) -> tuple[Callable[[list[Any]], Times | None], str]:
-    """The order of day and month by which the rows follow each other more closely."""
+def _closest(fitting_formats: dict[str, Times]) -> tuple[Callable[[list[Any]], Times | None], str]:
+    """Of formats that fit, as day and month may be either way round, the one by which rows follow each other closer."""
 
     def jumps(times: Times) -> tuple[int, float]:
         steps = np.diff(times)
         return min(int((steps < 0).sum()), int((steps > 0).sum())), float(np.abs(steps).sum())
 
-    by_day, by_month = jumps(day_first), jumps(month_first)
-    name = _MONTH_FIRST if by_month < by_day else _DAY_FIRST
-    return _parser(name), name + (", which the first rows don't prove" if by_day == by_month else "")
+    ranked_names = sorted(fitting_formats, key=lambda name: jumps(fitting_formats[name]))
+    best = ranked_names[0]
+    is_tied = len(ranked_names) > 1 and jumps(fitting_formats[best]) == jumps(fitting_formats[ranked_names[1]])
+    pattern = _FORMATS[best]
+    return (lambda cells: _parse_texts(pattern, cells)), best + ", which the first rows don't prove" * (
+        is_tied and best in _DATED
+    )
+
+
+def is_date(cell: object) -> bool:
+    """Whether a cell is a text with a date."""
+    return (
+        isinstance(cell, str)
+        and not is_missing(cell)
+        and any(_parse_texts(_FORMATS[name], [cell]) is not None for name in _DATED)
+    )
 
 
 def _parse_numbers(cells: list[Any], factor: float) -> Times | None:
@@ -170,10 +188,11 @@ def _seconds(parts: dict[str, str | None]) -> float | None:
         if not 1 <= hour <= 12:
             return None
         hour = hour % 12 + 12 * (half in "Pp")
-    if hour > 24 or minute > 59 or second > 60:
+    if (hour > 24 and "days" not in parts) or minute > 59 or second > 60:
         return None
     fraction = parts.get("f")
     out = 3600 * hour + 60 * minute + second + (float(f"0.{fraction}") if fraction else 0.0)
+    out += 86_400 * int(parts.get("days") or 0)
     if "y" in parts:
         day = _day_number(parts["y"], parts["mo"], parts["d"])
         if day is None:
@@ -188,7 +207,12 @@ def _seconds(parts: dict[str, str | None]) -> float | None:
 
 @lru_cache(maxsize=64)
 def _day_number(year: str | None, month: str | None, day: str | None) -> int | None:
+    """Days since 1970-01-01; None if there is no such day."""
+    number = str(month)
+    if number[:1].isalpha():
+        number = str(_MONTHS.index(number.lower()) + 1 if number.lower() in _MONTHS else 0)
+    full_year = int(year or 0) + (2000 if len(year or "") == 2 else 0)
     try:
-        return dt.date(int(year or 0), int(month or 0), int(day or 0)).toordinal() - 719_163  # of 1970-01-01
+        return dt.date(full_year, int(number), int(day or 0)).toordinal() - dt.date(1970, 1, 1).toordinal()
     except ValueError:
         return None

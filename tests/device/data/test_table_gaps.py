@@ -69,11 +69,16 @@ FORMATS = {
     "offset": lambda s: (BEGIN + timedelta(seconds=s)).astimezone(timezone(timedelta(hours=2))).isoformat(),
     "european": lambda s: local(s, "%d.%m.%Y %H:%M:%S"),
     "american": lambda s: local(s, "%m/%d/%Y %I:%M:%S %p"),
+    "short year": lambda s: local(s, "%d/%m/%y %H:%M:%S"),
+    "named month": lambda s: local(s, "%d-%b-%Y %H:%M:%S"),
+    "mail": lambda s: local(s, "%a %d %b %Y %H:%M:%S GMT"),
+    "zone": lambda s: local(s, "%Y-%m-%d %H:%M:%S UTC"),
     "compact": lambda s: local(s, "%Y%m%dT%H%M%S"),
     "seconds": lambda s: str(BEGIN.timestamp() + s),
     "milliseconds": lambda s: str(round(1000 * (BEGIN.timestamp() + s))),
     "nanoseconds": lambda s: str(10**9 * round(BEGIN.timestamp() + s)),
     "since the start": str,
+    "duration": lambda s: str(timedelta(seconds=s)),
 }
 
 
@@ -85,7 +90,7 @@ def test_times_are_read_in_the_forms_of_loggers(tmp_path: Path, form: str) -> No
         times = np.concatenate([block.times for block in opened.blocks if block.times is not None])
         assert "column 1" in opened.notes()[-1]
     np.testing.assert_allclose(times - times[0], at, atol=1e-6)
-    if form != "since the start":
+    if form not in ("since the start", "duration"):
         assert times[0] == pytest.approx(BEGIN.timestamp(), abs=1e-6)
 
 

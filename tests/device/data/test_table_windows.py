@@ -186,6 +186,7 @@ EXPECTED_ROWS = [[20.5, 3, 1], [-1.25, 4, 0]]
         "# a logger\ntemp,hum,Label\n# restarted\n20.5,3,1\n-1.25,4,0\n",
         "# temp,hum,class\n20.5,3,1\n-1.25,4,0\n",
         "#,temp,hum,class\n1,20.5,3,1\n2,-1.25,4,0\n",
+        "when,temp,hum,class\n2024-01-31 10:00,20.5,3,1\n2024-01-31 10:01,-1.25,4,0\n",
         "temp,hum,class\n20.5,3,True\n-1.25,4,FALSE\n",
         "temp,hum,class\r\n20.5,3,ok\r\n-1.25,4,bad\r\n",
         "temp,hum,class\n20.5,3,1\n-1.25,4,0\n".encode("utf-16"),
@@ -218,6 +219,10 @@ def test_rows_are_checked_as_they_are_read(tmp_path: Path) -> None:
         ("a;b\n20,5;1.5\n", "numbers", "point"),
         ('a,b\n1,"1,234"\n', "row 1, column 2", "point"),
         ("a,b\n1,1700000001\n", "row 1, column 2", "time"),
+        ("a,b\n1,inf\n2,3\n", "row 1, column 2", "number"),
+        ("a,b\n1,on\n2,3\n", "row 1, column 2", "number"),
+        ("a,b\n1,45%\n", "row 1, column 2", "unit"),
+        ("first,second\n2024-01-31,2024-01-30\n", "row 1, column 1", "time"),
         ("a,b\n1,2\n1,NaN\n", "row 2, column 2", "--missing hold, mean or drop"),
         ("a,b\n°C,hPa\nvolts,amps\n", "row 1, column 1", "units"),
         ("a,class\n1,walk\n", "row 1, column 2", "--class-names"),
@@ -238,14 +243,15 @@ def test_columns_of_parquet_that_are_no_numbers_are_refused_by_type(tmp_path: Pa
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     values = {
         pa.timestamp("ns", "UTC"): 5,
-        pa.date32(): 5,
+        pa.time64("us"): 5,
         pa.list_(pa.float64()): [1.0],
         pa.struct([("secret", pa.int8())]): {"secret": 1},
         pa.dictionary(pa.int8(), pa.binary()): b"1",
     }
     for kind, value in values.items():
         for name in ("secret", "class"):
-            pq.write_table(pa.table({"a": [1.0], name: pa.array([value], kind)}), tmp_path / "a.parquet")
+            columns = {"a": [1.0], name: pa.array([value], kind), "time": [1.0]}  # without `time` a date would be it
+            pq.write_table(pa.table(columns), tmp_path / "a.parquet")
             with pytest.raises(DataError) as caught:
                 rows_read(tmp_path / "a.parquet")
             message = str(caught.value)
