@@ -13,10 +13,11 @@ from fedprune.core.imports import import_user_module
 from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.lengths import Shape
 from fedprune_device.data.array_assembly import as_mapping, assemble, pack_inputs
-from fedprune_device.data.data_source import MAX_SAMPLES, DataSource, SourceSamples
+from fedprune_device.data.data_source import DataSource
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_inputs
 from fedprune_device.data.sequences import pad_samples
+from fedprune_device.data.source_samples import MAX_SAMPLES, SourceSamples
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import (
     Inputs,
@@ -65,7 +66,7 @@ def open_arrays(
     `class_names` are the names of the classes in the fleet's order.
     """
     content = _load(source, shares.seed, shares.device, spool)
-    if isinstance(content, DataSource):
+    if isinstance(content, DataSource) and not isinstance(content, LocalData):
         return SourceSamples(content, source, shares, max_samples, class_names, spool)
     try:
         data = content if isinstance(content, LocalData) else assemble(content, spool, shares.seed, shares.device)
@@ -81,7 +82,7 @@ def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = Fa
     """Read samples without labels; a source's labels are ignored, and `x_test` is preferred (`load_data`)."""
     content, rows = _load(source, 0, "", None), None
     try:
-        if isinstance(content, DataSource):
+        if isinstance(content, DataSource) and not isinstance(content, LocalData):
             content = SourceSamples(content, source, SplitShares(test=0), MAX_SAMPLES).snapshot()
         if isinstance(content, LocalData):
             rows = content.rows

@@ -15,10 +15,11 @@ import numpy as np
 from fedprune.core.errors import DataError, shape_text
 from fedprune.core.rng import keyed_generator
 from fedprune.model.lengths import Shape, fits_shape, free_axis
+from fedprune_device.data.data_source import LABELS, ArrayType, Schema
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_samples, common_type
 from fedprune_device.data.sequences import PaddedRows, pad_labels, pad_samples
-from fedprune_device.data.stored_array import Inputs, StoredArray, select_pairs, spool_large, type_text
+from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray, select_pairs, spool_large, type_text
 
 SPLITS = ("train", "test", "val")  # the suffixes of the arrays in a file, and in `LocalData`
 _NO_SAMPLES = np.zeros((0, 0), np.float32)
@@ -86,6 +87,21 @@ class LocalData:
                 same = (common_type(trained), trained.shape[1:]) == (common_type(held_out), held_out.shape[1:])
                 if len(y) and not same:
                     raise DataError(f"type of {split} {what}", expected=type_text(trained), got=type_text(held_out))
+
+    def schema(self) -> Schema:
+        """The types of the training samples `x` and of their labels `y`; without labels only the former."""
+        arrays = {"x": self.x_train} | ({} if self.is_unlabelled else {LABELS: self.y_train})
+        return Schema({name: ArrayType(array.shape[1:], str(array.dtype)) for name, array in arrays.items()})
+
+    def __len__(self) -> int:
+        """Number of training samples."""
+        return self.samples
+
+    def read(self, indices: Rows) -> dict[str, Array]:
+        """Training samples and labels by the names of `schema`: with these methods the samples of every source, as a
+        model takes them, are a `DataSource`. Raises `DataError` if a file has changed."""
+        x = self.x_train[indices]
+        return {"x": x} if self.is_unlabelled else {"x": x, LABELS: self.y_train[indices]}
 
     def _samples_of(self, split: str) -> tuple[Inputs, Inputs]:
         return getattr(self, f"x_{split}"), getattr(self, f"y_{split}")

@@ -10,10 +10,12 @@ import pytest
 import fedprune_device
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import PADDING, Lengths
-from fedprune_device import ArrayType, Schema
+from fedprune_device import ArrayType, DataSource, Schema
 from fedprune_device.data.array_source import load_data, load_inputs
-from fedprune_device.data.data_source import SourceSamples
 from fedprune_device.data.labels import Targets
+from fedprune_device.data.reservoir import SampleLimits
+from fedprune_device.data.sample_store import SampleStore
+from fedprune_device.data.source_samples import SourceSamples
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import StoredArray
@@ -162,6 +164,26 @@ def test_an_error_of_a_source_names_its_method() -> None:
     source.read = lambda indices: 1 / 0
     with pytest.raises(DataError, match=r"read failed \(ZeroDivisionError"):
         SourceSamples(source, "s", SplitShares(0), 99999).snapshot()
+
+
+def test_the_samples_of_every_source_are_one_for_a_model(tmp_path: Path) -> None:
+    rows = np.arange(80, dtype=np.float32).reshape(40, 2)
+    (tmp_path / "a.csv").write_text("a,b,class\n" + "".join(f"{a},{b},{int(a) % 3}\n" for a, b in rows))
+    np.savez(tmp_path / "a.npz", x=rows[:, :, None], y=rows[:, 0].astype(int) % 3)
+    store = SampleStore(tmp_path / "store", SampleLimits(99, 2**20), SplitShares(0))
+    for row in rows:
+        store.add(row[:, None], int(row[0]) % 3)
+    targets = Targets("cross_entropy", 3)
+    for source in (options(data=str(tmp_path / "a.csv")).fixed(), options(data=str(tmp_path / "a.npz")).fixed(), store):
+        data = source.snapshot((2, 1), targets)
+        assert isinstance(data, DataSource)
+        assert data.schema() == Schema({"x": ArrayType((2, 1)), "y": ArrayType((), "int64")})
+        samples = data.read(np.arange(1, len(data), 2))
+        np.testing.assert_array_equal(samples["y"], samples["x"][:, 0, 0].astype(int) % 3)
+        np.testing.assert_array_equal(samples["x"], np.asarray(data.x_train)[1::2])
+        again = SourceSamples(data, "again", SplitShares(0), 99).snapshot((2, 1), targets)
+        np.testing.assert_array_equal(again.x_train, np.asarray(data.x_train))
+    store.close()
 
 
 def test_the_example_reads_what_its_logger_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,19 @@ def test_data_is_dealt_out_to_the_devices(write):
     assert [d.name for d in counted.devices] == [f"a-{i:03}" for i in range(1, 6)]
 
 
+def test_samples_of_the_server_are_scaled_as_those_of_boards(write):
+    table = DATA + "devices = 4\nserver = 0.1\ncalibration = 0.1\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"
+    plain = read_fleet_plan(write(table))
+    head = HEAD.replace("max_steps = 1", "max_steps = 1, scaling = ['grey:0.5:0.25']")
+    scaled = read_fleet_plan(write(table, head))
+    np.testing.assert_allclose(scaled.evaluation[0], (plain.evaluation[0] - 0.5) / 0.25, rtol=1e-5)
+    np.testing.assert_allclose(scaled.calibration, (plain.calibration - 0.5) / 0.25, rtol=1e-5)
+    own = read_fleet_plan(write(table, HEAD.replace("max_steps = 1", "max_steps = 1, scaling = ['board']")))
+    np.testing.assert_allclose([own.evaluation[0].mean(), own.evaluation[0].std()], [0, 1], atol=1e-4)
+    np.testing.assert_array_equal(own.evaluation[1], plain.evaluation[1])
+    np.testing.assert_array_equal(own.devices[0].load().x_train, plain.devices[0].load().x_train)  # as measured
+
+
 def test_the_example_has_the_paper_s_links(write, tmp_path):
     np.savez(tmp_path / "data.npz", **np.load(tmp_path / "all.npz"))
     plan = read_fleet_plan(write((EXAMPLES / "pr_fl_links.toml").read_text(), head=""))

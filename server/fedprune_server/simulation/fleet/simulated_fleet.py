@@ -126,7 +126,7 @@ def _build_plan(
         dropouts=fleet_tables.dropouts,
         weather=fleet_tables.weather,
         availability=fleet_tables.availability,
-        measure=_model_measure(settings, evaluation, calibration, federation),
+        measure=_model_measure(settings, evaluation, calibration, federation, job.recipe),
         checkpoints=settings.checkpoints,
         workers=settings.workers,
         cuda=settings.cuda,
@@ -151,6 +151,7 @@ def _model_measure(
     evaluation: LabelledSamples | None,
     calibration: npt.NDArray[Any] | None,
     federation: Federation | None,
+    recipe: Recipe,
 ) -> ModelMeasure | None:
     """The measurement of submodels that [simulation] asks for, on the server's samples and on the devices' tests."""
     if not settings.densities:
@@ -158,7 +159,8 @@ def _model_measure(
     if evaluation is None:
         raise ConfigError(("simulation", "densities"), expected="samples in [evaluation] to measure on")
     tests = None if federation is None else federation.pooled_tests()
-    sets = {} if tests is None or not len(tests[1]) else {"tests": tests}  # [data] test may be 0
+    # [data] test may be 0
+    sets = {} if tests is None or not len(tests[1]) else {"tests": scale_arrays(tests, recipe)}
     return ModelMeasure(
         *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
     )
