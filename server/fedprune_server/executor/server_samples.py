@@ -53,13 +53,18 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> LabelledSample
 def fit_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
     """Check samples and labels against a model; returns them in the form that the model takes. Raises `DataError` if
     labels don't fit the loss or the number of classes, or samples have another shape or type."""
-    architecture = model.architecture
+    shape, targets = form_of(model, recipe)
+    data = data.snapshot(shape, targets)
+    data.check(targets, shape, token_ids=_takes_token_ids(model))
+    return scale_samples(data, recipe)[0]
+
+
+def form_of(model: Model, recipe: Recipe) -> tuple[Shape, Targets]:
+    """The shape of a model's input, and the labels that its training takes."""
     label_port = next(p for p in training_step(model, recipe.features).inputs if p.name == step_contract.Y)
     shape = tuple(d if isinstance(d, int) else None for d in label_port.shape[1:])
-    targets = Targets.of(recipe, architecture.classes, shape, whole_numbers=label_port.dtype.kind == "i")
-    data = data.snapshot(_shape(model), targets)
-    data.check(targets, _shape(model), token_ids=_takes_token_ids(model))
-    return scale_samples(data, recipe)[0]
+    whole_numbers = label_port.dtype.kind == "i"
+    return _shape(model), Targets.of(recipe, model.architecture.classes, shape, whole_numbers=whole_numbers)
 
 
 def load_calibration(source: str, model: Model, recipe: Recipe) -> npt.NDArray[Any]:

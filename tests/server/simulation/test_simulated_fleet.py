@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.errors import ConfigError, ExitCode, FedpruneError
 from fedprune.jobs.job import Job
 from fedprune.planning.profile_store import find_profile
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.table_options import TableOptions
+from fedprune_device.data.table_windows import TableFile
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import deal_digits, digits_model
 from fedprune_server.simulation.experiment import fedavg_job
@@ -101,6 +106,47 @@ def test_data_is_dealt_out_to_the_devices(write):
     assert total == 600
     counted = read_fleet_plan(write(DATA + "[[devices]]\nname = 'a'\ncount = 5\nprofile = 'raspberry-pi-4b'\n"))
     assert [d.name for d in counted.devices] == [f"a-{i:03}" for i in range(1, 6)]
+
+
+def window_model(columns, steps, classes):
+    """A model of windows [columns, steps] with one hidden layer."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (16, columns * steps), "b": (16,), "v": (classes, 16), "c": (classes,)}
+    arrays = [numpy_helper.from_array(rng.standard_normal(s).astype("f4"), n) for n, s in shapes.items()]
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["h"], transB=1),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "v", "c"], ["y"], transB=1),
+    ]
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
+        for name, shape in (("x", (columns, steps)), ("y", (classes,)))
+    )
+    graph = helper.make_graph(nodes, "windows", [x], [y], arrays)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+def test_a_device_takes_windows_of_a_table_as_a_board_does(write, tmp_path):
+    rows = np.random.default_rng(0).random((900, 8))
+    times = np.arange(900) + 100 * (np.arange(900) >= 450)
+    cells = [[time, *row, n % 10] for n, (time, row) in enumerate(zip(times, rows, strict=True))]
+    cells[7][3] = ""
+    names = ["time", *"abcdefgh", "class"]
+    (tmp_path / "barn.csv").write_text("\n".join(",".join(map(str, row)) for row in [names, *cells]))
+    head = HEAD.replace("model.onnx", "table.onnx").replace("max_steps = 1", "max_steps = 1, scaling = ['board']")
+    (tmp_path / "table.onnx").write_bytes(window_model(8, 8, 10))
+    text = ROW.replace("barn.npz", "barn.csv") + "missing = 'hold'\n"
+    (device,) = read_fleet_plan(write(text, head)).devices
+    shares = SplitShares(seed=0, device="barn")
+    table = TableFile(tmp_path / "barn.csv", shares, 10_000, options=TableOptions("hold"))
+    expected = table.snapshot((8, 8), Targets("cross_entropy", 10))
+    np.testing.assert_array_equal(device.load().x_train, expected.x_train[:])
+    np.testing.assert_array_equal(device.load().y_train, expected.y_train)
+    with pytest.raises(FedpruneError, match="missing"):
+        read_fleet_plan(write(text.replace("hold", "error"), head))
+    with pytest.raises(ConfigError, match="missing"):
+        read_fleet_plan(write(text.replace("hold", "guess"), head))
 
 
 def test_samples_of_the_server_are_scaled_as_those_of_boards(write):

@@ -11,11 +11,16 @@ from typing import Any
 
 from fedprune.core import validation as setting_checks
 from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject, dotted_path, value_text
+from fedprune.model.lengths import Shape
 from fedprune.planning import profile_store
 from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.topics import check_device
 from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.table_options import MISSING, TableOptions
+from fedprune_device.data.table_windows import TableFile, is_table
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, samples_digest
 
@@ -23,7 +28,10 @@ MEGABYTE = 1e6
 
 MAX_LOADED_FLEET = 32  # fleets of up to this size hold their samples in memory; larger ones read them on use
 
-_ROW_KEYS = ("name", "count", "profile", "data", "link", "validation")
+_ROW_KEYS = ("name", "count", "profile", "data", "link", "validation", "missing", "step")
+_DATA_KEYS = ("data", "validation", "missing", "step")  # of rows with samples of their own
+
+_MAX_WINDOWS = 10_000  # of a table: as many as a board takes by default
 _LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
 
 # Speeds in MB/s and latency in seconds that differ from the profile's.
@@ -40,6 +48,7 @@ class _Row:
     data: str
     link: LinkSettings
     validation: float
+    table: TableOptions
 
 
 def read_devices(
@@ -50,6 +59,7 @@ def read_devices(
     links: Sequence[LinkSettings] = (),
     *,
     check: Callable[[LocalData], object] = lambda data: None,
+    form: tuple[Shape, Targets] | None = None,
 ) -> tuple[VirtualDevice, ...]:
     """The fleet that a file's [[devices]] describe.
 
@@ -59,6 +69,7 @@ def read_devices(
         federation: The split data set of the table [data]; None if every row names its own.
         links: Links for devices without their own, in turn.
         check: Raises `DataError` if a device's samples don't fit the model.
+        form: The model's input and labels, which decide what the windows of a table are.
 
     Raises:
         ConfigError: A key is missing, unknown or wrong; the message names row and key.
@@ -90,7 +101,7 @@ def read_devices(
                 source = str(folder / row.profile) if is_path else row.profile
                 profiles[profile_key] = with_link(profile_store.find_typed_profile(source), link)
         with name_source((*row.where, "data") if federation is None else ("data", row.name)):
-            load, data = _read_samples(row, seed, folder, federation, number, check)
+            load, data = _read_samples(row, seed, folder, federation, number, check, form)
             if len(device_rows) > MAX_LOADED_FLEET:
                 digest = (
                     samples_digest(data) if federation is None else federation.fingerprint(federation.names[number])
@@ -122,7 +133,7 @@ def _expand_rows(rows: object, federation: Federation | None) -> Iterator[_Row]:
         row_path: KeyPath = ("devices", index)
         if not isinstance(row, Mapping):
             raise ConfigError(row_path, expected=f"a table with {needed_text}", got=repr(row))
-        allowed_keys = _ROW_KEYS if federation is None else [k for k in _ROW_KEYS if k not in ("data", "validation")]
+        allowed_keys = _ROW_KEYS if federation is None else [k for k in _ROW_KEYS if k not in _DATA_KEYS]
         setting_checks.check_keys(allowed_keys, row, row_path)
         for key in needed:
             if key not in row:
@@ -133,9 +144,18 @@ def _expand_rows(rows: object, federation: Federation | None) -> Iterator[_Row]:
         data = "" if federation is not None else _checked_text(row["data"], (*row_path, "data"))
         links = _links(row.get("link", {}), (*row_path, "link"))
         share = setting_checks.check_number((*row_path, "validation"), row.get("validation", 0.0), 0, 0.9)
+        table = _table_options(row, row_path)
         for i, name in enumerate(names):
-            yield _Row(row_path, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
+            yield _Row(row_path, name, profiles[i % len(profiles)], data, links[i % len(links)], share, table)
         name_count += len(names)
+
+
+def _table_options(row: Mapping[str, Any], row_path: KeyPath) -> TableOptions:
+    missing = setting_checks.check_word((*row_path, "missing"), row.get("missing", MISSING[0]), MISSING)
+    step = row.get("step")
+    if step is not None:
+        step = setting_checks.check_number((*row_path, "step"), step, 1e-9, 1e9)
+    return TableOptions(missing, step)
 
 
 def _names(
@@ -194,6 +214,7 @@ def _read_samples(
     federation: Federation | None,
     device_index: int,
     check: Callable[[LocalData], object],
+    form: tuple[Shape, Targets] | None,
 ) -> tuple[Callable[[], LocalData], LocalData]:
     """The function that reads a device's samples, and the samples, which are checked."""
     if federation is not None:
@@ -201,12 +222,20 @@ def _read_samples(
         data = load()
         check(data)
         return load, data
-    source = str(folder / row.data) if row.data.endswith(".npz") else row.data
+    is_file = row.data.endswith(".npz") or is_table(Path(row.data))
+    source = str(folder / row.data) if is_file else row.data
     load = partial(load_data, source, seed, row.name, row.validation)
+    if is_table(Path(source)) and form is not None:
+        shares = SplitShares(validation=row.validation, seed=seed, device=row.name)
+        load = partial(_read_windows, Path(source), shares, row.table, *form)
     data = load()
     with name_source(source):
         check(data)
     return load, data
+
+
+def _read_windows(path: Path, shares: SplitShares, options: TableOptions, shape: Shape, targets: Targets) -> LocalData:
+    return TableFile(path, shares, _MAX_WINDOWS, options=options).snapshot(shape, targets)
 
 
 def _checked_text(value: object, path: KeyPath) -> str:

@@ -24,6 +24,7 @@ from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.executor.server_samples import (
     LabelledSamples,
     fit_data,
+    form_of,
     load_calibration,
     load_evaluation,
     scale_arrays,
@@ -99,7 +100,13 @@ def _build_plan(
     model = _read_model(config) if model is None else model
     check_samples = partial(fit_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
     devices = read_devices(
-        fleet_tables.body.get("devices"), job.seed, path.parent, federation, fleet_tables.links, check=check_samples
+        fleet_tables.body.get("devices"),
+        job.seed,
+        path.parent,
+        federation,
+        fleet_tables.links,
+        check=check_samples,
+        form=form_of(model, job.recipe),
     )
     # After the fleet is read: rounds can't wait for more devices than there are.
     job = replace(job, devices=_awaited_devices(fleet_tables.body.get("job", {}), job, len(devices)))

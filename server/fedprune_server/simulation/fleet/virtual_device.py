@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import predict_costs
 from fedprune.planning.profile import HardwareProfile
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.stored_array import StoredArray
 
 
@@ -88,10 +88,9 @@ class VirtualDevice:
 def samples_digest(data: LocalData) -> str:
     """Digest of a device's samples and labels with their types and shapes."""
     digest = hashlib.sha256()
-    for field in fields(data):
-        array = getattr(data, field.name)
-        if array is not None:  # a missing split
-            digest.update(json.dumps([field.name, array.dtype.str, array.shape]).encode())
-            for chunk in array.chunks() if isinstance(array, StoredArray) else (array,):
-                digest.update(np.ascontiguousarray(chunk).data)
+    for name in (f"{kind}_{split}" for split in SPLITS for kind in "xy"):
+        array = getattr(data, name)
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        for chunk in array.chunks() if isinstance(array, StoredArray) else (array,):
+            digest.update(np.ascontiguousarray(chunk).data)
     return digest.hexdigest()
