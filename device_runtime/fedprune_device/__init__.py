@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # a command that only parses its options doesn't load numpy
     from fedprune_device.data.data_source import ArrayType, DataSource, Schema
     from fedprune_device.data.dataset import LocalData
     from fedprune_device.data.labels import log_prior
+    from fedprune_device.data.scaling import Scaling, scale_samples
     from fedprune_device.serving.predictor import Predictor
     from fedprune_device.training.trainer import Trainer
     from fedprune_device.training.training_task import TrainingControl, TrainingResult, TrainingTask
@@ -18,6 +19,7 @@ __all__ = [
     "DataSource",
     "LocalData",
     "Predictor",
+    "Scaling",
     "Schema",
     "Trainer",
     "TrainingControl",
@@ -25,6 +27,7 @@ __all__ = [
     "TrainingTask",
     "load_data",
     "log_prior",
+    "scale_samples",
 ]
 
 _MODULES = {
@@ -39,6 +42,8 @@ _MODULES = {
     "TrainingTask": "fedprune_device.training.trainer",
     "load_data": "fedprune_device.data.array_source",
     "log_prior": "fedprune_device.data.labels",
+    "Scaling": "fedprune_device.data.scaling",
+    "scale_samples": "fedprune_device.data.scaling",
 }
 
 __getattr__ = lazy_attributes(__name__, _MODULES)

@@ -104,7 +104,7 @@ def _joined(columns: list[Any]) -> list[Any]:
     if len(columns) == 1:
         return list(columns[0])
     return [
-        a + b if isinstance(a, float) and isinstance(b, float) else "" if is_missing(a) else f"{a} {b}"
+        a + b if isinstance(a, float) and isinstance(b, float) else "" if is_missing(a) or is_missing(b) else f"{a} {b}"
         for a, b in zip(*columns, strict=True)
     ]
 
@@ -127,6 +127,7 @@ def _format_of(cells: list[Any], *, dates_alone: bool) -> tuple[Callable[[list[A
         return _closest(fitting_formats)
     if dates_alone:
         return None
+    filled_cells = [_with_point(cell) for cell in filled_cells]
     if not all(map(is_number, filled_cells)):
         return _format_of(filled_cells[:1], dates_alone=False) if len(filled_cells) > 1 else None
     typical = float(np.median([abs(float(cell)) for cell in filled_cells]))
@@ -161,12 +162,16 @@ def is_date(cell: object) -> bool:
 
 def _parse_numbers(cells: list[Any], factor: float) -> Times | None:
     out = np.full(len(cells), np.nan)
-    for i, cell in enumerate(cells):
+    for i, cell in enumerate(map(_with_point, cells)):
         if is_number(cell):
             out[i] = float(cell) * factor
         elif not is_missing(cell):
             return None
     return out
+
+
+def _with_point(cell: Any) -> Any:
+    return cell.replace(",", ".") if isinstance(cell, str) else cell
 
 
 def _parse_texts(pattern: re.Pattern[str], cells: list[Any]) -> Times | None:

@@ -121,7 +121,14 @@ class TableFile:
         """The plan with missing numbers replaced by the means of the training rows, if the options say so."""
         if self._numbers.marks is None or self._options.missing != "mean":
             return plan
-        means = self._training_statistics(_BLOCK_WINDOWS * plan.span).mean
+        statistics, columns = self._training_statistics(_BLOCK_WINDOWS * plan.span), self._numbers.columns
+        numbers = len(columns.inputs) + len(columns.targets)
+        if not statistics.counts[:numbers].all():
+            empty = columns.all[int(np.argmin(statistics.counts[:numbers] > 0))] + 1
+            raise DataError(
+                f"column {empty}", expected="a number in the training rows", got="none, so that it has no mean"
+            )
+        means = statistics.mean
 
         def after_filling(select: Callable[[Array], Array]) -> Callable[[Array], Array]:
             return lambda rows: select(np.where(np.isnan(rows), means, rows))

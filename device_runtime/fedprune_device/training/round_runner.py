@@ -186,9 +186,10 @@ class RoundRunner:
         base = self._base_path(offer)
         trainer = self._trainer.of(offer.training.sha256, lambda: self._read_blob(offer.training), base)
         targets = trainer.targets(recipe, offer.classes)
-        data, scaling = scale_samples(
-            self._data.snapshot(trainer.input_shape, targets), recipe, self._fitted_scaling(offer, recipe)
-        )
+        fitted = self._fitted_scaling(offer, recipe)
+        data, scaling = scale_samples(self._data.snapshot(trainer.input_shape, targets), recipe, fitted)
+        if recipe.scaling == (BOARD,) and fitted is None:
+            _LOG.info("job %s: samples are scaled by the mean and deviation of those for training", offer.job)
         work = LocalUpdate(
             offer,
             recipe,

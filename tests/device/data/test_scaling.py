@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.core.errors import ConfigError, DataError
+from fedprune.core.errors import ConfigError, DataError, ExitCode
 from fedprune.model.lengths import PADDING
 from fedprune.model.recipe import Recipe
+from fedprune_device.cli.main import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.scaling import ChannelScale, Scaling, scale_entries, scale_samples
@@ -144,11 +145,15 @@ def test_a_board_keeps_its_scale_and_serves_with_it(board: HiddenBoard) -> None:
     assert round_of(3, job="another") != scaling
 
 
-def test_the_local_interface_answers_in_the_numbers_of_its_samples(local: LocalBoard) -> None:
+def test_predictions_of_a_board_are_in_the_numbers_of_its_samples(local: LocalBoard) -> None:
     x = np.random.default_rng(0).standard_normal((4, 6)).astype("f4") * 9 + 100
     scaling = Scaling(ChannelScale((100.0,) * 6, (9.0,) * 6), ChannelScale((5.0, 6.0, 7.0), (2.0, 3.0, 4.0)))
     w = local.install(1, loss="mse", scaling=scaling)
+    np.save(local.root / "x.npy", x)
+    command = ["predict", "--state", str(local.root / "state"), "--input", str(local.root / "x.npy")]
+    assert main([*command, "--output", str(local.root / "y.npy")]) == ExitCode.OK
     with local.serving():
         values = [row["values"] for row in local.board.predict(x).predictions]
     expected = ((x - 100) / 9 @ w["w"].T + w["b"]) * [2, 3, 4] + [5, 6, 7]
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.load(local.root / "y.npy"), expected, rtol=1e-4, atol=1e-4)

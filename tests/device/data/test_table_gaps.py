@@ -116,6 +116,8 @@ def test_what_cannot_be_read_as_times_is_said(tmp_path: Path) -> None:
     assert len(windows(source, 3)) == 23
     with pytest.raises(DataError, match=r"row 3, column 1.*time as in the rows before"):
         table(tmp_path / "a.csv", ["2024-01-01", "2024-01-02", "01/03/2024"])
+    (tmp_path / "a.csv").write_text("time;a\n" + "".join(f"1706700000,{n};{n}\n" for n in range(9)))
+    assert "read as seconds" in TableFile(tmp_path / "a.csv", ALL, 99).notes[-1]
     with pytest.raises(DataError, match="column of times"):
         table(tmp_path / "a.csv", [1, 2], name="b", step=1.0)
 
@@ -203,6 +205,13 @@ def test_the_mean_is_that_of_the_training_rows(tmp_path: Path) -> None:
     for x in (trained, np.asarray(data.x_test)):
         for value, n in zip(x[:, 0].ravel(), x[:, 1].ravel().astype(int), strict=True):
             assert value == pytest.approx(rows[n] if cells[n] else mean, rel=1e-5)
+
+
+def test_a_column_without_a_number_has_no_mean(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n" + "1,\n" * 20)
+    source = TableFile(tmp_path / "a.csv", ALL, 99, options=TableOptions("mean"))
+    with pytest.raises(DataError, match="column 2"):
+        source.snapshot((2, 4))
 
 
 def test_a_class_is_never_filled(tmp_path: Path) -> None:
