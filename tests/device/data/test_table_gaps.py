@@ -54,6 +54,34 @@ def test_no_window_spans_a_gap_or_goes_back_in_time(
             windows(source, span)
 
 
+@given(data=st.data(), missing=st.sampled_from(["hold", "drop"]))
+def test_no_window_has_a_missing_number_and_none_is_held_over_a_gap(
+    data: st.DataObject, missing: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    count, span = data.draw(st.integers(5, 60)), data.draw(st.integers(1, 4))
+    gaps = data.draw(st.sets(st.integers(1, count - 1), max_size=6))
+    empty = data.draw(st.sets(st.integers(0, count - 1), max_size=12))
+    times = np.arange(count) + np.array([10 * sum(gap <= row for gap in gaps) for row in range(count)])
+    cells = ["" if row in empty else str(row) for row in range(count)]
+    source = table(tmp_path_factory.mktemp("empty") / "a.csv", times.tolist(), cells, missing=missing, step=1.0)
+    rows: list[float] = []  # what each row holds
+    for row in range(count):
+        held = rows[-1] if missing == "hold" and row not in gaps and rows else NAN
+        rows.append(held if row in empty else float(row))
+    expected = [
+        rows[first : first + span]
+        for first in range(count - span + 1)
+        if not gaps.intersection(range(first + 1, first + span))
+        and not any(map(np.isnan, rows[first : first + span]))
+        and first // (8 * span) == (first + span - 1) // (8 * span)
+    ]
+    if expected:
+        assert windows(source, span).tolist() == expected
+    else:
+        with pytest.raises(DataError):
+            windows(source, span)
+
+
 def iso(seconds: float) -> str:
     return (BEGIN + timedelta(seconds=seconds)).isoformat()
 
