@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from fedprune_device.client import Board, BoardError
 
 START, END = b"\xff\xd8", b"\xff\xd9"
-MAX_BYTES = 4 * 2**20  # a board takes no larger image
+MAX_BYTES = 8 * 2**20  # the local interface takes no larger image
 
 
 def frames() -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ PRIVACY_VARIABLE = "FEDPRUNE_PRIVACY"
 # Little enough for the smallest boards, whose cards hold the system, two releases and a model besides.
 DEFAULT_SAMPLES_BYTES = 64 * 2**20
 DEFAULT_MAX_SAMPLES = 10_000
+
+_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 
 
 def log_handler() -> logging.Handler:
@@ -135,6 +138,13 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
         help="images are divided by it after the subtraction",
     )
     group.add_argument(
+        "--image-background",
+        type=_parse_colour,
+        default=_COLOURS["white"],
+        metavar="COLOUR",
+        help="what transparent images are drawn on: white, black or #RRGGBB (default: white)",
+    )
+    group.add_argument(
         "--audio-rate",
         type=positive_integer,
         default=16_000,
@@ -210,6 +220,14 @@ def _parse_numbers(text: str) -> tuple[float, ...]:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, or three with commas, got {text!r}") from None
+
+
+def _parse_colour(text: str) -> tuple[int, ...]:
+    if text in _COLOURS:
+        return _COLOURS[text]
+    if not re.fullmatch("#[0-9a-fA-F]{6}", text):
+        raise argparse.ArgumentTypeError(f"expected {', '.join(_COLOURS)} or #RRGGBB, got {text!r}")
+    return tuple(bytes.fromhex(text[1:]))
 
 
 def _host_name() -> str:

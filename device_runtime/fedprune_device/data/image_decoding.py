@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,26 +15,35 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, MissingExtraError, error_reason, shape_text
 from fedprune.model.lengths import Shape
-from fedprune_device.data.viewer_image import check_single_frame, upright_image, viewer_image
+from fedprune_device.data.viewer_image import (
+    WHITE,
+    Colour,
+    check_single_frame,
+    check_size,
+    upright_image,
+    viewer_image,
+)
 
-TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
-ENDINGS = (".jpg", ".jpeg", ".png")
-MAX_BYTES = 4 * 2**20
+# What Pillow may open, whatever a file's extension: some of its other formats run programs on the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+TYPES = {f"image/{kind.lower()}": kind for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF")}  # of the local interface
+MAX_BYTES = 16 * 2**20  # a photograph of 48 megapixels, as phones take them
 _MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes of one whole number per pixel
 _DEPTH_OFFSET, _COLOUR_OFFSET = 24, 25  # offsets of a PNG's bits per number and of its kind of colours
 _GREY = 0  # the kind of colours of a grey PNG
-MAX_PIXELS = 2**24  # a small file may unpack to a huge image: its header is checked first
 
 
 @dataclass(frozen=True)
 class Pixels:
     """The conversion of images to a model's input: scaled to its size, from 0 to 1, then (x − mean) / deviation.
 
-    Mean and deviation are one number, or three by colour.
+    Mean and deviation are one number, or three by colour. Transparent images are drawn on `background`.
     """
 
     mean: tuple[float, ...] = (0.0,)
     deviation: tuple[float, ...] = (1.0,)
+    background: Colour = WHITE
 
     endings: ClassVar[tuple[str, ...]] = ENDINGS
     max_bytes: ClassVar[int] = MAX_BYTES
@@ -49,7 +59,7 @@ class Pixels:
         return np.asarray(self.numbers(self.decode(body, kinds, shape)[None])[0], np.float32)
 
     def samples(self, body: bytes, shape: Shape) -> npt.NDArray[np.uint8]:
-        return self.decode(body, tuple(TYPES.values()), shape)[None]
+        return self.decode(body, FORMATS, shape)[None]
 
     def decode(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
         """An image as viewers display it (`viewer_image`), in the size that the model takes, [height, width, colours].
@@ -60,9 +70,8 @@ class Pixels:
         if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(s, int) for s in shape):
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
         colours, height, width = (s for s in shape if isinstance(s, int))
-        with _open_image(body, kinds) as image:
-            pixels = viewer_image(image, "RGB" if colours == 3 else "L", (width, height))
-        return np.asarray(pixels, np.uint8).reshape(height, width, colours)
+        pixels = decode_image(body, "RGB" if colours == 3 else "L", (width, height), self.background, kinds)
+        return pixels.reshape(height, width, colours)
 
     def numbers(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Decoded images [n, height, width, colours] as samples [n, colours, height, width]."""
@@ -86,6 +95,22 @@ class Pixels:
         return file.getvalue()
 
 
+def decode_image(
+    file: bytes | Path,
+    mode: str,
+    size: tuple[int, int] | None = None,
+    background: Colour = WHITE,
+    kinds: tuple[str, ...] = FORMATS,
+) -> npt.NDArray[np.uint8]:
+    """A file's image as viewers display it (`viewer_image`): [height, width, 3], or [height, width] in mode `L`.
+
+    `size` is (width, height); without it the image keeps its own. Raises `DataError` if the file is none of `kinds`,
+    Pillow's names of formats, is damaged, too large or no single image, `MissingExtraError` without Pillow.
+    """
+    with _open_image(file, kinds) as image:
+        return np.asarray(viewer_image(image, mode, size, background), np.uint8)
+
+
 def read_mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
     """A PNG's numbers [height, width], each that of the nearest pixel; of a palette's image they are its entries.
 
@@ -93,6 +118,7 @@ def read_mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
     """
     with _open_image(body, ("PNG",)) as image:
         check_single_frame(image)
+        check_size(image)
         if image.mode not in _MASK_MODES:
             raise DataError("a mask", expected="one number per pixel (grey, or with a palette)", got=image.mode)
         if body[_COLOUR_OFFSET] == _GREY and body[_DEPTH_OFFSET] in (2, 4):
@@ -115,15 +141,12 @@ def _pillow() -> Any:
 
 
 @contextmanager
-def _open_image(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
+def _open_image(file: bytes | Path, kinds: tuple[str, ...]) -> Iterator[Any]:
     pillow = _pillow()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images, which are refused below
-            with pillow.open(io.BytesIO(body), formats=kinds) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    size = f"{image.width} x {image.height}"
-                    raise DataError("size of an image", expected=f"at most {MAX_PIXELS} pixels", got=size)
+            warnings.simplefilter("ignore")  # Pillow warns of large images, which are refused, and of damaged metadata
+            with pillow.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=kinds) as image:
                 yield image
     except DataError:
         raise

@@ -40,9 +40,7 @@ _MAX_HASHED_AT_START = 1000
 
 # Endings of samples that aren't read, with the format that they are to be converted to.
 _CONVERT_TO = {
-    **dict.fromkeys(
-        (".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".ppm"), "JPEG or PNG"
-    ),
+    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".dng", ".svg"), "JPEG or PNG"),
     **dict.fromkeys((".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff"), "WAV"),
 }
 

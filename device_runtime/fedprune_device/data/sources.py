@@ -16,6 +16,7 @@ from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_windows import TableFile, is_table
+from fedprune_device.data.viewer_image import WHITE, Colour
 
 LOCAL = "local"  # name of the source that applications on the board fill
 
@@ -39,10 +40,11 @@ class SampleOptions:
     samples_bytes: int = 0
     missing: str = "error"
     step: float | None = None
+    image_background: Colour = WHITE
 
     @property
     def pixels(self) -> Pixels:
-        return Pixels(self.image_mean, self.image_deviation)
+        return Pixels(self.image_mean, self.image_deviation, self.image_background)
 
     @property
     def shares(self) -> SplitShares:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, MissingExtraError, error_reason, path_remedy
+from fedprune.core.errors import DataError, path_remedy
 from fedprune_device.data.folder_listing import is_system_name
-from fedprune_device.data.viewer_image import viewer_image
+from fedprune_device.data.image_decoding import ENDINGS, decode_image
 from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
-# Formats that Pillow may open, whatever the file's extension: some of its other formats run programs on the file.
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
-
 _TRAIN_NAMES, _TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
-_MAX_SIDE = 4096
 MAX_DATA_BYTES = 2**34
 
 
@@ -59,7 +52,7 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
         for path in _image_paths(group / name)
     ]
     if not files:
-        raise DataError(f"{folder} holds no images", expected=f"files ending in {', '.join(_SUFFIXES)}")
+        raise DataError(f"{folder} holds no images", expected=f"files ending in {', '.join(ENDINGS)}")
     x = decode_images([(str(f[0]), f[0]) for f in files], size, colour)
     y = np.array([f[1] for f in files], np.int64)
     testing = np.array([f[2] for f in files], bool)
@@ -73,27 +66,14 @@ def decode_images(
 ) -> npt.NDArray[np.uint8]:
     """Decode images, each a file or its bytes, after the name that errors give it; arguments and errors as
     `read_image_folder`."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError("reading images needs Pillow", extra="board") from error
+    mode = "RGB" if colour else "L"
     pixels_of_all: npt.NDArray[np.uint8] | None = None
     for number, (name, file) in enumerate(images):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sizes, which are looked at here, and of damaged metadata
-                with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
-                    if max(image.size) > _MAX_SIDE:  # before a single pixel is decoded
-                        raise DataError("size", expected=f"sides up to {_MAX_SIDE}", got=image.size)
-                    image_in_colour = viewer_image(
-                        image, "RGB" if colour else "L", None if size is None else (size[1], size[0])
-                    )
+            pixels = decode_image(file, mode, None if size is None else (size[1], size[0]))
         except DataError as error:
             what = f"{name}: {error.what}"
             raise DataError(what, expected=error.expected, got=error.got, hint=error.hint) from error
-        except Exception as error:  # decoders raise whatever they meet
-            raise DataError(f"can't read the image {name} ({error_reason(error)})") from error
-        pixels = np.asarray(image_in_colour, np.uint8)
         if pixels_of_all is None:
             if pixels.nbytes * len(images) > MAX_DATA_BYTES:
                 raise DataError("images", expected=f"at most {MAX_DATA_BYTES} bytes", hint="Give a smaller size.")
@@ -126,6 +106,6 @@ def _subfolders(folder: Path) -> list[Path]:
 def _image_paths(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
         yield from sorted(
-            (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file() and f.name[0] != "."),
+            (f for f in folder.iterdir() if f.suffix.lower() in ENDINGS and f.is_file() and f.name[0] != "."),
             key=lambda f: f.name,
         )
