@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -16,7 +17,7 @@ from fedprune_export.importing import import_onnx
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 PROBABILITIES = helper.make_node("Softmax", ["scores"], ["p"], axis=1)
 LABEL = helper.make_node("ArgMax", ["scores"], ["label"], axis=1, keepdims=0)
-ENDS = {
+ENDS: dict[str, tuple[list[onnx.NodeProto], dict[str, tuple[int, list[int | str]]]]] = {
     "argmax": ([LABEL], {"label": (INT64, ["N"])}),
     "probabilities and their argmax": (
         [PROBABILITIES, helper.make_node("ArgMax", ["p"], ["label"], axis=-1, keepdims=0)],
@@ -44,6 +45,7 @@ def file_of(nodes: list[onnx.NodeProto], outputs: dict[str, tuple[int, list[int 
     values = {
         "v": rng.standard_normal((5, 8)).astype(np.float32),
         "w": rng.standard_normal((8, 3)).astype(np.float32),
+        "one": np.array([1]),
         "two": np.array([2]),
         "classes": np.array([[10, 20, 30]]),
     }
@@ -82,10 +84,30 @@ def test_a_file_is_written_with_its_own_end(end: str) -> None:
     assert onnx_file(again.graph, again.tensors, "model") == written
 
 
+def test_maps_of_probabilities_become_their_tensor() -> None:
+    """scikit-learn's exporter ends classifiers in ZipMap: a dictionary of probabilities for each sample."""
+    zip_map = helper.make_node("ZipMap", ["p"], ["maps"], domain="ai.onnx.ml", classlabels_int64s=[10, 20, 30])
+    proto = onnx.load_model_from_string(file_of([PROBABILITIES, LABEL, zip_map], ENDS["argmax"][1]))
+    kind = helper.make_sequence_type_proto(helper.make_map_type_proto(INT64, helper.make_tensor_type_proto(FLOAT, [])))
+    proto.graph.output.append(helper.make_value_info("maps", kind))
+    raw = proto.SerializeToString()
+    model = import_onnx(raw, "model")
+    assert any("ZipMap" in note for note in model.notes)
+    written = onnx_file(model.graph, model.tensors, "model")
+    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
+    label, maps = onnxruntime.InferenceSession(raw).run(["label", "maps"], {"image": x})
+    after = OnnxSession(written).run({X: x})
+    np.testing.assert_array_equal(after["label"], label)
+    np.testing.assert_allclose(after["maps"], [list(sample.values()) for sample in maps], rtol=1e-5, atol=1e-6)
+
+
 def test_classes_on_another_axis_are_left_to_the_user() -> None:
-    nodes = [helper.make_node("ArgMax", ["scores"], ["label"], axis=0, keepdims=0)]
-    with pytest.raises(ModelError, match="--output scores"):
-        import_onnx(file_of(nodes, {"label": (INT64, [3])}), "model")
+    nodes = [
+        helper.make_node("Unsqueeze", ["scores", "one"], ["rows"]),
+        helper.make_node("ArgMax", ["rows"], ["label"], axis=2, keepdims=0),
+    ]
+    with pytest.raises(ModelError, match="--output rows"):
+        import_onnx(file_of(nodes, {"label": (INT64, ["N", 1])}), "model")
 
 
 def test_outputs_of_several_values_are_left_to_the_user() -> None:
