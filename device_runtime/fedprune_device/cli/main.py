@@ -44,6 +44,7 @@ def build_parser() -> CommandParser:
     _add_run(commands)
     _add_train(commands)
     _add_predict(commands)
+    _add_data(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
     cli.add_json_option(probe)
     options.add_threads_option(probe, "threads for the benchmark")
@@ -264,6 +265,33 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
     options.add_sample_options(predict.add_argument_group("images and samples"))
     predict.set_defaults(run=_command("predict", "predict"), device="", seed=0, validation_share=0.0)
+
+
+def _add_data(commands: Any) -> None:
+    actions = commands.add_parser("data", help="look at a board's samples before a fleet is begun").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    check = actions.add_parser(
+        "check",
+        help="show what a bundle's model would be trained on, and what doesn't fit it",
+        description="Read samples as a training does, and show their number, shape, ranges and classes. It ends with 6 "
+        "if something doesn't fit the model, and with the error of a training if that would refuse the samples.",
+    )
+    check.add_argument(
+        "--data",
+        required=True,
+        metavar="SRC",
+        help=".npz with x and y, package.module:function, or files as docs/board-data.md lists them",
+    )
+    check.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="a bundle of fedprune-export")
+    check.add_argument("--out", type=Path, metavar="FILE", help="also write an HTML page, with three samples drawn")
+    cli.add_json_option(check)
+    check.add_argument("--seed", type=int, default=0, help="seed of the split into training and test samples")
+    check.add_argument(
+        "--validation-share", type=float, default=0.0, metavar="SHARE", help="as `run` has it (default: 0)"
+    )
+    options.add_sample_options(check.add_argument_group("images and samples"))
+    check.set_defaults(run=_command("data", "check_data"), device="")
 
 
 def _add_engine(commands: Any) -> None:

@@ -184,7 +184,8 @@ class MaskFiles(_Images):
         return classes.astype(np.uint8 if 0 <= (targets.ignored or 0) <= 255 >= targets.classes else np.int32)
 
 
-def _takes_boxes(targets: Targets) -> bool:
+def takes_boxes(targets: Targets) -> bool:
+    """Whether a model's labels are boxes, [most boxes, 5]."""
     max_boxes, *rest = targets.shape or (None,)
     return rest == [5] and isinstance(max_boxes, int) and not targets.takes_whole_numbers
 
@@ -212,7 +213,7 @@ class YoloBoxes(_Images):
         self._labelled: set[Path] = set()
 
     def check(self, targets: Targets | None) -> None:
-        if targets is not None and not _takes_boxes(targets):
+        if targets is not None and not takes_boxes(targets):
             raise DataError(
                 f"boxes for loss {targets.loss}", expected="labels [most boxes, 5]", got=shape_text(*targets.shape)
             )
@@ -271,7 +272,7 @@ class BoxesBeside(YoloBoxes):
     def check(self, targets: Targets | None) -> None: ...
 
     def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
-        if targets is None or not _takes_boxes(targets):
+        if targets is None or not takes_boxes(targets):
             return NO_LABELS
         return super().label(path, label_bytes, shape, targets)
 

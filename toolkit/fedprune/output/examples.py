@@ -90,6 +90,8 @@ fedprune-device train --bundle bundle --data samples.npz --out trained
 fedprune-device train --bundle bundle --data photos --epochs 5 --lr 0.01 --out trained
 fedprune-device predict --state board --input new.npy
 fedprune-device predict --bundle bundle --input test.npz --top 3
+fedprune-device data check --data photos --bundle bundle
+fedprune-device data check --data photos --bundle bundle --out photos.html
 fedprune-device probe
 fedprune-device probe --json >probe.json
 fedprune-device identify

@@ -31,9 +31,10 @@ def page_html(title: str, sections: Sequence[str], facts: Mapping[str, str] | No
     """A whole page; `facts` is what the header names, such as strategy, data set, seed and version, without empty
     values."""
     script = re.sub(r"^export ", "", _asset("charts.js"), flags=re.MULTILINE) + _START_SCRIPT
-    # The policy allows this one script and nothing else, so that device names in a report can't run code.
+    # The policy allows this one script, images within the page and nothing else, so that device names in a report can't
+    # run code.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     present_facts = {k: v for k, v in (facts or {}).items() if v}
     facts_html = "".join(f"<div><dt>{html_text(k)}</dt><dd>{html_text(v)}</dd></div>" for k, v in present_facts.items())
     header = f'<dl class="facts">{facts_html}</dl>' if present_facts else ""

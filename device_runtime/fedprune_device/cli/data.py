@@ -1,0 +1,135 @@
+"""`fedprune-device data check`: what a bundle's model would be trained on, and what doesn't fit it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.core.cli import options_of, print_json
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import DataError, ExitCode
+from fedprune.core.text import quantity
+from fedprune.output.page import list_html, page_html, section_html, table_html
+from fedprune.runtime.bundle import TRAINING, open_bundle
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.sample_drawings import draw_samples
+from fedprune_device.data.sources import SampleOptions
+from fedprune_device.data.summary import ChannelRange, DataSummary, find_notes, find_problems, summarise
+from fedprune_device.training.trainer import Trainer
+
+_LOGGER = logging.getLogger("fedprune.device")
+_MAX_LINES = 10  # of the same kind: a folder may have thousands of files that don't fit
+
+_SPLIT_TITLES = {"train": "training", "test": "test", "val": "validation"}
+_RANGE_TITLES = ("lowest", "highest", "mean", "deviation")
+
+
+class _Warnings(logging.Handler):
+    """What a board would log about its samples, such as files that it leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@dataclass(frozen=True)
+class _Report:
+    source: str
+    summary: DataSummary
+    problems: Sequence[str]
+    notes: Sequence[str]
+
+    def lines(self) -> list[str]:
+        counts = ", ".join(
+            quantity(self.summary.samples[split], f"{title} sample") for split, title in _SPLIT_TITLES.items()
+        )
+        lines = [f"{self.source}: {counts}", f"inputs: {self.summary.inputs}"]
+        lines += ["  ".join(row) for row in _range_rows("channel", self.summary.channels)]
+        for name, per_split in (self.summary.classes or {}).items():
+            lines.append(f"{name}: " + ", ".join(f"{n} {_SPLIT_TITLES[split]}" for split, n in per_split.items()))
+        lines += ["  ".join(row) for row in _range_rows("label", self.summary.values)]
+        lines += [f"problem: {line}" for line in self.problems]
+        return lines + [f"note: {line}" for line in self.notes]
+
+    def html(self, drawings: Sequence[str]) -> str:
+        splits = [*next(iter((self.summary.classes or {}).values()), {})]
+        classes = [
+            (name, *(f"{per_split[split]:,}" for split in splits))
+            for name, per_split in (self.summary.classes or {}).items()
+        ]
+        sections = [
+            section_html("What doesn't fit", list_html(self.problems)),
+            section_html("Notes", list_html(self.notes)),
+            section_html("Samples", *drawings),
+            section_html("Inputs", _range_table("channel", self.summary.channels)),
+            section_html("Labels", table_html(["class", *(_SPLIT_TITLES[s] for s in splits)], classes))
+            if classes
+            else section_html("Labels", _range_table("label", self.summary.values)),
+        ]
+        facts = {f"{title} samples": f"{self.summary.samples[split]:,}" for split, title in _SPLIT_TITLES.items()}
+        return page_html("Samples of a board", sections, {"data": self.source, "inputs": self.summary.inputs, **facts})
+
+
+def check_data(arguments: argparse.Namespace) -> int:
+    """Print what a training would read. Raises the errors of a training where it would refuse the samples."""
+    bundle = open_bundle(arguments.bundle)
+    warnings, options = _Warnings(), options_of(SampleOptions, arguments)
+    names = options.class_names or bundle.class_names
+    with storage_errors("can't make a folder for copies of samples"):
+        folder = tempfile.TemporaryDirectory(prefix="fedprune-", ignore_cleanup_errors=True)
+    _LOGGER.addHandler(warnings)
+    try:
+        with folder as spool:
+            trainer = Trainer(bundle.path(TRAINING), threads=1, base=bundle.base)
+            targets = trainer.targets(bundle.recipe, bundle.architecture.classes)
+            data = options.fixed(bundle.class_names, Path(spool)).snapshot(trainer.input_shape, targets)
+            try:
+                data.check(targets, trainer.input_shape, token_ids=trainer.token_ids)
+            except DataError as error:
+                raise DataError(f"{arguments.data}: {error}") from error
+            summary = summarise(data, targets, names)
+            problems = [*_shortened(warnings.lines), *find_problems(summary)]
+            report = _Report(arguments.data, summary, problems, find_notes(summary))
+            if arguments.out is not None:
+                _write_page(arguments.out, report, data, targets, names, options)
+    finally:
+        _LOGGER.removeHandler(warnings)
+    if arguments.json:
+        body = {"data": report.source, **summary.to_dict(), "problems": report.problems, "notes": report.notes}
+        print_json(body)
+    else:
+        print("\n".join(report.lines()))
+    return int(ExitCode.FINDINGS if report.problems else ExitCode.OK)
+
+
+def _write_page(
+    out: Path, report: _Report, data: LocalData, targets: Targets, names: Sequence[str], options: SampleOptions
+) -> None:
+    page = report.html(draw_samples(data, targets, names, options.pixels))
+    with storage_errors(f"can't write {out}"):
+        out.write_text(page, encoding="utf-8")
+
+
+def _shortened(lines: Sequence[str]) -> list[str]:
+    more = len(lines) - _MAX_LINES
+    return [*lines[:_MAX_LINES], *([f"and {more} more of such lines"] if more > 0 else [])]
+
+
+def _range_rows(name: str, ranges: Sequence[ChannelRange]) -> list[tuple[str, ...]]:
+    return [
+        (f"{name} {i}:", *(f"{title} {getattr(each, title):.4g}" for title in _RANGE_TITLES))
+        for i, each in enumerate(ranges)
+    ]
+
+
+def _range_table(name: str, ranges: Sequence[ChannelRange]) -> str:
+    rows = [(str(i), *(f"{getattr(each, title):.4g}" for title in _RANGE_TITLES)) for i, each in enumerate(ranges)]
+    return table_html([name, *_RANGE_TITLES], rows) if rows else ""

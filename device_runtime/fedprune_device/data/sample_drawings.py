@@ -1,0 +1,117 @@
+"""Draws samples as a model takes them, as HTML: images with their masks or boxes, and numbers as curves."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedprune.model.lengths import padding_value
+from fedprune.output.chart import lay_out_chart
+from fedprune.output.chart_html import chart_html, html_text
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.layouts import takes_boxes
+from fedprune_device.data.stored_array import Array
+from fedprune_device.data.summary import channel_axis
+
+DRAWN_SAMPLES = 3
+_MAX_CURVES = 8
+_MAX_STEPS = 250  # a longer signal is drawn as its highest and lowest numbers: else a curve would skip peaks
+_MAX_NUMBERS = 24  # token ids of a sample that are shown
+
+_SIDE = 240  # of a drawn image, in pixels of the page
+
+
+def draw_samples(data: LocalData, targets: Targets, class_names: Sequence[str], pixels: Pixels) -> list[str]:
+    """Some training samples, of different classes where labels are classes, each with its label.
+
+    Raises `MissingExtraError` for images without Pillow.
+    """
+    drawings = []
+    for number in _chosen_samples(data):
+        x, y = np.asarray(data.x_train[number : number + 1])[0], np.asarray(data.y_train[number : number + 1])[0]
+        label = "" if data.is_unlabelled else _label_text(y, class_names)
+        title = f"<h3>{html_text(f'sample {number}' + (f': {label}' if label else ''))}</h3>"
+        drawings.append(title + _drawing(x, y, None if data.is_unlabelled else targets, pixels, number))
+    return drawings
+
+
+def _chosen_samples(data: LocalData) -> list[int]:
+    y = data.y_train
+    if isinstance(y, np.ndarray) and y.ndim == 1 and y.dtype.kind in "iu":
+        classes, first, counts = np.unique(y, return_index=True, return_counts=True)
+        if len(classes) >= DRAWN_SAMPLES:
+            return sorted(first[np.argsort(-counts, kind="stable")[:DRAWN_SAMPLES]].tolist())
+    return sorted(set(np.linspace(0, len(y) - 1, DRAWN_SAMPLES).astype(int).tolist()))
+
+
+def _label_text(y: Array, class_names: Sequence[str]) -> str:
+    if y.ndim == 0 and y.dtype.kind in "iu":
+        return class_names[int(y)] if int(y) < len(class_names) else str(int(y))
+    if y.size <= _MAX_CURVES:
+        return ", ".join(f"{v:.4g}" for v in y.reshape(-1).tolist())
+    return ""
+
+
+def _drawing(x: Array, y: Array, targets: Targets | None, pixels: Pixels, number: int) -> str:
+    if x.ndim == 3 and x.shape[0] in (1, 3) and x.dtype.kind == "f":
+        layers = _box_rects(y, x.shape) if targets is not None and takes_boxes(targets) else ""
+        html = _image_svg(pixels.png(x), x.shape[2], x.shape[1], layers)
+        if targets is not None and targets.takes_whole_numbers and y.shape == x.shape[1:]:
+            shades = (np.clip(y, 0, targets.classes - 1) / max(1, targets.classes - 1)).astype(np.float32)
+            html += _image_svg(Pixels().png(shades[None]), y.shape[1], y.shape[0], "")
+        return html
+    if x.dtype.kind != "f":
+        ids = ", ".join(map(str, x.reshape(-1)[:_MAX_NUMBERS].tolist()))
+        return f"<p>{html_text(ids + (' ...' if x.size > _MAX_NUMBERS else ''))}</p>"
+    axis = channel_axis(x.shape)
+    if x.ndim == 1 or axis is None:
+        return _curves({"": x.reshape(-1)}, number)
+    rows = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    return _curves({f"channel {i}": row for i, row in enumerate(rows[:_MAX_CURVES])}, number)
+
+
+def _curves(signals: dict[str, Array], number: int) -> str:
+    series: dict[str, list[float | None]] = {}
+    steps = len(next(iter(signals.values())))
+    width = -(-steps // _MAX_STEPS)
+    for name, signal in signals.items():
+        signal = np.where(signal == padding_value(signal.dtype), np.nan, signal)
+        if width == 1:
+            series[name or "numbers"] = _values(signal)
+            continue
+        bins = np.pad(signal, (0, -steps % width), constant_values=np.nan).reshape(-1, width)
+        is_empty = np.isnan(bins).all(1)
+        for kind, fill, reduce in (("highest", -np.inf, np.max), ("lowest", np.inf, np.min)):
+            edge = reduce(np.where(np.isnan(bins), fill, bins), 1)
+            series[f"{name} {kind}".strip()] = _values(np.where(is_empty, np.nan, edge))
+    positions = [float(i) for i in range(0, steps, width)]
+    chart = lay_out_chart(f"sample-{number}", f"Sample {number}", positions, series, "{:.4g}".format, x_title="step")
+    return "<p>no numbers</p>" if chart is None else chart_html(chart)
+
+
+def _values(signal: Array) -> list[float | None]:
+    return [None if np.isnan(v) else float(v) for v in signal]
+
+
+def _image_svg(png: bytes, width: int, height: int, layers: str) -> str:
+    data = base64.b64encode(png).decode()
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{_SIDE}" height="{_SIDE * height / width:.0f}" role="img" '
+        f'aria-label="the image as the model takes it"><image href="data:image/png;base64,{data}" width="{width}" '
+        f'height="{height}" style="image-rendering:pixelated"/>{layers}</svg> '
+    )
+
+
+def _box_rects(y: Array, shape: Sequence[int]) -> str:
+    height, width = shape[1:]
+    return "".join(
+        f'<rect x="{(cx - w / 2) * width:.2f}" y="{(cy - h / 2) * height:.2f}" width="{w * width:.2f}" '
+        f'height="{h * height:.2f}" fill="none" stroke="red" vector-effect="non-scaling-stroke">'
+        f"<title>class {kind:.0f}</title></rect>"
+        for kind, cx, cy, w, h in y.tolist()
+        if kind >= 0
+    )
