@@ -25,9 +25,12 @@ _BAND_EDGE = 0.945  # of the lower Nyquist frequency: where the filter begins to
 _CONVERT_HINT = "Write it as PCM with a header that has the length, such as: ffmpeg -i FILE -c:a pcm_s16le OUT.wav"
 
 _FORMAT = struct.Struct("<HHIIHH")  # tag, channels, rate, bytes per second, bytes per frame, bits
-_PCM, _EXTENSIBLE = 1, 0xFFFE
-_PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
-_GUID_OFFSET = 24  # in the longer format chunk, which 24 bits and more channels than two need
+_PCM, _FLOAT, _A_LAW, _MU_LAW, _EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
+_WIDTHS = {_PCM: (1, 2, 3, 4), _FLOAT: (4, 8), _A_LAW: (1,), _MU_LAW: (1,)}  # bytes of a number
+# In the longer format chunk, which 24 bits and more channels than two need: the tag, and the rest of its GUID.
+_GUID_OFFSET = 24
+_GUID_END = bytes.fromhex("000000001000800000aa00389b71")
+_MAX_FLOAT = 4.0  # floats may exceed 1 by some decibels; larger ones are whole numbers that nobody has divided
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ def _windows_of_any_length(recording: Samples, length: Lengths, shape: Shape) ->
 
 
 def decode_wav(body: bytes) -> tuple[Samples, int]:
-    """A file's mean over its channels, from -1 to 1, and its rate; raises `DataError` unless it is PCM.
+    """A file's mean over its channels, from -1 to 1, and its rate.
 
+    Raises `DataError` unless it is PCM, floats, A-law or µ-law.
     Chunks are read here because Python's `wave` knows the longer format chunk only from 3.12 on.
     """
     chunks = _riff_chunks(body)
@@ -82,13 +86,16 @@ def decode_wav(body: bytes) -> tuple[Samples, int]:
     if len(head) < _FORMAT.size or size < 0:
         raise _unreadable_error("a file without format or data")
     tag, channels, rate, _, frame, bits = _FORMAT.unpack_from(head)
-    if tag != _PCM and not (tag == _EXTENSIBLE and head[_GUID_OFFSET:][: len(_PCM_GUID)] == _PCM_GUID):
+    if tag == _EXTENSIBLE and head[_GUID_OFFSET + 2 :][: len(_GUID_END)] == _GUID_END:
+        tag = int.from_bytes(head[_GUID_OFFSET : _GUID_OFFSET + 2], "little")
+    if tag not in _WIDTHS:
         raise _unreadable_error(f"format {tag}")
     width = (bits + 7) // 8
     if not RATES[0] <= rate <= RATES[1]:
         raise DataError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=rate)
-    if not 1 <= width <= 4:
-        raise DataError("width of a number", expected="8, 16, 24 or 32 bits", got=f"{bits} bits")
+    if width not in _WIDTHS[tag]:
+        widths = " or ".join(str(8 * each) for each in _WIDTHS[tag])
+        raise DataError("width of a number", expected=f"{widths} bits", got=f"{bits} bits")
     if not channels or frame != channels * width:
         raise _unreadable_error(f"{channels} channels of {bits} bits in {frame} bytes")
     count = size // frame
@@ -96,7 +103,8 @@ def decode_wav(body: bytes) -> tuple[Samples, int]:
         raise DataError("length of a recording", expected=f"1 to {_MAX_NUMBERS} frames", got=count, hint=_CONVERT_HINT)
     if len(raw) != size:
         raise DataError("bytes of a recording", expected=size, got=f"{len(raw)}", hint="The file is cut off.")
-    return _mix_to_mono(raw[: count * frame], width, channels), rate
+    numbers = _decode_numbers(raw[: count * frame], tag, width)
+    return np.asarray(numbers.reshape(-1, channels).mean(1), np.float32), rate
 
 
 def _riff_chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
@@ -114,19 +122,46 @@ def _riff_chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
 
 
 def _unreadable_error(got: str) -> DataError:
-    return DataError("the recording can't be read", expected="WAV (PCM)", got=got, hint=_CONVERT_HINT)
+    return DataError(
+        "the recording can't be read", expected="WAV (PCM, floats, A-law or µ-law)", got=got, hint=_CONVERT_HINT
+    )
 
 
-def _mix_to_mono(raw: bytes, width: int, channels: int) -> Samples:
+def _decode_numbers(raw: bytes, tag: int, width: int) -> Samples:
+    """All numbers of a file, from -1 to 1."""
+    if tag == _FLOAT:
+        floats = np.frombuffer(raw, f"<f{width}")
+        peak = float(np.abs(floats).max())
+        if not peak <= _MAX_FLOAT:  # also if it is NaN
+            raise DataError(
+                "floats of a recording",
+                expected="from -1 to 1",
+                got=f"{peak:g}",
+                hint="Divide them by the largest number of their scale, such as 32768, before they are written.",
+            )
+        return np.asarray(floats, np.float32)
+    if tag in (_A_LAW, _MU_LAW):
+        return np.asarray(_companding_table(tag)[np.frombuffer(raw, np.uint8)], np.float32)
     if width == 1:  # unsigned, unlike all others
-        numbers = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
-    elif width == 3:
+        return np.asarray((np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128, np.float32)
+    if width == 3:
         wide = np.zeros((len(raw) // 3, 4), np.uint8)
         wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
-        numbers = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
+        return np.asarray(wide.view("<i4")[:, 0].astype(np.float32) / 2**31, np.float32)
+    return np.asarray(np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1), np.float32)
+
+
+def _companding_table(tag: int) -> Samples:
+    """The number of each byte of telephone sound (ITU-T G.711), as 16 bits have it."""
+    codes = np.arange(256) ^ (0x55 if tag == _A_LAW else 0xFF)
+    exponents, mantissas = codes >> 4 & 7, codes & 15
+    if tag == _A_LAW:  # the lowest two segments have the same steps
+        steps = np.where(exponents > 0, (2 * mantissas + 33) << np.maximum(exponents - 1, 0), 2 * mantissas + 1) * 8
+        signs = np.where(codes & 0x80, 1, -1)
     else:
-        numbers = np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
-    return np.asarray(numbers.reshape(-1, channels).mean(1), np.float32)
+        steps = (((2 * mantissas + 33) << exponents) - 33) * 4
+        signs = np.where(codes & 0x80, -1, 1)
+    return np.asarray(signs * steps / 2**15, np.float32)
 
 
 def resample(recording: Samples, rate: int, target_rate: int) -> Samples:

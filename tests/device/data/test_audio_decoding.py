@@ -108,7 +108,7 @@ def test_recordings_are_samples_of_their_folders_class_and_windows_of_one_share_
         (wav(b""), "length of a recording"),
         (wav(b"\0\0" * 50)[:-2], "cut off"),
         (wav(b"\0\0" * 50, rate=99), "sample rate"),
-        (wav(b"\0\0" * 50).replace(b"fmt \x10\0\0\0\x01", b"fmt \x10\0\0\0\x03"), "expected WAV"),
+        (wav(b"\0\0" * 50).replace(b"fmt \x10\0\0\0\x01", b"fmt \x10\0\0\0\x02"), "expected WAV"),
         (wav(b"\0\0" * 50).replace(struct.pack("<I", 100), b"\xff\xff\xff\x7f"), "length of a recording"),
     ],
 )
