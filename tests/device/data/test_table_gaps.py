@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
@@ -38,6 +38,7 @@ def test_no_window_spans_a_gap_or_goes_back_in_time(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     steps = data.draw(st.lists(st.sampled_from([1.0] * 8 + [0.5, 1.4, 1.6, 7.0, -3.0, 0.0]), min_size=5, max_size=120))
+    assume(max(steps) > 0)  # a file whose newest row comes first is turned round
     times = np.cumsum([1e9, *steps])
     source = table(tmp_path_factory.mktemp("gaps") / "a.csv", times.tolist(), step=1.0)
     span = data.draw(st.integers(1, 4))
