@@ -127,6 +127,8 @@ def normalise(
     parameter_roles.name_constants(graph, roles)
     _name_nodes(graph)
     graph_trace = trace_graph(graph)
+    # What reads the graph later sees how many classes there are.
+    graph.outputs[0].shape = ("N", *graph_trace.dims(LOGITS)[1:])
     _check_types(graph, graph_trace)
     compare_with_original(original, graph, softmax)
     return Normalised(graph, roles, graph_trace, notes, names)
