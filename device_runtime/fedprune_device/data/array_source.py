@@ -10,6 +10,7 @@ import numpy as np
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import DataError, StorageError, path_remedy
 from fedprune.core.imports import import_user_module
+from fedprune.core.text import first_few
 from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.lengths import Shape
 from fedprune_device.data.array_assembly import as_mapping, assemble, pack_inputs
@@ -24,6 +25,17 @@ from fedprune_device.data.stored_array import (
     StoredArray,
     archive_array,
 )
+
+_WORKBOOK_HINT = "Save the sheet as CSV UTF-8."
+_TABLE_HINT = "Write it as CSV with names of columns, such as pandas.read_json(PATH, lines=True).to_csv(OUT)."
+_DATABASE_HINT = "Write a table of it as CSV: sqlite3 -csv -header FILE 'SELECT ...' > OUT.csv"
+# What to do with files that hold samples in a form that a board doesn't read, by their extension.
+_OTHER_FILES = {
+    **dict.fromkeys((".xls", ".xlsx", ".ods"), _WORKBOOK_HINT),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), _TABLE_HINT),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3"), _DATABASE_HINT),
+    ".txt": "If it is a table, name it .csv.",
+}
 
 
 def load_data(
@@ -66,6 +78,8 @@ def open_arrays(
     `class_names` are the names of the classes in the fleet's order.
     """
     content = _load(source, shares.seed, shares.device, spool)
+    if isinstance(content, dict):
+        content = {name: _numbers_of_classes(name, array, class_names, source) for name, array in content.items()}
     if isinstance(content, DataSource) and not isinstance(content, LocalData):
         return SourceSamples(content, source, shares, max_samples, class_names, spool)
     try:
@@ -76,6 +90,22 @@ def open_arrays(
         return data.with_validation(shares.validation, shares.seed, shares.device)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
+
+
+def _numbers_of_classes(name: str, array: object, class_names: tuple[str, ...], source: str) -> object:
+    """Labels that are texts as the numbers of their classes; any other array as it is."""
+    if name.partition("_")[0] != "y" or not isinstance(array, np.ndarray) or array.dtype.kind != "U":
+        return array
+    names, indices = np.unique(array, return_inverse=True)
+    missing = [str(n) for n in names if n not in class_names]
+    if missing:
+        raise DataError(
+            f"{source}: labels",
+            expected=", ".join(class_names) or "whole numbers, or names of classes",
+            got=first_few(missing),
+            hint="Give the classes' names in the order that all boards share: --class-names A,B,C.",
+        )
+    return np.array([class_names.index(str(n)) for n in names])[indices].reshape(array.shape)
 
 
 def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = False) -> Inputs:
@@ -131,7 +161,7 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
     except Exception as error:  # a damaged file makes zipfile, numpy and its parser of headers raise anything
         raise DataError(
             f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{unreadable_reason(error)}",
-            hint="Write it with numpy.savez(path, x=..., y=...).",
+            hint=_OTHER_FILES.get(path.suffix.lower(), "Write it with numpy.savez(path, x=..., y=...)."),
         ) from error
 
 

@@ -30,6 +30,9 @@ _WIDTHS = {_PCM: (1, 2, 3, 4), _FLOAT: (4, 8), _A_LAW: (1,), _MU_LAW: (1,)}  # b
 # In the longer format chunk, which 24 bits and more channels than two need: the tag, and the rest of its GUID.
 _GUID_OFFSET = 24
 _GUID_END = bytes.fromhex("000000001000800000aa00389b71")
+# Recorders write 0 for the length of what they record, and programs that write to a pipe write the largest one, without
+# or with some bytes of headers: the recording ends with the file.
+_LEAST_UNKNOWN_SIZE = 2**31 - 2**12
 _MAX_FLOAT = 4.0  # floats may exceed 1 by some decibels; larger ones are whole numbers that nobody has divided
 
 
@@ -116,9 +119,19 @@ def _riff_chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
     while position + 8 <= len(body):
         name, size = struct.unpack_from("<4sI", body, position)
         position += 8
+        if name == b"data" and (size == 0 or size >= _LEAST_UNKNOWN_SIZE) and not _is_chunk(body, position):
+            size = len(body) - position
         chunks.setdefault(name, (size, body[position : position + size]))
         position += size + size % 2  # a chunk of an odd size is followed by a byte of padding
     return chunks
+
+
+def _is_chunk(body: bytes, position: int) -> bool:
+    """Whether a chunk, or the file's end, may be at a position."""
+    if position + 8 > len(body):
+        return position == len(body)
+    name, size = struct.unpack_from("<4sI", body, position)
+    return bool(name.strip().isalnum() and position + 8 + size <= len(body))
 
 
 def _unreadable_error(got: str) -> DataError:

@@ -11,7 +11,14 @@ from typing import Any
 from fedprune.core.errors import DataError
 from fedprune.core.text import quantity
 from fedprune_device.data.table_cells import BLOCK_CELLS, COMMAS_HINT, rows_of_cells
-from fedprune_device.data.table_columns import OpenTable, TableBlock, TableColumns, is_missing, is_number
+from fedprune_device.data.table_columns import (
+    OpenTable,
+    TableBlock,
+    TableColumns,
+    is_formula_error,
+    is_missing,
+    is_number,
+)
 from fedprune_device.data.table_times import TimeReader, is_date
 
 _MAX_LINE_LENGTH = 2**20  # characters; without a limit a file without line breaks would be read as a whole
@@ -19,6 +26,7 @@ _DELIMITERS = ";\t|,"
 _DELIMITER_LINE = re.compile(r"sep=(.)", re.IGNORECASE)  # a first line that tells Excel the delimiter
 _OPENING_QUOTE = re.compile(r'(?<![^;\t|,]) *"')  # a cell: within one a quote is a character, as of inches
 _QUOTED = re.compile(_OPENING_QUOTE.pattern + r'[^"]*(?:""[^"]*)*"')
+_ANY_DELIMITER = re.compile(r"[;\t|,]")
 _DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
 _SPACES = " \u00a0\u2009\u202f"  # a space, and the thin and unbroken ones that typesetters put between thousands
@@ -80,7 +88,7 @@ class _Comments:
     def skip(self, lines: Iterator[str]) -> Iterator[str]:
         is_quoted = False  # within a quoted text with line breaks, which may have such a line
         for line in lines:
-            if not is_quoted and line.startswith("#"):
+            if not is_quoted and line.startswith("#") and not is_formula_error(_ANY_DELIMITER.split(line, 1)[0]):
                 self._count += 1
                 self._last = line
                 continue

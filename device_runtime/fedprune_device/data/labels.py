@@ -59,6 +59,8 @@ class Targets:
         takes_whole = self.takes_whole_numbers
         if takes_whole and y.ndim == len(self.shape) + 2 and y.shape[1] == self.classes:
             raise self._mismatch_error(y, "If they are one-hot, save the number of the class: y.argmax(1).")
+        if takes_whole and y.ndim == len(self.shape) + 2 and y.shape[1] == 1:
+            raise self._mismatch_error(y, "Save them without their second axis: y[:, 0].")
         if takes_whole and y.dtype.kind not in "iu":
             raise self._mismatch_error(y, "Save them as whole numbers: y.astype('int64').")
         if len(shape) != len(self.shape) or any(

@@ -23,8 +23,10 @@ TIMESTAMPS = (
 TIME, DATE = "time", "date"
 # What programs write for a missing number.
 _MISSING = frozenset(
-    ("", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "<na>", "nat", "-", "--", "?", "unavailable", "unknown")
+    ("", "na", "n/a", "nan", "null", "none", "nil", "<na>", "nat", "-", "--", "?", "unavailable", "unknown")
 )
+# Errors of a spreadsheet's formulas, in English and German.
+_FORMULA_ERROR = re.compile(r"#(?:n/a|nv|div/0!|num!|zahl!|value!|wert!|ref!|bezug!|name\?|null!)", re.IGNORECASE)
 _UNIT = re.compile(r"\s*[(\[][^)\]]*[)\]]$|_(?:s|ms|us|ns|utc|local)$")
 _INDEX = re.compile(r"|unnamed: 0|__index_level_\d+__")  # an index without a name, as pandas and R write it
 _MAX_COLUMNS = 4096
@@ -122,8 +124,13 @@ def _time_candidates(kinds: Mapping[int, str], index: int | None) -> tuple[tuple
 def is_missing(cell: Any) -> bool:
     """Whether a cell is empty, or has what programs write for a missing number."""
     if isinstance(cell, str):
-        return cell.strip().lower() in _MISSING
+        return cell.strip().lower() in _MISSING or is_formula_error(cell)
     return cell is None or bool(cell != cell)  # NaN is unequal to itself
+
+
+def is_formula_error(cell: str) -> bool:
+    """Whether a cell has the error of a spreadsheet's formula, such as `#N/A`."""
+    return _FORMULA_ERROR.fullmatch(cell.strip()) is not None
 
 
 def is_number(cell: Any) -> bool:

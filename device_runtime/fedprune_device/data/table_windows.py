@@ -35,7 +35,7 @@ _STATISTICS_ROWS = 2**13  # rows that are read at once for their mean
 
 def is_table(path: Path) -> bool:
     """Whether a file's name is that of a table."""
-    return path.suffix.lower() in (CSV, PARQUET)
+    return path.suffix.lower() in (*CSV, PARQUET)
 
 
 @dataclass(frozen=True)

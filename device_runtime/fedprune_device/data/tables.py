@@ -14,7 +14,7 @@ from fedprune_device.data.csv_tables import open_csv
 from fedprune_device.data.parquet_tables import open_parquet
 from fedprune_device.data.table_columns import OpenTable
 
-CSV, PARQUET = ".csv", ".parquet"
+CSV, PARQUET = (".csv", ".tsv"), ".parquet"
 
 
 @contextmanager
