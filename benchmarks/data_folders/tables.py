@@ -162,6 +162,11 @@ def _exports() -> Iterator[Kind]:
         REFUSED,
     )
     yield _kind(
+        "a log with columns of no use, --columns heat,damp",
+        _lines("id,heat,note,damp,class", lambda i, r: f"{i}e9,{r[1]},dry,{r[2]},{r[3]}"),
+        columns=("heat", "damp"),
+    )
+    yield _kind(
         "Home Assistant: a row for each change of a state",
         _lines(
             "entity_id,state,last_changed",

@@ -152,6 +152,13 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
         help="sampling rate that the model expects of recordings (default: 16000)",
     )
     group.add_argument(
+        "--columns",
+        type=_parse_names,
+        default=(),
+        metavar="A,B,C",
+        help="columns of a table that are inputs, in the model's order (default: all, in the file's)",
+    )
+    group.add_argument(
         "--missing",
         choices=MISSING,
         default=MISSING[0],

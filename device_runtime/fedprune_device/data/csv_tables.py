@@ -19,6 +19,7 @@ from fedprune_device.data.table_columns import (
     is_missing,
     is_number,
 )
+from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_times import TimeReader, is_date
 
 _MAX_LINE_LENGTH = 2**20  # characters; without a limit a file without line breaks would be read as a whole
@@ -36,7 +37,7 @@ _STATES = ("true", "false", "on", "off", "yes", "no")
 _MAX_EMPTY_ROWS = 2**16  # that are held until it is known whether they end the file
 
 
-def open_csv(file: Any, class_names: tuple[str, ...], *, allows_missing: bool = False) -> OpenTable:
+def open_csv(file: Any, class_names: tuple[str, ...], options: TableOptions) -> OpenTable:
     """Read the names of the columns, and return the rows as an iterator."""
     comments = _Comments()
     lines = comments.skip(_limited_lines(file))
@@ -48,7 +49,8 @@ def open_csv(file: Any, class_names: tuple[str, ...], *, allows_missing: bool = 
     reader = csv.reader(chain(*head, lines), delimiter=delimiter, skipinitialspace=True)
     names = [name.strip() for name in next(reader, [])]
     first_cells = next(csv.reader(head[-1], delimiter=delimiter, skipinitialspace=True), [])
-    columns = TableColumns.of(names, [i for i, cell in enumerate(first_cells[: len(names)]) if is_date(cell)])
+    dates = [i for i, cell in enumerate(first_cells[: len(names)]) if is_date(cell)]
+    columns = TableColumns.of(names, dates, options.columns)
     rows = _Rows(reader, names, columns, class_names)
     times, decimals = TimeReader(columns.times, columns.index), _Decimals(delimiter)
 
@@ -57,7 +59,8 @@ def open_csv(file: Any, class_names: tuple[str, ...], *, allows_missing: bool = 
             text for text in (_separator_text(delimiter), decimals.note, comments.note, rows.note, times.note) if text
         ]
 
-    return OpenTable(columns, _blocks(rows, class_names, decimals, times, allows_missing=allows_missing), notes)
+    blocks = _blocks(rows, class_names, decimals, times, allows_missing=options.allows_missing)
+    return OpenTable(columns, blocks, notes)
 
 
 def _blocks(

@@ -12,13 +12,14 @@ from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, er
 from fedprune.core.zip_limits import MAX_INFLATED_BYTES, MAX_INFLATION
 from fedprune_device.data.table_cells import BLOCK_CELLS, CONVERT_HINT, TIMES_HINT, rows_of_cells
 from fedprune_device.data.table_columns import OpenTable, TableBlock, TableColumns
+from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_times import TimeReader
 
 _BUFFER_BYTES = 2**16  # bytes of a column of a Parquet file that are read at once; otherwise all of a row group are
 
 
 @contextmanager
-def open_parquet(path: Path, class_names: tuple[str, ...], *, allows_missing: bool = False) -> Iterator[OpenTable]:
+def open_parquet(path: Path, class_names: tuple[str, ...], options: TableOptions) -> Iterator[OpenTable]:
     """Read the columns of a file, and return its rows as an iterator, which reads while the context is open."""
     try:
         from pyarrow import ArrowException
@@ -31,12 +32,12 @@ def open_parquet(path: Path, class_names: tuple[str, ...], *, allows_missing: bo
         with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             kinds = file.schema_arrow.types
             dates = [i for i, kind in enumerate(kinds) if is_timestamp(kind) or is_date(kind)]
-            columns = TableColumns.of([name.strip() for name in file.schema_arrow.names], dates)
+            columns = TableColumns.of([name.strip() for name in file.schema_arrow.names], dates, options.columns)
             _check_types(file.schema_arrow, columns)
             _check_unpacked(file.metadata, path.stat().st_size, len(columns.read))
             index = columns.index if columns.index is None or not is_temporal(kinds[columns.index]) else None
             times = TimeReader(columns.times, index)
-            blocks = _blocks(file, columns, class_names, times, allows_missing=allows_missing)
+            blocks = _blocks(file, columns, class_names, times, allows_missing=options.allows_missing)
             yield OpenTable(columns, blocks, lambda: [times.note] if times.note else [])
     except (FedpruneError, OSError):
         raise

@@ -40,6 +40,7 @@ class SampleOptions:
     samples_bytes: int = 0
     missing: str = "error"
     step: float | None = None
+    columns: tuple[str, ...] = ()
     image_background: Colour = WHITE
 
     @property
@@ -64,6 +65,6 @@ class SampleOptions:
             formats = self.pixels, Audio(self.audio_rate)
             return SampleFolder(source, formats, self.shares, self.samples_most, names, spool)
         if is_table(source):
-            table = TableOptions(self.missing, self.step)
+            table = TableOptions(self.missing, self.step, self.columns)
             return TableFile(source, self.shares, self.samples_most, names, spool, options=table)
         return open_arrays(self.data, self.shares, self.samples_most, names, spool)

@@ -66,7 +66,7 @@ def read_table(
     """
     count, labels, missing_cells = 0, Counter[float](), 0
     with (
-        open_table(path, class_names, allows_missing=options.missing != "error") as table,
+        open_table(path, class_names, options) as table,
         storage_errors("can't write the numbers of a table"),
     ):
         file, time_file, times_of_rows = OpenFiles.in_folder(spool), OpenFiles.in_folder(spool), _Times(options.step)

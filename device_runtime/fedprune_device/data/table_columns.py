@@ -44,10 +44,11 @@ class TableColumns:
     names: tuple[str, ...] = ()  # of `all`, in lower case
 
     @classmethod
-    def of(cls, names: Sequence[str], dates: Sequence[int] = ()) -> TableColumns:
+    def of(cls, names: Sequence[str], dates: Sequence[int] = (), chosen: Sequence[str] = ()) -> TableColumns:
         """The roles of columns. `dates` are those that have dates: the only one is the times if none is called so.
 
-        Raises `DataError` if names are missing, twice there, or there are too many.
+        Only the `chosen` columns are inputs, in this order; by default all are. Raises `DataError` if names are
+        missing, twice there, or there are too many.
         """
         lower_names = [name.lower() for name in names]
         times = {i: kind for i, name in enumerate(lower_names) if (kind := _time_kind(name))}
@@ -55,6 +56,10 @@ class TableColumns:
         if not times and len(unnamed_dates) == 1:
             times = {unnamed_dates[0]: TIMESTAMPS[0]}
         used_columns = [i for i, name in enumerate(lower_names) if i not in times and not _INDEX.fullmatch(name)]
+        places = {name.strip().lower(): place for place, name in enumerate(chosen)}
+        if chosen:
+            is_kept = [name in places or name in CLASSES or name.startswith(TARGET) for name in lower_names]
+            used_columns = [column for column in used_columns if is_kept[column]]
         if len(names) > _MAX_COLUMNS:
             raise DataError("columns", expected=f"at most {_MAX_COLUMNS}", got=len(names))
         for column in used_columns:
@@ -73,6 +78,8 @@ class TableColumns:
             raise DataError("columns of classes", expected="one", got=f"columns {column_texts}", hint=hint)
         targets = tuple(column for column in used_columns if lower_names[column].startswith(TARGET))
         inputs = tuple(column for column in used_columns if column not in targets + classes)
+        if chosen:
+            inputs = _in_order(inputs, lower_names, places)
         if not inputs:
             raise DataError("columns", expected="some of numbers to read", got="none")
         index = next((i for i, name in enumerate(lower_names) if _INDEX.fullmatch(name)), None)
@@ -103,6 +110,16 @@ class OpenTable(NamedTuple):
     columns: TableColumns
     blocks: Iterator[TableBlock]
     notes: Callable[[], list[str]]
+
+
+def _in_order(inputs: Sequence[int], names: Sequence[str], places: Mapping[str, int]) -> tuple[int, ...]:
+    """Columns in the order of `places`; raises `DataError` if one isn't among them."""
+    found = {names[column]: column for column in inputs}
+    for name, place in places.items():
+        if name not in found:
+            got = "one of times, of classes, or to predict" if name in names else "no column of this name"
+            raise DataError(f"name {place + 1} of the chosen columns", expected="a column of inputs", got=got)
+    return tuple(found[name] for name in places)
 
 
 def _time_kind(name: str) -> str:

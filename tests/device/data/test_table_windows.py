@@ -14,6 +14,7 @@ from fedprune.model.lengths import Lengths
 from fedprune_device.data import tables
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_windows import TableFile
 
 pytestmark = pytest.mark.board
@@ -292,3 +293,15 @@ def test_windows_for_a_model_of_any_length_are_as_long_as_its_bound(tmp_path: Pa
     path = write(tmp_path / "a.csv", ["a", "b"], series(100))
     free, fixed = (TableFile(path, ALL, 50).snapshot((2, size)) for size in (Lengths(3, 6), 6))
     np.testing.assert_array_equal(free.x_train[:], fixed.x_train[:])
+
+
+def test_chosen_columns_are_the_inputs_in_their_order_whatever_the_others_hold(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "id,heat,note,Damp,class\n" + "".join(f"{i}e9,{i},dry,{i + 50},1\n" for i in range(8))
+    )
+    table = TableFile(tmp_path / "a.csv", SplitShares(0.0), 100, options=TableOptions(columns=("damp", "heat")))
+    data = table.snapshot((2, 4), Targets("cross_entropy", 2))
+    np.testing.assert_array_equal(np.asarray(data.x_train[0]), [[50, 51, 52, 53], [0, 1, 2, 3]])
+    for columns, got in ((("heat", "wind"), "no column of this name"), (("class",), "of classes")):
+        with pytest.raises(DataError, match=f"name {len(columns)} of the chosen columns.*{got}"):
+            TableFile(tmp_path / "a.csv", SplitShares(0.0), 100, options=TableOptions(columns=columns))

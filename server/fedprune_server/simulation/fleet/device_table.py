@@ -28,8 +28,8 @@ MEGABYTE = 1e6
 
 MAX_LOADED_FLEET = 32  # fleets of up to this size hold their samples in memory; larger ones read them on use
 
-_ROW_KEYS = ("name", "count", "profile", "data", "link", "validation", "missing", "step")
-_DATA_KEYS = ("data", "validation", "missing", "step")  # of rows with samples of their own
+_ROW_KEYS = ("name", "count", "profile", "data", "link", "validation", "missing", "step", "columns")
+_DATA_KEYS = ("data", "validation", "missing", "step", "columns")  # of rows with samples of their own
 
 _MAX_WINDOWS = 10_000  # of a table: as many as a board takes by default
 _LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
@@ -155,7 +155,8 @@ def _table_options(row: Mapping[str, Any], row_path: KeyPath) -> TableOptions:
     step = row.get("step")
     if step is not None:
         step = setting_checks.check_number((*row_path, "step"), step, 1e-9, 1e9)
-    return TableOptions(missing, step)
+    columns = setting_checks.check_texts((*row_path, "columns"), row.get("columns", []))
+    return TableOptions(missing, step, columns)
 
 
 def _names(
