@@ -45,6 +45,7 @@ def build_parser() -> CommandParser:
     _add_train(commands)
     _add_predict(commands)
     _add_data(commands)
+    _add_sensors(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
     cli.add_json_option(probe)
     options.add_threads_option(probe, "threads for the benchmark")
@@ -292,6 +293,20 @@ def _add_data(commands: Any) -> None:
     )
     options.add_sample_options(check.add_argument_group("images and samples"))
     check.set_defaults(run=_command("data", "check_data"), device="")
+
+
+def _add_sensors(commands: Any) -> None:
+    sensors = commands.add_parser(
+        "sensors",
+        help="hand the MQTT messages of sensors to the board as samples",
+        description="Subscribe to the home's broker, join the messages of sensors into samples, and hand these to a "
+        "board that runs with --data local --local.",
+    )
+    sensors.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="TOML, as docs/board-data.md describes it"
+    )
+    sensors.add_argument("--patient", action="store_true", help="at the start, wait for a broker that can't be reached")
+    sensors.set_defaults(run=_command("sensors", "hand_in_sensors"))
 
 
 def _add_engine(commands: Any) -> None:

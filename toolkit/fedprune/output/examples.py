@@ -92,6 +92,8 @@ fedprune-device predict --state board --input new.npy
 fedprune-device predict --bundle bundle --input test.npz --top 3
 fedprune-device data check --data photos --bundle bundle
 fedprune-device data check --data photos --bundle bundle --out photos.html
+fedprune-device sensors --config examples/sensors/zigbee2mqtt.toml
+fedprune-device sensors --patient --config /etc/fedprune/sensors.toml
 fedprune-device probe
 fedprune-device probe --json >probe.json
 fedprune-device identify

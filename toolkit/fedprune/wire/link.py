@@ -78,6 +78,8 @@ class BrokerLink(Closeable):
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
         wake: Called in the network thread for each received message.
         ignores: Whether to drop a topic's messages at once; called in the network thread.
+        on_retained: Called in the network thread with topic and payload of each retained message, whose age is unknown;
+            by default these are queued as all others are.
         qos: Quality of service of received messages. As sessions are clean, messages in flight are lost with the
             connection at 1, too; at 0 this side acknowledges nothing.
     """
@@ -94,6 +96,7 @@ class BrokerLink(Closeable):
         pause_s: float = 0.0,
         wake: Callable[[], None] = lambda: None,
         ignores: Callable[[str], bool] = lambda topic: False,
+        on_retained: Callable[[str, bytes], None] | None = None,
         qos: int = 1,
     ) -> None:
         self.url = BrokerUrl.parse(url)
@@ -106,6 +109,7 @@ class BrokerLink(Closeable):
         self._pause_s = pause_s
         self._wake = wake
         self._ignores = ignores
+        self._on_retained = on_retained
         self._will = will
         self._will_topic = ""  # of this connection's will
         self._keepalive = keepalive
@@ -401,6 +405,9 @@ class BrokerLink(Closeable):
         except UnicodeDecodeError:
             return
         if self._ignores(topic):
+            return
+        if message.retain and self._on_retained is not None:
+            self._on_retained(topic, payload)
             return
         if self._inbox.put_message(topic, payload):
             self._wake()

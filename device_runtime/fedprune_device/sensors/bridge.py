@@ -1,0 +1,170 @@
+"""Carries sensors' messages from the home's broker to the board's local interface."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from functools import partial
+from queue import SimpleQueue
+from secrets import token_hex
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ConfigError, shape_text
+from fedprune.core.text import quantity
+from fedprune.model.lengths import shape_from_json
+from fedprune.wire.link import BrokerLink, tls_context
+from fedprune.wire.queues import ConnectionDown, ConnectionUp, Event, Inbox
+from fedprune_device.client import Board, BoardError
+from fedprune_device.data.table_windows import column_layout, steps_and_order
+from fedprune_device.sensors.config import SensorConfig
+from fedprune_device.sensors.drop_counts import DropCounts
+from fedprune_device.sensors.sample_collector import SampleCollector, SensorSample
+
+_LOG = logging.getLogger("fedprune.device")
+
+_INBOX_BYTES = 4 * 2**20
+_MAX_WAIT_S = 1.0  # for a message, so that a signal ends the program soon
+_BOARD_TIMEOUT_S = 5.0
+_MAX_WAITING = 64  # samples that wait while the board restarts
+# Seconds to the first line of the log, soon enough for whoever watches, and most seconds between two lines later on.
+_FIRST_REPORT_S, _MAX_REPORT_S = 10.0, 3600.0
+
+
+class _Layout(NamedTuple):
+    """How rows of the channels become the model's input."""
+
+    steps: int
+    channels_first: bool
+    rank: int
+
+
+def run_sensors(config: SensorConfig, stopping: threading.Event, *, patient: bool = False) -> None:
+    """Hand samples to the board until `stopping` is set.
+
+    A `patient` program waits for a broker that can't be reached; otherwise that is a `BrokerError`. Raises
+    `ConfigError` if the board's model takes another number of channels.
+    """
+    drops = DropCounts()
+    collector = SampleCollector(config, drops)
+    # Filled in the network thread; as many as there are topics, after each connection.
+    retained: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
+    link = BrokerLink(
+        config.broker,
+        f"fedprune-sensors-{token_hex(4)}",  # two clients of one name would disconnect each other
+        tls=partial(tls_context, config.ca),
+        inbox=Inbox[Event](_INBOX_BYTES),
+        on_retained=lambda topic, body: retained.put((topic, body)),
+    )
+    link.subscribe(config.subscriptions)
+    with link:
+        link.start(patient=patient)
+        bridge = _Bridge(config, collector, drops, retained)
+        try:
+            bridge.run(link, stopping)
+        finally:
+            bridge.report()
+
+
+class _Bridge:
+    """Takes messages as they come, a row at each period, and hands samples in; all in one thread."""
+
+    def __init__(
+        self,
+        config: SensorConfig,
+        collector: SampleCollector,
+        drops: DropCounts,
+        retained: SimpleQueue[tuple[str, bytes]],
+    ) -> None:
+        self._config, self._collector, self._drops, self._retained = config, collector, drops, retained
+        self._board = Board(config.board, timeout=_BOARD_TIMEOUT_S, tries=1)
+        self._layout: _Layout | None = None
+        self._waiting: deque[tuple[npt.NDArray[np.float32], str | int | None]] = deque()
+        self._added = 0
+
+    def run(self, link: BrokerLink, stopping: threading.Event) -> None:
+        next_row = time.monotonic() + self._config.period_s
+        report_interval_s = _FIRST_REPORT_S
+        next_report = time.monotonic() + report_interval_s
+        while not stopping.is_set():
+            item = link.get(max(0.0, min(next_row - time.monotonic(), _MAX_WAIT_S)))
+            now = time.monotonic()
+            while not self._retained.empty():  # they came before the next message of their topic
+                self._collector.receive(*self._retained.get(), now, is_retained=True)
+            if isinstance(item, tuple):
+                self._collector.receive(*item, now)
+            elif isinstance(item, ConnectionUp):
+                _LOG.info("connected to the sensors' broker at %s", link.url)
+            elif isinstance(item, ConnectionDown):
+                _LOG.warning("the connection to the sensors' broker at %s ended: %s", link.url, item.reason)
+            if now >= next_row:
+                missed = int((now - next_row) // self._config.period_s)
+                if missed:  # the machine slept, or the board took long to answer
+                    self._collector.drop_rows()
+                next_row += (missed + 1) * self._config.period_s
+                self._take_rows(now)
+            if now >= next_report:
+                self.report()
+                report_interval_s = min(6 * report_interval_s, _MAX_REPORT_S)
+                next_report = now + report_interval_s
+
+    def report(self) -> None:
+        """Log what was handed in and what was left out since the last report."""
+        drops, added = self._drops.take(), self._added
+        self._added = 0
+        text = f"{quantity(added, 'sample')} handed to the board{f'; left out: {drops}' if drops else ''}"
+        _LOG.log(logging.WARNING if drops else logging.INFO, "sensors: %s", text)
+
+    def _take_rows(self, now: float) -> None:
+        # The next round's model may take another shape, but none in the middle of a sample.
+        if self._layout is None or self._collector.is_between_samples:
+            self._layout = self._find_layout() or self._layout
+        if self._layout is None:
+            self._drops.add("times at which the board didn't say what its model takes")
+            return
+        for sample in self._collector.collect(now, self._layout.steps):
+            self._waiting.append((_array(sample, self._layout), sample.label))
+        while len(self._waiting) > _MAX_WAITING:
+            self._waiting.popleft()
+            self._drops.add("samples while the board couldn't be reached")
+        self._hand_in()
+
+    def _hand_in(self) -> None:
+        while self._waiting:
+            try:
+                self._board.add(*self._waiting[0])
+                self._added += 1
+            except BoardError as error:
+                if error.status in (0, 503):  # it restarts, or is busy: the next period tries again
+                    return
+                self._drops.add(f"samples that the board refused: {error.what}")
+            self._waiting.popleft()
+
+    def _find_layout(self) -> _Layout | None:
+        """The layout of the board's model; None if it doesn't answer, or has no model yet."""
+        try:
+            sizes = self._board.status()["input"]
+        except (BoardError, KeyError):
+            return None
+        if sizes is None:
+            return None
+        shape, channels = shape_from_json(sizes), len(self._config.channels)
+        steps, channels_first = steps_and_order(shape, channels, True)
+        if not steps:
+            raise ConfigError(
+                "channels of the sensors",
+                expected=f"as many as the board's model takes: {shape_text(*shape)}",
+                got=channels,
+                hint="The order of [[channels]] is that of the model's channels.",
+            )
+        return _Layout(steps, channels_first, len(shape))
+
+
+def _array(sample: SensorSample, layout: _Layout) -> npt.NDArray[np.float32]:
+    rows = np.array(sample.rows, np.float32)[None]
+    arrange = column_layout(0, rows.shape[2], layout.channels_first, layout.rank)
+    return np.asarray(arrange(rows)[0], np.float32)

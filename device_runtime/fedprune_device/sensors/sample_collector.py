@@ -1,0 +1,160 @@
+"""Joins the newest values of several topics into rows, and rows into samples, separately for each device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedprune_device.sensors.config import SensorChannel, SensorConfig, SensorValue
+from fedprune_device.sensors.drop_counts import DropCounts
+from fedprune_device.sensors.payload import NoReadingError, Payload, ReadingError, label_of, number_of
+
+# Devices that wildcards stand for. Each takes the memory of its channels' values and of one sample.
+_MAX_DEVICES = 256
+
+Device = tuple[str, ...]  # what the wildcards of its topics stand for; empty for topics without any
+
+
+@dataclass(frozen=True)
+class SensorSample:
+    """The rows [steps, channels] of a sample, and its class by number or name, if there is one."""
+
+    rows: list[list[float]]
+    label: str | int | None
+
+
+@dataclass
+class _HeldValue:
+    value: Any
+    received_at: float
+
+
+@dataclass
+class _Source:
+    """A value's settings, and what its devices last sent."""
+
+    settings: SensorValue
+    held: dict[Device, _HeldValue] = field(default_factory=dict)
+    newest_times: dict[Device, float] = field(default_factory=dict)  # of the messages themselves, in seconds
+
+    def current(self, device: Device, now: float) -> _HeldValue | None:
+        held = self.held.get(device if self.settings.topic.wildcards else ())
+        return None if held is None or now - held.received_at > self.settings.max_age_s else held
+
+
+class SampleCollector:
+    """Rows of the values that hold at a time: each device's own, joined with those of topics without wildcards.
+
+    Samples share no rows, so that none is trained and tested on, and none spans a time without values.
+    """
+
+    def __init__(self, config: SensorConfig, drops: DropCounts) -> None:
+        self._drops = drops
+        self._channels = [_Source(channel) for channel in config.channels]
+        self._label = None if config.label is None else _Source(config.label)
+        self._sources = [*self._channels, *(() if self._label is None else (self._label,))]
+        self._has_devices = any(channel.topic.wildcards for channel in config.channels)
+        self._rows: dict[Device, list[list[float]]] = {} if self._has_devices else {(): []}
+
+    @property
+    def is_between_samples(self) -> bool:
+        """Whether some device's next row begins a sample."""
+        return any(not rows for rows in self._rows.values())
+
+    def receive(self, topic: str, body: bytes, now: float, *, is_retained: bool = False) -> None:
+        """Take a message that came at `now`, in seconds of a monotonic clock.
+
+        Nobody knows how old a retained message is: it counts for availability, and for values that hold without end.
+        """
+        payload = Payload(body)
+        for source in self._sources:
+            device = source.settings.topic.captures(topic)
+            if device is not None:
+                if is_retained and source.settings.max_age_s < math.inf:
+                    self._drops.add("retained messages, whose age nobody knows", source.settings.name)
+                else:
+                    self._take_value(source, device, payload, now)
+            for availability in source.settings.availability:
+                if (devices := availability.captures(topic)) is not None:
+                    self._note_availability(source, devices, payload)
+
+    def collect(self, now: float, steps: int) -> list[SensorSample]:
+        """Add a row for each device, and return the samples that are complete with it: `steps` rows each."""
+        samples = []
+        for device, rows in self._rows.items():
+            values = [channel.current(device, now) for channel in self._channels]
+            if None in values:
+                name = self._channels[values.index(None)].settings.name
+                self._drops.add("times without a value that is young enough", name)
+                if rows:
+                    self._drops.add("rows of samples that a gap ended", number=len(rows))
+                    rows.clear()
+                continue
+            rows.append([held.value for held in values if held is not None])
+            if len(rows) >= steps:
+                label = None if self._label is None else self._label.current(device, now)
+                # The last rows, should a new model take shorter samples than those that were begun.
+                samples.append(SensorSample(rows[-steps:], None if label is None else label.value))
+                self._rows[device] = []
+        return samples
+
+    def drop_rows(self) -> None:
+        """Begin all samples anew: rows were missed."""
+        if count := sum(map(len, self._rows.values())):
+            self._drops.add("rows of samples that a gap ended", number=count)
+        for rows in self._rows.values():
+            rows.clear()
+
+    def _take_value(self, source: _Source, device: Device, payload: Payload, now: float) -> None:
+        settings = source.settings
+        try:
+            self._check_order(source, device, payload)
+            raw = payload.value(settings.path)
+            value: Any
+            if isinstance(settings, SensorChannel):
+                value = number_of(raw, settings.values)
+                if not settings.low <= value <= settings.high:
+                    raise ReadingError("out of range")
+            else:
+                value = label_of(raw, settings.values)
+            self._add_device(source, device)
+        except NoReadingError as error:
+            source.held.pop(device, None)  # the value before doesn't hold any longer
+            self._drops.add(str(error), settings.name)
+        except ReadingError as error:
+            self._drops.add(str(error), settings.name)
+        else:
+            source.held[device] = _HeldValue(value, now)
+
+    def _check_order(self, source: _Source, device: Device, payload: Payload) -> None:
+        if not source.settings.time:
+            return
+        time_s, newest = payload.time(source.settings.time), source.newest_times.get(device, -math.inf)
+        # The same time again: Zigbee2MQTT repeats its devices' last messages when it restarts. A clock that is further
+        # back was set anew, or the hour in which summer ends comes again.
+        if newest - source.settings.max_age_s <= time_s <= newest:
+            raise ReadingError("not newer than the one before")
+        if device in source.held or len(source.newest_times) < _MAX_DEVICES:
+            source.newest_times[device] = time_s
+
+    def _add_device(self, source: _Source, device: Device) -> None:
+        if source is self._label:
+            if device not in source.held and len(source.held) >= _MAX_DEVICES:
+                raise ReadingError(f"of more than {_MAX_DEVICES} devices")
+        elif source.settings.topic.wildcards and device not in self._rows:
+            if len(self._rows) >= _MAX_DEVICES:
+                raise ReadingError(f"of more than {_MAX_DEVICES} devices")
+            self._rows[device] = []
+
+    def _note_availability(self, source: _Source, devices: Device, payload: Payload) -> None:
+        try:
+            if payload.is_online():
+                return
+        except ReadingError as error:
+            self._drops.add(str(error), source.settings.name)
+            return
+        gone: Iterable[Device] = [devices] if devices else list(source.held)
+        if sum(source.held.pop(device, None) is not None for device in gone):
+            self._drops.add("values of devices that went offline", source.settings.name)

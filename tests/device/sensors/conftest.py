@@ -1,0 +1,5 @@
+"""Real brokers for the tests of sensors."""
+
+from support.processes.mosquitto import mosquitto, start_mosquitto
+
+__all__ = ["mosquitto", "start_mosquitto"]
