@@ -23,8 +23,9 @@ from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.dataset import Channels
+from fedprune_device.data.folder_layout import layout_of
 from fedprune_device.data.labels import LogitAdjustment, Targets
-from fedprune_device.data.layouts import IGNORED_CLASS, Unlabelled, layout_of
+from fedprune_device.data.layouts import IGNORED_CLASS, Unlabelled
 from fedprune_device.data.sample_checks import checked_inputs, checked_samples
 from fedprune_device.data.scaling import Scaling, scaling_of
 from fedprune_device.data.sequences import LENGTHS

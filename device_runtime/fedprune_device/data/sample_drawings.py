@@ -10,10 +10,10 @@ import numpy as np
 from fedprune.model.lengths import padding_value
 from fedprune.output.chart import lay_out_chart
 from fedprune.output.chart_html import chart_html, html_text
+from fedprune_device.data.box_layouts import takes_boxes
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.layouts import takes_boxes
 from fedprune_device.data.stored_array import Array
 from fedprune_device.data.summary import channel_axis
 

@@ -22,8 +22,10 @@ from fedprune.model.lengths import Shape
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.decoded_samples import CacheFullError, DecodedSamples
 from fedprune_device.data.file_index import FileIndex
+from fedprune_device.data.folder_layout import layout_of
 from fedprune_device.data.labels import Targets, effective_classes
-from fedprune_device.data.layouts import MAX_LABEL_BYTES, NO_LABELS, Layout, layout_of
+from fedprune_device.data.layouts import MAX_LABEL_BYTES, NO_LABELS, Layout
+from fedprune_device.data.notes import Notes
 from fedprune_device.data.splits import SplitShares
 
 INDEX_FILE = "images.index"  # the name of the index in a board's state folder
@@ -116,6 +118,7 @@ class SampleFolder:
         self._files_per_class: list[int] = []  # files for training, by class
         self._foreign_counts: Counter[str] = Counter()  # files by endings that aren't read
         self._refusals: list[str] = []  # why files were left out when they were last looked at
+        self._notes = Notes(root)
         self._choose_files(_MAX_HASHED_AT_START)
 
     @property
@@ -131,7 +134,7 @@ class SampleFolder:
     @property
     def notes(self) -> tuple[str, ...]:
         """See `SampleSource`."""
-        return ()
+        return self._notes.texts
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The samples that exist now; unreadable files are logged and left out. Raises `DataError` if none is left."""
@@ -160,6 +163,8 @@ class SampleFolder:
                 break
         if not rows_by_split["train"]:
             raise self._nothing_to_train_on(layout, sum(map(len, rows_by_split.values())), refusals)
+        # Files of earlier rounds are not decoded again, so that what was noted of them stays.
+        self._notes.replace(dict.fromkeys((*self._notes.texts, *layout.notes)))
         convert = formats.pop().numbers
         arrays: list[Any] = []
         for split in ("train", "test", "val"):

@@ -13,9 +13,9 @@ from fedprune.core.errors import shape_text
 from fedprune.core.text import first_few, quantity
 from fedprune.model.features import MULTI_LABELS, labels_of
 from fedprune.model.lengths import padding_value
+from fedprune_device.data.box_layouts import takes_boxes
 from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.labels import Targets, class_counts
-from fedprune_device.data.layouts import takes_boxes
 from fedprune_device.data.stored_array import Array, Inputs, chunks
 
 # A row of numbers, such as that of a table, has a range for each up to this length; longer ones are a signal.

@@ -176,7 +176,7 @@ def test_what_operating_systems_put_between_samples_is_none(
     ("files", "reason"),
     [
         ({"images/a.png": picture(1), "labels/a.txt": b"1 .5 .5 .1 .1 .9\n"}, "confidence"),
-        ({"images/a.png": picture(1), "labels/a.txt": b"1 .1 .1 .2 .2 .3 .3\n"}, "outlines"),
+        ({"images/a.png": picture(1), "labels/a.txt": b"1 .1 .1 .2 .2 .3 .3 .4\n"}, "outline of x and y"),
         ({"images/a.png": picture(1), "masks/b.png": picture(1)}, "labels"),
         ({"images/a.avif": b"", "labels/a.txt": BOX}, ".avif"),
         ({"ant/a.heic": b""}, ".heic"),
@@ -199,9 +199,118 @@ def test_what_has_nothing_to_train_on_says_why(tmp_path: Path, files: dict[str, 
         ("classes.txt", "a b\nc\n\n"),
         ("data.yaml", 'nc: 2\nnames: [ "a b" ,\n  c ]\nother: [x]\n'),
         ("data.yaml", "# names\nnames:\n- a b\n- c\nroboflow:\n  x: y\n"),
+        ("notes.json", '{"categories": [{"id": 0, "name": "a b"}, {"id": 1, "name": "c"}], "info": {"year": 2024}}'),
         ("dataset.yaml", "names:\n  # all\n  0: a b  # first\n\n  1: 'c'\ndownload: |\n  2: d\n"),
     ],
 )
 def test_names_of_classes_are_read_in_each_form(tmp_path: Path, name: str, text: str) -> None:
     put(tmp_path, {name: text.encode()})
     assert find_class_list([tmp_path / "none", tmp_path]) == ("a b", "c")
+
+
+def test_outlines_become_the_boxes_around_them_and_the_log_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    outline = b"1 .2 .1 .6 .2 .3 .5\n0 .5 .5 .2 .2\n"
+    put(tmp_path, {f"images/{n}.png": picture(n) for n in (1, 2)} | {f"labels/{n}.txt": outline for n in (1, 2)})
+    samples = SampleFolder(tmp_path, (Pixels(),), SplitShares(0.0), 100, NAMES)
+    for _ in range(2):
+        y = np.asarray(samples.snapshot(SHAPE, BOXES).y_train)
+    np.testing.assert_allclose(y[0], [[1, 0.4, 0.3, 0.4, 0.4], [0, 0.5, 0.5, 0.2, 0.2]], atol=1e-6)
+    assert caplog.text.count("outlines of objects") == 1
+
+
+def test_keypoints_behind_a_box_are_no_outline(tmp_path: Path) -> None:
+    line = b"1 .5 .5 .25 .5" + b" .1 .1 2" * 4 + b"\n"
+    put(tmp_path, {"data.yaml": b"kpt_shape: [4, 3]\n", "images/a.png": picture(1), "labels/a.txt": line})
+    np.testing.assert_allclose(np.asarray(snapshot(tmp_path, BOXES).y_train)[0, 0], [1, 0.5, 0.5, 0.25, 0.5])
+
+
+PATHS = {
+    "a": "path: /content/sets/x\ntrain: images/a  # 4 images\nval: images/b\ntest:  # optional\n",
+    "b": "train: ../x/images/a\nval: [images/b]\ntest: null\n",
+    "list": "train:\n  - images/a\nval:\n  - 'lists/val.txt'\n",
+}
+
+
+@pytest.mark.parametrize("text", PATHS.values(), ids=PATHS)
+def test_the_parts_are_those_that_data_yaml_names(tmp_path: Path, text: str) -> None:
+    put(tmp_path, {"data.yaml": f"{text}names: [ant, bee]\n".encode(), "lists/val.txt": b"./images/b/4.png\n"})
+    for n, folder in enumerate(("a", "a", "a", "b", "c"), 1):
+        put(tmp_path, {f"images/{folder}/{n}.png": picture(n), f"labels/{folder}/{n}.txt": BOX})
+    data = snapshot(tmp_path, BOXES)
+    assert (seeds(data.x_train), seeds(data.x_val)) == ([1, 2, 3], [4])
+
+
+def test_a_folder_that_is_trained_and_validated_on_is_divided(tmp_path: Path) -> None:
+    put(tmp_path, {"data.yaml": b"train: images/all\nval: images/all\n"})
+    for n in range(40):
+        put(tmp_path, {f"images/all/{n}.png": picture(n), f"labels/all/{n}.txt": BOX})
+    data = snapshot(tmp_path, BOXES, SplitShares(0.25, 0.25))
+    parts = [seeds(x) for x in (data.x_train, data.x_val, data.x_test)]
+    assert all(parts)
+    assert sorted(seed for part in parts for seed in part) == list(range(40))
+
+
+def test_folders_of_coco_and_of_cvat_are_parts_by_their_names(tmp_path: Path) -> None:
+    for root, train, val in (
+        ("coco", "images/train2017", "images/val2017"),
+        ("cvat", "obj_train_data", "obj_valid_data"),
+    ):
+        labels = ["labels/" + f.partition("/")[2] if "/" in f else f for f in (train, val)]
+        for n, (folder, beside) in enumerate(zip((train, val), labels, strict=True), 1):
+            put(tmp_path / root, {f"{folder}/{n}.png": picture(n), f"{beside}/{n}.txt": BOX})
+        data = snapshot(tmp_path / root, BOXES)
+        assert (seeds(data.x_train), seeds(data.x_val)) == ([1], [2])
+
+
+def voc(*objects: tuple[str, int, int, int, int], size: tuple[int, int] = (100, 50)) -> bytes:
+    """As LabelImg writes it."""
+    texts = [
+        f"<object><name>{name}</name><pose>Unspecified</pose><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax>"
+        f"<ymax>{d}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>"
+        for name, a, b, c, d in objects
+    ]
+    head = f"<folder>x</folder><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    return f"<annotation verified='yes'>{head}{''.join(texts)}</annotation>".encode()
+
+
+@pytest.mark.parametrize("folders", [("JPEGImages", "Annotations"), ("images", "annotations"), (".", ".")])
+def test_boxes_of_pascal_voc_are_shares_of_the_image(
+    tmp_path: Path, folders: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    images, labels = folders
+    bodies = {
+        1: voc(("bee", 1, 1, 50, 50), ("ant", 41, 11, 60, 20)),
+        2: voc(),
+        3: voc(("cat", 1, 1, 5, 5)),
+        4: voc(("bee", 1, 1, 500, 5)),
+        5: voc(("bee", 1, 1, 5, 5), size=(0, 0)),
+        6: b'<!DOCTYPE a [<!ENTITY b "c">]>' + voc(("bee", 1, 1, 5, 5)),
+        7: voc(("bee", 1, 1, 5, 5))[:-3],
+        8: b"<a>" * 100,
+    }
+    for n, body in bodies.items():
+        put(tmp_path, {f"{images}/{n}.png": picture(n), f"{labels}/{n}.xml": body})
+    put(tmp_path, {f"{images}/9.png": picture(9)})
+    data = snapshot(tmp_path, BOXES)
+    labels_of = {seeds([x])[0]: y for x, y in zip(np.asarray(data.x_train), np.asarray(data.y_train), strict=True)}
+    empty = [-1, 0, 0, 0, 0]
+    assert labels_of.keys() == {1, 2}
+    np.testing.assert_allclose(labels_of[1], [[1, 0.25, 0.5, 0.5, 1], [0, 0.5, 0.3, 0.2, 0.2]], atol=1e-6)
+    np.testing.assert_allclose(labels_of[2], [empty, empty])
+    assert caplog.text.count("is left out") >= 6
+    assert "DOCTYPE" in caplog.text
+
+
+def test_the_lists_of_pascal_voc_divide_its_images(tmp_path: Path) -> None:
+    for n in range(1, 5):
+        put(tmp_path, {f"JPEGImages/{n}.png": picture(n), f"Annotations/{n}.xml": voc(("bee", 1, 1, 50, 50))})
+    put(tmp_path, {"ImageSets/Main/train.txt": b"1\n2\n", "ImageSets/Main/val.txt": b"3\n"})
+    put(tmp_path, {"ImageSets/Main/bee_train.txt": b"4 1\n"})
+    data = snapshot(tmp_path, BOXES)
+    assert (seeds(data.x_train), seeds(data.x_val)) == ([1, 2], [3])
+    with pytest.raises(DataError) as error:
+        snapshot(tmp_path, BOXES, names=())
+    assert "--class-names" in error.value.hint

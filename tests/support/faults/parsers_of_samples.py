@@ -27,10 +27,15 @@ from fedprune_device.data.segment_log import Kind, LogRecord, SegmentLog
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import chunks
 from fedprune_device.data.table_windows import TableFile
+from fedprune_device.data.voc_boxes import voc_boxes
 from support.fakes.sample_files import wav
 from support.faults.parser_target import Target, as_file, scratch
 from support.faults.parsers_of_files import npz, picture
 
+VOC = (
+    b"<annotation><size><width>8</width><height>8</height></size><object><name>ant</name><bndbox><xmin>1</xmin>"
+    b"<ymin>1</ymin><xmax>4</xmax><ymax>5</ymax></bndbox></object></annotation>"
+)
 CSV = b"time,a,class\n1,2,0\n2,2.5,1\n"
 
 _SHAPE = (3, 8, 8)
@@ -84,6 +89,7 @@ def _files() -> tuple[Target, ...]:
             share=0.5,
         ),
         Target("samples.mask", lambda raw: read_mask(raw, 4, 4), (picture("PNG", "L"),), constant=_DECODERS, share=0.5),
+        Target("samples.voc", lambda body: voc_boxes(body, ("ant",)), (VOC,), text=True),
         Target("samples.boxes", yolo_boxes, (b"1 .5 .5 .25 .5\n0 .1 .2 .1 .1\n",), text=True),
     )
 

@@ -1,0 +1,201 @@
+"""Layouts of images with boxes around objects: YOLO's text files, and Pascal VOC's XML files.
+
+A model takes boxes as [most, 5]: class, centre x, centre y, width, height, as shares of the image. Unused rows are
+-1, 0, 0, 0, 0. If there are too many boxes, the largest are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError, shape_text
+from fedprune.model.lengths import Shape
+from fedprune_device.data.boxes import MAX_CLASS, yolo_boxes
+from fedprune_device.data.class_lists import find_class_list
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.layouts import IMAGES, NO_LABELS, LabelledImages
+from fedprune_device.data.part_lists import PartLists, voc_part_lists, yolo_part_lists
+from fedprune_device.data.voc_boxes import voc_boxes
+from fedprune_device.data.yolo_settings import read_yolo_settings
+
+_OUTLINES_NOTE = "outlines of objects become the boxes around them"
+_UNLISTED_NOTE = "images that no list or folder of a part has are left out"
+_KEYPOINTS_NOTE = "keypoints of objects are left out: their boxes are read"
+
+
+def takes_boxes(targets: Targets) -> bool:
+    """Whether a model's labels are boxes, [most boxes, 5]."""
+    max_boxes, *rest = targets.shape or (None,)
+    return rest == [5] and isinstance(max_boxes, int) and not targets.takes_whole_numbers
+
+
+class _BoxFiles(LabelledImages):
+    """Images with a file of boxes for each. Lists of the images of each part may divide them."""
+
+    def __init__(self, root: Path, label_folders: dict[Path, Path], names: tuple[str, ...]) -> None:
+        super().__init__(root, label_folders, names)
+        self._parts = PartLists()
+
+    def check(self, targets: Targets | None) -> None:
+        if targets is not None and not takes_boxes(targets):
+            raise DataError(
+                f"boxes for loss {targets.loss}", expected="labels [most boxes, 5]", got=shape_text(*targets.shape)
+            )
+
+    def split_of(self, path: Path) -> str | None:
+        return self._parts.part_of(path) or super().split_of(path)
+
+    def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
+        all_files = super().files(endings)
+        files = [[path for path in paths if self._parts.has(path)] for paths in all_files]
+        if files != all_files:
+            self.notes += (_UNLISTED_NOTE,)
+        return files
+
+    def _divide(self, parts: PartLists) -> None:
+        """Take the parts that files of the data set itself name, before those of the folders' names."""
+        self._parts = parts
+        if parts:
+            self.splits = self.splits | parts.names
+            self.notes += parts.notes
+
+
+class YoloBoxes(_BoxFiles):
+    """`labels/NAME.txt` with a line `class cx cy w h` for each box, as YOLO has it; no file for an image without.
+
+    Where the tool that wrote it lists the names of classes, its numbers become those of `names`.
+    """
+
+    folders = ("labels",)
+    ending = ".txt"
+    expected_files = f"{IMAGES}/NAME.jpg with {folders[0]}/NAME.txt"
+
+    def __init__(self, root: Path, label_folders: dict[Path, Path], names: tuple[str, ...]) -> None:
+        super().__init__(root, label_folders, names)
+        below = [folder for pair in label_folders.items() for folder in (*pair, pair[1].parent)]
+        folders = dict.fromkeys([root, *(folder for folder in below if root in folder.parents)])
+        listed_names = find_class_list(folders) if names else ()
+        settings = read_yolo_settings(folders)
+        self._numbers = [names.index(name) if name in names else -1 for name in listed_names]
+        self._classes = len(listed_names) or len(names) or MAX_CLASS + 1
+        self._has_keypoints = settings.has_keypoints
+        self._labelled: set[Path] = set()
+        if self._has_keypoints:
+            self.notes += (_KEYPOINTS_NOTE,)
+        self._divide(yolo_part_lists(root, self._split_of_folder, settings))
+
+    def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
+        files = super().files(endings)
+        for path in files[0]:
+            if path.parent not in self._labelled and self.label_file(path) is not None:
+                self._labelled.add(path.parent)
+        return files
+
+    def label_file(self, path: Path) -> Path | None:
+        label_path = self._label_path(path)
+        return label_path if os.path.lexists(label_path) else None
+
+    def version(self, path: Path) -> str:
+        return f"{path.parent in self._labelled} {self._numbers} {self._has_keypoints}"
+
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+        if targets is not None and path.parent not in self._labelled:
+            # If no image of a folder has a label file, the label folder is probably missing: refuse, rather than learn
+            # that there are no objects anywhere.
+            raise DataError(
+                f"labels of a folder of {IMAGES}",
+                expected=self.expected_files,
+                got="none for any of its images",
+                hint="Give an image without objects an empty file.",
+            )
+        labels = yolo_boxes(label_bytes, self._classes, has_keypoints=self._has_keypoints)
+        boxes = labels.boxes
+        if labels.has_outlines and _OUTLINES_NOTE not in self.notes:
+            self.notes += (_OUTLINES_NOTE,)
+        if self._numbers:
+            boxes[:, 0] = np.array(self._numbers, np.float32)[boxes[:, 0].astype(int)]
+            if (boxes[:, 0] < 0).any():
+                raise DataError(
+                    "the class of a box",
+                    expected="one of --class-names",
+                    got="another one in the list of the folder's classes",
+                )
+        return _pad_boxes(boxes, targets)
+
+
+class VocBoxes(_BoxFiles):
+    """`Annotations/NAME.xml` for `JPEGImages/NAME.jpg`, as Pascal VOC has it, also in `annotations/` and `images/`."""
+
+    folders = ("Annotations", "annotations")
+    ending = ".xml"
+    expected_files = f"JPEGImages/NAME.jpg with {folders[0]}/NAME.xml"
+
+    def __init__(self, root: Path, label_folders: dict[Path, Path], names: tuple[str, ...]) -> None:
+        super().__init__(root, label_folders, names)
+        self._names = names
+        self._divide(voc_part_lists(root))
+
+    def check(self, targets: Targets | None) -> None:
+        super().check(targets)
+        if targets is not None and not self._names:
+            raise DataError(
+                "boxes of Pascal VOC",
+                expected="names of the classes, whose order all boards share",
+                got="none",
+                hint="Give them: --class-names A,B,C.",
+            )
+
+    def label_file(self, path: Path) -> Path | None:
+        return self._label_path(path)
+
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+        return NO_LABELS if targets is None else _pad_boxes(voc_boxes(label_bytes, self._names), targets)
+
+
+class YoloBeside(YoloBoxes):
+    """`NAME.jpg` with `NAME.txt` beside it, as LabelImg and darknet write it. Only models of boxes get the labels."""
+
+    expected_files = "NAME.jpg with NAME.txt"
+
+    def check(self, targets: Targets | None) -> None: ...
+
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+        if targets is None or not takes_boxes(targets):
+            return NO_LABELS
+        return super().label(path, label_bytes, shape, targets)
+
+
+class VocBeside(VocBoxes):
+    """`NAME.jpg` with `NAME.xml` beside it, as LabelImg and Roboflow write it. Only models of boxes get the labels."""
+
+    expected_files = "NAME.jpg with NAME.xml"
+
+    def check(self, targets: Targets | None) -> None:
+        if targets is not None and takes_boxes(targets):
+            super().check(targets)
+
+    def label_file(self, path: Path) -> Path | None:
+        label_path = self._label_path(path)
+        return label_path if os.path.lexists(label_path) else None
+
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+        if targets is None or not takes_boxes(targets):
+            return NO_LABELS
+        if not label_bytes:
+            raise DataError("labels of an image", expected="a file NAME.xml, also without objects", got="none")
+        return super().label(path, label_bytes, shape, targets)
+
+
+def _pad_boxes(boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.NDArray[np.float32]:
+    if targets is None:
+        return NO_LABELS
+    out = np.zeros((int(targets.shape[0] or 0), 5), np.float32)
+    out[:, 0] = -1
+    largest_boxes = np.argsort(-boxes[:, 3] * boxes[:, 4], kind="stable")[: len(out)]
+    out[: len(largest_boxes)] = boxes[np.sort(largest_boxes)]
+    return out
