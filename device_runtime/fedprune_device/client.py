@@ -15,7 +15,7 @@ import json
 import socket
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from secrets import SystemRandom
 from typing import Any
 from urllib.parse import quote
@@ -43,12 +43,14 @@ class Predictions:
         round: The round that the model is of.
         digest: sha256 of the model's weights.
         predictions: One entry per sample, as the board gave them: `class`, `probability`, `name`, `probabilities`.
+        file_outputs: Outputs of the model's own file for all samples, by name, such as the labels of its ArgMax.
     """
 
     job: str
     round: int
     digest: str
     predictions: list[dict[str, Any]]
+    file_outputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[int]:
@@ -81,7 +83,9 @@ class Board:
         query = "" if top is None else f"?top={top}"
         answer = self._ask("POST", f"/v1/predict{query}", *_body(x))
         model = answer["model"]
-        return Predictions(model["job"], model["round"], model["digest"], answer["predictions"])
+        return Predictions(
+            model["job"], model["round"], model["digest"], answer["predictions"], answer.get("file_outputs", {})
+        )
 
     def add(self, x: Any, label: int | str | None = None) -> dict[str, Any]:
         """Add a sample to learn from, with its class by number or name, if it is known.

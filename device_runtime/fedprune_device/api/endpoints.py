@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -98,7 +98,7 @@ class Endpoints:
         model = self._model.serving_model()  # the same model for the whole request
         top = None if "top" not in request.query else _check_whole_number("top", request.query["top"], 1, MAX_LABEL)
         x = request_batch(self._read_array(request, model), model.shape, MAX_BATCH, tokens=model.takes_tokens)
-        rows = self._model.predict(model, x)
+        rows, file_outputs = self._model.predict(model, x)
         if not np.isfinite(rows).all():
             raise RequestError(500, "the model's outputs are not finite", hint="Check the scale of the input.")
         record = model.record
@@ -109,7 +109,8 @@ class Endpoints:
             predictions = [_position_predictions(row, record.loss) for row in rows]
         else:
             predictions = [self._prediction_row(row, record.loss, top) for row in rows.tolist()]
-        return LocalAnswer({"model": _model_row(model), "classes": record.classes, **names, "predictions": predictions})
+        answer = {"model": _model_row(model), "classes": record.classes, **names, "predictions": predictions}
+        return LocalAnswer(answer | _file_outputs(file_outputs))
 
     def _prediction_row(self, row: list[float], loss: str, top: int | None) -> dict[str, Any]:
         order = sorted(range(len(row)), key=lambda c: (-row[c], c))
@@ -242,6 +243,13 @@ def _position_predictions(row: npt.NDArray[np.float64], loss: str) -> dict[str, 
     if loss == "cross_entropy":
         return {"classes": row.argmax(0).tolist()}
     return {"probabilities" if labels_of(loss) == MULTI_LABELS else "values": row.tolist()}
+
+
+def _file_outputs(outputs: Mapping[str, Array]) -> dict[str, Any]:
+    """The outputs of the user's own file, which JSON can hold: no numbers that aren't finite, and no probabilities of
+    every position, which would be a hundred times longer than decisions."""
+    short = {n: v for n, v in outputs.items() if v.dtype.kind != "f" or (v.ndim < 3 and np.isfinite(v).all())}
+    return {"file_outputs": {name: value.tolist() for name, value in short.items()}} if short else {}
 
 
 def _check_whole_number(subject: str, value: object, low: int, high: int, alternative: str = "") -> int:

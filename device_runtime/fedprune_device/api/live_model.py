@@ -92,15 +92,17 @@ class LiveModel(Closeable):
             raise RequestError(503, "no model serves yet", hint="The board must finish a round first.")
         return self._loaded
 
-    def predict(self, model: LoadedModel, x: Array) -> npt.NDArray[np.float64]:
-        """Predictions of samples [n, ...] as rows [n, outputs], adjusted by the board's own label shares.
+    def predict(self, model: LoadedModel, x: Array) -> tuple[npt.NDArray[np.float64], dict[str, Array]]:
+        """Predictions of samples [n, ...] as rows [n, outputs], adjusted by the board's own label shares, and the
+        outputs of the user's own file by name (`Predictor.file_outputs`).
 
         `model` answers even if another one has become active. Raises `ModelError` if an operator fails.
         """
         with self._prediction_lock:
             logits = model.predictor.predict(model.record.scaling(x))
         outputs = model.record.scaling.invert(model.record.adjustment(logits))
-        return likelihoods(model.record.loss, outputs.astype(np.float64))
+        file_outputs = model.predictor.file_outputs(outputs)
+        return likelihoods(model.record.loss, outputs.astype(np.float64)), file_outputs
 
     def poll(self) -> None:
         with self._poll_lock:

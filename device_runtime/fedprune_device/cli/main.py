@@ -256,7 +256,12 @@ def _add_predict(commands: Any) -> None:
         help="which samples of SRC (default: its test samples, or all of a file without any)",
     )
     out = predict.add_mutually_exclusive_group()
-    out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
+    out.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the logits to this .npy file, or to .npz with the outputs of the model's own file",
+    )
     out.add_argument(
         "--top", type=cli.positive_integer, default=1, metavar="K", help="print the K likeliest (default: 1)"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from fedprune.model.features import JUDGED_LABELS, labels_of
 from fedprune.model.lengths import Lengths, Shape, fits_shape, free_axis, pad_to_bound, upper_shape
 from fedprune.model.recipe import Recipe
 from fedprune.model.scaling import BOARD
+from fedprune.model.step_contract import LOGITS
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.data.array_source import load_data, read_arrays
@@ -33,10 +36,17 @@ from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.data.table_windows import is_table
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.serving.prediction_text import prediction_lines, quality_text, ranked_outputs, targets_of
+from fedprune_device.serving.prediction_text import (
+    file_output_rows,
+    prediction_lines,
+    quality_text,
+    ranked_outputs,
+    targets_of,
+)
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.directory_owner import OWNER_FILE
 
+_MAX_PRINTED_NUMBERS = 10  # of an output of the model's own file, in the line of a sample
 _MAX_NAMED_FOLDERS = 10  # folders of boards that an error names
 
 
@@ -83,14 +93,16 @@ def predict(arguments: argparse.Namespace) -> None:
         outputs = predictor.predict(samples.x[:0])  # for their shape
         scaling = scaling_of(samples.x, outputs, recipe, samples.channels)
     logits = scaling.invert(adjustment(predictor.predict(scaling(samples.x))))
+    file_outputs = predictor.file_outputs(logits)
     if arguments.output is not None:
-        with arguments.output.open("wb") as file:
-            np.save(file, logits)
+        _write_outputs(arguments.output, logits, file_outputs)
+    own_rows = file_output_rows(file_outputs, len(logits))
     if arguments.json:
-        print_json(_prediction_rows(logits, loss, arguments, class_names))
+        rows = _prediction_rows(logits, loss, arguments, class_names)
+        print_json([{**row, "file_outputs": own} if own else row for row, own in zip(rows, own_rows, strict=True)])
     elif arguments.output is None:
-        for line in prediction_lines(logits, loss, arguments.top, class_names):
-            print(line)
+        for line, own in zip(prediction_lines(logits, loss, arguments.top, class_names), own_rows, strict=True):
+            print("; ".join([line, *(f"{name} {_short_text(value)}" for name, value in own.items())]))
     if samples.y is not None and len(samples.y) and has_scores:
         print(quality_text(logits, samples.y, loss), file=sys.stderr)
 
@@ -111,6 +123,25 @@ def _prediction_rows(
         {"sample": i, "outputs": [{name_key: names[c] if c < len(names) else c, value_key: v} for c, v in row.items()]}
         for i, row in enumerate(ranked_outputs(logits, loss, arguments.top))
     ]
+
+
+def _short_text(value: object) -> str:
+    """A number, text or row as JSON; of a long row only how long it is."""
+    is_long = isinstance(value, list) and len(value) > _MAX_PRINTED_NUMBERS
+    return f"[{len(value)} numbers]" if is_long and isinstance(value, list) else json.dumps(value)
+
+
+def _write_outputs(path: Path, logits: npt.NDArray[np.float32], file_outputs: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write the logits as .npy or, with the outputs of the user's own file, as .npz."""
+    if path.suffix != ".npz":
+        with path.open("wb") as file:
+            np.save(file, logits)
+        return
+    # Not np.savez: it takes names of arrays as arguments, among which a file's output may be called like its own.
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in {**file_outputs, LOGITS: logits}.items():
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, value, allow_pickle=False)
 
 
 def _graph_path(bundle: Bundle, precision: str | None) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,13 @@ def ranked_outputs(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Ite
     for row in likelihoods(loss, outputs.astype(np.float64)):
         best = np.argsort(-row, kind="stable")[:top] if labels_of(loss) in JUDGED_LABELS else range(len(row))
         yield {int(c): float(row[c]) for c in best}
+
+
+def file_output_rows(file_outputs: Mapping[str, npt.NDArray[Any]], count: int) -> list[dict[str, Any]]:
+    """Per sample the outputs of the user's own file, by name. Outputs that don't have an entry for each sample, and
+    those with axes of their own, such as maps, are left out."""
+    rows = {n: v.tolist() for n, v in file_outputs.items() if v.ndim in (1, 2) and len(v) == count}
+    return [{name: values[i] for name, values in rows.items()} for i in range(count)]
 
 
 def _position_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:

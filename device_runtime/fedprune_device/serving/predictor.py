@@ -15,6 +15,7 @@ from fedprune.model import step_contract as step
 from fedprune.model.lengths import fits_shape, free_axis, pad_to_bound, upper_shape, with_lengths
 from fedprune.runtime.onnx_subgraph import metadata_of
 from fedprune.runtime.precision_files import FLOAT32, served_files
+from fedprune.runtime.prediction_head import PredictionHead
 from fedprune.runtime.session import OnnxSession, RunsGraph
 from fedprune_device.data.stored_array import Inputs
 
@@ -48,6 +49,7 @@ class Predictor:
         kind, shape = self.session.inputs[step.X]
         metadata = self.session.metadata if isinstance(self.session, OnnxSession) else metadata_of(path.read_bytes())
         self.input_shape = with_lengths(shape[1:], metadata, ModelError)
+        self._head = PredictionHead.of(metadata)
         self._dtype = np.dtype(np.int64 if kind == "tensor(int64)" else np.float32)
 
     @property
@@ -78,6 +80,11 @@ class Predictor:
         is_positionwise = axis is not None and logits.ndim == 3 and logits.shape[2] == upper_shape(shape)[axis]
         return logits[:, :, : x.shape[axis + 1]] if is_positionwise and axis is not None else logits
 
+    def file_outputs(self, logits: npt.NDArray[np.float32]) -> dict[str, Array]:
+        """The outputs of the user's own file for logits [n, ...], by name, such as the label of its ArgMax; empty where
+        the file ends in the logits. Raises `ModelError` if they can't be computed."""
+        return {} if self._head is None or not len(logits) else self._head.outputs(logits)
+
     def check(
         self,
         classes: int,
@@ -88,7 +95,8 @@ class Predictor:
     ) -> None:
         """Check the numbers that a model predicts before it may serve.
 
-        Raises `ModelError` if logits have another number of classes, are not finite, or contradict the loss.
+        Raises `ModelError` if logits have another number of classes, are not finite or contradict the loss, or the
+        outputs of the user's own file can't be computed from them.
 
         Args:
             x: Inputs; without them fixed noise, or the first token.
@@ -104,6 +112,7 @@ class Predictor:
             raise ModelError("shape of the new model's logits", expected=(len(x), classes), got=logits.shape)
         if not np.isfinite(logits).all():
             raise ModelError("the new model's logits are not finite")
+        self.file_outputs(logits)
         if loss is not None:
             training_loss, compute_loss = loss
             inference_loss = compute_loss(logits)

@@ -21,6 +21,7 @@ from fedprune.core.errors import BundleError, MissingExtraError, ModelError, Usa
 from fedprune.model.architecture import TensorKind
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import WEIGHTS, Bundle, open_bundle
+from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune.runtime.served_model import is_board_state, load_served_model
 from fedprune.runtime.session import OnnxSession
 from fedprune.strategies.importance.scoring import Ranks
@@ -29,7 +30,7 @@ from fedprune_export.checks.parity import MAX_PARITY_ERROR, PARITY_SAMPLES, rela
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.hub_folder import BATCH_COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
-from fedprune_export.importing.prediction_head import HEAD_KEY, attach_head
+from fedprune_export.importing.prediction_head import attach_head
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.sample_inputs import sample_feeds

@@ -10,6 +10,7 @@ import onnx
 
 from fedprune.core.errors import ModelError, error_reason, value_text
 from fedprune.model.lengths import LENGTH_METADATA
+from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune_export.channels import analyse
 from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
@@ -18,7 +19,7 @@ from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
 from fedprune_export.importing.normalise import Normalised, normalise
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY
-from fedprune_export.importing.prediction_head import HEAD_KEY, separate_head
+from fedprune_export.importing.prediction_head import separate_head
 from fedprune_export.importing.user_graphs import (
     LOSS_KEY,
     METRIC_KEY,

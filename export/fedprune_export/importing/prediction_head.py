@@ -14,13 +14,11 @@ import onnx
 from fedprune.core.errors import ModelError, value_text
 from fedprune.core.text import first_few
 from fedprune.model.step_contract import LOGITS, X
+from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune_export.importing import metadata
 from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.translation import upgrade_model
-
-# The key of a model's metadata that holds its prediction head: an ONNX file in base64.
-HEAD_KEY = "fedprune.head"
 
 # A model is trained from before the first of these: they decide, or make probabilities, which losses do themselves.
 _ENDS = frozenset({"ArgMax", "ArgMin", "TopK", "Softmax", "LogSoftmax", "Sigmoid"})
@@ -72,8 +70,8 @@ def separate_head(proto: onnx.ModelProto, raw: bytes, notes: list[str]) -> tuple
     # Shapes are inferred while the model still has the nodes behind the value.
     trunk = _ended_at(proto, value)
     notes.append(
-        f"The model is trained from {value_text(value)}. A board tells predictions from it; files that to-onnx and "
-        f"export-model write keep the file's own end ({operators}) behind the output logits."
+        f"The model is trained from {value_text(value)}. Predictions, and files that to-onnx and export-model write, "
+        f"keep the file's own end ({operators}), too."
     )
     return trunk, _ended_at(file, value).SerializeToString(), head
 
