@@ -91,7 +91,7 @@ def to_torch(arguments: argparse.Namespace) -> None:
         if source.bundle is None:
             hint = _BOARD_HINT if model is None else "A whole model's weights are in their places already."
             raise UsageError("--into is for bundles", hint=hint)
-        whole_model = read_model(arguments, arguments.into, source.bundle.architecture.name)
+        whole_model = read_model(arguments, arguments.into, source.bundle.architecture.name, source.bundle.recipe)
         tensors = conversion.scatter_bundle(source.bundle, whole_model, keep=arguments.others == "keep")
         graph, module_source = whole_model.graph, arguments.into
         hint = (

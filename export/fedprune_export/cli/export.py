@@ -141,7 +141,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     results: dict[str, fx.Report | FedpruneError] = {}
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
-        model = options.read_model(arguments)
+        model = options.read_model(arguments, recipe=boards.recipe)
         data = _read_data(arguments, model, boards.recipe)
         tell("deriving the training step")
         # Before the boards: a model that can't be trained fails once, and not for each board.

@@ -113,10 +113,13 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_model(arguments: argparse.Namespace, source: str | None = None, name: str | None = None) -> fx.Model:
+def read_model(
+    arguments: argparse.Namespace, source: str | None = None, name: str | None = None, recipe: Recipe | None = None
+) -> fx.Model:
     """Import the model that a command line names: `source`, or `arguments.model`.
 
-    `name` is its name if the command line has none: an architecture is only equal under the same name.
+    `name` is its name if the command line has none: an architecture is only equal under the same name. Nor is it under
+    another loss, so `recipe` is that of the training, where it is known.
     """
     return fx.load(
         arguments.model if source is None else source,
@@ -126,7 +129,7 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         output=arguments.output,
         parameters=None if arguments.parameters is None else _names_in(arguments.parameters),
         prefer=arguments.prefer,
-        loss=custom_graph(arguments, "loss"),
+        loss=custom_graph(arguments, "loss") or (recipe and recipe.loss),
         metric=custom_graph(arguments, "metric"),
         lora=arguments.lora,
         base=arguments.base_precision,

@@ -37,7 +37,8 @@ def verify_command(arguments: argparse.Namespace) -> None:
             if arguments.model:
                 tell(f"importing {arguments.model}")
                 # Under the bundle's name: an architecture's digest includes it.
-                model = read_model(arguments, name=open_bundle(arguments.bundle).architecture.name)
+                bundle = open_bundle(arguments.bundle)
+                model = read_model(arguments, name=bundle.architecture.name, recipe=bundle.recipe)
             tell("checking the bundle")
             for check in verification.verify_bundle(arguments.bundle, model):
                 passed_checks.append({"check": check.name, "found": check.finding})

@@ -13,13 +13,16 @@ import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.core.validation import check_texts
+from fedprune.model.loss import Loss
+from fedprune.model.losses import LOSSES
 from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, with_adapters
+from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_building import as_model_errors, build_model, name_setting_in_errors, tensor_names
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.packing import OUTPUTS_KEY, read_packing
-from fedprune_export.importing.prediction_head import choose_output
+from fedprune_export.importing.prediction_head import choose_output, ends_in_labels
 from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, embed_user_graph, read_loss, read_metric
 from fedprune_export.pruning.frozen_base import check_precision
 
@@ -34,10 +37,12 @@ class ImportChoices:
             such as "400:16000".
         token_ids: Whether a torch module takes token ids (int64), if it doesn't say it in `input_dtype`.
         output: The output that gives the logits, if the model has several; or the inner value at which the model ends.
+            What follows it in the file stays for predictions, if it has no weights.
         parameters: Names of the trainable tensors; by default those that the file lists, or all that are used as
             weights.
         prefer: Which channels to cut if only one kind can be: "coarse" (whole heads and groups) or "fine".
-        loss: A loss of your own, for recipes with loss "custom": a torch function or module of outputs and labels,
+        loss: The name of the recipe's loss, such as "bce", which contains a Sigmoid at the model's end. Or a loss of
+            your own, for recipes with loss "custom": a torch function or module of outputs and labels,
             `package.module:function`, or an ONNX file. It gives one number per sample [n]. Labels are like outputs,
             unless its attributes `target_shape` (of one sample) and `target_dtype` ("int64") say otherwise.
         metric: A metric of your own, for recipes with metric "custom", given as a loss is. Its numbers per sample [n]
@@ -67,6 +72,8 @@ def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
     loss, metric, lora, base = choices.loss, choices.metric, choices.lora, choices.base
     if not (choices.output is choices.parameters is choices.prefer is None):
         raw = _edit_file(raw, lambda proto: _write_choices(proto, choices))
+    if isinstance(loss, str) and loss in LOSSES:
+        raw, loss = _for_loss(raw, LOSSES[loss]), None
     if loss is not None or metric is not None:
         model = build_model(raw, "model", own_loss=loss is not None)
         outputs = model.architecture.output_shape
@@ -93,10 +100,18 @@ def _edit_file(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
     return edited
 
 
+def _for_loss(raw: bytes, loss: Loss) -> bytes:
+    """Note the labels of a built-in loss in the file, if training ends elsewhere because of them."""
+    labels = loss.labels if loss.reads_logits else ""
+    if not labels or not ends_in_labels(inline_model(parse_model(raw, run_checker=False)), labels):
+        return raw
+    return _edit_file(raw, lambda proto: metadata.write_properties(proto, {metadata.LABELS_KEY: labels}))
+
+
 def _write_choices(proto: onnx.ModelProto, choices: ImportChoices) -> None:
     """Write the chosen output, parameters and preference into a model."""
     if choices.output is not None:
-        choose_output(proto, choices.output)
+        choose_output(proto, choices.output, inline_model(proto))
     if choices.parameters is not None:
         listed = check_texts("parameters", choices.parameters, error=ModelError)
         parameters = metadata.check_tensor_names(listed, tensor_names(proto), "the list of parameters")

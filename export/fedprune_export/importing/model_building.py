@@ -72,7 +72,7 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     own_loss = own_loss or LOSS_KEY in texts
     head, head_notes = "", list[str]()
     if not own_loss:
-        proto, raw, head = separate_head(proto, raw, head_notes)
+        proto, raw, head = separate_head(proto, raw, head_notes, texts.get(metadata.LABELS_KEY, ""))
     normal = normalise(proto, parameters, raw, own_loss=own_loss)
     frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)

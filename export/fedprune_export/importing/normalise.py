@@ -31,7 +31,6 @@ from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.norms import replace_norms
 from fedprune_export.importing.original import Original
-from fedprune_export.importing.output_softmax import drop_output_softmax
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.refusals import check_not_quantised, check_output, check_random, check_trainable
 from fedprune_export.importing.sample_shapes import check_sizes
@@ -74,7 +73,7 @@ def normalise(
             nodes are truly tied. Otherwise parameters are recognised by their use.
         raw: The file that the model was read from. The graph has to compute what onnxruntime computes by it.
         own_loss: Whether the model has a loss of its own, which takes outputs as they are: several are packed into one
-            instead of being refused, and a softmax at the end stays.
+            instead of being refused.
     """
     if not model.graph.node:
         raise ModelError("the model has no operators")
@@ -114,7 +113,6 @@ def normalise(
     graph_trace = trace_graph(graph)
     check_indices(graph, graph_trace)
     check_output(graph, graph_trace, {new: old for old, new in names.items()})
-    softmax = "" if own_loss else drop_output_softmax(graph, graph_trace, notes)
     # onnxruntime allocates whatever a file asks for, so it loads the file only after the trace has bounded all sizes.
     original = Original(raw, file_inputs, file_outputs, row_graph, layout)
     # After this each operator has one form, and constants are folded.
@@ -130,7 +128,7 @@ def normalise(
     # What reads the graph later sees how many classes there are.
     graph.outputs[0].shape = ("N", *graph_trace.dims(LOGITS)[1:])
     _check_types(graph, graph_trace)
-    compare_with_original(original, graph, softmax)
+    compare_with_original(original, graph)
     return Normalised(graph, roles, graph_trace, notes, names)
 
 

@@ -5,102 +5,110 @@ The nodes behind the training end are kept in the model's metadata as an ONNX gr
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import onnx
+from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.core.text import first_few
-from fedprune.model.step_contract import LOGITS, X
+from fedprune.model.step_contract import LOGITS
 from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune_export.importing import metadata
-from fedprune_export.importing.graph_writer import file_shapes
+from fedprune_export.importing.batches.layout import batch_axis
+from fedprune_export.importing.graph_writer import Names, file_shapes
+from fedprune_export.importing.head_graph import head_graph, head_text
 from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.training_end import (
+    Dims,
+    TrainingEnd,
+    find_training_end,
+    is_single_float,
+    nodes_behind,
+    training_candidates,
+)
 from fedprune_export.importing.translation import upgrade_model
 
-# A model is trained from before the first of these: they decide, or make probabilities, which losses do themselves.
-_ENDS = frozenset({"ArgMax", "ArgMin", "TopK", "Softmax", "LogSoftmax", "Sigmoid"})
-# Further operators that may stand in a head; all other operators belong to the trained part.
-_FOLLOWERS = frozenset(
-    {"ArrayFeatureExtractor", "Cast", "Flatten", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "Reshape"}
-    | {"Squeeze", "Transpose", "Unsqueeze", "ZipMap"}
-)
-# Ends over an axis, with the axis that they take by default.
-_AXES = {"ArgMax": 0, "ArgMin": 0, "TopK": -1, "Softmax": -1, "LogSoftmax": -1}
-_FLOAT_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 
+def separate_head(
+    proto: onnx.ModelProto, raw: bytes, notes: list[str], labels: str = ""
+) -> tuple[onnx.ModelProto, bytes, str]:
+    """Let a model end before its decisions and probabilities, if all its outputs are computed from one value.
 
-@dataclass(frozen=True)
-class _Path:
-    """The way from an output back to where training ends: that value, and the nodes that have to be in the head."""
+    Returns the model, the file that it is compared with, and the head in base64 (empty without one). Raises
+    `ModelError` if the model has several outputs, and training could end at several values.
 
-    value: str
-    nodes: tuple[onnx.NodeProto, ...]
-
-
-def separate_head(proto: onnx.ModelProto, raw: bytes, notes: list[str]) -> tuple[onnx.ModelProto, bytes, str]:
-    """Let a model end before its decisions, if all its outputs are computed from one value.
-
-    A model with one output of floats stays as it is. Returns the model, the file that it is compared with, and the head
-    in base64 (empty without one).
+    Args:
+        proto: The file's model, without functions and control flow.
+        labels: The kind of labels that the loss compares with, where it is known; see `find_training_end`.
     """
     head = metadata.read_properties(proto).get(HEAD_KEY, "")
     outputs = [o.name for o in proto.graph.output]
     if head and outputs[:1] == [LOGITS]:  # a file that fedprune wrote
-        return _ended_at(proto, LOGITS), _ended_at(parse_model(raw), LOGITS).SerializeToString(), head
-    if len(outputs) == 1 and proto.graph.output[0].type.tensor_type.elem_type in _FLOAT_TYPES:
-        return proto, raw, ""
-    proto = upgrade_model(proto)
-    paths = [_path(proto, name) for name in outputs]
-    values = {path.value for path in paths}
-    value = next(iter(values), "")
+        end = TrainingEnd(LOGITS, (), {}, 1)
+        return end_model(proto, end, None), end_model(parse_model(raw), end, None).SerializeToString(), head
+    if head and len(outputs) == 1:  # the user has chosen a value within the file
+        return proto, raw, head
+    inlined, proto = proto, upgrade_model(proto)
+    shapes = file_shapes(proto)
+    found = find_training_end(proto, shapes, labels)
+    if found is None or (found.axis != 1 and not _has_batch_first(proto)):
+        if len(outputs) > 1:
+            raise _undecided_error(proto, shapes)
+        return inlined, raw, ""
     file = parse_model(raw, run_checker=False)
-    is_inner = any(value in node.output for node in file.graph.node)
-    head_nodes = {id(node): node for path in paths for node in path.nodes}
-    # The loss takes classes on axis 1; a head along another axis leaves the choice to the user.
-    if len(values) != 1 or not is_inner or not head_nodes or not _are_free(outputs, value):
-        return proto, raw, ""
-    dims = file_shapes(proto).get(value)
-    if dims is None or not all(_takes_classes(n, len(dims)) for n in head_nodes.values() if n.input[0] == value):
-        return proto, raw, ""
-    operators = first_few(list(dict.fromkeys(n.op_type for n in proto.graph.node if id(n) in head_nodes)))
-    head = _head_text(proto, value, set(head_nodes), notes)
-    # Shapes are inferred while the model still has the nodes behind the value.
-    trunk = _ended_at(proto, value)
-    notes.append(
-        f"The model is trained from {value_text(value)}. Predictions, and files that to-onnx and export-model write, "
-        f"keep the file's own end ({operators}), too."
+    if not _has_nodes(file, found):
+        file = inlined  # the end is inside a function or branch of the file
+        if not _has_nodes(file, found):
+            return inlined, raw, ""
+    dims = shapes.get(found.value)
+    # Shapes were inferred while the model still had the nodes behind the value.
+    trunk, original = end_model(proto, found, dims), end_model(file, found, dims)
+    head, operators = head_text(proto, found, dims or (), notes), [n.op_type for n in found.nodes]
+    moved = f" with its classes, on axis {found.axis}, moved to axis 1" if found.axis != 1 else ""
+    kept = (
+        f"Predictions, and files that to-onnx and export-model write, keep the file's own end "
+        f"({first_few(list(dict.fromkeys(operators)))}), too."
     )
-    return trunk, _ended_at(file, value).SerializeToString(), head
+    lost = "The file's own end is left out of predictions: it can't be computed for several samples at once."
+    value = f"{'the logits of ' if found.removed else ''}{value_text(found.value)}"
+    notes.append(f"The model is trained from {value}{moved}. {kept if head else lost}")
+    return trunk, original.SerializeToString(), head
 
 
-def choose_output(proto: onnx.ModelProto, output: str) -> None:
-    """Make one value the only output: one of several outputs, or an inner value. Raises `ModelError` if there is no
-    such value, or its shape is unknown."""
+def ends_in_labels(proto: onnx.ModelProto, labels: str) -> bool:
+    """Whether a model ends elsewhere for a loss that compares with labels of this kind than for any other."""
+    if not is_single_float(proto):
+        return False
+    proto = upgrade_model(proto)
+    shapes = file_shapes(proto)
+    return find_training_end(proto, shapes, labels) != find_training_end(proto, shapes, "")
+
+
+def choose_output(proto: onnx.ModelProto, output: str, model: onnx.ModelProto) -> None:
+    """Make one value the only output: one of several outputs, or an inner value. What follows an inner value stays as
+    its head, if it has no weights. Raises `ModelError` if there is no such value, or its shape is unknown.
+
+    `model` is the same model without functions and control flow.
+    """
     outputs = {o.name: o for o in proto.graph.output}
     inner = {name for node in proto.graph.node for name in node.output if name}
     if output not in outputs and output not in inner:
         names = metadata.shown_names(list(outputs))
         raise ModelError("the model has no such output", expected=names, got=value_text(output))
-    value = outputs.get(output)
-    if value is None:
-        # A value within the model has no declared type; its shape must be inferred.
-        dims = file_shapes(proto).get(output)
-        if dims is None:
-            raise ModelError(f"value {value_text(output)} can't be the output", expected="a value whose shape is known")
-        sizes: list[int | str | None] = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
-        value = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes)
-    chosen_output = onnx.ValueInfoProto()
-    chosen_output.CopyFrom(value)
-    del proto.graph.output[:]
-    proto.graph.output.append(chosen_output)
+    # A value within the model has no declared type; its shape must be inferred.
+    shapes = {} if output in outputs else file_shapes(proto)
+    if output not in outputs:
+        upgraded = upgrade_model(model)
+        nodes = nodes_behind(upgraded, output)
+        text = head_text(upgraded, TrainingEnd(output, nodes, {}, 1), shapes.get(output) or (), []) if nodes else ""
+        metadata.write_properties(proto, {HEAD_KEY: text} if text else {})
+    _declare_output(proto, output, shapes.get(output))
 
 
 def attach_head(proto: onnx.ModelProto, text: str) -> None:
     """Add a head in base64 to a model with the output `logits`: its outputs are further outputs of the model."""
-    head = parse_model(base64.b64decode(text), run_checker=False)
+    head = head_graph(text)
     proto.graph.node.extend(head.graph.node)
     proto.graph.initializer.extend(head.graph.initializer)
     proto.graph.output.extend(head.graph.output)
@@ -108,117 +116,99 @@ def attach_head(proto: onnx.ModelProto, text: str) -> None:
     proto.opset_import.extend(o for o in head.opset_import if o.domain not in domains | {"", "ai.onnx"})
 
 
-def _path(proto: onnx.ModelProto, output: str) -> _Path:
-    """Follow an output back through operators of a head; it ends before the first one that decides."""
-    makers = {o: n for n in proto.graph.node for o in n.output}
-    constants = _constants(proto)
-    value, name = output, output
-    nodes: list[onnx.NodeProto] = []
-    pending: list[onnx.NodeProto] = []
-    while (node := makers.get(name)) is not None and node.op_type in _ENDS | _FOLLOWERS:
-        sources = [i for i in node.input if i and i not in constants]
-        if len(sources) != 1:
-            break
-        name = sources[0]
-        pending.append(node)
-        if node.op_type in _ENDS:
-            value, nodes, pending = name, [*nodes, *pending], []
-    return _Path(value, tuple(nodes))
-
-
-def _are_free(outputs: list[str], value: str) -> bool:
-    """Whether no output of the file has a name that the model's input or its training end gets."""
-    return X not in outputs and (LOGITS not in outputs or value == LOGITS)
-
-
-def _constants(proto: onnx.ModelProto) -> set[str]:
-    return {t.name for t in proto.graph.initializer} | {
-        o for n in proto.graph.node if n.op_type == "Constant" for o in n.output
-    }
-
-
-def _takes_classes(node: onnx.NodeProto, rank: int) -> bool:
-    """Whether a node works along axis 1, or along none."""
-    axis = next((a.i for a in node.attribute if a.name == "axis"), _AXES.get(node.op_type))
-    return node.op_type not in _AXES or (axis is not None and rank > 1 and axis % rank == 1)
-
-
-def _ended_at(proto: onnx.ModelProto, value: str) -> onnx.ModelProto:
-    """A copy of a model that ends at a value, without the nodes that it doesn't need."""
+def end_model(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims | None) -> onnx.ModelProto:
+    """A copy of a model that ends where training ends, with the classes on axis 1, without the nodes that it doesn't
+    need."""
     ended = onnx.ModelProto()
     ended.CopyFrom(proto)
-    choose_output(ended, value)
-    makers = {o: i for i, n in enumerate(ended.graph.node) for o in n.output}
+    removed = set(end.removed)
+    nodes = [n for n in ended.graph.node if removed.isdisjoint(n.output)]
+    for node in nodes:
+        node.input[:] = [_source(name, end.removed) for name in node.input]
+    value = end.value
+    if end.axis != 1 and dims is not None:
+        order = classes_first(len(dims), end.axis)
+        value = Names(proto.graph).fresh(f"{value}.classes_first")
+        nodes.append(helper.make_node("Transpose", [end.value], [value], name=value, perm=order))
+        dims = [dims[axis] for axis in order]
+    needed_nodes = _needed_nodes(nodes, value)
+    del ended.graph.node[:]
+    ended.graph.node.extend(needed_nodes)
+    _declare_output(ended, value, dims)
+    return ended
+
+
+def classes_first(rank: int, axis: int) -> list[int]:
+    """The order of axes that puts the classes behind the batch."""
+    return [0, axis, *(a for a in range(1, rank) if a != axis)]
+
+
+def _source(name: str, removed: Mapping[str, str]) -> str:
+    while name in removed:
+        name = removed[name]
+    return name
+
+
+def _declare_output(proto: onnx.ModelProto, output: str, dims: Dims | None) -> None:
+    """Make a value the only output. Raises `ModelError` if it isn't an output already, and its shape is unknown."""
+    chosen_output = next((o for o in proto.graph.output if o.name == output), None)
+    if chosen_output is None and dims is None:
+        raise ModelError(f"value {value_text(output)} can't be the output", expected="a value whose shape is known")
+    declared = onnx.ValueInfoProto()
+    if chosen_output is not None:
+        declared.CopyFrom(chosen_output)
+    else:
+        sizes: list[int | str | None] = ["N" if i == 0 and d is None else d for i, d in enumerate(dims or ())]
+        declared.CopyFrom(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes))
+    del proto.graph.output[:]
+    proto.graph.output.append(declared)
+
+
+def _needed_nodes(nodes: Sequence[onnx.NodeProto], value: str) -> list[onnx.NodeProto]:
+    makers = {o: i for i, n in enumerate(nodes) for o in n.output}
     pending, needed = [value], set[int]()
     while pending:
         index = makers.get(pending.pop())
         if index is None or index in needed:
             continue
         needed.add(index)
-        node = ended.graph.node[index]
-        if any(a.HasField("g") or a.graphs for a in node.attribute):
-            return ended  # sub-graphs read further values
-        pending += node.input
-    nodes = [n for i, n in enumerate(ended.graph.node) if i in needed]
-    del ended.graph.node[:]
-    ended.graph.node.extend(nodes)
-    return ended
+        if any(a.HasField("g") or a.graphs for a in nodes[index].attribute):
+            return list(nodes)  # sub-graphs read further values
+        pending += nodes[index].input
+    return [n for i, n in enumerate(nodes) if i in needed]
 
 
-def _head_text(proto: onnx.ModelProto, value: str, chosen: set[int], notes: list[str]) -> str:
-    """The head as an ONNX file in base64. ZipMap, whose outputs are maps, is left out: its numbers are the output."""
-    outputs = {o.name: o for o in proto.graph.output if o.name != value}
-    nodes: list[onnx.NodeProto] = []
-    inputs, constants = set[str](), _constants(proto)
-    for node in proto.graph.node:
-        if id(node) not in chosen:
-            continue
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        if node.op_type == "ZipMap":
-            copy = onnx.helper.make_node("Identity", [node.input[0]], [node.output[0]])
-            outputs[node.output[0]] = onnx.helper.make_tensor_value_info(
-                node.output[0], onnx.TensorProto.FLOAT, [None, None]
-            )
-            notes.append(
-                f"ZipMap was left out: {value_text(node.output[0])} is a tensor of probabilities [n, classes]."
-            )
-        nodes.append(copy)
-        inputs.update(node.input)
-    # Names of the head don't clash with those of the trained part, which the import may change.
-    names: Mapping[str, str] = {value: LOGITS, **_inner_names(nodes, inputs & constants, {*outputs, value})}
-    for node in nodes:
-        node.name = f"head/{node.name}" if node.name else ""
-        node.input[:] = [names.get(i, i) for i in node.input]
-        node.output[:] = [names.get(o, o) for o in node.output]
-    tensors = []
-    for tensor in [*proto.graph.initializer, *(_constant(n) for n in proto.graph.node if n.op_type == "Constant")]:
-        if tensor is not None and tensor.name in inputs:
-            renamed = onnx.TensorProto()
-            renamed.CopyFrom(tensor)
-            renamed.name = names[tensor.name]
-            tensors.append(renamed)
-    if value != LOGITS and value in (o.name for o in proto.graph.output):
-        # The training end is an output itself: it keeps its name, too.
-        nodes.append(onnx.helper.make_node("Identity", [LOGITS], [value]))
-        outputs[value] = next(o for o in proto.graph.output if o.name == value)
-    logits = onnx.helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, None)
-    graph = onnx.helper.make_graph(nodes, "head", [logits], list(outputs.values()), tensors)
-    model = onnx.helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)
-    return base64.b64encode(model.SerializeToString(deterministic=True)).decode()
+def _has_nodes(file: onnx.ModelProto, end: TrainingEnd) -> bool:
+    """Whether a file computes the value where training ends, and the nodes that are removed before it."""
+    made = {o for n in file.graph.node for o in n.output}
+    return end.value in made and set(end.removed) <= made
 
 
-def _inner_names(nodes: list[onnx.NodeProto], constants: set[str], kept: set[str]) -> dict[str, str]:
-    inner = {*constants, *(o for n in nodes for o in n.output if o)} - kept
-    return {name: f"head/{name}" for name in inner}
+def _has_batch_first(proto: onnx.ModelProto) -> bool:
+    """Whether the batch is surely on the first axis of each input: otherwise it may be on that of the classes."""
+    tensors = {t.name for t in proto.graph.initializer}
+    for value in proto.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        sizes = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims]
+        is_series = len(sizes) == 3 and sizes[1] == 1 and isinstance(sizes[0], int) and sizes[0] > 1
+        if value.name not in tensors and (is_series or batch_axis(sizes)):
+            return False
+    return True
 
 
-def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """A Constant node's tensor under the name of its output; None if its numbers are no tensor."""
-    tensor = next((a.t for a in node.attribute if a.name == "value"), None)
-    if tensor is None:
-        return None
-    named = onnx.TensorProto()
-    named.CopyFrom(tensor)
-    named.name = node.output[0]
-    return named
+def _undecided_error(proto: onnx.ModelProto, shapes: Mapping[str, Dims]) -> ModelError:
+    """The error for several outputs that are computed from several values."""
+    outputs = [o.name for o in proto.graph.output]
+    got = f"1 and {len(outputs)} ({metadata.shown_names(outputs)})"
+    nms = next((n for n in proto.graph.node if n.op_type == "NonMaxSuppression"), None)
+    if nms is not None:
+        got += f", behind NonMaxSuppression {value_text(nms.name or nms.output[0])}, which no loss can follow"
+    candidates = [name for name in training_candidates(proto, shapes) if name not in outputs]
+    values = f", or which of these values: {metadata.shown_names(candidates)}" if candidates else ""
+    return ModelError(
+        "the model's inputs and outputs",
+        expected="one input, and one output or several that are computed from the same logits",
+        got=got,
+        hint="Give a loss of your own, which takes all of them (loss=, or --loss), or say which output gives the logits"
+        f"{values} (output=, or --output).",
+    )

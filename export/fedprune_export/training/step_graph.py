@@ -151,7 +151,10 @@ def _check_logits(model: Model, features: Features) -> None:
     if maker is None:
         return
     before = maker.inputs[0]
-    name = "" if "~" in before else f' or name what it reads as the output: --output {before} (output="{before}")'
+    name = "" if "~" in before else f', name what it reads as the output: --output {before} (output="{before}")'
+    # Each loss contains one of the two: the import leaves it out if it knows the loss.
+    if maker.op == "Sigmoid":
+        name += ', train it with a label per output: --loss bce (at the import: loss="bce")'
     raise ModelError(
         f"loss {features.loss} and the model's output, which consists of the probabilities of {maker.op} {maker.name}",
         expected="logits: the loss applies its own sigmoid or softmax",

@@ -43,7 +43,11 @@ def read_job_model(config: JobSettings) -> bytes:
         log.info("reading the model %s: torch exports it, which may take minutes", source)
     try:
         choices = importing.ImportChoices(
-            input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora, base=config.base
+            input_shape=config.input_shape,
+            loss=config.loss or config.job.recipe.loss,
+            metric=config.metric,
+            lora=config.lora,
+            base=config.base,
         )
         return importing.read_source(source, choices)
     except ModelError as error:

@@ -101,13 +101,14 @@ def test_maps_of_probabilities_become_their_tensor() -> None:
     np.testing.assert_allclose(after["maps"], [list(sample.values()) for sample in maps], rtol=1e-5, atol=1e-6)
 
 
-def test_classes_on_another_axis_are_left_to_the_user() -> None:
+def test_ends_along_different_axes_are_left_to_the_user() -> None:
     nodes = [
         helper.make_node("Unsqueeze", ["scores", "one"], ["rows"]),
         helper.make_node("ArgMax", ["rows"], ["label"], axis=2, keepdims=0),
+        helper.make_node("ArgMax", ["rows"], ["place"], axis=1, keepdims=0),
     ]
-    with pytest.raises(ModelError, match="--output rows"):
-        import_onnx(file_of(nodes, {"label": (INT64, ["N", 1])}), "model")
+    with pytest.raises(ModelError, match="--output"):
+        import_onnx(file_of(nodes, {"label": (INT64, ["N", 1]), "place": (INT64, ["N", 3])}), "model")
 
 
 def test_outputs_of_several_values_are_left_to_the_user() -> None:

@@ -148,7 +148,11 @@ def _read_model(config: ServerConfig) -> Model:
         raise ConfigError(("model", "path"), expected="an ONNX file", got="nothing")
     with name_source(("model", "path")):
         choices = ImportChoices(
-            input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora, base=config.base
+            input_shape=config.input_shape,
+            loss=config.loss or config.job.recipe.loss,
+            metric=config.metric,
+            lora=config.lora,
+            base=config.base,
         )
         return import_onnx(read_source(config.model, choices), Path(config.model).stem)
 

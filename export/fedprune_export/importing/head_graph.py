@@ -1,0 +1,157 @@
+"""Writes and reads prediction heads: ONNX graphs from `logits` to the outputs of a user's file, in base64."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from fedprune.core.errors import ModelError, value_text
+from fedprune.model.step_contract import LOGITS, X
+from fedprune.runtime.prediction_head import PredictionHead
+from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.training_end import Dims, TrainingEnd, constant_values
+
+Array = npt.NDArray[Any]
+_Named = TypeVar("_Named", onnx.ValueInfoProto, onnx.TensorProto)
+
+# Samples on which a head is tried: all at once, and one by one.
+_TRIED_SAMPLES = 3
+# What stands for a free size, such as a length.
+_FREE_SIZE = 4
+
+
+def head_graph(text: str) -> onnx.ModelProto:
+    return parse_model(base64.b64decode(text), run_checker=False)
+
+
+def head_text(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[str]) -> str:
+    """The head behind the end of training, in base64; empty if it computes something else for several samples than
+    sample by sample. `dims` are those of the end's value.
+
+    ZipMap, whose outputs are maps, is left out: its numbers are the output.
+    """
+    head = _written_head(proto, end, dims, notes)
+    text = base64.b64encode(head.SerializeToString(deterministic=True)).decode()
+    return text if _takes_batches(text, _logits_dims(end, dims)) else ""
+
+
+def _logits_dims(end: TrainingEnd, dims: Dims) -> list[int | None]:
+    return [dims[0], dims[end.axis], *(d for a, d in enumerate(dims) if a not in (0, end.axis))] if dims else []
+
+
+def _written_head(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[str]) -> onnx.ModelProto:
+    value, outputs = end.value, {o.name: o for o in proto.graph.output}
+    nodes = [_without_maps(node, outputs, notes) for node in end.nodes]
+    # The training end may be an output itself: it keeps its name, too.
+    if value in outputs and not any(value in n.output for n in nodes):
+        nodes.append(helper.make_node("Identity", [value], [value]))
+    nodes = [*_constant_nodes(proto, nodes), *nodes]
+    read = {i for n in nodes for i in n.input}
+    tensors = [t for t in proto.graph.initializer if t.name in read]
+    names = _new_names([*(t.name for t in tensors), *(o for n in nodes for o in n.output if o)], set(outputs))
+    logits, written = LOGITS, list[onnx.NodeProto]()
+    if end.axis != 1 and dims:
+        logits, order = "head/logits", [0, *range(2, end.axis + 1), 1, *range(end.axis + 1, len(dims))]
+        written.append(helper.make_node("Transpose", [LOGITS], [logits], perm=order))
+    for node in nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = f"head/{node.name}" if node.name else ""
+        copy.input[:] = [logits if i == value else names.get(i, i) for i in node.input]
+        copy.output[:] = [names.get(o, o) for o in node.output]
+        written.append(copy)
+    graph = helper.make_graph(
+        written,
+        "head",
+        [helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, None)],
+        [_with_name(o, names) for o in outputs.values()],
+        [_with_name(t, names) for t in tensors],
+    )
+    if dims and dims[0] is not None:
+        _free_batch(graph, dims[0])
+    return helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)
+
+
+def _without_maps(node: onnx.NodeProto, outputs: dict[str, onnx.ValueInfoProto], notes: list[str]) -> onnx.NodeProto:
+    if node.op_type != "ZipMap":
+        return node
+    name = node.output[0]
+    outputs[name] = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, None])
+    notes.append(f"ZipMap was left out: {value_text(name)} is a tensor of probabilities [n, classes].")
+    return helper.make_node("Identity", [node.input[0]], [name])
+
+
+def _constant_nodes(proto: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes that compute the constants which some nodes read, in order."""
+    constants, read = constant_values(proto), {i for n in nodes for i in n.input}
+    needed = list[onnx.NodeProto]()
+    for node in reversed(proto.graph.node):
+        if not read.isdisjoint(node.output) and constants.issuperset(o for o in node.output if o):
+            needed.append(node)
+            read.update(node.input)
+    return needed[::-1]
+
+
+def _new_names(inner: Sequence[str], outputs: Collection[str]) -> dict[str, str]:
+    """Names that don't clash with those of the trained part, which the import may change; outputs keep theirs, if they
+    aren't those of the trained part's ports."""
+    return {name: f"{name}_" if name in (X, LOGITS) else name for name in outputs} | {
+        name: f"head/{name}" for name in inner if name not in outputs
+    }
+
+
+def _with_name(proto: _Named, names: Mapping[str, str]) -> _Named:
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    copy.name = names[proto.name]
+    return copy
+
+
+def _free_batch(graph: onnx.GraphProto, size: int) -> None:
+    """Let reshapes to a batch of this size take any other."""
+    tensors: dict[str, onnx.TensorProto | None] = {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            tensors |= dict.fromkeys(node.output, next((a.t for a in node.attribute if a.name == "value"), None))
+        shape = tensors.get(node.input[1]) if node.op_type == "Reshape" else None
+        sizes = [] if shape is None else numpy_helper.to_array(shape).reshape(-1).tolist()
+        if not sizes or sizes[0] != size:
+            continue
+        free = np.array([0 if -1 in sizes else -1, *sizes[1:]], np.int64)
+        name = f"{node.output[0]}/shape"
+        graph.initializer.append(numpy_helper.from_array(free, name))
+        node.input[1] = name
+
+
+def _takes_batches(text: str, dims: Sequence[int | None]) -> bool:
+    """Whether a head computes for several samples what it computes for each. Raises `ModelError` if onnxruntime doesn't
+    run it."""
+    sizes = [_FREE_SIZE if d is None else d for d in dims[1:]]
+    head = PredictionHead(text)
+    x = np.random.default_rng(0).standard_normal((_TRIED_SAMPLES, *sizes)).astype(np.float32)
+    try:
+        together = head.outputs(x)
+    except ModelError:  # such as a reshape to a fixed batch
+        return False
+    single = [head.outputs(x[i : i + 1]) for i in range(_TRIED_SAMPLES)]
+    return all(_are_rows(value, [outputs[name] for outputs in single]) for name, value in together.items())
+
+
+def _are_rows(together: Array, single: Sequence[Array]) -> bool:
+    """Whether a value is that of single samples, one after the other along an axis."""
+    for axis in range(together.ndim):
+        try:
+            rows = np.concatenate(single, axis)
+        except ValueError:
+            continue
+        if rows.shape != together.shape:
+            continue
+        if np.allclose(rows, together, 1e-4, 1e-6) if rows.dtype.kind == "f" else np.array_equal(rows, together):
+            return True
+    return False
