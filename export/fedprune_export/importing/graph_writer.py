@@ -159,6 +159,21 @@ class GraphWriter:
 
 def file_shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     """The shapes that onnx infers; None for sizes that are free."""
+    out: dict[str, list[int | None]] = {}
+    for value in _inferred_values(model):
+        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            out[value.name] = [d.dim_value if d.HasField("dim_value") else None for d in dims]
+    return out
+
+
+def value_types(model: onnx.ModelProto) -> dict[str, int]:
+    """The types of values that onnx infers, as numbers of `onnx.TensorProto`."""
+    return {v.name: v.type.tensor_type.elem_type for v in _inferred_values(model) if v.type.HasField("tensor_type")}
+
+
+def _inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Inputs, inner values and outputs, with what onnx infers of them."""
     # Inference serialises the model, which takes long with its weights, and fails from 2 GiB on.
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
@@ -168,12 +183,7 @@ def file_shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
             tensor.ClearField("raw_data")
     try:
         graph = onnx.shape_inference.infer_shapes(bare).graph
-    # onnx can fail on files that run; then only the shapes that the file states are known.
+    # onnx can fail on files that run; then only what the file states is known.
     except (RuntimeError, ValueError, onnx.shape_inference.InferenceError):
         graph = model.graph
-    out: dict[str, list[int | None]] = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            out[value.name] = [d.dim_value if d.HasField("dim_value") else None for d in dims]
-    return out
+    return [*graph.input, *graph.value_info, *graph.output]

@@ -18,6 +18,7 @@ from fedprune_export.importing.adapters import uncut_tensors
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
 from fedprune_export.importing.normalise import Normalised, normalise
+from fedprune_export.importing.number_types import as_single_precision
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY
 from fedprune_export.importing.prediction_head import separate_head
 from fedprune_export.importing.user_graphs import (
@@ -64,6 +65,9 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     the file is damaged, or uses what can't be handled.
     """
     proto = _parse_inlined(raw)
+    single = as_single_precision(raw, proto)
+    if single is not None:
+        raw, proto = single.raw, _parse_inlined(single.raw)
     texts, tensors = metadata.read_properties(proto), tensor_names(proto)
     listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensors)
     frozen = metadata.read_names(texts, metadata.FROZEN_KEY, tensors) or ()
@@ -74,6 +78,8 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     if not own_loss:
         proto, raw, head = separate_head(proto, raw, head_notes, texts.get(metadata.LABELS_KEY, ""))
     normal = normalise(proto, parameters, raw, own_loss=own_loss)
+    if single is not None:
+        head_notes.append(single.compare(raw, normal.graph))
     frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
     # With adapters, or a frozen base in another precision, frozen weights keep all channels.

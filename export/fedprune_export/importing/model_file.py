@@ -13,6 +13,7 @@ import onnx
 from fedprune.core.disk import MAX_READ_BYTES, open_file, read_file
 from fedprune.core.errors import ModelError, error_reason, path_remedy, value_text
 from fedprune.output.extras import install_command
+from fedprune_export.importing.node_order import sort_nodes
 
 _NETWORK_NAME = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's
 
@@ -46,11 +47,12 @@ def read_model_file(path: Path) -> bytes:
 
 
 def parse_model(raw: bytes, *, run_checker: bool = True) -> onnx.ModelProto:
-    """The model that a file holds. Raises `ModelError` if it isn't one."""
+    """The model that a file holds, with its nodes in order. Raises `ModelError` if it isn't one."""
     try:
         proto = onnx.load_model_from_string(raw)
         if not proto.ir_version or not proto.HasField("graph"):
             raise ValueError("it has no graph")
+        sort_nodes(proto.graph)
     except Exception as error:
         raise ModelError(
             f"this is not a whole ONNX model ({error_reason(error)})",
@@ -67,6 +69,9 @@ def check_valid_onnx(model: onnx.ModelProto | bytes) -> None:
     try:
         onnx.checker.check_model(model)
     except Exception as error:
+        # A file whose nodes are out of order is valid as soon as it is read.
+        if isinstance(model, bytes) and sort_nodes((proto := onnx.load_model_from_string(model)).graph):
+            return check_valid_onnx(proto)
         raise ModelError(
             f"the model is not valid ONNX ({error_reason(error)})",
             hint="Mend it where it was made; onnx.checker.check_model finds the same.",

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.batches.layout import BatchLayout
+from fedprune_export.importing.model_file import parse_model
 from fedprune_export.ir.graph import Array, Graph, Port
 
 
@@ -88,7 +88,7 @@ def raw_session(raw: bytes, outputs: list[str]) -> OnnxSession:
     Dead nodes could ask for any amount of memory, because the import bounds only sizes of live values. Names of nodes
     and declared shapes are removed: they compute nothing, but may be duplicate or wrong.
     """
-    model = onnx.load_model_from_string(raw)
+    model = parse_model(raw, run_checker=False)
     for value in [o for o in model.graph.output if o.name not in outputs]:
         model.graph.output.remove(value)
     for dim in [d for i in model.graph.input for d in i.type.tensor_type.shape.dim]:

@@ -1,0 +1,150 @@
+"""A file of float16, bfloat16 or float64 in float32, and how far onnxruntime's runs of the two may differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from fedprune.core.errors import ModelError, error_reason
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.number_types.conversion import convert_to_float32
+from fedprune_export.importing.number_types.float_types import SIGNIFICANT_BITS, computed_types
+from fedprune_export.importing.original import raw_session
+from fedprune_export.ir.graph import Array, Graph, read_dims
+from fedprune_export.ir.operators import REARRANGEMENTS
+from fedprune_export.ir.sample_inputs import vocabulary_size
+
+# Rounding errors of n operators in a row add up as a random walk does, to about √n roundings (Higham and Mary, "A new
+# approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41(5), 2019). The factor is for operators
+# that enlarge an error, such as a softmax of large scores.
+_ERROR_FACTOR = 8
+
+_SEEDS = (1, 2)  # batches of random samples, by the seeds that draw them
+_FREE_BATCH = 2
+
+# What computes nothing rounds nothing.
+_EXACT_OPERATORS = REARRANGEMENTS | {"Cast", "CastLike", "Concat", "Constant", "Gather", "Relu", "Shape", "Slice"}
+_TYPE_NAMES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "float64"}
+
+
+@dataclass(frozen=True)
+class SinglePrecision:
+    """A file in float32.
+
+    Attributes:
+        raw: The file in float32.
+        own: The file in its own types.
+        types: The types, as numbers of `onnx.TensorProto`, that are computed in float32.
+        depth: The most operators in a row that round.
+    """
+
+    raw: bytes
+    own: bytes
+    types: tuple[int, ...]
+    depth: int
+
+    @property
+    def tolerance(self) -> float:
+        """How far outputs in float32 and in the file's own types may differ, relative to the largest number."""
+        bits = min(24, *(SIGNIFICANT_BITS[kind] for kind in self.types))
+        return max(_ERROR_FACTOR * math.sqrt(self.depth) * 2.0**-bits, 1e-6)
+
+    def compare(self, ended: bytes, graph: Graph) -> str:
+        """Compare onnxruntime's runs of the file in its own types and in float32. Returns the note for the user.
+
+        Raises `ModelError` if they differ by more than rounding explains.
+
+        Args:
+            ended: The file in float32 as it was imported: perhaps without what is behind its training end.
+            graph: The imported graph, whose embeddings say which identifiers are valid.
+        """
+        names = " and ".join(_TYPE_NAMES[kind] for kind in self.types)
+        note = f"The file computes in {names}, the model in float32"
+        proto = parse_model(ended, run_checker=False)
+        outputs = [o.name for o in proto.graph.output]
+        try:
+            own = raw_session(_ended_like(self.own, outputs), outputs)
+        except ModelError as error:
+            reason = error_reason(error.__cause__ or error).rpartition(" : ")[2]
+            return f"{note}. onnxruntime doesn't run the file as it is here, so its float32 was compared alone: {reason}"
+        single, below = raw_session(ended, outputs), vocabulary_size(graph)
+        for seed in _SEEDS:
+            feeds = _feeds(proto.graph, own, seed, below)
+            expected = own.run(feeds, outputs)
+            found = single.run({n: _as_type(v, single.inputs[n][0]) for n, v in feeds.items()}, outputs)
+            for name in outputs:
+                old, new = expected[name].astype(np.float64), found[name].astype(np.float64)
+                if not np.isfinite(old).all() and np.isfinite(new).all():
+                    return f"{note}: in its own type its output isn't finite for random inputs."
+                scale = max(float(np.abs(new).max(initial=0)), 1e-6)
+                worst = float(np.abs(old - new).max(initial=0)) / scale if old.shape == new.shape else math.inf
+                if not worst <= self.tolerance:
+                    raise ModelError(
+                        f"the file computes in {names}, and its output differs in float32",
+                        expected=f"outputs that agree to {self.tolerance:.2g}, as {self.depth} roundings in a row explain",
+                        got=f"{worst:.2g}",
+                        hint="Export the model in float32.",
+                    )
+        return f"{note}. Outputs of the two agree to {self.tolerance:.1g}, which {self.depth} roundings in a row explain."
+
+
+def as_single_precision(raw: bytes, inlined: onnx.ModelProto) -> SinglePrecision | None:
+    """A file in float32; None if it computes in float32 already, or in whole numbers.
+
+    `inlined` is the file's model without functions, loops and branches. Raises `ModelError` if a tensor is damaged.
+    """
+    types = computed_types(inlined)
+    if not types:
+        return None
+    model = parse_model(raw, run_checker=False)
+    convert_to_float32(model)
+    single: bytes = model.SerializeToString(deterministic=True)
+    return SinglePrecision(single, raw, tuple(sorted(types)), _depth(inlined.graph.node))
+
+
+def _depth(nodes: Iterable[onnx.NodeProto]) -> int:
+    """The most rounding operators in a row."""
+    depths: dict[str, int] = {}
+    for node in nodes:
+        own = 0 if node.op_type in _EXACT_OPERATORS else 1
+        depth = own + max((depths.get(i, 0) for i in node.input), default=0)
+        depths.update(dict.fromkeys(node.output, depth))
+    return max(1, *depths.values())
+
+
+def _ended_like(own: bytes, outputs: list[str]) -> bytes:
+    """A file with these outputs, which may be inner values, of whatever type they have in it."""
+    model = parse_model(own, run_checker=False)
+    declared = {o.name for o in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in declared)
+    ended: bytes = model.SerializeToString(deterministic=True)
+    return ended
+
+
+def _feeds(graph: onnx.GraphProto, own: OnnxSession, seed: int, below: int) -> dict[str, Array]:
+    """Random samples in the types of the file; float32 takes them as they are, already rounded."""
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, Array] = {}
+    for value in graph.input:
+        if value.name not in own.inputs:
+            continue
+        shape = [d if isinstance(d, int) else _FREE_BATCH for d in read_dims(value)]
+        kind = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        drawn: Array = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, below, shape)
+        feeds[value.name] = _as_type(drawn, own.inputs[value.name][0])
+    return feeds
+
+
+_NUMPY_NAMES = {"float": "float32", "double": "float64"}
+
+
+def _as_type(value: Array, type_name: str) -> Array:
+    """An array in onnxruntime's type of an input, such as "tensor(float16)"."""
+    name = type_name.removeprefix("tensor(").removesuffix(")")
+    return value.astype(_NUMPY_NAMES.get(name, name))
