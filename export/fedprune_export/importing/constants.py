@@ -1,7 +1,6 @@
 """Rewrites how a graph stores and uses constants, so that they fit layers of any width.
 
 - `fold_constants`: values that depend neither on data nor on weights are computed and stored.
-- `store_as_float32`: weights in another precision that are only read as float32.
 - `copy_fills`: gives each reader of a filled value a copy of its own. A filled value is a number that is repeated to a
   computed size, such as the zeros with which a recurrent layer begins. Exporters make one value for several layers,
   whose hidden units could then only be cut together.
@@ -14,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Mapping
 
 import numpy as np
-import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import OnnxSession
@@ -33,19 +31,6 @@ def constant_input(graph: Graph, node: Node, index: int, what: str) -> Array | N
     if node.inputs[index] not in graph.initializers:
         raise ModelError(f"operator {node.op} ({node.name}) takes computed {what}", expected=f"constant {what}")
     return graph.initializers[node.inputs[index]]
-
-
-def store_as_float32(graph: Graph) -> None:
-    """Store tensors as float32 that the file stores in another precision and casts to float32 before any use."""
-    readers = graph.consumers()
-    for name, value in list(graph.initializers.items()):
-        casts = [node for node, _ in readers.get(name, [])]
-        if value.dtype == np.float32 or value.dtype.kind not in "fV" or not casts:
-            continue
-        if all(n.op == "Cast" and not n.domain and n.attrs.get("to") == onnx.TensorProto.FLOAT for n in casts):
-            graph.initializers[name] = value.astype(np.float32)
-            for node in casts:
-                node.op, node.attrs = "Identity", {}
 
 
 _FILL_PRESERVING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}

@@ -18,7 +18,7 @@ from fedprune_export.importing.adapters import uncut_tensors
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
 from fedprune_export.importing.normalise import Normalised, normalise
-from fedprune_export.importing.number_types import as_single_precision
+from fedprune_export.importing.number_types import as_single_precision, store_densely
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY
 from fedprune_export.importing.prediction_head import separate_head
 from fedprune_export.importing.user_graphs import (
@@ -68,25 +68,26 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     single = as_single_precision(raw, proto)
     if single is not None:
         raw, proto = single.raw, _parse_inlined(single.raw)
+    head, file_notes = "", list[str]()
+    store_densely(proto.graph, file_notes)
     texts, tensors = metadata.read_properties(proto), tensor_names(proto)
     listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensors)
     frozen = metadata.read_names(texts, metadata.FROZEN_KEY, tensors) or ()
     prefer = _parse_prefer(texts.get(metadata.PREFER_KEY, "coarse"))
     parameters = None if listed is None else frozenset(listed)
     own_loss = own_loss or LOSS_KEY in texts
-    head, head_notes = "", list[str]()
     if not own_loss:
-        proto, raw, head = separate_head(proto, raw, head_notes, texts.get(metadata.LABELS_KEY, ""))
+        proto, raw, head = separate_head(proto, raw, file_notes, texts.get(metadata.LABELS_KEY, ""))
     normal = normalise(proto, parameters, raw, own_loss=own_loss)
     if single is not None:
-        head_notes.append(single.compare(raw, normal.graph))
+        file_notes.append(single.compare(raw, normal.graph))
     frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
     # With adapters, or a frozen base in another precision, frozen weights keep all channels.
     uncut = uncut_tensors(normal.parameters, frozen_names) if precision is None else frozenset(frozen_names)
     analysis = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=prefer, uncut=uncut)
     author_notes = metadata.author_notes(texts)
-    notes = tuple(dict.fromkeys([*author_notes, *head_notes, *normal.notes, *analysis.notes]))
+    notes = tuple(dict.fromkeys([*author_notes, *file_notes, *normal.notes, *analysis.notes]))
     normal.graph.metadata = _model_metadata(texts, normal, frozen_names)
     if head:
         normal.graph.metadata[HEAD_KEY] = head

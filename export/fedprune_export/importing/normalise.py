@@ -24,12 +24,12 @@ from fedprune_export.importing.constants import (
     fold_constants,
     guard_zero_norms,
     narrow_constants,
-    store_as_float32,
 )
 from fedprune_export.importing.dropout import rewrite_dropouts
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.norms import replace_norms
+from fedprune_export.importing.number_types import store_weights
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.refusals import check_not_quantised, check_output, check_random, check_trainable
@@ -83,7 +83,7 @@ def normalise(
     notes: list[str] = []
     check_nodes(graph)
     check_not_quantised(graph)
-    store_as_float32(graph)
+    store_weights(graph)
     constants = parameter_roles.constants_of(model, graph, notes if parameters is None else [])
     file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     _name_nodes(graph)

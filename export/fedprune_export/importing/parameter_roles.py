@@ -55,12 +55,13 @@ def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[
     `notes` gets a sentence on tensors that may be weights and are taken for constants.
     """
     constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
+    makers = graph.producers()
     weights = {
         name
         for node in graph.nodes
         if node.op in _LAYER_OPERATORS and not node.domain
-        for i, name in enumerate(node.inputs)
-        if _ROLES[node.op].get(i) == "weight" and name in graph.initializers
+        for i, read in enumerate(node.inputs)
+        if _ROLES[node.op].get(i) == "weight" and (name := _stored_name(read, makers)) in graph.initializers
     }
     # A file whose weights are all Constant nodes says nothing about what its author made constant.
     if weights and not weights - constants:
@@ -71,6 +72,13 @@ def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[
             f"Taken for constants, as Constant nodes hold them: {first_few(doubtful, max_names=3)}. {_PARAMETERS_HINT}"
         )
     return constants
+
+
+def _stored_name(name: str, makers: Mapping[str, Node]) -> str:
+    """The value that this one is, only rearranged or cast."""
+    while (node := makers.get(name)) is not None and node.op in REARRANGEMENTS | {"Cast"} and not node.domain:
+        name = node.inputs[0]
+    return name
 
 
 def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:

@@ -22,7 +22,7 @@ def computed_types(proto: onnx.ModelProto) -> set[int]:
     """The types of `SIGNIFICANT_BITS` that a model without functions computes in.
 
     A value that depends on neither inputs nor weights doesn't count: it is folded in the type that the file gives it.
-    Neither does a weight of 16 bits that is only rearranged before it is cast (`constants.store_as_float32`).
+    Neither does a weight of 16 bits that is only rearranged before it is cast (`stored_weights`).
     """
     graph = proto.graph
     stored = list(_stored_tensors(graph))

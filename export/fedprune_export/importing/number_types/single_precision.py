@@ -72,7 +72,9 @@ class SinglePrecision:
             own = raw_session(_ended_like(self.own, outputs), outputs)
         except ModelError as error:
             reason = error_reason(error.__cause__ or error).rpartition(" : ")[2]
-            return f"{note}. onnxruntime doesn't run the file as it is here, so its float32 was compared alone: {reason}"
+            return (
+                f"{note}. onnxruntime doesn't run the file as it is here, so its float32 was compared alone: {reason}"
+            )
         single, below = raw_session(ended, outputs), vocabulary_size(graph)
         for seed in _SEEDS:
             feeds = _feeds(proto.graph, own, seed, below)
@@ -91,7 +93,9 @@ class SinglePrecision:
                         got=f"{worst:.2g}",
                         hint="Export the model in float32.",
                     )
-        return f"{note}. Outputs of the two agree to {self.tolerance:.1g}, which {self.depth} roundings in a row explain."
+        return (
+            f"{note}. Outputs of the two agree to {self.tolerance:.1g}, which {self.depth} roundings in a row explain."
+        )
 
 
 def as_single_precision(raw: bytes, inlined: onnx.ModelProto) -> SinglePrecision | None:

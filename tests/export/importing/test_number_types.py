@@ -1,0 +1,210 @@
+"""Files of other number types: what boards get is float32, and computes what the file does in its own types."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from fedprune.core.errors import ModelError
+from fedprune.model.features import Features
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from support.oracles.cutting import distance, outputs
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of torch's older exporter
+
+F32 = np.dtype(np.float32)
+RANDOM = np.random.default_rng(0)
+
+
+class Scores(torch.nn.Module):
+    """Token ids with a mask of the type's lowest number, and a clip to its range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = torch.nn.Embedding(20, 16), torch.nn.Linear(16, 4)
+        self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.table(x)
+        limits = torch.finfo(h.dtype)
+        padding = torch.zeros_like(x, dtype=h.dtype).masked_fill(x == 0, limits.min)[:, None]
+        h = torch.softmax(h @ h.transpose(1, 2) + padding, -1) @ h
+        out: torch.Tensor = self.last(self.layer(torch.clamp(h, limits.min, limits.max)).mean(1))
+        return out
+
+
+def convolutions() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 6, 3, stride=2)),
+        *(torch.nn.GroupNorm(3, 6), torch.nn.SiLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
+        torch.nn.Linear(6, 4),
+    )
+
+
+def exported(module: torch.nn.Module, x: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    axes = {"x": {0: "n"}}
+    torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, dynamic_axes=axes, input_names=["x"])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance", "is_run"),
+    [(torch.float16, 0.01, True), (torch.bfloat16, 0.08, False), (torch.float64, 1e-5, False)],
+)
+@pytest.mark.parametrize("takes_tokens", [True, False])
+def test_a_module_of_another_type_is_trained_in_float32(
+    kind: torch.dtype, tolerance: float, is_run: bool, takes_tokens: bool
+) -> None:
+    torch.manual_seed(0)
+    module = (Scores() if takes_tokens else convolutions()).to(kind).eval()
+    x = torch.randint(0, 20, (3, 6)) if takes_tokens else torch.randn(3, 3, 9, 9, dtype=kind)
+    model = import_onnx(exported(module, x), "net")
+    assert {v.dtype for v in model.tensors.values()} == {F32}
+    training_graph(model, Features())
+    with torch.no_grad():
+        expected = module(x).float().numpy()
+    samples = x.numpy() if takes_tokens else x.float().numpy()
+    assert distance(outputs(model.graph, samples), expected) < tolerance
+    name = str(kind).removeprefix("torch.")
+    (note,) = (note for note in model.notes if "float32" in note)
+    assert name in note
+    # onnxruntime has kernels for all of float16, but no convolution of float64.
+    assert ("alone" in note) != (is_run or (name == "float64" and takes_tokens))
+
+
+@pytest.mark.parametrize("keeps_types", [True, False])
+@pytest.mark.parametrize("kept", [None, ["Gemm", "Softmax"]])
+def test_files_of_the_float16_converter_are_read(keeps_types: bool, kept: list[str] | None) -> None:
+    """It appends Casts at the end of the file, so that nodes are out of order, and may keep blocks in float32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    torch.manual_seed(0)
+    original = exported(convolutions().eval(), torch.randn(2, 3, 9, 9))
+    proto = onnx.load_model_from_string(original)
+    raw = convert_float_to_float16(proto, keep_io_types=keeps_types, op_block_list=kept).SerializeToString()
+    model = import_onnx(raw, "net")
+    x = RANDOM.standard_normal((3, 3, 9, 9)).astype(np.float16)
+    session = OnnxSession(raw)
+    expected = session.run({"x": x.astype(np.float32 if keeps_types else np.float16)})[session.outputs[0]]
+    assert distance(outputs(model.graph, x.astype(np.float32)), expected.astype(np.float32)) < 0.01
+    assert any("float16" in note for note in model.notes)
+    training_graph(model, Features())
+
+
+def test_a_file_that_computes_something_else_in_float32_is_refused() -> None:
+    """10⁹ + x is 10⁹ in float32, as long as x is small."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["double"], to=TensorProto.DOUBLE),
+        helper.make_node("Add", ["double", "large"], ["sum"]),
+        helper.make_node("Sub", ["sum", "large"], ["rest"]),
+        helper.make_node("Cast", ["rest"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["float", "w"], ["product"]),
+        helper.make_node("Add", ["product", "b"], ["y"]),
+    ]
+    large = numpy_helper.from_array(np.array(1e9), "large")
+    with pytest.raises(ModelError, match="roundings"):
+        import_onnx(file_of(nodes, [large, tensor("w", 6, 4), tensor("b", 4)]), "net")
+
+
+def file_of(nodes: list[Any], tensors: list[Any], sparse: list[Any] | None = None) -> bytes:
+    """A file of the input `x` [n, 6] and the output `y` [n, 4]."""
+    ports = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ("n", d)) for n, d in (("x", 6), ("y", 4)))
+    x, y = ports
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors, sparse_initializer=sparse)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    raw: bytes = model.SerializeToString()
+    return raw
+
+
+def mlp(first: str, bias: str, last: str) -> list[Any]:
+    return [
+        helper.make_node("MatMul", ["x", first], ["product"]),
+        helper.make_node("Add", ["product", bias], ["sum"]),
+        helper.make_node("Relu", ["sum"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", last], ["y"]),
+    ]
+
+
+def check_weights(raw: bytes, *shapes: tuple[int, ...]) -> Model:
+    """The model trains tensors of these shapes, its hidden channels can be cut, and it computes what the file does."""
+    model = import_onnx(raw, "net")
+    assert sorted(v.shape for v in model.tensors.values()) == sorted(shapes)
+    assert {v.dtype for v in model.tensors.values()} == {F32}
+    assert len(model.architecture.groups) == 1
+    x = RANDOM.standard_normal((3, 6)).astype(np.float32)
+    assert distance(outputs(model.graph, x), OnnxSession(raw).run({"x": x})["y"]) < 1e-5
+    return model
+
+
+def tensor(name: str, *shape: int, kind: Any = np.float32) -> Any:
+    return numpy_helper.from_array(RANDOM.standard_normal(shape).astype(kind), name)
+
+
+def constant(name: str, *shape: int, kind: Any = np.float32) -> Any:
+    return helper.make_node("Constant", [], [name], value=tensor(name, *shape, kind=kind))
+
+
+def cast(source: str, target: str) -> Any:
+    return helper.make_node("Cast", [source], [target], to=TensorProto.FLOAT)
+
+
+def turned(source: str, target: str) -> Any:
+    return helper.make_node("Transpose", [source], [target])
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_weights_that_are_turned_and_then_cast_are_trained(kind: Any) -> None:
+    nodes = [turned("w", "wt"), cast("wt", "wf"), cast("v", "vi"), helper.make_node("Identity", ["vi"], ["vf"])]
+    tensors = [tensor("w", 5, 6, kind=kind), tensor("b", 5), tensor("v", 5, 4, kind=kind)]
+    check_weights(file_of(nodes + mlp("wf", "b", "vf"), tensors), (5, 6), (5,), (5, 4))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_weights_in_constant_nodes_behind_others_are_trained(kind: Any) -> None:
+    nodes = [
+        *(constant("w", 5, 6, kind=kind), constant("b", 5, kind=kind), constant("v", 5, 4, kind=kind)),
+        *(cast("w", "wc"), turned("wc", "wf"), cast("b", "bf"), cast("v", "vf")),
+    ]
+    check_weights(file_of(nodes + mlp("wf", "bf", "vf"), []), (5, 6), (5,), (5, 4))
+
+
+@pytest.mark.parametrize("per_axis", [True, False])
+@pytest.mark.parametrize("in_node", [True, False])
+def test_sparse_weights_are_trained_densely(per_axis: bool, in_node: bool) -> None:
+    dense = RANDOM.standard_normal((6, 5)).astype(np.float32)
+    dense[np.abs(dense) < 1] = 0
+    indices = np.argwhere(dense) if per_axis else np.flatnonzero(dense)
+    values = numpy_helper.from_array(dense[dense != 0], "w")
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(indices.astype(np.int64), "w.places"), [6, 5])
+    nodes = [helper.make_node("Constant", [], ["w"], sparse_value=sparse)] if in_node else []
+    raw = file_of(nodes + mlp("w", "b", "v"), [tensor("b", 5), tensor("v", 5, 4)], [] if in_node else [sparse])
+    model = check_weights(raw, (6, 5), (5,), (5, 4))
+    assert any("sparse" in note for note in model.notes)
+    np.testing.assert_array_equal(model.tensors["w"], dense)
+
+
+def test_a_huge_sparse_tensor_is_refused() -> None:
+    values, places = (numpy_helper.from_array(np.ones(1, kind), "w") for kind in (np.float32, np.int64))
+    sparse = helper.make_sparse_tensor(values, places, [2**20, 2**20])
+    with pytest.raises(ModelError, match="'w'"):
+        import_onnx(file_of(mlp("w", "b", "v"), [tensor("b", 5), tensor("v", 5, 4)], [sparse]), "net")
+
+
+def test_weights_that_a_node_fills_are_trained() -> None:
+    sizes = [numpy_helper.from_array(np.array(shape, np.int64), name) for name, shape in (("s", [5]), ("t", [5, 4]))]
+    zeros, ones = (numpy_helper.from_array(np.array([number], np.float32)) for number in (0, 1))
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["b"], value=zeros),
+        helper.make_node("ConstantOfShape", ["t"], ["v"], value=ones),
+    ]
+    check_weights(file_of(nodes + mlp("w", "b", "v"), [tensor("w", 6, 5), *sizes]), (6, 5), (5,), (5, 4))
