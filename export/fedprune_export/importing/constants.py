@@ -19,8 +19,8 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.refusals import RANDOM_OPERATORS
 from fedprune_export.ir.dropout import is_dropout
 from fedprune_export.ir.graph import Array, Graph, Node, Port
-from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS
-from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS, size_marks
+from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS, SIZE_OPERATORS
+from fedprune_export.ir.shape_arithmetic import size_marks
 from fedprune_export.ir.trace import Trace
 
 

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 from fedprune.core.errors import ModelError
 from fedprune_export.ir import shape_inference
 from fedprune_export.ir.graph import Array, Graph
-from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
+from fedprune_export.ir.operators import SIZE_OPERATORS
 
 _MAX_STEPS = 200  # most operators that compute a length or condition
 _MAX_SIZE_TENSOR_BYTES = 4096  # a larger tensor holds no sizes, so shape inference doesn't need its numbers

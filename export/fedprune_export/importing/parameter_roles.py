@@ -37,8 +37,10 @@ _ROLES = {
     "Mul": {0: "norm_scale", 1: "norm_scale"},
     "Div": {1: "norm_scale"},
 }
-# Operators whose operand may be a weight, but also a table of positions or a normalisation of images.
 _WEIGHTED_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
+# Operators whose operand may be a weight, such as a class token that is concatenated with patches, but also a table of
+# positions or a normalisation of images.
+_DOUBTFUL_OPERATORS = _WEIGHTED_ARITHMETIC | {"Concat"}
 
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
 _LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
@@ -181,11 +183,10 @@ class _RoleGuesses:
             uses = [
                 u
                 for u in uses
-                if u.node.op not in _WEIGHTED_ARITHMETIC or _is_sole_bias(self._graph, self._producers, u.node, name)
+                if u.node.op not in _DOUBTFUL_OPERATORS or _is_sole_bias(self._graph, self._producers, u.node, name)
             ]
             if not uses:
                 return ""
-        others = [u.node.inputs[1 - u.position] if u.node.op in _WEIGHTED_ARITHMETIC else "" for u in uses]
         if _is_mask(value, {n.op for n, _ in self._consumers[name]}):
             self._notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
             return ""
@@ -194,14 +195,16 @@ class _RoleGuesses:
                 f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
             )
             return ""
-        if all(o in self._rescaled_inputs for o in others):
+        is_doubtful = all(u.node.op in _DOUBTFUL_OPERATORS for u in uses)
+        data = [i for u in uses for i in u.node.inputs if i in self._data_values]
+        if is_doubtful and self._rescaled_inputs.issuperset(data):
             self._applied_to_input.append(name)
             return ""
         # A vector that is added to a product is its bias; anything else may be a table or a normalisation.
         is_vector = max(value.shape, default=1) == value.size
-        maker = self._producers.get(others[0])
+        maker = self._producers.get(data[0])
         is_bias = is_vector and uses[0].node.op == "Add" and maker is not None and maker.op in _PRODUCT_OPERATORS
-        if all(others) and not is_bias:
+        if is_doubtful and not is_bias:
             self._guessed.append(name)
         return uses[0].role
 
@@ -218,7 +221,7 @@ class _RoleGuesses:
                     further = [o for o in node.outputs if o and o not in visited]
                     visited.update(further)
                     pending += further
-                elif role := _ROLES.get(node.op, {}).get(i, ""):
+                elif role := "weight" if node.op == "Concat" else _ROLES.get(node.op, {}).get(i, ""):
                     out.append(_Use(role, node, i))
         return out
 
@@ -229,7 +232,8 @@ class _RoleGuesses:
         if self._guessed:
             names = first_few(self._guessed, max_names=3)
             self._notes.append(
-                f"Trained because they are added or multiplied, as constants may be too: {names}. {_PARAMETERS_HINT}"
+                "Trained because they are added, multiplied or concatenated, as constants may be too: "
+                f"{names}. {_PARAMETERS_HINT}"
             )
 
 

@@ -17,6 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.planning.probe_report import CPU
+from fedprune_export.ir.operators import SIZE_OPERATORS
 
 Array = npt.NDArray[Any]
 Dim = int | str | None
@@ -163,10 +164,10 @@ class Draft:
         return out
 
     def values_from_inputs(self) -> set[str]:
-        """The inputs, and all values that depend on them."""
+        """The inputs, and all values that depend on their numbers; their sizes alone don't count."""
         out = {p.name for p in self.inputs}
         for node in self.nodes:
-            if not out.isdisjoint(node.inputs):
+            if not out.isdisjoint(node.inputs) and (node.domain or node.op not in SIZE_OPERATORS):
                 out.update(o for o in node.outputs if o)
         return out
 

@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.operators import ELEMENTWISE
+from fedprune_export.ir.operators import ELEMENTWISE, SIZE_OPERATORS
 from fedprune_export.ir.trace import Trace
 
 Marks = npt.NDArray[np.bool_]  # per element of a value, whether it follows one of the axes in question
-
-SIZE_OPERATORS = ("Shape", "Size")  # where shape arithmetic begins
 
 _LOGIC = {"Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Not", "And", "Or"}
 _POSITIONWISE = ELEMENTWISE | _LOGIC | {"Where", "Mod"}

@@ -18,6 +18,7 @@ from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.nets import small_nets as nets
+from support.nets.exporter import users_file
 from support.oracles.cutting import cut_error, random_selection
 
 pytestmark = pytest.mark.torch
@@ -154,7 +155,7 @@ def test_without_a_list_what_normalises_the_input_is_a_constant_and_guesses_are_
     notes = [n for n in model.notes if "--parameters" in n]
     assert [n.partition(". --")[0] for n in notes] == [
         "Taken for constants, as they apply straight to the input: mean, deviation",
-        "Trained because they are added or multiplied, as constants may be too: scale",
+        "Trained because they are added, multiplied or concatenated, as constants may be too: scale",
         "Single numbers that are taken for constants: mix",
     ]
 
@@ -201,3 +202,47 @@ def test_a_parameter_of_one_number_is_trained(
     assert model.architecture.by_name["one"].kind == kind
     assert not model.notes
     assert "one::next" in {p.name for p in training_graph(model, Features(loss="mse")).outputs}
+
+
+class Tokens(nn.Module):
+    """Patches behind a class token that is repeated for each image, learnt positions, a layer."""
+
+    input_shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 12, 4, 4), nn.Parameter(torch.zeros(1, 1, 12))
+        self.places, self.fc = nn.Parameter(torch.randn(1, 5, 12)), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), patches], 1)
+        return self.fc(torch.tanh(tokens + self.places)[:, 0])
+
+
+@pytest.mark.parametrize("opset", [14, 20])
+def test_a_class_token_of_a_file_is_trained_and_cut_as_the_modules_is(opset: int) -> None:
+    torch.manual_seed(0)
+    module = Tokens()
+    model, of_module = import_onnx(users_file(module, opset), "net"), import_module(module)
+    assert [g.size for g in model.architecture.groups] == [g.size for g in of_module.architecture.groups] == [12]
+    assert kinds(model) == kinds(of_module)
+    assert {"token::next", "places::next"} <= {p.name for p in training_graph(model, Features()).outputs}
+    assert cut_error(model, random_selection(model, 0.5, seed=0)) < 1e-5
+    assert any("token, places. --parameters" in note for note in model.notes)
+
+
+def test_coordinates_beside_the_input_and_single_numbers_are_constants() -> None:
+    graph = Graph(inputs=[Port("image", F32, ("N", 6))])
+    batch = graph.emit("Shape", "image", attrs={"end": 1})
+    sizes = {"odd": (1, 4), "one": (1, 1), "w": (11, 4)}
+    graph.initializers = {name: np.random.default_rng(0).random(size, F32) for name, size in sizes.items()}
+    pieces = ["image"]
+    for name in ("odd", "one"):
+        size = graph.emit("Concat", batch, graph.ints(sizes[name][1]), attrs={"axis": 0})
+        pieces.append(graph.emit("Expand", name, size))
+    value = graph.emit("Gemm", graph.emit("Concat", *pieces, attrs={"axis": 1}), "w")
+    graph.outputs = [Port(value, F32, ("N", 4))]
+    model = import_onnx(graph.to_bytes(), "net")
+    assert set(model.tensors) == {"w"}
+    assert any("straight to the input: odd. --parameters" in note for note in model.notes)

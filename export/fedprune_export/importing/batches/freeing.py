@@ -20,8 +20,8 @@ from fedprune_export.importing.batches.rules import write_node
 from fedprune_export.importing.original import RawFile
 from fedprune_export.ir.graph import Array, Graph, Port
 from fedprune_export.ir.measured_shapes import shapes_at_batch
+from fedprune_export.ir.operators import SIZE_OPERATORS
 from fedprune_export.ir.sample_inputs import sample_feeds
-from fedprune_export.ir.shape_arithmetic import SIZE_OPERATORS
 from fedprune_export.ir.shape_inference import ShapeError
 
 # Batch sizes at which a file with a free batch is tried, and those that its inside may be made for.
