@@ -10,6 +10,7 @@ In channel rules a *row* has an *atom* (an integer) for each channel of an axis:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,8 +19,9 @@ from fedprune.planning.probe_report import CUDA
 from fedprune_export.autodiff.column_convolution import MAX_COLUMNS_AREA, ChannelGroups, ColumnConvolution
 from fedprune_export.autodiff.dense_convolution import CUDA_ALGORITHMS, DenseConvolution, choose_algorithms
 from fedprune_export.autodiff.depthwise_convolution import DepthwiseConvolution
+from fedprune_export.autodiff.pointwise_convolution import PointwiseConvolution
 from fedprune_export.autodiff.sliding_window import Window, transposed_window, window
-from fedprune_export.autodiff.tape import Dim, Pull, Tape, gradient_rule
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.choices import GROUPS, POSITIONS
 from fedprune_export.channels.rule import Channels, channel_rule
@@ -59,11 +61,27 @@ def _set_output_channels(channels: Channels, node: Node, produced: AtomRow) -> N
     x = channels.input_rows(node, 0)
     if channels.has_input(node, 2):
         channels.atoms.tie(channels.input_rows(node, 2)[0], produced)
+    kernel = channels.shape(node.inputs[1])[2:]
+    channels.fix(channels.input_rows(node, 1)[2:])
+    # A layer along tokens (gMLP) has each token's features on the spatial axis, and treats them alike.
+    if _is_pointwise(node, kernel):
+        channels.set_output(node, [x[0], produced, *x[2:]])
+        return
     if any(row.any() for row in x[2:]):
         channels.notes.append(f"{node.op} {node.name} has channels on spatial axes: they stay.")
     # Spatial axes keep their sizes, so channels that lie on them stay.
-    channels.fix([*x[2:], *channels.input_rows(node, 1)[2:]])
+    channels.fix(x[2:])
     channels.set_output(node, [x[0], produced, *(fixed_row(n) for n in channels.shape(node.outputs[0])[2:])])
+
+
+def _is_pointwise(node: Node, kernel: Sequence[Dim]) -> bool:
+    """Whether a convolution is the same product at every place, so that its map may have any size."""
+    return (
+        node.op == "Conv"
+        and int(node.attrs.get("group", 1)) == 1
+        and all(size == 1 for size in (*kernel, *node.attrs.get("strides", ())))
+        and not any(node.attrs.get("pads", ()))
+    )
 
 
 def _tie_groups(
@@ -131,16 +149,14 @@ def mask_contracted(masks: MaskWriter, node: Node) -> None:
 def conv(tape: Tape, node: Node) -> Pull:
     """y = x ∗ w + b in one or more dimensions, in any number of groups.
 
-    Raises `ModelError` if groups don't keep equally many channels, or the size of the map varies.
+    Raises `ModelError` if groups don't keep equally many channels, or the size of the map varies and the kernel is
+    larger than 1.
     """
     data, weight = node.inputs[:2]
-    w = window(tape, node, tape.static(node, tape.shape(weight)[2:]))
-    number, inputs = _groups(tape, node, data, 1)
-    _, outputs = _groups(tape, node, weight, 0)
-    layer = choose_convolution(tape, node, w, ChannelGroups(number, inputs, outputs))
+    layer, places = _convolution(tape, node)
     x, bias = tape.value(data), _bias(tape, node)
     y = layer.apply(x, bias)
-    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.shape(weight)[0], *w.output))
+    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.shape(weight)[0], *places))
 
     def pull(dy: str) -> None:
         _add_bias_gradient(tape, node, dy)
@@ -150,6 +166,18 @@ def conv(tape: Tape, node: Node) -> Pull:
             tape.add_gradient(data, layer.apply_transposed(dy, []))
 
     return pull
+
+
+def _convolution(tape: Tape, node: Node) -> tuple[Convolution, Shape]:
+    """The implementation of a Conv, and the size of its map."""
+    data, weight = node.inputs[:2]
+    kernel, places = tape.shape(weight)[2:], tape.shape(data)[2:]
+    if _is_pointwise(node, kernel) and not all(isinstance(size, int) for size in places):
+        return PointwiseConvolution(tape.graph, tape.value(weight), len(places)), places
+    w = window(tape, node, tape.static(node, kernel))
+    number, inputs = _groups(tape, node, data, 1)
+    _, outputs = _groups(tape, node, weight, 0)
+    return choose_convolution(tape, node, w, ChannelGroups(number, inputs, outputs)), tuple(w.output)
 
 
 @gradient_rule("ConvTranspose")

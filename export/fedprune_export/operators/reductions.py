@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import onnx
+
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.element_counts import divide_by_size
 from fedprune_export.autodiff.scattered_gradients import scatter_add
@@ -24,20 +26,25 @@ gradient_reads(INPUT, "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")
 # Reductions to which a channel that is zero adds nothing: cutting it is the same as masking it.
 ADDITIVE_REDUCTIONS = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
 
+# Numbers that never are the largest or smallest: a lost channel gets them in the masked original.
+_NEVER_CHOSEN = {"ReduceMax": -math.inf, "ReduceMin": math.inf}
+
 
 @channel_rule(
     *ADDITIVE_REDUCTIONS,
     *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "ArgMax", "ArgMin"),
 )
 def reduction_channels(channels: Channels, node: Node) -> None:
-    """The axes that remain pass. Channels on reduced axes stay, because cutting them would change the result.
+    """The axes that remain pass. Sums, means and extremes over channels are taken over those that are kept.
 
-    There are two exceptions. A sum loses only channels that add nothing to it. And a mean that normalises weights is
-    taken over what is kept of them, as a layer norm's is.
+    A sum loses only channels that add nothing to it. A mean or an extreme changes with its channels, as the statistics
+    of a layer norm do: a smaller network has only its own channels to average or compare (in CBAM's attention over
+    places, for example), and Torch-Pruning cuts it to the same one. Other reductions keep the channels that they
+    reduce: an index of the largest would number other channels, and products have no such reading.
     """
     x = channels.input_rows(node, 0)
     axes = reduced_axes(channels, node)
-    if node.op not in ADDITIVE_REDUCTIONS and (node.op != "ReduceMean" or channels.follows_data(node)):
+    if node.op not in (*ADDITIVE_REDUCTIONS, *_NEVER_CHOSEN, "ReduceMean"):
         if any(x[a].any() for a in axes):
             channels.notes.append(f"{node.op} {node.name} reduces over channels: they stay.")
         channels.fix([x[a] for a in axes])
@@ -89,7 +96,7 @@ def mask_sum(masks: MaskWriter, node: Node) -> None:
 
 @mask_rule("ReduceMean")
 def mask_mean(masks: MaskWriter, node: Node) -> bool:
-    """A mean over what is kept of a weight; over data no channels are lost."""
+    """A mean over what is kept."""
     rank = masks.rank(node.inputs[0])
     axes = sorted({int(a) % rank for a in node.attrs.get("axes", range(rank))})
     axis_masks = {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None}
@@ -101,6 +108,18 @@ def mask_mean(masks: MaskWriter, node: Node) -> bool:
     total = masks.graph.emit("ReduceSum", node.inputs[0], masks.graph.ints(*axes), attrs=attrs)
     masks.graph.emit("Div", total, masks.graph.scalar(count), out=node.outputs[0])
     return True
+
+
+@mask_rule(*_NEVER_CHOSEN)
+def mask_extreme(masks: MaskWriter, node: Node) -> None:
+    """The largest or smallest number of what is kept."""
+    name = node.inputs[0]
+    rank, graph = masks.rank(name), masks.graph
+    for axis in {int(a) % rank for a in node.attrs.get("axes", range(rank))}:
+        mask = masks.mask_of(name, axis)
+        if mask is not None:
+            kept = graph.emit("Cast", masks.broadcast_mask(mask, axis, rank), attrs={"to": onnx.TensorProto.BOOL})
+            node.inputs[0] = graph.emit("Where", kept, node.inputs[0], graph.scalar(_NEVER_CHOSEN[node.op]))
 
 
 # Opset 17 takes axes of these as an input, those of other reductions as an attribute.

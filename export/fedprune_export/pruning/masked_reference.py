@@ -2,8 +2,8 @@
 
 Weights stay as they are. Lost channels are multiplied by zero where they are summed up: at the inputs of convolutions,
 matrix products, recurrent layers and sums. In between their values don't matter, since no operator mixes them with kept
-ones; zero weights instead would make weights that are normalised in the graph divide by zero. A norm that averages over
-channels averages over those that are kept, be it of activations or of weights (weight standardisation, weight norm):
+ones; zero weights instead would make weights that are normalised in the graph divide by zero. A norm, mean or extreme
+over channels is one of those that are kept, be it of activations or of weights (weight standardisation, weight norm):
 that is what the smaller network does, and all that it can do.
 """
 

@@ -59,7 +59,12 @@ def hard_net(name: str) -> Model:
 
 
 @pytest.mark.parametrize("density", [0.3, 0.5, 1.0])
-@pytest.mark.parametrize("name", ["SegmentSums", "SpatialTransformer", "Spectra", "PairDistances", "Overlaps"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SegmentSums", "SpatialTransformer", "Spectra", "PairDistances", "Overlaps", "PlaceAttention", "TokenMixing"),
+    ],
+)
 def test_gradients_of_computed_places_and_waves_are_torchs(name: str, density: float) -> None:
     measured = distances(hard_net(name), density, 1)
     assert measured.is_near, (measured.ours, measured.torch)

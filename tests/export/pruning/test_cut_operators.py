@@ -123,7 +123,7 @@ NETS |= {
         width=7,
     ),
     "mean_over_channels": Net(
-        lambda g, v: g.emit("Sub", v, g.emit("ReduceMean", v, attrs={"axes": [1], "keepdims": 1})), [6]
+        lambda g, v: g.emit("Sub", v, g.emit("ReduceMean", v, attrs={"axes": [1], "keepdims": 1})), [8, 6]
     ),
     "unit_length": Net(lambda g, v: g.emit("LpNormalization", v, attrs={"axis": 1}), [6]),
     "softmax_of_places": Net(lambda g, v: g.emit("Softmax", v, attrs={"axis": 3}), [8, 6]),

@@ -128,6 +128,37 @@ class ChannelSoftmax(Images):
 
 
 @hard(2)
+class PlaceAttention(Images):
+    """CBAM's gate for each place, of the mean and largest of its channels; and one of the smallest."""
+
+    def build(self) -> None:
+        self.gate, self.last = conv(2, 1, bias=False), conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        summary = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return self.last(x * torch.sigmoid(self.gate(summary)) - x.amin(1, keepdim=True))
+
+
+@hard(3)
+class TokenMixing(Tokens):
+    """MLP-Mixer's and gMLP's layers along tokens: their hidden units and the features go, tokens stay."""
+
+    def build(self) -> None:
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.wide, self.norm, self.gate, self.back = (
+            nn.Linear(12, 16),
+            nn.LayerNorm(8),
+            nn.Conv1d(6, 6, 1),
+            nn.Linear(8, 12),
+        )
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(functional.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+        one, two = functional.gelu(self.wide(x)).chunk(2, -1)
+        return x + self.back(one * self.gate(self.norm(two)))
+
+
+@hard(2)
 class EinsumAttention(Tokens):
     """Attention in einsum, weights with an axis of heads of their own."""
 

@@ -166,6 +166,8 @@ for _name, _function in {
     "ReduceSum": torch.sum,
     "ReduceL1": lambda x, **k: x.abs().sum(**k),
     "ReduceL2": lambda x, **k: torch.linalg.vector_norm(x, **k),
+    "ReduceMax": torch.amax,
+    "ReduceMin": torch.amin,
 }.items():
     OPERATORS[_name] = _reduction(_function)
 
