@@ -15,6 +15,7 @@ from fedprune_export.channels import analyse
 from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import uncut_tensors
+from fedprune_export.importing.fused_operators import name_early_norms
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
 from fedprune_export.importing.normalise import Normalised, normalise
@@ -112,10 +113,11 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
 def _parse_inlined(raw: bytes) -> onnx.ModelProto:
     """A file's model, checked, without functions, branches and loops."""
     file_model = parse_model(raw, run_checker=False)
+    has_early_norms = name_early_norms(file_model)
     proto = inline_model(file_model)
     # onnx's checker takes long on large files, so it sees each model once: the file, or the inlined model.
     if proto is file_model:
-        check_valid_onnx(raw)
+        check_valid_onnx(proto if has_early_norms else raw)
         return proto
     try:
         check_valid_onnx(proto)

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from fedprune.core.disk import MAX_READ_BYTES, open_file, read_file
 from fedprune.core.errors import ModelError, error_reason, path_remedy, value_text
 from fedprune.output.extras import install_command
+from fedprune_export.importing.fused_operators.early_norms import name_early_norms
 from fedprune_export.importing.node_order import sort_nodes
 
 _NETWORK_NAME = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's
@@ -65,17 +67,31 @@ def parse_model(raw: bytes, *, run_checker: bool = True) -> onnx.ModelProto:
 
 
 def check_valid_onnx(model: onnx.ModelProto | bytes) -> None:
-    """Make sure that a model, or the bytes of one, is valid ONNX. Raises `ModelError` if it isn't."""
+    """Make sure that a model, or the bytes of one, is valid ONNX. What is put right as the
+    file is read doesn't count. Raises `ModelError` if it isn't valid."""
     try:
         onnx.checker.check_model(model)
     except Exception as error:
-        # A file whose nodes are out of order is valid as soon as it is read.
-        if isinstance(model, bytes) and sort_nodes((proto := onnx.load_model_from_string(model)).graph):
-            return check_valid_onnx(proto)
+        if _is_valid_when_read(model):
+            return
         raise ModelError(
             f"the model is not valid ONNX ({error_reason(error)})",
             hint="Mend it where it was made; onnx.checker.check_model finds the same.",
         ) from error
+
+
+def _is_valid_when_read(model: onnx.ModelProto | bytes) -> bool:
+    """Whether a model is valid but for the order of its nodes, and norms of onnxruntime in the standard's domain."""
+    read = onnx.ModelProto()
+    try:
+        read.CopyFrom(onnx.load_model_from_string(model) if isinstance(model, bytes) else model)
+        is_sorted, is_named = sort_nodes(read.graph), name_early_norms(read)
+        if not (is_sorted or is_named):
+            return False
+        onnx.checker.check_model(read)
+    except (onnx.checker.ValidationError, DecodeError, ValueError):
+        return False
+    return True
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

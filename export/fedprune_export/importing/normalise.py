@@ -26,6 +26,7 @@ from fedprune_export.importing.constants import (
     narrow_constants,
 )
 from fedprune_export.importing.dropout import rewrite_dropouts
+from fedprune_export.importing.fused_operators import decompose_fused
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.norms import replace_norms
@@ -84,10 +85,12 @@ def normalise(
     check_nodes(graph)
     check_not_quantised(graph)
     store_weights(graph)
+    check_sizes(graph)
+    # Roles of weights, the free batch and all that follows read operators of the standard only.
+    graph, raw = decompose_fused(graph, raw, notes)
     constants = parameter_roles.constants_of(model, graph, notes if parameters is None else [])
     file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     _name_nodes(graph)
-    check_sizes(graph)
     graph, layout = free_batch(graph, raw, notes)
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)

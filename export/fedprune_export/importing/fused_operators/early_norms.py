@@ -1,0 +1,26 @@
+"""Norms that onnxruntime writes into the standard's domain although the standard has none of them at that opset."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import helper
+
+FUSED_DOMAIN = "com.microsoft"
+
+# The opset from which on the standard has the operator; None if it never has it.
+_STANDARD_SINCE = {"LayerNormalization": 17, "SimplifiedLayerNormalization": None}
+
+
+def name_early_norms(model: onnx.ModelProto) -> bool:
+    """Move such norms to onnxruntime's own domain, so that onnx's checker and converter let them pass.
+
+    The model is changed. Returns whether it has any.
+    """
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    early = {op for op, since in _STANDARD_SINCE.items() if since is None or opset < since}
+    nodes = [n for n in model.graph.node if n.op_type in early and n.domain in ("", "ai.onnx")]
+    for node in nodes:
+        node.domain = FUSED_DOMAIN
+    if nodes and all(o.domain != FUSED_DOMAIN for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(FUSED_DOMAIN, 1))
+    return bool(nodes)

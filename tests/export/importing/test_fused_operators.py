@@ -1,0 +1,299 @@
+"""Fused operators become operators of the standard: with onnxruntime's numbers, trainable, and cut as before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch.nn import functional
+
+from fedprune.core.errors import ModelError
+from fedprune.model.features import Features
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from support.oracles.cutting import cut_error, distance, outputs, random_selection
+
+Array = npt.NDArray[Any]
+
+POSITIONS, WIDTH, HEADS = 6, 8, 2
+
+TABLES = {
+    "w": (WIDTH, WIDTH),
+    "qkv": (WIDTH, 3 * WIDTH),
+    "b3": (3 * WIDTH,),
+    "b": (WIDTH,),
+    "c": (WIDTH,),
+    "narrow": (WIDTH, 2 * WIDTH + 4),
+    "scores": (1, HEADS, POSITIONS, POSITIONS),
+    "words": (20, WIDTH),
+    "places": (POSITIONS, WIDTH),
+    "cos": (POSITIONS + 3, WIDTH // HEADS // 2),
+    "kernel": (WIDTH, 3, 3, 3),
+    "ohwi": (WIDTH, 3, 3, WIDTH),
+    "point": (WIDTH, WIDTH, 1, 1),
+    "wide": (WIDTH, 2 * WIDTH),
+    "b2": (2 * WIDTH,),
+    "dense": (WIDTH, WIDTH, 3, 3),
+    "v": (WIDTH, 3),
+}
+
+
+def file_of(body: str, *, opset: int = 17, x: str = f"float[N,{POSITIONS},{WIDTH}]", outputs: str = "") -> bytes:
+    """A model of `x` whose body makes `h`, with the tensors that it names; its channels end in three classes."""
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]> net ({x} x) => (float[N,k,3] y{outputs})'
+        f"{{ {body.replace('ms.', 'com.microsoft.')} y = MatMul(h, v) }}"
+    )
+    names = {name for node in model.graph.node for name in node.input}
+    rng = np.random.default_rng(0)
+    for name, shape in TABLES.items():
+        if name in names:
+            value = (rng.standard_normal(shape) / 2).astype(np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(value, name))
+    raw: bytes = model.SerializeToString()
+    return raw
+
+
+def samples(model: Model, batch: int) -> Array:
+    rng = np.random.default_rng(batch)
+    shape = (batch, *model.architecture.input_shape)
+    if model.graph.inputs[0].dtype == np.int64:
+        return rng.integers(0, 20, shape)
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def check_import(raw: bytes, expected: Any = None) -> Model:
+    """The import computes what onnxruntime computes by the file, or `expected`; it trains, and the cut is right."""
+    model = import_onnx(raw, "net")
+    for batch in (1, 7):
+        x = samples(model, batch)
+        before = OnnxSession(raw).run({"x": x})["y"] if expected is None else expected(x)
+        assert distance(outputs(model.graph, x), before) < 1e-5
+    assert not any(n.domain for n in model.graph.nodes)
+    training_graph(model, Features())
+    if model.graph.inputs[0].dtype == np.float32:
+        assert cut_error(model, random_selection(model, 0.5, 1)) < 1e-5
+    return model
+
+
+PROJECTED = "q = MatMul(x, w)"
+LENGTHS = "long = ReduceSum<keepdims=0>(marks, last) mask = Cast<to=6>(long)"
+MARKS = (
+    "last = Constant<value_ints=[-1]>() zero = Constant<value_float=0.0>() first = Constant<value_ints=[0]>() "
+    "column = Gather<axis=2>(x, first) flat = Squeeze(column, last) on = Greater(flat, zero) marks = Cast<to=7>(on)"
+)
+
+BODIES = {
+    "FusedMatMul": "h = ms.FusedMatMul<alpha = 0.5, transB = 1>(x, w)",
+    "FusedMatMul of two values": """p = ms.FusedMatMul<transA = 1, alpha = 2.0>(x, x) m = MatMul(x, p)
+        h = MatMul(m, w)""",
+    "FusedMatMul by batches": """shape = Constant<value_ints=[0, 0, 2, 4]>() r = Reshape(x, shape)
+        t = Transpose<perm=[0, 2, 1, 3]>(r) u = Transpose<perm=[2, 0, 1, 3]>(r) a = Relu(t)
+        p = ms.FusedMatMul<transB = 1>(a, t) s = ms.FusedMatMul(p, t) o = Transpose<perm=[0, 2, 1, 3]>(s)
+        back = Constant<value_ints=[0, 0, 8]>() m = Reshape(o, back) h = MatMul(m, w)""",
+    "TransposeMatMul": "h = ms.TransposeMatMul<transB = 1>(x, w)",
+    "BiasGelu": f"{PROJECTED} a = ms.BiasGelu(q, b) h = MatMul(a, w)",
+    "FastGelu": f"{PROJECTED} a = ms.FastGelu(q, b) h = MatMul(a, w)",
+    "FastGelu without a bias": f"{PROJECTED} a = ms.FastGelu(q) h = MatMul(a, w)",
+    "Gelu": f"{PROJECTED} a = ms.Gelu(q) h = MatMul(a, w)",
+    "QuickGelu": f"{PROJECTED} h = ms.QuickGelu<alpha = 1.5>(q)",
+    "QuickGelu as Swish": f"{PROJECTED} h = ms.QuickGelu<alpha = 1.0>(q)",
+    "LayerNormalization": f"{PROJECTED} h = LayerNormalization<axis = -1>(q, b, c)",
+    "SimplifiedLayerNormalization": f"{PROJECTED} h = SimplifiedLayerNormalization<epsilon = 0.01>(q, b)",
+    "SkipLayerNormalization": f"{PROJECTED} h = ms.SkipLayerNormalization<epsilon = 0.01>(q, x, b, c)",
+    "SkipLayerNormalization with its sum": f"""{PROJECTED}
+        n, "", "", total = ms.SkipLayerNormalization<epsilon = 0.001>(q, x, b, c, b) h = Add(n, total)""",
+    "SkipLayerNormalization without beta": f'{PROJECTED} h = ms.SkipLayerNormalization(q, x, b, "", c)',
+    "SkipSimplifiedLayerNormalization": f"""{PROJECTED}
+        n, "", "", total = ms.SkipSimplifiedLayerNormalization(q, x, b, c) h = Add(n, total)""",
+    "Attention": f"{PROJECTED} h = ms.Attention<num_heads = {HEADS}>(q, qkv, b3)",
+    "Attention with sizes": f"""{PROJECTED} narrow_b = Constant<value_floats=[{", ".join(["0.1"] * 20)}]>()
+        a = ms.Attention<num_heads = {HEADS}, qkv_hidden_sizes = [8, 8, 4], scale = 0.3>(q, narrow, narrow_b)
+        rows = Slice(w, s0, s4, s0) h = MatMul(a, rows)""",
+    "Attention to earlier positions": f"""{PROJECTED}
+        h = ms.Attention<num_heads = {HEADS}, unidirectional = 1>(q, qkv, b3, "", "", scores)""",
+    "Attention by lengths": f"{MARKS} {LENGTHS} h = ms.Attention<num_heads = {HEADS}>(x, qkv, b3, mask)",
+    "Attention by a mask": f"""{MARKS} mask = Cast<to=6>(on)
+        h = ms.Attention<num_heads = {HEADS}, unidirectional = 1>(x, qkv, b3, mask)""",
+    "Attention by a matrix": f"""{MARKS} rows = Unsqueeze(marks, last) one = Constant<value_ints=[1]>()
+        columns = Unsqueeze(marks, one) pairs = Mul(rows, columns) mask = Cast<to=6>(pairs)
+        h = ms.Attention<num_heads = {HEADS}, mask_filter_value = -50.0>(x, qkv, b3, mask)""",
+    "MultiHeadAttention": f"""{PROJECTED} k = MatMul(x, w) r = Relu(x) u = MatMul(r, w)
+        h = ms.MultiHeadAttention<num_heads = {HEADS}>(q, k, u, b3, "", scores)""",
+    "MultiHeadAttention by a mask": f"""{PROJECTED} {MARKS} mask = Cast<to=6>(on)
+        h = ms.MultiHeadAttention<num_heads = {HEADS}, scale = 0.2>(q, x, x, "", mask)""",
+    "MultiHeadAttention with heads apart": f"""{PROJECTED} shape = Constant<value_ints=[0, 0, {HEADS}, 4]>()
+        r = Reshape(x, shape) k = Transpose<perm=[0, 2, 1, 3]>(r)
+        h = ms.MultiHeadAttention<num_heads = {HEADS}>(q, k, k, b3)""",
+    "RotaryEmbedding": f"""{PROJECTED} ids = Constant<value_ints=[2]>()
+        a = ms.RotaryEmbedding(q, ids, cos, cos) h = MatMul(a, w)""",
+    "RotaryEmbedding of pairs": f"""{PROJECTED} shape = Constant<value_ints=[0, 0, {HEADS}, 4]>() r = Reshape(q, shape)
+        t = Transpose<perm=[0, 2, 1, 3]>(r) ids = Constant<value_ints=[0]>()
+        a = ms.RotaryEmbedding<interleaved = 1>(t, ids, cos, cos) o = Transpose<perm=[0, 2, 1, 3]>(a)
+        back = Constant<value_ints=[0, 0, 8]>() m = Reshape(o, back) h = MatMul(m, w)""",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_fused_operator_computes_what_onnxruntime_does(name: str) -> None:
+    body = BODIES[name]
+    if "s0" in body:
+        body = "s0 = Constant<value_ints=[0]>() s4 = Constant<value_ints=[4]>() " + body
+    model = check_import(file_of(body))
+    assert any("taken apart" in note for note in model.notes) or name == "LayerNormalization"
+
+
+LABELS = {"x": f"int64[N,{POSITIONS}]"}
+IDS = "ids = Cast<to=6>(x)"
+EMBEDDINGS = {
+    "words and places": f"""{IDS} h, "" = ms.EmbedLayerNormalization(ids, "", words, places, "", b, c)""",
+    "with segments, a mask and the sum": f"""{IDS} ten = Constant<value = int32 {{10}}>()
+        over = Greater(ids, ten) kinds = Cast<to=6>(over) n, mask, total =
+        ms.EmbedLayerNormalization<epsilon = 0.001>(ids, kinds, words, places, words, b, c, kinds)
+        a = ms.Attention<num_heads = {HEADS}>(n, qkv, b3, mask) h = Add(a, total)""",
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_embeddings_and_their_norm(name: str) -> None:
+    model = check_import(file_of(EMBEDDINGS[name], x=LABELS["x"]))
+    assert {"words", "places"} <= {t.name for t in model.architecture.tensors}
+
+
+MAPS = f"float[N,3,{POSITIONS},{POSITIONS}]"
+END = "rows = Constant<value_ints=[0, 8, -1]>() r = Reshape(m, rows) h = Transpose<perm=[0, 2, 1]>(r)"
+CONVOLUTIONS = {
+    "Relu": 'm = ms.FusedConv<activation = "Relu", pads = [1, 1, 1, 1]>(x, kernel, b)',
+    "LeakyRelu": 'm = ms.FusedConv<activation = "LeakyRelu", activation_params = [0.3]>(x, kernel, b)',
+    "Clip": 'm = ms.FusedConv<activation = "Clip", activation_params = [-0.5, 0.7]>(x, kernel, b)',
+    "HardSigmoid": 'm = ms.FusedConv<activation = "HardSigmoid", activation_params = [0.1, 0.4]>(x, kernel, b)',
+    "a sum": """a = ms.FusedConv<activation = "Relu", pads = [1, 1, 1, 1]>(x, kernel)
+        m = ms.FusedConv<activation = "Relu", pads = [1, 1, 1, 1]>(a, dense, b, a)""",
+    "ConvTransposeWithDynamicPads": """a = Conv(x, kernel) pads = Constant<value_ints=[1, 0, 0, 1]>()
+        m = ms.ConvTransposeWithDynamicPads<strides = [2, 2]>(a, dense, pads, b)""",
+    "FusedGemm": """g = GlobalAveragePool(x) f = Flatten(g) wide = Constant<value_ints=[0, 1]>() a = Conv(x, kernel)
+        s = ReduceMax<axes = [2, 3], keepdims = 0>(a)
+        d = ms.FusedGemm<activation = "LeakyRelu", activation_alpha = 0.2, transB = 1, alpha = 0.5>(s, w, b)
+        back = Constant<value_ints=[0, 8, 1, 1]>() m = Reshape(d, back)""",
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_with_activations_and_sums(name: str) -> None:
+    check_import(file_of(f"{CONVOLUTIONS[name]} {END}", x=MAPS))
+
+
+LAST = f"float[N,{POSITIONS},{POSITIONS},{WIDTH}]"
+ROWS = "rows = Constant<value_ints=[0, -1, 8]>() h = Reshape(m, rows)"
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    return x.movedim(-1, 1)
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """Channels first to [n, positions, channels]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+# Operators that onnxruntime has no kernels of on a CPU, with what torch computes by their definitions.
+GPU_BODIES: dict[str, tuple[str, str, Any]] = {
+    "NhwcConv": (
+        f"m = ms.NhwcConv<pads = [1, 1, 1, 1]>(x, ohwi, b) {ROWS}",
+        LAST,
+        lambda x, ohwi, b: rows(functional.conv2d(first(x), first(ohwi), b, padding=1)),
+    ),
+    "NhwcFusedConv": (
+        f'm = ms.NhwcFusedConv<activation = "Relu", pads = [1, 1, 1, 1]>(x, ohwi, b, x) {ROWS}',
+        LAST,
+        lambda x, ohwi, b: rows(functional.relu(functional.conv2d(first(x), first(ohwi), b, padding=1) + first(x))),
+    ),
+    "NhwcMaxPool": (
+        f"a = MatMul(x, w) m = ms.NhwcMaxPool<kernel_shape = [2, 2], strides = [2, 2]>(a) {ROWS}",
+        LAST,
+        lambda x, w: rows(functional.max_pool2d(first(x @ w), 2)),
+    ),
+    "GroupNorm": (
+        f"a = MatMul(x, w) m = ms.GroupNorm<groups = 2, activation = 1>(a, b, c) {ROWS}",
+        LAST,
+        lambda x, w, b, c: rows(functional.silu(functional.group_norm(first(x @ w), 2, b, c))),
+    ),
+    "SkipGroupNorm": (
+        f"""a = MatMul(x, w) flat = ReduceMean<axes = [1, 2], keepdims = 0>(a)
+        n, t = ms.SkipGroupNorm<groups = 4, activation = 0>(a, b, c, flat, b) m = Add(n, t) {ROWS}""",
+        LAST,
+        lambda x, w, b, c: rows(
+            functional.group_norm(first(x @ w + (x @ w).mean((1, 2), keepdim=True) + b), 4, b, c)
+            + first(x @ w + (x @ w).mean((1, 2), keepdim=True) + b)
+        ),
+    ),
+    "BiasAdd": ("h = ms.BiasAdd(x, b, x)", "", lambda x, b: x + b + x),
+    "BiasDropout": ("a = MatMul(x, w) h = ms.BiasDropout(a, b, x)", "", lambda x, w, b: x @ w + b + x),
+    "BiasSplitGelu": (
+        "a = MatMul(x, wide) h = ms.BiasSplitGelu(a, b2)",
+        "",
+        lambda x, wide, b2: (x @ wide + b2)[..., :WIDTH] * functional.gelu((x @ wide + b2)[..., WIDTH:]),
+    ),
+    "BiasSoftmax": (
+        "h = ms.BiasSoftmax<axis = 2, is_inner_broadcast = 1>(x, b)",
+        "",
+        lambda x, b: torch.softmax(x + b, -1),
+    ),
+    "BiasSoftmax over two axes": (
+        "h = ms.BiasSoftmax<axis = 1, is_inner_broadcast = 0>(x, b)",
+        "",
+        lambda x, b: torch.softmax((x + b).flatten(1), -1).view_as(x),
+    ),
+    "GemmFastGelu": (
+        "h = ms.GemmFastGelu(x, w, b)",
+        "",
+        lambda x, w, b: functional.gelu(x @ w + b, approximate="tanh"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GPU_BODIES)
+def test_operators_without_a_kernel_for_cpus_are_compared_by_their_definitions(name: str) -> None:
+    body, x, definition = GPU_BODIES[name]
+    raw = file_of(body, x=x) if x else file_of(body)
+    tensors = {
+        t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in onnx.load_from_string(raw).graph.initializer
+    }
+    v = tensors.pop("v")
+    model = check_import(raw, lambda x: (definition(torch.from_numpy(x), **tensors) @ v).numpy())
+    assert any("on GPUs only" in note for note in model.notes)
+
+
+REFUSED = {
+    "past": ("a, p = ms.Attention<num_heads = 2>(x, qkv, b3) h = Add(a, x) z = ReduceSum<keepdims = 0>(p)", "cache"),
+    "rotation": ("h = ms.Attention<num_heads = 2, do_rotary = 1>(x, qkv, b3)", "rotates"),
+    "mask": (
+        """mask = Constant<value = int32[7] {1, 2, 3, 4, 5, 6, 7}>()
+        h = ms.Attention<num_heads = 2>(x, qkv, b3, mask)""",
+        "mask has the shape",
+    ),
+    "activation": (
+        """r = Transpose<perm = [0, 2, 1]>(x) i = Constant<value_ints = [-1]>() u = Unsqueeze(r, i)
+        s = Constant<value_ints = [0, 0, -1]>()
+        m = ms.FusedConv<activation = "Odd">(u, point, b) k = Reshape(m, s) h = Transpose<perm = [0, 2, 1]>(k)""",
+        "activation is Odd",
+    ),
+    "statistics": ("n, mean = ms.SkipLayerNormalization(x, x, b, c) h = Add(n, mean)", "mean or deviation"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_forms_that_are_not_taken_are_refused_with_the_node_and_a_way_out(name: str) -> None:
+    body, text = REFUSED[name]
+    raw = file_of(body, outputs=", float z" if " z = " in body else "")
+    with pytest.raises(ModelError, match=text) as refusal:
+        import_onnx(raw, "net")
+    assert "can't be taken apart" in str(refusal.value)
+    assert refusal.value.hint
