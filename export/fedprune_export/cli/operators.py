@@ -64,6 +64,7 @@ def operator_rows() -> list[dict[str, Any]]:
 def _forms() -> Mapping[str, str]:
     """The forms in which operators are read and written."""
     from fedprune_export.importing.control_flow import CONTROL_FLOW
+    from fedprune_export.importing.fused_operators import DECOMPOSED
     from fedprune_export.importing.inlining import BY_DEFINITION
     from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, SPLIT_AND_CONCAT
     from fedprune_export.importing.translation import REWRITTEN_AS, TRANSLATED
@@ -74,6 +75,7 @@ def _forms() -> Mapping[str, str]:
     forms_of |= {name: ["unrolled on import, if it doesn't depend on the data"] for name in CONTROL_FLOW}
     forms_of |= {name: ["later forms are read, too"] for name in TRANSLATED}
     forms_of |= {name: ["removed on import"] for name in SEQUENCE_OPERATORS}
+    forms_of |= {f"com.microsoft::{name}": ["taken apart on import"] for name in DECOMPOSED}
     forms_of |= {
         name: [f"becomes {form} on import"] for name, form in (REWRITTEN_AS | BY_DEFINITION | SPLIT_AND_CONCAT).items()
     }

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
 from torch.nn import functional
 
 from fedprune.core.errors import ModelError
+from fedprune.model.architecture import widths_at
 from fedprune.model.features import Features
+from fedprune.planning.costs import workload
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import ImportChoices, import_onnx
+from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import cut_error, distance, outputs, random_selection
@@ -297,3 +302,130 @@ def test_forms_that_are_not_taken_are_refused_with_the_node_and_a_way_out(name: 
         import_onnx(raw, "net")
     assert "can't be taken apart" in str(refusal.value)
     assert refusal.value.hint
+
+
+EARLY = """q = MatMul(x, w) n = LayerNormalization<axis = -1>(q, b, c) r = SimplifiedLayerNormalization<axis = -1>(n, b)
+    h = ms.SkipLayerNormalization(r, x, b, c)"""
+
+
+@pytest.mark.parametrize("opset", [11, 13, 16, 18, 20, 23])
+def test_files_of_every_opset_also_with_norms_that_it_lacks(opset: int) -> None:
+    model = check_import(file_of(EARLY, opset=opset))
+    norms = [n.op for n in model.graph.nodes if n.op.endswith("Normalization")]
+    assert norms == ["LayerNormalization", "RMSNormalization", "LayerNormalization"]
+    # A choice is written into the file, which is checked before.
+    assert import_onnx(file_of(EARLY, opset=opset), "net", ImportChoices(prefer="fine")).architecture.tensors
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_fixed_batch_is_made_free_behind_fused_operators(batch: int) -> None:
+    body = f"""{MARKS} mask = Cast<to=6>(on) a = ms.Attention<num_heads = {HEADS}>(x, qkv, b3, mask)
+        n = ms.SkipLayerNormalization(a, x, b, c) p = ms.FusedMatMul<transB = 1, alpha = 0.5>(n, n)
+        m = MatMul(p, x) h = ms.BiasGelu(m, b)"""
+    proto = onnx.load_from_string(file_of(body))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    raw = proto.SerializeToString()
+    model = import_onnx(raw, "net")
+    x = samples(model, 3 * batch)
+    rows = [OnnxSession(raw).run({"x": part})["y"] for part in np.split(x, 3)]
+    assert distance(outputs(model.graph, x), np.concatenate(rows)) < 1e-5
+    notes = " ".join(model.notes)
+    assert "made free" in notes
+    assert "taken apart" in notes
+    training_graph(model, Features())
+
+
+def transformer_block() -> Graph:
+    """A transformer's layer behind its class scores, as exporters write it."""
+    graph = Graph(inputs=[Port("x", np.dtype(np.float32), ("N", POSITIONS, WIDTH))])
+    rng = np.random.default_rng(3)
+
+    def tensor(name: str, *shape: int) -> str:
+        graph.initializers[name] = (rng.standard_normal(shape) / 2).astype(np.float32)
+        return name
+
+    def linear(value: str, name: str, columns: int) -> str:
+        rows = WIDTH if name != "down" else 3 * WIDTH
+        product = graph.emit("MatMul", value, tensor(f"{name}.weight", rows, columns))
+        return graph.emit("Add", product, tensor(f"{name}.bias", columns))
+
+    def heads(value: str, *order: int) -> str:
+        rows = graph.emit("Reshape", value, graph.ints(0, 0, HEADS, WIDTH // HEADS))
+        return graph.emit("Transpose", rows, attrs={"perm": order})
+
+    def norm(value: str, name: str) -> str:
+        vectors = [tensor(f"{name}.{kind}", WIDTH) for kind in ("scale", "bias")]
+        return graph.emit("LayerNormalization", value, *vectors, attrs={"axis": -1, "epsilon": 1e-5})
+
+    value = norm("x", "first")
+    query, key = heads(linear(value, "query", WIDTH), 0, 2, 1, 3), heads(linear(value, "key", WIDTH), 0, 2, 3, 1)
+    scores = graph.emit("Div", graph.emit("MatMul", query, key), graph.scalar(2))
+    values = heads(linear(value, "value", WIDTH), 0, 2, 1, 3)
+    mixed = graph.emit("MatMul", graph.emit("Softmax", scores, attrs={"axis": -1}), values)
+    rows = graph.emit("Transpose", mixed, attrs={"perm": [0, 2, 1, 3]})
+    merged = linear(graph.emit("Reshape", rows, graph.ints(0, 0, WIDTH)), "out", WIDTH)
+    value = norm(graph.emit("Add", merged, value), "second")
+    curve = graph.emit("Gelu", linear(value, "up", 3 * WIDTH), attrs={"approximate": "none"})
+    value = norm(graph.emit("Add", linear(curve, "down", WIDTH), value), "third")
+    pooled = graph.emit("ReduceMean", value, attrs={"axes": [1], "keepdims": 0})
+    graph.emit("Identity", linear(pooled, "head", 3), out="y")
+    graph.outputs = [Port("y", np.dtype(np.float32), ("N", 3))]
+    return graph
+
+
+def optimise(raw: bytes, how: str, folder: Path) -> bytes:
+    """The file that onnxruntime writes when it loads one, or that its optimiser of transformers makes."""
+    before, after = folder / "before.onnx", folder / "after.onnx"
+    before.write_bytes(raw)
+    if how == "transformers":
+        optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
+        optimised = optimizer.optimize_model(str(before), "bert", num_heads=HEADS, hidden_size=WIDTH, opt_level=0)
+        optimised.save_model_to_file(str(after))
+        return after.read_bytes()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{how}")
+    options.optimized_model_filepath = str(after)
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(before), options, providers=["CPUExecutionProvider"])
+    return after.read_bytes()
+
+
+# What must be among the operators, so that the test doesn't pass because nothing was fused.
+OPTIMISED = [
+    ("BASIC", 17, set[str]()),
+    ("EXTENDED", 13, {"BiasGelu"}),
+    ("EXTENDED", 20, {"BiasGelu", "SkipLayerNormalization", "FusedMatMul"}),
+    ("ALL", 17, {"BiasGelu"}),
+    ("transformers", 17, {"Attention", "SkipLayerNormalization", "BiasGelu"}),
+    ("transformers", 20, {"Attention", "SkipLayerNormalization"}),
+]
+
+
+@pytest.mark.parametrize(("how", "opset", "fused"), OPTIMISED)
+def test_an_optimised_transformer_is_cut_as_the_file_before(
+    how: str, opset: int, fused: set[str], tmp_path: Path
+) -> None:
+    raw = transformer_block().to_bytes(opset=opset)
+    optimised = optimise(raw, how, tmp_path)
+    model, before = check_import(optimised), import_onnx(raw, "net")
+    assert sorted(g.size for g in model.architecture.groups) == sorted(g.size for g in before.architecture.groups)
+    for density in (0.25, 0.5, 1.0):
+        macs = [
+            workload(m.architecture).forward_macs([widths_at(m.architecture, density)]).tolist()
+            for m in (model, before)
+        ]
+        assert macs[0] == macs[1]
+    assert fused <= {n.op_type for n in onnx.load_from_string(optimised).graph.node}
+
+
+def test_a_file_for_one_processor_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    graph = Graph(inputs=[Port("x", np.dtype(np.float32), ("N", 32, 5, 5))])
+    graph.initializers["w"] = np.ones((32, 32, 3, 3), np.float32)
+    graph.outputs = [Port(graph.emit("GlobalAveragePool", graph.emit("Conv", "x", "w")), np.dtype(np.float32), ())]
+    raw = optimise(graph.to_bytes(), "ALL", tmp_path)
+    if "com.microsoft.nchwc" not in {n.domain for n in onnx.load_from_string(raw).graph.node}:
+        pytest.skip("onnxruntime has no blocks of channels for this processor")
+    with pytest.raises(ModelError, match="for one kind of processor") as refusal:
+        import_onnx(raw, "net")
+    assert "ORT_ENABLE_EXTENDED" in str(refusal.value.hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from fedprune.core.errors import ModelError
+from fedprune.core.errors import ModelError, value_text
 from fedprune.core.text import first_few
 from fedprune_export.importing.fused_operators import activations, attention, convolutions, norms, products
 from fedprune_export.importing.fused_operators.early_norms import FUSED_DOMAIN
@@ -28,6 +28,8 @@ _WITHOUT_CPU_KERNEL = frozenset(
     | {"NhwcMaxPool", "SkipGroupNorm"}
 )
 
+_BLOCKED_DOMAIN = "com.microsoft.nchwc"
+
 # Batches for which the shapes before a fused node are inferred: the inside of a file may be made for one of them.
 _TRIAL_BATCHES = (3, 1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -38,6 +40,7 @@ def decompose_fused(graph: Graph, raw: bytes, notes: list[str]) -> tuple[Graph, 
     The file stays as it is, unless onnxruntime can't run it on a CPU: then the operators without a kernel are taken
     apart in it, too. Raises `ModelError` if a node is in a form that can't be taken apart.
     """
+    _check_layout(graph)
     counts = Counter(n.op for n in graph.nodes if _is_fused(n, DECOMPOSED))
     if not counts:
         return graph, raw
@@ -51,6 +54,17 @@ def decompose_fused(graph: Graph, raw: bytes, notes: list[str]) -> tuple[Graph, 
     operators = f"{total} fused operators" if total > 1 else "A fused operator"
     notes.append(f"{operators} ({first_few(sorted(counts))}) {'were' if total > 1 else 'was'} taken apart.")
     return _decomposed(graph, DECOMPOSED), raw
+
+
+def _check_layout(graph: Graph) -> None:
+    """Refuse weights that are stored in blocks of channels, as one kind of processor reads them (`ModelError`)."""
+    node = next((n for n in graph.nodes if n.domain == _BLOCKED_DOMAIN), None)
+    if node is not None:
+        raise ModelError(
+            f"{node.op} {value_text(node.name or node.outputs[0])} has its weights in blocks of channels: onnxruntime "
+            "wrote the file for one kind of processor",
+            hint="Write it with graph_optimization_level = ORT_ENABLE_EXTENDED, or give the file before.",
+        )
 
 
 def _is_fused(node: Node, operators: frozenset[str]) -> bool:
