@@ -67,8 +67,8 @@ def parse_model(raw: bytes, *, run_checker: bool = True) -> onnx.ModelProto:
 
 
 def check_valid_onnx(model: onnx.ModelProto | bytes) -> None:
-    """Make sure that a model, or the bytes of one, is valid ONNX. What is put right as the
-    file is read doesn't count. Raises `ModelError` if it isn't valid."""
+    """Make sure that a model, or the bytes of one, is valid ONNX, but for what is put right as a file is
+    read. Raises `ModelError` if it isn't valid."""
     try:
         onnx.checker.check_model(model)
     except Exception as error:

@@ -89,7 +89,7 @@ class SinglePrecision:
                 if not worst <= self.tolerance:
                     raise ModelError(
                         f"the file computes in {names}, and its output differs in float32",
-                        expected=f"outputs that agree to {self.tolerance:.2g}, as {self.depth} roundings in a row explain",
+                        expected=f"outputs that agree to {self.tolerance:.2g}, as {self.depth} roundings explain",
                         got=f"{worst:.2g}",
                         hint="Export the model in float32.",
                     )
