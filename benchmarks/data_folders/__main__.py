@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.data_folders import arrays, pictures, recordings, tables
+from benchmarks.data_folders import arrays, pictures, recordings, streams, tables
 from benchmarks.data_folders.kinds import Kind, count_samples
 from benchmarks.harness import Record, run_cases
 from fedprune.core.errors import FedpruneError
 from fedprune_device.data.sources import SampleOptions
 
 KINDS = {kind.name: kind for room in (tables, pictures, recordings, arrays) for kind in room.kinds()}
+STREAMS = {stream.name: stream for stream in streams.streams()}
 _OPTIONS = SampleOptions("", "board", 0, 0.0, 0.0, (), (0.0,), (1.0,), 8000, 10_000)
 
 
@@ -33,7 +34,12 @@ class _Lines(logging.Handler):
 
 
 def read_kind(kind: str) -> Record:
-    """Write one kind of data and read it; how it was read, and what was said."""
+    """Write one kind of data, or send its messages, and read it; how it was read, and what was said."""
+    if kind in STREAMS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows, said = streams.read_stream(STREAMS[kind], Path(folder))
+        outcome = "misread" if rows != STREAMS[kind].rows else "left out in part" if said else "taken"
+        return {"group": "streams", "outcome": outcome, "said": said}
     log, logger = _Lines(), logging.getLogger("fedprune.device")
     logger.addHandler(log)
     try:
@@ -68,7 +74,7 @@ def _outcome(kind: Kind, folder: Path, log: _Lines) -> tuple[str, str]:
 
 def main() -> None:
     """Read all kinds that have no record yet."""
-    run_cases("data_folders", __doc__, [{"kind": name} for name in KINDS], read_kind, "pillow", "pyarrow")
+    run_cases("data_folders", __doc__, [{"kind": name} for name in (*KINDS, *STREAMS)], read_kind, "pillow", "pyarrow")
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ def _boxes() -> Iterator[Kind]:
         for label in (0, 1):
             _put(folder / "JPEGImages" / f"{label}.png", label)
         box = (
-            "<object><name>dog</name><bndbox><xmin>2</xmin><ymin>1</ymin><xmax>6</xmax><ymax>3</ymax></bndbox></object>"
+            "<object><name>dog</name><bndbox><xmin>3</xmin><ymin>2</ymin><xmax>6</xmax><ymax>3</ymax></bndbox></object>"
         )
         (folder / "Annotations").mkdir()
         for label, objects in enumerate((box, "")):
