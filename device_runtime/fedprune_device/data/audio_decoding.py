@@ -55,12 +55,12 @@ class Audio:
         may vary, padded positions are marked, and the rest is a sample, too, unless it is too short."""
         length = shape[-1] if shape else None
         if isinstance(length, Lengths) and shape[0] in (1, length):
-            return _windows_of_any_length(resample(*decode_wav(body), self.rate), length, shape)
+            return _windows_of_any_length(read_recording(body, self.rate), length, shape)
         if len(shape) not in (1, 2) or shape[0] not in (1, length) or not isinstance(length, int) or length < 1:
             raise DataError(
                 "a recording for this model", expected=f"numbers {shape_text(*shape)}", got="[length] or [1, length]"
             )
-        recording = resample(*decode_wav(body), self.rate)
+        recording = read_recording(body, self.rate)
         count = max(1, len(recording) // length)
         out = np.zeros(count * length, np.float32)
         out[: len(recording)] = recording[: len(out)]
@@ -76,6 +76,11 @@ def _windows_of_any_length(recording: Samples, length: Lengths, shape: Shape) ->
     starts = range(0, len(recording) - length.lower + 1, length.upper)
     windows = [recording[start : start + length.upper] for start in starts]
     return np.concatenate([pad_to_bound(w.reshape(1, *[1] * (len(shape) - 1), -1), shape) for w in windows])
+
+
+def read_recording(body: bytes, rate: int) -> Samples:
+    """A file's mean over its channels, from -1 to 1, at `rate`; raises `DataError` if it can't be read."""
+    return resample(*decode_wav(body), rate)
 
 
 def decode_wav(body: bytes) -> tuple[Samples, int]:

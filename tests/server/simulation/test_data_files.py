@@ -11,6 +11,7 @@ from PIL import Image
 
 from fedprune.core.errors import DataError
 from fedprune_device.data.image_decoding import Pixels
+from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_files import read_image_folder
 from fedprune_server.simulation.datasets.npz_files import npz_arrays, read_npz
 from fedprune_server.simulation.datasets.preparation import Preparation
@@ -118,7 +119,7 @@ def test_folders_of_splits_and_of_domains(tmp_path):
     split = read_image_folder(tmp_path / "split")
     assert split.labels[split.is_test].tolist() == [1]
     write_images(tmp_path / "domains", ["photo/a/1.png", "photo/b/1.png", "sketch/b/1.png"])
-    domains = read_image_folder(tmp_path / "domains", colour=False)
+    domains = read_image_folder(tmp_path / "domains", Decoding(colour=False))
     assert domains.owner_names == ("photo", "sketch")
     assert domains.owners.tolist() == [0, 0, 1]
     assert domains.shape == (6, 6)
@@ -129,7 +130,7 @@ def test_images_of_different_sizes_need_a_size(tmp_path):
     write_images(tmp_path, ["b/2.png"], side=9)
     with pytest.raises(DataError, match=r"2\.png: size"):
         read_image_folder(tmp_path)
-    assert read_image_folder(tmp_path, size=(4, 5)).shape == (4, 5, 3)
+    assert read_image_folder(tmp_path, Decoding(size=(4, 5))).shape == (4, 5, 3)
 
 
 def test_a_file_that_programs_would_run_on_is_no_image_whatever_its_name(tmp_path):
@@ -152,7 +153,7 @@ def test_an_image_is_the_same_to_a_simulation_as_to_a_board(tmp_path, kind, mode
     file.parent.mkdir()
     image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 200 if mode == "I;16" else pixels[:, :, : len(mode)])
     image.save(file, kind, exif=exif)
-    samples = read_image_folder(tmp_path, size=size, colour=colour).take([0])[0]
+    samples = read_image_folder(tmp_path, Decoding(size=size, colour=colour)).take([0])[0]
     board = Pixels().decode(file.read_bytes(), (kind,), (3 if colour else 1, *size))
     np.testing.assert_array_equal(samples.reshape(board.shape), board)
 

@@ -14,9 +14,11 @@ import numpy.typing as npt
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError, DataError, value_text
 from fedprune.core.rng import keyed_generator
+from fedprune_device.data.audio_decoding import RATES
 from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.simulation.datasets import partition
 from fedprune_server.simulation.datasets.columns import ParquetColumns
+from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.federation import Federation, default_names, federate
 from fedprune_server.simulation.datasets.preparation import Preparation
 from fedprune_server.simulation.datasets.samples import Samples
@@ -61,6 +63,10 @@ class DataPlan:
     standardise: bool = setting(False, "Whether channels get mean 0 and deviation 1, measured on the devices' samples.")
     size: tuple[int, ...] = setting((), "Height and width of images of a folder; empty to keep theirs.")
     colour: bool = setting(True, "Whether images of a folder are read in colour.")
+    audio_rate: int = setting(16_000, "Rate to which recordings are resampled, in Hz.", within=RATES)
+    seconds: float = setting(
+        0.0, "Length to which recordings are cut, or padded with zeros; 0 to keep theirs.", within=(0, 3600)
+    )
     ascending: bool = setting(False, "Whether devices are numbered by their samples, fewest first.")
     seed: int | None = setting(None, "The partition's seed; None for the job's.")
 
@@ -106,7 +112,8 @@ class DataPlan:
         if self.x or self.y is not None or self.owner is not None:
             usual = ParquetColumns()
             columns = ParquetColumns(self.x or usual.x, self.y or usual.y, self.owner or usual.owner)
-        return self.deal(read_samples(self.source, columns, size=size, colour=self.colour), seed)
+        decoding = Decoding(size, self.colour, self.audio_rate, self.seconds)
+        return self.deal(read_samples(self.source, columns, decoding), seed)
 
     def deal(self, samples: Samples, seed: int = 0) -> Federation:
         """Split samples; arguments and errors as `read`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +12,36 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, path_remedy
 from fedprune_device.data.folder_listing import is_system_name
 from fedprune_device.data.image_decoding import ENDINGS, decode_image
+from fedprune_server.simulation.datasets.columns import ParquetColumns
+from fedprune_server.simulation.datasets.decoding import Decoding
+from fedprune_server.simulation.datasets.image_metadata import ImageRow, metadata_files, read_metadata
 from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 
 _TRAIN_NAMES, _TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 MAX_DATA_BYTES = 2**34
 
 
-def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
+def read_image_folder(folder: Path, decoding: Decoding | None = None, columns: ParquetColumns | None = None) -> Samples:
     """Read images, as boards do: as viewers display them (`viewer_image`).
 
     Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
-    where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
-    every machine. Inputs are uint8 [n, height, width, 3], or [n, height, width] if grey.
-
-    Args:
-        size: Height and width to which images are scaled (bilinear, antialiased); None if all have the same size.
-        colour: Whether images have three channels; otherwise they are grey.
+    where an owner is a person or a domain. Or the `columns` of `metadata.csv` or `metadata.jsonl`, in the folder or in
+    one for each split, have labels and owners, by default the column `label`. Classes, owners and files are sorted by
+    name, so the result is the same on every machine. Inputs are uint8 [n, height, width, 3], or [n, height, width] if
+    grey.
 
     Raises:
         DataError: There are no images, one can't be read, is too large, or differs in size from the first.
         MissingExtraError: Pillow is not installed.
     """
-    subfolders = _subfolders(folder)
+    subfolders, decoding = _subfolders(folder), decoding or Decoding()
+    if columns is not None and columns.x != ParquetColumns().x:
+        raise DataError("x of [data]", expected="none for a folder of images", got=", ".join(columns.x))
+    if metadata := metadata_files(folder, subfolders):
+        rows = [row for path in metadata for row in read_metadata(folder, path, columns or ParquetColumns())]
+        return _samples_of_rows(folder, rows, decoding)
+    if columns is not None:
+        raise DataError("y or owner of [data]", expected="none: this folder has no metadata.csv", got="some")
     if not subfolders:
         raise DataError(f"{folder} holds no folders of images", expected="a folder per class")
     names = [f.name.lower() for f in subfolders]
@@ -53,7 +62,7 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
     ]
     if not files:
         raise DataError(f"{folder} holds no images", expected=f"files ending in {', '.join(ENDINGS)}")
-    x = decode_images([(str(f[0]), f[0]) for f in files], size, colour)
+    x = decode_images([(str(f[0]), f[0]) for f in files], decoding)
     y = np.array([f[1] for f in files], np.int64)
     testing = np.array([f[2] for f in files], bool)
     owners = [np.array([f[3] for f in files])] if any(f[3] for f in files) else None
@@ -61,12 +70,31 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
     return Samples(samples.arrays, samples.labels, testing, samples.owners, samples.owner_names, samples.class_names)
 
 
-def decode_images(
-    images: Sequence[tuple[str, Path | bytes]], size: tuple[int, int] | None, colour: bool
-) -> npt.NDArray[np.uint8]:
+def _samples_of_rows(folder: Path, rows: Sequence[ImageRow], decoding: Decoding) -> Samples:
+    """The images that metadata list."""
+    if not rows:
+        raise DataError(f"{folder} holds no images", expected="a row of metadata for each", got="none")
+    x = decode_images([(str(row.path), row.path) for row in rows], decoding)
+    y, names = _class_numbers([row.label for row in rows])
+    owners = [np.array([row.owner for row in rows])] if any(row.owner for row in rows) else None
+    testing = np.array([bool(row.folders) and is_test_split(row.folders[0]) for row in rows])
+    samples = assemble_samples([(x, y, False)], owners=owners, class_names=names)
+    return replace(samples, is_test=testing)
+
+
+def _class_numbers(labels: Sequence[str | int]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Classes of labels: their numbers if all are whole, else their places among the texts in order."""
+    texts = [str(label) for label in labels]
+    if all(text.isascii() and text.isdecimal() and len(text) < 8 for text in texts):
+        return np.array(texts).astype(np.int64), ()
+    names, numbers = np.unique(texts, return_inverse=True)
+    return numbers.astype(np.int64), tuple(map(str, names))
+
+
+def decode_images(images: Sequence[tuple[str, Path | bytes]], decoding: Decoding) -> npt.NDArray[np.uint8]:
     """Decode images, each a file or its bytes, after the name that errors give it; arguments and errors as
     `read_image_folder`."""
-    mode = "RGB" if colour else "L"
+    mode, size = "RGB" if decoding.colour else "L", decoding.size
     pixels_of_all: npt.NDArray[np.uint8] | None = None
     for number, (name, file) in enumerate(images):
         try:

@@ -1,4 +1,5 @@
-"""Data sets in Parquet files, such as the Hugging Face hub has them, read with only pyarrow."""
+"""Data sets in Parquet files, such as the Hugging Face hub has them, and in Arrow files, as `save_to_disk` of the
+library `datasets` writes them, read with only pyarrow."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ import pyarrow.parquet as pq
 from fedprune.core.errors import DataError, did_you_mean, error_reason, path_remedy, shape_text, value_text
 from fedprune.core.text import first_few
 from fedprune_server.simulation.datasets.columns import ParquetColumns, parquet_files_of
+from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_files import MAX_DATA_BYTES, decode_images, is_test_split
+from fedprune_server.simulation.datasets.recordings import decode_recordings
 from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
+from fedprune_server.simulation.datasets.saved_datasets import ARROW_SUFFIX, is_saved_dataset, saved_splits
 
 Array = npt.NDArray[Any]
 
@@ -31,7 +35,6 @@ _FEATURES_KEY = b"huggingface"
 
 _PLAIN_FEATURES = ("Value", "List", "LargeList", "Sequence", "ClassLabel", "Array2D", "Array3D", "Array4D", "Array5D")
 _HINTS = {
-    "Audio": "Decode it with datasets first, into lists of numbers of one length.",
     "text": "Tokenise it first with Dataset.map, into lists of whole numbers of one length.",
 }
 
@@ -48,15 +51,13 @@ class _Split:
         return pa.concat_arrays(self.column_chunks[name])
 
 
-def read_parquet(
-    path: Path, columns: ParquetColumns, *, size: tuple[int, int] | None = None, colour: bool = True
-) -> Samples:
+def read_parquet(path: Path, columns: ParquetColumns, decoding: Decoding) -> Samples:
     """Read a data set.
 
     Args:
-        path: A Parquet file, or a folder of such files, whose names say what is test data.
-        size: Height and width to which images are scaled.
-        colour: Whether images are read in colour.
+        path: A Parquet file, a folder of such files, whose names say what is test data, or a folder of `save_to_disk`.
+        columns: Which columns are read.
+        decoding: How images and recordings are decoded.
 
     Raises:
         DataError: A file is missing or damaged, there is no such column, or it holds what can't be read.
@@ -66,7 +67,7 @@ def read_parquet(
     splits = [split for split in splits if split.column_chunks]
     if not splits:
         raise DataError(f"{path} holds no rows", expected="at least one sample")
-    xs = [_inputs(split, columns.x, size, colour) for split in splits]
+    xs = _inputs_of_splits(splits, columns.x, decoding)
     ys, names = _labels(splits, columns.y)
     owners = None if not columns.owner else [_owners(split, columns.owner) for split in splits]
     return assemble_samples(
@@ -78,6 +79,8 @@ def _files_of_splits(path: Path) -> Iterator[tuple[list[Path], bool]]:
     """The files of each split, and whether the split is test data."""
     if path.is_file():
         yield [path], False
+    elif is_saved_dataset(path):
+        yield from saved_splits(path)
     else:
         all_files = parquet_files_of(path)
         for testing in (False, True):
@@ -108,13 +111,19 @@ def _name_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise DataError(f"{path} is damaged", expected="a Parquet file", got=error_reason(error)) from error
+        kind = "an Arrow stream" if path.suffix == ARROW_SUFFIX else "a Parquet file"
+        raise DataError(f"{path} is damaged", expected=kind, got=error_reason(error)) from error
     except OSError as error:
         raise DataError(f"can't read {path}: {error_reason(error)}", hint=path_remedy(error)) from error
 
 
 def _batches(path: Path, columns: ParquetColumns, split: _Split) -> Iterator[pa.RecordBatch]:
     """Read some rows at a time, so that a small file that unfolds to a huge one is noticed."""
+    if path.suffix == ARROW_SUFFIX:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            split.features = _features(path, stream.schema, columns)
+            yield from (batch.select(columns.names) for batch in stream)
+        return
     with pq.ParquetFile(path) as file:
         split.features = _features(path, file.schema_arrow, columns)
         yield from file.iter_batches(_BATCH_ROWS, columns=columns.names)
@@ -139,7 +148,23 @@ def _features(path: Path, schema: pa.Schema, columns: ParquetColumns) -> dict[st
     return {n: features[n] for n in columns.names if isinstance(features, dict) and isinstance(features.get(n), dict)}
 
 
-def _inputs(split: _Split, names: Sequence[str], size: tuple[int, int] | None, colour: bool) -> Array:
+def _inputs_of_splits(splits: Sequence[_Split], names: Sequence[str], decoding: Decoding) -> list[Array]:
+    """The inputs of each split. Recordings have one length in all of them."""
+    if len(names) == 1 and all(split.features.get(names[0], {}).get("_type") == "Audio" for split in splits):
+        return [*decode_recordings([_recordings(split.column(names[0]), names[0]) for split in splits], decoding)]
+    return [_inputs(split, names, decoding) for split in splits]
+
+
+def _recordings(column: pa.Array, name: str) -> list[tuple[str, bytes]]:
+    """The files in a column, each after the name that errors give it."""
+    if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
+        raise DataError(f"column {name!r}", expected="recordings", got=str(column.type)[:80])
+    column = column.field("bytes")  # next to a path, which is never opened
+    _check_filled(column, name, "Put the recordings into the file: Dataset.save_to_disk does.")
+    return [(f"row {i} of {name!r}", bytes(row.as_py())) for i, row in enumerate(column)]
+
+
+def _inputs(split: _Split, names: Sequence[str], decoding: Decoding) -> Array:
     if len(names) > 1:
         columns_of_numbers = [_numbers(split.column(name), name) for name in names]
         if any(column.ndim != 1 for column in columns_of_numbers):
@@ -153,7 +178,7 @@ def _inputs(split: _Split, names: Sequence[str], size: tuple[int, int] | None, c
         column = column.field("bytes")  # next to a path, which is never opened
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         _check_filled(column, name, "Put the images into the file: Dataset.to_parquet of the library datasets does.")
-        return decode_images([(f"row {i} of {name!r}", row.as_py()) for i, row in enumerate(column)], size, colour)
+        return decode_images([(f"row {i} of {name!r}", row.as_py()) for i, row in enumerate(column)], decoding)
     x = _numbers(column, name)
     return x if x.ndim > 1 else x[:, None]
 
@@ -205,7 +230,9 @@ def _labels(splits: Sequence[_Split], name: str) -> tuple[list[Array], tuple[str
     for column in columns:
         if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
             raise DataError(f"labels in column {name!r}", expected="whole numbers or texts", got=str(column.type))
-    class_names = splits[0].features.get(name, {}).get("names")
+    class_names, *others = (split.features.get(name, {}).get("names") for split in splits)
+    if any(other != class_names for other in others):
+        raise DataError(f"names of the classes of {name!r}", expected="the same in all splits", got="others")
     if class_names is not None and not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names)):
         raise DataError(f"names of the classes of {name!r}", expected="texts", got=value_text(class_names))
     return [column.to_numpy(zero_copy_only=False) for column in columns], tuple(class_names or ())

@@ -10,9 +10,11 @@ from pathlib import Path
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import DataError, MissingExtraError
 from fedprune_server.simulation.datasets.columns import PARQUET_SUFFIX, ParquetColumns, parquet_files_of
+from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_files import read_image_folder
 from fedprune_server.simulation.datasets.npz_files import read_npz
 from fedprune_server.simulation.datasets.samples import Samples
+from fedprune_server.simulation.datasets.saved_datasets import is_saved_dataset
 
 # Environment variable with a folder in which missing sources are searched.
 DATA_FOLDER_VARIABLE = "FEDPRUNE_DATA"
@@ -21,38 +23,36 @@ DATA_FOLDER_VARIABLE = "FEDPRUNE_DATA"
 def read_samples(
     source: str | Path,
     columns: ParquetColumns | None = None,
-    *,
-    size: tuple[int, int] | None = None,
-    colour: bool = True,
+    decoding: Decoding | None = None,
 ) -> Samples:
     """Read a data set.
 
     Raises `DataError` if it doesn't exist, or can't be read; the message names the file.
 
     Args:
-        source: A `.npz` or Parquet file, or a folder of Parquet files or of images in a folder per class. A path that
-            doesn't exist is searched in `FEDPRUNE_DATA`, also with the extension `.npz`.
-        columns: Columns of a Parquet file.
-        size: Height and width to which images are scaled.
-        colour: Whether images are read in colour.
+        source: A `.npz` or Parquet file; or a folder of Parquet files, of Arrow files as `save_to_disk` of `datasets`
+            writes them, or of images. A path that doesn't exist is searched in `FEDPRUNE_DATA`, also with the extension
+            `.npz`.
+        columns: Columns of Parquet or Arrow files, or of the metadata of images.
+        decoding: How images and recordings are decoded.
     """
     path = find_source(source)
     with _name_file(path):
-        return _read_path(path, columns, size, colour)
+        return _read_path(path, columns, decoding or Decoding())
 
 
-def _read_path(path: Path, columns: ParquetColumns | None, size: tuple[int, int] | None, colour: bool) -> Samples:
-    if path.suffix == PARQUET_SUFFIX if path.is_file() else parquet_files_of(path):
+def _read_path(path: Path, columns: ParquetColumns | None, decoding: Decoding) -> Samples:
+    if path.suffix == PARQUET_SUFFIX if path.is_file() else is_saved_dataset(path) or parquet_files_of(path):
         try:
             from fedprune_server.simulation.datasets.parquet_files import read_parquet
         except ModuleNotFoundError as error:
-            raise MissingExtraError(f"Parquet files need {error.name}", extra="parquet") from error
-        return read_parquet(path, columns or ParquetColumns(), size=size, colour=colour)
+            raise MissingExtraError(f"Parquet and Arrow files need {error.name}", extra="parquet") from error
+        return read_parquet(path, columns or ParquetColumns(), decoding)
+    if path.is_dir():
+        return read_image_folder(path, decoding, columns)
     if columns is not None:
-        raise DataError("x, y or owner of [data]", expected="none: columns are those of Parquet files", got="some")
-    if path.is_file():
-        return read_npz(path)
-    return read_image_folder(path, size=size, colour=colour)
+        raise DataError("x, y or owner of [data]", expected="none: columns are those of tables", got="some")
+    return read_npz(path)
 
 
 @contextmanager
