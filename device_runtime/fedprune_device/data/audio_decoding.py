@@ -1,4 +1,4 @@
-"""Decodes WAV files into windows of a model's length, and resamples them; needs only numpy."""
+"""Decodes recordings into windows of a model's length, and resamples them. WAV needs only numpy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, shape_text
 from fedprune.model.lengths import Lengths, Shape, pad_to_bound
+from fedprune_device.data import sound_files
 
 Samples = npt.NDArray[np.float32]
 
@@ -42,12 +43,16 @@ class Audio:
 
     rate: int = 16_000
 
-    endings: ClassVar[tuple[str, ...]] = (".wav",)
     max_bytes: ClassVar[int] = 16 * 2**20
 
     def __post_init__(self) -> None:
         if not RATES[0] <= self.rate <= RATES[1]:
             raise ConfigError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=self.rate)
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Endings of files that can be read: those of compressed ones only where soundfile is installed."""
+        return (".wav", *(sound_files.ENDINGS if sound_files.has_library() else ()))
 
     def samples(self, body: bytes, shape: Shape) -> Samples:
         """A recording's windows [k, *shape], where `shape` is [length] or [1, length]. A shorter recording is padded
@@ -79,8 +84,22 @@ def _windows_of_any_length(recording: Samples, length: Lengths, shape: Shape) ->
 
 
 def read_recording(body: bytes, rate: int) -> Samples:
-    """A file's mean over its channels, from -1 to 1, at `rate`; raises `DataError` if it can't be read."""
-    return resample(*decode_wav(body), rate)
+    """A file's mean over its channels, from -1 to 1, at `rate`.
+
+    Raises `DataError` if it can't be read, and `MissingExtraError` if that takes soundfile, which isn't installed.
+    """
+    if not sound_files.is_sound_file(body):
+        return resample(*decode_wav(body), rate)
+    recording, own_rate = sound_files.decode_sound_file(body, _MAX_NUMBERS)
+    _check_rate(own_rate)
+    if not len(recording):
+        raise DataError("length of a recording", expected=f"1 to {_MAX_NUMBERS} frames", got=0)
+    return resample(recording, own_rate, rate)
+
+
+def _check_rate(rate: int) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise DataError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=rate)
 
 
 def decode_wav(body: bytes) -> tuple[Samples, int]:
@@ -99,8 +118,7 @@ def decode_wav(body: bytes) -> tuple[Samples, int]:
     if tag not in _WIDTHS:
         raise _unreadable_error(f"format {tag}")
     width = (bits + 7) // 8
-    if not RATES[0] <= rate <= RATES[1]:
-        raise DataError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=rate)
+    _check_rate(rate)
     if width not in _WIDTHS[tag]:
         widths = " or ".join(str(8 * each) for each in _WIDTHS[tag])
         raise DataError("width of a number", expected=f"{widths} bits", got=f"{bits} bits")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Shape
+from fedprune_device.data import sound_files
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.decoded_samples import CacheFullError, DecodedSamples
 from fedprune_device.data.file_index import FileIndex
@@ -40,10 +41,11 @@ _MAX_FILES = 200_000  # files that are looked at: of each class all, or a fair s
 # with many new files is ready at once.
 _MAX_HASHED_AT_START = 1000
 
-# Endings of samples that aren't read, with the format that they are to be converted to.
-_CONVERT_TO = {
-    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".dng", ".svg"), "JPEG or PNG"),
-    **dict.fromkeys((".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff"), "WAV"),
+# Endings of samples that aren't read, with what to do about them. Where soundfile is installed, its formats are read.
+_WAY_OUT = {
+    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".dng", ".svg"), "convert them to JPEG or PNG"),
+    **dict.fromkeys((".m4a", ".aac", ".wma"), "convert them to WAV"),
+    **dict.fromkeys(sound_files.ENDINGS, f"{sound_files.INSTALL_HINT}, or convert them to WAV"),
 }
 
 # If the same file is in several parts, the last of these decides, so that no sample is trained on and tested on.
@@ -183,7 +185,8 @@ class SampleFolder:
             got = f"{len(refusals)} that don't fit, such as one for this reason: {refusals[0]}"
         elif self._foreign_counts:
             ending, count = self._foreign_counts.most_common(1)[0]
-            got, hint = f"{count} that end in {ending}", f"Convert them to {_CONVERT_TO[ending]}."
+            way_out = _WAY_OUT[ending]
+            got, hint = f"{count} that end in {ending}", f"{way_out[0].upper()}{way_out[1:]}."
         else:
             got = f"none that ends in {', '.join(self._formats)}"
         return DataError(f"{self._root} has nothing to train on", expected=layout.expected_files, got=got, hint=hint)
@@ -208,7 +211,7 @@ class SampleFolder:
     def _choose_files(self, max_new: int = _MAX_FILES) -> Layout:
         """Find the files and choose among them; at most `max_new` files that the index doesn't know are read."""
         layout = layout_of(self._root, self._names)
-        paths_by_class = layout.files((*self._formats, *_CONVERT_TO))
+        paths_by_class = layout.files((*self._formats, *_WAY_OUT))
         self._count_foreign(path.suffix.lower() for paths in paths_by_class for path in paths)
         paths_by_class = [[path for path in paths if path.suffix.lower() in self._formats] for paths in paths_by_class]
         if (count := sum(map(len, paths_by_class))) > _MAX_FILES:
@@ -266,11 +269,9 @@ class SampleFolder:
         return "train" if split in layout.splits else split
 
     def _count_foreign(self, endings: Iterable[str]) -> None:
-        counts = Counter(ending for ending in endings if ending in _CONVERT_TO)
+        counts = Counter(ending for ending in endings if ending not in self._formats)
         for ending in counts.keys() - self._foreign_counts.keys():
-            _LOG.warning(
-                "files of %s that end in %s are left out: convert them to %s", self._root, ending, _CONVERT_TO[ending]
-            )
+            _LOG.warning("files of %s that end in %s are left out: %s", self._root, ending, _WAY_OUT[ending])
         self._foreign_counts = counts
 
     def _format(self, path: Path) -> Format:
