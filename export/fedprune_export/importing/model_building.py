@@ -69,7 +69,7 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     single = as_single_precision(raw, proto)
     if single is not None:
         raw, proto = single.raw, _parse_inlined(single.raw)
-    head, file_notes = "", list[str]()
+    file_notes = list[str]()
     store_densely(proto.graph, file_notes)
     texts, tensors = metadata.read_properties(proto), tensor_names(proto)
     listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensors)
@@ -77,8 +77,8 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     prefer = _parse_prefer(texts.get(metadata.PREFER_KEY, "coarse"))
     parameters = None if listed is None else frozenset(listed)
     own_loss = own_loss or LOSS_KEY in texts
-    if not own_loss:
-        proto, raw, head = separate_head(proto, raw, file_notes, texts.get(metadata.LABELS_KEY, ""))
+    labels = texts.get(metadata.LABELS_KEY, "")
+    proto, raw, head = separate_head(proto, raw, file_notes, labels, own_loss=own_loss)
     normal = normalise(proto, parameters, raw, own_loss=own_loss)
     if single is not None:
         file_notes.append(single.compare(raw, normal.graph))

@@ -5,7 +5,7 @@ The nodes behind the training end are kept in the model's metadata as an ONNX gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import onnx
 from onnx import helper
@@ -22,8 +22,11 @@ from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.training_end import (
     Dims,
     TrainingEnd,
+    can_follow,
     find_training_end,
+    has_suppression,
     is_single_float,
+    needed_nodes,
     nodes_behind,
     training_candidates,
 )
@@ -31,7 +34,7 @@ from fedprune_export.importing.translation import upgrade_model
 
 
 def separate_head(
-    proto: onnx.ModelProto, raw: bytes, notes: list[str], labels: str = ""
+    proto: onnx.ModelProto, raw: bytes, notes: list[str], labels: str = "", *, own_loss: bool = False
 ) -> tuple[onnx.ModelProto, bytes, str]:
     """Let a model end before its decisions and probabilities, if all its outputs are computed from one value.
 
@@ -41,6 +44,8 @@ def separate_head(
     Args:
         proto: The file's model, without functions and control flow.
         labels: The kind of labels that the loss compares with, where it is known; see `find_training_end`.
+        own_loss: Whether the model has a loss of its own. It takes the outputs as they are, if they are numbers that it
+            can follow; outputs that aren't are left out.
     """
     head = metadata.read_properties(proto).get(HEAD_KEY, "")
     outputs = [o.name for o in proto.graph.output]
@@ -49,11 +54,14 @@ def separate_head(
         return end_model(proto, end, None), end_model(parse_model(raw), end, None).SerializeToString(), head
     if head and len(outputs) == 1:  # the user has chosen a value within the file
         return proto, raw, head
+    if own_loss and any(can_follow(proto, o) for o in proto.graph.output):
+        _leave_out_decisions(proto, notes)
+        return proto, raw, ""
     inlined, proto = proto, upgrade_model(proto)
     shapes = file_shapes(proto)
     found = find_training_end(proto, shapes, labels)
     if found is None or (found.axis != 1 and not _has_batch_first(proto)):
-        if len(outputs) > 1:
+        if len(outputs) > 1 or has_suppression(needed_nodes(proto.graph.node, outputs)):
             raise _undecided_error(proto, shapes)
         return inlined, raw, ""
     file = parse_model(raw, run_checker=False)
@@ -66,14 +74,19 @@ def separate_head(
     trunk, original = end_model(proto, found, dims), end_model(file, found, dims)
     head, operators = head_text(proto, found, dims or (), notes), [n.op_type for n in found.nodes]
     moved = f" with its classes, on axis {found.axis}, moved to axis 1" if found.axis != 1 else ""
-    kept = (
-        f"Predictions, and files that to-onnx and export-model write, keep the file's own end "
-        f"({first_few(list(dict.fromkeys(operators)))}), too."
-    )
-    lost = "The file's own end is left out of predictions: it can't be computed for several samples at once."
+    own_end = f"the file's own end ({first_few(list(dict.fromkeys(operators)))})"
+    kept = f"Predictions, and files that to-onnx and export-model write, keep {own_end}, too."
+    lost = f"Predictions lack {own_end}: it can't be computed for several samples as for each."
     value = f"{'the logits of ' if found.removed else ''}{value_text(found.value)}"
     notes.append(f"The model is trained from {value}{moved}. {kept if head else lost}")
     return trunk, original.SerializeToString(), head
+
+
+def _leave_out_decisions(proto: onnx.ModelProto, notes: list[str]) -> None:
+    """Remove outputs that no loss can follow from a model whose loss takes the other outputs."""
+    for value in [o for o in proto.graph.output if not can_follow(proto, o)]:
+        proto.graph.output.remove(value)
+        notes.append(f"Output {value_text(value.name)} is left out: it has no gradient that the loss could follow.")
 
 
 def ends_in_labels(proto: onnx.ModelProto, labels: str) -> bool:
@@ -131,9 +144,9 @@ def end_model(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims | None) -> on
         value = Names(proto.graph).fresh(f"{value}.classes_first")
         nodes.append(helper.make_node("Transpose", [end.value], [value], name=value, perm=order))
         dims = [dims[axis] for axis in order]
-    needed_nodes = _needed_nodes(nodes, value)
+    live_nodes = needed_nodes(nodes, [value])
     del ended.graph.node[:]
-    ended.graph.node.extend(needed_nodes)
+    ended.graph.node.extend(live_nodes)
     _declare_output(ended, value, dims)
     return ended
 
@@ -162,20 +175,6 @@ def _declare_output(proto: onnx.ModelProto, output: str, dims: Dims | None) -> N
         declared.CopyFrom(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes))
     del proto.graph.output[:]
     proto.graph.output.append(declared)
-
-
-def _needed_nodes(nodes: Sequence[onnx.NodeProto], value: str) -> list[onnx.NodeProto]:
-    makers = {o: i for i, n in enumerate(nodes) for o in n.output}
-    pending, needed = [value], set[int]()
-    while pending:
-        index = makers.get(pending.pop())
-        if index is None or index in needed:
-            continue
-        needed.add(index)
-        if any(a.HasField("g") or a.graphs for a in nodes[index].attribute):
-            return list(nodes)  # sub-graphs read further values
-        pending += nodes[index].input
-    return [n for i, n in enumerate(nodes) if i in needed]
 
 
 def _has_nodes(file: onnx.ModelProto, end: TrainingEnd) -> bool:

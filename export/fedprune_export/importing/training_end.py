@@ -84,7 +84,13 @@ def find_training_end(proto: onnx.ModelProto, shapes: Mapping[str, Dims], labels
 
 
 def is_single_float(proto: onnx.ModelProto) -> bool:
-    return len(proto.graph.output) == 1 and proto.graph.output[0].type.tensor_type.elem_type in _FLOAT_TYPES
+    return len(proto.graph.output) == 1 and can_follow(proto, proto.graph.output[0])
+
+
+def can_follow(proto: onnx.ModelProto, output: onnx.ValueInfoProto) -> bool:
+    """Whether a loss can follow an output: it consists of floats, and of all of them for each sample."""
+    is_float = output.type.tensor_type.elem_type in _FLOAT_TYPES
+    return is_float and not has_suppression(needed_nodes(proto.graph.node, [output.name]))
 
 
 def training_candidates(proto: onnx.ModelProto, shapes: Mapping[str, Dims]) -> tuple[str, ...]:
@@ -104,7 +110,10 @@ def search_end(
     proto: onnx.ModelProto, ends: Collection[str] | None, followers: Collection[str], *, stop: str = ""
 ) -> Search:
     """Go back from the outputs through nodes of `ends` and `followers`; a value is an end if an operator of `ends`
-    reads it (with None, if it is `stop`)."""
+    reads it (with None, if it is `stop`).
+
+    NonMaxSuppression reads boxes and scores, so training ends at the last value that both are computed from.
+    """
     constants = constant_values(proto)
     inputs = {i.name for i in proto.graph.input}
     frontier = {o.name: None for o in proto.graph.output if o.name not in constants}
@@ -125,9 +134,32 @@ def search_end(
             continue
         value = next(iter(frontier))
         is_end = value == stop if ends is None else any(n.op_type in ends for n in nodes if value in n.input)
-        if is_end and value not in inputs:
+        is_detection = ends is not None and has_suppression(nodes)
+        if (is_end or is_detection) and value not in inputs:
             found_value, found_count = value, len(nodes)
+        if is_detection and found_value:
+            break
     return Search(found_value, tuple(nodes[:found_count][::-1]), tuple(frontier))
+
+
+def has_suppression(nodes: Iterable[onnx.NodeProto]) -> bool:
+    """Whether boxes are chosen among nodes, of which no loss can follow what comes out."""
+    return any(n.op_type == "NonMaxSuppression" for n in nodes)
+
+
+def needed_nodes(nodes: Sequence[onnx.NodeProto], values: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that values are computed by, in order."""
+    makers = {o: i for i, n in enumerate(nodes) for o in n.output}
+    pending, needed = list(values), set[int]()
+    while pending:
+        index = makers.get(pending.pop())
+        if index is None or index in needed:
+            continue
+        needed.add(index)
+        if any(a.HasField("g") or a.graphs for a in nodes[index].attribute):
+            return list(nodes)  # sub-graphs read further values
+        pending += nodes[index].input
+    return [n for i, n in enumerate(nodes) if i in needed]
 
 
 def constant_values(proto: onnx.ModelProto) -> set[str]:

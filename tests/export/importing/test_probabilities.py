@@ -151,6 +151,8 @@ def test_what_only_resembles_probabilities_is_trained() -> None:
 
 
 def test_the_value_before_a_sigmoid_can_be_the_output() -> None:
-    model = import_onnx(raw(REFUSED["sigmoid"][0]), "net", ImportChoices(output="l"))
+    file = raw(REFUSED["sigmoid"][0])
+    model = import_onnx(file, "net", ImportChoices(output="l"))
     assert [n.op for n in model.graph.nodes] == ["MatMul"]
     training_graph(model, Features(loss="bce"))
+    check_written(model, file, np.random.default_rng(1).standard_normal((3, 10)).astype(np.float32))
