@@ -49,8 +49,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output",
         metavar="NAME",
-        help="the output of an ONNX file to train from, or a value within it; what follows it stays for predictions, if it "
-        "has no weights",
+        help="the output of an ONNX file to train from, or a value within it; what follows it stays for predictions, "
+        "if it has no weights",
     )
     group.add_argument(
         "--parameters",

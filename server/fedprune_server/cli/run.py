@@ -55,7 +55,7 @@ _OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "boards in a round": (
         "participation", "over_selection", "in_flight", "deadline", "connected",
     ),
-    "the model and the server's samples": ("loss", "metric", "lora", "base", "calibration"),
+    "the model and the server's samples": ("output", "loss", "metric", "lora", "base", "calibration"),
     "what is kept, and where": ("database", "blobs", "keep"),
     "the broker, and the fleet at it": ("ca", "port", "site", "profiles"),
     "how models and updates travel": ("uploads", "serve_blobs", "blob_url"),

@@ -55,6 +55,9 @@ class JobSettings:
         "One sample's shape, for a torch factory whose module doesn't state it, or an ONNX file with free sizes; "
         "`LEAST:MOST` for a length that varies.",
     )
+    output: str | None = setting(
+        None, "The output of an ONNX file from which the model is trained, or a value within it.", "NAME"
+    )
     loss: str | None = setting(
         None,
         'A loss of your own, for recipe.loss = "custom": `package.module:function` of outputs and labels, or an ONNX '
@@ -378,7 +381,7 @@ class ServerConfig(ReportSettings, WebConsoleSettings, WebSettings):
 JOB_KEYS = tuple(f.name for f in fields(JobSettings))
 
 # Settings of a job that stand in tables of their own instead of [server]: a simulation reads the same tables.
-TABLE_KEYS = {name: ("model", name) for name in ("input_shape", "loss", "metric", "lora", "base")} | {
+TABLE_KEYS = {name: ("model", name) for name in ("input_shape", "output", "loss", "metric", "lora", "base")} | {
     "model": ("model", "path"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),

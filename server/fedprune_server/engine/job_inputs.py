@@ -44,6 +44,7 @@ def read_job_model(config: JobSettings) -> bytes:
     try:
         choices = importing.ImportChoices(
             input_shape=config.input_shape,
+            output=config.output,
             loss=config.loss or config.job.recipe.loss,
             metric=config.metric,
             lora=config.lora,
@@ -66,11 +67,12 @@ def check_job_model(config: JobSettings, raw: bytes, job_description: str) -> No
 
     A source that no longer exists is no difference: the job has a copy. Raises `ConfigError`, with the description of
     the job, if something differs, and `ModelError` if the model can't be used."""
-    if config.model is None and config.lora is not None:
-        raise ConfigError(
-            ("model", "lora"), expected="path, too, or neither", got="lora alone",
-            hint="A job that has begun has its adapters: leave lora out.",
-        )  # fmt: skip
+    for name, what in (("lora", "adapters"), ("output", "output")):
+        if config.model is None and getattr(config, name) is not None:
+            raise ConfigError(
+                ("model", name), expected="path, too, or neither", got=f"{name} alone",
+                hint=f"A job that has begun has its {what}: leave {name} out.",
+            )  # fmt: skip
     current = _read_configured_model(config, raw)
     if current is None:
         return

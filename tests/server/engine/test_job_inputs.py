@@ -16,7 +16,9 @@ import pytest
 from fedprune.core.errors import ConfigError, DataError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
+from fedprune_export.importing import import_onnx
 from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.engine.job_inputs import read_job_model
 from fedprune_server.engine.state_folder import StateFolder
 from fedprune_server.simulation.digits import digits_model, load_digits
 from support.fakes.opened_job import open_job
@@ -135,8 +137,16 @@ def test_adapters_without_their_model_are_refused(tmp_path: Path) -> None:
         open_job(folder, ServerConfig(model=str(tmp_path / "model.onnx")))
         with pytest.raises(ConfigError, match="lora"):
             folder.read_job(ServerConfig(lora="2"))
+        with pytest.raises(ConfigError, match="output"):
+            folder.read_job(ServerConfig(output="v11"))
         with pytest.raises(ConfigError, match="is not the model"):
             folder.read_job(ServerConfig(base="float16"))
+
+
+def test_a_job_trains_from_the_value_that_its_settings_name(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    raw = read_job_model(ServerConfig(model=str(tmp_path / "model.onnx"), output="v7"))
+    assert [n.op for n in import_onnx(raw, "model").graph.nodes][-1] == "Conv"
 
 
 def test_a_model_whose_source_is_gone_is_said_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

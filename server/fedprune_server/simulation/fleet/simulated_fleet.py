@@ -149,6 +149,7 @@ def _read_model(config: ServerConfig) -> Model:
     with name_source(("model", "path")):
         choices = ImportChoices(
             input_shape=config.input_shape,
+            output=config.output,
             loss=config.loss or config.job.recipe.loss,
             metric=config.metric,
             lora=config.lora,
