@@ -10,6 +10,7 @@ from onnx import helper, inliner, numpy_helper
 
 from fedprune.core.errors import ModelError, error_reason, value_text
 from fedprune_export.importing.control_flow import CONTROL_FLOW, without_control_flow
+from fedprune_export.importing.embedding_bags import without_embedding_bags
 from fedprune_export.importing.graph_writer import Names
 from fedprune_export.importing.model_file import check_valid_onnx
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
@@ -30,7 +31,7 @@ BY_DEFINITION = {
 }
 
 
-def inline_model(model: onnx.ModelProto) -> onnx.ModelProto:
+def inline_model(model: onnx.ModelProto, notes: list[str] | None = None) -> onnx.ModelProto:
     """The model without local functions, sequences, branches on constants and loops of a fixed length: the same object
     if it has none.
 
@@ -56,6 +57,9 @@ def inline_model(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     out = onnx.ModelProto()
     out.CopyFrom(model)
+    if "Loop" in operators and (count := without_embedding_bags(out, opset)) and notes is not None:
+        bags = "An EmbeddingBag that was a loop" if count == 1 else f"{count} EmbeddingBags that were loops"
+        notes.append(f"{bags} over samples became a lookup of all samples at once.")
     if operators & CONTROL_FLOW:
         without_control_flow(out, opset, MAX_NODES)
     if has_old_group_norm:

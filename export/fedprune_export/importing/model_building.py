@@ -65,11 +65,11 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     `own_loss`: it will have a loss of its own, which takes several outputs (see `normalise`). Raises `ModelError` if
     the file is damaged, or uses what can't be handled.
     """
-    proto = _parse_inlined(raw)
+    file_notes = list[str]()
+    proto = _parse_inlined(raw, file_notes)
     single = as_single_precision(raw, proto)
     if single is not None:
-        raw, proto = single.raw, _parse_inlined(single.raw)
-    file_notes = list[str]()
+        raw, proto = single.raw, _parse_inlined(single.raw, file_notes)
     store_densely(proto.graph, file_notes)
     texts, tensors = metadata.read_properties(proto), tensor_names(proto)
     listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensors)
@@ -110,11 +110,11 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     return model
 
 
-def _parse_inlined(raw: bytes) -> onnx.ModelProto:
+def _parse_inlined(raw: bytes, notes: list[str]) -> onnx.ModelProto:
     """A file's model, checked, without functions, branches and loops."""
     file_model = parse_model(raw, run_checker=False)
     has_early_norms = name_early_norms(file_model)
-    proto = inline_model(file_model)
+    proto = inline_model(file_model, notes)
     # onnx's checker takes long on large files, so it sees each model once: the file, or the inlined model.
     if proto is file_model:
         check_valid_onnx(proto if has_early_norms else raw)

@@ -17,6 +17,7 @@ from fedprune.core.errors import ModelError, error_reason, shape_text
 from fedprune_export.importing import metadata
 from fedprune_export.importing.lengths import FREE_INPUT_KEY
 from fedprune_export.importing.quiet_libraries import silence_libraries
+from fedprune_export.importing.torch_bags import export_embedding_bags
 from fedprune_export.importing.torch_dropout import export_dropouts, extract_mask_axes, record_training_mode
 from fedprune_export.importing.torch_inputs import sample_inputs
 from fedprune_export.importing.torch_loading import torch_package
@@ -52,7 +53,7 @@ def export_torch(
     training_mode = record_training_mode(torch, module, samples)
     module.eval()
     try:
-        with export_dropouts(torch, module, training_mode):
+        with export_dropouts(torch, module, training_mode), export_embedding_bags(torch):
             proto = export_module(module, samples)
     except Exception as error:
         shapes = " and ".join(shape_text("n", *sample.shape[1:]) for sample in samples)

@@ -144,8 +144,8 @@ def test_a_branch_that_is_taken_wrongly_is_noticed(monkeypatch: pytest.MonkeyPat
     raw = model_bytes(body)
     same(raw)
 
-    def mistaken(model: onnx.ModelProto) -> onnx.ModelProto:
-        out = inlining.inline_model(model)
+    def mistaken(model: onnx.ModelProto, notes: list[str]) -> onnx.ModelProto:
+        out = inlining.inline_model(model, notes)
         for node in out.graph.node:
             node.op_type = "Tanh" if node.op_type == "Relu" else node.op_type
         return out
