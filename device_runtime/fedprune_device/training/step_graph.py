@@ -13,10 +13,10 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
-from fedprune.model.dropout import DropoutMasks
 from fedprune.model.features import CUSTOM_LOSS, Features
 from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.random_inputs import RandomInputs
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ALL_ACTIVE, ElementMask
 from fedprune.model.step_feeds import anchor_feeds, divisor_share
@@ -50,10 +50,10 @@ class StepGraph:
     on an NVIDIA GPU. `subgraphs` are those of this graph that were cut before.
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay.
-    `optimizer_states` are the optimiser's arrays, `updated_names` all that have a next value. `dropout`: the masks that
-    it takes. `counts_hits`: whether it counts right samples. `token_ids`: whether samples are whole numbers. `base` is
-    the file of frozen weights that the graph reads in low precision. Raises `ModelError` if onnxruntime refuses the
-    graph, `TrainingError` if it is not a training graph.
+    `optimizer_states` are the optimiser's arrays, `updated_names` all that have a next value. `random_inputs`: the
+    masks and noise that it takes. `counts_hits`: whether it counts right samples. `token_ids`: whether samples are
+    whole numbers. `base` is the file of frozen weights that the graph reads in low precision. Raises `ModelError` if
+    onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class StepGraph:
         self._base_names = {n for n in inputs if n.endswith(base_endings)}
         if self._base_names and base is None:
             raise TrainingError("the training graph reads a frozen base", expected="a file of it", got="none")
-        self.dropout = DropoutMasks.of(inputs, self._session.metadata)
+        self.random_inputs = RandomInputs.of(inputs, self._session.metadata)
         self.updated_names = [*self.trainable, *self.statistics, *self.optimizer_states]
         ignored = self._session.metadata.get(step_contract.IGNORED_METADATA)
         self._ignored = None if ignored is None else int(ignored)
@@ -120,7 +120,7 @@ class StepGraph:
         contract = step_contract
         of_tensors = contract.anchor_name, contract.strength_name, contract.mask_name, contract.threshold_name
         fed = {*contract.INPUTS, *self.names, *self.optimizer_states, *self._sums, *self._base_names}
-        fed |= {*self.dropout.ratios, *(input_of(n) for n in self.trainable for input_of in of_tensors)}
+        fed |= {*self.random_inputs.draws, *(input_of(n) for n in self.trainable for input_of in of_tensors)}
         if inputs - fed:
             raise TrainingError(
                 "the training graph has inputs that this device can't feed",
@@ -172,7 +172,7 @@ class StepGraph:
         feeds |= self.mask_inputs(tensors, recipe, mask)
         step_inputs = {*step_contract.SAMPLE_INPUTS, step_contract.STEP_NUMBER, step_contract.DIVISOR}
         required = set(self._session.inputs) - step_inputs - {*self.names, *self.optimizer_states, *self._sums}
-        required -= {*self._base_names, *self.dropout.ratios}
+        required -= {*self._base_names, *self.random_inputs.draws}
         classifies = self._classifies if recipe.loss == CUSTOM_LOSS else recipe.features.has_class_labels
         scores = recipe.features.counts_hits
         cannot_accumulate = not self._sums and recipe.features.accumulate
@@ -245,13 +245,13 @@ class StepGraph:
         number: int,
         gradients: Sequence[str] = (),
         into: Mapping[str, Array] | None = None,
-        dropout_key: tuple[Any, ...] | None = None,
+        draw_key: tuple[Any, ...] | None = None,
     ) -> StepResult:
         """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs.
 
         Args:
             into: Arrays that the next values of all of `updated_names` are written into; none of them may be a feed.
-            dropout_key: Seed and key of the masks of dropout; None to drop nothing.
+            draw_key: Seed and key of random inputs; None to draw nothing.
         """
         feeds = dict(feeds)
         if step_contract.STEP_NUMBER in self._session.inputs:
@@ -268,10 +268,10 @@ class StepGraph:
             names = self.updated_names if is_last else [*self.statistics, *self._sums]
             gradient_names = list(gradients) if is_last else []
             labels = {step_contract.Y: micro_batch.y}
-            if dropout_key is None:
-                labels |= self.dropout.ones(feeds, len(micro_batch.y))
+            if draw_key is None:
+                labels |= self.random_inputs.means(feeds, len(micro_batch.y))
             else:
-                labels |= self.dropout.draw(feeds, len(micro_batch.y), *dropout_key, count)
+                labels |= self.random_inputs.draw(feeds, len(micro_batch.y), *draw_key, count)
             if step_contract.Y_PARTNER in self._session.inputs:
                 labels[step_contract.Y_PARTNER] = micro_batch.y if micro_batch.partner is None else micro_batch.partner
             outputs = self._run_session(
@@ -298,14 +298,14 @@ class StepGraph:
         return self._session.place(arrays, role)
 
     def run_forward(self, feeds: dict[str, Array], outputs: Sequence[str]) -> Mapping[str, Array]:
-        """Run what of the graph some outputs need, without dropout; feeds that aren't needed are left out."""
+        """Run what of the graph some outputs need, without drawing anything; feeds that aren't needed are left out."""
         session = self._given or self._forward.get(tuple(outputs))
         try:
             if session is None:
                 subgraph = self._subgraphs.subgraph_for(self._graph_bytes, outputs)
                 session = OnnxSession(subgraph, threads=self._threads, training=True, cuda=self._cuda)
                 self._forward[tuple(outputs)] = session
-            inputs = {**feeds, **self._mapped_base(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}
+            inputs = {**feeds, **self._mapped_base(), **self.random_inputs.means(feeds, len(feeds[step_contract.X]))}
             return session.run({n: v for n, v in inputs.items() if n in session.inputs}, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error

@@ -101,9 +101,9 @@ class TrainingRun:
             feeds = narrower_axes.narrow(feeds, own_widths, widths)
         gradient_names = graph.gradients if recipe.report_squares and self._ends_epoch(number) else []
         spare = self._spare if narrower_axes is None else None
-        dropout_key = (task.seed, task.round, task.device, "dropout", number)
+        draw_key = (task.seed, task.round, task.device, "dropout", number)
         loss, hits, values, gradients = graph.run_step(
-            feeds, micro_batches, task.optimizer_steps + number, gradient_names, spare, dropout_key
+            feeds, micro_batches, task.optimizer_steps + number, gradient_names, spare, draw_key
         )
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_DIVERGENCE_HINT)

@@ -94,7 +94,7 @@ class _Trial:
 
     def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
         feeds = step_feeds(
-            self.training.inputs,
+            self.training,
             self.bundle.recipe,
             {**(self.tensors if tensors is None else tensors), **self.bundle.frozen_weights()},
             self.x,

@@ -71,7 +71,7 @@ def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str
     samples = batch if isinstance(batch, int) else STEP_SAMPLES
     x, y = sample_feeds(model.graph, samples)[X], random_labels(recipe, samples, classes, session.inputs[Y])
     frozen = tensorfile.decode(files[BASE]) if BASE in files else {}
-    feeds = step_feeds(session.inputs, recipe, {**tensors, **frozen}, x, y, classes)
+    feeds = step_feeds(session, recipe, {**tensors, **frozen}, x, y, classes)
     count_moved_tensors(
         session.run(feeds if recipe.lr else {**feeds, LR: np.array(TRIAL_LEARNING_RATE, np.float32)}),
         model.architecture,

@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
-from fedprune.model.dropout import dropout_ones
 from fedprune.model.features import CUSTOM_LOSS, MULTI_LABELS, labels_of
+from fedprune.model.random_inputs import RandomInputs
 from fedprune.model.recipe import Recipe
 from fedprune.model.step_feeds import first_step_feeds
+from fedprune.runtime.session import OnnxSession
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
@@ -35,27 +36,27 @@ def random_labels(recipe: Recipe, samples: int, classes: int, form: tuple[str, S
 
 
 def step_feeds(
-    inputs: Mapping[str, tuple[str, Shape]],
+    session: OnnxSession,
     recipe: Recipe,
     tensors: Mapping[str, Array],
     x: Array,
     y: Array,
     classes: int,
 ) -> dict[str, Array]:
-    """All inputs of a first training step on one batch. Dropouts drop nothing.
+    """All inputs of a first training step of a graph on one batch. Nothing is drawn.
 
     Where labels can be mixed, each sample's is mixed with its neighbour's. Raises `ModelError` if the
     graph has an input that is not in the contract, or lacks x, y or a tensor.
 
     Args:
-        inputs: Type and shape of the graph's inputs, as a session gives them.
         tensors: Weights and statistics; the proximal term's anchors get the same values.
     """
+    inputs = session.inputs
     feeds: dict[str, Array] = {step_contract.X: x, step_contract.Y: y}
     feeds |= first_step_feeds(recipe, tensors, inputs, y, classes)
     if step_contract.Y_PARTNER in inputs:
         feeds |= {step_contract.Y_PARTNER: np.roll(y, 1), step_contract.Y_SHARE: np.array(_TRIAL_MIX_SHARE, np.float32)}
-    feeds |= dropout_ones(inputs, feeds, len(x))
+    feeds |= RandomInputs.of(inputs, session.metadata).means(feeds, len(x))
     missing = [n for n in (step_contract.X, step_contract.Y, *tensors) if n not in inputs]
     if missing:
         raise ModelError("the training step lacks inputs", got=", ".join(missing[:5]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedprune.core.text import quantity
 from fedprune_export.importing.simplification import bypass
-from fedprune_export.ir.dropout import dropout_ratio, is_dropout
+from fedprune_export.ir.dropout import dropout_ratio, is_dropout, read_draws
 from fedprune_export.ir.graph import Graph, Node
 
 
@@ -14,13 +14,14 @@ def rewrite_dropouts(graph: Graph, notes: list[str]) -> None:
     If other operators read a dropout's mask, they get one that is all true. `notes` gets a sentence on what was done.
     """
     ratios: list[float] = []
+    draws = read_draws(graph.metadata)
     outputs = {p.name for p in graph.outputs}
     readers = graph.consumers()
     nodes: list[Node] = []
     idle: list[Node] = []
     for node in graph.nodes:
         nodes.append(node)
-        if not is_dropout(node):
+        if not is_dropout(node) or node.name in draws:
             continue
         ratio = dropout_ratio(graph, node)
         mask = node.outputs[1] if len(node.outputs) > 1 else ""

@@ -15,6 +15,7 @@ from fedprune_export.channels import analyse
 from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import uncut_tensors
+from fedprune_export.importing.draws import rewrite_draws
 from fedprune_export.importing.fused_operators import name_early_norms
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
@@ -30,7 +31,7 @@ from fedprune_export.importing.user_graphs import (
     import_loss,
     import_metric,
 )
-from fedprune_export.ir.dropout import DROPOUT_AXES_KEY
+from fedprune_export.ir.dropout import DRAWS_KEY, DROPOUT_AXES_KEY
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.frozen_base import freeze_base
 from fedprune_export.pruning.model import RANKS_KEY, Model
@@ -77,6 +78,7 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     prefer = _parse_prefer(texts.get(metadata.PREFER_KEY, "coarse"))
     parameters = None if listed is None else frozenset(listed)
     own_loss = own_loss or LOSS_KEY in texts
+    proto, raw = rewrite_draws(proto, raw, file_notes)
     labels = texts.get(metadata.LABELS_KEY, "")
     proto, raw, head = separate_head(proto, raw, file_notes, labels, own_loss=own_loss)
     normal = normalise(proto, parameters, raw, own_loss=own_loss)
@@ -143,7 +145,7 @@ def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: 
         metadata.NAMES_KEY: names,
         metadata.TRAINING_NOTES_KEY: metadata.training_notes(texts),
     }
-    graph_keys = (INPUTS_KEY, OUTPUTS_KEY, LENGTH_METADATA, DROPOUT_AXES_KEY)
+    graph_keys = (INPUTS_KEY, OUTPUTS_KEY, LENGTH_METADATA, DROPOUT_AXES_KEY, DRAWS_KEY)
     return {
         **{key: text for key, text in normal.graph.metadata.items() if key in graph_keys},
         **{key: json.dumps(fact) for key, fact in facts.items() if fact},

@@ -18,12 +18,12 @@ from fedprune_export.importing import metadata
 from fedprune_export.importing.lengths import FREE_INPUT_KEY
 from fedprune_export.importing.quiet_libraries import silence_libraries
 from fedprune_export.importing.torch_bags import export_embedding_bags
-from fedprune_export.importing.torch_dropout import export_dropouts, extract_mask_axes, record_training_mode
+from fedprune_export.importing.torch_dropout import export_dropouts, extract_masks
 from fedprune_export.importing.torch_inputs import sample_inputs
 from fedprune_export.importing.torch_loading import torch_package
 from fedprune_export.importing.torch_tensors import record_tensors
+from fedprune_export.importing.torch_training_mode import record_training_mode
 from fedprune_export.importing.torch_translations import TorchTranslations
-from fedprune_export.ir.dropout import DROPOUT_AXES_KEY
 
 
 def export_torch(
@@ -52,8 +52,10 @@ def export_torch(
     samples, varying_input = sample_inputs(module, example, input_shape, token_ids, name)
     training_mode = record_training_mode(torch, module, samples)
     module.eval()
+    for submodule in training_mode.drawing:
+        submodule.training = True
     try:
-        with export_dropouts(torch, module, training_mode), export_embedding_bags(torch):
+        with export_dropouts(torch, module, training_mode.calls), export_embedding_bags(torch):
             proto = export_module(module, samples)
     except Exception as error:
         shapes = " and ".join(shape_text("n", *sample.shape[1:]) for sample in samples)
@@ -64,13 +66,13 @@ def export_torch(
             + ("" if samples[0].dtype == torch.int64 else " If it takes token ids, add --token-ids."),
         ) from error
     else:
-        record_tensors(torch, module, samples, proto, name)
+        with torch.random.fork_rng(devices=[]):
+            record_tensors(torch, module, samples, proto, name)
     finally:
         for submodule, training in modes:
             submodule.training = training
     texts = {} if varying_input is None else {FREE_INPUT_KEY: json.dumps(varying_input)}
-    axes = extract_mask_axes(proto.graph.node)
-    texts |= {DROPOUT_AXES_KEY: json.dumps(axes)} if axes else {}
+    texts |= extract_masks(proto)
     texts |= {metadata.TRAINING_NOTES_KEY: json.dumps(training_mode.notes)} if training_mode.notes else {}
     metadata.write_properties(proto, texts)
     raw: bytes = proto.SerializeToString(deterministic=True)

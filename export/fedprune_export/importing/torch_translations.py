@@ -41,6 +41,8 @@ class TorchTranslations:
             aten.expm1.default: self.expm1,
             aten.logaddexp.default: lambda x, y: self.log_add_exp(x, y, math.e),
             aten.logaddexp2.default: lambda x, y: self.log_add_exp(x, y, 2),
+            aten.bernoulli.p: self.bernoulli,
+            aten.uniform.default: self.uniform,
             aten._cdist_forward.default: self.cdist,
             aten._adaptive_avg_pool3d.default: self.adaptive_avg_pool3d,
         }
@@ -104,6 +106,15 @@ class TorchTranslations:
             matrix = ops.Constant(value=onnx.numpy_helper.from_array(shares.numpy()))
             x = ops.MatMul(ops.Transpose(x, perm=[0, 1, 3, 4, 2]), matrix)
         return x
+
+    def bernoulli(self, x: Any, p: float = 0.5, **_: Any) -> Any:
+        """Draws with one probability, which the exporter would compare uniform numbers with: so its mean is known."""
+        ops = self._ops
+        return ops.Bernoulli(ops.Expand(ops.CastLike(p, x), ops.Shape(x)))
+
+    def uniform(self, x: Any, low: float = 0.0, high: float = 1.0, **_: Any) -> Any:
+        """Uniform draws, which the exporter lacks."""
+        return self._ops.RandomUniformLike(x, low=low, high=high)
 
     def log_sigmoid(self, x: Any) -> Any:
         """The logarithm of a sigmoid as −softplus(−x), which stays finite where the sigmoid is 0."""

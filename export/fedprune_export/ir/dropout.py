@@ -1,4 +1,6 @@
-"""Dropout in imported graphs: a node that returns its input, which a training step replaces by a product with a mask.
+"""Dropout in imported graphs: a node that returns its input, which a training step replaces by what is random in it.
+
+That is a product with a mask or, where the metadata says so, numbers that are drawn instead of the input, their mean.
 
 A node has two inputs, the value and the ratio, as ONNX has it; it is never in ONNX's training mode. ONNX has no field
 for numbers that are dropped together, such as whole channels: the graph's metadata says on which axes a mask differs.
@@ -8,15 +10,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from fedprune.core.errors import ModelError, value_text
+from fedprune.model.random_inputs import Draw
 from fedprune_export.ir.graph import Graph, Node
 
 # The key of a graph's metadata for the axes on which the mask of a dropout varies, by the node's name. Dropouts whose
 # mask varies on all axes are not listed.
 DROPOUT_AXES_KEY = "fedprune.dropout_axes"
+
+# The key of the metadata for dropouts whose random numbers their ratio doesn't say: `Draw` as JSON, by the node's name.
+DRAWS_KEY = "fedprune.draws"
 
 
 def is_dropout(node: Node) -> bool:
@@ -36,6 +43,14 @@ def dropout_ratio(graph: Graph, node: Node) -> float | None:
     return float(f"{value:.6g}") if 0 <= value <= 1 else None
 
 
+def node_draw(graph: Graph, node: Node) -> Draw | None:
+    """What a dropout draws while training; None where its ratio is computed."""
+    draw = read_draws(graph.metadata).get(node.name)
+    if draw is None and (ratio := dropout_ratio(graph, node)) is not None:
+        draw = Draw.dropout(ratio)
+    return draw
+
+
 def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
     """The axes on which a dropout's mask varies; None for all."""
     return read_dropout_axes(graph.metadata).get(node.name)
@@ -43,18 +58,33 @@ def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
 
 def read_dropout_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """The axes of masks by the name of the dropout. Raises `ModelError` if the text is something else."""
-    try:
-        axes_by_name = json.loads(texts.get(DROPOUT_AXES_KEY, "{}"))
-    # Deeply nested JSON ends in a RecursionError.
-    except (ValueError, RecursionError):
-        axes_by_name = None
-    if not isinstance(axes_by_name, dict) or not all(
+    axes_by_name = _read_table(texts, DROPOUT_AXES_KEY)
+    if axes_by_name is None or not all(
         isinstance(axes, list) and all(type(a) is int for a in axes) for axes in axes_by_name.values()
     ):
         raise ModelError(
             f"metadata {DROPOUT_AXES_KEY}", expected="lists of axes by name", got=value_text(texts[DROPOUT_AXES_KEY])
         )
     return {name: tuple(axes) for name, axes in axes_by_name.items()}
+
+
+def read_draws(texts: Mapping[str, str]) -> dict[str, Draw]:
+    """What dropouts draw by their names. Raises `ModelError` if the text is something else."""
+    table = _read_table(texts, DRAWS_KEY)
+    draws = {} if table is None else {name: Draw.parse(value) for name, value in table.items()}
+    if table is None or None in draws.values():
+        raise ModelError(f"metadata {DRAWS_KEY}", expected="distributions by name", got=value_text(texts[DRAWS_KEY]))
+    return {name: draw for name, draw in draws.items() if draw is not None}
+
+
+def _read_table(texts: Mapping[str, str], key: str) -> dict[str, Any] | None:
+    """A JSON object of the metadata; None if it is something else."""
+    try:
+        table = json.loads(texts.get(key, "{}"))
+    # Deeply nested JSON ends in a RecursionError.
+    except (ValueError, RecursionError):
+        return None
+    return table if isinstance(table, dict) else None
 
 
 def remove_dropouts(graph: Graph) -> None:
@@ -71,4 +101,5 @@ def remove_dropouts(graph: Graph) -> None:
     graph.nodes = [n for n in graph.nodes if not is_dropout(n)]
     for node in graph.nodes:
         node.inputs = [sources.get(i, i) for i in node.inputs]
-    graph.metadata.pop(DROPOUT_AXES_KEY, None)
+    for key in (DROPOUT_AXES_KEY, DRAWS_KEY):
+        graph.metadata.pop(key, None)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model import step_contract
-from fedprune.model.dropout import dropout_ones
 from fedprune.model.features import Features
+from fedprune.model.random_inputs import RandomInputs
 from fedprune.model.selection import Tensors
 from fedprune.model.trainable import frozen_tensors
 from fedprune.runtime.session import OnnxSession
@@ -71,6 +71,6 @@ class Calibration:
         }
         feeds |= {step_contract.X: self.samples, step_contract.Y: self._y}
         feeds |= {n: np.zeros_like(tensors[n]) for n in names}
-        feeds |= dropout_ones(self._session.inputs, feeds, len(self.samples))
+        feeds |= RandomInputs.of(self._session.inputs, self._session.metadata).means(feeds, len(self.samples))
         measured = self._session.run(feeds, [step_contract.next_name(n) for n in names])
         return dict(tensors) | {n: measured[step_contract.next_name(n)] for n in names}

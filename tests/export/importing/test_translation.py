@@ -110,7 +110,7 @@ def test_seldom_pools_and_norms_are_primitives(op: str, attrs: dict[str, Any], s
     assert op not in {n.op for n in model.graph.nodes}
     step = OnnxSession(training_graph(model, Features()).to_bytes(), training=True)
     x, y = np.zeros((2, 4, 4, 5), np.float32), np.zeros(2, np.int64)
-    following = step.run(step_feeds(step.inputs, Recipe(), model.tensors, x, y, 3))
+    following = step.run(step_feeds(step, Recipe(), model.tensors, x, y, 3))
     assert all(np.isfinite(value).all() for value in following.values())
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
-from fedprune.model.dropout import DropoutMasks, shape_in_numbers, solve_sizes
 from fedprune.model.features import Features
+from fedprune.model.random_inputs import RandomInputs, shape_in_numbers, solve_sizes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.step_feeds import first_step_feeds
@@ -109,8 +109,13 @@ def step_of(model: Model, **features: Any) -> OnnxSession:
     return OnnxSession(training_graph(model, Features(**features)).to_bytes(), training=True)
 
 
-def masks_of(session: OnnxSession) -> DropoutMasks:
-    return DropoutMasks.of(session.inputs, session.metadata)
+def masks_of(session: OnnxSession) -> RandomInputs:
+    return RandomInputs.of(session.inputs, session.metadata)
+
+
+def ratios_of(model: Model) -> list[float]:
+    """The shares of numbers that the masks of a model's training step drop."""
+    return [draw.first for draw in masks_of(step_of(model)).draws.values()]
 
 
 def samples_of(model: Model, count: int = SAMPLES) -> tuple[Array, Array]:
@@ -130,7 +135,7 @@ def test_gradients_are_torchs_with_the_same_masks_at_every_width(kind: str, widt
     feeds = first_step_feeds(Recipe(report_squares=True), tensors, session.inputs, y, CLASSES)
     masks = masks_of(session)
     drawn = masks.draw(feeds, SAMPLES, 7, "key")
-    assert sorted(masks.ratios.values()) == sorted(ratios)
+    assert sorted(d.first for d in masks.draws.values()) == sorted(ratios)
     assert any((m == 0).any() for m in drawn.values())
     out = session.run({**feeds, **drawn, step_contract.X: x, step_contract.Y: y})
 
@@ -161,7 +166,7 @@ def test_nothing_is_dropped_in_inference(kind: str) -> None:
     assert "Dropout" not in {n.op_type for n in written.graph.node}
     session, (x, y) = step_of(model), samples_of(model)
     feeds = first_step_feeds(Recipe(), model.tensors, session.inputs, y, CLASSES)
-    feeds |= masks_of(session).ones(feeds, SAMPLES)
+    feeds |= masks_of(session).means(feeds, SAMPLES)
     loss = session.run({**feeds, step_contract.X: x, step_contract.Y: y}, [step_contract.LOSS])[step_contract.LOSS]
     logits = OnnxSession(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
     assert float(loss) == pytest.approx(
@@ -200,12 +205,12 @@ def test_narrower_steps_have_narrower_masks() -> None:
 def test_dropouts_survive_a_file() -> None:
     model = model_of("spatial")
     reloaded = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
-    shapes = {n: s for n, (_, s) in step_of(model).inputs.items() if step_contract.is_dropout_mask(n)}
-    assert {n: s for n, (_, s) in step_of(reloaded).inputs.items() if step_contract.is_dropout_mask(n)} == shapes
+    shapes = {n: s for n, (_, s) in step_of(model).inputs.items() if step_contract.is_random_input(n)}
+    assert {n: s for n, (_, s) in step_of(reloaded).inputs.items() if step_contract.is_random_input(n)} == shapes
 
 
 class Noisy(nn.Module):
-    """A number of training mode that isn't dropout, and a norm with statistics of its own."""
+    """A norm with statistics of its own, and a buffer that training mode changes."""
 
     input_shape = (2, 4, 4)
 
@@ -214,11 +219,12 @@ class Noisy(nn.Module):
         self.conv = nn.Conv2d(2, 4, 3, padding=1)
         self.norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
         self.fc = nn.Linear(4, CLASSES)
+        self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.conv(x)).mean((2, 3))
         if self.training:
-            x = x + torch.randn_like(x)
+            self.count += 1
         return self.fc(x)
 
 
@@ -227,7 +233,7 @@ def test_what_training_mode_does_besides_is_noted_and_the_module_stays_as_it_was
     before = {n: v.clone() for n, v in module.state_dict().items()}
     state = torch.get_rng_state()
     notes = "\n".join(import_onnx(export_torch(module), "noisy").notes)
-    assert "randn_like" in notes
+    assert "(count)" in notes
     assert "norm (InstanceNorm2d)" in notes
     assert module.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -252,8 +258,7 @@ class InPlace(nn.Module):
 
 
 def test_a_dropout_in_place_is_exported() -> None:
-    masks = masks_of(step_of(import_onnx(export_torch(InPlace()), "n")))
-    assert sorted(masks.ratios.values()) == [0.25, 0.5]
+    assert sorted(ratios_of(import_onnx(export_torch(InPlace()), "n"))) == [0.25, 0.5]
 
 
 class Frozen(nn.Module):
@@ -276,7 +281,7 @@ class Frozen(nn.Module):
 
 def test_a_dropout_that_is_off_in_training_mode_stays_off() -> None:
     model = import_onnx(export_torch(Frozen()), "frozen")
-    assert not masks_of(step_of(model)).ratios
+    assert not ratios_of(model)
     assert not model.notes
 
 
@@ -297,7 +302,7 @@ class Labelled(nn.Module):
 def test_a_module_that_takes_more_in_training_mode_keeps_its_dropouts() -> None:
     module = Labelled()
     model = import_onnx(export_torch(module), "labelled")
-    assert list(masks_of(step_of(model)).ratios.values()) == [0.5]
+    assert ratios_of(model) == [0.5]
     assert any("training mode" in note for note in model.notes)
     assert module.training
 
@@ -314,7 +319,7 @@ def test_attention_layers_of_torch_drop_weights_and_values() -> None:
             return self.layer(x).mean(1)
 
     model = import_onnx(export_torch(Encoder()), "encoder")
-    assert list(masks_of(step_of(model)).ratios.values()) == [0.2] * 4
+    assert ratios_of(model) == [0.2] * 4
 
 
 class Attention(nn.Module):
@@ -349,7 +354,7 @@ def test_attention_with_dropout_is_exported_as_torch_computes_it(method: str) ->
     x, _ = samples_of(model)
     logits = OnnxSession(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
     np.testing.assert_allclose(logits, module.eval()(torch.tensor(x)).detach().numpy(), atol=1e-5)
-    assert list(masks_of(step_of(model)).ratios.values()) == [0.3]
+    assert ratios_of(model) == [0.3]
 
 
 # -- ONNX files --------------------------------------------------------------------------------------------------------
@@ -384,7 +389,7 @@ def onnx_model(opset: int, ratio: float = 0.5, *, mode: bool = False, masks: boo
 @pytest.mark.parametrize(("opset", "options"), [(9, {}), (17, {"masks": True, "mode": True})])
 def test_the_dropout_of_a_file_keeps_its_ratio_in_every_form(opset: int, options: dict[str, bool]) -> None:
     model = import_onnx(onnx_model(opset, 0.3, **options), "file")
-    assert list(masks_of(step_of(model)).ratios.values()) == [0.3]
+    assert ratios_of(model) == [0.3]
     assert any("0.3" in note for note in model.notes)
     assert set(model.tensors) == {"w", "v"}
 
@@ -418,4 +423,4 @@ def test_sizes_are_solved_from_the_shapes_of_weights() -> None:
 @pytest.mark.parametrize("ratios", ["[]", '{"d::keep": 2}'])
 def test_masks_without_ratios_are_refused(ratios: str) -> None:
     with pytest.raises(TrainingError):
-        DropoutMasks.of({"d::keep": ("tensor(float)", ("N", 3))}, {step_contract.DROPOUT_METADATA: ratios})
+        RandomInputs.of({"d::keep": ("tensor(float)", ("N", 3))}, {step_contract.RANDOM_METADATA: ratios})

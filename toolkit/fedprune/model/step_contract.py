@@ -27,7 +27,8 @@ Inputs:
         optimiser's state: one array with SGD and Lion (momentum), two with Adam and AdamW (mean and mean square of
         gradients).
     Per dropout of the model a mask (`keep`): 0 where a number is dropped, 1 / (1 − ratio) elsewhere; its size is 1
-        along axes on which numbers are dropped together (`fedprune.model.dropout`).
+        along axes on which numbers are dropped together. Per draw of random numbers in the model the numbers
+        (`noise`). Both: `fedprune.model.random_inputs`.
     On demand, per trained tensor: anchor and µ (shape []), mask (0 or 1), `threshold_name` θ (shape [], 0 for none),
         the gradients so far of this batch (`sum`).
 
@@ -131,11 +132,11 @@ INPUTS = frozenset({X, Y, Y_PARTNER, Y_SHARE, *NUMBERS, DIVISOR, LOGIT_OFFSET, C
 # Names that no tensor of a model may have; the importer renames such tensors.
 RESERVED_NAMES = INPUTS | {LOSS, HITS, LOGITS}
 
-# Keys of a training graph's metadata, all but dropout's on demand.
+# Keys of a training graph's metadata, all but that of random inputs on demand.
 IGNORED_METADATA = "fedprune.ignored"  # the class of labels that count for nothing
 METRIC_METADATA = "fedprune.metric"  # a metric: an ONNX file in base64
 AUGMENT_METADATA = "fedprune.augment"  # how samples, and labels of positions, are augmented (`AugmentPlan` as JSON)
-DROPOUT_METADATA = "fedprune.dropout"  # the ratio of each dropout by the name of its mask, as JSON
+RANDOM_METADATA = "fedprune.dropout"  # how each random input is drawn, by its name, as JSON
 AXES_METADATA = "fedprune.axes"  # the channels on its tensors' axes
 
 # Outputs of a metric, whose inputs are `logits` and `y`: sums [k] (float32), which add up over the parts of a set, and
@@ -196,6 +197,11 @@ def dropout_mask_name(name: str) -> str:
     return f"{name}::keep"
 
 
+def noise_name(name: str) -> str:
+    """The numbers of a draw in the model."""
+    return f"{name}::noise"
+
+
 def next_name(name: str) -> str:
     """The next value of a tensor, or of an array that belongs to one (output)."""
     return f"{name}::next"
@@ -211,8 +217,8 @@ def squares_name(name: str) -> str:
     return f"{name}::squares"
 
 
-def is_dropout_mask(name: str) -> bool:
-    return name.endswith(dropout_mask_name(""))
+def is_random_input(name: str) -> bool:
+    return name.endswith((dropout_mask_name(""), noise_name("")))
 
 
 def state_names(optimizer: str) -> tuple[Callable[[str], str], ...]:
