@@ -33,6 +33,7 @@ from fedprune_export.importing.user_graphs import (
 )
 from fedprune_export.ir.dropout import DRAWS_KEY, DROPOUT_AXES_KEY
 from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.instance_norms import INSTANCE_NORMS_KEY, instance_means
 from fedprune_export.pruning.frozen_base import freeze_base
 from fedprune_export.pruning.model import RANKS_KEY, Model
 
@@ -141,6 +142,7 @@ def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: 
         metadata.PARAMETERS_KEY: list(normal.parameters),
         metadata.FROZEN_KEY: frozen_names,
         metadata.TIED_KEY: {normal.names.get(k, k): v for k, v in metadata.tied_names(texts).items()},
+        INSTANCE_NORMS_KEY: [normal.names.get(n, n) for n in instance_means(texts)],
         metadata.UNUSED_KEY: metadata.unused_parameters(texts),
         metadata.NAMES_KEY: names,
         metadata.TRAINING_NOTES_KEY: metadata.training_notes(texts),

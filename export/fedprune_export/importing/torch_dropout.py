@@ -64,6 +64,7 @@ class DropoutCalls:
             **dict.fromkeys(self._functions, self._functional_dropout),
             functional.scaled_dot_product_attention: self._attention,
             functional.multi_head_attention_forward: self._multi_head_attention,
+            functional.instance_norm: self._instance_norm,
             **dict.fromkeys((getattr(torch, name) for name in _RECURRENT), self._recurrent),
         }
 
@@ -137,6 +138,13 @@ class DropoutCalls:
         del inner_calls._answers[func]
         with inner_calls.mode():
             return func(**{**arguments, "dropout_p": ratio, "training": ratio > 0})
+
+    def _instance_norm(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """An instance norm by running statistics is a batch norm; the exporter would tile them for every sample."""
+        arguments = _bind_arguments(func, args, kwargs)
+        if arguments.pop("use_input_stats"):
+            return func(*args, **kwargs)
+        return self.torch.nn.functional.batch_norm(training=False, **arguments)
 
     def _recurrent(self, func: Any, x: Any, states: Any, weights: Any, *options: Any) -> Any:
         """The layers of a recurrent network one by one, with dropouts between them."""

@@ -12,6 +12,7 @@ import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing import metadata
+from fedprune_export.ir.instance_norms import INSTANCE_NORMS_KEY
 
 
 def record_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
@@ -36,22 +37,29 @@ def record_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onn
         )
     exported = [n for n in parameters if n in initializer_names]
     # Running statistics are buffers for PyTorch; here they are cut and averaged with the parameters.
-    statistics = [
-        f"{prefix}.{field}" if prefix else field
-        for prefix, submodule in module.named_modules()
-        if isinstance(submodule, torch.nn.modules.batchnorm._BatchNorm)
-        for field in ("running_mean", "running_var")
-    ]
-    statistics = [n for n in statistics if n in initializer_names]
+    statistics = _statistics(module, torch.nn.modules.batchnorm._NormBase, initializer_names)
+    instance_norms = _statistics(module, torch.nn.modules.instancenorm._InstanceNorm, initializer_names)[::2]
     aliases: dict[str, list[str]] = {}
     for alias, first in first_names.items():
         if alias != first:
             aliases.setdefault(first, []).append(alias)
     frozen = [n for n in exported if not parameters[n].requires_grad]
     facts = {metadata.UNUSED_KEY: unused, metadata.FROZEN_KEY: frozen, metadata.TIED_KEY: aliases}
+    facts[INSTANCE_NORMS_KEY] = instance_norms
     texts = {metadata.PARAMETERS_KEY: json.dumps([*exported, *statistics])}
     texts |= {key: json.dumps(fact) for key, fact in facts.items() if fact}
     onnx.helper.set_model_props(proto, texts)
+
+
+def _statistics(module: Any, kind: Any, exported: set[str]) -> list[str]:
+    """The exported running statistics of norms of a kind: mean and variance of each."""
+    return [
+        name
+        for prefix, submodule in module.named_modules()
+        if isinstance(submodule, kind)
+        for field in ("running_mean", "running_var")
+        if (name := f"{prefix}.{field}" if prefix else field) in exported
+    ]
 
 
 def _used_parameters(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict[str, Any]) -> list[str]:

@@ -135,12 +135,12 @@ def _restore_buffers(torch: Any, buffers: Sequence[tuple[Any, str, Any, Any]]) -
 
 
 def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, Any, Any]]) -> dict[str, list[str]]:
-    """Names of buffers that a run has changed, by the module that has them; without those of batch norms."""
+    """Names of buffers that a run has changed, by the module that has them; without those of norms."""
     module_labels = {id(submodule): _module_label(name, submodule) for name, submodule in module.named_modules()}
     changed: dict[str, list[str]] = {}
     for submodule, name, _, before in buffers:
         now = submodule._buffers.get(name)
-        if isinstance(submodule, torch.nn.modules.batchnorm._BatchNorm) or now is None:
+        if isinstance(submodule, torch.nn.modules.batchnorm._NormBase) or now is None:
             continue
         # A buffer may be replaced by one of another shape.
         if now.shape != before.shape or not torch.equal(now, before):

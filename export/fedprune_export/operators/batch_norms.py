@@ -1,4 +1,4 @@
-"""BatchNormalization, by the statistics of the batch or by fixed statistics.
+"""BatchNormalization, by the statistics of the batch, of each sample (instance norms) or by fixed statistics.
 
 Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
 fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
@@ -15,7 +15,9 @@ from fedprune_export.autodiff.element_counts import count_of
 from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
+from fedprune_export.ir.instance_norms import instance_means
 from fedprune_export.ir.operators import INPUT, gradient_reads
+from fedprune_export.operators.group_norms import instance_norm
 from fedprune_export.operators.norm_vectors import tie_vectors
 
 gradient_reads(INPUT, "BatchNormalization")
@@ -61,6 +63,8 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         )
     if tape.is_frozen(mean_name):
         return _fixed_statistics_norm(tape, node)
+    if mean_name in instance_means(tape.source.metadata):
+        return _instance_norm(tape, node)
     g = tape.graph
     x, shape = tape.value(name), tape.shape(name)
     scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
@@ -68,13 +72,7 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     count = count_of(tape, [shape[0], *shape[2:]])
     normal = BatchNormalised(g, x, scale, shift, eps, len(shape))
     tape.enter(node.outputs[0], normal.y, shape)
-    # Not 0 where a channel has a single element.
-    degrees = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
-    # PyTorch normalises by the variance over n, but its running variance is over n − 1.
-    unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, degrees))
-    keep = float(node.attrs.get("momentum", 0.9))
-    _write_next_statistic(tape, mean_name, normal.mean, keep)
-    _write_next_statistic(tape, var_name, unbiased, keep)
+    _write_next_statistics(tape, node, normal.mean, normal.variance, count)
 
     def pull(dy: str) -> None:
         dgamma, dbeta = normal.scale_and_shift_gradients(dy)
@@ -84,6 +82,24 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         tape.add_gradient(beta, dbeta)
 
     return pull
+
+
+def _instance_norm(tape: Tape, node: Node) -> Pull:
+    """Normalise each sample by itself. The running statistics follow the mean over the batch, as torch's do."""
+    pull, mean, variance = instance_norm(tape, node)
+    _write_next_statistics(tape, node, mean, variance, count_of(tape, tape.shape(node.inputs[0])[2:]))
+    return pull
+
+
+def _write_next_statistics(tape: Tape, node: Node, mean: str, variance: str, count: str) -> None:
+    """Write the next running statistics from those of a batch; `variance` is over `count` numbers."""
+    g, keep = tape.graph, float(node.attrs.get("momentum", 0.9))
+    # Not 0 where a channel has a single element.
+    degrees = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
+    # PyTorch normalises by the variance over n, but its running variance is over n − 1.
+    unbiased = g.emit("Mul", variance, g.emit("Div", count, degrees))
+    _write_next_statistic(tape, node.inputs[3], mean, keep)
+    _write_next_statistic(tape, node.inputs[4], unbiased, keep)
 
 
 def _write_next_statistic(tape: Tape, name: str, value: str, keep: float) -> None:

@@ -122,14 +122,29 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     With z the normalised values, s = 1/√(var + ε), and means over a group of one sample:
     dγ = Σ dy·z, dβ = Σ dy, dx = s · (γ·dy − mean(γ·dy) − z · mean(γ·dy·z)).
     """
-    name, gamma, beta = node.inputs
+    number: Dim = tape.shape(node.inputs[0])[1]
+    length: Dim = 1
+    if node.op == "GroupNormalization":
+        number, length = tape.block_layout(node, node.inputs[0], 1, int(node.attrs["num_groups"]))
+    return _normalise_groups(tape, node, number, length)[0]
+
+
+def instance_norm(tape: Tape, node: Node) -> tuple[Pull, str, str]:
+    """Normalise each channel of each sample over its positions. Returns the pull, and the means over the batch of the
+    channels' means and variances (over n, not n − 1), [C]."""
+    shape = tape.shape(node.inputs[0])
+    pull, *statistics = _normalise_groups(tape, node, shape[1], 1)
+    by_sample = (tape.reshape(value, (tape.product(shape[:2]),), shape[:2]) for value in statistics)
+    mean, variance = (tape.graph.emit("ReduceMean", v, attrs={"axes": [0], "keepdims": 0}) for v in by_sample)
+    return pull, mean, variance
+
+
+def _normalise_groups(tape: Tape, node: Node, number: Dim, length: Dim) -> tuple[Pull, str, str]:
+    """Normalise `number` groups of `length` channels. Returns the pull, and means and variances, [N · number]."""
+    name, gamma, beta = node.inputs[:3]
     x, shape = tape.value(name), tape.shape(name)
     g, reduced_axes = tape.graph, [0, *range(2, len(shape))]
     epsilon = float(node.attrs.get("epsilon", 1e-5))
-    number: Dim = shape[1]
-    length: Dim = 1
-    if node.op == "GroupNormalization":
-        number, length = tape.block_layout(node, name, 1, int(node.attrs["num_groups"]))
     rows = _Rows(tape, shape, number, length)
     # A mean of float32 numbers has a small error if it is large. So this one is subtracted first: the mean of centred
     # values, which the operator computes, is exact.
@@ -142,7 +157,8 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     twice = g.emit("Add", group_means, group_means)
     scratch = g.emit("Sub", group_means, group_means), g.emit("Sub", twice, twice)
     inputs = (centred, rows.ones(rows.groups), rows.zeros(rows.groups), *scratch)
-    z, _, variance = normalise_by_batch(g, inputs, [0, 2], epsilon)
+    z, mean_error, variance = normalise_by_batch(g, inputs, [0, 2], epsilon)
+    mean = g.emit("Add", group_means, mean_error)
     z = tape.reshape(z, rows.group_shape, shape)
     scale, shift = (tape.fit_to_width(node, i, shape[1:2]) for i in (1, 2))
     tape.enter(node.outputs[0], _affine(g, z, scale, shift), shape)
@@ -169,7 +185,7 @@ def group_norm(tape: Tape, node: Node) -> Pull:
         dy_term = tape.reshape(dy_term, rows.channel_shape, shape)
         tape.add_gradient(name, g.emit("Add", dy_term, group_terms))
 
-    return pull
+    return pull, mean, variance
 
 
 class _Rows:

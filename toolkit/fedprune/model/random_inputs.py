@@ -83,12 +83,14 @@ class Draw:
         if self.kind == NORMAL:
             # In float64, because libraries of other processors round logarithms and powers in the last bit, which is
             # lost in float32.
-            numbers: Array = generator.standard_normal(shape)
-            return (self.first + self.second * numbers).astype(np.float32)
+            numbers: Array = self.first + self.second * generator.standard_normal(shape)
+            return numbers.astype(np.float32)
         numbers = generator.random(shape, np.float32)
         if self.kind == UNIFORM:
-            return np.float32(self.first) + np.float32(self.second - self.first) * numbers
-        return (numbers >= self.first) * np.float32(self.second)
+            numbers = np.float32(self.first) + np.float32(self.second - self.first) * numbers
+        else:
+            numbers = (numbers >= self.first) * np.float32(self.second)
+        return numbers
 
 
 _MAX_NUMBER = 1e30  # far from the bounds of float32, so that draws stay finite
