@@ -1,0 +1,1 @@
+"""A hundred ONNX files as people have them, and what becomes of them: `python -m benchmarks.onnx_files`."""
