@@ -33,6 +33,7 @@ from fedprune_export.importing.norms import replace_norms
 from fedprune_export.importing.number_types import store_weights
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
+from fedprune_export.importing.pad_resize import drop_empty_scales
 from fedprune_export.importing.refusals import check_not_quantised, check_output, check_random, check_trainable
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.simplification import bypass, drop_identities, simplify
@@ -83,6 +84,7 @@ def normalise(
     graph = Graph.from_proto(model)
     notes: list[str] = []
     check_nodes(graph)
+    drop_empty_scales(graph)
     check_not_quantised(graph)
     store_weights(graph)
     check_sizes(graph)

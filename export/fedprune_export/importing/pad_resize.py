@@ -74,6 +74,14 @@ def mark_early_resizes(graph: onnx.GraphProto) -> None:
             node.attribute.append(helper.make_attribute("nearest_mode", _EARLY_ROUNDING))
 
 
+def drop_empty_scales(graph: Graph) -> None:
+    """Leave out arguments of a Resize without numbers: files of opsets 11 and 12 have empty scales beside sizes."""
+    for node in graph.nodes:
+        if node.op == "Resize" and not node.domain:
+            empty = {i for i in node.inputs[1:] if i in graph.initializers and not graph.initializers[i].size}
+            node.inputs = ["" if i in empty else i for i in node.inputs]
+
+
 def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
     """Write a Resize with one scale per axis if scales give the same values, else with its own sizes.
 

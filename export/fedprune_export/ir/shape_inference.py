@@ -120,12 +120,15 @@ def infer_node(graph: Graph, out: InferredShapes, node: Node, outputs: Sequence[
                 out.numbers[name] = value.astype(out.dtypes[name], copy=False)
 
 
+# Their older forms are functions, whose shapes onnx doesn't infer.
+_INFERRED_SINCE = {"GreaterOrEqual": 16, "LessOrEqual": 16}
+
 _TypedShapes = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
 
 def _onnx_shapes(graph: Graph, out: InferredShapes, node: Node) -> _TypedShapes:
     """Shapes and types of outputs, as far as onnx can infer them."""
-    opset = graph.opset
+    opset = max(graph.opset, _INFERRED_SINCE.get(node.op, 0))
     try:
         schema = onnx.defs.get_schema(node.op, opset, node.domain)
     except onnx.defs.SchemaError:

@@ -190,6 +190,28 @@ def test_resizing_before_opset_11_keeps_its_numbers(opset: int, mode: str, scale
     training_graph(model, Features())
 
 
+def test_resizing_to_sizes_with_empty_scales_beside_them() -> None:
+    def build(g: Graph) -> str:
+        empty = g.constant(np.zeros(0), np.float32)
+        sizes = g.emit(
+            "Concat", g.emit("Slice", g.emit("Shape", "image"), g.ints(0), g.ints(2)), g.ints(6, 8), attrs={"axis": 0}
+        )
+        return g.emit("Resize", "image", empty, empty, sizes, attrs={"mode": "linear"})
+
+    model = import_built(build, (2, 3, 4), 96, 11)
+    training_graph(model, Features(loss="mse"))
+
+
+def test_a_size_that_follows_from_a_comparison() -> None:
+    """onnx infers no shape of GreaterOrEqual before opset 16; attention masks of transformers are made by it."""
+
+    def build(g: Graph) -> str:
+        mask = g.emit("Expand", g.emit("GreaterOrEqual", g.ints(0, 1, 2), g.ints(1)), g.emit("Shape", "image"))
+        return g.emit("Where", mask, "image", g.scalar(0))
+
+    training_graph(import_built(build, (3,), 3, 14), Features(loss="mse"))
+
+
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
 def test_reductions_over_axes_of_an_input(op: str) -> None:
     model = import_built(lambda g: g.emit(op, "image", g.ints(-1), attrs={"keepdims": 0}), (3, 5), 3, 20)
