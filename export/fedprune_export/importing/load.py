@@ -14,8 +14,9 @@ from fedprune.model.lengths import upper_shape
 from fedprune_export.importing.choices import NO_CHOICES, ImportChoices, with_choices
 from fedprune_export.importing.hub_folder import class_names
 from fedprune_export.importing.lengths import read_shape
-from fedprune_export.importing.model_building import build_model
+from fedprune_export.importing.model_building import as_model_errors, build_model
 from fedprune_export.importing.packing import INPUTS_KEY
+from fedprune_export.importing.quantised import float_file
 from fedprune_export.importing.sources import is_folder, name_of, read_source_bytes
 from fedprune_export.importing.torch_export import export_torch
 from fedprune_export.pruning.model import Model
@@ -73,7 +74,7 @@ def read_source(source: str | Path, choices: ImportChoices = NO_CHOICES) -> byte
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
-    return with_choices(read_source_bytes(source, choices.input_shape, token_ids=choices.token_ids), choices)
+    return _prepare_file(read_source_bytes(source, choices.input_shape, token_ids=choices.token_ids), choices)
 
 
 def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> Model:
@@ -83,4 +84,10 @@ def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> M
     architecture is only sure with the same version of onnx. Raises `ModelError` if it is damaged, or uses what can't be
     handled.
     """
-    return build_model(with_choices(raw, choices), name)
+    return build_model(_prepare_file(raw, choices), name)
+
+
+@as_model_errors()
+def _prepare_file(raw: bytes, choices: ImportChoices) -> bytes:
+    """A file of floats with a user's choices in it. Raises `ModelError` if they don't fit, or it can't be one."""
+    return with_choices(float_file(raw), choices)

@@ -68,10 +68,10 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     the file is damaged, or uses what can't be handled.
     """
     file_notes = list[str]()
-    proto = _parse_inlined(raw, file_notes)
+    proto = parse_inlined(raw, file_notes)
     single = as_single_precision(raw, proto)
     if single is not None:
-        raw, proto = single.raw, _parse_inlined(single.raw, file_notes)
+        raw, proto = single.raw, parse_inlined(single.raw, file_notes)
     store_densely(proto.graph, file_notes)
     texts, tensors = metadata.read_properties(proto), tensor_names(proto)
     listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensors)
@@ -113,7 +113,7 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     return model
 
 
-def _parse_inlined(raw: bytes, notes: list[str]) -> onnx.ModelProto:
+def parse_inlined(raw: bytes, notes: list[str]) -> onnx.ModelProto:
     """A file's model, checked, without functions, branches and loops."""
     file_model = parse_model(raw, run_checker=False)
     has_early_norms = name_early_norms(file_model)

@@ -34,7 +34,7 @@ from fedprune_export.importing.number_types import store_weights
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.pad_resize import drop_empty_scales
-from fedprune_export.importing.refusals import check_not_quantised, check_output, check_random, check_trainable
+from fedprune_export.importing.refusals import check_output, check_random, check_trainable
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.simplification import bypass, drop_identities, simplify
 from fedprune_export.importing.translation import translate, upgrade_model
@@ -85,7 +85,6 @@ def normalise(
     notes: list[str] = []
     check_nodes(graph)
     drop_empty_scales(graph)
-    check_not_quantised(graph)
     store_weights(graph)
     check_sizes(graph)
     # Roles of weights, the free batch and all that follows read operators of the standard only.

@@ -14,15 +14,6 @@ RANDOM_OPERATORS = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 
-_QUANTISING_OPERATORS = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"}
-) | {"ConvInteger", "MatMulInteger"}
-
-_FLOAT_MODEL_HINT = (
-    "Give the float32 model that it was made from: training needs its weights. --precision int8 makes a board predict "
-    "with 8 bits."
-)
-
 _KIND_NAMES = {"b": "booleans", "i": "whole numbers", "u": "whole numbers"}
 
 
@@ -65,28 +56,6 @@ def check_trainable(graph: Graph, kinds: Mapping[str, str]) -> None:
         expected="weights in float32",
         got=first_few(stored, max_names=3) if stored else "none",
         hint="Export the model with its weights, or list what is to be trained (--parameters FILE).",
-    )
-
-
-def check_not_quantised(graph: Graph) -> None:
-    """Refuse weights that are stored in 8 bits, which can't be trained, with a `ModelError`."""
-    for node in graph.nodes:
-        # A model may quantise weights that it stores as float32; it is refused only if its outputs jump.
-        stored = [graph.initializers[i] for i in node.inputs if i in graph.initializers]
-        has_int8_weights = any(v.size > 1 and v.dtype.itemsize == 1 for v in stored)
-        if node.op in _QUANTISING_OPERATORS and not node.domain and has_int8_weights:
-            raise ModelError(f"the model is quantised: {_label(node)} reads weights of 8 bits", hint=_FLOAT_MODEL_HINT)
-
-
-def quantising_node(graph: Graph) -> Node | None:
-    """The first node that quantises numbers, or reads quantised ones."""
-    return next((n for n in graph.nodes if n.op in _QUANTISING_OPERATORS and not n.domain), None)
-
-
-def quantisation_error(node: Node) -> ModelError:
-    """The error for a quantised model, whose outputs change with any rewriting."""
-    return ModelError(
-        f"the model is quantised: {_label(node)} rounds, so that its outputs jump", hint=_FLOAT_MODEL_HINT
     )
 
 

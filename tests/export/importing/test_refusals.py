@@ -95,13 +95,6 @@ def test_random_numbers_are_named(op: str) -> None:
     check_refusal(raw(build, {"w": random(6, 4)}), op)
 
 
-def test_weights_of_8_bits_are_named() -> None:
-    def build(g: Graph) -> str:
-        return g.emit("MatMul", "image", g.emit("DequantizeLinear", "low", g.scalar(0.05), g.constant(0, np.int8)))
-
-    check_refusal(raw(build, {"low": np.ones((6, 4), np.int8)}), "quantised", "DequantizeLinear")
-
-
 def test_weights_in_constant_nodes_are_trained() -> None:
     proto = onnx.load_model_from_string(
         raw(

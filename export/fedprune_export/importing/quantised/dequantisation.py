@@ -1,0 +1,107 @@
+"""Writes a quantised file as the file of the float model that it approximates."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+
+from fedprune.core.errors import ModelError, value_text
+from fedprune.core.text import first_few
+from fedprune_export.importing import metadata
+from fedprune_export.importing.model_building import parse_inlined
+from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.quantised.integer_products import PRODUCT_RULES, scaled_sum
+from fedprune_export.importing.quantised.numbers import refuse
+from fedprune_export.importing.quantised.operators import OPERATOR_RULES
+from fedprune_export.importing.quantised.proof import prove
+from fedprune_export.importing.quantised.rewriter import Rewriter, Rule
+
+RULES: dict[str, Rule] = {**OPERATOR_RULES, **PRODUCT_RULES}
+# Operators on integers without a rule.
+_REFUSED = frozenset(
+    {"DynamicQuantizeLSTM", "QAttention", "QEmbedLayerNormalization", "QLinearReduceMin", "QMoE", "QOrderedMatMul"}
+    | {"QLinearConvTranspose", "GatherBlockQuantized", "MatMulBnb4", "NhwcMaxPool", "BiasDequantizeLinear"}
+)
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+
+def float_file(raw: bytes) -> bytes:
+    """The file of the float model that a quantised file approximates; the same bytes if it isn't quantised.
+
+    Raises `ModelError` if it computes with integers in a way that has no float form here, or what was written doesn't
+    compute what the file does, up to the file's own rounding.
+    """
+    file = parse_model(raw, run_checker=False)
+    if not _is_quantised(file):
+        return raw
+    proto = parse_inlined(raw, [])
+    state = Rewriter(proto)
+    _rewrite(state)
+    floats = state.write(state.graph)
+    prove(state, floats)
+    metadata.write_properties(floats, {metadata.TRAINING_NOTES_KEY: json.dumps(_notes(state, floats))})
+    out: bytes = floats.SerializeToString(deterministic=True)
+    return out
+
+
+def _is_quantised(file: onnx.ModelProto) -> bool:
+    operators = RULES.keys() | _REFUSED
+    pending = [file.graph.node, *(f.node for f in file.functions)]
+    while pending:
+        for node in pending.pop():
+            if node.op_type in operators and node.domain in _DOMAINS:
+                return True
+            for attribute in node.attribute:
+                pending += [g.node for g in ([attribute.g] if attribute.HasField("g") else attribute.graphs)]
+    return False
+
+
+def _rewrite(state: Rewriter) -> None:
+    for node in list(state.file.nodes):
+        is_known = node.domain in _DOMAINS
+        if is_known and node.op in _REFUSED:
+            raise refuse(node, "has no float form here")
+        rule = RULES.get(node.op) if is_known else None
+        if rule is not None:
+            rule(state, node)
+        elif not scaled_sum(state, node):
+            state.keep(node)
+    for port in state.graph.outputs:
+        if port.name in state.quantisations:
+            number = state.number(port.name, state.quantisations[port.name])
+            state.emit("Identity", number, out=port.name)
+            port.dtype = np.dtype(np.float32)
+    state.graph.prune()
+    _check_complete(state)
+
+
+def _check_complete(state: Rewriter) -> None:
+    """Make sure that nothing reads integers that have become numbers."""
+    graph = state.graph
+    written = {p.name for p in graph.inputs} | graph.initializers.keys() | {o for n in graph.nodes for o in n.outputs}
+    for node in graph.nodes:
+        if not written.issuperset(filter(None, node.inputs)):
+            raise refuse(node, "reads what only the quantised file computes")
+    for port in graph.outputs:
+        if port.name not in written:
+            raise ModelError(f"the file is quantised, and its output {value_text(port.name)} is a sum of integers")
+
+
+def _notes(state: Rewriter, floats: onnx.ModelProto) -> list[str]:
+    tensors, roundings = len(state.weights), len(state.roundings)
+    summary = (
+        "The file is quantised, and trained in float32: tensors that were dequantised: "
+        f"{tensors}; roundings that were left out: {roundings}. --precision int8 (precisions) makes boards predict "
+        "with 8 bits again."
+    )
+    notes = [*metadata.training_notes(metadata.read_properties(floats)), summary]
+    if state.clippings:
+        ends = sorted({f"Clip to {c.end:g}" if c.end is not None else "Relu" for c in state.clippings})
+        places = first_few(list(dict.fromkeys(c.maker for c in state.clippings)), max_names=3)
+        notes.append(
+            f"The ranges of the file's quantisation begin at 0 behind {places}, where quantisers leave out a Relu or "
+            f"Clip: it is written again ({', '.join(ends)})."
+        )
+    return notes

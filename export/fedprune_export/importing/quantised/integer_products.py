@@ -1,0 +1,104 @@
+"""Rules for products of integers whose sums are scaled afterwards, as dynamic quantisation writes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedprune_export.importing.quantised.numbers import Quantisation, refuse
+from fedprune_export.importing.quantised.rewriter import Rewriter, Rule
+from fedprune_export.ir.graph import Node
+
+_PRODUCTS = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
+
+
+def _sum(state: Rewriter, node: Node) -> None:
+    """Sums have no float form of their own: the product with the scales does (`scaled_sum`)."""
+    state.sums.add(node.outputs[0])
+
+
+def scaled_sum(state: Rewriter, node: Node) -> bool:
+    """Write a product of sums with their scales as a product of numbers. Returns False if it is something else."""
+    if node.op != "Mul" or node.domain or len(node.inputs) != 2:
+        return False
+    for position in (0, 1):
+        cast = state.makers.get(node.inputs[position])
+        source = state.makers.get(cast.inputs[0]) if cast is not None and cast.op == "Cast" else None
+        if source is not None and source.op in _PRODUCTS and not source.domain:
+            _write_product(state, node, source, node.inputs[1 - position])
+            return True
+    return False
+
+
+def _write_product(state: Rewriter, node: Node, product: Node, scales: str) -> None:
+    names = [*product.inputs, "", ""][:4]
+    x, y, x_zero, y_zero = names
+    x_scale = _scale_of(state, x, scales)
+    second_scale = _other_scale(state, scales, x_scale) if x_scale else None
+    if x_scale is None or second_scale is None:
+        raise refuse(node, "doesn't scale the sums by the product of both scales")
+    first = state.number(x, Quantisation(x_scale, x_zero))
+    axis = 0 if product.op == "ConvInteger" else -1
+    second = state.number(y, Quantisation(second_scale, y_zero, axis))
+    attrs = dict(product.attrs) if product.op == "ConvInteger" else {}
+    state.emit(_PRODUCTS[product.op], first, second, attrs=attrs, out=node.outputs[0])
+
+
+def _scale_of(state: Rewriter, integers: str, scales: str) -> str | None:
+    """The scale of integers: that by which they were rounded. Those of a stored tensor, such as the rows of an
+    embedding, have it only in the product of both scales, in which it comes first, or where they are dequantised."""
+    if integers in state.quantisations:
+        return state.quantisations[integers].scale
+    maker = state.makers.get(scales)
+    if maker is not None:
+        return maker.inputs[0] if maker.op == "Mul" and len(maker.inputs) == 2 else None
+    readers = (n for n in state.file.nodes if n.op == "DequantizeLinear")
+    return next((n.inputs[1] for n in readers if _origin(state, n.inputs[0]) == _origin(state, integers)), None)
+
+
+def _origin(state: Rewriter, integers: str) -> str:
+    """The tensor or value whose numbers are rearranged."""
+    while (maker := state.makers.get(integers)) is not None and state.is_rearranging(maker):
+        integers = maker.inputs[0]
+    return integers
+
+
+def _other_scale(state: Rewriter, scales: str, first: str) -> str | None:
+    """The scale that a product of scales has besides the first; None if it is no such product."""
+    maker = state.makers.get(scales)
+    if maker is not None and maker.op == "Mul" and first in maker.inputs:
+        return maker.inputs[1 - maker.inputs.index(first)]
+    product, scale = state.constant(scales), state.constant(first)
+    if product is None or scale is None or scale.size != 1 or not scale.any():
+        return None
+    return state.file.constant(np.asarray(product, np.float32).reshape(-1) / scale.reshape(()), np.float32)
+
+
+def _to_float(state: Rewriter, node: Node) -> None:
+    """MatMulIntegerToFloat: A, B, scale of A, scale of B, zero point of A, zero point of B, bias."""
+    a, b, a_scale, b_scale, a_zero, b_zero, bias = [*node.inputs, "", "", ""][:7]
+    first = state.number(a, Quantisation(a_scale, a_zero, -2))
+    _finish(state, node, first, state.number(b, Quantisation(b_scale, b_zero, -1)), bias)
+
+
+def _dynamic_matmul(state: Rewriter, node: Node) -> None:
+    """DynamicQuantizeMatMul: A, B, scale of B, zero point of B, bias. It rounds A inside."""
+    a, b, b_scale, b_zero, bias = [*node.inputs, "", "", ""][:5]
+    integers, scale, zero = state.file.emit_many("DynamicQuantizeLinear", a, outputs=3)
+    state.makers[integers] = state.file.nodes[-1]
+    state.round_dynamically(integers, a, Quantisation(scale, zero))
+    first = state.number(integers, Quantisation(scale, zero))
+    _finish(state, node, first, state.number(b, Quantisation(b_scale, b_zero, -1)), bias)
+
+
+def _finish(state: Rewriter, node: Node, first: str, second: str, bias: str) -> None:
+    product = state.emit("MatMul", first, second, out=None if bias else node.outputs[0])
+    if bias:
+        state.emit("Add", product, bias, out=node.outputs[0])
+
+
+PRODUCT_RULES: dict[str, Rule] = {
+    "MatMulInteger": _sum,
+    "ConvInteger": _sum,
+    "MatMulIntegerToFloat": _to_float,
+    "DynamicQuantizeMatMul": _dynamic_matmul,
+}

@@ -1,0 +1,184 @@
+"""Compares a float model with the quantised file that it was written from, rounding by rounding.
+
+Rounding to integers turns the last digit of a float into a step, and steps add up over a network. So the two are not
+compared at their ends alone. Both are run as one graph in which the float model reads, behind each of its roundings,
+what the file has there. From one rounding to the next it then has to compute the same number, up to the step of the
+next one. All parts together are the float model; only the roundings are left out in it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from fedprune.core.errors import ModelError, value_text
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.importing.batches.layout import BatchLayout, move_batch_first, possible_layouts
+from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, node_label
+from fedprune_export.importing.quantised.rewriter import Rewriter
+from fedprune_export.importing.quantised.roundings import Rounding
+from fedprune_export.importing.sample_shapes import check_sizes
+from fedprune_export.importing.translation import upgrade_model
+from fedprune_export.ir.graph import Array, Graph, Port
+from fedprune_export.ir.measured_shapes import shapes_at_batch
+from fedprune_export.ir.sample_inputs import sample_feeds
+from fedprune_export.ir.shape_inference import ShapeError
+
+_FLOAT = onnx.TensorProto.FLOAT
+_PREFIX = "float/"  # of the float model's values, in the graph that has both
+_BATCHES = (2, 1)
+_TOLERANCE = 1e-4  # between float outputs, relative to the largest number
+_STEP_TOLERANCE = 1e-2  # float32 rounds numbers that are up to 2^16 steps large
+
+
+def prove(state: Rewriter, floats: onnx.ModelProto) -> None:
+    """Raise `ModelError` if a float model computes something else than the quantised file, up to its rounding."""
+    graph = Graph.from_proto(upgrade_model(floats))
+    check_sizes(graph)
+    layout, moved = _fitting_layout(graph)
+    probe, steps, pairs = _probe(state)
+    model = state.write(probe)
+    for value in model.graph.output:
+        value.ClearField("type")  # of any type and shape
+    session = OnnxSession(model.SerializeToString(), exact=True)
+    for batch in _BATCHES if layout.size is None else (layout.size,):
+        feeds = {
+            name: np.ascontiguousarray(np.moveaxis(value, 0, layout.inputs.get(name, 0)))
+            for name, value in _samples(state, moved, batch).items()
+        }
+        outputs = session.run(feeds)
+        for name, rounding in steps.items():
+            _check_steps(state, rounding, float(outputs[name]))
+        for old, new in pairs:
+            _check_output(old, outputs[old], outputs[new])
+
+
+def _fitting_layout(graph: Graph) -> tuple[BatchLayout, Graph]:
+    """Where a file has its batch, and its graph with the batch first. The sizes of all values are known then, so that
+    running the file is safe."""
+    reason: ModelError | None = None
+    for layout in possible_layouts(graph):
+        moved = move_batch_first(graph, layout)
+        try:
+            shapes_at_batch(moved, layout.size or max(_BATCHES))
+        except ShapeError as error:
+            reason = reason or error
+            continue
+        return layout, moved
+    raise reason or ModelError("the sizes of the file's values aren't known")
+
+
+def _samples(state: Rewriter, moved: Graph, batch: int) -> dict[str, Array]:
+    """Samples for the file's inputs: over the whole range of an input that is rounded at once, normal ones else."""
+    feeds = sample_feeds(moved, batch, seed=batch)
+    ranges = {r.value: r for r in state.roundings if r.bounds is not None}
+    out: dict[str, Array] = {}
+    for port in moved.inputs:
+        value, rounding = feeds[port.name], ranges.get(port.name)
+        scale = state.constant(rounding.quantisation.scale) if rounding is not None else None
+        if rounding is not None and rounding.bounds is not None and scale is not None and scale.size == 1:
+            zero = state.constant(rounding.quantisation.zero)
+            low, high = (float(scale.reshape(-1)[0]) * (b - _first(zero)) for b in rounding.bounds)
+            value = np.random.default_rng(batch).uniform(low, high, value.shape).astype(np.float32)
+        elif port.dtype.kind in "iu" and value.dtype != port.dtype:
+            kinds = np.iinfo(port.dtype)
+            value = np.random.default_rng(batch).integers(max(kinds.min, 0), min(kinds.max, 1) + 1, value.shape)
+        out[port.name] = value.astype(port.dtype)
+    return out
+
+
+def _first(zero: Array | None) -> float:
+    return 0.0 if zero is None else float(zero.reshape(-1)[0])
+
+
+def _probe(state: Rewriter) -> tuple[Graph, dict[str, Rounding], list[tuple[str, str]]]:
+    """One graph of the file and the float model, which reads what the file has behind each rounding.
+
+    Returns it with its outputs: by name how far apart a rounding's numbers are, in steps; and pairs of outputs.
+    """
+    probe, floats = state.file.copy(), state.graph
+    inputs = {p.name for p in probe.inputs}
+    by_passed = {r.passed: r for r in state.roundings}
+    probe.initializers |= {_PREFIX + name: value for name, value in floats.initializers.items()}
+    probe.outputs, steps = [], dict[str, Rounding]()
+
+    def renamed(name: str) -> str:
+        return name if not name or name in inputs else _PREFIX + name
+
+    for node in floats.nodes:
+        rounding = by_passed.get(node.outputs[0])
+        if rounding is not None:
+            steps[_emit_steps(state, probe, rounding, renamed(rounding.value))] = rounding
+            continue
+        copy = node.copy()
+        copy.inputs, copy.outputs = [renamed(i) for i in node.inputs], [renamed(o) for o in node.outputs]
+        copy.name = ""
+        probe.nodes.append(copy)
+    file_types = {p.name: p.dtype for p in state.file.outputs}
+    pairs = [(p.name, _PREFIX + p.name) for p in floats.outputs if file_types[p.name] == p.dtype]
+    pairs = [pair for pair in pairs if file_types[pair[0]].kind == "f"]
+    names = [*steps, *(name for pair in pairs for name in pair)]
+    probe.outputs = [Port(name, np.dtype(np.float32), ()) for name in names]
+    probe.prune()
+    return probe, steps, pairs
+
+
+def _emit_steps(state: Rewriter, probe: Graph, rounding: Rounding, value: str) -> str:
+    """Write what the file has behind a rounding where the float model reads it, and how far that is from `value`."""
+    quantisation = rounding.quantisation
+    constant = state.constant(quantisation.scale)
+    kind = _FLOAT if constant is None else onnx.helper.np_dtype_to_tensor_dtype(constant.dtype)
+    scale = probe.emit("Cast", _spread(state, probe, quantisation.scale, quantisation.axis), attrs={"to": _FLOAT})
+    number = probe.emit("Cast", rounding.integers, attrs={"to": _FLOAT})
+    if quantisation.zero:
+        zero = _spread(state, probe, quantisation.zero, quantisation.axis)
+        number = probe.emit("Sub", number, probe.emit("Cast", zero, attrs={"to": _FLOAT}))
+    number = probe.emit("Mul", number, scale)
+    probe.emit("Cast", number, attrs={"to": kind}, out=_PREFIX + rounding.passed)
+    value = probe.emit("Cast", value, attrs={"to": _FLOAT})
+    if rounding.bounds is not None and constant is not None:
+        value = _clamped(state, probe, rounding, value, constant)
+    steps = probe.emit("Div", probe.emit("Sub", value, number), scale)
+    return probe.emit("ReduceMax", probe.emit("Abs", steps), attrs={"keepdims": 0})
+
+
+def _clamped(state: Rewriter, probe: Graph, rounding: Rounding, value: str, scale: Array) -> str:
+    """A number within the range of a quantisation."""
+    quantisation, zero = rounding.quantisation, state.constant(rounding.quantisation.zero)
+    offset = np.zeros(1) if zero is None else np.asarray(zero, np.float64)
+    for operator, bound in zip(("Max", "Min"), rounding.bounds or (), strict=True):
+        end = (bound - offset).reshape(-1) * np.asarray(scale, np.float64).reshape(-1)
+        value = probe.emit(operator, value, probe.constant(_along(end, quantisation.axis), np.float32))
+    return value
+
+
+def _spread(state: Rewriter, probe: Graph, name: str, axis: int) -> str:
+    """A scale or zero point in a shape that is broadcast over the numbers."""
+    constant = state.constant(name)
+    return name if constant is None else probe.constant(_along(constant, axis), constant.dtype)
+
+
+def _along(parameter: Array, axis: int) -> Array:
+    """One number, or numbers along an axis that is counted from the end."""
+    return parameter.reshape(()) if parameter.size == 1 else parameter.reshape([-1, *[1] * (-axis - 1)])
+
+
+def _check_steps(state: Rewriter, rounding: Rounding, steps: float) -> None:
+    if not steps <= rounding.steps + _STEP_TOLERANCE:
+        raise ModelError(
+            f"the float model of a quantised file differs at {node_label(state.makers[rounding.integers])}",
+            expected=f"what the file has there, to {rounding.steps:g} of its steps",
+            got=f"{steps:.3g} steps",
+            hint=FLOAT_MODEL_HINT,
+        )
+
+
+def _check_output(name: str, before: Array, after: Array) -> None:
+    old, new = before.astype(np.float64), after.astype(np.float64)
+    scale = max(float(np.abs(old).max(initial=0)), 1e-6)
+    if old.shape != new.shape or not np.allclose(old, new, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
+        raise ModelError(
+            f"the float model of a quantised file differs at its output {value_text(name)}",
+            expected=f"what the file computes from the same numbers, to {_TOLERANCE:g}",
+            hint=FLOAT_MODEL_HINT,
+        )

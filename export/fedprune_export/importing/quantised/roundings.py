@@ -1,0 +1,39 @@
+"""Places where a quantised file rounds numbers, and what else it does to them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedprune_export.importing.quantised.numbers import Quantisation
+
+# How far the number that goes into a rounding may be from what the file has behind it, in steps: rounding itself moves
+# it by half a step. An operator on integers rounds its intermediate results, too.
+ROUNDING_STEPS, OPERATOR_STEPS = 0.5, 1.5
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A place where the file rounds a number and the float model doesn't.
+
+    Attributes:
+        value: The number, in the float model.
+        passed: The same number behind the rounding, which the float model reads instead of `integers`.
+        integers: What the file has there; `quantisation` says what they stand for.
+        bounds: The least and greatest integer; None if the range follows from the numbers.
+        steps: How far value and integers may be apart.
+    """
+
+    value: str
+    passed: str
+    integers: str
+    quantisation: Quantisation
+    bounds: tuple[int, int] | None
+    steps: float
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """A Relu, or a Clip up to a number, that a rounding did, and what made its input."""
+
+    maker: str
+    end: float | None
