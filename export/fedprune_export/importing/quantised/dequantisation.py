@@ -22,7 +22,7 @@ RULES: dict[str, Rule] = {**OPERATOR_RULES, **PRODUCT_RULES}
 # Operators on integers without a rule.
 _REFUSED = frozenset(
     {"DynamicQuantizeLSTM", "QAttention", "QEmbedLayerNormalization", "QLinearReduceMin", "QMoE", "QOrderedMatMul"}
-    | {"QLinearConvTranspose", "GatherBlockQuantized", "MatMulBnb4", "NhwcMaxPool", "BiasDequantizeLinear"}
+    | {"QLinearConvTranspose", "GatherBlockQuantized", "MatMulBnb4", "BiasDequantizeLinear"}
 )
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
