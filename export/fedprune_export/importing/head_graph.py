@@ -30,6 +30,17 @@ def head_graph(text: str) -> onnx.ModelProto:
     return parse_model(base64.b64decode(text), run_checker=False)
 
 
+def class_names(text: str, classes: int) -> tuple[str, ...]:
+    """The names of classes that a head tells instead of numbers; empty without any."""
+    graph = head_graph(text).graph if text else onnx.GraphProto()
+    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    for tensor in (*graph.initializer, *constants):
+        names = numpy_helper.to_array(tensor).reshape(-1) if tensor.data_type == onnx.TensorProto.STRING else ()
+        if len(names) == classes:
+            return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    return ()
+
+
 def head_text(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[str]) -> str:
     """The head behind the end of training, in base64; empty if it computes something else for several samples than
     sample by sample. `dims` are those of the end's value.

@@ -12,6 +12,7 @@ from fedprune.core.errors import ModelError, error_reason, value_text
 from fedprune_export.importing.control_flow import CONTROL_FLOW, without_control_flow
 from fedprune_export.importing.embedding_bags import without_embedding_bags
 from fedprune_export.importing.graph_writer import Names
+from fedprune_export.importing.linear_models import LINEAR_OPERATORS, ML_DOMAIN, without_linear_models
 from fedprune_export.importing.model_file import check_valid_onnx
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 
@@ -32,8 +33,8 @@ BY_DEFINITION = {
 
 
 def inline_model(model: onnx.ModelProto, notes: list[str] | None = None) -> onnx.ModelProto:
-    """The model without local functions, sequences, branches on constants and loops of a fixed length: the same object
-    if it has none.
+    """The model without local functions, linear models of `ai.onnx.ml`, sequences, branches on constants and loops of a
+    fixed length: the same object if it has none.
 
     Raises `ModelError` if functions call each other without end, the model has too many operators, or the length of a
     sequence isn't known.
@@ -43,6 +44,8 @@ def inline_model(model: onnx.ModelProto, notes: list[str] | None = None) -> onnx
         model = _inline_functions(model)
     if len(model.graph.node) > MAX_NODES:
         raise ModelError("number of operators", expected=f"at most {MAX_NODES}", got=len(model.graph.node))
+    if any(n.domain == ML_DOMAIN and n.op_type in LINEAR_OPERATORS for n in model.graph.node):
+        model = without_linear_models(model)
     operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if operators & BY_DEFINITION.keys():

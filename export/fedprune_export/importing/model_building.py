@@ -17,6 +17,7 @@ from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import uncut_tensors
 from fedprune_export.importing.draws import rewrite_draws
 from fedprune_export.importing.fused_operators import name_early_norms
+from fedprune_export.importing.head_graph import class_names
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
 from fedprune_export.importing.normalise import Normalised, normalise
@@ -108,7 +109,10 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
         base, architecture = freeze_base(normal.graph, architecture, frozen_names, precision)
         normal.graph.metadata[metadata.BASE_KEY] = precision
     loss, metric = _import_user_graphs(texts, analysis.architecture.output_shape)
-    model = Model(normal.graph, architecture, notes, analysis.values, frozen_names, base, loss, metric, ranks=ranks)
+    names = class_names(head, architecture.classes)
+    model = Model(
+        normal.graph, architecture, notes, analysis.values, frozen_names, base, loss, metric, names, ranks=ranks
+    )
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
 

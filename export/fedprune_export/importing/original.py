@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.batches.layout import BatchLayout
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.ir.graph import Array, Graph, Port
+
+# Sizes that stand for free ones where a file is compared with what was written from it.
+_TRIED_BATCH, _TRIED_SIZE = 2, 4
 
 
 class RawFile:
@@ -80,6 +84,42 @@ class Original:
         if len(self._outputs) == 1:
             return values[self._outputs[0]]
         return np.concatenate([values[name].reshape(len(x), -1) for name in self._outputs], 1)
+
+
+def check_rewriting(raw: bytes, rewritten: onnx.ModelProto) -> None:
+    """Compare the outputs of a user's file with those of a model that was written from it, on random numbers.
+
+    Raises `ModelError` if they differ. Files that don't run at the sizes which are tried are not compared.
+    """
+    outputs = [o.name for o in rewritten.graph.output if o.type.HasField("tensor_type")]
+    tensors = {t.name for t in rewritten.graph.initializer}
+    generator, feeds = np.random.default_rng(0), dict[str, Array]()
+    for value in rewritten.graph.input:
+        dims = [d.dim_value or (_TRIED_BATCH if axis == 0 else _TRIED_SIZE) for axis, d in _dims(value)]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        if value.name not in tensors:
+            feeds[value.name] = np.asarray(
+                generator.standard_normal(dims) if dtype.kind == "f" else np.zeros(dims), dtype
+            )
+    try:
+        expected = raw_session(raw, outputs).run(feeds, outputs)
+    except ModelError:
+        return
+    values = raw_session(rewritten.SerializeToString(), outputs).run(feeds, outputs)
+    for name, value in expected.items():
+        is_float = value.dtype.kind == "f"
+        if value.shape == values[name].shape and (
+            np.allclose(value, values[name], 1e-4, 1e-5) if is_float else np.array_equal(value, values[name])
+        ):
+            continue
+        raise ModelError(
+            f"output {value_text(name)} differs once the file's functions, branches and linear models are written out",
+            hint="Please report this with the model.",
+        )
+
+
+def _dims(value: onnx.ValueInfoProto) -> Iterator[tuple[int, Any]]:
+    return enumerate(value.type.tensor_type.shape.dim)
 
 
 def raw_session(raw: bytes, outputs: list[str]) -> OnnxSession:

@@ -19,6 +19,7 @@ from fedprune_export.importing.batches.layout import batch_axis
 from fedprune_export.importing.graph_writer import Names, file_shapes
 from fedprune_export.importing.head_graph import head_graph, head_text
 from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.original import check_rewriting
 from fedprune_export.importing.training_end import (
     Dims,
     TrainingEnd,
@@ -66,9 +67,11 @@ def separate_head(
         return inlined, raw, ""
     file = parse_model(raw, run_checker=False)
     if not _has_nodes(file, found):
-        file = inlined  # the end is inside a function or branch of the file
+        # The end is inside a function or branch of the file, or of a linear model.
+        file = inlined
         if not _has_nodes(file, found):
             return inlined, raw, ""
+        check_rewriting(raw, inlined)
     dims = shapes.get(found.value)
     # Shapes were inferred while the model still had the nodes behind the value.
     trunk, original = end_model(proto, found, dims), end_model(file, found, dims)

@@ -23,9 +23,9 @@ _CARRIERS = REARRANGEMENTS | {"Cast", "Clip"}
 # Further operators that may stand in a head. They have no weights: all other operators belong to the trained part.
 _FOLLOWERS = _CARRIERS | frozenset(
     {"Add", "And", "ArrayFeatureExtractor", "Concat", "ConstantOfShape", "Div", "Equal", "Exp", "Expand", "Gather"}
-    | {"GatherElements", "GatherND", "LabelEncoder", "Log", "Max", "Min", "Mul", "Neg", "NonZero", "Not", "OneHot"}
-    | {"Or", "Range", "ReduceMax", "ReduceMin", "ReduceSum", "Round", "Shape", "Size", "Slice", "Split", "Sub"}
-    | {"Tile", "Where", "ZipMap"}
+    | {"GatherElements", "GatherND", "LabelEncoder", "Log", "Max", "Min", "Mul", "Neg", "NonZero", "Normalizer", "Not"}
+    | {"OneHot", "Or", "Range", "ReduceMax", "ReduceMin", "ReduceSum", "Round", "Shape", "Size", "Slice", "Split"}
+    | {"Sub", "Tile", "Where", "ZipMap"}
 )
 # Ends over an axis, with the axis that they take by default.
 _AXES = {"ArgMax": 0, "ArgMin": 0, "Hardmax": -1, "LogSoftmax": -1, "Softmax": -1, "TopK": -1}

@@ -90,7 +90,7 @@ class Model:
         base: Which frozen weights are stored in low precision; these are constants of the graph and no tensors.
         loss: Its own loss, of `logits` and `y`, which gives `loss` [n]; None where it brings none.
         metric: Its own metric, of `logits` and `y` (`step_contract.METRIC_METADATA`); None where it brings none.
-        class_names: Names of the classes, where its folder has them.
+        class_names: Names of the classes, where its folder or the end of its file has them.
         ranks: Per group its channels, best first, as the fleet that trained it cut it; None where no fleet did.
         training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`), by features
             and unit.

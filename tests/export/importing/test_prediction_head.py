@@ -39,7 +39,9 @@ ENDS: dict[str, tuple[list[onnx.NodeProto], dict[str, tuple[int, list[int | str]
 }
 
 
-def file_of(nodes: list[onnx.NodeProto], outputs: dict[str, tuple[int, list[int | str]]]) -> bytes:
+def file_of(
+    nodes: list[onnx.NodeProto], outputs: dict[str, tuple[int, list[int | str]]], batch: int | str = "N"
+) -> bytes:
     """A model of two layers whose 3 `scores` go through an end."""
     rng = np.random.default_rng(0)
     values = {
@@ -58,7 +60,7 @@ def file_of(nodes: list[onnx.NodeProto], outputs: dict[str, tuple[int, list[int 
     graph = helper.make_graph(
         [*layers, *nodes],
         "model",
-        [helper.make_tensor_value_info("image", FLOAT, ["N", 5])],
+        [helper.make_tensor_value_info("image", FLOAT, [batch, 5])],
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in outputs.items()],
         [numpy_helper.from_array(value, name) for name, value in values.items() if name in used],
     )
@@ -115,3 +117,53 @@ def test_outputs_of_several_values_are_left_to_the_user() -> None:
     outputs: dict[str, tuple[int, list[int | str]]] = {"label": (INT64, ["N"]), "h": (FLOAT, ["N", 8])}
     with pytest.raises(ModelError, match="--output"):
         import_onnx(file_of([LABEL], outputs), "model")
+
+
+def inner_model(kind: str) -> bytes:
+    """A model whose scores, probabilities and label are computed in a function, or in a branch on a constant."""
+    proto = onnx.load_model_from_string(file_of([PROBABILITIES, LABEL], ENDS["probabilities and their argmax"][1]))
+    graph, inner = proto.graph, list(proto.graph.node[2:])
+    outputs = [o.name for o in graph.output]
+    del graph.node[2:]
+    if kind == "function":
+        opsets = [helper.make_opsetid("", 17)]
+        function = helper.make_function("own", "Decide", ["h", "w"], outputs, inner, opsets)
+        proto.functions.append(function)
+        proto.opset_import.append(helper.make_opsetid("own", 1))
+        graph.node.append(helper.make_node("Decide", ["h", "w"], outputs, domain="own"))
+    else:
+        branch = helper.make_graph(inner, "branch", [], list(graph.output))
+        graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
+        graph.node.append(helper.make_node("If", ["always"], outputs, then_branch=branch, else_branch=branch))
+    raw: bytes = proto.SerializeToString()
+    return raw
+
+
+@pytest.mark.parametrize("kind", ["function", "branch"])
+def test_an_end_inside_a_function_or_branch_is_found(kind: str) -> None:
+    raw = inner_model(kind)
+    model = import_onnx(raw, "model")
+    assert "Softmax, ArgMax" in " ".join(model.notes)
+    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
+    before = OnnxSession(raw).run({"image": x})
+    after = OnnxSession(onnx_file(model.graph, model.tensors, "model")).run({X: x})
+    assert after.keys() == {LOGITS, *before}
+    for name, value in before.items():
+        np.testing.assert_allclose(after[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_end_for_one_sample_at_a_time_takes_several() -> None:
+    """Files with a fixed batch reshape to a batch of 1."""
+    nodes = [
+        helper.make_node("Softmax", ["scores"], ["wide"], axis=1),
+        helper.make_node("Constant", [], ["row"], value=numpy_helper.from_array(np.array([1, 3, 1]))),
+        helper.make_node("Reshape", ["wide", "row"], ["p"]),
+        helper.make_node("ArgMax", ["p"], ["label"], axis=1, keepdims=0),
+    ]
+    raw = file_of(nodes, {"p": (FLOAT, [1, 3, 1]), "label": (INT64, [1, 1])}, batch=1)
+    model = import_onnx(raw, "model")
+    x = np.random.default_rng(1).standard_normal((4, 5)).astype(np.float32)
+    after = OnnxSession(onnx_file(model.graph, model.tensors, "model")).run({X: x})
+    single = [OnnxSession(raw).run({"image": row[None]}) for row in x]
+    for name in ("p", "label"):
+        np.testing.assert_allclose(after[name], np.concatenate([s[name] for s in single]), rtol=1e-5, atol=1e-6)
