@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
