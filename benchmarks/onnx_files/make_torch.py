@@ -51,7 +51,7 @@ def samples(net: Net, seed: int = 5) -> dict[str, Any]:
 
 
 def make_net(net: Net) -> nn.Module:
-    """The net in evaluation mode, with norms and biases as after training: exporters merge tensors that are equal."""
+    """The net in evaluation mode, with weights as after training: exporters merge tensors that are equal."""
     torch.manual_seed(0)
     module = net.make().eval()
     generator = torch.Generator().manual_seed(1)
@@ -59,11 +59,11 @@ def make_net(net: Net) -> nn.Module:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.running_mean.normal_(0, 0.1, generator=generator)
             layer.running_var.uniform_(0.8, 1.5, generator=generator)
+    # Layers that torch copied, and norms and biases, are equal before the first step.
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.requires_grad_(True)
-            if parameter.numel() > 1 and parameter.min() == parameter.max():
-                parameter += torch.empty_like(parameter).uniform_(-0.2, 0.2, generator=generator)
+            parameter += torch.empty_like(parameter).uniform_(-0.1, 0.1, generator=generator)
     return module
 
 
