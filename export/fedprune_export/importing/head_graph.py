@@ -16,10 +16,13 @@ from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.prediction_head import PredictionHead
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.training_end import Dims, TrainingEnd, constant_values
+from fedprune_export.ir.graph import NORMAL_OPSET
 
 Array = npt.NDArray[Any]
 _Named = TypeVar("_Named", onnx.ValueInfoProto, onnx.TensorProto)
 
+# The version of the format that goes with opset 17: runtimes of boards refuse later ones.
+_IR_VERSION = 8
 # Samples on which a head is tried: all at once, and one by one.
 _TRIED_SAMPLES = 3
 # What stands for a free size, such as a length.
@@ -32,9 +35,7 @@ def head_graph(text: str) -> onnx.ModelProto:
 
 def class_names(text: str, classes: int) -> tuple[str, ...]:
     """The names of classes that a head tells instead of numbers; empty without any."""
-    graph = head_graph(text).graph if text else onnx.GraphProto()
-    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
-    for tensor in (*graph.initializer, *constants):
+    for tensor in _constants(head_graph(text).graph).values() if text else ():
         names = numpy_helper.to_array(tensor).reshape(-1) if tensor.data_type == onnx.TensorProto.STRING else ()
         if len(names) == classes:
             return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
@@ -86,7 +87,30 @@ def _written_head(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: l
     )
     if dims and dims[0] is not None:
         _free_batch(graph, dims[0])
-    return helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)
+    _lower_reductions(graph)
+    opsets = [helper.make_opsetid(o.domain, _opset(o)) for o in proto.opset_import]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
+
+
+def _opset(entry: onnx.OperatorSetIdProto) -> int:
+    """The opset of a head: that of graphs, which its operators have the same forms in after `_lower_reductions`."""
+    return int(entry.version) if entry.domain not in ("", "ai.onnx") else min(int(entry.version), NORMAL_OPSET)
+
+
+def _lower_reductions(graph: onnx.GraphProto) -> None:
+    """Give reductions their axes as an attribute, as up to opset 17."""
+    tensors = _constants(graph)
+    for node in graph.node:
+        axes = tensors.get(node.input[1]) if node.op_type in ("ReduceMax", "ReduceMin") and node.input[1:] else None
+        if axes is not None:
+            node.attribute.append(helper.make_attribute("axes", numpy_helper.to_array(axes).reshape(-1).tolist()))
+            del node.input[1:]
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    constants = [n for n in graph.node if n.op_type == "Constant"]
+    values = {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
+    return {t.name: t for t in graph.initializer} | values
 
 
 def _without_maps(node: onnx.NodeProto, outputs: dict[str, onnx.ValueInfoProto], notes: list[str]) -> onnx.NodeProto:
@@ -126,10 +150,8 @@ def _with_name(proto: _Named, names: Mapping[str, str]) -> _Named:
 
 def _free_batch(graph: onnx.GraphProto, size: int) -> None:
     """Let reshapes to a batch of this size take any other."""
-    tensors: dict[str, onnx.TensorProto | None] = {t.name: t for t in graph.initializer}
+    tensors = _constants(graph)
     for node in graph.node:
-        if node.op_type == "Constant":
-            tensors |= dict.fromkeys(node.output, next((a.t for a in node.attribute if a.name == "value"), None))
         shape = tensors.get(node.input[1]) if node.op_type == "Reshape" else None
         sizes = [] if shape is None else numpy_helper.to_array(shape).reshape(-1).tolist()
         if not sizes or sizes[0] != size:

@@ -27,6 +27,7 @@ from fedprune_export.importing.training_end import (
     find_training_end,
     has_suppression,
     is_single_float,
+    may_end,
     needed_nodes,
     nodes_behind,
     training_candidates,
@@ -57,6 +58,9 @@ def separate_head(
         return proto, raw, head
     if own_loss and any(can_follow(proto, o) for o in proto.graph.output):
         _leave_out_decisions(proto, notes)
+        return proto, raw, ""
+    # Files without such an end, which are most, needn't be copied and inferred.
+    if len(outputs) == 1 and can_follow(proto, proto.graph.output[0]) and not may_end(proto, labels):
         return proto, raw, ""
     inlined, proto = proto, upgrade_model(proto)
     shapes = file_shapes(proto)
@@ -94,7 +98,7 @@ def _leave_out_decisions(proto: onnx.ModelProto, notes: list[str]) -> None:
 
 def ends_in_labels(proto: onnx.ModelProto, labels: str) -> bool:
     """Whether a model ends elsewhere for a loss that compares with labels of this kind than for any other."""
-    if not is_single_float(proto):
+    if not is_single_float(proto) or not may_end(proto, labels):
         return False
     proto = upgrade_model(proto)
     shapes = file_shapes(proto)

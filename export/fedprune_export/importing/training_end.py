@@ -27,6 +27,7 @@ _FOLLOWERS = _CARRIERS | frozenset(
     | {"OneHot", "Or", "Range", "ReduceMax", "ReduceMin", "ReduceSum", "Round", "Shape", "Size", "Slice", "Split"}
     | {"Sub", "Tile", "Where", "ZipMap"}
 )
+_ARITHMETIC = frozenset({"Add", "Div", "Max", "Min", "Mul", "Sub"})
 # Ends over an axis, with the axis that they take by default.
 _AXES = {"ArgMax": 0, "ArgMin": 0, "Hardmax": -1, "LogSoftmax": -1, "Softmax": -1, "TopK": -1}
 _FLOAT_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
@@ -73,14 +74,24 @@ def find_training_end(proto: onnx.ModelProto, shapes: Mapping[str, Dims], labels
     `labels`: the kind of labels that the loss compares with (`Loss.labels`), where it is known: labels of their own for
     each output make a sigmoid part of the loss, and classes a softmax along any axis.
     """
+    search = _search(proto, labels)
     if is_single_float(proto):
-        ends = _DECISIONS | _SOFTMAXES | ({"Sigmoid"} if labels == "multi" else set())
-        search = search_end(proto, ends, _CARRIERS)
         decides = any(n.op_type in _DECISIONS for n in search.nodes)
         end = _behind_rearrangements(search, shapes) or _at_value(search, shapes)
         # A softmax over places may be an output of its own: attention, or a map.
         return end if end is None or decides or end.axis == 1 or labels == "classes" else None
-    return _at_value(search_end(proto, _ENDS, _FOLLOWERS), shapes)
+    return _at_value(search, shapes)
+
+
+def may_end(proto: onnx.ModelProto, labels: str) -> bool:
+    """Whether training may end before the outputs, as far as is known without shapes."""
+    return bool(_search(proto, labels).value)
+
+
+def _search(proto: onnx.ModelProto, labels: str) -> Search:
+    if not is_single_float(proto):
+        return search_end(proto, _ENDS, _FOLLOWERS)
+    return search_end(proto, _DECISIONS | _SOFTMAXES | ({"Sigmoid"} if labels == "multi" else set()), _CARRIERS)
 
 
 def is_single_float(proto: onnx.ModelProto) -> bool:
@@ -124,11 +135,14 @@ def search_end(
         made = [o for o in node.output if o in frontier and o != stop]
         if not made:
             continue
-        if node.op_type not in allowed:
+        sources = [i for i in node.input if i and i not in constants]
+        # Two values joined by arithmetic are most likely an activation, such as x · sigmoid(x), unless they are boxes.
+        joins = node.op_type in _ARITHMETIC and len(sources) > 1 and not has_suppression(nodes)
+        if node.op_type not in allowed or joins or any(a.name == "num_outputs" for a in node.attribute):
             break
         for name in made:
             del frontier[name]
-        frontier |= {i: None for i in node.input if i and i not in constants}
+        frontier |= dict.fromkeys(sources)
         nodes.append(node)
         if len(frontier) != 1:
             continue

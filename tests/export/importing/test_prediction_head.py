@@ -40,7 +40,10 @@ ENDS: dict[str, tuple[list[onnx.NodeProto], dict[str, tuple[int, list[int | str]
 
 
 def file_of(
-    nodes: list[onnx.NodeProto], outputs: dict[str, tuple[int, list[int | str]]], batch: int | str = "N"
+    nodes: list[onnx.NodeProto],
+    outputs: dict[str, tuple[int, list[int | str]]],
+    batch: int | str = "N",
+    opset: int = 17,
 ) -> bytes:
     """A model of two layers whose 3 `scores` go through an end."""
     rng = np.random.default_rng(0)
@@ -64,7 +67,7 @@ def file_of(
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in outputs.items()],
         [numpy_helper.from_array(value, name) for name, value in values.items() if name in used],
     )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("ai.onnx.ml", 3)]
     raw: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
     return raw
 
@@ -167,3 +170,23 @@ def test_an_end_for_one_sample_at_a_time_takes_several() -> None:
     single = [OnnxSession(raw).run({"image": row[None]}) for row in x]
     for name in ("p", "label"):
         np.testing.assert_allclose(after[name], np.concatenate([s[name] for s in single]), rtol=1e-5, atol=1e-6)
+
+
+def test_an_end_of_a_later_opset_is_written_at_that_of_the_model() -> None:
+    nodes = [PROBABILITIES, LABEL, helper.make_node("ReduceMax", ["p", "one"], ["surety"], keepdims=0)]
+    raw = file_of(nodes, {"label": (INT64, ["N"]), "surety": (FLOAT, ["N"])}, opset=18)
+    model = import_onnx(raw, "model")
+    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
+    after = OnnxSession(onnx_file(model.graph, model.tensors, "model")).run({X: x})
+    np.testing.assert_allclose(after["surety"], OnnxSession(raw).run({"image": x})["surety"], rtol=1e-5)
+
+
+def test_an_activation_at_the_end_is_no_decision() -> None:
+    nodes = [
+        helper.make_node("Sigmoid", ["scores"], ["gate"]),
+        helper.make_node("Mul", ["scores", "gate"], ["swish"]),
+        helper.make_node("Neg", ["swish"], ["negative"]),
+    ]
+    outputs: dict[str, tuple[int, list[int | str]]] = {"swish": (FLOAT, ["N", 3]), "negative": (FLOAT, ["N", 3])}
+    with pytest.raises(ModelError, match="which output gives the logits"):
+        import_onnx(file_of(nodes, outputs), "model")
