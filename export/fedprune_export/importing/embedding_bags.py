@@ -142,7 +142,7 @@ class _EmbeddingBags(GraphWriter):
         node = inner.get(name) or self._maker(name)
         if node is None or node.op_type != "Unsqueeze":
             return None
-        flat = node.input[0]
+        flat: str = node.input[0]
         if flat in inner and inner[flat].op_type == "Slice":
             flat = inner[flat].input[0]
         maker = self._maker(flat)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from fedprune.core.disk import MAX_READ_BYTES, open_file, read_file
 from fedprune.core.errors import ModelError, error_reason, path_remedy, value_text
@@ -84,12 +83,11 @@ def _is_valid_when_read(model: onnx.ModelProto | bytes) -> bool:
     """Whether a model is valid but for the order of its nodes, and norms of onnxruntime in the standard's domain."""
     read = onnx.ModelProto()
     try:
-        read.CopyFrom(onnx.load_model_from_string(model) if isinstance(model, bytes) else model)
-        is_sorted, is_named = sort_nodes(read.graph), name_early_norms(read)
-        if not (is_sorted or is_named):
-            return False
+        read.CopyFrom(parse_model(model, run_checker=False) if isinstance(model, bytes) else model)
+        sort_nodes(read.graph)
+        name_early_norms(read)
         onnx.checker.check_model(read)
-    except (onnx.checker.ValidationError, DecodeError, ValueError):
+    except (ModelError, ValueError, onnx.checker.ValidationError):
         return False
     return True
 

@@ -63,7 +63,8 @@ def multi_head_attention(fused: FusedNode) -> None:
             part if part.has_heads else part._replace(value=fused.emit("Add", part.value, vector))
             for part, vector in zip(parts, biases, strict=True)
         ]
-    _attend(fused, *parts, mask, scores)
+    queries, keys, values = parts
+    _attend(fused, queries, keys, values, mask, scores)
 
 
 @rule("RotaryEmbedding")

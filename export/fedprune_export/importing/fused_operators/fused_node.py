@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
+from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune_export.ir.graph import Array, Graph, Node
@@ -58,10 +59,10 @@ class FusedNode:
         value = self.graph.initializers.get(name)
         return self.shapes.numbers.get(name) if value is None else value
 
-    def refuse(self, reason: str, expected: str = "", hint: str = UNFUSED_HINT) -> NoReturn:
+    def refuse(self, reason: str, expected: str | None = None, hint: str = UNFUSED_HINT) -> NoReturn:
         raise ModelError(
             f"{self.node.op} {value_text(self.node.name or self.node.outputs[0])} can't be taken apart: {reason}",
-            **({"expected": expected} if expected else {}),
+            expected=expected,
             hint=hint,
         )
 
@@ -88,8 +89,6 @@ class FusedNode:
         return self.emit("Add", first, others[-1], out=out)
 
     def as_type(self, value: str, dtype: type[np.generic]) -> str:
-        from onnx import helper
-
         return self.emit("Cast", value, to=int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype))))
 
 
