@@ -10,6 +10,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
+from fedprune_export.importing.fused_operators.stand_ins import put_stand_ins
 from fedprune_export.ir import shape_inference
 from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.operators import SIZE_OPERATORS
@@ -181,6 +182,7 @@ def _inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
         # Shape inference reads a tensor's values only if they are sizes.
         if len(tensor.raw_data) > _MAX_SIZE_TENSOR_BYTES:
             tensor.ClearField("raw_data")
+    put_stand_ins(bare)
     try:
         graph = onnx.shape_inference.infer_shapes(bare).graph
     # onnx can fail on files that run; then only what the file states is known.

@@ -422,6 +422,60 @@ def test_an_optimised_transformer_is_cut_as_the_file_before(
     assert fused <= {n.op_type for n in onnx.load_from_string(optimised).graph.node}
 
 
+SHAPED = {
+    "norms and sums": """q = MatMul(x, w) n, "", "", t = ms.SkipLayerNormalization(q, x, b, c)
+        r = SimplifiedLayerNormalization<axis = -1>(t, b) h = ms.BiasGelu(r, c)""",
+    "products": "q = ms.FusedMatMul<transA = 1>(x, x) m = ms.FusedMatMul<transB = 1>(x, q) h = ms.QuickGelu(m)",
+    "attention": f"a = ms.Attention<num_heads = {HEADS}>(x, qkv, b3) h = ms.FastGelu(a, b)",
+    "layers": """s = Constant<value_ints = [0, 3, 4, 4]>() i = Reshape(x, s)
+        m = ms.FusedConv<activation = "Relu", pads = [1, 1, 1, 1]>(i, kernel, b) r = Constant<value_ints = [0, 8, -1]>()
+        f = Reshape(m, r) h = Transpose<perm = [0, 2, 1]>(f)""",
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_a_decision_behind_fused_operators_is_left_to_predictions(name: str) -> None:
+    """A file of an optimiser states no shapes within, and training ends where a shape is known."""
+    proto = onnx.load_from_string(file_of(SHAPED[name]))
+    proto.graph.node.append(onnx.helper.make_node("ArgMax", ["y"], ["best"], axis=1))
+    del proto.graph.output[:]
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("best", onnx.TensorProto.INT64, ["N", 1, 3]))
+    raw = proto.SerializeToString()
+    for model in (import_onnx(raw, "net"), import_onnx(raw, "net", ImportChoices(output="y"))):
+        check_equal_values(model, raw)
+
+
+def check_equal_values(model: Model, raw: bytes) -> None:
+    """The model ends at `y`, of which the file tells the largest."""
+    x = samples(model, 5)
+    assert (outputs(model.graph, x).argmax(1)[:, None] == OnnxSession(raw).run({"x": x})["best"]).all()
+
+
+def test_fused_operators_in_branches_and_functions() -> None:
+    branch = """yes = Constant<value_int=1>() on = Cast<to=9>(yes) q = MatMul(x, w)
+        g = If(on)<then_branch = a () => (float[N,6,8] p) { p = ms.BiasGelu(q, b) },
+                   else_branch = e () => (float[N,6,8] o) { o = Relu(q) }> h = MatMul(g, w)"""
+    raw = file_of(branch)
+    proto = onnx.load_from_string(raw)
+    tensor = numpy_helper.from_array(np.linspace(-1, 1, WIDTH, dtype=np.float32), "b")
+    proto.graph.initializer.append(tensor)
+    check_import(proto.SerializeToString())
+    proto = onnx.load_from_string(file_of("h = ms.BiasGelu(x, b)"))
+    call = proto.graph.node[0]
+    own = onnx.helper.make_function(
+        "own",
+        "act",
+        ["p", "q"],
+        ["r"],
+        [onnx.helper.make_node("BiasGelu", ["p", "q"], ["r"], domain="com.microsoft")],
+        list(proto.opset_import),
+    )
+    call.domain, call.op_type = "own", "act"
+    proto.functions.append(own)
+    proto.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    check_import(proto.SerializeToString())
+
+
 def test_a_file_for_one_processor_is_refused_with_a_way_out(tmp_path: Path) -> None:
     graph = Graph(inputs=[Port("x", np.dtype(np.float32), ("N", 32, 5, 5))])
     graph.initializers["w"] = np.ones((32, 32, 3, 3), np.float32)

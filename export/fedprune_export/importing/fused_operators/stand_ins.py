@@ -1,0 +1,66 @@
+"""Operators of the standard whose outputs have the shapes of fused ones, so that onnx infers what follows them.
+
+Shapes are read before a graph is decomposed: where a file ends in a decision, and where loops are unrolled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from fedprune_export.importing.fused_operators.early_norms import FUSED_DOMAIN, name_early_norms
+
+# Outputs with the shape of the first input; further outputs of these, such as sums, have it, too.
+_SHAPE_PRESERVING = frozenset(
+    {"BiasAdd", "BiasDropout", "BiasGelu", "BiasSoftmax", "FastGelu", "Gelu", "GroupNorm", "LayerNormalization"}
+    | {"MultiHeadAttention", "QuickGelu", "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipGroupNorm"}
+    | {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+)
+_SUM_OUTPUTS = {"SkipGroupNorm": 1, "SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3}
+
+_GEMM_ATTRIBUTES = ("alpha", "beta", "transA", "transB")
+_ACTIVATION_ATTRIBUTES = ("activation", "activation_params")
+
+
+def put_stand_ins(model: onnx.ModelProto) -> None:
+    """Replace fused nodes by operators of the same shapes; those of other shapes stay. The model is changed."""
+    name_early_norms(model)
+    graph = model.graph
+    if all(n.domain != FUSED_DOMAIN for n in graph.node):
+        return
+    widths = {t.name: tuple(t.dims) for t in graph.initializer}
+    nodes = [s for n in graph.node for s in (_stand_ins(n, widths) if n.domain == FUSED_DOMAIN else [n])]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _stand_ins(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[onnx.NodeProto]:
+    attrs: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    op, inputs, out = node.op_type, list(node.input), node.output[0]
+    if op in _SHAPE_PRESERVING or (op == "Attention" and _keeps_width(inputs[1], shapes)):
+        outputs = [out, *node.output[_SUM_OUTPUTS[op] : _SUM_OUTPUTS[op] + 1]] if op in _SUM_OUTPUTS else [out]
+        yield from (helper.make_node("Identity", inputs[:1], [name]) for name in outputs if name)
+    elif op in ("FusedMatMul", "TransposeMatMul") and not (attrs.get("transBatchA") or attrs.get("transBatchB")):
+        left, right = ("ji" if attrs.get("transA") else "ij"), ("kj" if attrs.get("transB") else "jk")
+        yield helper.make_node("Einsum", inputs, [out], equation=f"...{left},...{right}->...ik")
+    elif op == "GemmFastGelu":
+        yield helper.make_node("MatMul", inputs[:2], [out])
+    elif op == "FusedGemm":
+        yield helper.make_node("Gemm", inputs, [out], **{k: v for k, v in attrs.items() if k in _GEMM_ATTRIBUTES})
+    elif op == "FusedConv":
+        kept = {k: v for k, v in attrs.items() if k not in _ACTIVATION_ATTRIBUTES}
+        yield helper.make_node("Conv", inputs[:3], [out], **kept)
+    elif op == "EmbedLayerNormalization":
+        names = [out, *node.output[2:3]]
+        yield from (helper.make_node("Gather", [inputs[2], inputs[0]], [name], axis=0) for name in names if name)
+    else:
+        yield node
+
+
+def _keeps_width(weights: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a value has as many columns as the input that its queries, keys and values are made from."""
+    shape = shapes.get(weights, ())
+    return len(shape) == 2 and shape[1] == 3 * shape[0]
