@@ -36,6 +36,7 @@ from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.pad_resize import drop_empty_scales
 from fedprune_export.importing.refusals import check_output, check_random, check_trainable
 from fedprune_export.importing.sample_shapes import check_sizes
+from fedprune_export.importing.scatter_writes import rewrite_scatter_writes
 from fedprune_export.importing.simplification import bypass, drop_identities, simplify
 from fedprune_export.importing.translation import translate, upgrade_model
 from fedprune_export.importing.transpositions import merge_transpositions
@@ -171,6 +172,7 @@ def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str],
     _drop_casts(graph, trace)
     fold_constants(graph, trace, constants, output)
     translate(graph, trace, notes)
+    rewrite_scatter_writes(graph, trace, constants, notes)
     simplify(graph, trace, constants)
     merge_transpositions(graph, trace)
     drop_identities(graph)

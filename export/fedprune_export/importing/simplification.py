@@ -16,9 +16,6 @@ from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
 
 _KEEPDIMS_REDUCTIONS = frozenset(f"Reduce{kind}" for kind in ("Mean", "Sum", "Max", "Min", "L1", "L2", "SumSquare"))
-# A slice with an end from here on goes to the end of its axis: exporters write 2^31 − 1 or 2^63 − 1.
-_MIN_OPEN_END = 2**31 - 1
-
 # The neutral second operand of an operator; also the first, if the operator is commutative.
 _NEUTRAL_OPERANDS = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
 
@@ -159,8 +156,6 @@ def _unchanged_input(graph: Graph, trace: Trace, constants: Container[str], node
         return node.inputs[0]
     if node.op == "Where":
         return node.inputs[2] if _takes_second(graph, trace, node) else None
-    if node.op == "ScatterND":
-        return node.inputs[2] if _overwrites_everything(trace, node) else None
     if len(node.inputs) != 2 or node.outputs[0] not in trace.shapes:
         return None
     for x, operand in (node.inputs, node.inputs[::-1]):
@@ -177,14 +172,13 @@ def _unchanged_input(graph: Graph, trace: Trace, constants: Container[str], node
 
 
 def _takes_everything(graph: Graph, trace: Trace, node: Node) -> bool:
-    arguments = [graph.initializers.get(i) for i in node.inputs[1:] if i]
-    if any(a is None for a in arguments) or not {node.inputs[0], node.outputs[0]} <= trace.shapes.keys():
+    before, after = node.inputs[0], node.outputs[0]
+    steps = graph.initializers.get(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else np.ones(1)
+    if steps is None or not (steps == 1).all() or not {before, after} <= trace.shapes.keys():
         return False
-    starts, ends = (a.tolist() for a in arguments[:2] if a is not None)
-    steps = graph.initializers[node.inputs[4]] if len(node.inputs) > 4 and node.inputs[4] else np.ones(1)
-    unbounded = all(s == 0 and e >= _MIN_OPEN_END for s, e in zip(starts, ends, strict=True))
-    sizes = trace.dims(node.inputs[0])
-    return bool((steps == 1).all()) and (unbounded or (None not in sizes and sizes == trace.dims(node.outputs[0])))
+    # A range with a step of 1 that is as long as its axis, at every batch, is the axis.
+    all_shapes = (trace.shapes, trace.shapes_second, *trace.shapes_further)
+    return all(shapes[before] == shapes[after] for shapes in all_shapes)
 
 
 def _takes_second(graph: Graph, trace: Trace, node: Node) -> bool:
@@ -193,14 +187,3 @@ def _takes_second(graph: Graph, trace: Trace, node: Node) -> bool:
     never = condition in graph.initializers and not graph.initializers[condition].any()
     alike = {second, node.outputs[0]} <= trace.shapes.keys() and trace.dims(second) == trace.dims(node.outputs[0])
     return never and alike
-
-
-def _overwrites_everything(trace: Trace, node: Node) -> bool:
-    """Whether a scatter replaces every row of its data in order, as PyTorch's `x[:] = y` does."""
-    data, indices, updates = node.inputs
-    if node.attrs.get("reduction", "none") != "none" or not {data, updates} <= trace.shapes.keys():
-        return False
-    runs = [(trace.integers.get(indices), trace.shapes), (trace.integers_second.get(indices), trace.shapes_second)]
-    return trace.dims(data) == trace.dims(updates) and all(
-        rows is not None and np.array_equal(rows, np.arange(shapes[data][0])[:, None]) for rows, shapes in runs
-    )

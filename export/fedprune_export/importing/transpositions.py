@@ -16,14 +16,29 @@ from fedprune_export.ir.trace import BATCH_EXTENT, Trace
 
 
 def merge_transpositions(graph: Graph, trace: Trace) -> None:
-    """Write a reshape, transpositions and a reshape as one transposition of all factors, where that is the same."""
+    """Write a reshape, transpositions and a reshape as one transposition of all factors, where that is the same.
+
+    A transposition that takes another one back becomes an Identity.
+    """
     makers = {name: node for name, node in graph.producers().items() if not node.domain}
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
         if node.op == "Reshape" and not node.domain:
             _merge_transposition(graph, node, makers, trace)
+        elif node.op == "Transpose" and not node.domain:
+            _undo_transposition(node, makers)
         graph.nodes.append(node)
     graph.prune()
+
+
+def _undo_transposition(node: Node, makers: Mapping[str, Node]) -> None:
+    maker = makers.get(node.inputs[0])
+    if maker is None or maker.op != "Transpose":
+        return
+    there, back = maker.attrs.get("perm"), node.attrs.get("perm")
+    # Without an order both reverse the axes.
+    if there is back is None or (there and back and [there[i] for i in back] == sorted(there)):
+        node.op, node.inputs, node.attrs = "Identity", maker.inputs[:1], {}
 
 
 def _merge_transposition(graph: Graph, node: Node, makers: Mapping[str, Node], trace: Trace) -> None:

@@ -14,6 +14,7 @@ from fedprune_export.channels.factors import axis_runs, extents, factor_run
 from fedprune_export.channels.reshaped_rows import carry_rows, fix_mixed_channels
 from fedprune_export.channels.rule import SHAPE_INPUTS, Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import SIZE_OPERATORS
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 
@@ -43,7 +44,8 @@ def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     if len(node.inputs) <= index or not node.inputs[index]:
         return
     before, after = sizes.full_sizes(node.outputs[0]), sizes.cut_sizes(node.outputs[0])
-    if before == after:
+    # The target may be the shape of another value, which has become narrower than what it gives the size to.
+    if before == after and not _follows_cut_value(graph, node.inputs[index], sizes):
         return
 
     batch_axes = [i for i, n in enumerate(after) if n is None]
@@ -62,6 +64,23 @@ def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
         for i, n in enumerate(after[lead:])
     ]
     node.inputs[index] = graph.emit("Concat", *entries, attrs={"axis": 0})
+
+
+def _follows_cut_value(graph: Graph, target: str, sizes: Sizes) -> bool:
+    """Whether a target is computed from the size of a value with fewer channels."""
+    makers = graph.producers() if target not in graph.initializers else {}
+    pending, visited = [target], set[str]()
+    while pending:
+        name = pending.pop()
+        maker = makers.get(name)
+        if maker is None or name in visited:
+            continue
+        visited.add(name)
+        if maker.op not in SIZE_OPERATORS:
+            pending += maker.inputs
+        elif sizes.full_sizes(maker.inputs[0]) != sizes.cut_sizes(maker.inputs[0]):
+            return True
+    return False
 
 
 @gradient_rule("Flatten")

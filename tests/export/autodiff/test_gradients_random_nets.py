@@ -62,7 +62,16 @@ def hard_net(name: str) -> Model:
 @pytest.mark.parametrize(
     "name",
     [
-        *("SegmentSums", "SpatialTransformer", "Spectra", "PairDistances", "Overlaps", "PlaceAttention", "TokenMixing"),
+        *(
+            "SegmentSums",
+            "SpatialTransformer",
+            "Spectra",
+            "PairDistances",
+            "Overlaps",
+            "PlaceAttention",
+            "TokenMixing",
+            "SliceWrites",
+        ),
     ],
 )
 def test_gradients_of_computed_places_and_waves_are_torchs(name: str, density: float) -> None:

@@ -162,6 +162,14 @@ def filled_to_a_shape(graph: Graph, value: str) -> str:
     return graph.emit("Add", value, filled)
 
 
+@net(8, 6)
+def sums_of_a_filled_shape(graph: Graph, value: str) -> str:
+    """Ones in the shape of a value that loses channels; sums along them stay."""
+    ones = graph.emit("ConstantOfShape", graph.emit("Shape", value), attrs={"value": np.ones(1, np.float32)})
+    numbers = graph.emit("CumSum", ones, graph.constant(1, np.int64))
+    return graph.emit("Add", value, conv(graph, numbers, "other", 8, 8))
+
+
 @net(6)
 def indices_of_a_pool(graph: Graph, value: str) -> str:
     pooled, where = graph.emit_many("MaxPool", value, outputs=2, attrs={"kernel_shape": [2, 2]})

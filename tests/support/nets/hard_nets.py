@@ -305,6 +305,21 @@ class SlicedChannels(Images):
         return torch.relu(self.all(x) + self.some(x[:, 1:6]))
 
 
+@hard(3)
+class SliceWrites(Images):
+    """Channels that others overwrite, are added to or scale, at constant indices."""
+
+    def build(self) -> None:
+        self.some, self.one, self.last = conv(8, 4), conv(8, 1), conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.tanh()
+        y[:, :4] = self.some(x)
+        y[:, 6] += self.one(x)[:, 0]
+        y = y.index_add(1, torch.tensor([5, 4]), x[:, 4:6])
+        return self.last(y)
+
+
 @hard(2)
 class RolledChannels(Images):
     """Channels moved round: the two parts change places."""
