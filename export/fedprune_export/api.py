@@ -45,7 +45,8 @@ def export(
         scorer: How channels are ranked: "magnitude" or "ordered"; by default as the fleet that trained the model cut
             it, where the model has these ranks, else by magnitude.
         data: Samples to measure the model on, whole and as cut: a `.npz` file with x and y.
-        precisions: Lower precisions to predict at, too: "float16", "int8" (which needs `data`).
+        precisions: Lower precisions to predict at, too: "float16", "int8" (which needs `data`, or a model that
+            was read from a quantised file).
         opset: Opset of the inference graph; by default one that every supported onnxruntime loads.
         class_names: Names of the classes; by default those of the model's folder, if it has them.
 

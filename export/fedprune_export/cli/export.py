@@ -19,7 +19,7 @@ from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.bundle_folder import check_bundle_folder, is_bundle
-from fedprune.runtime.precision_files import INT8, PRECISIONS
+from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import PLAIN
 from fedprune_export.cli import options
 
@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.parse_precisions,
         default=(),
         metavar="P,P",
-        help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
+        help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data, or a model from a "
+        "quantised file",
     )
     cli.add_json_option(parser, "the report as JSON, for programs")
     parser.add_argument(
@@ -171,8 +172,6 @@ def _check_boards(arguments: argparse.Namespace) -> _Boards:
         profile_store.find_typed_profile(name, arguments.profiles) for name in options.parse_targets(arguments.target)
     )
     recipe, probe = options.read_recipe(arguments), options.read_probe(arguments)
-    if INT8 in arguments.precision and arguments.data is None:
-        raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
     if probe is not None and len(profiles) > 1:
         raise UsageError("--probe is of one board", expected="one --target", got=len(profiles))
     return _Boards(profiles, _bundle_folders(arguments.out, [p.name for p in profiles]), recipe, probe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -17,7 +18,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import axes_json
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.ir.graph import check_name
-from fedprune_export.pruning.model import RANKS_KEY
+from fedprune_export.pruning.model import ACTIVATION_RANGES_KEY, RANKS_KEY
 
 PARAMETERS_KEY = "fedprune.parameters"  # names of the trainable tensors
 FROZEN_KEY = "fedprune.frozen"  # names of the trainable tensors that the author froze
@@ -78,6 +79,16 @@ def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
     Raises `ModelError` if it is no list of texts, or one can't be printed.
     """
     return _check_printable(_decode_json(texts, TRAINING_NOTES_KEY, [], "a list of notes", _is_texts))
+
+
+def activation_ranges(texts: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+    """The least and greatest number of activations in the quantised file that a model was read from, by their names.
+
+    Raises `ModelError` if it is something else.
+    """
+    expected = "two numbers by name, the least first"
+    ranges: dict[str, list[float]] = _decode_json(texts, ACTIVATION_RANGES_KEY, {}, expected, _is_ranges)
+    return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
 def author_notes(texts: Mapping[str, str]) -> list[str]:
@@ -160,6 +171,16 @@ def _decode_json(
 
 def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(n, str) for n in value)
+
+
+def _is_ranges(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(bounds, list)
+        and len(bounds) == 2
+        and all(isinstance(b, (int, float)) and math.isfinite(b) for b in bounds)
+        and bounds[0] <= bounds[1]
+        for bounds in value.values()
+    )
 
 
 def _check_printable(names: Sequence[str]) -> tuple[str, ...]:

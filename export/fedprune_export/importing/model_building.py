@@ -36,7 +36,7 @@ from fedprune_export.ir.dropout import DRAWS_KEY, DROPOUT_AXES_KEY
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.instance_norms import INSTANCE_NORMS_KEY, instance_means
 from fedprune_export.pruning.frozen_base import freeze_base
-from fedprune_export.pruning.model import RANKS_KEY, Model
+from fedprune_export.pruning.model import ACTIVATION_RANGES_KEY, RANKS_KEY, Model
 
 
 @contextmanager
@@ -142,6 +142,8 @@ def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: 
     # A file that was imported before lists the author's names, which win over those that it has now.
     names = {new: author_names.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
     names |= {new: author for new, author in author_names.items() if new in normal.parameters and new not in names}
+    values = {p.name for p in normal.graph.inputs} | {o for n in normal.graph.nodes for o in n.outputs}
+    ranges = {normal.names.get(name, name): r for name, r in metadata.activation_ranges(texts).items()}
     facts = {
         metadata.PARAMETERS_KEY: list(normal.parameters),
         metadata.FROZEN_KEY: frozen_names,
@@ -150,6 +152,7 @@ def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: 
         metadata.UNUSED_KEY: metadata.unused_parameters(texts),
         metadata.NAMES_KEY: names,
         metadata.TRAINING_NOTES_KEY: metadata.training_notes(texts),
+        ACTIVATION_RANGES_KEY: {name: r for name, r in ranges.items() if name in values},
     }
     graph_keys = (INPUTS_KEY, OUTPUTS_KEY, LENGTH_METADATA, DROPOUT_AXES_KEY, DRAWS_KEY)
     return {

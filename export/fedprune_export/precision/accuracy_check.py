@@ -17,10 +17,11 @@ from fedprune.core.text import first_few
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.agreement import MAX_COMPARED_SAMPLES, Agreement, compare_outputs
 from fedprune.runtime.bundle import INFERENCE, WEIGHTS
-from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, RANGES, lowered_weights
 from fedprune.runtime.precision_files import INT8, graph_file, weights_file
 from fedprune.runtime.session import Array, OnnxSession
 from fedprune_export.checks.labelled_data import LabelledData
+from fedprune_export.importing.metadata import activation_ranges
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.precision.lowering import Lowered, lower
 from fedprune_export.pruning.model import Model
@@ -40,7 +41,7 @@ class PrecisionTrial:
 
     Attributes:
         has_samples: Whether the outputs were compared on given samples; otherwise on random samples.
-        warning: That ranges were measured on samples which show little; empty if they weren't.
+        warning: That ranges were measured on samples which show little, or on none; empty if they weren't.
     """
 
     lowered: Lowered
@@ -81,7 +82,8 @@ class PrecisionTrials:
     ) -> None:
         self._model, self._widths, self._files, self._data = model, widths, files, data
         self._tensors = tensorfile.decode(files[WEIGHTS])
-        self._x: Array = sample_feeds(model.graph, _RANDOM_SAMPLES)[X] if data is None else data.x
+        self._ranges = activation_ranges(model.graph.metadata)
+        self._x: Array = self._random_samples() if data is None else data.x
 
     @cached_property
     def _reference(self) -> Array:
@@ -98,17 +100,11 @@ class PrecisionTrials:
 
         With int8, if the outputs would be too far off, the first and the last layer stay in float32. If that is not
         enough, so do those layers that are furthest off by themselves. Raises `ModelError` if there is no such
-        precision, int8 has no samples to measure ranges on or nothing that it can be used for, or the outputs stay too
-        far from float32's.
+        precision, int8 has neither samples to measure ranges on nor those of a quantised file, or nothing that it can
+        be used for, or the outputs stay too far from float32's.
         """
-        if precision == INT8 and self._data is None:
-            raise ModelError(
-                "int8 must see what activations are like",
-                expected="samples like those that the board will see",
-                hint="Give some with --data.",
-            )
         trial = self._run_with(precision)
-        if precision == INT8:
+        if precision == INT8 and trial.has_samples:
             trial = self._relax(trial)
         if trial.agreement.refusal and trial.has_samples:
             raise ModelError(
@@ -141,14 +137,41 @@ class PrecisionTrials:
             for file, raw in files.items():
                 (folder / file).write_bytes(raw)
             (folder / WEIGHTS).write_bytes(self._files[WEIGHTS])
+            if precision == INT8 and x is None:
+                # Without samples, the ranges of the weights file that is there are kept.
+                (folder / weights_file(precision)).write_bytes(tensorfile.encode({RANGES: self._file_ranges(lowered)}))
             files[weights_file(precision)] = lowered_weights(folder, precision, self._tensors, x)
             (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
             outputs = self._outputs(folder, graph_file(precision))
         labels = "classes" if self._data is None else self._data.label_kind
         y = None if self._data is None else self._data.y[: len(outputs)]
         comparison = compare_outputs(_LOSSES[labels], self._reference, outputs, y)
-        warning = _equal_samples_warning(self._x[:CALIBRATION_SAMPLES]) if precision == INT8 else ""
+        warning = ""
+        if precision == INT8:
+            warning = _FILE_RANGES_WARNING if x is None else _equal_samples_warning(x[:CALIBRATION_SAMPLES])
         return PrecisionTrial(lowered, files, comparison, has_samples=self._data is not None, warning=warning)
+
+    def _random_samples(self) -> Array:
+        """Random numbers: over the range of the input, if a quantised file says it."""
+        x = sample_feeds(self._model.graph, _RANDOM_SAMPLES)[X]
+        if X not in self._ranges or x.dtype != np.float32:
+            return x
+        return np.random.default_rng(0).uniform(*self._ranges[X], x.shape).astype(np.float32)
+
+    def _file_ranges(self, lowered: Lowered) -> Array:
+        """The ranges that the quantised file had which the model was read from, float32 [activations, 2].
+
+        Raises `ModelError` if it wasn't, or it had none for some activation.
+        """
+        missing = [name for name in lowered.activations if name not in self._ranges]
+        if missing:
+            raise ModelError(
+                "int8 must see what activations are like"
+                + (f", and the quantised file says it of all but {first_few(missing)}" if self._ranges else ""),
+                expected="samples like those that the board will see",
+                hint="Give some with --data.",
+            )
+        return np.array([self._ranges[name] for name in lowered.activations], np.float32)
 
     def _outputs(self, folder: Path, graph: str) -> Array:
         if graph == INFERENCE:
@@ -159,6 +182,12 @@ class PrecisionTrials:
         return np.concatenate(
             [session.run({X: x[s : s + _TRIAL_BATCH]}, [LOGITS])[LOGITS] for s in range(0, len(x), _TRIAL_BATCH)]
         )
+
+
+_FILE_RANGES_WARNING = (
+    "int8: ranges of activations are those of the quantised file that the model was read from; with --data they are "
+    "measured, and outputs are compared on real samples"
+)
 
 
 def _equal_samples_warning(x: Array) -> str:

@@ -19,7 +19,7 @@ from fedprune_export.precision.folding import fold_norms
 from fedprune_export.precision.half import convert_to_float16
 from fedprune_export.precision.lowered_pair import LoweredPair
 from fedprune_export.precision.quantisation import quantise, use_quantisable_forms
-from fedprune_export.precision.quantisation_plan import calibration_graph, plan_quantisation
+from fedprune_export.precision.quantisation_plan import QuantisationPlan, calibration_graph, plan_quantisation
 from fedprune_export.pruning.model import Model
 
 
@@ -32,6 +32,7 @@ class Lowered:
             `fedprune.runtime.precision_files.weights_file`.
         prepare: The graph from float32 weights, and for int8 ranges of activations, to these tensors.
         calibrate: The graph from a batch of samples to ranges of activations; None where none are needed.
+        activations: Names of the activations with ranges, in the order of the ranges; empty where none are needed.
         layers: Outputs of the layers that compute with 8 bits, in order.
         float32_nodes: Descriptions of the nodes that stay in float32; empty for precision "float32".
     """
@@ -40,6 +41,7 @@ class Lowered:
     graph: bytes
     prepare: bytes
     calibrate: bytes | None
+    activations: tuple[str, ...]
     layers: tuple[str, ...]
     float32_nodes: tuple[str, ...]
 
@@ -76,7 +78,7 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
     pair = LoweredPair(model, widths)
     fold_norms(pair)
     stays: list[str] = []
-    calibrate, layers = None, []
+    calibrate, plan = None, QuantisationPlan()
     if precision == "float16":
         stays = convert_to_float16(pair)
     elif precision == "int8":
@@ -88,14 +90,14 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
                 expected="a convolution, or a product with a weight of two axes",
                 hint="Leave int8 out of --precision.",
             )
-        calibrate, layers = calibration_graph(model, widths, plan), plan.layers
+        calibrate = calibration_graph(model, widths, plan)
         stays = quantise(pair, plan)
     pair.finish()
-    return _serialise(pair, precision, calibrate, tuple(layers), tuple(stays))
+    return _serialise(pair, precision, calibrate, plan, tuple(stays))
 
 
 def _serialise(
-    pair: LoweredPair, precision: str, calibrate: bytes | None, layers: tuple[str, ...], stays: tuple[str, ...]
+    pair: LoweredPair, precision: str, calibrate: bytes | None, plan: QuantisationPlan, stays: tuple[str, ...]
 ) -> Lowered:
     """Write the graphs as bytes."""
     # Types and shapes of the tensors are seen by a run of the prepare graph on zeros: exact, and simpler than
@@ -109,6 +111,7 @@ def _serialise(
         graph=pair.graph_bytes(outputs, weights_file(precision)),
         prepare=pair.prepare_bytes(tensors),
         calibrate=calibrate,
-        layers=layers,
+        activations=tuple(plan.values),
+        layers=tuple(plan.layers),
         float32_nodes=stays,
     )

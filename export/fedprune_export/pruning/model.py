@@ -21,6 +21,10 @@ from fedprune_export.pruning.frozen_base import FrozenBase
 # the groups stands with it, so that ranks are dropped after another analysis has formed other groups.
 RANKS_KEY = "fedprune.ranks"
 
+# Key of a graph's metadata: by activation, the least and greatest number that it has in the quantised file which the
+# model was read from.
+ACTIVATION_RANGES_KEY = "fedprune.activation_ranges"
+
 
 @dataclass(frozen=True, repr=False)
 class Groups(Sequence[ChannelGroup]):

@@ -127,8 +127,8 @@ def test_verify_finds_weights_of_another_model(
 
 
 def test_int8_wants_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(folder, "nothing", "int8", "--no-data") == ExitCode.USAGE
-    assert "--data, too" in capsys.readouterr().err
+    assert export(folder, "nothing", "int8", "--no-data") == ModelError.exit_code
+    assert "Give some with --data" in capsys.readouterr().err
     assert not (folder / "nothing").exists()
     with pytest.raises(SystemExit):
         export(folder, "nothing", "int4")

@@ -17,6 +17,7 @@ from fedprune_export.importing.quantised.numbers import refuse
 from fedprune_export.importing.quantised.operators import OPERATOR_RULES
 from fedprune_export.importing.quantised.proof import prove
 from fedprune_export.importing.quantised.rewriter import Rewriter, Rule
+from fedprune_export.pruning.model import ACTIVATION_RANGES_KEY
 
 RULES: dict[str, Rule] = {**OPERATOR_RULES, **PRODUCT_RULES}
 # Operators on integers without a rule.
@@ -41,7 +42,10 @@ def float_file(raw: bytes) -> bytes:
     _rewrite(state)
     floats = state.write(state.graph)
     prove(state, floats)
-    metadata.write_properties(floats, {metadata.TRAINING_NOTES_KEY: json.dumps(_notes(state, floats))})
+    texts = {metadata.TRAINING_NOTES_KEY: json.dumps(_notes(state, floats))}
+    if ranges := _activation_ranges(state):
+        texts[ACTIVATION_RANGES_KEY] = json.dumps(ranges)
+    metadata.write_properties(floats, texts)
     out: bytes = floats.SerializeToString(deterministic=True)
     return out
 
@@ -87,6 +91,19 @@ def _check_complete(state: Rewriter) -> None:
     for port in graph.outputs:
         if port.name not in written:
             raise ModelError(f"the file is quantised, and its output {value_text(port.name)} is a sum of integers")
+
+
+def _activation_ranges(state: Rewriter) -> dict[str, tuple[float, float]]:
+    """What numbers the file has for activations, at most; an export with 8 bits may begin with them."""
+    ranges = {}
+    for rounding in state.roundings:
+        scale, zero = (state.constant(n) for n in (rounding.quantisation.scale, rounding.quantisation.zero))
+        if rounding.bounds is None or scale is None or scale.size != 1 or rounding.value in state.graph.initializers:
+            continue
+        offset = 0.0 if zero is None else float(zero.reshape(-1)[0])
+        low, high = (float(scale.reshape(-1)[0]) * (bound - offset) for bound in rounding.bounds)
+        ranges[rounding.value] = low, high
+    return ranges
 
 
 def _notes(state: Rewriter, floats: onnx.ModelProto) -> list[str]:
