@@ -90,14 +90,15 @@ def check_data(arguments: argparse.Namespace) -> int:
         with folder as spool:
             trainer = Trainer(bundle.path(TRAINING), threads=1, base=bundle.base)
             targets = trainer.targets(bundle.recipe, bundle.architecture.classes)
-            data = options.fixed(bundle.class_names, Path(spool)).snapshot(trainer.input_shape, targets)
+            source = options.fixed(bundle.class_names, Path(spool))
+            data = source.snapshot(trainer.input_shape, targets)
             try:
                 data.check(targets, trainer.input_shape, token_ids=trainer.token_ids)
             except DataError as error:
                 raise DataError(f"{arguments.data}: {error}") from error
             summary = summarise(data, targets, names)
             problems = [*_shortened(warnings.lines), *find_problems(summary)]
-            report = _Report(arguments.data, summary, problems, find_notes(summary))
+            report = _Report(arguments.data, summary, problems, [*source.notes, *find_notes(summary)])
             if arguments.out is not None:
                 _write_page(arguments.out, report, data, targets, names, options)
     finally:

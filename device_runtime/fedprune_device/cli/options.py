@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import socket
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from fedprune.core.errors import ProtocolError
 from fedprune.planning.profile import TIERS
 from fedprune.wire.topics import EVERYONE, check_device, check_topic_name, to_name
 from fedprune_device.api.address import SOCKET
+from fedprune_device.data.colours import COLOUR_FORM, WHITE, Colour, parse_colour
 from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.table_options import MISSING
 
@@ -26,8 +26,6 @@ PRIVACY_VARIABLE = "FEDPRUNE_PRIVACY"
 # Little enough for the smallest boards, whose cards hold the system, two releases and a model besides.
 DEFAULT_SAMPLES_BYTES = 64 * 2**20
 DEFAULT_MAX_SAMPLES = 10_000
-
-_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 
 
 def log_handler() -> logging.Handler:
@@ -140,9 +138,9 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--image-background",
         type=_parse_colour,
-        default=_COLOURS["white"],
+        default=WHITE,
         metavar="COLOUR",
-        help="what transparent images are drawn on: white, black or #RRGGBB (default: white)",
+        help=f"what transparent images are drawn on: {COLOUR_FORM} (default: white)",
     )
     group.add_argument(
         "--audio-rate",
@@ -229,12 +227,11 @@ def _parse_numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"expected a number, or three with commas, got {text!r}") from None
 
 
-def _parse_colour(text: str) -> tuple[int, ...]:
-    if text in _COLOURS:
-        return _COLOURS[text]
-    if not re.fullmatch("#[0-9a-fA-F]{6}", text):
-        raise argparse.ArgumentTypeError(f"expected {', '.join(_COLOURS)} or #RRGGBB, got {text!r}")
-    return tuple(bytes.fromhex(text[1:]))
+def _parse_colour(text: str) -> Colour:
+    colour = parse_colour(text)
+    if colour is None:
+        raise argparse.ArgumentTypeError(f"expected {COLOUR_FORM}, got {text!r}")
+    return colour
 
 
 def _host_name() -> str:

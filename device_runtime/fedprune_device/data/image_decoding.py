@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, MissingExtraError, error_reason, shape_text
 from fedprune.model.lengths import Shape
+from fedprune_device.data.colours import WHITE, Colour
 from fedprune_device.data.viewer_image import (
-    WHITE,
-    Colour,
     check_single_frame,
     check_size,
     upright_image,

@@ -48,6 +48,16 @@ _WAY_OUT = {
     **dict.fromkeys(sound_files.ENDINGS, f"{sound_files.INSTALL_HINT}, or convert them to WAV"),
 }
 
+# Endings of files each of which is a source of its own, with what to do where a folder has them.
+_SINGLE_FILES = {
+    **dict.fromkeys(
+        (".csv", ".tsv", ".parquet"),
+        "A table is one file: --data FOLDER/NAME.csv. Join tables of the same columns into one, such as: "
+        "(head -n 1 A.csv; tail -qn +2 *.csv) > ../ALL.csv",
+    ),
+    **dict.fromkeys((".npz", ".npy"), "Arrays are one file: --data FOLDER/NAME.npz, with x and y."),
+}
+
 # If the same file is in several parts, the last of these decides, so that no sample is trained on and tested on.
 _SPLIT_ORDER = ("train", "val", "test")
 
@@ -189,6 +199,7 @@ class SampleFolder:
             got, hint = f"{count} that end in {ending}", f"{way_out[0].upper()}{way_out[1:]}."
         else:
             got = f"none that ends in {', '.join(self._formats)}"
+            hint = next((hint for ending, hint in _SINGLE_FILES.items() if any(layout.files((ending,)))), "")
         return DataError(f"{self._root} has nothing to train on", expected=layout.expected_files, got=got, hint=hint)
 
     def _decode(

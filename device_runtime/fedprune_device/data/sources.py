@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedprune_device.data.array_source import open_arrays
 from fedprune_device.data.audio_decoding import Audio
+from fedprune_device.data.colours import WHITE, Colour
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.reservoir import SampleLimits
@@ -16,7 +17,6 @@ from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_windows import TableFile, is_table
-from fedprune_device.data.viewer_image import WHITE, Colour
 
 LOCAL = "local"  # name of the source that applications on the board fill
 

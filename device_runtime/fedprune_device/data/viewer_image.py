@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import DataError
+from fedprune_device.data.colours import WHITE, Colour
 
 _ORIENTATION = 0x0112  # the EXIF tag
 # Pillow's `Image.Transpose` that puts an image upright, by its EXIF orientation.
 _TRANSPOSE_OF_ORIENTATION = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
-
-Colour = tuple[int, int, int]  # red, green and blue, from 0 to 255
-WHITE = (255, 255, 255)
 
 # Most pixels that are decoded at once, 64 MB in colours with transparency. A small file may unpack to a huge image, so
 # its header is checked first.
@@ -27,7 +25,7 @@ MAX_JPEG_PIXELS = 2**26
 
 _SHORT_MODES = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes of grey images with 16 bits
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and its value for a negative
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", *_SHORT_MODES)
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", *_SHORT_MODES)
 _SHORT_WHITE = 2**16 - 1  # the number of white
 
 _BILINEAR = 2  # Pillow's number
@@ -58,7 +56,8 @@ def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None, bac
     image = _opaque_image(image, background)
     convert = _srgb_transform(profile, image.mode) if profile else None
     if convert is None:
-        image = _in_mode(image, mode)
+        # Inks without a profile become (255 - ink) · (255 - black) / 255, as browsers show them.
+        image = _in_mode(_in_mode(image, "RGB") if image.mode == "CMYK" else image, mode)
     image = image.resize(image.size if size is None else size, _BILINEAR)  # a copy where that is its size already
     # Scaled first: a profile's conversion takes longer per pixel than anything else here.
     return image if convert is None else _in_mode(convert.apply(image), mode)
@@ -79,7 +78,7 @@ def _check_colours(image: Any) -> None:
     if image.mode not in _MODES:
         raise DataError(
             "colours of an image",
-            expected="grey, RGB or a palette",
+            expected="grey, RGB, CMYK or a palette",
             got=image.mode,
             hint="Convert it to RGB, such as: magick FILE -colorspace sRGB OUT.png",
         )
@@ -134,7 +133,7 @@ def _short_image(image: Any, is_negative: bool) -> Any:
 
 
 def _opaque_image(image: Any, background: Colour) -> Any:
-    """The image in mode L or RGB, drawn on a colour."""
+    """The image in mode L, RGB or CMYK, drawn on a colour."""
     from PIL import Image
 
     if "A" in image.getbands() or image.info.get("transparency") is not None:
@@ -142,6 +141,8 @@ def _opaque_image(image: Any, background: Colour) -> Any:
         paper = Image.new("RGB", image.size, background)
         paper.paste(image, mask=image.getchannel("A"))
         return paper
+    if image.mode == "CMYK":  # for its profile, which RGB wouldn't fit
+        return image
     return _in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
 
 
@@ -161,6 +162,8 @@ def _srgb_transform(profile: bytes, mode: str) -> Any:
             expected="one without, as this Pillow lacks LittleCMS",
             hint="Install Pillow's own wheel (pip install pillow), or convert the image to sRGB.",
         ) from error
+    if mode == "CMYK":
+        return convert
     levels = np.linspace(0, 255, 6).astype(np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     probe = Image.fromarray(colours if mode == "RGB" else levels[None])

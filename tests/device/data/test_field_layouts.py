@@ -181,12 +181,15 @@ def test_what_operating_systems_put_between_samples_is_none(
         ({"images/a.avif": b"", "labels/a.txt": BOX}, ".avif"),
         ({"ant/a.heic": b""}, ".heic"),
         ({"ant/a.doc": b""}, ".jpg"),
+        ({"a.csv": b"x,y\n1,2\n", "b.csv": b"x,y\n1,2\n"}, "tail -qn +2"),
+        ({"ant/a.parquet": b""}, "A table is one file"),
+        ({"a.npz": b""}, "--data FOLDER/NAME.npz"),
         ({"ant/a.png": b"no image"}, "JPEG or PNG"),
     ],
 )
 def test_what_has_nothing_to_train_on_says_why(tmp_path: Path, files: dict[str, bytes], reason: str) -> None:
     """The error is all that a server gets: a board's log stays on the board."""
-    targets = CLASSES if "ant/" in next(iter(files)) else BOXES
+    targets = BOXES if any(name.startswith("images/") for name in files) else CLASSES
     targets = Targets("cross_entropy", 2, ("h", "w")) if any(name.startswith("masks") for name in files) else targets
     with pytest.raises(DataError) as error:
         snapshot(put(tmp_path, files), targets)

@@ -26,7 +26,7 @@ GREY = COLOURS[:, :, 0]
 
 
 def decode_pixels(body: bytes, height: int = 12, width: int = 20, colours: int = 3) -> Any:
-    return Pixels().decode(body, ("PNG", "JPEG"), (colours, height, width))
+    return Pixels().decode(body, ("PNG", "JPEG", "TIFF"), (colours, height, width))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -117,10 +117,47 @@ def test_a_profile_that_changes_nothing_changes_nothing(profile: bytes) -> None:
 
 
 FRAMES = {"save_all": True, "append_images": [Image.fromarray(255 - COLOURS)]}
-CMYK = image_file(Image.fromarray(COLOURS).convert("CMYK"), "JPEG")
 
 
-@pytest.mark.parametrize("body", [image_file(Image.fromarray(COLOURS), **FRAMES), CMYK], ids=["animation", "CMYK"])
+def test_inks_of_a_printer_are_shown_as_browsers_show_them() -> None:
+    inks = np.zeros((16, 24, 4), np.uint8)
+    inks[:, :, 0], inks[:, :, 1], inks[:, :, 3] = np.linspace(0, 255, 24), 128, np.linspace(0, 200, 16)[:, None]
+    image = Image.frombytes("CMYK", (24, 16), inks.tobytes())
+    shares = 1 - inks.astype(float) / 255
+    expected = 255 * shares[:, :, :3] * shares[:, :, 3:]
+    for kind in ("JPEG", "TIFF"):
+        body = image_file(image, kind, **({"quality": 100, "subsampling": 0} if kind == "JPEG" else {}))
+        np.testing.assert_allclose(decode_pixels(body, 16, 24), expected, atol=6)
+
+
+def _cmyk_profile() -> bytes:
+    """A profile of inks by which black is white, and white black: a table (lut8) from C, M, Y, K to Lab."""
+    lab = [bytes((255 if inks & 1 else 0, 128, 128)) for inks in range(16)]  # black, the last ink, counts fastest
+    identity = bytes(range(256))
+    table = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + (np.eye(3) * 65536).astype(">i4").tobytes()
+    table += identity * 4 + b"".join(lab) + identity * 3
+    white = b"XYZ " + bytes(4) + np.array([63190, 65536, 54061], ">i4").tobytes()
+    tags = {b"A2B0": table + bytes(-len(table) % 4), b"wtpt": white}
+    offset, entries, data = 132 + 12 * len(tags), b"", b""
+    for name, body in tags.items():
+        entries += name + np.array([offset + len(data), len(body)], ">u4").tobytes()
+        data += body
+    size = offset + len(data)
+    head = np.array([size], ">u4").tobytes() + b"lcms" + bytes((2, 0x40, 0, 0)) + b"prtrCMYKLab " + bytes(12) + b"acsp"
+    head += bytes(28) + np.array([63190, 65536, 54061], ">i4").tobytes() + bytes(48)
+    return head + np.array([len(tags)], ">u4").tobytes() + entries + data
+
+
+def test_a_printers_profile_says_what_its_inks_look_like() -> None:
+    inks = np.zeros((12, 20, 4), np.uint8)
+    inks[:, 10:, 3] = 255
+    body = image_file(Image.frombytes("CMYK", (20, 12), inks.tobytes()), "TIFF", icc_profile=_cmyk_profile())
+    pixels = decode_pixels(body)
+    assert pixels[:, :9].max() < 10
+    assert pixels[:, 11:].min() > 245
+
+
+@pytest.mark.parametrize("body", [image_file(Image.fromarray(COLOURS), **FRAMES)], ids=["animation"])
 def test_what_viewers_show_differently_is_refused_with_a_way_out(body: bytes) -> None:
     with pytest.raises(DataError) as error:
         decode_pixels(body)

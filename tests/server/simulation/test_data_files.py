@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedprune.core.errors import DataError
+from fedprune.core.errors import ConfigError, DataError
 from fedprune_device.data.image_decoding import Pixels
+from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_files import read_image_folder
 from fedprune_server.simulation.datasets.npz_files import npz_arrays, read_npz
 from fedprune_server.simulation.datasets.preparation import Preparation
 from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
+from support.fakes.sample_files import image_file
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
 
@@ -205,3 +207,16 @@ def test_a_zip_bomb_is_refused_where_it_would_be_read(tmp_path, name):
         return
     with pytest.raises(DataError, match="x: size"):
         read_npz(tmp_path / "a.npz")
+
+
+def test_transparent_images_are_drawn_on_the_background_of_the_settings(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(image_file(np.zeros((6, 5, 4), np.uint8)))
+    for text, colour in (("#102030", (16, 32, 48)), ("black", (0, 0, 0)), (None, (255, 255, 255))):
+        settings = {"source": str(tmp_path), "devices": 1, "least": 1, "partition": "iid", "test": 0}
+        plan = DataPlan.from_dict(settings | ({} if text is None else {"background": text}))
+        federation = plan.read()
+        pixels = federation.load(federation.names[0]).x_train[0, :, 0, 0] * 255
+        np.testing.assert_allclose(pixels, colour, atol=1e-4)
+    with pytest.raises(ConfigError):
+        DataPlan.from_dict({"source": "x", "devices": 1, "background": "blue"})

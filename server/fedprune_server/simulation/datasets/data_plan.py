@@ -15,6 +15,7 @@ from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError, DataError, value_text
 from fedprune.core.rng import keyed_generator
 from fedprune_device.data.audio_decoding import RATES
+from fedprune_device.data.colours import COLOUR_FORM, WHITE, parse_colour
 from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.simulation.datasets import partition
 from fedprune_server.simulation.datasets.columns import ParquetColumns
@@ -63,6 +64,7 @@ class DataPlan:
     standardise: bool = setting(False, "Whether channels get mean 0 and deviation 1, measured on the devices' samples.")
     size: tuple[int, ...] = setting((), "Height and width of images of a folder; empty to keep theirs.")
     colour: bool = setting(True, "Whether images of a folder are read in colour.")
+    background: str = setting("white", f"What transparent images are drawn on: {COLOUR_FORM}.")
     audio_rate: int = setting(16_000, "Rate to which recordings are resampled, in Hz.", within=RATES)
     seconds: float = setting(
         0.0, "Length to which recordings are cut, or padded with zeros; 0 to keep theirs.", within=(0, 3600)
@@ -87,6 +89,8 @@ class DataPlan:
         ):
             expected = "height and width, such as [64, 64]"
             raise ConfigError(("data", "size"), expected=expected, got=value_text(self.size))
+        if parse_colour(self.background) is None:
+            raise ConfigError(("data", "background"), expected=COLOUR_FORM, got=value_text(self.background))
         if self.partition != "owners" and not self.devices:
             raise ConfigError(("data", "devices"), expected="1 or more", got=self.devices)
 
@@ -112,7 +116,7 @@ class DataPlan:
         if self.x or self.y is not None or self.owner is not None:
             usual = ParquetColumns()
             columns = ParquetColumns(self.x or usual.x, self.y or usual.y, self.owner or usual.owner)
-        decoding = Decoding(size, self.colour, self.audio_rate, self.seconds)
+        decoding = Decoding(size, self.colour, parse_colour(self.background) or WHITE, self.audio_rate, self.seconds)
         return self.deal(read_samples(self.source, columns, decoding), seed)
 
     def deal(self, samples: Samples, seed: int = 0) -> Federation:

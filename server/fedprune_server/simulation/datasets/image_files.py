@@ -98,7 +98,7 @@ def decode_images(images: Sequence[tuple[str, Path | bytes]], decoding: Decoding
     pixels_of_all: npt.NDArray[np.uint8] | None = None
     for number, (name, file) in enumerate(images):
         try:
-            pixels = decode_image(file, mode, None if size is None else (size[1], size[0]))
+            pixels = decode_image(file, mode, None if size is None else (size[1], size[0]), decoding.background)
         except DataError as error:
             what = f"{name}: {error.what}"
             raise DataError(what, expected=error.expected, got=error.got, hint=error.hint) from error
