@@ -136,12 +136,16 @@ class _Bridge:
     def _hand_in(self) -> None:
         while self._waiting:
             try:
-                self._board.add(*self._waiting[0])
-                self._added += 1
+                answer = self._board.add(*self._waiting[0])
+                if answer.get("duplicate"):  # held values in all rows, such as a room's at night
+                    self._drops.add("samples that equal an earlier one")
+                else:
+                    self._added += 1
             except BoardError as error:
                 if error.status in (0, 503):  # it restarts, or is busy: the next period tries again
                     return
-                self._drops.add(f"samples that the board refused: {error.what}")
+                reason = f"{error.what}, expected {error.expected}" if error.expected else error.what
+                self._drops.add(f"samples that the board refused: {reason[:200]}")
             self._waiting.popleft()
 
     def _find_layout(self) -> _Layout | None:

@@ -15,6 +15,7 @@ from fedprune_device.data.table_columns import is_missing
 from fedprune_device.data.table_columns import is_number as is_number_text
 
 _MAX_BYTES = 2**16  # of a message: readings have some hundred bytes, pictures of cameras megabytes
+_MAX_LABEL = 200  # characters of a class's name
 _STATES = {"on": 1.0, "off": 0.0, "true": 1.0, "false": 0.0}
 _ONLINE, _OFFLINE = ("online", "on", "true", "1"), ("offline", "off", "false", "0")
 _MILLISECONDS_FROM = 1e11  # larger numbers of a clock are milliseconds: in seconds this is the year 5138
@@ -117,7 +118,7 @@ def label_of(value: Any, labels: Mapping[str, str | int]) -> str | int:
         return labels[text]
     if isinstance(text, float) and text.is_integer():
         text = int(text)
-    if isinstance(text, bool) or not isinstance(text, (str, int)):
+    if isinstance(text, bool) or not isinstance(text, (str, int)) or len(str(text)) > _MAX_LABEL:
         raise ReadingError("no class")
     return text
 

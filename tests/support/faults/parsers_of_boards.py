@@ -23,6 +23,9 @@ from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import DamagedError, LauncherState
 from fedprune_device.privacy.redaction import redact
+from fedprune_device.sensors.config import read_sensor_config
+from fedprune_device.sensors.drop_counts import DropCounts
+from fedprune_device.sensors.sample_collector import SampleCollector
 from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.telemetry.crash_frames import fault_frames
@@ -37,7 +40,30 @@ _FILES = 2 * 2**20  # bytes that numpy's, Pillow's and zipfile's machinery may t
 @cache
 def board_targets() -> tuple[Target, ...]:
     """All of them."""
-    return (*_requests(), *sample_targets(), *_slot_file_targets())
+    return (*_requests(), *sample_targets(), *_slot_file_targets(), *_sensor_targets())
+
+
+def _sensor_targets() -> tuple[Target, ...]:
+    settings = (
+        b'broker = "mqtt://a"\nboard = "127.0.0.1:80"\nperiod = 1\nmax_age = 9\n[[channels]]\ntopic = "t/+"\n'
+        b'path = "a.b"\ntime = "t"\navailability = "t/+/s"\n[label]\ntopic = "l"\npath = ""\n'
+    )
+    file = scratch() / "messages.toml"
+    file.write_bytes(settings)
+    config = read_sensor_config(file)
+
+    def receive(body: bytes) -> None:
+        """Messages of anybody: none of them may end the program."""
+        collector = SampleCollector(config, DropCounts())
+        for topic in ("t/x", "t/x/s", "l"):
+            collector.receive(topic, body, 0.0)
+        collector.collect(1.0, 1)
+
+    messages = b'{"a": {"b": 21.5}, "t": "2024-01-31T13:45:00Z"}', b"offline", b"21.5", b'{"state": "online"}'
+    return (
+        Target("sensors.message", receive, messages, text=True, errors=()),
+        Target("sensors.settings", as_file(read_sensor_config, "sensors.toml"), (settings,), text=True, share=0.3),
+    )
 
 
 def _requests() -> tuple[Target, ...]:
