@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fedprune.model.architecture import Activation, Axis, LayerRow, Volume
+from fedprune.model.random_inputs import MASK
 from fedprune.model.step_contract import LOGITS, X
 from fedprune_export.ir import operators
-from fedprune_export.ir.dropout import is_dropout, mask_axes
+from fedprune_export.ir.dropout import is_dropout, mask_axes, node_draw
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
 
@@ -169,10 +170,12 @@ def activation_rows(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[A
         for n in graph.nodes
         if n.op in operators.VIEWS and not n.domain and n.outputs[0] != LOGITS
     }
-    kept_names = _names_kept_for_backward(graph, view_sources)
+    dropouts = {n.outputs[0]: n for n in graph.nodes if is_dropout(n)}
+    # Drawn numbers are fed in place of the mean that evaluation reads, and stay until the step ends.
+    noise = {o: n.inputs[0] for o, n in dropouts.items() if (draw := node_draw(graph, n)) and draw.kind != MASK}
+    view_sources |= noise
+    kept_names = _names_kept_for_backward(graph, view_sources) | set(noise.values())
     sequences = {n.outputs[0]: n.op for n in graph.nodes if n.op in _RECURRENT and not n.domain}
-    # A dropout keeps its mask for the backward pass. Where the mask spans some axes only, it is too small to count.
-    dropouts = {n.outputs[0] for n in graph.nodes if is_dropout(n) and mask_axes(graph, n) is None}
     for name in (X, *(o for n in graph.nodes for o in n.outputs if o)):
         axes = values[name]
         if name in view_sources or None not in axes or trace.dtypes[name].kind != "f":
@@ -181,7 +184,12 @@ def activation_rows(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[A
         value = Activation(name, channels, positions, name in kept_names)
         yield value
         if name in dropouts:
-            yield replace(value, name=f"{name}~mask", is_kept=True)
+            # A mask is fed, so it stays until the step ends; along some axes it may have one number.
+            own_axes = mask_axes(graph, dropouts[name])
+            spanned = [a for i, a in enumerate(axes) if own_axes is None or i in own_axes]
+            if None in spanned:  # one for each sample
+                channels, positions = _channels_and_positions(spanned)
+                yield Activation(f"{name}~mask", channels, positions, is_kept=True)
         if op := sequences.get(name):
             yield replace(value, name=f"{name}~gates", positions=_GATES[op] * value.positions, is_kept=False)
             for i in range(_STEP_VALUES[op]):

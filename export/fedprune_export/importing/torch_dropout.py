@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class DropoutCalls:
         self.torch = torch
         functional = torch.nn.functional
         self._functions = {getattr(functional, name): name for name in _MASK_AXES}
-        self._answers = {
+        self._answers: dict[Any, Callable[..., Any]] = {
             **dict.fromkeys(self._functions, self._functional_dropout),
             functional.scaled_dot_product_attention: self._attention,
             functional.multi_head_attention_forward: self._multi_head_attention,

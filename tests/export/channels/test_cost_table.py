@@ -10,12 +10,16 @@ import torch
 from torch import nn
 
 from fedprune.model.architecture import widths_at
+from fedprune.model.features import Features
+from fedprune.model.random_inputs import RandomInputs
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
 from fedprune.planning.kernel_workload import workload
+from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 from support.marks import mark_soak
 
 pytestmark = pytest.mark.torch
@@ -90,3 +94,38 @@ def test_what_a_recurrent_layer_keeps_of_every_step_is_counted(
     assert len(steps) == kept_count
     assert [v.positions for v in architecture.activations if v.name.endswith("~gates")] == [5 * gates]
     assert all(v.channels.length == 12 for v in steps)
+
+
+class Random(nn.Module):
+    """Masks of numbers, channels, samples and features, and noise."""
+
+    input_shape = (2, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8)
+        self.fc1, self.fc2 = nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.dropout(torch.relu(self.norm(self.conv(x))), 0.1, self.training)
+        x = nn.functional.dropout2d(x, 0.2, self.training)
+        x = x + torch.randn_like(x)
+        x = torch.relu(self.fc1(nn.functional.dropout2d(x.mean((2, 3)), 0.3, self.training)))
+        out: torch.Tensor = self.fc2(x)
+        return out
+
+
+@pytest.mark.parametrize("density", [1.0, DENSITY])
+def test_random_inputs_count_as_memory_that_a_step_keeps(density: float) -> None:
+    model, batch = import_onnx(export_torch(Random()), "random"), 7
+    architecture = model.architecture
+    widths = widths_at(architecture, density)
+    session = OnnxSession(training_graph(model, Features()).to_bytes(), training=True)
+    drawn = RandomInputs.of(session.inputs, session.metadata).draw(
+        Selection.of(architecture, widths).gather(model.tensors), batch, 0
+    )
+    rows = [a for a in architecture.activations if a.name.endswith(("~mask", ".mean"))]
+    sizes = [4 * batch * a.positions * a.channels.size(widths, architecture.sizes) for a in rows]
+    assert len(drawn) == 4
+    assert sorted(sizes) == sorted(numbers.nbytes for numbers in drawn.values())
+    assert all(a.is_kept for a in rows)

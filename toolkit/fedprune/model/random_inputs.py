@@ -89,7 +89,8 @@ class Draw:
         if self.kind == UNIFORM:
             numbers = np.float32(self.first) + np.float32(self.second - self.first) * numbers
         else:
-            numbers = (numbers >= self.first) * np.float32(self.second)
+            # In place: on a board the largest mask may be a good part of what is free.
+            np.multiply(numbers >= self.first, np.float32(self.second), out=numbers)
         return numbers
 
 
