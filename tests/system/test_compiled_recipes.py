@@ -220,7 +220,7 @@ def test_words_are_read_and_what_the_author_froze_stays(thawed: bool) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 20, (SAMPLES, 6)), rng.integers(0, CLASSES, SAMPLES)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
-    assert (trainer.frozen, trainer.token_ids) == (() if thawed else ("words.weight",), True)
+    assert (trainer.frozen, trainer.input_type.is_whole) == (() if thawed else ("words.weight",), True)
     local = LocalData(x, y, x[:0], y[:0])
     got = trainer.train(
         model.tensors, local, TrainingTask(recipe, seed=7, device="d", round=1, classes=CLASSES)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import value_text
+from fedprune.core.errors import DataError, value_text
 from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, labels_of
+from fedprune.model.input_type import FLOATS
 from fedprune.model.lengths import Shape, shape_to_json
 from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import LocalAnswer, Request, RequestError
@@ -97,7 +98,7 @@ class Endpoints:
     def _predict(self, request: Request) -> LocalAnswer:
         model = self._model.serving_model()  # the same model for the whole request
         top = None if "top" not in request.query else _check_whole_number("top", request.query["top"], 1, MAX_LABEL)
-        x = request_batch(self._read_array(request, model), model.shape, MAX_BATCH, tokens=model.takes_tokens)
+        x = request_batch(self._read_array(request, model), model.shape, MAX_BATCH, model.input_type)
         rows, file_outputs = self._model.predict(model, x)
         if not np.isfinite(rows).all():
             raise RequestError(500, "the model's outputs are not finite", hint="Check the scale of the input.")
@@ -130,9 +131,11 @@ class Endpoints:
         label = self._parse_label(request.query["label"]) if "label" in request.query else None
         x = self._read_array(request, model)
         if model is not None:
-            x = request_batch(x, model.shape, 1, tokens=model.takes_tokens)[0]
+            x = request_batch(x, model.shape, 1, model.input_type)[0]
         elif x.dtype.kind == "f":
             x = x.astype(np.float32)
+        elif x.dtype not in (np.int32, np.int64):
+            raise DataError("type of a sample without a model", expected="float32", got=x.dtype, hint=FLOATS.hint)
         try:
             added = samples.add(x, label)
         except SampleConflictError as error:
@@ -225,11 +228,12 @@ class Endpoints:
                     503, "without a model the size of images is unknown", hint="Wait for the first round's offer."
                 )
             with self._decoder:
-                return self._pixels.read(request.body, (TYPES[request.kind],), size)
+                is_bytes = model is not None and model.input_type.is_bytes
+                return self._pixels.read(request.body, (TYPES[request.kind],), size, as_bytes=is_bytes)
         if request.kind not in KINDS:
             kinds = " or ".join((*KINDS, *TYPES))
             raise RequestError(415, "the header Content-Type", expected=kinds, got=value_text(request.kind))
-        return request_array(request, shape, tokens=model is not None and model.takes_tokens)
+        return request_array(request, shape, FLOATS if model is None else model.input_type)
 
 
 def _model_row(model: LoadedModel) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fedprune.core.closeable import Closeable
 from fedprune.core.errors import FedpruneError
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape
 from fedprune_device.api.request import RequestError
 from fedprune_device.data.stored_array import Array
@@ -41,8 +42,8 @@ class LoadedModel:
         return self.predictor.input_shape
 
     @property
-    def takes_tokens(self) -> bool:
-        return self.predictor.takes_tokens
+    def input_type(self) -> InputType:
+        return self.predictor.input_type
 
 
 class LiveModel(Closeable):

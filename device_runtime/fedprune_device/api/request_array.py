@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, DataError, error_reason, shape_text, value_text
+from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis
 from fedprune_device.api.request import Request, RequestError
 
@@ -27,7 +28,7 @@ _MAX_JSON_BYTES = 2**20  # parsing JSON numbers takes about thirty times their s
 
 # numpy evaluates a header as a Python literal, which takes far more memory than its text; a real one has 128 bytes.
 _MAX_HEADER_BYTES = 4096
-_ARRAY_TYPES = ("<f2", "<f4", "<f8", "<i4", "<i8")
+_ARRAY_TYPES = ("<f2", "<f4", "<f8", "|b1", "|u1", "|i1", "<i2", "<u2", "<i4", "<i8")
 
 
 def json_document(request: Request, *names: str) -> dict[str, Any]:
@@ -53,18 +54,18 @@ def npy_bytes(x: Array) -> bytes:
     return file.getvalue()
 
 
-def request_array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
+def request_array(request: Request, shape: Shape | None, input_type: InputType = FLOATS) -> Array:
     """The array in a request's body. `shape` is the model's input shape for one sample, None without a model."""
     if request.kind == JSON:
-        return _json_array(json_document(request, "x")["x"], tokens)
+        return _json_array(json_document(request, "x")["x"], input_type)
     if request.kind == SAFETENSORS:
         return _safetensors_array(request.body)
     if request.kind == NPY:
         return _npy_array(request.body)
-    return _raw_array(request.body, shape, tokens)
+    return _raw_array(request.body, shape, input_type)
 
 
-def request_batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> Array:
+def request_batch(x: Array, shape: Shape, max_samples: int, input_type: InputType = FLOATS) -> Array:
     """One sample, or several [n, ...], as a batch for a model; raises `DataError` if they don't fit, or are too many.
 
     Names and None in `shape` match any size.
@@ -78,12 +79,10 @@ def request_batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> 
         raise DataError("number of samples", expected=f"1 to {max_samples}", got=len(x))
     if not x.size:
         raise DataError("the input is empty", expected=expected, got=shape_text(*x.shape))
-    if tokens:
-        if x.dtype.kind != "i" or int(x.min()) < 0:
-            raise DataError("type of the input", expected="whole numbers from 0 (token ids)", got=x.dtype)
-        return np.ascontiguousarray(x, np.int64)
+    if input_type.is_whole:
+        return np.ascontiguousarray(input_type.convert(x))
     if x.dtype.kind != "f":
-        raise DataError("type of the input", expected="float32", got=x.dtype)
+        raise DataError("type of the input", expected="float32", got=x.dtype, hint=input_type.hint)
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(x, np.float32)
     if not np.isfinite(x).all():
@@ -91,14 +90,14 @@ def request_batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> 
     return x
 
 
-def _json_array(rows: object, tokens: bool) -> Array:
+def _json_array(rows: object, input_type: InputType) -> Array:
     try:
         x = np.asarray(rows)
     except ValueError as error:  # rows of different lengths
         raise DataError("x", expected="numbers in rows of one length", got=error_reason(error)) from error
     if x.dtype.kind not in "if":
         raise DataError("x", expected="numbers in rows of one length", got=value_text(rows))
-    return x if tokens else x.astype(np.float64)
+    return x if input_type.is_whole else x.astype(np.float64)
 
 
 def _safetensors_array(body: bytes) -> Array:
@@ -134,12 +133,12 @@ def _npy_array(body: bytes) -> Array:
     return x.reshape(shape[::-1]).T if fortran else x.reshape(shape)
 
 
-def _raw_array(body: bytes, shape: Shape | None, tokens: bool) -> Array:
+def _raw_array(body: bytes, shape: Shape | None, input_type: InputType) -> Array:
     if shape is None:
         raise RequestError(
             503, "the shape of raw numbers is unknown while there is no model", hint="Send safetensors, .npy or JSON."
         )
-    dtype = np.dtype("<i8" if tokens else "<f4")
+    dtype = input_type.dtype.newbyteorder("<")
     sizes = [s for s in shape if isinstance(s, int)]
     sample_bytes = math.prod(sizes) * dtype.itemsize
     # With a free axis, raw numbers are one sample: its length follows from theirs.
@@ -156,7 +155,7 @@ def _raw_array(body: bytes, shape: Shape | None, tokens: bool) -> Array:
 def _check_type(x: Array, type_code: str) -> Array:
     if type_code not in _ARRAY_TYPES:
         raise DataError(
-            "type of the numbers", expected="float32 (or int64 for token ids)", got=x.dtype,
+            "type of the numbers", expected="float32, or whole numbers where the model takes them", got=x.dtype,
             hint="Scale images as the model expects them, such as x.astype('float32') / 255.",
         )  # fmt: skip
     return x

@@ -91,9 +91,9 @@ def check_data(arguments: argparse.Namespace) -> int:
             trainer = Trainer(bundle.path(TRAINING), threads=1, base=bundle.base)
             targets = trainer.targets(bundle.recipe, bundle.architecture.classes)
             source = options.fixed(bundle.class_names, Path(spool))
-            data = source.snapshot(trainer.input_shape, targets)
+            data = source.snapshot(trainer.input_shape, targets).for_input(trainer.input_type)
             try:
-                data.check(targets, trainer.input_shape, token_ids=trainer.token_ids)
+                data.check(targets, trainer.input_shape, input_type=trainer.input_type)
             except DataError as error:
                 raise DataError(f"{arguments.data}: {error}") from error
             summary = summarise(data, targets, names)

@@ -33,7 +33,7 @@ from fedprune_device.data.sample_checks import checked_inputs, checked_samples
 from fedprune_device.data.scaling import Scaling, scaling_of
 from fedprune_device.data.sequences import LENGTHS
 from fedprune_device.data.sources import SampleOptions
-from fedprune_device.data.stored_array import Inputs
+from fedprune_device.data.stored_array import Inputs, StoredArray
 from fedprune_device.data.table_windows import is_table
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.prediction_text import (
@@ -84,9 +84,13 @@ def predict(arguments: argparse.Namespace) -> None:
     files = arguments.input.is_dir() or is_table(arguments.input)
     if files and has_scores and all(isinstance(size, int) for size in upper_shape(shape)):
         # A batch without samples shows the shape of the outputs, and so of the labels, at no cost.
-        empty = np.zeros((0, *(size for size in upper_shape(shape) if isinstance(size, int))), np.float32)
+        empty = np.zeros(
+            (0, *(size for size in upper_shape(shape) if isinstance(size, int))), predictor.input_type.dtype
+        )
         targets = targets_of(predictor.predict(empty), loss, IGNORED_CLASS if loss == "cross_entropy" else None)
     samples = _read_samples(arguments, shape, class_names, targets)
+    if predictor.input_type.is_whole and isinstance(samples.x, StoredArray):
+        samples = replace(samples, x=samples.x.as_whole())
     if samples.name:
         print(f"{samples.name} of {arguments.input}", file=sys.stderr)
     if recipe.scaling:

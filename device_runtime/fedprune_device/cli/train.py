@@ -61,6 +61,7 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     threads = arguments.threads or default_threads()
     trainer = Trainer(bundle.path(TRAINING), threads=threads, base=bundle.base)
     data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))
+    data = data.for_input(trainer.input_type)
     try:
         data, scaling = scale_samples(data, recipe)
         training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, threads)
@@ -117,7 +118,7 @@ class _LocalTraining:
         self._bundle, self._recipe, self._data, self._trainer = bundle, recipe, data, trainer
         self._seed, self._threads, self._classes = seed, threads, bundle.architecture.classes
         self._targets = trainer.targets(recipe, self._classes)
-        data.check(self._targets, trainer.input_shape, token_ids=trainer.token_ids)
+        data.check(self._targets, trainer.input_shape, input_type=trainer.input_type)
         adjustment = LogitAdjustment.of(data.y_train, recipe, self._classes)
         self._evaluation = Evaluation(data, recipe, self._classes, adjustment, trainer.objective(recipe, self._classes))
 

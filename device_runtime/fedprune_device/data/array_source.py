@@ -12,6 +12,7 @@ from fedprune.core.errors import DataError, StorageError, path_remedy
 from fedprune.core.imports import import_user_module
 from fedprune.core.text import first_few
 from fedprune.core.zip_limits import check_members, unreadable_reason
+from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape
 from fedprune_device.data.array_assembly import as_mapping, assemble, pack_inputs
 from fedprune_device.data.data_source import DataSource
@@ -108,7 +109,7 @@ def _numbers_of_classes(name: str, array: object, class_names: tuple[str, ...], 
     return np.array([class_names.index(str(n)) for n in names])[indices].reshape(array.shape)
 
 
-def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = False) -> Inputs:
+def load_inputs(source: str, shape: Shape | None = None, *, input_type: InputType = FLOATS) -> Inputs:
     """Read samples without labels; a source's labels are ignored, and `x_test` is preferred (`load_data`)."""
     content, rows = _load(source, 0, "", None), None
     try:
@@ -125,7 +126,7 @@ def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = Fa
                 raise DataError("array 'x' is missing", got=", ".join(map(str, content)) or "nothing")
             content = content[name]
         x = checked_inputs(content if isinstance(content, StoredArray) else np.asarray(content), "unlabelled")
-        check_type(x, token_ids)
+        check_type(x, input_type)
         if not len(x):
             raise DataError("the source holds no samples", expected="at least one", got=0)
         if shape is not None:

@@ -71,8 +71,11 @@ class Audio:
         out[: len(recording)] = recording[: len(out)]
         return out.reshape(count, *(length if size is None else size for size in shape))
 
-    def numbers(self, samples: npt.NDArray[np.float32]) -> Samples:
+    def numbers(self, samples: npt.NDArray[np.float32], shape: Shape) -> Samples:
         return samples
+
+    def whole_numbers(self, samples: npt.NDArray[np.float32], shape: Shape) -> npt.NDArray[np.uint8]:
+        raise DataError("a recording for this model", expected="whole numbers", got="numbers from -1 to 1")
 
 
 def _windows_of_any_length(recording: Samples, length: Lengths, shape: Shape) -> Samples:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.core.rng import keyed_generator
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis
 from fedprune_device.data.data_source import LABELS, ArrayType, Schema
 from fedprune_device.data.labels import Targets, effective_classes
@@ -43,7 +44,7 @@ class LocalData:
     """Training, test and validation samples of one device.
 
     Attributes:
-        x_train: Inputs [n, ...]: float32, or int64 for token ids; large ones may be stored on the disk.
+        x_train: Inputs [n, ...]: float32, or whole numbers; large ones may be stored on the disk.
         y_train: Their labels. Classes are whole numbers: one per sample [n], or one per position, such as a pixel
             [n, ...]. Other labels are float32 [n] or [n, ...]: 0 or 1 per class, or numbers to predict. Samples
             without labels have their inputs as labels: then this is the same object as `x_train`.
@@ -131,6 +132,17 @@ class LocalData:
             arrays += [padded, padded if y is x else pad_labels(y, padded, shape, targets, self.spool)]
         return LocalData(*arrays)
 
+    def for_input(self, input_type: InputType) -> LocalData:
+        """The samples in whole numbers for a model that takes these: pictures as their pixels. Else this object."""
+        if not input_type.is_whole or not isinstance(self.x_train, StoredArray) or self.x_train.convert_whole is None:
+            return self
+        arrays: list[Inputs] = []
+        for split in SPLITS:
+            x, y = self._samples_of(split)
+            whole = x.as_whole() if isinstance(x, StoredArray) else x
+            arrays += [whole, whole if y is x else y]
+        return LocalData(*arrays, rows=self.rows, channels=self.channels, spool=self.spool)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """See `SampleSource`: arrays are read in one way."""
@@ -170,12 +182,12 @@ class LocalData:
             arrays += [spooled, spooled if self.is_unlabelled else spool_large(y, spool, any_type=True)]
         return LocalData(*arrays, rows=self.rows, spool=spool)
 
-    def check(self, targets: Targets, shape: Shape | None = None, *, token_ids: bool | None = None) -> None:
+    def check(self, targets: Targets, shape: Shape | None = None, *, input_type: InputType | None = None) -> None:
         """Check labels and inputs against a model; raises `DataError`. In `shape`, names and None are any size."""
         can_reproduce = (
             free_axis(shape or ()) is None
             and targets.loss != "cross_entropy"
-            and targets.takes_whole_numbers == (self.x_train.dtype.kind == "i")
+            and targets.takes_whole_numbers == (self.x_train.dtype.kind != "f")
         )
         if self.is_unlabelled and not (can_reproduce and fits_shape(self.x_train.shape[1:], targets.shape)):
             raise DataError(
@@ -190,8 +202,9 @@ class LocalData:
             targets(y)
         if shape is not None:
             check_shape(self.x_train, shape)
-        if token_ids is not None:
-            check_type(self.x_train, token_ids)
+        if input_type is not None:
+            for x in filter(len, (self.x_train, self.x_test, self.x_val)):
+                check_type(x, input_type)
 
 
 class SampleSource(Protocol):

@@ -69,9 +69,14 @@ class DecodedSamples:
         self._count += len(x)
         return self._rows[name]
 
-    def inputs(self, rows: npt.NDArray[np.int64], convert: Callable[[Array], Array]) -> StoredArray:
-        """Samples of these rows, each turned by `convert` from the decoded numbers into a model's input."""
-        return StoredArray.at_positions(self._file, rows * self._record_bytes, self._x.dtype, self._x.shape, convert)
+    def inputs(
+        self, rows: npt.NDArray[np.int64], convert: Callable[[Array], Array], convert_whole: Callable[[Array], Array]
+    ) -> StoredArray:
+        """Samples of these rows, each turned by `convert` from the decoded numbers into a model's input; for a model of
+        whole numbers by `convert_whole`."""
+        positions = rows * self._record_bytes
+        stored = StoredArray.at_positions(self._file, positions, self._x.dtype, self._x.shape, convert)
+        return replace(stored, convert_whole=convert_whole)
 
     def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:
         """The labels of these rows; scalar labels are held in memory."""

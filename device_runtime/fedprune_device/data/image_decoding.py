@@ -54,8 +54,13 @@ class Pixels:
         if min(self.deviation) <= 0:
             raise ConfigError("deviation of pixels", expected="above 0", got=min(self.deviation))
 
-    def read(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.float32]:
-        return np.asarray(self.numbers(self.decode(body, kinds, shape)[None])[0], np.float32)
+    def read(
+        self, body: bytes, kinds: tuple[str, ...], shape: Shape, *, as_bytes: bool = False
+    ) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
+        """An image as a sample; `as_bytes` for a model that takes its pixels."""
+        pixels = self.decode(body, kinds, shape)[None]
+        samples = self.whole_numbers(pixels, shape) if as_bytes else self.numbers(pixels, shape)
+        return samples.reshape(samples.shape[1:])
 
     def samples(self, body: bytes, shape: Shape) -> npt.NDArray[np.uint8]:
         return self.decode(body, FORMATS, shape)[None]
@@ -63,35 +68,58 @@ class Pixels:
     def decode(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
         """An image as viewers display it (`viewer_image`), in the size that the model takes, [height, width, colours].
 
-        `kinds` are Pillow's names of the accepted formats; `shape` is [1 or 3, height, width]. Raises `DataError` if it
+        `kinds` are Pillow's names of the accepted formats; `shape` is [1 or 3, height, width], or has the
+        colours last. Raises `DataError` if it
         is another kind of file or too large, `MissingExtraError` without Pillow.
         """
-        if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(s, int) for s in shape):
+        if len(shape) != 3 or not {shape[0], shape[2]} & {1, 3} or not all(isinstance(s, int) for s in shape):
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
-        colours, height, width = (s for s in shape if isinstance(s, int))
+        sizes = [s for s in shape if isinstance(s, int)]
+        colours, height, width = (sizes[2], *sizes[:2]) if has_colours_last(shape) else sizes
         pixels = decode_image(body, "RGB" if colours == 3 else "L", (width, height), self.background, kinds)
         return pixels.reshape(height, width, colours)
 
-    def numbers(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Decoded images [n, height, width, colours] as samples [n, colours, height, width]."""
+    def numbers(self, samples: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.float32]:
+        """Decoded images [n, height, width, colours] as samples of a shape."""
         colours = samples.shape[3]
         x = samples.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(255)
         mean, deviation = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.deviation))
-        return np.ascontiguousarray((x - mean[:colours]) / deviation[:colours], np.float32)
+        x = (x - mean[:colours]) / deviation[:colours]
+        return np.ascontiguousarray(x.transpose(0, 2, 3, 1) if has_colours_last(shape) else x, np.float32)
+
+    def whole_numbers(self, samples: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.uint8]:
+        """Decoded images [n, height, width, colours] as samples of their pixels, from 0 to 255."""
+        return np.ascontiguousarray(samples if has_colours_last(shape) else samples.transpose(0, 3, 1, 2), np.uint8)
 
     def png(self, sample: npt.NDArray[Any]) -> bytes:
-        """The picture of a sample [1 or 3, height, width], as a PNG file; raises `DataError` for other samples."""
-        if sample.ndim != 3 or sample.shape[0] not in (1, 3) or sample.dtype.kind != "f" or not sample.size:
+        """The picture of a sample [1 or 3, height, width], or with its colours last, as a PNG file; raises `DataError`
+        for other samples."""
+        is_image = sample.ndim == 3 and bool({sample.shape[0], sample.shape[2]} & {1, 3})
+        if not is_image or sample.dtype not in (np.float32, np.uint8) or not sample.size:
             raise DataError(
                 "the picture of a sample", expected="numbers [1 or 3, height, width]", got=shape_text(*sample.shape)
             )
+        if has_colours_last(sample.shape):
+            sample = sample.transpose(2, 0, 1)
+        if sample.dtype == np.uint8:
+            return _png_bytes(sample.transpose(1, 2, 0))
         mean, deviation = (np.array(v, np.float64)[:, None, None] for v in (self.mean, self.deviation))
         colours = len(sample)
         shares = sample * deviation[:colours] + mean[:colours]
         pixels = np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
-        file = io.BytesIO()
-        _pillow().fromarray(pixels[:, :, 0] if colours == 1 else np.ascontiguousarray(pixels)).save(file, "PNG")
-        return file.getvalue()
+        return _png_bytes(pixels)
+
+
+def has_colours_last(shape: Shape) -> bool:
+    """Whether the shape of a picture is [height, width, colours] rather than [colours, height, width]."""
+    return shape[0] not in (1, 3) and shape[-1] in (1, 3)
+
+
+def _png_bytes(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """A PNG file of pixels [height, width, 1 or 3]."""
+    file = io.BytesIO()
+    _pillow().fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels)).save(file, "PNG")
+    return file.getvalue()
 
 
 def decode_image(

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import DataError, shape_text
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis
 from fedprune_device.data.stored_array import Array, Inputs, StoredArray, as_inputs
 
-_SCALE_HINT = "Scale images yourself as the model expects them, such as x.astype('float32') / 255."
+# Whole numbers that aren't identifiers: pixels, levels of a sound, marks.
+_SHORT_TYPES = tuple(np.dtype(kind) for kind in (np.uint8, np.int8, np.int16, np.bool_))
 
 
 def check_shape(x: Inputs, shape: Shape) -> None:
@@ -28,15 +30,18 @@ def check_shape(x: Inputs, shape: Shape) -> None:
         )
 
 
-def check_type(x: Inputs, token_ids: bool) -> None:
-    """Check the samples' type against a model's input; raises `DataError`."""
-    if (x.dtype.kind == "i") != token_ids:
+def check_type(x: Inputs, input_type: InputType) -> None:
+    """Check the samples' type against a model's input; raises `DataError`. Whole numbers on the disk are compared with
+    its range as they are read."""
+    if (x.dtype.kind != "f") != input_type.is_whole:
         raise DataError(
             "type of inputs",
-            expected="whole numbers (token ids)" if token_ids else "float32",
+            expected=str(input_type),
             got="int64, as which all whole numbers are read" if x.dtype.kind == "i" else x.dtype,
-            hint="Save token ids as int64." if token_ids else _SCALE_HINT,
+            hint=input_type.hint,
         )
+    if isinstance(x, np.ndarray):
+        input_type.check_range(x)
 
 
 def checked_samples(x: object, y: object, split: str = "") -> tuple[Inputs, Inputs]:
@@ -78,19 +83,26 @@ def _checked_labels(labels: Inputs, split: str) -> Inputs:
 
 
 def checked_inputs(inputs: Inputs, split: str = "") -> Inputs:
-    """Inputs as float32 or int64; arguments and errors are those of `checked_samples`."""
+    """Inputs as float32 or whole numbers; arguments and errors are those of `checked_samples`."""
     kind = f"{split} " if split else ""
-    if inputs.dtype.kind != "f" and inputs.dtype not in (np.int32, np.int64):
-        raise DataError(f"type of {kind}inputs", expected="float32", got=inputs.dtype, hint=_SCALE_HINT)
+    if inputs.dtype.kind not in "fiub":
+        raise DataError(f"type of {kind}inputs", expected="float32", got=inputs.dtype)
     if inputs.ndim < 2:
         raise DataError(f"{kind}inputs", expected="[n, ...]", got=inputs.shape)
     if not isinstance(inputs, StoredArray):
-        inputs = np.ascontiguousarray(inputs, np.int64 if inputs.dtype.kind == "i" else np.float32)
+        inputs = np.ascontiguousarray(inputs, _type_in_memory(inputs.dtype))
         _check_numbers(inputs, f"{kind}inputs")
         return inputs
     if not inputs.checked:
         _check_chunks(inputs, f"{kind}inputs")
     return replace(inputs, checked=True)
+
+
+def _type_in_memory(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type in which inputs are kept: short whole numbers stay as small as they are."""
+    if dtype.kind == "f":
+        return np.dtype(np.float32)
+    return dtype if dtype in _SHORT_TYPES else np.dtype(np.int64)
 
 
 def _check_chunks(array: StoredArray, what: str) -> None:
@@ -102,9 +114,14 @@ def _check_chunks(array: StoredArray, what: str) -> None:
 
 def _check_numbers(numbers: Array, what: str, first_sample: int = 0) -> None:
     """Refuse negative token ids and numbers that are not finite; `first_sample` is the number of the first sample."""
-    if numbers.dtype.kind == "i":
-        if numbers.size and int(numbers.min()) < 0:
-            raise DataError(f"{what} hold a negative token id", expected="0 or more", got=int(numbers.min()))
+    if numbers.dtype.kind != "f":
+        if numbers.dtype == np.int64 and numbers.size and int(numbers.min()) < 0:
+            raise DataError(
+                f"{what} hold a negative token id",
+                expected="0 or more",
+                got=int(numbers.min()),
+                hint="Save numbers that are no ids as int16, or as float32 for a model that takes floats.",
+            )
     elif not np.isfinite(numbers).all():
         bad = int(np.flatnonzero(~np.isfinite(numbers.reshape(len(numbers), -1)).all(1))[0])
         raise DataError(

@@ -97,8 +97,11 @@ class Format(Protocol):
         Raises `DataError` if the file is damaged or can't be a sample of this shape.
         """
 
-    def numbers(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Samples as the model takes them."""
+    def numbers(self, samples: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.float32]:
+        """Samples as a model of floats takes them."""
+
+    def whole_numbers(self, samples: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.uint8]:
+        """Samples as a model of whole numbers takes them; raises `DataError` if they aren't made of any."""
 
 
 class SampleFolder:
@@ -177,11 +180,13 @@ class SampleFolder:
             raise self._nothing_to_train_on(layout, sum(map(len, rows_by_split.values())), refusals)
         # Files of earlier rounds are not decoded again, so that what was noted of them stays.
         self._notes.replace(dict.fromkeys((*self._notes.texts, *layout.notes)))
-        convert = formats.pop().numbers
+        sample_format = formats.pop()
+        convert = partial(sample_format.numbers, shape=shape)
+        convert_whole = partial(sample_format.whole_numbers, shape=shape)
         arrays: list[Any] = []
         for split in ("train", "test", "val"):
             rows = np.array(rows_by_split[split], np.int64)
-            x, y = decoded.inputs(rows, convert), decoded.labels(rows)
+            x, y = decoded.inputs(rows, convert, convert_whole), decoded.labels(rows)
             arrays += [x, x if y.shape[1:] == NO_LABELS.shape else y]
         self._training_count = len(rows_by_split["train"])
         return LocalData(*arrays)

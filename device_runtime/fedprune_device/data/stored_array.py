@@ -71,6 +71,7 @@ class StoredArray:
         positions: Where each sample begins, in bytes plus `FILE_STRIDE` times the index of the file; None if samples
             follow each other.
         in_range: Whether they are known to fit the model as labels.
+        convert_whole: Turns the numbers of the file into whole numbers, for a model that takes these.
     """
 
     file: Path | OpenFiles
@@ -85,6 +86,7 @@ class StoredArray:
     positions: Rows | None = None
     in_range: bool = False
     converted_type: type[np.generic] = np.float32
+    convert_whole: Callable[[Array], Array] | None = None
 
     @classmethod
     def at_positions(
@@ -104,7 +106,7 @@ class StoredArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        stays_whole = self.file_dtype.kind in "iu" and self.convert is None
+        stays_whole = self.file_dtype.kind in "iub" and self.convert is None
         return np.dtype(np.int64 if stays_whole else self.converted_type)
 
     @property
@@ -156,6 +158,12 @@ class StoredArray:
     def as_float32(self) -> StoredArray:
         """This array, read as float32."""
         return self if self.dtype == np.float32 else replace(self, convert=_to_float32)
+
+    def as_whole(self) -> StoredArray:
+        """This array, read as whole numbers where the file holds those that it is made of, such as pixels."""
+        if self.convert_whole is None:
+            return self
+        return replace(self, convert=self.convert_whole, convert_whole=None, converted_type=np.uint8)
 
     def select(self, rows: Rows) -> StoredArray:
         return replace(self, rows=np.asarray(rows if self.rows is None else self.rows[rows], np.int64))
@@ -324,7 +332,7 @@ class ArrayWriter:
 
 def _should_spool(dtype: np.dtype[Any], shape: tuple[int, ...], *, any_type: bool) -> bool:
     """Whether these are many numbers, of a type that a model takes as samples; labels may be of `any_type`."""
-    kind = dtype.kind in "iufb" if any_type else dtype.kind == "f" or dtype in (np.int32, np.int64)
+    kind = dtype.kind in "iufb" if any_type else dtype.kind == "f" or dtype in (np.uint8, np.int32, np.int64)
     return kind and len(shape) > 1 and 4 * prod(shape) > MAX_SAMPLES_IN_MEMORY
 
 

@@ -22,7 +22,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import Array, OpenFiles, StoredArray, gather_chunks
 
-_FLOATS, _TOKENS = 0, 1  # the first byte of a stored sample
+# The types of samples in files, by the first byte of a stored sample. Other whole numbers are stored as int64.
+_TYPES = ("<f4", "<i8", "|u1", "|i1", "<i2", "|b1")
 _MAX_RANK = 8  # the most dimensions of a sample
 
 
@@ -43,23 +44,22 @@ class StoredSample:
 
 def encode_sample(x: Array) -> bytes:
     """Type, shape and numbers of a sample as bytes; equal samples have equal bytes. Raises `DataError` if invalid."""
-    if x.dtype not in (np.float32, np.int64) or not 1 <= x.ndim <= _MAX_RANK:
+    if (x.dtype != np.float32 and x.dtype.kind not in "iub") or not 1 <= x.ndim <= _MAX_RANK:
         kind = f"{x.dtype} {shape_text(*x.shape)}"
-        raise DataError("a sample", expected="float32 or int64 of 1 to 8 dimensions", got=kind)
-    if x.dtype == np.float32:
-        if not np.isfinite(x).all():
-            raise DataError("a sample holds numbers that are not finite")
-        return _sample_head(_FLOATS, x) + x.astype("<f4").tobytes()
-    if x.size and int(x.min()) < 0:
+        raise DataError("a sample", expected="float32 or whole numbers of 1 to 8 dimensions", got=kind)
+    if x.dtype == np.float32 and not np.isfinite(x).all():
+        raise DataError("a sample holds numbers that are not finite")
+    kind = x.dtype.newbyteorder("<").str
+    code = _TYPES.index(kind if kind in _TYPES else "<i8")
+    if code == _TYPES.index("<i8") and x.size and int(x.min()) < 0:
         raise DataError("a sample holds a negative token id", expected="0 or more", got=int(x.min()))
-    return _sample_head(_TOKENS, x) + x.astype("<i8").tobytes()
+    return _sample_head(code, x) + x.astype(_TYPES[code]).tobytes()
 
 
 def sample_outline(payload: bytes) -> Array:
     """An array of a sample's type and shape that takes no memory; its numbers are the last bytes of the payload."""
     rank = payload[1]
-    kind = np.dtype("<f4" if payload[0] == _FLOATS else "<i8")
-    return np.broadcast_to(np.zeros((), kind), struct.unpack_from(f"<{rank}I", payload, 2))
+    return np.broadcast_to(np.zeros((), _TYPES[payload[0]]), struct.unpack_from(f"<{rank}I", payload, 2))
 
 
 def _sample_head(code: int, x: Array) -> bytes:
@@ -75,7 +75,7 @@ def select_one_kind(samples: list[StoredSample], shape: Shape | None) -> list[St
     varies = shape is not None and free_axis(shape) is not None
 
     def kind(x: Array) -> tuple[str, tuple[int, ...]]:
-        return x.dtype.kind, () if varies else x.shape
+        return x.dtype.str, () if varies else x.shape
 
     kinds = Counter(kind(sample.outline) for sample in samples)
     if not kinds:

@@ -15,6 +15,7 @@ from fedprune.model.features import MULTI_LABELS, labels_of
 from fedprune.model.lengths import padding_value
 from fedprune_device.data.box_layouts import takes_boxes
 from fedprune_device.data.dataset import SPLITS, LocalData
+from fedprune_device.data.image_decoding import has_colours_last
 from fedprune_device.data.labels import Targets, class_counts
 from fedprune_device.data.stored_array import Array, Inputs, chunks
 
@@ -94,7 +95,8 @@ def channel_axis(shape: Sequence[int]) -> int | None:
 
 def channel_ranges(x: Inputs) -> tuple[ChannelRange, ...]:
     """The range of each channel of samples [n, ...]."""
-    axis = channel_axis(x.shape[1:])
+    is_picture = x.dtype == np.uint8 and x.ndim == 4 and has_colours_last(x.shape[1:])
+    axis = 2 if is_picture else channel_axis(x.shape[1:])
     channels = 1 if axis is None else x.shape[axis + 1]
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     sums, squares, counts = np.zeros(channels), np.zeros(channels), np.zeros(channels)
@@ -146,7 +148,7 @@ def find_problems(summary: DataSummary) -> list[str]:
     """What a model hardly learns from, although it can be trained on: a sentence for each."""
     problems = []
     ranges = summary.channels
-    if not summary.inputs.startswith("int") and ranges:
+    if summary.inputs.startswith("float") and ranges:
         low, high = min(c.lowest for c in ranges), max(c.highest for c in ranges)
         if low >= 0 and _PIXEL_RANGE[0] < high <= _PIXEL_RANGE[1] and all(c.is_whole for c in ranges):
             problems.append(

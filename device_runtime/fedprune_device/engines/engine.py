@@ -15,7 +15,7 @@ from fedprune_device.engines.cuda import Stream
 Array = npt.NDArray[Any]
 
 # TensorRT's names of the types that inputs and outputs of our graphs have. INT8 and BF16 stay inside an engine.
-_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
+_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8}
 
 
 class Engine:
@@ -85,8 +85,8 @@ class Engine:
     def _add_input(self, name: str) -> None:
         shape = tuple(self._engine.get_tensor_shape(name))
         # Token ids are int64 in graphs; TensorRT 8 has no int64 and takes them as int32.
-        kind = "tensor(int64)" if self._dtypes[name].kind == "i" else "tensor(float)"
-        self.inputs[name] = (kind, tuple(None if d < 0 else int(d) for d in shape))
+        kind = {"i": "int64", "u": "uint8"}.get(self._dtypes[name].kind, "float")
+        self.inputs[name] = (f"tensor({kind})", tuple(None if d < 0 else int(d) for d in shape))
         if shape and shape[0] < 0:
             min_shape, _, max_shape = (tuple(s) for s in self._engine.get_tensor_profile_shape(name, 0))
             self._batch = max(1, int(min_shape[0])), int(max_shape[0])

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fedprune.core.errors import EngineError, shape_text
 from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract
+from fedprune.model.input_type import InputType
 from fedprune.runtime.session import RunsGraph
 
 Array = npt.NDArray[Any]
@@ -25,11 +26,12 @@ _MAX_TRIAL_SAMPLES = 16
 
 
 def trial_inputs(inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]], max_batch: int) -> Array:
-    """Inputs for the check: fixed noise, one sample more than `max_batch`, at most 17; zeros for tokens."""
+    """Inputs for the check: fixed noise, one sample more than `max_batch`, at most 17; zeros for whole numbers."""
     kind, shape = inputs[step_contract.X]
     sizes = [d if isinstance(d, int) else 1 for d in shape[1:]]
     noise = keyed_generator(0, "engine").standard_normal((min(max_batch, _MAX_TRIAL_SAMPLES) + 1, *sizes))
-    return np.zeros(noise.shape, np.int64) if kind == "tensor(int64)" else noise.astype(np.float32)
+    input_type = InputType.of(kind)
+    return np.zeros(noise.shape, input_type.dtype) if input_type.is_whole else noise.astype(np.float32)
 
 
 def trial_outputs(session: RunsGraph, x: Array) -> Array:

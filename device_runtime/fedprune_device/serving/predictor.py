@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, ModelError, shape_text
 from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract as step
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import fits_shape, free_axis, pad_to_bound, upper_shape, with_lengths
 from fedprune.runtime.onnx_subgraph import metadata_of
 from fedprune.runtime.precision_files import FLOAT32, served_files
@@ -50,11 +51,7 @@ class Predictor:
         metadata = self.session.metadata if isinstance(self.session, OnnxSession) else metadata_of(path.read_bytes())
         self.input_shape = with_lengths(shape[1:], metadata, ModelError)
         self._head = PredictionHead.of(metadata)
-        self._dtype = np.dtype(np.int64 if kind == "tensor(int64)" else np.float32)
-
-    @property
-    def takes_tokens(self) -> bool:
-        return self._dtype.kind == "i"
+        self.input_type = InputType.of(kind)
 
     def predict(self, x: Inputs, batch: int = 64) -> npt.NDArray[np.float32]:
         """Logits of every sample [n, ...], `batch` per run; raises `DataError` if the samples don't fit the model.
@@ -65,15 +62,13 @@ class Predictor:
         shape = self.input_shape
         if not fits_shape(x.shape[1:], shape):
             raise DataError("shape of the inputs", expected=shape_text("n", *shape), got=shape_text(*x.shape))
-        if self._dtype.kind == "i" and x.dtype.kind not in "iu":
-            raise DataError("type of the inputs", expected="whole numbers (token ids)", got=x.dtype)
         if not len(x):
             # Only a run tells the outputs' shape, and operators such as Flatten and Reshape refuse an empty batch.
             return self.predict(np.zeros((1, *x.shape[1:]), x.dtype), batch)[:0]
         starts = range(0, len(x), batch)
         outputs = [
             self.session.run({step.X: np.ascontiguousarray(pad_to_bound(chunk, shape))}, [step.LOGITS])[step.LOGITS]
-            for chunk in (np.asarray(x[s : s + batch], self._dtype) for s in starts)
+            for chunk in (self.input_type.convert(np.asarray(x[s : s + batch])) for s in starts)
         ]
         logits = np.concatenate([np.asarray(p) for p in outputs]).astype(np.float32, copy=False)
         axis = free_axis(shape)
@@ -106,7 +101,7 @@ class Predictor:
         if x is None:
             sizes = [size if isinstance(size, int) else 1 for size in upper_shape(self.input_shape)]
             noise = keyed_generator(0, "check").standard_normal((4, *sizes))
-            x = np.zeros(noise.shape, np.int64) if self._dtype.kind == "i" else noise.astype(np.float32)
+            x = np.zeros(noise.shape, self.input_type.dtype) if self.input_type.is_whole else noise.astype(np.float32)
         logits = self.predict(x, batch)
         if logits.shape[:2] != (len(x), classes):
             raise ModelError("shape of the new model's logits", expected=(len(x), classes), got=logits.shape)

@@ -187,7 +187,8 @@ class RoundRunner:
         trainer = self._trainer.of(offer.training.sha256, lambda: self._read_blob(offer.training), base)
         targets = trainer.targets(recipe, offer.classes)
         fitted = self._fitted_scaling(offer, recipe)
-        data, scaling = scale_samples(self._data.snapshot(trainer.input_shape, targets), recipe, fitted)
+        snapshot = self._data.snapshot(trainer.input_shape, targets).for_input(trainer.input_type)
+        data, scaling = scale_samples(snapshot, recipe, fitted)
         if recipe.scaling == (BOARD,) and fitted is None:
             _LOG.info("job %s: samples are scaled by the mean and deviation of those for training", offer.job)
         work = LocalUpdate(
@@ -201,7 +202,7 @@ class RoundRunner:
             data=data,
             noise=lambda: self._noise(offer),
         )
-        data.check(targets, trainer.input_shape, token_ids=trainer.token_ids)
+        data.check(targets, trainer.input_shape, input_type=trainer.input_type)
         # Only read to be verified, so that a damaged blob is downloaded again before minutes of training.
         self._read_blob(offer.inference)
         lowering = self.lowering.needed_graphs(offer).lowered or {}

@@ -14,6 +14,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.features import CUSTOM_LOSS, Features
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.random_inputs import RandomInputs
@@ -51,9 +52,9 @@ class StepGraph:
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay.
     `optimizer_states` are the optimiser's arrays, `updated_names` all that have a next value. `random_inputs`: the
-    masks and noise that it takes. `counts_hits`: whether it counts right samples. `token_ids`: whether samples are
-    whole numbers. `base` is the file of frozen weights that the graph reads in low precision. Raises `ModelError` if
-    onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
+    masks and noise that it takes. `counts_hits`: whether it counts right samples. `input_type`: the type of samples.
+    `base` is the file of frozen weights that the graph reads in low precision. Raises `ModelError` if onnxruntime
+    refuses the graph, `TrainingError` if it is not a training graph.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class StepGraph:
         self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self.statistics})
         self.input_shape = with_lengths(inputs[step_contract.X][1][1:], self._session.metadata, TrainingError)
         self._target_shape = inputs[step_contract.Y][1][1:]
-        self.token_ids = inputs[step_contract.X][0] == "tensor(int64)"
+        self.input_type = InputType.of(inputs[step_contract.X][0])
         self.optimizer_states = [f(n) for n in self.trainable for f in step_contract.state_names(optimizer)]
         self._sums = [name for n in self.trainable if (name := step_contract.gradient_sum_name(n)) in inputs]
         gradients = [step_contract.gradient_name(n) for n in self.trainable]
@@ -275,7 +276,7 @@ class StepGraph:
             if step_contract.Y_PARTNER in self._session.inputs:
                 labels[step_contract.Y_PARTNER] = micro_batch.y if micro_batch.partner is None else micro_batch.partner
             outputs = self._run_session(
-                {**feeds, **labels, step_contract.X: micro_batch.x},
+                {**feeds, **labels, step_contract.X: self.input_type.convert(micro_batch.x)},
                 [*self._result_names, *map(step_contract.next_name, names), *gradient_names],
                 {step_contract.next_name(n): into[n] for n in names} if is_last and into else {},
             )

@@ -60,7 +60,7 @@ class TrainingRun:
         self._graph, self._data, self._task, self._names = graph, data, task, tuple(tensors)
         graph.check(tensors)
         self._targets = graph.targets(recipe, classes)
-        data.check(self._targets, graph.input_shape, token_ids=graph.token_ids)
+        data.check(self._targets, graph.input_shape, input_type=graph.input_type)
         self._y = self._targets(data.y_train)
         self._constants = graph.constant_inputs(tensors, self._y, recipe, classes, task.mask)
         # Copies, because steps write into them.
@@ -169,8 +169,8 @@ class TrainingRun:
         if self._augmentation is not None:
             key = (task.round, task.device, "augment", number)
             micro_batches = [self._augmentation(m, task.seed, *key, i) for i, m in enumerate(micro_batches)]
-        # Token ids can't be averaged, nor samples of different lengths.
-        if not recipe.mixes_samples or graph.token_ids or free_axis(graph.input_shape) is not None:
+        # Whole numbers can't be averaged, nor samples of different lengths.
+        if not recipe.mixes_samples or graph.input_type.is_whole or free_axis(graph.input_shape) is not None:
             return micro_batches, {}
         pairs = [(m.make, m.y) for m in micro_batches]
         mixed, share = recipe.mix_batch(pairs, task.seed, task.round, task.device, number)

@@ -14,6 +14,7 @@ from fedprune.core.errors import DataError, ModelError, path_remedy, shape_text
 from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.architecture import Architecture
 from fedprune.model.features import labels_of
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, fits_shape, pad_to_bound, with_lengths
 from fedprune.model.recipe import Recipe
 from fedprune_export.checks.labelled_data import LABEL_KINDS, Array, LabelledData
@@ -79,10 +80,11 @@ def read_labelled_data(
         expected = shape_text("n", *(shape or architecture.input_shape))
         raise DataError(f"{path}: shape of {array_names[0]}", expected=expected, got=shape_text(*x.shape))
     model_dtype = np.dtype(dtype)
-    if model_dtype.kind == "i" and x.dtype.kind not in "iu":
+    if model_dtype.kind != "f" and x.dtype.kind not in "iu":
         raise DataError(f"{path}: type of {array_names[0]}", expected="whole numbers", got=x.dtype)
     if x.dtype.kind not in "iufb":
         raise DataError(f"{path}: {array_names[0]}", expected="numbers", got=x.dtype)
+    InputType(model_dtype).check_range(x)
     _check_finite(f"{path}: {array_names[0]}", x)
     outputs = (len(x), *architecture.output_shape)
     x = pad_to_bound(x.astype(model_dtype), shape or (), lengths)
@@ -104,7 +106,7 @@ def _concatenate_inputs(
                 expected=f"numbers {shape_text(count, *piece.shape)}",
                 got="none" if x is None else _type_text(x),
             )
-        if dtype.kind == "i" and x.dtype.kind not in "iu":
+        if dtype.kind != "f" and x.dtype.kind not in "iu":
             raise DataError(f"{path}: type of {name}", expected="whole numbers", got=x.dtype)
         rows.append(x.reshape(count, piece.size).astype(dtype))
     return np.concatenate(rows, axis=1)

@@ -14,6 +14,7 @@ import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.core.text import first_few
+from fedprune.model.input_type import InputType
 from fedprune.model.step_contract import LOGITS, RESERVED_NAMES, X
 from fedprune_export.importing import parameter_roles
 from fedprune_export.importing.activations import replace_activations
@@ -98,7 +99,7 @@ def normalise(
     pack_inputs(graph, notes)
     if own_loss:
         pack_outputs(graph, notes)
-    _check_ports(graph)
+    _check_ports(graph, notes)
     constants |= {n for n in graph.initializers if n.startswith(parameter_roles.CONSTANT_PREFIX)}
     _name_nodes(graph)
     # At this point the graph begins with the packing of inputs: `Original` takes the file's inputs from it.
@@ -185,7 +186,7 @@ def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str],
         notes.append(f"{composites} norms and activations that were written out in primitives are one operator each.")
 
 
-def _check_ports(graph: Graph) -> None:
+def _check_ports(graph: Graph, notes: list[str]) -> None:
     if len(graph.inputs) != 1 or len(graph.outputs) != 1:
         names = [p.name for p in (graph.inputs if len(graph.inputs) != 1 else graph.outputs)]
         raise ModelError(
@@ -198,8 +199,13 @@ def _check_ports(graph: Graph) -> None:
             else "Export a model that maps one tensor to logits.",
         )
     port = graph.inputs[0]
+    if port.dtype != np.float32 and port.dtype.kind not in "iub":
+        raise ModelError(f"type of input {port.name}", expected="float32 or whole numbers", got=port.dtype)
+    # Floats and int64 are what samples are anyway.
     if port.dtype not in (np.float32, np.int64):
-        raise ModelError(f"type of input {port.name}", expected="float32, or int64 for identifiers", got=port.dtype)
+        is_picture = port.dtype == np.uint8 and len(port.shape) == 4
+        given = f": pictures are given as their pixels, {InputType(port.dtype)}" if is_picture else ""
+        notes.append(f"The model takes samples of {port.dtype}, as the file does{given}.")
 
 
 def _drop_casts(graph: Graph, trace: Trace) -> None:

@@ -210,6 +210,14 @@ def _split(state: Translation, node: Node) -> None:
     state.keep(node)
 
 
+def _gather(state: Translation, node: Node) -> None:
+    """Cast indices of 32 bits: the gradient's ScatterND takes only those of 64."""
+    indices = node.inputs[1]
+    if indices not in state.graph.initializers and state.trace.dtypes[indices] == np.int32:
+        node.inputs[1] = state.graph.emit("Cast", indices, attrs={"to": onnx.TensorProto.INT64})
+    state.keep(node)
+
+
 def _grid_sample(state: Translation, node: Node) -> None:
     mode = node.attrs.get("mode", "bilinear")
     node.attrs["mode"] = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
@@ -236,6 +244,7 @@ _RULES: dict[str, _Rule] = {
     "DFT": lambda state, node: emit_dft(state.graph, node, state.trace),
     "STFT": lambda state, node: emit_stft(state.graph, node, state.trace),
     "BatchNormalization": _batch_norm,
+    "Gather": _gather,
     "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
     "Pad": lambda state, node: emit_pad(state.graph, node, state.trace),

@@ -31,21 +31,22 @@ def sample_sizes(port: Port) -> list[int]:
     return sizes
 
 
-def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Array:
-    """An array for a graph input: random normal numbers, or random identifiers for int64.
+def sample_input(port: Port, batch: int, seed: int = 0, *, below: int | None = None) -> Array:
+    """An array for a graph input: random normal numbers, or random whole numbers from 0 on.
 
     Raises `ModelError` as `sample_sizes` does, or if a size is invalid or the array would be huge.
 
     Args:
-        below: The number of identifiers, which embeddings limit.
+        below: The number of identifiers, which embeddings limit; by default two, or all numbers of 8 bits.
     """
     sizes = sample_sizes(port)
     if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_SAMPLE_ELEMENTS:
         raise ModelError(
             f"size of input {port.name}", expected=f"1 to {_MAX_SAMPLE_ELEMENTS} numbers per sample", got=sizes
         )
-    if port.dtype == np.int64:
-        return np.random.default_rng(seed).integers(0, below, (batch, *sizes))
+    if port.dtype.kind in "iub":
+        count = _default_count(port) if below is None else below
+        return np.random.default_rng(seed).integers(0, count, (batch, *sizes)).astype(port.dtype)
     return np.random.default_rng(seed).standard_normal((batch, *sizes), np.float32)
 
 
@@ -56,8 +57,10 @@ def sample_feeds(graph: Graph, batch: int, seed: int = 0) -> dict[str, Array]:
 
 
 def vocabulary_size(graph: Graph) -> int:
-    """The number of identifiers that a graph's embeddings have rows for; 2 without an embedding."""
-    names = {p.name for p in graph.inputs if p.dtype == np.int64}
+    """The number of identifiers that a graph's embeddings have rows for; without an embedding 2, or all numbers of
+    8 bits."""
+    ports = [p for p in graph.inputs if p.dtype.kind in "iub"]
+    names = {p.name for p in ports}
     sizes = []
     for node in graph.nodes:
         if node.domain:
@@ -71,4 +74,11 @@ def vocabulary_size(graph: Graph) -> int:
         elif node.op == "OneHot" and node.inputs[0] in names and node.inputs[1] in graph.initializers:
             sizes.append(int(graph.initializers[node.inputs[1]].reshape(-1)[0]))
     # Identifiers must be valid in every table that they index, so the smallest one counts.
-    return max(1, min(sizes, default=2))
+    return max(1, min(sizes, default=min((_default_count(p) for p in ports), default=2)))
+
+
+def _default_count(port: Port) -> int:
+    """How many numbers are drawn for an input that no embedding limits: few identifiers, or any pixel."""
+    if port.dtype.kind == "b" or port.dtype.itemsize > 2:
+        return 2
+    return min(256, int(np.iinfo(port.dtype).max) + 1)

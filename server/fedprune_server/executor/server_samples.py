@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, ModelError
 from fedprune.model import step_contract
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, with_lengths
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.array_source import load_data, load_inputs
@@ -55,7 +56,7 @@ def fit_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
     labels don't fit the loss or the number of classes, or samples have another shape or type."""
     shape, targets = form_of(model, recipe)
     data = data.snapshot(shape, targets)
-    data.check(targets, shape, token_ids=_takes_token_ids(model))
+    data.check(targets, shape, input_type=_input_type(model))
     return scale_samples(data, recipe)[0]
 
 
@@ -72,7 +73,7 @@ def load_calibration(source: str, model: Model, recipe: Recipe) -> npt.NDArray[A
 
     The source is one as for `load_evaluation`. Raises `DataError` if the samples can't be read or don't fit the model.
     """
-    x = load_inputs(source, _shape(model), token_ids=_takes_token_ids(model))
+    x = load_inputs(source, _shape(model), input_type=_input_type(model))
     return scale_arrays((np.asarray(x), np.asarray(x)), recipe)[0]
 
 
@@ -90,8 +91,8 @@ def _shape(model: Model) -> Shape:
     return with_lengths(model.architecture.input_shape, model.graph.metadata, ModelError)
 
 
-def _takes_token_ids(model: Model) -> bool:
-    return model.graph.inputs[0].dtype.kind == "i"
+def _input_type(model: Model) -> InputType:
+    return InputType(model.graph.inputs[0].dtype)
 
 
 def _has_test_split(path: Path) -> bool:

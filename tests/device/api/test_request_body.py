@@ -14,6 +14,8 @@ from hypothesis.extra import numpy as arrays
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError
+from fedprune.model.input_type import FLOATS as FLOAT_INPUT
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Lengths
 from fedprune_device.api.request import Request, RequestError
 from fedprune_device.api.request_array import JSON, NPY, RAW, SAFETENSORS, request_array, request_batch
@@ -22,13 +24,15 @@ from support.fakes.local_board import npy
 
 pytestmark = pytest.mark.board
 
+TAKES_TOKENS, TAKES_BYTES = (InputType(np.dtype(kind)) for kind in (np.int64, np.uint8))
+
 FLOATS = arrays.arrays(
     np.float32, arrays.array_shapes(min_dims=1, max_dims=4, max_side=4), elements=st.floats(-1e6, 1e6, width=32)
 )
 
 
-def read(body: bytes, kind: str, shape: Any = None, *, tokens: bool = False) -> Any:
-    return request_array(Request("POST", "/v1/predict", {}, {"content-type": kind}, body), shape, tokens=tokens)
+def read(body: bytes, kind: str, shape: Any = None, input_type: InputType = FLOAT_INPUT) -> Any:
+    return request_array(Request("POST", "/v1/predict", {}, {"content-type": kind}, body), shape, input_type)
 
 
 @given(FLOATS)
@@ -44,10 +48,24 @@ def test_every_form_gives_the_same_numbers(x: Any) -> None:
 @given(arrays.arrays(np.int64, arrays.array_shapes(max_dims=3, max_side=4), elements=st.integers(0, 2**53)))
 def test_token_ids_stay_whole_numbers(x: Any) -> None:
     for body, kind in (_body(x), _body(x.tolist()), (npy(x), NPY), (npy(x.astype(np.int64)), NPY)):
-        tokens = read(body, kind, tokens=True)
+        tokens = read(body, kind, None, TAKES_TOKENS)
         assert tokens.dtype == np.int64
         np.testing.assert_array_equal(tokens, x)
-    np.testing.assert_array_equal(request_batch(x, x.shape, 1, tokens=True), x[None])
+    np.testing.assert_array_equal(request_batch(x, x.shape, 1, TAKES_TOKENS), x[None])
+
+
+def test_bytes_are_taken_as_they_are() -> None:
+    x = np.arange(0, 12, dtype=np.uint8).reshape(2, 2, 3) * 20
+    for body, kind in ((npy(x), NPY), _body(x.tolist()), _body(x.astype(int)), (x.tobytes(), RAW)):
+        batch = request_batch(read(body, kind, x.shape[1:], TAKES_BYTES), x.shape[1:], 2, TAKES_BYTES)
+        assert batch.dtype == np.uint8
+        np.testing.assert_array_equal(batch, x)
+    for bad in (x / 255, x.astype(int) + 100, -x.astype(int)):
+        with pytest.raises(DataError) as error:
+            request_batch(read(npy(bad), NPY), x.shape[1:], 2, TAKES_BYTES)
+        assert "255" in str(error.value.expected)
+    with pytest.raises(DataError, match="float32"):
+        request_batch(read(npy(x), NPY), x.shape[1:], 2)
 
 
 @pytest.mark.parametrize("shape", ["(9223372036854775807, 9)", "(1000000000000,)", "(1,) * 10**9", "__import__('os')"])
@@ -59,10 +77,10 @@ def test_a_head_that_lies_takes_neither_memory_nor_time(shape: str) -> None:
 
 def test_raw_numbers_may_be_a_sample_of_any_length_within_the_bounds() -> None:
     shape, x = (2, Lengths(3, 5)), np.arange(8, dtype=np.float32).reshape(2, 4)
-    np.testing.assert_array_equal(request_batch(read(x.tobytes(), RAW, shape), shape, 1, tokens=False), x[None])
+    np.testing.assert_array_equal(request_batch(read(x.tobytes(), RAW, shape), shape, 1), x[None])
     for bad in (x[:, :2], np.zeros((2, 6), np.float32)):
         with pytest.raises(DataError) as error:
-            request_batch(read(bad.tobytes(), RAW, shape), shape, 1, tokens=False)
+            request_batch(read(bad.tobytes(), RAW, shape), shape, 1)
         assert "3:5" in str(error.value.expected)
     with pytest.raises(DataError):
         read(bytes(28), RAW, shape)

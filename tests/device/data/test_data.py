@@ -71,7 +71,7 @@ def test_a_function_of_the_user_is_called_with_what_it_takes(tmp_path: Path, mon
     [
         ({"x_train": X, "y": Y}, "'y_train' is missing"),
         ({"x": X, "y": Y[:-1]}, "number of labels"),
-        ({"x": X.astype(np.uint8), "y": Y}, "float32"),
+        ({"x": X.astype(str), "y": Y}, "float32"),
         ({"x": X, "y": Y.astype(str)}, "whole numbers"),
         ({"x": X, "y": Y * np.nan}, "sample 0"),
         ({"x": X, "y": Y, "x_test": X, "y_test": Y * 1.0}, "type of test labels"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ConfigError, DataError, ExitCode
+from fedprune.model.input_type import FLOATS
 from fedprune.model.lengths import PADDING
 from fedprune.model.recipe import Recipe
 from fedprune_device.cli.main import main
@@ -54,7 +55,7 @@ def test_a_board_scales_by_its_own_training_samples(tmp_path: Path, first: bool)
     for scaled, measured in zip(splits(data)[1::2], splits(raw)[1::2], strict=True):
         np.testing.assert_allclose(scaled, (measured - y.mean()) / y.std(), rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(scaling.invert(scaled), measured, rtol=1e-5)
-    data.check(targets, layout(5, 2), token_ids=False)
+    data.check(targets, layout(5, 2), input_type=FLOATS)
 
 
 def test_a_job_gives_the_scale_by_the_names_of_columns_in_any_order_and_case(tmp_path: Path) -> None:

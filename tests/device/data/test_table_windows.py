@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError, FedpruneError
+from fedprune.model.input_type import FLOATS
 from fedprune.model.lengths import Lengths
 from fedprune_device.data import tables
 from fedprune_device.data.labels import Targets
@@ -63,7 +64,7 @@ def test_windows_and_what_follows_them_are_samples(tmp_path: Path, kind: str, fi
 
     targets = Targets("mse", 2, layout(horizon, 2))
     data = TableFile(path, SplitShares(0.3, 0.2), 1000).snapshot(layout(steps, 2), targets)
-    data.check(targets, layout(steps, 2), token_ids=False)
+    data.check(targets, layout(steps, 2), input_type=FLOATS)
     rows_by_split: dict[str, set[int]] = {}
     for split in ("train", "test", "val"):
         x, y = (np.asarray(getattr(data, f"{n}_{split}")) for n in "xy")

@@ -196,10 +196,6 @@ def _single_node_model(inputs: list[Port], op: str, shape: tuple[int, ...] = ())
             r"axis 2 \('H'\), axis 3 .*--input-shape 3,H,W",
         ),
         (_single_node_model([Port("a", F32, (2, 3)), Port("b", F32, (1, 4))], "Add"), "batch of the inputs"),
-        (
-            _single_node_model([Port("x", np.dtype(np.int32), ("N", 3))], "Abs"),
-            "type of input x: expected float32, or int64",
-        ),
     ],
 )
 def test_inputs_and_outputs_of_another_form_are_refused(raw: bytes, message: str) -> None:

@@ -208,3 +208,70 @@ def test_weights_that_a_node_fills_are_trained() -> None:
         helper.make_node("ConstantOfShape", ["t"], ["v"], value=ones),
     ]
     check_weights(file_of(nodes + mlp("w", "b", "v"), [tensor("w", 6, 5), *sizes]), (6, 5), (5,), (5, 4))
+
+
+def pictures(kind: int, *, colours_last: bool, computed: Any = np.float32) -> bytes:
+    """A file of the input `x` that casts pictures, scales them, and classifies them."""
+    cast_to = int(helper.np_dtype_to_tensor_dtype(np.dtype(computed)))
+    turn = [helper.make_node("Transpose", ["centred"], ["planes"], perm=[0, 3, 1, 2])] if colours_last else []
+    nodes = [
+        helper.make_node("Cast", ["x"], ["pixels"], to=cast_to),
+        helper.make_node("Mul", ["pixels", "scale"], ["shares"]),
+        helper.make_node("Sub", ["shares", "mean"], ["centred"]),
+        *turn,
+        helper.make_node("Conv", ["planes" if turn else "centred", "k", "b"], ["maps"]),
+        helper.make_node("Relu", ["maps"], ["active"]),
+        helper.make_node("GlobalAveragePool", ["active"], ["mean map"]),
+        helper.make_node("Flatten", ["mean map"], ["features"]),
+        helper.make_node("Gemm", ["features", "w"], ["scores"]),
+        helper.make_node("Cast", ["scores"], ["y"], to=TensorProto.FLOAT),
+    ]
+    mean = np.array([0.4, 0.5, 0.6], computed).reshape((1, 1, 1, 3) if colours_last else (1, 3, 1, 1))
+    tensors = [numpy_helper.from_array(mean, "mean"), numpy_helper.from_array(computed(1 / 255), "scale")]
+    tensors += [tensor(n, *s, kind=computed) for n, s in (("k", (6, 3, 3, 3)), ("b", (6,)), ("w", (6, 4)))]
+    x = helper.make_tensor_value_info("x", kind, ("n", 8, 8, 3) if colours_last else ("n", 3, 8, 8))
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 4))
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    raw: bytes = model.SerializeToString()
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("kind", "computed"),
+    [
+        (np.uint8, np.float16),
+        *((kind, np.float32) for kind in (np.uint8, np.int8, np.int16, np.uint16, np.int32, np.bool_)),
+    ],
+)
+def test_pictures_of_whole_numbers_are_taken_as_they_are(kind: Any, computed: Any) -> None:
+    raw = pictures(int(helper.np_dtype_to_tensor_dtype(np.dtype(kind))), colours_last=True, computed=computed)
+    model = import_onnx(raw, "net")
+    assert model.graph.inputs[0].dtype == kind
+    assert len(model.architecture.groups) == 1
+    x = RANDOM.integers(0, 2 if kind is np.bool_ else 100, (3, 8, 8, 3)).astype(kind)
+    expected = OnnxSession(raw).run({"x": x})["y"]
+    assert distance(outputs(model.graph, x), expected) < (1e-5 if computed is np.float32 else 0.01)
+    OnnxSession(training_graph(model, Features()).to_bytes(), training=True)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT32, TensorProto.INT16, TensorProto.UINT8])
+def test_token_ids_of_any_width_are_taken(kind: int) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["ids"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["table", "ids"], ["words"]),
+        helper.make_node("ReduceMean", ["words"], ["text"], axes=[1], keepdims=0),
+        helper.make_node("Gemm", ["text", "w"], ["hidden"]),
+        helper.make_node("Relu", ["hidden"], ["active"]),
+        helper.make_node("Gemm", ["active", "v"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", kind, ("n", 6))
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 4))
+    tensors = [tensor("table", 30, 8), tensor("w", 8, 5), tensor("v", 5, 4)]
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    raw = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    model = import_onnx(raw, "net")
+    ids = RANDOM.integers(0, 30, (3, 6)).astype(model.graph.inputs[0].dtype)
+    assert distance(outputs(model.graph, ids), OnnxSession(raw).run({"x": ids})["y"]) < 1e-5
+    # Its gradient scatters into the table, for which onnxruntime takes indices of 64 bits alone.
+    OnnxSession(training_graph(model, Features()).to_bytes(), training=True)

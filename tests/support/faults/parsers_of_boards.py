@@ -77,8 +77,8 @@ def _requests() -> tuple[Target, ...]:
 
     def body(kind: str) -> Callable[[bytes], object]:
         def parse_body(raw: bytes) -> object:
-            array = request_array(Request("POST", "/v1/predict", {}, {"content-type": kind}, raw), SHAPE, tokens=False)
-            return request_batch(array, SHAPE, 64, tokens=False)
+            array = request_array(Request("POST", "/v1/predict", {}, {"content-type": kind}, raw), SHAPE)
+            return request_batch(array, SHAPE, 64)
 
         return parse_body
 

@@ -5,7 +5,7 @@ inputs and outputs that its recipe's features need, and no others. N is the numb
 number of a sample's outputs, such as classes; if a sample has several places, such as pixels, of each place.
 
 Inputs:
-    `x` [N, ...]: float32, or int64 where the model reads token ids.
+    `x` [N, ...]: float32, or the whole numbers that the model takes: int64 token ids, uint8 pixels and so on.
     `y`: the labels, for outputs [N, K, ...]. Their form depends on the loss:
         `cross_entropy`: int64 [N, ...], classes;
         `bce`: float32 of the outputs' shape, from 0 to 1;

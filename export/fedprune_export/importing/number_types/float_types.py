@@ -12,7 +12,7 @@ from fedprune_export.importing.graph_writer import value_types
 from fedprune_export.ir.operators import REARRANGEMENTS
 
 # Significant bits of the types that are computed in float32 instead, the leading one included.
-SIGNIFICANT_BITS = {TensorProto.FLOAT16: 11, TensorProto.BFLOAT16: 8, TensorProto.DOUBLE: 53}
+SIGNIFICANT_BITS: dict[int, int] = {TensorProto.FLOAT16: 11, TensorProto.BFLOAT16: 8, TensorProto.DOUBLE: 53}
 
 # Attributes that name a type.
 TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type", "softmax_precision"})

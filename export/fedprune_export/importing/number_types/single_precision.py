@@ -30,7 +30,11 @@ _FREE_BATCH = 2
 
 # What computes nothing rounds nothing.
 _EXACT_OPERATORS = REARRANGEMENTS | {"Cast", "CastLike", "Concat", "Constant", "Gather", "Relu", "Shape", "Slice"}
-_TYPE_NAMES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "float64"}
+_TYPE_NAMES: dict[int, str] = {
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "float64",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class SinglePrecision:
                 if not worst <= self.tolerance:
                     raise ModelError(
                         f"the file computes in {names}, and its output differs in float32",
-                        expected=f"outputs that agree to {self.tolerance:.2g}, as {self.depth} roundings explain",
+                        expected=f"agreement to {self.tolerance:.2g}, which {self.depth} roundings in a row explain",
                         got=f"{worst:.2g}",
                         hint="Export the model in float32.",
                     )
