@@ -63,7 +63,7 @@ def _check_layout(graph: Graph) -> None:
         raise ModelError(
             f"{node.op} {value_text(node.name or node.outputs[0])} has its weights in blocks of channels: onnxruntime "
             "wrote the file for one kind of processor",
-            hint="Write it with graph_optimization_level = ORT_ENABLE_EXTENDED, or give the file before.",
+            hint="Write it with graph_optimization_level = ORT_ENABLE_EXTENDED, or give the file as it was before.",
         )
 
 

@@ -14,7 +14,7 @@ from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import registrar
 from fedprune_export.ir.shape_inference import InferredShapes
 
-UNFUSED_HINT = "Give the file that was optimised, before it was, or optimise it without this fusion."
+UNFUSED_HINT = "Give the file as it was before it was optimised, or optimise it without this fusion."
 
 
 @dataclass(frozen=True)
