@@ -39,6 +39,7 @@ from fedprune_export.importing.refusals import check_output, check_random, check
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.scatter_writes import rewrite_scatter_writes
 from fedprune_export.importing.simplification import bypass, drop_identities, simplify
+from fedprune_export.importing.spectral_norms import fold_spectral_norms
 from fedprune_export.importing.translation import translate, upgrade_model
 from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.ir.dropout import remove_dropouts
@@ -123,6 +124,8 @@ def normalise(
     original = Original(raw, file_inputs, file_outputs, row_graph, layout)
     # After this each operator has one form, and constants are folded.
     _simplify(graph, graph_trace, constants, notes, LOGITS)
+    fold_spectral_norms(graph, constants, notes)
+    drop_identities(graph)
     check_random(graph)
     roles = _separate_parameters(graph, graph_trace, constants, listed, notes)
     parameter_roles.note_scalars(graph, {names.get(s, s) for s in scalars}, notes)

@@ -427,6 +427,18 @@ class WeightNormed(Images):
         return self.last(torch.relu(self.second(x)))
 
 
+@hard(3)
+class SpectralNormed(Images):
+    """torch's spectral norm: one number for a whole weight, computed with a constant number per channel."""
+
+    def build(self) -> None:
+        self.second = nn.utils.parametrizations.spectral_norm(conv(8, 8))
+        self.last = conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.second(x)))
+
+
 # -- recurrent layers, tied and computed weights, less common operators -----------------------------------------------
 
 

@@ -1,0 +1,106 @@
+"""Folds spectral norms into the weights that they divide.
+
+A weight is divided by its largest singular value, σ = uᵀ W v, where u and v are vectors that only training updates; at
+inference they are constants (https://arxiv.org/abs/1802.05957). They have a number per channel, so as long as they are
+there no channel can be cut. Weight norm needs no folding: its length and direction are trained and cut as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+import numpy as np
+
+from fedprune.core.text import first_few
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.ir.graph import Array, Graph, Node, Port
+from fedprune_export.ir.operators import REARRANGEMENTS
+
+
+def fold_spectral_norms(graph: Graph, constants: Container[str], notes: list[str]) -> None:
+    """Divide each weight by the number that a graph computes from it and from vectors, and drop the division.
+
+    Adds a note on the weights.
+    """
+    data_values, makers = graph.values_from_inputs(), graph.producers()
+    divisions = [
+        (node, weight, scale)
+        for node in graph.nodes
+        if node.op in ("Div", "Mul") and not node.domain and node.outputs[0] not in data_values
+        for value, scale in ([node.inputs] if node.op == "Div" else [node.inputs, node.inputs[::-1]])
+        if (weight := _rearranged_weight(graph, makers, value)) and weight not in constants
+        if _is_scaled_by_itself(graph, makers, node, weight, scale)
+    ]
+    if not divisions:
+        return
+    scale_names = list(dict.fromkeys(scale for _, _, scale in divisions))
+    probe = graph.copy()
+    probe.inputs, probe.outputs = [], [Port(name, np.dtype(np.float32), ()) for name in scale_names]
+    probe.prune()
+    scales = OnnxSession(probe.to_bytes()).run({}, scale_names)
+    folded = []
+    for node, weight, scale in divisions:
+        # A number per channel is another norm.
+        if scales[scale].size != 1:
+            continue
+        number = scales[scale].reshape(())
+        value = graph.initializers[weight]
+        graph.initializers[weight] = (value / number if node.op == "Div" else value * number).astype(np.float32)
+        node.inputs = [name for name in node.inputs if name != scale]
+        node.op = "Identity"
+        folded.append(weight)
+    graph.prune()
+    if folded:
+        names = first_few(folded, max_names=3)
+        notes.append(
+            f"Divided by their largest singular value (spectral norm) once, and trained without it: {names}. "
+            "A torch module that shall load them must have its norm removed."
+        )
+
+
+def _rearranged_weight(graph: Graph, makers: Mapping[str, Node], value: str) -> str | None:
+    """The initialiser of several numbers that a value has in another form."""
+    while (maker := makers.get(value)) is not None:
+        if maker.domain or maker.op not in REARRANGEMENTS:
+            return None
+        value = maker.inputs[0]
+    array = graph.initializers.get(value)
+    return value if array is not None and array.dtype == np.float32 and array.size > 1 else None
+
+
+def _is_scaled_by_itself(graph: Graph, makers: Mapping[str, Node], node: Node, weight: str, scale: str) -> bool:
+    """Whether a value's scale is computed from a weight and other vectors, and nothing else reads the weight."""
+    sources = {name: graph.initializers[name] for name in _upstream(makers, scale) if name in graph.initializers}
+    # Exporters store the matrix of a kernel beside it.
+    copies = {name for name, value in sources.items() if _holds_same_numbers(value, graph.initializers[weight])}
+    if not copies or not any(v.dtype == np.float32 and v.size > 1 for n, v in sources.items() if n not in copies):
+        return False
+    inside, readers = _upstream(makers, node.outputs[0]), graph.consumers()
+    pending, visited = [weight], {weight}
+    while pending:
+        for reader, _ in readers.get(pending.pop(), []):
+            if reader is node:
+                continue
+            if inside.isdisjoint(reader.outputs):
+                return False
+            pending += [o for o in reader.outputs if o not in visited]
+            visited.update(reader.outputs)
+    return True
+
+
+def _holds_same_numbers(value: Array, other: Array) -> bool:
+    """Whether an array is another one, reshaped or transposed."""
+    if value.size != other.size or value.dtype != other.dtype:
+        return False
+    return bool(np.array_equal(np.sort(value, axis=None), np.sort(other, axis=None)))
+
+
+def _upstream(makers: Mapping[str, Node], value: str) -> set[str]:
+    """A value, and all that it is computed from."""
+    out, pending = {value}, [value]
+    while pending:
+        maker = makers.get(pending.pop())
+        new = [i for i in maker.inputs if i and i not in out] if maker is not None else []
+        out.update(new)
+        pending += new
+    return out
