@@ -155,6 +155,39 @@ def test_a_dynamically_quantised_transformer_trains_as_its_origin(
     check_like(model, import_onnx(transformer(), "net"), TOKENS, 0.02)
 
 
+def sequence_net() -> bytes:
+    """An LSTM, onnxruntime's fused attention, and a dense layer."""
+    g = Graph(inputs=[Port("image", F32, ("N", 6, 5))], opset=17)
+    g.initializers = tensors(w=(1, 32, 5), r=(1, 32, 8), b=(1, 64), qkv=(8, 24), qkv_bias=(24,), last=(8, 3))
+    steps = g.emit("Transpose", "image", attrs={"perm": [1, 0, 2]})
+    h = g.emit("Squeeze", g.emit("LSTM", steps, "w", "r", "b", attrs={"hidden_size": 8}, out="states"), g.ints(1))
+    h = g.emit("Transpose", h, attrs={"perm": [1, 0, 2]})
+    h = g.emit("Attention", h, "qkv", "qkv_bias", attrs={"num_heads": 2}, domain="com.microsoft", out="attended")
+    h = g.emit("ReduceMean", h, attrs={"axes": [1], "keepdims": 0})
+    g.outputs = [Port(g.emit("MatMul", h, "last"), F32, ("N", 3))]
+    return g.to_bytes()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_quantised_lstm_and_attention_become_those_of_floats(*, per_channel: bool, tmp_path: Path) -> None:
+    before, after = tmp_path / "float.onnx", tmp_path / "quantised.onnx"
+    before.write_bytes(sequence_net())
+    quantize_dynamic(before, after, per_channel=per_channel)
+    written = {n.op_type for n in onnx.load(after).graph.node}
+    assert written >= {"DynamicQuantizeLSTM", "QAttention"}
+    raw = read_source(after)
+    floats = onnx.load_model_from_string(raw)
+    stored = {t.name: numpy_helper.to_array(t) for t in floats.graph.initializer}
+    proto = onnx.load_model_from_string(sequence_net())
+    for tensor in proto.graph.initializer:
+        if tensor.name in stored:
+            tensor.CopyFrom(numpy_helper.from_array(stored[tensor.name], tensor.name))
+    x = RNG.standard_normal((4, 6, 5)).astype(np.float32)
+    values = [OnnxSession(file).run({"image": x}).popitem()[1] for file in (raw, proto.SerializeToString())]
+    assert distance(*values) < 1e-5
+    assert distance(values[0], OnnxSession(sequence_net()).run({"image": x}).popitem()[1]) < 0.03
+
+
 def file_of(
     nodes: list[onnx.NodeProto], values: Mapping[str, Any], opset: int, out: tuple[int | str, ...] = ("N", 3)
 ) -> bytes:
@@ -232,7 +265,7 @@ def test_a_source_is_read_as_a_file_of_floats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("node", "texts"),
     [
-        (helper.make_node("DynamicQuantizeLSTM", ["q"], ["c"], "lstm", domain="com.microsoft"), ["Quant", "'lstm'"]),
+        (helper.make_node("QMoE", ["q"], ["c"], "experts", domain="com.microsoft"), ["QMoE 'experts'"]),
         (helper.make_node("BitShift", ["q", "q"], ["c"], "shift", direction="LEFT"), ["BitShift 'shift'"]),
         (helper.make_node("Cast", ["q"], ["c"], "cast", to=TensorProto.UINT8), ["Cast 'cast'"]),
     ],

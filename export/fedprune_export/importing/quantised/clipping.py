@@ -7,57 +7,50 @@ A range always contains 0, so a least number of 0 says that none below it was se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 
-import numpy as np
-
-from fedprune_export.ir.graph import Array, Node
+from fedprune_export.ir.graph import Node
 
 # Upper ends of usual clips: ReLU6, Clip to 1, and DeepSpeech's. Any other end is only the largest number that was seen.
 _CLIP_ENDS = (1.0, 6.0, 20.0)
 _END_TOLERANCE = 1e-5  # a scale in float32 gives the range's end to about 1e-7
 
-_NOT_NEGATIVE = frozenset(
-    {"Abs", "Exp", "HardSigmoid", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Relu", "Sigmoid", "Softmax", "Softplus"}
-    | {"Sqrt", "ThresholdedRelu"}
+# The least number that these operators can give, whatever they read.
+_LEAST = {
+    **dict.fromkeys(("Abs", "Exp", "HardSigmoid", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Relu", "Sigmoid"), 0.0),
+    **dict.fromkeys(("Softmax", "Softplus", "Sqrt", "ThresholdedRelu"), 0.0),
+    **dict.fromkeys(("Cos", "Erf", "Sin", "Softsign", "Tanh"), -1.0),
+}
+# Operators whose output isn't less than their least input; the first input has the data of most.
+_PASSING = frozenset(
+    {"AveragePool", "Cast", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND"}
+    | {"GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin", "Reshape"}
+    | {"Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 )
-# Operators whose output is not negative if no input is.
-_SIGN_PRESERVING = frozenset(
-    {"Add", "AveragePool", "Concat", "Div", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "GatherND"}
-    | {"GlobalAveragePool", "GlobalMaxPool", "Identity", "Max", "MaxPool", "Min", "Mul", "ReduceMax", "ReduceMean"}
-    | {"ReduceMin", "ReduceSum", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Sum", "Tile", "Transpose"}
-    | {"Unsqueeze", "DepthToSpace", "SpaceToDepth", "Cast"}
-)
-_DATA_INPUTS = {"Add", "Concat", "Div", "Max", "Min", "Mul", "Sum"}
+_PASSING_ALL = frozenset({"Concat", "Max", "Min"})
 
 
-def is_not_negative(name: str, makers: Mapping[str, Node], tensors: Mapping[str, Array]) -> bool:
-    """Whether a value can't be negative by the operators that make it. Inputs of a file are taken for such values:
-    their range is that of the data."""
-    pending, seen = [name], set[str]()
-    while pending:
-        value = pending.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        node = makers.get(value)
-        if node is None:
-            if value in tensors and (np.asarray(tensors[value], np.float64) < 0).any():
-                return False
-        elif node.domain:
-            return False
-        elif node.op == "Clip":
-            low = tensors.get(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("min")
-            if low is None or float(np.asarray(low).reshape(-1)[0]) < 0:
-                return False
-        elif node.op == "Pad":
-            border = node.inputs[2] if len(node.inputs) > 2 else ""
-            pending += [node.inputs[0], border] if border else node.inputs[:1]
-        elif node.op in _SIGN_PRESERVING:
-            pending += node.inputs if node.op in _DATA_INPUTS else node.inputs[:1]
-        elif node.op not in _NOT_NEGATIVE:
-            return False
-    return True
+def least_output(node: Node, least: Callable[[str], float]) -> float:
+    """A bound below all numbers that a node can give, from such bounds of its inputs."""
+    if node.domain:
+        return -math.inf
+    if node.op in _LEAST:
+        return _LEAST[node.op]
+    if node.op == "Clip":
+        if len(node.inputs) > 1 and node.inputs[1]:
+            return least(node.inputs[1])
+        return float(node.attrs.get("min", -math.inf))
+    if node.op in _PASSING:
+        return least(node.inputs[0])
+    if node.op == "Pad":
+        return min(least(i) for i in (node.inputs[0], *filter(None, node.inputs[2:3])))
+    bounds = [least(i) for i in node.inputs]
+    if node.op in _PASSING_ALL:
+        return min(bounds)
+    if node.op in ("Add", "Sum"):
+        return sum(bounds)
+    return 0.0 if node.op in ("Mul", "Div", "ReduceSum") and min(bounds[:2]) >= 0 else -math.inf
 
 
 def clip_end(upper: float) -> float | None:

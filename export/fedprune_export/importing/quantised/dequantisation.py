@@ -22,7 +22,7 @@ from fedprune_export.pruning.model import ACTIVATION_RANGES_KEY
 RULES: dict[str, Rule] = {**OPERATOR_RULES, **PRODUCT_RULES}
 # Operators on integers without a rule.
 _REFUSED = frozenset(
-    {"DynamicQuantizeLSTM", "QAttention", "QEmbedLayerNormalization", "QLinearReduceMin", "QMoE", "QOrderedMatMul"}
+    {"QEmbedLayerNormalization", "QLinearReduceMin", "QMoE", "QOrderedMatMul"}
     | {"QLinearConvTranspose", "GatherBlockQuantized", "MatMulBnb4", "BiasDequantizeLinear"}
 )
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -97,8 +97,10 @@ def _activation_ranges(state: Rewriter) -> dict[str, tuple[float, float]]:
     """What numbers the file has for activations, at most; an export with 8 bits may begin with them."""
     ranges = {}
     for rounding in state.roundings:
+        if rounding.quantisation is None or rounding.bounds is None:
+            continue
         scale, zero = (state.constant(n) for n in (rounding.quantisation.scale, rounding.quantisation.zero))
-        if rounding.bounds is None or scale is None or scale.size != 1 or rounding.value in state.graph.initializers:
+        if scale is None or scale.size != 1 or rounding.value in state.graph.initializers:
             continue
         offset = 0.0 if zero is None else float(zero.reshape(-1)[0])
         low, high = (float(scale.reshape(-1)[0]) * (bound - offset) for bound in rounding.bounds)

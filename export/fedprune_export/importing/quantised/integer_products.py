@@ -90,6 +90,50 @@ def _dynamic_matmul(state: Rewriter, node: Node) -> None:
     _finish(state, node, first, state.number(b, Quantisation(b_scale, b_zero, -1)), bias)
 
 
+def _attention(state: Rewriter, node: Node) -> None:
+    """QAttention: input, weight, bias, scale of input, scale of weight, mask, zero point of both, past.
+
+    It is onnxruntime's Attention on numbers: input, weight, bias, mask, past.
+    """
+    names = [*node.inputs, *[""] * 9][:9]
+    first = state.number(names[0], Quantisation(names[3], names[6]))
+    inputs = [first, state.number(names[1], Quantisation(names[4], names[7], -1)), names[2], names[5], names[8]]
+    while not inputs[-1]:
+        inputs.pop()
+    state.graph.nodes.append(Node("Attention", inputs, list(node.outputs), dict(node.attrs), node.name, node.domain))
+
+
+def _lstm(state: Rewriter, node: Node) -> None:
+    """DynamicQuantizeLSTM: X, W, R, B, lengths, first states, P, and scale and zero point of W and of R.
+
+    W and R are [directions, features, 4 · units]; LSTM has their last two axes the other way round.
+    """
+    names = [*node.inputs, *[""] * 12][:12]
+    weights = [_lstm_weight(state, node, names[i], names[s], names[s + 1]) for i, s in ((1, 8), (2, 10))]
+    inputs = [names[0], *weights, *names[3:8]]
+    while not inputs[-1]:
+        inputs.pop()
+    attrs = {k: v for k, v in node.attrs.items() if k != "layout"}
+    outputs = [state.graph.fresh(o) if o else "" for o in node.outputs]
+    state.graph.nodes.append(Node("LSTM", inputs, outputs, attrs, outputs[0] or node.name))
+    for value, output in zip(outputs, node.outputs, strict=True):
+        if output:
+            state.round_inside(value, output)
+
+
+def _lstm_weight(state: Rewriter, node: Node, name: str, scale_name: str, zero_name: str) -> str:
+    integers, scale, zero = state.constant(name), state.constant(scale_name), state.constant(zero_name)
+    if integers is None or scale is None or integers.ndim != 3:
+        raise refuse(node, "has weights that the file computes")
+    directions, _, columns = integers.shape
+    shape = (directions, 1, columns) if scale.size == directions * columns else (directions, 1, 1)
+    if scale.size != np.prod(shape) or (zero is not None and zero.size != scale.size):
+        raise refuse(node, "has other scales than one for each direction or column")
+    spread_zero = np.zeros(shape) if zero is None else zero.reshape(shape).astype(np.float64)
+    numbers = (integers.astype(np.float64) - spread_zero) * scale.reshape(shape)
+    return state.add_tensor(name, np.ascontiguousarray(numbers.swapaxes(1, 2), np.float32))
+
+
 def _finish(state: Rewriter, node: Node, first: str, second: str, bias: str) -> None:
     product = state.emit("MatMul", first, second, out=None if bias else node.outputs[0])
     if bias:
@@ -101,4 +145,6 @@ PRODUCT_RULES: dict[str, Rule] = {
     "ConvInteger": _sum,
     "MatMulIntegerToFloat": _to_float,
     "DynamicQuantizeMatMul": _dynamic_matmul,
+    "DynamicQuantizeLSTM": _lstm,
+    "QAttention": _attention,
 }

@@ -14,7 +14,7 @@ import onnx
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.batches.layout import BatchLayout, move_batch_first, possible_layouts
-from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, node_label
+from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, Quantisation, node_label
 from fedprune_export.importing.quantised.rewriter import Rewriter
 from fedprune_export.importing.quantised.roundings import Rounding
 from fedprune_export.importing.sample_shapes import check_sizes
@@ -71,14 +71,14 @@ def _fitting_layout(graph: Graph) -> tuple[BatchLayout, Graph]:
 def _samples(state: Rewriter, moved: Graph, batch: int) -> dict[str, Array]:
     """Samples for the file's inputs: over the whole range of an input that is rounded at once, normal ones else."""
     feeds = sample_feeds(moved, batch, seed=batch)
-    ranges = {r.value: r for r in state.roundings if r.bounds is not None}
+    ranges = {r.value: (r.quantisation, r.bounds) for r in state.roundings if r.quantisation is not None and r.bounds}
     out: dict[str, Array] = {}
     for port in moved.inputs:
-        value, rounding = feeds[port.name], ranges.get(port.name)
-        scale = state.constant(rounding.quantisation.scale) if rounding is not None else None
-        if rounding is not None and rounding.bounds is not None and scale is not None and scale.size == 1:
-            zero = state.constant(rounding.quantisation.zero)
-            low, high = (float(scale.reshape(-1)[0]) * (b - _first(zero)) for b in rounding.bounds)
+        value, (quantisation, bounds) = feeds[port.name], ranges.get(port.name, (None, None))
+        scale = None if quantisation is None else state.constant(quantisation.scale)
+        if quantisation is not None and bounds is not None and scale is not None and scale.size == 1:
+            zero = state.constant(quantisation.zero)
+            low, high = (float(scale.reshape(-1)[0]) * (b - _first(zero)) for b in bounds)
             value = np.random.default_rng(batch).uniform(low, high, value.shape).astype(np.float32)
         elif port.dtype.kind in "iu" and value.dtype != port.dtype:
             kinds = np.iinfo(port.dtype)
@@ -126,6 +126,11 @@ def _probe(state: Rewriter) -> tuple[Graph, dict[str, Rounding], list[tuple[str,
 def _emit_steps(state: Rewriter, probe: Graph, rounding: Rounding, value: str) -> str:
     """Write what the file has behind a rounding where the float model reads it, and how far that is from `value`."""
     quantisation = rounding.quantisation
+    if quantisation is None:
+        number = probe.emit("Identity", rounding.integers, out=_PREFIX + rounding.passed)
+        largest = probe.emit("ReduceMax", probe.emit("Abs", number), attrs={"keepdims": 0})
+        distance = probe.emit("Abs", probe.emit("Sub", value, number))
+        return probe.emit("Div", probe.emit("ReduceMax", distance, attrs={"keepdims": 0}), largest)
     constant = state.constant(quantisation.scale)
     kind = _FLOAT if constant is None else onnx.helper.np_dtype_to_tensor_dtype(constant.dtype)
     scale = probe.emit("Cast", _spread(state, probe, quantisation.scale, quantisation.axis), attrs={"to": _FLOAT})
@@ -137,16 +142,18 @@ def _emit_steps(state: Rewriter, probe: Graph, rounding: Rounding, value: str) -
     probe.emit("Cast", number, attrs={"to": kind}, out=_PREFIX + rounding.passed)
     value = probe.emit("Cast", value, attrs={"to": _FLOAT})
     if rounding.bounds is not None and constant is not None:
-        value = _clamped(state, probe, rounding, value, constant)
+        value = _clamped(state, probe, quantisation, rounding.bounds, value, constant)
     steps = probe.emit("Div", probe.emit("Sub", value, number), scale)
     return probe.emit("ReduceMax", probe.emit("Abs", steps), attrs={"keepdims": 0})
 
 
-def _clamped(state: Rewriter, probe: Graph, rounding: Rounding, value: str, scale: Array) -> str:
+def _clamped(
+    state: Rewriter, probe: Graph, quantisation: Quantisation, bounds: tuple[int, int], value: str, scale: Array
+) -> str:
     """A number within the range of a quantisation."""
-    quantisation, zero = rounding.quantisation, state.constant(rounding.quantisation.zero)
+    zero = state.constant(quantisation.zero)
     offset = np.zeros(1) if zero is None else np.asarray(zero, np.float64)
-    for operator, bound in zip(("Max", "Min"), rounding.bounds or (), strict=True):
+    for operator, bound in zip(("Max", "Min"), bounds, strict=True):
         end = (bound - offset).reshape(-1) * np.asarray(scale, np.float64).reshape(-1)
         value = probe.emit(operator, value, probe.constant(_along(end, quantisation.axis), np.float32))
     return value
@@ -164,11 +171,15 @@ def _along(parameter: Array, axis: int) -> Array:
 
 
 def _check_steps(state: Rewriter, rounding: Rounding, steps: float) -> None:
-    if not steps <= rounding.steps + _STEP_TOLERANCE:
+    if rounding.quantisation is None:
+        limit, unit = rounding.steps, "of the largest number"
+    else:
+        limit, unit = rounding.steps + _STEP_TOLERANCE, "of its steps"
+    if not steps <= limit:
         raise ModelError(
             f"the float model of a quantised file differs at {node_label(state.makers[rounding.integers])}",
-            expected=f"what the file has there, to {rounding.steps:g} of its steps",
-            got=f"{steps:.3g} steps",
+            expected=f"what the file has there, to {rounding.steps:g} {unit}",
+            got=f"{steps:.3g}",
             hint=FLOAT_MODEL_HINT,
         )
 

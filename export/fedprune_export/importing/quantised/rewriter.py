@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,15 @@ import numpy as np
 import onnx
 
 from fedprune_export.importing.graph_writer import file_shapes
-from fedprune_export.importing.quantised.clipping import clip_end, is_not_negative
+from fedprune_export.importing.quantised.clipping import clip_end, least_output
 from fedprune_export.importing.quantised.numbers import Quantisation, dequantised, integer_range, node_label, refuse
-from fedprune_export.importing.quantised.roundings import OPERATOR_STEPS, ROUNDING_STEPS, Clipping, Rounding
+from fedprune_export.importing.quantised.roundings import (
+    INNER_SHARE,
+    OPERATOR_STEPS,
+    ROUNDING_STEPS,
+    Clipping,
+    Rounding,
+)
 from fedprune_export.ir.graph import Array, Graph, Node
 
 _CLIP_INPUTS_OPSET = 11  # from which on Clip takes its bounds as inputs
@@ -52,6 +59,7 @@ class Rewriter:
         self.sums: set[str] = set()  # int32 sums, which a product with scales turns into numbers
         self._shapes: dict[str, list[int | None]] | None = None
         self._float_makers: dict[str, Node] = {}
+        self._least_outputs: dict[str, float] = {}
         self._indexed_nodes = 0
         self._numbers: dict[str, tuple[str, str]] = {}  # of integers: the number before and behind the rounding
         self._rearranged: dict[tuple[str, Quantisation], str] = {}
@@ -113,6 +121,7 @@ class Rewriter:
     def number(self, integers: str, quantisation: Quantisation) -> str:
         """The name of the numbers that integers stand for, under a quantisation. Raises `ModelError` if the file gives
         them another meaning elsewhere, or computes them in a way that has no form on floats."""
+        quantisation = self._canonical(quantisation)
         if integers in self._numbers:
             maker = self.makers[integers]
             if not self._is_equal(self.quantisations[integers], quantisation):
@@ -134,6 +143,7 @@ class Rewriter:
 
     def tensor(self, name: str, quantisation: Quantisation, output: str = "") -> str:
         """A dequantised tensor of the file. `output`: the value that it is, if that has the tensor's name."""
+        quantisation = self._canonical(quantisation)
         key = (name, quantisation)
         if key not in self._tensors:
             scale, zero = self.constant(quantisation.scale), self.constant(quantisation.zero)
@@ -168,6 +178,11 @@ class Rewriter:
         bounds = integer_range(self._integer_type(node, quantisation))
         self._round(integers, value, quantisation, bounds, steps)
 
+    def round_inside(self, value: str, output: str) -> None:
+        """Let a number stand for an output of an operator that rounds inside, where no rounding can be followed."""
+        self.emit("Identity", value, out=output)
+        self.roundings.append(Rounding(value, output, output, None, None, INNER_SHARE))
+
     def round_dynamically(self, integers: str, value: str, quantisation: Quantisation) -> None:
         """As `round`, by a scale that follows from the numbers and never clips them."""
         self._round(integers, value, quantisation, None, ROUNDING_STEPS)
@@ -193,8 +208,8 @@ class Rewriter:
         if scale is None or scale.size != 1:
             return value
         offset = 0 if zero is None else int(zero.reshape(-1)[0])
-        makers = self._update_makers()
-        if offset != bounds[0] or is_not_negative(value, makers, self.graph.initializers):
+        self._update_makers()
+        if offset != bounds[0] or self._least(value) >= 0:
             return value
         end = clip_end(float(scale.reshape(-1)[0]) * (bounds[1] - offset))
         self.clippings.append(Clipping(node_label(self.makers.get(value, self.makers[integers])), end))
@@ -204,10 +219,18 @@ class Rewriter:
             return self.emit("Clip", value, attrs={"min": 0.0, "max": end})
         return self.emit("Clip", value, self.graph.scalar(0), self.graph.scalar(end))
 
+    def _least(self, name: str) -> float:
+        """A bound below all numbers of a value. Inputs of a file count as positive: their range is that of the data."""
+        tensor = self.graph.initializers.get(name)
+        if tensor is not None and tensor.size:
+            return float(np.asarray(tensor, np.float64).min())
+        return self._least_outputs.get(name, 0.0 if name in self._inputs else -math.inf)
+
     def _update_makers(self) -> dict[str, Node]:
         """The nodes that make the values of the graph as it is by now."""
         for node in self.graph.nodes[self._indexed_nodes :]:
             self._float_makers |= dict.fromkeys(filter(None, node.outputs), node)
+            self._least_outputs |= dict.fromkeys(filter(None, node.outputs), least_output(node, self._least))
         self._indexed_nodes = len(self.graph.nodes)
         return self._float_makers
 
@@ -300,6 +323,12 @@ class Rewriter:
         if self._shapes is None:
             self._shapes = file_shapes(self._proto)
         return len(self._shapes[name]) if name in self._shapes else None
+
+    def _canonical(self, quantisation: Quantisation) -> Quantisation:
+        """A quantisation without an axis where it has one scale, so that all readers of a tensor share it."""
+        scale = self.constant(quantisation.scale)
+        has_axis = scale is not None and scale.size > 1
+        return quantisation if has_axis else Quantisation(quantisation.scale, quantisation.zero)
 
     def _is_equal(self, first: Quantisation, second: Quantisation) -> bool:
         """Whether two quantisations give integers the same meaning."""
