@@ -284,6 +284,17 @@ def test_an_operator_on_integers_without_a_float_form_is_named(node: onnx.NodePr
         assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("scale", [0, -0.1, np.nan, np.inf, []])
+def test_a_scale_that_is_no_positive_number_is_refused(scale: Any) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "s"], ["q"], "first"),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
+        helper.make_node("MatMul", ["d", "w"], ["y"]),
+    ]
+    with pytest.raises(ModelError, match="QuantizeLinear 'first' has a scale"):
+        import_onnx(file_of(nodes, {"s": np.float32(scale), "w": W.astype(np.float32)}, 17), "net")
+
+
 @pytest.mark.parametrize("name", ["QLinearAdd", "QLinearConv", "QLinearSigmoid"])
 def test_an_operator_that_is_written_wrongly_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -58,7 +58,6 @@ class Rewriter:
         self.quantisations: dict[str, Quantisation] = {}  # of integers that the file computes
         self.sums: set[str] = set()  # int32 sums, which a product with scales turns into numbers
         self._shapes: dict[str, list[int | None]] | None = None
-        self._float_makers: dict[str, Node] = {}
         self._least_outputs: dict[str, float] = {}
         self._indexed_nodes = 0
         self._numbers: dict[str, tuple[str, str]] = {}  # of integers: the number before and behind the rounding
@@ -116,6 +115,9 @@ class Rewriter:
         scale = node.inputs[start] if len(node.inputs) > start else ""
         if not scale:
             raise refuse(node, "has no scale")
+        values = self.constant(scale)
+        if values is not None and (not values.size or not (np.isfinite(values) & (values > 0)).all()):
+            raise refuse(node, "has a scale that is no positive number")
         return Quantisation(scale, node.inputs[start + 1] if len(node.inputs) > start + 1 else "", axis)
 
     def number(self, integers: str, quantisation: Quantisation) -> str:
@@ -169,8 +171,9 @@ class Rewriter:
 
     def _is_taken(self, name: str) -> bool:
         """Whether a value of the file or of the float graph has a name."""
+        self._index_nodes()
         in_file = name in self.makers or name in self.file.initializers or name in self._inputs
-        return in_file or name in self.graph.initializers or name in self._update_makers()
+        return in_file or name in self.graph.initializers or name in self._least_outputs
 
     def round(self, node: Node, value: str, quantisation: Quantisation, *, steps: float, output: int = 0) -> None:
         """Let a number stand for the integers that a node writes. If rounding clipped it at 0, a Relu or Clip does."""
@@ -208,7 +211,7 @@ class Rewriter:
         if scale is None or scale.size != 1:
             return value
         offset = 0 if zero is None else int(zero.reshape(-1)[0])
-        self._update_makers()
+        self._index_nodes()
         if offset != bounds[0] or self._least(value) >= 0:
             return value
         end = clip_end(float(scale.reshape(-1)[0]) * (bounds[1] - offset))
@@ -226,13 +229,11 @@ class Rewriter:
             return float(np.asarray(tensor, np.float64).min())
         return self._least_outputs.get(name, 0.0 if name in self._inputs else -math.inf)
 
-    def _update_makers(self) -> dict[str, Node]:
-        """The nodes that make the values of the graph as it is by now."""
+    def _index_nodes(self) -> None:
+        """Bound the outputs of the nodes that were written since."""
         for node in self.graph.nodes[self._indexed_nodes :]:
-            self._float_makers |= dict.fromkeys(filter(None, node.outputs), node)
             self._least_outputs |= dict.fromkeys(filter(None, node.outputs), least_output(node, self._least))
         self._indexed_nodes = len(self.graph.nodes)
-        return self._float_makers
 
     def _narrowed(self, node: Node, quantisation: Quantisation) -> str:
         """What torch writes for fewer integers than the type has: a Clip of integers."""
