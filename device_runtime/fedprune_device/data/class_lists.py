@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedprune.core.errors import ConfigError
-from fedprune_device.data.yolo_settings import YAML_FILES, read_text, yaml_names
+from fedprune_device.data.yolo_settings import read_text, yaml_files, yaml_names
 
 _TEXTS = ("classes.txt", "obj.names")  # a name in each line: Label Studio, LabelImg; darknet, CVAT
 _NOTES = "notes.json"  # Label Studio's, which has the numbers, too
@@ -18,7 +18,7 @@ def find_class_list(folders: Iterable[Path]) -> tuple[str, ...]:
 
     Raises `ConfigError` if a file can't be understood, `StorageError` if it can't be read.
     """
-    for path in (folder / name for folder in folders for name in (*_TEXTS, *YAML_FILES, _NOTES)):
+    for path in (path for folder in folders for path in _candidates(folder)):
         if not path.is_file():
             continue
         text = read_text(path)
@@ -35,6 +35,10 @@ def find_class_list(folders: Iterable[Path]) -> tuple[str, ...]:
         if names:
             return names
     return ()
+
+
+def _candidates(folder: Path) -> list[Path]:
+    return [*(folder / name for name in _TEXTS), *yaml_files(folder), folder / _NOTES]
 
 
 def _categories(text: str) -> tuple[str, ...] | None:

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedprune.core.disk import storage_errors
+from fedprune.core.errors import ConfigError
+from fedprune_device.data.folder_listing import files_in
 
-YAML_FILES = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")  # Ultralytics, Roboflow
+_YAML_FILES = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")  # Ultralytics, Roboflow
+_MAX_YAML_FILES = 20  # that are looked into
 MAX_BYTES = 2**16
 _MAX_ENTRY_LENGTH = 1000  # characters of an entry; the pattern's time grows faster than a line's length
 PARTS = ("train", "val", "test")
@@ -31,14 +34,33 @@ class YoloSettings:
 
 
 def read_yolo_settings(folders: Iterable[Path]) -> YoloSettings:
-    """The settings in the first such file of the folders; raises `StorageError` if it can't be read."""
-    for path in (folder / name for folder in folders for name in YAML_FILES):
-        if path.is_file():
-            text = read_text(path)
-            texts = {part: _paths(text, part) for part in PARTS}
-            has_keypoints = _head(text, "kpt_shape") is not None
-            return YoloSettings({part: paths for part, paths in texts.items() if paths}, has_keypoints)
-    return YoloSettings()
+    """The settings in the first of the folders' `yaml_files`, with its errors."""
+    path = next((path for folder in folders for path in yaml_files(folder)), None)
+    if path is None:
+        return YoloSettings()
+    text = read_text(path)
+    texts = {part: _paths(text, part) for part in PARTS}
+    has_keypoints = _head(text, "kpt_shape") is not None
+    return YoloSettings({part: paths for part, paths in texts.items() if paths}, has_keypoints)
+
+
+def yaml_files(folder: Path) -> list[Path]:
+    """The files of a folder that describe a data set: those of the usual names, or else the one that has `names`.
+
+    Raises `ConfigError` if several have, `StorageError` if one can't be read.
+    """
+    if usual := [folder / name for name in _YAML_FILES if (folder / name).is_file()]:
+        return usual
+    others = files_in(folder, (".yaml", ".yml"))[:_MAX_YAML_FILES] if folder.is_dir() else []
+    described = [path for path in others if path.is_file() and _head(read_text(path), "names") is not None]
+    if len(described) > 1:
+        raise ConfigError(
+            f"names of classes in {folder}",
+            expected=f"one file with `names`, such as {_YAML_FILES[0]}",
+            got=" and ".join(path.name for path in described),
+            hint=f"Rename the one that counts to {_YAML_FILES[0]}.",
+        )
+    return described
 
 
 def read_text(path: Path) -> str:

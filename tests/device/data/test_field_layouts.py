@@ -202,6 +202,7 @@ def test_what_has_nothing_to_train_on_says_why(tmp_path: Path, files: dict[str, 
         ("classes.txt", "a b\nc\n\n"),
         ("data.yaml", 'nc: 2\nnames: [ "a b" ,\n  c ]\nother: [x]\n'),
         ("data.yaml", "# names\nnames:\n- a b\n- c\nroboflow:\n  x: y\n"),
+        ("fruits.yaml", "train: images\nnames: [a b, c]\n"),
         ("notes.json", '{"categories": [{"id": 0, "name": "a b"}, {"id": 1, "name": "c"}], "info": {"year": 2024}}'),
         ("dataset.yaml", "names:\n  # all\n  0: a b  # first\n\n  1: 'c'\ndownload: |\n  2: d\n"),
     ],
@@ -317,3 +318,10 @@ def test_the_lists_of_pascal_voc_divide_its_images(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         snapshot(tmp_path, BOXES, names=())
     assert "--class-names" in error.value.hint
+
+
+def test_two_files_that_name_classes_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, {"a.yaml": b"names: [ant, bee]\n", "b.yaml": b"names: [bee, ant]\n", "c.yaml": b"lr: 1\n"})
+    with pytest.raises(ConfigError) as error:
+        find_class_list([tmp_path])
+    assert "data.yaml" in error.value.hint
