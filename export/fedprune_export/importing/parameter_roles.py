@@ -43,6 +43,8 @@ _WEIGHTED_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
 _DOUBTFUL_OPERATORS = _WEIGHTED_ARITHMETIC | {"Concat"}
 
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
+# Operators through which no gradient passes: what only they read isn't trained.
+_UNTRAINED_READERS = frozenset({"EyeLike", "Range", "Shape", "Size"})
 _LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
 _PRODUCT_OPERATORS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 _PARAMETERS_HINT = "--parameters FILE lists what is to be trained."
@@ -305,11 +307,15 @@ def _read_order(graph: Graph) -> Iterable[str]:
 
 
 def plain_numbers(graph: Graph) -> set[str]:
-    """Initialisers that are constants by their kind: integers, and single numbers that scale, shift or bound.
+    """Initialisers that are constants by their kind: integers, what no gradient reaches, and single numbers that scale,
+    shift or bound.
 
     The bias of a product with one output is a single number, too, but it trains.
     """
     readers, producers = graph.consumers(), graph.producers()
+
+    def is_untrained(name: str) -> bool:
+        return bool(readers.get(name)) and all(n.op in _UNTRAINED_READERS and not n.domain for n, _ in readers[name])
 
     def is_plain(name: str) -> bool:
         uses = [n for n, _ in readers.get(name, [])]
@@ -321,5 +327,5 @@ def plain_numbers(graph: Graph) -> set[str]:
     return {
         name
         for name, value in graph.initializers.items()
-        if value.dtype != np.float32 or (value.size == 1 and is_plain(name))
+        if value.dtype != np.float32 or is_untrained(name) or (value.size == 1 and is_plain(name))
     }

@@ -102,3 +102,18 @@ def test_a_large_image_that_must_be_in_memory_at_once_is_refused(kind: str, opti
 def test_a_large_photograph_for_a_model_of_large_images_is_refused() -> None:
     with pytest.raises(DataError, match="pixels"):
         decode_image(image_file(Image.new("L", (6000, 4000)), "JPEG"), "RGB", (5000, 4000))
+
+
+@pytest.mark.parametrize("colours_last", [True, False])
+def test_a_picture_is_read_as_its_pixels_for_a_model_of_bytes(colours_last: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    expected, shape = (pixels, (4, 5, 3)) if colours_last else (pixels.transpose(2, 0, 1), (3, 4, 5))
+    sample = Pixels((0.5,), (0.5,)).read(file.getvalue(), ("PNG",), shape, as_bytes=True)
+    assert sample.dtype == np.uint8
+    np.testing.assert_array_equal(sample, expected)
+    shares = Pixels((0.5,), (0.5,)).read(file.getvalue(), ("PNG",), shape)
+    np.testing.assert_allclose(shares, (expected / 255 - 0.5) / 0.5, atol=1e-6)
+    drawn = np.asarray(Image.open(io.BytesIO(Pixels().png(sample))))
+    np.testing.assert_array_equal(drawn, pixels)

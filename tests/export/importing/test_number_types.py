@@ -116,9 +116,55 @@ def test_a_file_that_computes_something_else_in_float32_is_refused() -> None:
         import_onnx(file_of(nodes, [large, tensor("w", 6, 4), tensor("b", 4)]), "net")
 
 
-def file_of(nodes: list[Any], tensors: list[Any], sparse: list[Any] | None = None) -> bytes:
+@pytest.mark.parametrize("operator", ["ConstantOfShape", "EyeLike", "Range", "CastLike", "If"])
+def test_attributes_and_constants_of_float16_become_float32(operator: str) -> None:
+    """Each node makes something that is multiplied with samples of float16."""
+    half, names = TensorProto.FLOAT16, ("then", "else")
+    two = numpy_helper.from_array(np.array([2], np.float16))
+    branches = [
+        helper.make_graph(
+            [helper.make_node("Constant", [], [n], value=two)], n, [], [helper.make_tensor_value_info(n, half, [1])]
+        )
+        for n in names
+    ]
+    makers = {
+        "ConstantOfShape": [
+            helper.make_node("Shape", ["x"], ["size"]),
+            helper.make_node("ConstantOfShape", ["size"], ["made"], value=two),
+        ],
+        "EyeLike": [helper.make_node("EyeLike", ["square"], ["made"], dtype=half)],
+        "Range": [
+            helper.make_node("Range", ["0", "6", "1"], ["steps"]),
+            helper.make_node("Cast", ["steps"], ["made"], to=half),
+        ],
+        "CastLike": [helper.make_node("CastLike", ["float", "x"], ["made"])],
+        "If": [helper.make_node("If", ["yes"], ["made"], then_branch=branches[0], else_branch=branches[1])],
+    }
+    nodes = [
+        *makers[operator],
+        helper.make_node("MatMul" if operator == "EyeLike" else "Mul", ["x", "made"], ["z"]),
+        helper.make_node("Gemm", ["z", "w", "b"], ["hidden"]),
+        helper.make_node("Relu", ["hidden"], ["active"]),
+        helper.make_node("MatMul", ["active", "v"], ["y"]),
+    ]
+    others = {"square": np.zeros((6, 6), np.float16), "float": np.float32(3), "yes": np.array(True)}
+    others |= {name: np.float64(name) for name in ("0", "6", "1")}
+    tensors = [tensor(n, *s, kind=np.float16) for n, s in (("w", (6, 5)), ("b", (5,)), ("v", (5, 4)))]
+    tensors += [numpy_helper.from_array(np.asarray(value), name) for name, value in others.items()]
+    raw = file_of(nodes, tensors, kind=half)
+    model = import_onnx(raw, "net")
+    assert sorted(model.tensors) == ["b", "v", "w"]
+    x = RANDOM.standard_normal((3, 6)).astype(np.float16)
+    expected = OnnxSession(raw).run({"x": x})["y"].astype(np.float32)
+    assert distance(outputs(model.graph, x.astype(np.float32)), expected) < 0.01
+    training_graph(model, Features())
+
+
+def file_of(
+    nodes: list[Any], tensors: list[Any], sparse: list[Any] | None = None, kind: int = TensorProto.FLOAT
+) -> bytes:
     """A file of the input `x` [n, 6] and the output `y` [n, 4]."""
-    ports = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ("n", d)) for n, d in (("x", 6), ("y", 4)))
+    ports = (helper.make_tensor_value_info(n, kind, ("n", d)) for n, d in (("x", 6), ("y", 4)))
     x, y = ports
     graph = helper.make_graph(nodes, "g", [x], [y], tensors, sparse_initializer=sparse)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
