@@ -306,7 +306,8 @@ class StepGraph:
                 subgraph = self._subgraphs.subgraph_for(self._graph_bytes, outputs)
                 session = OnnxSession(subgraph, threads=self._threads, training=True, cuda=self._cuda)
                 self._forward[tuple(outputs)] = session
-            inputs = {**feeds, **self._mapped_base(), **self.random_inputs.means(feeds, len(feeds[step_contract.X]))}
+            x = self.input_type.convert(feeds[step_contract.X])
+            inputs = {**feeds, step_contract.X: x, **self._mapped_base(), **self.random_inputs.means(feeds, len(x))}
             return session.run({n: v for n, v in inputs.items() if n in session.inputs}, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune.model import step_contract
+from fedprune.model.input_type import InputType
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import OnnxSession
@@ -47,8 +48,8 @@ class ModelSessions:
 class Evaluator:
     """Measures models of one architecture, and their submodels, on samples, with the loss and metric of a recipe.
 
-    Raises `ConfigError` if there are no samples, or not as many labels, and `DataError` if the loss can't take the
-    labels.
+    Raises `ConfigError` if there are no samples, or not as many labels, and `DataError` if the model can't take the
+    samples, or its loss the labels.
     """
 
     def __init__(self, sessions: ModelSessions, recipe: Recipe, samples: LabelledSamples) -> None:
@@ -57,7 +58,8 @@ class Evaluator:
         model = sessions.model
         graph = training_step(model, recipe.features).to_bytes()
         self._objective = Objective(graph, recipe, model.architecture.classes, scores=recipe.features.counts_hits)
-        self._x, self._y = samples[0], self._objective.targets(samples[1])
+        self._x = InputType(model.graph.inputs[0].dtype).convert(samples[0])
+        self._y = self._objective.targets(samples[1])
 
     def __call__(self, weights: Tensors, widths: tuple[int, ...]) -> dict[str, float]:
         """Measure loss, accuracy where classes are predicted, the recipe's metric, and the number of samples.

@@ -74,7 +74,7 @@ def load_calibration(source: str, model: Model, recipe: Recipe) -> npt.NDArray[A
     The source is one as for `load_evaluation`. Raises `DataError` if the samples can't be read or don't fit the model.
     """
     x = load_inputs(source, _shape(model), input_type=_input_type(model))
-    return scale_arrays((np.asarray(x), np.asarray(x)), recipe)[0]
+    return scale_arrays((_input_type(model).convert(np.asarray(x)), np.asarray(x)), recipe)[0]
 
 
 def scale_arrays(samples: LabelledSamples, recipe: Recipe) -> LabelledSamples:
