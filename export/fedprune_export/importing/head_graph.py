@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,8 +15,9 @@ from onnx import helper, numpy_helper
 from fedprune.core.errors import ModelError, value_text
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.prediction_head import PredictionHead
+from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.model_file import parse_model
-from fedprune_export.importing.training_end import Dims, TrainingEnd, constant_values
+from fedprune_export.importing.training_end import Dims, TrainingEnd, constant_values, has_suppression
 from fedprune_export.ir.graph import NORMAL_OPSET
 
 Array = npt.NDArray[Any]
@@ -25,6 +27,10 @@ _Named = TypeVar("_Named", onnx.ValueInfoProto, onnx.TensorProto)
 _IR_VERSION = 8
 # Samples on which a head is tried: all at once, and one by one.
 _TRIED_SAMPLES = 3
+# The numbers that a value of it may have: those of a large picture's classes.
+_MAX_NUMBERS = 2**27
+# Operators whose outputs may be of any size, whatever their inputs are.
+_GROWING_OPERATORS = frozenset({"ConstantOfShape", "Expand", "OneHot", "Range", "Tile"})
 # What stands for a free size, such as a length.
 _FREE_SIZE = 4
 
@@ -50,7 +56,10 @@ def head_text(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[
     """
     head = _written_head(proto, end, dims, notes)
     text = base64.b64encode(head.SerializeToString(deterministic=True)).decode()
-    return text if _takes_batches(text, _logits_dims(end, dims)) else ""
+    sizes = [_FREE_SIZE if d is None else d for d in _logits_dims(end, dims)[1:]]
+    # Boxes are chosen among those of all samples, so that no sample has outputs of its own.
+    runs = not has_suppression(end.nodes) and _is_small(head, sizes) and _takes_batches(text, sizes)
+    return text if runs else ""
 
 
 def _logits_dims(end: TrainingEnd, dims: Dims) -> list[int | None]:
@@ -162,10 +171,23 @@ def _free_batch(graph: onnx.GraphProto, size: int) -> None:
         node.input[1] = name
 
 
-def _takes_batches(text: str, dims: Sequence[int | None]) -> bool:
+def _is_small(head: onnx.ModelProto, sizes: Sequence[int]) -> bool:
+    """Whether no value of a head is huge: onnxruntime allocates whatever a file asks for, here and on boards."""
+    shaped = onnx.ModelProto()
+    shaped.CopyFrom(head)
+    shape = [_TRIED_SAMPLES, *sizes]
+    shaped.graph.input[0].CopyFrom(helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, shape))
+    for value in shaped.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    counts = [math.prod(max(d or 0, 1) for d in dims) for dims in file_shapes(shaped).values()]
+    grows = any(n.op_type in _GROWING_OPERATORS for n in head.graph.node)
+    return not grows and max(counts, default=0) <= _MAX_NUMBERS
+
+
+def _takes_batches(text: str, sizes: Sequence[int]) -> bool:
     """Whether a head computes for several samples what it computes for each. Raises `ModelError` if onnxruntime doesn't
     run it."""
-    sizes = [_FREE_SIZE if d is None else d for d in dims[1:]]
     head = PredictionHead(text)
     x = np.random.default_rng(0).standard_normal((_TRIED_SAMPLES, *sizes)).astype(np.float32)
     try:

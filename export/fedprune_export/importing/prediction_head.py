@@ -83,7 +83,7 @@ def separate_head(
     moved = f" with its classes, on axis {found.axis}, moved to axis 1" if found.axis != 1 else ""
     own_end = f"the file's own end ({first_few(list(dict.fromkeys(operators)))})"
     kept = f"Predictions, and files that to-onnx and export-model write, keep {own_end}, too."
-    lost = f"Predictions lack {own_end}: it can't be computed for several samples as for each."
+    lost = f"Predictions lack {own_end}: it can't be computed for each of several samples."
     value = f"{'the logits of ' if found.removed else ''}{value_text(found.value)}"
     notes.append(f"The model is trained from {value}{moved}. {kept if head else lost}")
     return trunk, original.SerializeToString(), head

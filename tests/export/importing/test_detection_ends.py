@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import ImportChoices, import_onnx
+from fedprune_export.importing.model_building import build_model
 from support.oracles.cutting import distance, outputs
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -88,13 +89,8 @@ def test_without_such_a_tensor_the_error_names_the_node_and_the_values() -> None
 
 
 def test_a_loss_of_ones_own_takes_the_outputs_before_it() -> None:
-    pytest.importorskip("torch")
-
-    def loss(boxes: Any, scores: Any, labels: Any) -> Any:
-        return boxes.abs().mean((1, 2)) + ((scores.flatten(1) - labels[:, :108]) ** 2).mean(1)
-
     raw = detector("boxes", "scores", "chosen", is_joined=False)
-    model = import_onnx(raw, "detector", ImportChoices(loss=loss))
+    model = build_model(raw, "detector", own_loss=True)
     assert model.architecture.output_shape == (36 * 4 + 3 * 36,)
     assert any("'chosen' is left out" in note for note in model.notes)
     x = np.random.default_rng(1).standard_normal((2, 3, 6, 6)).astype(np.float32)

@@ -190,3 +190,20 @@ def test_an_activation_at_the_end_is_no_decision() -> None:
     outputs: dict[str, tuple[int, list[int | str]]] = {"swish": (FLOAT, ["N", 3]), "negative": (FLOAT, ["N", 3])}
     with pytest.raises(ModelError, match="which output gives the logits"):
         import_onnx(file_of(nodes, outputs), "model")
+
+
+@pytest.mark.parametrize("op", ["Tile", "Add"])
+def test_an_end_that_would_fill_the_memory_is_left_out(op: str) -> None:
+    count = np.array([1, 2**40]) if op == "Tile" else np.zeros((2**10, 2**10, 2**4, 1, 1), np.int8)
+    nodes = [
+        LABEL,
+        helper.make_node("Constant", [], ["count"], value=numpy_helper.from_array(count)),
+        helper.make_node("Tile", ["scores", "count"], ["wide"])
+        if op == "Tile"
+        else helper.make_node("Add", ["scores", "many"], ["wide"]),
+    ]
+    if op == "Add":
+        nodes.insert(2, helper.make_node("Cast", ["count"], ["many"], to=FLOAT))
+    raw = file_of(nodes, {"label": (INT64, ["N"]), "wide": (FLOAT, [None] * (2 if op == "Tile" else 5))})
+    model = import_onnx(raw, "model")
+    assert any("Predictions lack the file's own end" in note for note in model.notes)
