@@ -80,19 +80,24 @@ class Draw:
 
     def sample(self, generator: np.random.Generator, shape: Sequence[int]) -> Array:
         """Random numbers [*shape] in float32."""
+        numbers: Array
         if self.kind == NORMAL:
             # In float64, because libraries of other processors round logarithms and powers in the last bit, which is
             # lost in float32.
-            numbers: Array = self.first + self.second * generator.standard_normal(shape)
-            return numbers.astype(np.float32)
-        numbers = generator.random(shape, np.float32)
-        if self.kind == UNIFORM:
-            numbers = np.float32(self.first) + np.float32(self.second - self.first) * numbers
+            numbers = (self.first + self.second * generator.standard_normal(shape)).astype(np.float32)
+        elif self.kind == UNIFORM:
+            low, width = np.float32(self.first), np.float32(self.second - self.first)
+            numbers = low + width * generator.random(shape, np.float32)
         else:
-            # In place: on a board the largest mask may be a good part of what is free.
-            np.multiply(numbers >= self.first, np.float32(self.second), out=numbers)
+            # Sixteen random bits decide on a number: the share is then right to 1/131,072, and a board draws four
+            # numbers in the time of one.
+            words = generator.bit_generator.random_raw(-(-math.prod(shape) // _NUMBERS_PER_WORD))
+            bits = words.astype("<u8", copy=False).view("<u2")[: math.prod(shape)].reshape(shape)
+            numbers = np.multiply(bits >= round(self.first * 2**16), np.float32(self.second), dtype=np.float32)
         return numbers
 
+
+_NUMBERS_PER_WORD = 4  # of 16 bits each, in a word of the generator
 
 _MAX_NUMBER = 1e30  # far from the bounds of float32, so that draws stay finite
 
