@@ -30,7 +30,8 @@ def step_feeds(inputs: Iterable[str], tensors: Mapping[str, Any], x: Any, y: Any
     scalars = {step_contract.LR: LR, step_contract.MOMENTUM: MOMENTUM, step_contract.WEIGHT_DECAY: DECAY}
     feeds: dict[str, Any] = {**{n: v.copy() for n, v in tensors.items()}, step_contract.X: x, step_contract.Y: y}
     feeds |= {n: np.array(v, np.float32) for n, v in scalars.items()}
-    return feeds | {n: np.zeros_like(tensors[n.split("::")[0]]) for n in inputs if "::" in n}
+    state = (n for n in inputs if "::" in n and not step_contract.is_random_input(n))
+    return feeds | {n: np.zeros_like(tensors[n.split("::")[0]]) for n in state}
 
 
 def session_step(session: Any, feeds: Mapping[str, Any]) -> Step:
@@ -51,11 +52,23 @@ def session_step(session: Any, feeds: Mapping[str, Any]) -> Step:
 
 
 def our_step(graph: Path, tensors: Mapping[str, Any], x: Any, y: Any, threads: int) -> Step:
-    """The training graph that serves every width."""
+    """The training graph that serves every width; its random inputs are at their means."""
+    from fedprune.model.random_inputs import RandomInputs
     from fedprune.runtime.session import OnnxSession
 
     session = OnnxSession(graph, threads=threads, training=True)
-    return session_step(session, step_feeds(session.inputs, tensors, x, y))
+    feeds = step_feeds(session.inputs, tensors, x, y)
+    return session_step(session, feeds | RandomInputs.of(session.inputs, session.metadata).means(feeds, len(x)))
+
+
+def our_draws(graph: Path, tensors: Mapping[str, Any], x: Any) -> Step:
+    """What a step with dropout does besides running its graph: its random inputs are drawn."""
+    from fedprune.model.random_inputs import RandomInputs
+    from fedprune.runtime.session import OnnxSession
+
+    session = OnnxSession(graph, threads=1, training=True)
+    random = RandomInputs.of(session.inputs, session.metadata)
+    return lambda: float(len(random.draw(tensors, len(x), 0, 1, "board", "dropout", 1)))
 
 
 def torch_step(name: str, tensors: Mapping[str, Any], x: Any, y: Any, threads: int, device: str = "cpu") -> Step:

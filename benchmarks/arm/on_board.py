@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measured_steps import our_step, torch_step
+from benchmarks.measured_steps import our_draws, our_step, torch_step
 
 
 def mark(number: int) -> None:
@@ -55,6 +55,8 @@ def work(engine: str, folder: Path, net: str, batch: int) -> Callable[[], float]
         tensors = dict(held)
     if engine == "torch":
         return torch_step(net, tensors, x, y, 1)
+    if engine == "draws":
+        return our_draws(folder / "training.onnx", tensors, x)
     return our_step(folder / "training.onnx", tensors, x, y, 1)
 
 
