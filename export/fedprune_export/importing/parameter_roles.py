@@ -172,6 +172,7 @@ class _RoleGuesses:
         self._rescaled_inputs = _rescaled_inputs(graph, self._data_values)
         self._applied_to_input: list[str] = []
         self._guessed: list[str] = []
+        self._grids: list[str] = []
 
     def guess_role(self, name: str, value: Array) -> str:
         """The role of a tensor; empty if it is taken for a constant.
@@ -207,6 +208,9 @@ class _RoleGuesses:
         maker = self._producers.get(data[0])
         is_bias = is_vector and uses[0].node.op == "Add" and maker is not None and maker.op in _PRODUCT_OPERATORS
         if is_doubtful and not is_bias:
+            if _is_grid(value):
+                self._grids.append(name)
+                return ""
             self._guessed.append(name)
         return uses[0].role
 
@@ -231,12 +235,24 @@ class _RoleGuesses:
         if self._applied_to_input:
             names = first_few(self._applied_to_input, max_names=3)
             self._notes.append(f"Taken for constants, as they apply straight to the input: {names}. {_PARAMETERS_HINT}")
+        if self._grids:
+            names = first_few(self._grids, max_names=3)
+            self._notes.append(
+                f"Taken for constants, as positions, strides and anchors of boxes are: {names}, of whole and half "
+                f"numbers. {_PARAMETERS_HINT}"
+            )
         if self._guessed:
             names = first_few(self._guessed, max_names=3)
             self._notes.append(
                 "Trained because they are added, multiplied or concatenated, as constants may be too: "
                 f"{names}. {_PARAMETERS_HINT}"
             )
+
+
+def _is_grid(value: Array) -> bool:
+    """Whether a tensor has several different numbers, all whole or half: training leaves no weights like these."""
+    doubled = 2 * value
+    return bool((doubled == np.round(doubled)).all()) and len(np.unique(value)) > 1
 
 
 def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:
