@@ -119,7 +119,7 @@ def export(net: Net, how: Export, path: Path) -> tuple[Facts, dict[str, Any]]:
 
 
 def step_of(module: nn.Module, arrays: Mapping[str, Any], loss: str, *, axis: int, norms: int) -> dict[str, Any]:
-    """Labels, and a net's outputs before and after a step, in float64; nothing where only some norms are folded.
+    """Labels, and a net's outputs before and after a step, in float64; nothing where the file trains something else.
 
     Args:
         axis: Where the net has the batch.
@@ -130,7 +130,8 @@ def step_of(module: nn.Module, arrays: Mapping[str, Any], loss: str, *, axis: in
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before, scales = _flat(net(*inputs)), {} if norms else _scales(net, inputs)
-    if norms + len(scales) != len(layers):
+    # Exporters fold a weight norm into its weight, which then is what trains.
+    if norms + len(scales) != len(layers) or any(map(nn.utils.parametrize.is_parametrized, net.modules())):
         return {}
     labels = _labels(net(*inputs), loss)
     if norms:

@@ -203,6 +203,10 @@ class _RoleGuesses:
         if is_doubtful and self._rescaled_inputs.issuperset(data):
             self._applied_to_input.append(name)
             return ""
+        # YOLO's heads take a mean over bins by a convolution whose kernel counts them (Li et al. 2020, eq. 5).
+        if uses[0].role == "weight" and value.size > 2 and np.array_equal(value.ravel(), np.arange(value.size)):
+            self._grids.append(name)
+            return ""
         # A vector that is added to a product is its bias; anything else may be a table or a normalisation.
         is_vector = max(value.shape, default=1) == value.size
         maker = self._producers.get(data[0])
@@ -238,8 +242,8 @@ class _RoleGuesses:
         if self._grids:
             names = first_few(self._grids, max_names=3)
             self._notes.append(
-                f"Taken for constants, as positions, strides and anchors of boxes are: {names}, of whole and half "
-                f"numbers. {_PARAMETERS_HINT}"
+                f"Taken for constants, as positions, strides, anchors and bins of boxes are: {names}, of whole and "
+                f"half numbers. {_PARAMETERS_HINT}"
             )
         if self._guessed:
             names = first_few(self._guessed, max_names=3)

@@ -163,18 +163,20 @@ def test_without_a_list_what_normalises_the_input_is_a_constant_and_guesses_are_
 def test_without_a_list_grids_of_boxes_are_constants_and_named() -> None:
     def build(g: Graph) -> str:
         boxes = g.emit("Add", g.emit("MatMul", "image", "weight"), "grid")
-        return g.emit("Mul", boxes, "strides")
+        bins = g.emit("Conv", g.emit("Mul", boxes, "strides"), "bins")
+        return g.emit("Flatten", bins)
 
     rng = np.random.default_rng(0)
-    graph = Graph(inputs=[Port("image", F32, ("n", 2, 3))])
+    graph = Graph(inputs=[Port("image", F32, ("n", 3, 3))])
+    graph.initializers["bins"] = np.arange(3, dtype=np.float32).reshape(1, 3, 1)
     graph.initializers["weight"] = rng.standard_normal((3, 4)).astype(np.float32)
-    graph.initializers["grid"] = np.array([[0.5, 0.5, 1.5, 0.5], [2.5, 0.5, 3.5, 0.5]], np.float32)
-    graph.initializers["strides"] = np.array([[8], [16]], np.float32)
-    graph.outputs = [Port(build(graph), F32, ("n", 2, 4))]
+    graph.initializers["grid"] = np.array([[0.5, 0.5, 1.5, 0.5], [2.5, 0.5, 3.5, 0.5], [0.5] * 4], np.float32)
+    graph.initializers["strides"] = np.array([[8], [16], [32]], np.float32)
+    graph.outputs = [Port(build(graph), F32, ("n", 4))]
     model = import_onnx(graph.to_bytes(), "net")
     assert [t.name for t in model.architecture.trainable] == ["weight"]
-    (note,) = [note for note in model.notes if "positions, strides and anchors" in note]
-    assert "grid, strides" in note or "grid and strides" in note
+    (note,) = [note for note in model.notes if "positions, strides, anchors" in note]
+    assert all(name in note for name in ("grid", "strides", "bins"))
 
 
 def test_with_a_list_nothing_is_guessed() -> None:
