@@ -17,6 +17,7 @@ from benchmarks.data_folders import arrays, pictures, recordings, streams, table
 from benchmarks.data_folders.kinds import Kind, count_samples
 from benchmarks.harness import Record, run_cases
 from fedprune.core.errors import FedpruneError
+from fedprune.model.input_type import FLOATS
 from fedprune_device.data.sources import SampleOptions
 
 KINDS = {kind.name: kind for room in (tables, pictures, recordings, arrays) for kind in room.kinds()}
@@ -58,7 +59,7 @@ def _outcome(kind: Kind, folder: Path, log: _Lines) -> tuple[str, str]:
     try:
         source = options.fixed(spool=spool)
         read = source.snapshot(kind.shape, kind.targets)
-        read.check(kind.targets, kind.shape)
+        read.check(kind.targets, kind.shape, input_type=FLOATS)
     except FedpruneError as error:
         return ("refused" if truth.samples is None else "refused, though it could be read"), str(error)
     said = "; ".join([*log.lines, *source.notes])

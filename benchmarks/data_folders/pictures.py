@@ -208,8 +208,16 @@ def _layouts() -> Iterator[Kind]:
         else:
             (folder / "metadata.csv").write_text("file_name,label\n0.png,0\n1.png,1\n")
 
-    yield _folder("imagefolder of Hugging Face: metadata.csv", lambda folder: metadata(folder, False), _truth())
-    yield _folder("imagefolder of Hugging Face: metadata.jsonl", lambda folder: metadata(folder, True), _truth())
+    yield _folder(
+        "imagefolder of Hugging Face: metadata.csv, which simulations read",
+        lambda folder: metadata(folder, False),
+        REFUSED,
+    )
+    yield _folder(
+        "imagefolder of Hugging Face: metadata.jsonl, which simulations read",
+        lambda folder: metadata(folder, True),
+        REFUSED,
+    )
     yield _folder("pictures without classes", lambda folder: [_put(folder / f"{y}.png", y) for y in (0, 1)], REFUSED)
     yield _folder("an empty folder", lambda folder: None, REFUSED)
     yield _folder(
