@@ -64,12 +64,17 @@ def judge(folder: Path, name: str) -> Record:
         _examine(folder / f"{name}.onnx", facts, shelf.arrays(name), record)
     except FedpruneError as error:
         # A refusal has to say what to do.
-        record |= {"error": str(error).removeprefix(f"{folder / name}.onnx: "), "way_out": bool(error.hint)}
+        record |= {"error": str(error).removeprefix(f"{folder / name}.onnx: "), "way_out": _has_hint(error)}
     except Exception as error:  # noqa: BLE001 (whatever isn't a FedpruneError is a crash)
         record |= {"error": f"{type(error).__name__}: {error}", "verdict": "crashed"}
     record["said"] = _summary(record.get("notes", []))
     record["as_expected"] = record["verdict"] == ("refused" if facts.refused else "trained")
     return record
+
+
+def _has_hint(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says what to do."""
+    return error is not None and (bool(getattr(error, "hint", "")) or _has_hint(error.__cause__))
 
 
 def _summary(notes: list[str]) -> str:
