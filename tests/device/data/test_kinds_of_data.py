@@ -11,7 +11,7 @@ from support.paths import ROOT
 RESULTS = {row["kind"]: row for row in json.loads((ROOT / "benchmarks/results/data_folders.json").read_text())["rows"]}
 
 
-@pytest.mark.parametrize("kind", [name for name in (*KINDS, *STREAMS)])
+@pytest.mark.parametrize("kind", [*KINDS, *STREAMS])
 def test_no_kind_of_data_is_misread(kind: str) -> None:
     record = read_kind(kind)
     assert record["outcome"] in ("taken", "rewritten", "left out in part", "refused"), record["said"]
