@@ -62,6 +62,10 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
             _simplify_reshape(graph, node, trace)
         elif node.op == "ReduceSum":
             _store_sum_axes(graph, node)
+        elif node.op == "Concat":
+            # Parts without any numbers, such as an empty slice.
+            filled = [i for i in node.inputs if i not in trace.shapes or 0 not in trace.dims(i)]
+            node.inputs = filled or node.inputs
         elif node.op == "Squeeze" and len(node.inputs) < 2 and traced:
             axes = [i for i, d in enumerate(trace.dims(node.inputs[0])) if d == 1]
             node.inputs = [node.inputs[0], graph.ints(*axes)]

@@ -75,6 +75,14 @@ def test_a_crop_is_its_definition() -> None:
     assert set(operators) <= {"Pad", "Slice"}
 
 
+def test_parts_of_a_concatenation_without_numbers_are_left_out() -> None:
+    def build(g: Graph) -> str:
+        empty = g.emit("Slice", "image", g.ints(0), g.ints(0), g.ints(1))
+        return g.emit("Concat", empty, "image", empty, "image", attrs={"axis": 1})
+
+    assert ops(build, (5,), 10, 17) == ["Concat"]
+
+
 @pytest.mark.parametrize(("opset", "size"), [(18, 2), (20, 2), (21, 4), (23, 4)])
 def test_group_norm_scales_by_group_or_by_channel(opset: int, size: int) -> None:
     graph = Graph(inputs=[Port("image", F32, ("batch", 4, 3, 3))], opset=opset)
