@@ -223,7 +223,7 @@ def step_errors(model: Any, recipe: Any, x: Array, arrays: Mapping[str, Array]) 
     else:
         y = y.astype(np.int64 if session.inputs[Y][0] == "tensor(int64)" else np.float32)
         y = y.reshape(len(x), *session.inputs[Y][1][1:])
-    outputs = session.run(step_feeds(session.inputs, recipe, model.tensors, x, y, classes))
+    outputs = session.run(step_feeds(session, recipe, model.tensors, x, y, classes))
     tensors = {name: outputs.get(next_name(name), value) for name, value in model.tensors.items()}
     record: Record = {"loss": float(outputs[LOSS])}
     if "after" in arrays:

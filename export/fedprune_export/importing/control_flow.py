@@ -10,8 +10,10 @@ import onnx
 from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
-from fedprune_export.importing.graph_writer import GraphWriter
-from fedprune_export.ir.graph import Array, read_tensor
+from fedprune_export.importing.graph_writer import GraphWriter, names_within
+from fedprune_export.importing.loop_lengths import count_iterations
+from fedprune_export.importing.metadata import REPEATED_KEY, write_properties
+from fedprune_export.ir.graph import Array
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 
@@ -25,10 +27,14 @@ def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> 
     than `max_nodes` operators, or control flow is nested too deeply.
     """
     # Each pass removes one level; the next pass removes the level within it.
+    repeated = set[str]()
     for _ in range(_MAX_DEPTH):
         writer = _ControlFlow(model, opset, max_nodes)
         writer.write()
+        repeated |= writer.repeated_tensors
         if not writer.replaced_count:
+            if repeated:
+                write_properties(model, {REPEATED_KEY: "\n".join(sorted(repeated))})
             return
     raise ModelError(f"branches and loops are nested more than {_MAX_DEPTH} deep")
 
@@ -40,6 +46,7 @@ class _ControlFlow(GraphWriter):
         super().__init__(model, opset)
         self._max_nodes, self._nodes_left = max_nodes, max_nodes - len(model.graph.node)
         self.replaced_count = 0
+        self.repeated_tensors: set[str] = set()
 
     def rewrite_node(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
         """The nodes that replace a node; the node itself if its condition or length depends on data."""
@@ -76,9 +83,23 @@ class _ControlFlow(GraphWriter):
                 expected=f"{counts[0]} inputs and {counts[1]} outputs",
                 got=f"{len(body.input)} and {len(body.output)}",
             )
-        if trips is None or starts is None or not self._always_continues(body):
+        # Without a number of iterations the condition alone ends the loop.
+        if starts is None or (count and trips is None):
             return None
-        iteration_count = max(0, int(trips.reshape(-1)[0])) if starts.reshape(-1)[0] else 0
+        # One more than may be written out, so that a loop that is too long is refused as such.
+        max_iterations = 1 + self._nodes_left // max(1, len(body.node))
+        if trips is not None:
+            max_iterations = min(max_iterations, int(trips.reshape(-1)[0]))
+        iteration_count = count_iterations(
+            body,
+            self._model.opset_import,
+            states,
+            self._constant_value,
+            starts=bool(starts.reshape(-1)[0]),
+            max_iterations=max_iterations,
+        )
+        if iteration_count is None:
+            return None
 
         def iteration_inputs(iteration: int) -> tuple[list[onnx.NodeProto], list[str]]:
             nodes = [self._constant(np.array(iteration, np.int64), f"{node.output[0]}.{iteration}.turn")]
@@ -168,6 +189,8 @@ class _ControlFlow(GraphWriter):
             return None
         stem = f"{node.output[0]}."
         tensor_names, out, current_states = self._add_body_tensors(body, stem), list[onnx.NodeProto](), list(states)
+        read_names = {*tensor_names.values(), *names_within(body), *node.input}
+        self.repeated_tensors |= read_names & (self._tensors.keys() | tensor_names.values())
         rows: list[list[str]] = [[] for _ in range(stacked_count)]
         for iteration in range(iteration_count):
             prefix = f"{stem}{iteration}."
@@ -229,21 +252,6 @@ class _ControlFlow(GraphWriter):
             if target and names.get(value.name) != target:
                 out.append(helper.make_node("Identity", [names.get(value.name, value.name)], [target]))
         return out
-
-    def _always_continues(self, body: onnx.GraphProto) -> bool:
-        """Whether the condition that a loop's body ends with is always true."""
-        makers = {o: n for n in body.node for o in n.output}
-        tensors = {t.name: t for t in body.initializer}
-        name = body.output[0].name
-        while name in makers and makers[name].op_type == "Identity":
-            name = makers[name].input[0]
-        if name == body.input[1].name:
-            return True
-        if name in makers:
-            values = [a.t for a in makers[name].attribute if makers[name].op_type == "Constant" and a.name == "value"]
-            return any(read_tensor(value).all() for value in values)
-        constant = tensors.get(name) or self._tensors.get(name)
-        return constant is not None and bool(read_tensor(constant).all())
 
 
 def _check_single_number(what: str, node: onnx.NodeProto, value: Array | None) -> None:

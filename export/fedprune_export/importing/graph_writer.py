@@ -26,7 +26,7 @@ class Names:
     """The names of all values of a graph, and of graphs within."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self._taken = set(_names(graph))
+        self._taken = set(names_within(graph))
         self._next = dict[str, int]()
 
     def fresh(self, name: str) -> str:
@@ -40,7 +40,8 @@ class Names:
         return unique
 
 
-def _names(graph: onnx.GraphProto) -> Iterator[str]:
+def names_within(graph: onnx.GraphProto) -> Iterator[str]:
+    """All names of values in a graph, and in graphs within it."""
     for values in (graph.input, graph.output, graph.initializer):
         yield from (value.name for value in values)
     for node in graph.node:
@@ -48,7 +49,7 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
         yield from node.output
         for attribute in node.attribute:
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _names(inner)
+                yield from names_within(inner)
 
 
 class GraphWriter:

@@ -29,6 +29,7 @@ UNUSED_KEY = (
 NAMES_KEY = "fedprune.names"  # by a tensor's name here, the author's name, which may be reserved here (`lr`)
 TRAINING_NOTES_KEY = "fedprune.training_notes"  # notes on effects of a torch module's training mode that boards lack
 TIED_KEY = "fedprune.tied"  # further names of tensors that have several
+REPEATED_KEY = "fedprune.repeated"  # tensors that each iteration of a loop reads, a line each; gone after the import
 LABELS_KEY = "fedprune.labels"  # the kind of labels that the loss compares with, where the training end depends on it
 PREFER_KEY = "fedprune.prefer"  # which channels to cut where only one kind can be: coarse or fine
 

@@ -7,6 +7,7 @@ nothing at inference, and forms of an operator that differ between opsets. Weigh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,7 @@ from fedprune_export.importing.constants import (
 from fedprune_export.importing.dropout import rewrite_dropouts
 from fedprune_export.importing.fused_operators import decompose_fused
 from fedprune_export.importing.lengths import compute_lengths
-from fedprune_export.importing.metadata import shown_names
+from fedprune_export.importing.metadata import REPEATED_KEY, shown_names
 from fedprune_export.importing.norms import replace_norms
 from fedprune_export.importing.number_types import store_weights
 from fedprune_export.importing.original import Original
@@ -114,6 +115,7 @@ def normalise(
     if parameters is not None:
         constants = {n for n in graph.initializers if n not in parameters}
     names = _rename(graph, constants, notes)
+    repeated = {names.get(n, n) for n in graph.metadata.pop(REPEATED_KEY, "").split("\n")}
     listed = set(graph.initializers) - constants if parameters is not None else None
     graph.prune()
     # Check sizes before anything is run: the trace refuses values that would fill the memory.
@@ -127,7 +129,7 @@ def normalise(
     fold_spectral_norms(graph, constants, notes)
     drop_identities(graph)
     check_random(graph)
-    roles = _separate_parameters(graph, graph_trace, constants, listed, notes)
+    roles = _separate_parameters(graph, graph_trace, constants, repeated, listed, notes)
     parameter_roles.note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
     check_trainable(graph, roles)
     _check_finite(graph, roles)
@@ -142,15 +144,20 @@ def normalise(
 
 
 def _separate_parameters(
-    graph: Graph, trace: Trace, constants: set[str], listed: set[str] | None, notes: list[str]
+    graph: Graph,
+    trace: Trace,
+    constants: set[str],
+    repeated: AbstractSet[str],
+    listed: AbstractSet[str] | None,
+    notes: list[str],
 ) -> dict[str, str]:
     """Give each parameter and constant the form by which it is recognised. Returns the roles of parameters."""
     guard_zero_norms(graph, constants)
     constants |= {n for n in graph.initializers if n.startswith(parameter_roles.CONSTANT_PREFIX)}
     if listed is None:
         # A list of parameters says that shared tensors are truly tied; without one, exporters may have merged equal
-        # values.
-        parameter_roles.untie(graph, constants, notes)
+        # values. All iterations of a loop read the same ones.
+        parameter_roles.untie(graph, constants | repeated, notes)
     copy_fills(graph, constants)
     narrow_constants(graph, trace, constants)
     return parameter_roles.find_roles(graph, constants, listed, notes)

@@ -85,17 +85,18 @@ def _stored_name(name: str, makers: Mapping[str, Node]) -> str:
     return name
 
 
-def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
+def untie(graph: Graph, kept: AbstractSet[str], notes: list[str]) -> None:
     """Give every node its own copy of an initialiser that exporters merged only because the values were equal.
 
-    Uniform vectors (fresh norms) are merged by value; a matrix that several nodes read is truly tied.
+    Uniform vectors (fresh norms) are merged by value; a matrix that several nodes read is truly tied. Tensors of `kept`
+    stay as they are.
     """
     uses: dict[str, int] = {}
     used_names = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), *(p.name for p in graph.inputs)}
     for node in graph.nodes:
         for i, name in enumerate(node.inputs):
             value = graph.initializers.get(name)
-            if value is None or name in constants or value.dtype != np.float32:
+            if value is None or name in kept or value.dtype != np.float32:
                 continue
             uses[name] = uses.get(name, 0) + 1
             # A PRelu slope with one number is one parameter for the model's author, too: several layers may use it.
@@ -118,7 +119,9 @@ class _Use(NamedTuple):
     position: int
 
 
-def find_roles(graph: Graph, constants: set[str], listed: set[str] | None, notes: list[str]) -> dict[str, str]:
+def find_roles(
+    graph: Graph, constants: AbstractSet[str], listed: AbstractSet[str] | None, notes: list[str]
+) -> dict[str, str]:
     """The role of every parameter, by its use; all other initialisers are constants.
 
     Statistics of batch norms are always parameters. Raises `ModelError` if a parameter is not float32.

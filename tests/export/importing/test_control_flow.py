@@ -73,6 +73,27 @@ def test_a_loop_of_known_length_is_its_turns(opset: int, of_shape: bool) -> None
         assert sorted(t.name for t in model.architecture.tensors) == ["u", "v", "w"]
 
 
+# TensorFlow's loops have a counter among their states, and compare it in floats.
+COUNTED_TURN = """<body = turn (int64 i, bool on, int32 k, float[N,6] s) => (bool go, int32 next, float[N,6] t) {
+    one = Constant<value = int32 {1}>() next = Add(k, one) count = Cast<to=1>(next) short = Less(count, limit)
+    turn = Cast<to=1>(i) early = Less(turn, limit) go = And(short, early)
+    m = MatMul(s, w) b = Add(m, bias) t = Tanh(b) }>"""
+
+
+@pytest.mark.parametrize(("trips", "limit", "turns"), [("ten", 4, 4), ("two", 4, 2), ('""', 3, 3), ("ten", 0, 0)])
+def test_a_loop_with_a_condition_on_its_counter_ends_by_it(trips: str, limit: int, turns: int) -> None:
+    body = f"""{START} limit = Constant<value = float {{{limit}}}>() nil = Constant<value = float {{0}}>()
+        starts = Less(nil, limit) first = Constant<value = int32 {{0}}>()
+        ten = Constant<value_int=10>() two = Constant<value_int=2>()
+        end, h = Loop({trips}, starts, first, start){COUNTED_TURN}"""
+    proto = onnx.load_model_from_string(model_bytes(body))
+    # Equal numbers, as fresh biases have: each iteration reads the same tensor, not one of its own.
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(WIDTH, np.float32), "bias"))
+    model = same(proto.SerializeToString())
+    assert count(model, "Tanh") == turns
+    assert [t.name for t in model.architecture.tensors] == (["w", "bias", "v"] if turns else ["v"])
+
+
 def test_a_loop_of_no_turns_passes_its_states() -> None:
     turn = TURN.replace(", float[N,6] row)", ")").replace("row = MatMul(t, u)", "")
     body = f'{START} none = Constant<value_int=0>() last = Loop(none, "", start){turn} r = Relu(last) h = MatMul(r, u)'
