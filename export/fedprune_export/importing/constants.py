@@ -1,5 +1,7 @@
 """Rewrites how a graph stores and uses constants, so that they fit layers of any width.
 
+- `drop_zero_products`: products of constant zeros are zeros, such as those of the state with which an unrolled layer
+  begins. As a product they would keep all hidden units.
 - `fold_constants`: values that depend neither on data nor on weights are computed and stored.
 - `copy_fills`: gives each reader of a filled value a copy of its own. A filled value is a number that is repeated to a
   computed size, such as the zeros with which a recurrent layer begins. Exporters make one value for several layers,
@@ -119,6 +121,25 @@ def _copy_for_reader(graph: Graph, node: Node, reader: Node) -> Node:
     reader.inputs = [names.get(i, i) for i in reader.inputs]
     outputs = [names.get(o, "") for o in node.outputs]
     return Node(node.op, list(node.inputs), outputs, dict(node.attrs), outputs[0])
+
+
+def drop_zero_products(graph: Graph, trace: Trace, constants: set[str]) -> None:
+    """Store the products of constant zeros, where their size doesn't depend on the batch, as zeros.
+
+    The names of new constants are added to `constants`.
+    """
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op != "MatMul" or node.domain or any(trace.batched(node.outputs[0])):
+            continue
+        if any(i in constants and i in graph.initializers and not graph.initializers[i].any() for i in node.inputs):
+            output = node.outputs[0]
+            names[output] = graph.constant(np.zeros(trace.shapes[output], trace.dtypes[output]), trace.dtypes[output])
+            constants.add(names[output])
+    outputs = {p.name for p in graph.outputs}
+    for node in graph.nodes:
+        node.inputs = [names.get(i, i) for i in node.inputs]
+    graph.nodes = [n for n in graph.nodes if n.outputs[0] not in names or n.outputs[0] in outputs]
 
 
 def fold_constants(graph: Graph, trace: Trace, constants: set[str], output: str) -> None:

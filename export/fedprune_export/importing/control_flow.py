@@ -11,9 +11,10 @@ from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune_export.importing.graph_writer import GraphWriter, names_within
-from fedprune_export.importing.loop_lengths import count_iterations
+from fedprune_export.importing.loop_bodies import changed_states, count_iterations, repeated_body
 from fedprune_export.importing.metadata import REPEATED_KEY, write_properties
-from fedprune_export.ir.graph import Array
+from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX
+from fedprune_export.ir.graph import Array, read_tensor
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 
@@ -47,10 +48,12 @@ class _ControlFlow(GraphWriter):
         self._max_nodes, self._nodes_left = max_nodes, max_nodes - len(model.graph.node)
         self.replaced_count = 0
         self.repeated_tensors: set[str] = set()
+        # By a stacked output's name, its axis and what is stacked along it.
+        self._stacks: dict[str, tuple[int, list[str]]] = {}
 
     def rewrite_node(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
         """The nodes that replace a node; the node itself if its condition or length depends on data."""
-        rule = {"If": self._if, "Loop": self._loop, "Scan": self._scan}.get(node.op_type)
+        rule = {"If": self._if, "Loop": self._loop, "Scan": self._scan, "Slice": self._slice}.get(node.op_type)
         if rule is None or node.domain not in ("", "ai.onnx"):
             return [node]
         replacement = rule(node, {a.name: helper.get_attribute_value(a) for a in node.attribute})
@@ -72,7 +75,7 @@ class _ControlFlow(GraphWriter):
 
     def _loop(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         count, condition, *states = [*node.input, "", ""][: max(2, len(node.input))]
-        body, trips = _body(node, attrs), self._constant_value(count) if count else None
+        body, trips = repeated_body(node, attrs), self._constant_value(count) if count else None
         starts = self._constant_value(condition) if condition else np.array(True)
         _check_single_number("number of iterations", node, trips)
         _check_single_number("condition", node, starts)
@@ -111,7 +114,7 @@ class _ControlFlow(GraphWriter):
         )
 
     def _scan(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
-        body, count = _body(node, attrs), int(attrs.get("num_scan_inputs", 0))
+        body, count = repeated_body(node, attrs), int(attrs.get("num_scan_inputs", 0))
         # Before opset 9 a Scan had a batch axis and lengths of sequences.
         if self._opset < 9:
             return None
@@ -192,6 +195,12 @@ class _ControlFlow(GraphWriter):
         read_names = {*tensor_names.values(), *names_within(body), *node.input}
         self.repeated_tensors |= read_names & (self._tensors.keys() | tensor_names.values())
         rows: list[list[str]] = [[] for _ in range(stacked_count)]
+        for i, changes in enumerate(changed_states(body, state_count, is_loop=bool(skipped))):
+            # A recurrent layer begins with zeros, which no optimiser trains.
+            tensor = self._tensors.get(states[i])
+            if changes and tensor is not None and not read_tensor(tensor).any():
+                out.append(self._constant(read_tensor(tensor), f"{CONSTANT_PREFIX}{states[i]}"))
+                current_states[i] = out[-1].output[0]
         for iteration in range(iteration_count):
             prefix = f"{stem}{iteration}."
             nodes, iteration_names = iteration_inputs(iteration)
@@ -210,8 +219,21 @@ class _ControlFlow(GraphWriter):
         ]
         for i, (row, target) in enumerate(zip(rows, node.output[state_count:], strict=True), state_count):
             if target:
-                out += self._stack(row[::-1] if backward and backward[i] else row, axes[i], target)
+                elements = row[::-1] if backward and backward[i] else row
+                self._stacks[target] = axes[i], elements
+                out += self._stack(elements, axes[i], target)
         return out
+
+    def _slice(self, node: onnx.NodeProto, _: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
+        """Stack only what is read of a stacked output: most recurrent layers return their last state."""
+        axis, elements = self._stacks.get(node.input[0], (0, []))
+        bounds = [self._constant_value(name) for name in node.input[1:]]
+        numbers = [int(b.reshape(-1)[0]) for b in bounds if b is not None and b.size == 1]
+        if not elements or len(bounds) not in (3, 4) or len(numbers) < len(bounds):
+            return None
+        start, end, sliced_axis, step = [*numbers, 1][:4]
+        picked = elements[start:end:step] if sliced_axis == axis and step else []
+        return self._stack(picked, axis, node.output[0]) if picked else None
 
     def _check_size(self, node: onnx.NodeProto, body: onnx.GraphProto, iteration_count: int) -> None:
         if iteration_count * max(1, len(body.node)) > self._nodes_left:
@@ -260,14 +282,6 @@ def _check_single_number(what: str, node: onnx.NodeProto, value: Array | None) -
         got = f"{value.size} of type {value.dtype}"
         subject = f"the {what} of {node.op_type} {value_text(node.name)}"
         raise ModelError(subject, expected="one truth or number", got=got)
-
-
-def _body(node: onnx.NodeProto, attrs: Mapping[str, Any]) -> onnx.GraphProto:
-    """The graph that a node repeats. Raises `ModelError` if it has none, or no outputs of its own."""
-    body = attrs.get("body")
-    if not isinstance(body, onnx.GraphProto) or not any(node.output):
-        raise ModelError(f"{node.op_type} {value_text(node.name)} lacks a body or outputs")
-    return body
 
 
 def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:

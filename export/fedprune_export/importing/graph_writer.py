@@ -19,7 +19,7 @@ _MAX_STEPS = 200  # most operators that compute a length or condition
 _MAX_SIZE_TENSOR_BYTES = 4096  # a larger tensor holds no sizes, so shape inference doesn't need its numbers
 
 # Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them.
-_TRIAL_SIZES = (3, 5)
+TRIAL_SIZES = (3, 5)
 
 
 class Names:
@@ -113,7 +113,7 @@ class GraphWriter:
     def _constant_value(self, name: str) -> Array | None:
         """A value that is computed only from constants and sizes; None if it depends on data or on a free size."""
         try:
-            trials = [self._value_at_size(name, size) for size in _TRIAL_SIZES]
+            trials = [self._value_at_size(name, size) for size in TRIAL_SIZES]
         except ModelError:  # operators that make no sense, or a value that would be huge
             return None
         same = all(f is not None and trials[0] is not None and np.array_equal(f, trials[0]) for f in trials)

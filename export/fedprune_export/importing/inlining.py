@@ -14,6 +14,7 @@ from fedprune_export.importing.embedding_bags import without_embedding_bags
 from fedprune_export.importing.graph_writer import Names
 from fedprune_export.importing.linear_models import LINEAR_OPERATORS, ML_DOMAIN, without_linear_models
 from fedprune_export.importing.model_file import check_valid_onnx
+from fedprune_export.importing.reversals import without_reversals
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 
 MAX_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
@@ -33,8 +34,8 @@ BY_DEFINITION = {
 
 
 def inline_model(model: onnx.ModelProto, notes: list[str] | None = None) -> onnx.ModelProto:
-    """The model without local functions, linear models of `ai.onnx.ml`, sequences, branches on constants and loops of a
-    fixed length: the same object if it has none.
+    """The model without local functions, linear models of `ai.onnx.ml`, sequences, branches on constants, loops of a
+    fixed length and reversals of whole samples: the same object if it has none.
 
     Raises `ModelError` if functions call each other without end, the model has too many operators, or the length of a
     sequence isn't known.
@@ -52,7 +53,7 @@ def inline_model(model: onnx.ModelProto, notes: list[str] | None = None) -> onnx
         model = _expand_definitions(model)
         operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
     has_old_group_norm = 18 <= opset < 21 and "GroupNormalization" in operators
-    unsupported = operators & (CONTROL_FLOW | SEQUENCE_OPERATORS)
+    unsupported = operators & (CONTROL_FLOW | SEQUENCE_OPERATORS | {"ReverseSequence"})
     # onnx's checker refuses the withdrawn GroupNormalization; then only the result is checked.
     if not has_old_group_norm and (model.functions or unsupported):
         check_valid_onnx(model)
@@ -65,6 +66,8 @@ def inline_model(model: onnx.ModelProto, notes: list[str] | None = None) -> onnx
         notes.append(f"{bags} over samples became a lookup of all samples at once.")
     if operators & CONTROL_FLOW:
         without_control_flow(out, opset, MAX_NODES)
+    if any(n.op_type == "ReverseSequence" for n in out.graph.node):
+        without_reversals(out, opset)
     if has_old_group_norm:
         _replace_old_group_norms(out.graph)
     if any(n.op_type in SEQUENCE_OPERATORS for n in out.graph.node):

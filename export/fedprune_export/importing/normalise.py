@@ -23,6 +23,7 @@ from fedprune_export.importing.batches import free_batch
 from fedprune_export.importing.checks import check_indices, check_nodes, compare_with_original
 from fedprune_export.importing.constants import (
     copy_fills,
+    drop_zero_products,
     fold_constants,
     guard_zero_norms,
     narrow_constants,
@@ -96,6 +97,7 @@ def normalise(
     constants = parameter_roles.constants_of(model, graph, notes if parameters is None else [])
     file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     _name_nodes(graph)
+    graph.prune()
     graph, layout = free_batch(graph, raw, notes)
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)
@@ -181,6 +183,7 @@ def simplify_graph(graph: Graph, constants: set[str], notes: list[str], *, outpu
 def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str], output: str) -> None:
     """Fold constants, write each operator in one form, and recognise norms and activations in primitives."""
     _drop_casts(graph, trace)
+    drop_zero_products(graph, trace, constants)
     fold_constants(graph, trace, constants, output)
     translate(graph, trace, notes)
     rewrite_scatter_writes(graph, trace, constants, notes)

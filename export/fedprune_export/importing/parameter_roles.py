@@ -66,6 +66,8 @@ def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[
         if node.op in _LAYER_OPERATORS and not node.domain
         for i, read in enumerate(node.inputs)
         if _ROLES[node.op].get(i) == "weight" and (name := _stored_name(read, makers)) in graph.initializers
+        # The import has made these itself.
+        if not name.startswith(CONSTANT_PREFIX)
     }
     # A file whose weights are all Constant nodes says nothing about what its author made constant.
     if weights and not weights - constants:

@@ -53,8 +53,8 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
         if node.domain:
             continue
         traced = {i for i in [*node.inputs, *node.outputs] if i} <= trace.shapes.keys()
-        if node.op == "Conv" and len(node.inputs) > 2 and node.inputs[2] in constants:
-            # Exporters give a convolution without a bias one of zeros. A constant with a number per channel keeps all
+        if node.op in ("Conv", "Gemm") and len(node.inputs) > 2 and node.inputs[2] in constants:
+            # Exporters give a layer without a bias one of zeros. A constant with a number per channel keeps all
             # channels.
             if not np.any(graph.initializers[node.inputs[2]]):
                 node.inputs = node.inputs[:2]

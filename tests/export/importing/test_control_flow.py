@@ -94,6 +94,49 @@ def test_a_loop_with_a_condition_on_its_counter_ends_by_it(trips: str, limit: in
     assert [t.name for t in model.architecture.tensors] == (["w", "bias", "v"] if turns else ["v"])
 
 
+BACKWARD = """
+    steps = Transpose<perm=[1, 0, 2]>(x) sizes = Shape(steps) zero = Constant<value = int64[1] {0}>()
+    one = Constant<value = int64[1] {1}>() length = Gather(sizes, zero) batch = Gather(sizes, one)
+    lengths = Expand(length, batch) turned = ReverseSequence<time_axis=0, batch_axis=1>(steps, lengths)"""
+
+
+def test_a_reversal_of_all_steps_is_a_slice() -> None:
+    rest = "m = MatMul(turned, w) t = Tanh(m) first = Constant<value_int=0>() h = Gather(t, first)"
+    assert count(same(model_bytes(f"{BACKWARD} {rest}")), "Slice") == 1
+    part = import_onnx(model_bytes(f"{BACKWARD.replace('Expand(length', 'Expand(one')} {rest}"), "net")
+    with pytest.raises(ModelError, match="ReverseSequence"):
+        training_graph(part, Features())
+
+
+def test_a_backward_layer_of_a_file_for_one_sample_is_read_for_any() -> None:
+    """As TensorFlow's exporter writes it: the state begins with stored zeros, and its product loses the batch of 1."""
+    proto = onnx.load_model_from_string(
+        model_bytes(
+            BACKWARD
+            + """ trips = Constant<value_int=5>()
+        last, rows = Loop(trips, "", start)<body = turn (int64 i, bool on, float[1,6] s) =>
+            (bool on, float[1,6] t, float[1,6] row)
+            { part = Gather(turned, i) m = MatMul(s, w) b = Squeeze(m) g = Gemm(part, u, b) t = Tanh(g)
+              row = Identity(t) }>
+        minus = Constant<value = int64[1] {-1}>() end = Constant<value = int64[1] {9}>()
+        final = Slice(rows, minus, end, zero) h = Squeeze(final, zero)"""
+        )
+    )
+    for port in (proto.graph.input[0], proto.graph.output[0]):
+        port.type.tensor_type.shape.dim[0].dim_value = 1
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros((1, WIDTH), np.float32), "start"))
+    raw = proto.SerializeToString()
+    model = import_onnx(raw, "net")
+    x = np.random.default_rng(0).standard_normal((3, STEPS, WIDTH)).astype(np.float32)
+    session = OnnxSession(raw)
+    expected = np.concatenate([session.run({"x": x[i : i + 1]})["y"] for i in range(3)])
+    assert distance(outputs(model.graph, x), expected) < 1e-5
+    # The zeros are a state, not a weight, and don't keep the hidden units.
+    assert sorted(t.name for t in model.architecture.tensors) == ["u", "v", "w"]
+    assert cut_error(model, random_selection(model, 0.5, 1)) < 1e-5
+    assert model.architecture.groups
+
+
 def test_a_loop_of_no_turns_passes_its_states() -> None:
     turn = TURN.replace(", float[N,6] row)", ")").replace("row = MatMul(t, u)", "")
     body = f'{START} none = Constant<value_int=0>() last = Loop(none, "", start){turn} r = Relu(last) h = MatMul(r, u)'

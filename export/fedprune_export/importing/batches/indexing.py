@@ -41,7 +41,7 @@ def _gather_in_samples(state: Propagation, node: Node) -> bool:
     data, place = node.inputs[0], state.places[node.inputs[0]]
     indices = state.constant_value(node.inputs[1])
     size = place.inner
-    if place.axis or place.outer > 1 or place.is_exact or indices is None or len(indices) != state.batch:
+    if place.axis or place.outer > 1 or place.is_exact or indices is None or indices.shape[:1] != (state.batch,):
         return False
     starts = (np.arange(state.batch) * size).reshape(-1, *[1] * (indices.ndim - 1))
     if np.any(indices != indices[:1] + starts) or indices[0].min() < 0 or indices[0].max() >= size:

@@ -175,8 +175,10 @@ def _recurrent(state: Propagation, node: Node) -> None:
 def _gemm(state: Propagation, node: Node) -> None:
     """Gemm takes matrices only; with an axis more it is a MatMul."""
     data, weight, *bias = node.inputs
-    attrs = node.attrs
-    if state.places.get(data) != ADDED:
+    attrs, place = node.attrs, state.places.get(data)
+    # A vector that the file made of one sample is a row for each sample.
+    is_row = bool(bias) and state.places.get(bias[0]) == ADDED and state.rank(bias[0]) == 1
+    if place != ADDED and not (place == Place(0) and is_row):
         plain(state, node)
         return
     if attrs.get("transA") or attrs.get("alpha", 1.0) != 1 or attrs.get("beta", 1.0) != 1 or weight in state.places:
@@ -184,7 +186,8 @@ def _gemm(state: Propagation, node: Node) -> None:
     if attrs.get("transB"):
         weight = state.emit("Transpose", weight, perm=[1, 0])
     if bias and bias[0]:
-        state.emit("Add", state.emit("MatMul", data, weight), bias[0], out=node.outputs[0])
+        row = state.emit("Unsqueeze", bias[0], state.ints(1)) if is_row and place == ADDED else bias[0]
+        state.emit("Add", state.emit("MatMul", data, weight), row, out=node.outputs[0])
     else:
         state.emit("MatMul", data, weight, out=node.outputs[0])
     state.locate(node)

@@ -1,4 +1,4 @@
-"""Counts the iterations of loops whose conditions are computed from counters and constants, not from data.
+"""Reads the bodies of loops: how many iterations follow from counters and constants, and which states they change.
 
 TensorFlow writes a recurrent layer as a loop that goes on while its counter is below the number of steps; tf2onnx keeps
 the comparison.
@@ -6,12 +6,13 @@ the comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 
-from fedprune.core.errors import ModelError
+from fedprune.core.errors import ModelError, value_text
 from fedprune_export.ir import shape_inference
 from fedprune_export.ir.graph import Array, Graph, read_tensor
 
@@ -60,6 +61,27 @@ def count_iterations(
             return max_iterations
         values.update(zip(condition.state_names, results[1:], strict=True))
     return iteration
+
+
+def repeated_body(node: onnx.NodeProto, attrs: Mapping[str, Any]) -> onnx.GraphProto:
+    """The graph that a node repeats. Raises `ModelError` if it has none, or no outputs of its own."""
+    body = attrs.get("body")
+    if not isinstance(body, onnx.GraphProto) or not any(node.output):
+        raise ModelError(f"{node.op_type} {value_text(node.name)} lacks a body or outputs")
+    return body
+
+
+def changed_states(body: onnx.GraphProto, count: int, *, is_loop: bool) -> list[bool]:
+    """Of each state, whether an iteration changes it; others hand the same value on, as TensorFlow's weights are."""
+    copies = {n.output[0]: n.input[0] for n in body.node if n.op_type == "Identity" and n.input}
+    inputs, outputs = body.input[2 if is_loop else 0 :], body.output[1 if is_loop else 0 :]
+    changes = []
+    for before, after, _ in zip(inputs, outputs, range(count), strict=False):
+        name = after.name
+        while name != before.name and name in copies:
+            name = copies[name]
+        changes.append(name != before.name)
+    return changes
 
 
 class _Condition:
