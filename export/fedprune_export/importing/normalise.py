@@ -42,6 +42,7 @@ from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.scatter_writes import rewrite_scatter_writes
 from fedprune_export.importing.simplification import bypass, drop_identities, simplify
 from fedprune_export.importing.spectral_norms import fold_spectral_norms
+from fedprune_export.importing.tied_tables import tie_tables
 from fedprune_export.importing.translation import translate, upgrade_model
 from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.ir.dropout import remove_dropouts
@@ -160,6 +161,7 @@ def _separate_parameters(
         # A list of parameters says that shared tensors are truly tied; without one, exporters may have merged equal
         # values. All iterations of a loop read the same ones.
         parameter_roles.untie(graph, constants | repeated, notes)
+        tie_tables(graph, constants, notes)
     copy_fills(graph, constants)
     narrow_constants(graph, trace, constants)
     return parameter_roles.find_roles(graph, constants, listed, notes)
