@@ -14,7 +14,7 @@ from fedprune.model.lengths import Shape, upper_shape
 from fedprune_export.importing.lengths import LENGTHS, MASK, FreeInput, free_input, read_shape
 from fedprune_export.importing.torch_loading import torch_package
 
-# Types of inputs; an only input has one of the first two.
+# Types of inputs.
 _INPUT_DTYPES = ("float32", "int64", "float16", "int32", "bool", "uint8")
 
 
@@ -37,13 +37,13 @@ def sample_inputs(
     if isinstance(sizes, Mapping):
         shapes = {argument: read_shape(shape, f"{name}: input_shape") for argument, shape in sizes.items()}
         dtype_names = dtype_names if isinstance(dtype_names, Mapping) else dict.fromkeys(shapes, dtype_names)
-        dtypes = {n: _torch_dtype(dtype_names.get(n, torch.float32), _INPUT_DTYPES, name) for n in shapes}
+        dtypes = {n: _torch_dtype(dtype_names.get(n, torch.float32), name) for n in shapes}
     else:
         argument = next(iter(inspect.signature(module.forward).parameters), "x")
         shapes = {argument: read_shape(tuple(sizes), f"{name}: input_shape")}
         input_dtype = dtype_names.get(argument, torch.float32) if isinstance(dtype_names, Mapping) else dtype_names
         dtype = torch.int64 if token_ids else example.dtype if example is not None else input_dtype
-        dtypes = {argument: _torch_dtype(dtype, _INPUT_DTYPES[:2], name)}
+        dtypes = {argument: _torch_dtype(dtype, name)}
     varying_input = free_input(shapes)
     if varying_input is not None:
         shapes, dtypes = _add_computed_inputs(module, shapes, dtypes, varying_input, dtype_names, name)
@@ -63,17 +63,15 @@ def _add_computed_inputs(
     computed = {MASK: ((max_length,), torch.float32), LENGTHS: ((), torch.int64)}
     computed = {n: shape_and_dtype for n, shape_and_dtype in computed.items() if n in arguments or n in shapes}
     dtype_names = dtype_names if isinstance(dtype_names, Mapping) else {}
-    dtypes = dtypes | {
-        n: _torch_dtype(dtype_names.get(n, usual), _INPUT_DTYPES, name) for n, (_, usual) in computed.items()
-    }
+    dtypes = dtypes | {n: _torch_dtype(dtype_names.get(n, usual), name) for n, (_, usual) in computed.items()}
     shapes = shapes | {n: shape for n, (shape, _) in computed.items()}
     order = [n for n in arguments if n in shapes] or list(shapes)
     return {n: shapes[n] for n in (order if len(order) == len(shapes) else shapes)}, dtypes
 
 
-def _torch_dtype(dtype: Any, allowed: Sequence[str], name: str) -> Any:
-    """A dtype of torch, given as an object or by its name. Raises `ModelError` if it isn't allowed."""
+def _torch_dtype(dtype: Any, name: str) -> Any:
+    """A dtype of torch, given as an object or by its name. Raises `ModelError` if no input may have it."""
     text = str(dtype).rpartition(".")[2]
-    if text not in allowed:
-        raise ModelError(f"{name}: type of the input", expected=" or ".join(allowed), got=dtype)
+    if text not in _INPUT_DTYPES:
+        raise ModelError(f"{name}: type of the input", expected=" or ".join(_INPUT_DTYPES), got=dtype)
     return getattr(torch_package(), text)
