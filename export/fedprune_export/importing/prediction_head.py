@@ -24,8 +24,8 @@ from fedprune_export.importing.training_end import (
     Dims,
     TrainingEnd,
     can_follow,
+    ends_in_suppression,
     find_training_end,
-    has_suppression,
     is_single_float,
     may_end,
     needed_nodes,
@@ -66,7 +66,7 @@ def separate_head(
     shapes = file_shapes(proto)
     found = find_training_end(proto, shapes, labels)
     if found is None or (found.axis != 1 and not _has_batch_first(proto)):
-        if len(outputs) > 1 or has_suppression(needed_nodes(proto.graph.node, outputs)):
+        if len(outputs) > 1 or ends_in_suppression(proto):
             raise _undecided_error(proto, shapes)
         return inlined, raw, ""
     file = parse_model(raw, run_checker=False)

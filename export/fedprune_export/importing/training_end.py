@@ -161,6 +161,21 @@ def has_suppression(nodes: Iterable[onnx.NodeProto]) -> bool:
     return any(n.op_type == "NonMaxSuppression" for n in nodes)
 
 
+def ends_in_suppression(proto: onnx.ModelProto) -> bool:
+    """Whether an output is behind NonMaxSuppression, and only nodes that may stand in a head are between them."""
+    makers = {o: n for n in proto.graph.node for o in n.output}
+    pending, visited = [o.name for o in proto.graph.output], set[str]()
+    while pending:
+        node = makers.get(name := pending.pop())
+        if node is None or name in visited:
+            continue
+        visited.add(name)
+        if node.op_type == "NonMaxSuppression":
+            return True
+        pending += node.input if node.op_type in _FOLLOWERS else []
+    return False
+
+
 def needed_nodes(nodes: Sequence[onnx.NodeProto], values: Iterable[str]) -> list[onnx.NodeProto]:
     """The nodes that values are computed by, in order."""
     makers = {o: i for i, n in enumerate(nodes) for o in n.output}
