@@ -28,6 +28,8 @@ from fedprune_device.sensors.sample_collector import SampleCollector, SensorSamp
 _LOG = logging.getLogger("fedprune.device")
 
 _INBOX_BYTES = 4 * 2**20
+# A clock that also runs while the machine sleeps, so that values from before are old; Linux has it.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _MAX_WAIT_S = 1.0  # for a message, so that a signal ends the program soon
 _BOARD_TIMEOUT_S = 5.0
 _MAX_WAITING = 64  # samples that wait while the board restarts
@@ -87,12 +89,12 @@ class _Bridge:
         self._added = 0
 
     def run(self, link: BrokerLink, stopping: threading.Event) -> None:
-        next_row = time.monotonic() + self._config.period_s
+        next_row = _now() + self._config.period_s
         report_interval_s = _FIRST_REPORT_S
-        next_report = time.monotonic() + report_interval_s
+        next_report = _now() + report_interval_s
         while not stopping.is_set():
-            item = link.get(max(0.0, min(next_row - time.monotonic(), _MAX_WAIT_S)))
-            now = time.monotonic()
+            item = link.get(max(0.0, min(next_row - _now(), _MAX_WAIT_S)))
+            now = _now()
             while not self._retained.empty():  # they came before the next message of their topic
                 self._collector.receive(*self._retained.get(), now, is_retained=True)
             if isinstance(item, tuple):
@@ -172,3 +174,7 @@ def _array(sample: SensorSample, layout: _Layout) -> npt.NDArray[np.float32]:
     rows = np.array(sample.rows, np.float32)[None]
     arrange = column_layout(0, rows.shape[2], layout.channels_first, layout.rank)
     return np.asarray(arrange(rows)[0], np.float32)
+
+
+def _now() -> float:
+    return time.clock_gettime(_CLOCK)

@@ -165,7 +165,13 @@ def _label(defaults: Mapping[str, Any], table: object, where: str) -> SensorValu
     body = _checked_table(table, "label", where)
     # States are published when they change, and hold until then.
     settings = _source_settings({**defaults, "max_age": math.inf}, body, where)
-    return SensorValue(**settings, name="label", values=_values(body, where))
+    values = _values(body, where)
+    for text, label in values.items():
+        if not (isinstance(label, str) and label) and not validation.is_whole(label):
+            raise ConfigError(
+                f"{where}: values.{text}", expected="a class, by its name or number", got=value_text(label)
+            )
+    return SensorValue(**settings, name="label", values=values)
 
 
 def _checked_table(table: object, kind: str, where: str) -> Mapping[str, Any]:

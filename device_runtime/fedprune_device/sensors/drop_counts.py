@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
 _MAX_NAMES = 6  # of one reason that a line lists
 
 
 class DropCounts:
-    """Counts by the reason and by the channel; any thread may add to them."""
+    """Counts by the reason and by the channel."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._counts: dict[str, Counter[str]] = {}
 
     def add(self, reason: str, name: str = "", number: int = 1) -> None:
-        with self._lock:
-            self._counts.setdefault(reason, Counter())[name] += number
+        self._counts.setdefault(reason, Counter())[name] += number
 
     def take(self) -> str:
         """What was counted since the last call, as a text; empty if nothing was."""
-        with self._lock:
-            counts, self._counts = self._counts, {}
+        counts, self._counts = self._counts, {}
         return "; ".join(f"{names.total()} {reason}{_names_text(names)}" for reason, names in counts.items())
 
 

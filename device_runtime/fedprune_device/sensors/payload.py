@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from fedprune.core.validation import is_number
 from fedprune_device.data.table_columns import is_missing
@@ -21,6 +21,8 @@ _ONLINE, _OFFLINE = ("online", "on", "true", "1"), ("offline", "off", "false", "
 _MILLISECONDS_FROM = 1e11  # larger numbers of a clock are milliseconds: in seconds this is the year 5138
 
 Path = tuple[str, ...]  # names from the outermost object of a message; none for a message that is the value itself
+
+T = TypeVar("T")
 
 
 class ReadingError(Exception):
@@ -42,12 +44,10 @@ class Payload:
         text = self._text
         if _is_no_value(text):
             raise NoReadingError("unavailable")
-        if not path:
-            return self._document if text[:1] in ('"', "{", "[") else text
-        value = self._document
-        if not isinstance(value, (dict, list)):
+        value = self._document if path or text[:1] in ('"', "{", "[") else text
+        if path and not isinstance(value, (dict, list)) and not _is_no_value(value):
             raise ReadingError("no JSON object")
-        for name in path:
+        for name in path if isinstance(value, (dict, list)) else ():
             value = _entry(value, name)
         if value is None or _is_no_value(value):
             raise NoReadingError("unavailable")
@@ -96,31 +96,44 @@ class Payload:
 
 def number_of(value: Any, numbers: Mapping[str, float]) -> float:
     """The number of a value: `numbers` has those of texts; raises `ReadingError`."""
-    if isinstance(value, bool):
-        value = str(value).lower()
-    if isinstance(value, str):
-        text = value.strip()
-        if text in numbers:
-            return numbers[text]
-        if text.lower() in _STATES:
-            return _STATES[text.lower()]
-        if is_number_text(text):
-            return float(text)
-    elif is_number(value):
-        return float(value)
-    raise ReadingError("no number")
+    word = _word(value)
+    number = _meaning(word, numbers)
+    if number is None:
+        number = float(word) if is_number_text(word) else _STATES.get(word.lower())
+    if number is None:
+        raise ReadingError("no number")
+    return number
 
 
 def label_of(value: Any, labels: Mapping[str, str | int]) -> str | int:
     """The class of a value, by number or name: `labels` has those of texts; raises `ReadingError`."""
-    text = str(value).lower() if isinstance(value, bool) else value.strip() if isinstance(value, str) else value
-    if isinstance(text, str) and text in labels:
-        return labels[text]
-    if isinstance(text, float) and text.is_integer():
-        text = int(text)
-    if isinstance(text, bool) or not isinstance(text, (str, int)) or len(str(text)) > _MAX_LABEL:
+    word = _word(value)
+    if not word or len(word) > _MAX_LABEL:
         raise ReadingError("no class")
-    return text
+    label = _meaning(word, labels)
+    if label is not None:
+        return label
+    if isinstance(value, (str, bool)):
+        return word
+    if not word.lstrip("-").isdecimal():
+        raise ReadingError("no class")
+    return int(word)
+
+
+def _word(value: Any) -> str:
+    """A text, number or truth value as `values` of the settings name it; empty for objects and lists."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() if isinstance(value, (str, int, float)) else ""
+
+
+def _meaning(word: str, values: Mapping[str, T]) -> T | None:
+    """What a word stands for; in another case, too, as devices write ON and on alike."""
+    if word in values:
+        return values[word]
+    return next((value for name, value in values.items() if name.lower() == word.lower()), None)
 
 
 def _entry(value: Any, name: str) -> Any:

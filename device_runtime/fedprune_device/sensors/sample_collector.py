@@ -38,10 +38,15 @@ class _Source:
     settings: SensorValue
     held: dict[Device, _HeldValue] = field(default_factory=dict)
     newest_times: dict[Device, float] = field(default_factory=dict)  # of the messages themselves, in seconds
+    # Topics of availability that said so last, and of which device; of all devices with an empty one.
+    offline: set[tuple[str, Device]] = field(default_factory=set)
 
     def current(self, device: Device, now: float) -> _HeldValue | None:
         held = self.held.get(device if self.settings.topic.wildcards else ())
         return None if held is None or now - held.received_at > self.settings.max_age_s else held
+
+    def is_offline(self, device: Device) -> bool:
+        return any(other in (device, ()) for _, other in self.offline)
 
 
 class SampleCollector:
@@ -66,7 +71,8 @@ class SampleCollector:
     def receive(self, topic: str, body: bytes, now: float, *, is_retained: bool = False) -> None:
         """Take a message that came at `now`, in seconds of a monotonic clock.
 
-        Nobody knows how old a retained message is: it counts for availability, and for values that hold without end.
+        Nobody knows how old a retained message is: it counts for availability, and for values that hold without end
+        unless their device is offline.
         """
         payload = Payload(body)
         for source in self._sources:
@@ -74,11 +80,13 @@ class SampleCollector:
             if device is not None:
                 if is_retained and source.settings.max_age_s < math.inf:
                     self._drops.add("retained messages, whose age nobody knows", source.settings.name)
+                elif is_retained and source.is_offline(device):
+                    self._drops.add("retained messages of devices that are offline", source.settings.name)
                 else:
                     self._take_value(source, device, payload, now)
             for availability in source.settings.availability:
                 if (devices := availability.captures(topic)) is not None:
-                    self._note_availability(source, devices, payload)
+                    self._note_availability(source, availability.text, devices, payload)
 
     def collect(self, now: float, steps: int) -> list[SensorSample]:
         """Add a row for each device, and return the samples that are complete with it: `steps` rows each."""
@@ -148,13 +156,16 @@ class SampleCollector:
                 raise ReadingError(f"of more than {_MAX_DEVICES} devices")
             self._rows[device] = []
 
-    def _note_availability(self, source: _Source, devices: Device, payload: Payload) -> None:
+    def _note_availability(self, source: _Source, topic: str, devices: Device, payload: Payload) -> None:
         try:
             if payload.is_online():
+                source.offline.discard((topic, devices))
                 return
         except ReadingError as error:
             self._drops.add(str(error), source.settings.name)
             return
+        if len(source.offline) < _MAX_DEVICES:
+            source.offline.add((topic, devices))
         gone: Iterable[Device] = [devices] if devices else list(source.held)
         if sum(source.held.pop(device, None) is not None for device in gone):
             self._drops.add("values of devices that went offline", source.settings.name)

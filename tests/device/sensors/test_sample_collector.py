@@ -75,7 +75,8 @@ def test_values_hold_up_to_their_age(room: Sensors) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", ['{"temperature": null}', '{"temperature": "unavailable"}', "unknown", "offline", "", b"NaN"]
+    "body",
+    ['{"temperature": null}', '{"temperature": "unavailable"}', "unknown", "offline", "", b"NaN", '"unavailable"'],
 )
 def test_a_sensor_that_has_no_value_ends_the_value_before(room: Sensors, body: Any) -> None:
     room.send("home/room", {"temperature": 21.5, "humidity": 40})
@@ -132,6 +133,40 @@ def test_values_of_a_device_that_goes_offline_end_until_it_sends_again(room: Sen
     assert "offline" in room.drops.take()
     room.send("home/room", {"temperature": 22, "humidity": 40})
     assert room.row() == [[22.0, 40.0]]
+
+
+@pytest.mark.parametrize("body", [1, "1", 1.0])
+def test_a_number_has_the_meaning_that_the_settings_give_to_its_text(tmp_path: Path, body: Any) -> None:
+    door = sensors(
+        tmp_path,
+        """
+        topic = "door"
+        path = "open"
+        max_age = 30
+        channels = [{name = "door", values = {1 = 5}}]
+        label.values = {1 = "open"}
+        """,
+    )
+    door.send("door", {"open": body})
+    samples = door.collector.collect(1.0, 1)
+    assert [(sample.rows, sample.label) for sample in samples] == [([[5.0]], "open")]
+
+
+def test_a_state_in_another_case_has_the_meaning_that_the_settings_give_it(tmp_path: Path) -> None:
+    door = sensors(tmp_path, "topic = 'door'\nmax_age = 30\nchannels = [{name = 'door', values = {ON = 0, OFF = 1}}]")
+    door.send("door", "off")
+    assert door.row() == [[1.0]]
+
+
+def test_a_retained_value_of_an_offline_device_is_none_whichever_comes_first(tmp_path: Path) -> None:
+    home = sensors(tmp_path, "topic = 'z/+'\nmax_age = inf\navailability = ['z/+/up', 'up']\nchannels = [{path = 't'}]")
+    for topic in ("z/a/up", "up"):
+        home.send(topic, "offline", retained=True)
+        home.send("z/a", {"t": 1}, retained=True)
+        assert home.row() == []
+        home.send(topic, "online", retained=True)
+        home.send("z/a", {"t": 2}, retained=True)
+        assert home.row() == [[2.0]]
 
 
 def test_samples_share_no_rows_and_span_no_gap(room: Sensors) -> None:
@@ -225,6 +260,7 @@ def test_the_recipe_of_esphome_reads_what_it_publishes() -> None:
         ("topic = 'a'\nmax_age = 1\nchannels = [{path = 't', rnage = [0, 1]}]", "rnage"),
         ("topic = 'a'\nmax_age = 1\nchannels = [{path = 't', range = [1, 0]}]", "range"),
         ("topic = 'a'\nmax_age = 1\nchannels = [{path = 't'}, {path = 't'}]", "names"),
+        ("topic = 'a'\nmax_age = 1\nchannels = [{path = 't'}]\nlabel.values = {ON = 1.5}", "values.ON"),
         ("max_age = 1\nchannels = [{topic = '+', path = 't'}, {topic = '+/+', path = 'u'}]", "wildcards"),
         ("max_age = 1\navailability = '+/s'\nchannels = [{topic = 'a', path = 't'}]", "availability"),
     ],
