@@ -138,7 +138,7 @@ class VocBoxes(_BoxFiles):
     def __init__(self, root: Path, label_folders: dict[Path, Path], names: tuple[str, ...]) -> None:
         super().__init__(root, label_folders, names)
         self._names = names
-        self._divide(voc_part_lists(root))
+        self._divide(voc_part_lists(root, label_folders))
 
     def check(self, targets: Targets | None) -> None:
         super().check(targets)

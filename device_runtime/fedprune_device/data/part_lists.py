@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -20,13 +20,15 @@ class PartLists:
 
     Attributes:
         folders: The part of each folder; folders that no part has are no samples.
-        images: The part of each image, by `FOLDER/NAME` or `NAME` without the file name's extension. If there are any,
-            other images are no samples.
+        images: The part of each image, by as much of its path below the data set as its list has, without the file
+            name's extension. If there are any, other images are no samples.
+        depth: Most names in such a path.
         notes: What was chosen where there was a choice.
     """
 
     folders: Mapping[Path, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
+    depth: int = 1
     notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
@@ -38,7 +40,9 @@ class PartLists:
 
     def part_of(self, path: Path) -> str | None:
         """The part of an image; None if nothing names it."""
-        listed_part = self.images.get(f"{path.parent.name}/{path.stem}") or self.images.get(path.stem)
+        names = (*path.parent.parts, path.stem)
+        keys = ("/".join(names[-count:]) for count in range(self.depth, 0, -1))
+        listed_part = next((self.images[key] for key in keys if key in self.images), None)
         return listed_part or self.folders.get(path.parent)
 
     def has(self, path: Path) -> bool:
@@ -54,14 +58,14 @@ def yolo_part_lists(root: Path, parts_by_name: Mapping[Path, str | None], settin
     """
     part_of_home: dict[Path, str] = {}
     images: dict[str, str] = {}
-    notes, twice = [], set[Path]()
+    notes, twice, depths = [], set[Path](), _depths(root, parts_by_name)
     for part in PARTS:
         for text in settings.paths.get(part, ()):
             path = _find_end(root, text)
             if path is None:
                 notes.append(f"data.yaml names a path for {part} that is not there")
             elif path.is_file():
-                images |= dict.fromkeys(_listed_images(path), part)
+                images |= dict.fromkeys(_listed_images(path, depths), part)
             elif part_of_home.get(path, part) != part:
                 twice.add(path)
             else:
@@ -72,19 +76,25 @@ def yolo_part_lists(root: Path, parts_by_name: Mapping[Path, str | None], settin
     if not (part_of_home or images) or twice:
         return PartLists(notes=tuple(notes))
     parts = {folder: _part_of_folder(folder, part_of_home) or part for folder, part in parts_by_name.items()}
-    return PartLists({folder: part for folder, part in parts.items() if part is not None}, images, tuple(notes))
+    kept_parts = {folder: part for folder, part in parts.items() if part is not None}
+    return PartLists(kept_parts, images, max(depths, default=1), tuple(notes))
 
 
-def voc_part_lists(root: Path) -> PartLists:
-    """The parts that `ImageSets/Main` lists; raises `DataError` if a list can't be read."""
+def voc_part_lists(root: Path, folders: Iterable[Path]) -> PartLists:
+    """The parts that `ImageSets/Main` lists, for these folders of images; raises `DataError` if it can't be read."""
     lists = {part: root / _VOC_LISTS / f"{part}.txt" for part in PARTS}
     if not lists["train"].is_file():  # VOC's years before 2012 have lists of both together
         lists["train"] = root / _VOC_LISTS / "trainval.txt"
-    images: dict[str, str] = {}
+    images, depths = dict[str, str](), _depths(root, folders)
     for part, path in lists.items():
         if path.is_file():
-            images |= dict.fromkeys(_listed_images(path), part)
-    return PartLists(images=images)
+            images |= dict.fromkeys(_listed_images(path, depths), part)
+    return PartLists(images=images, depth=max(depths, default=1))
+
+
+def _depths(root: Path, folders: Iterable[Path]) -> set[int]:
+    """How many names the paths of images in these folders have below `root`."""
+    return {len(folder.relative_to(root).parts) + 1 for folder in folders}
 
 
 def _part_of_folder(folder: Path, part_of_home: Mapping[Path, str]) -> str | None:
@@ -102,8 +112,12 @@ def _names(text: str) -> list[str]:
     return [name for name in PurePosixPath(text.replace("\\", "/")).parts if name not in ("/", ".", "..")]
 
 
-def _listed_images(path: Path) -> Iterable[str]:
-    """The images of a list, a path or a name in each line, as keys of `PartLists.images`."""
+def _listed_images(path: Path, depths: set[int]) -> Iterator[str]:
+    """The images of a list, a path or a name in each line, as keys of `PartLists.images`.
+
+    A path has all names below the data set, as images of several parts may have the same name and folder. Those above
+    it are of another machine.
+    """
     try:
         text = read_file(path, _MAX_LIST_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -112,4 +126,4 @@ def _listed_images(path: Path) -> Iterable[str]:
         if names := _names(line.strip()):
             # VOC's names may be followed by a number; a path may have spaces in it.
             stem = PurePosixPath(names[-1]).stem if len(names) > 1 or "." in names[-1] else names[-1].split()[0]
-            yield "/".join((*names[-2:-1], stem))
+            yield from ("/".join((*names[:-1], stem)[-depth:]) for depth in depths)

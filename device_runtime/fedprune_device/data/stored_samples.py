@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
+from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis, pad_to_bound, upper_shape
 from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 from fedprune_device.data.dataset import LocalData
@@ -51,8 +52,8 @@ def encode_sample(x: Array) -> bytes:
         raise DataError("a sample holds numbers that are not finite")
     kind = x.dtype.newbyteorder("<").str
     code = _TYPES.index(kind if kind in _TYPES else "<i8")
-    if code == _TYPES.index("<i8") and x.size and int(x.min()) < 0:
-        raise DataError("a sample holds a negative token id", expected="0 or more", got=int(x.min()))
+    if code == _TYPES.index("<i8"):
+        InputType(np.dtype(np.int64)).check_range(x)
     return _sample_head(code, x) + x.astype(_TYPES[code]).tobytes()
 
 

@@ -55,7 +55,8 @@ class _Annotation:
 def voc_boxes(body: bytes, names: Sequence[str]) -> Boxes:
     """The boxes [n, 5] of an annotation, with the numbers of their names in `names`.
 
-    Pixels count from 1, and a box has its last ones. Raises `DataError`, which names the object by its number.
+    Pixels count from 1, and a box has its last ones; those of tools that count from 0 begin at most a pixel earlier.
+    Raises `DataError`, which names the object by its number.
     """
     annotation = _Annotation()
     parser = expat.ParserCreate()
@@ -74,7 +75,7 @@ def voc_boxes(body: bytes, names: Sequence[str]) -> Boxes:
         if texts.get("name", "") not in names:
             raise DataError(place, expected="a name of --class-names", got="another one")
         left, top, right, bottom = (_number(texts.get(side, "")) for side in _SIDES)
-        left, top = left - 1, top - 1
+        left, top = (side - 1 if side >= 1 else min(side, 0.0) for side in (left, top))
         centre = (left + right) / 2 / width, (top + bottom) / 2 / height
         sides = (*centre, (right - left) / width, (bottom - top) / height)
         boxes.append([names.index(texts["name"]), *clipped_box(sides, place)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from fedprune.core.disk import storage_errors
@@ -20,8 +21,11 @@ MAX_BYTES = 2**16
 _MAX_ENTRY_LENGTH = 1000  # characters of an entry; the pattern's time grows faster than a line's length
 PARTS = ("train", "val", "test")
 
-_ENTRY = re.compile(r"""[ \t]*(?:-[ \t]|(\d+)[ \t]*:)[ \t]*("[^"]*"|'[^']*'|[^#\n]*?)[ \t]*(?:[ \t]\#.*)?""")
-_ITEM = re.compile(r"""[\s,]*(?:(\d+)[ \t]*:)?[ \t]*("[^"]*"|'[^']*'|[^,\[\]{}\n'"]+)""")
+# No two parts that follow each other match the same spaces: trying all ways to divide them takes minutes.
+_ENTRY = re.compile(
+    r"""(?:-[ \t]|(\d+)[ \t]*:)[ \t]*("[^"]*"|'[^']*'|(?:[^\s#](?:[^#\n]|(?<!\s)\#)*?)?)[ \t]*(?:[ \t]\#.*)?"""
+)
+_ITEM = re.compile(r"""(?:(\d+)[ \t]*:[ \t]*)?("[^"]*"|'[^']*'|[^\s,\[\]{}'"][^,\[\]{}\n'"]*)|(?P<end>[\]}])""")
 _SCALAR = re.compile(r"""("[^"]*"|'[^']*'|[^#\n]*?)[ \t]*(?:(?:^|[ \t])\#.*)?""")
 
 
@@ -75,8 +79,8 @@ def yaml_names(text: str) -> tuple[str, ...] | None:
     if head is None:
         return ()
     entries = _entries(head[1], text[head.end() :])
-    numbers = [int(number) for number, _ in entries if number]
-    if not entries or (numbers and numbers != list(range(len(entries)))):
+    numbers = [number for number, _ in entries if number]
+    if not entries or (numbers and numbers != list(map(str, range(len(entries))))):
         return None
     return tuple(_strip_quotes(name) for _, name in entries)
 
@@ -103,10 +107,12 @@ def _entries(value: str, following: str) -> list[tuple[str, str]]:
     `value` is the text behind the key, `following` the text after that line.
     """
     if value.startswith(("[", "{")):
-        return [*_ITEM.findall(re.split(r"[\]}]", (value + following)[1:], maxsplit=1)[0])]
+        items = takewhile(lambda item: not item["end"], _ITEM.finditer(value + following, 1))
+        return [(item[1] or "", item[2]) for item in items]
     entries = []
     for line in following.splitlines():
-        if not line.strip() or line.lstrip().startswith("#"):
+        line = line.strip()
+        if not line or line.startswith("#"):
             continue
         entry = _ENTRY.fullmatch(line) if len(line) <= _MAX_ENTRY_LENGTH else None
         if entry is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,8 @@ def test_what_has_nothing_to_train_on_says_why(tmp_path: Path, files: dict[str, 
         ("data.yaml", 'nc: 2\nnames: [ "a b" ,\n  c ]\nother: [x]\n'),
         ("data.yaml", "# names\nnames:\n- a b\n- c\nroboflow:\n  x: y\n"),
         ("fruits.yaml", "train: images\nnames: [a b, c]\n"),
+        ("data.yaml", "names: [\n  'a b',\n  c,\n  ]\n"),
+        ("data.yaml", "names: {0: a b, 1: c , }\n"),
         ("notes.json", '{"categories": [{"id": 0, "name": "a b"}, {"id": 1, "name": "c"}], "info": {"year": 2024}}'),
         ("dataset.yaml", "names:\n  # all\n  0: a b  # first\n\n  1: 'c'\ndownload: |\n  2: d\n"),
     ],
@@ -210,6 +213,25 @@ def test_what_has_nothing_to_train_on_says_why(tmp_path: Path, files: dict[str, 
 def test_names_of_classes_are_read_in_each_form(tmp_path: Path, name: str, text: str) -> None:
     put(tmp_path, {name: text.encode()})
     assert find_class_list([tmp_path / "none", tmp_path]) == ("a b", "c")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("names: ['a]', \"b, c\"]\n", ("a]", "b, c")), ("names:\n  - C# # sharp\n  - it's\n", ("C#", "it's"))],
+)
+def test_marks_of_yaml_may_be_in_the_name_of_a_class(tmp_path: Path, text: str, names: tuple[str, ...]) -> None:
+    put(tmp_path, {"data.yaml": text.encode()})
+    assert find_class_list([tmp_path]) == names
+
+
+@pytest.mark.parametrize("text", ["[" + "\n" * 60_000, "[" + "," * 60_000, "{" + "9" * 9000 + ": a}"])
+def test_names_that_are_no_list_are_refused_at_once(tmp_path: Path, text: str) -> None:
+    put(tmp_path, {"data.yaml": f"names: {text}\n".encode()})
+    start = time.process_time()
+    with pytest.raises(ConfigError) as error:
+        find_class_list([tmp_path])
+    assert "names in" in error.value.what
+    assert time.process_time() - start < 1
 
 
 def test_outlines_become_the_boxes_around_them_and_the_log_says_so_once(
@@ -245,6 +267,15 @@ def test_the_parts_are_those_that_data_yaml_names(tmp_path: Path, text: str) -> 
         put(tmp_path, {f"images/{folder}/{n}.png": picture(n), f"labels/{folder}/{n}.txt": BOX})
     data = snapshot(tmp_path, BOXES)
     assert (seeds(data.x_train), seeds(data.x_val)) == ([1, 2, 3], [4])
+
+
+def test_lists_tell_images_of_one_name_in_several_parts_apart(tmp_path: Path) -> None:
+    put(tmp_path, {"data.yaml": b"train: train.txt\nval: /content/x/val.txt\n", "train.txt": b"./train/images/1.png\n"})
+    put(tmp_path, {"val.txt": b"/content/x/val/images/1.png\n"})
+    for n, part in enumerate(("train", "val"), 1):
+        put(tmp_path, {f"{part}/images/1.png": picture(n), f"{part}/labels/1.txt": BOX})
+    data = snapshot(tmp_path, BOXES)
+    assert (seeds(data.x_train), seeds(data.x_val)) == ([1], [2])
 
 
 def test_a_folder_that_is_trained_and_validated_on_is_divided(tmp_path: Path) -> None:
@@ -294,6 +325,7 @@ def test_boxes_of_pascal_voc_are_shares_of_the_image(
         6: b'<!DOCTYPE a [<!ENTITY b "c">]>' + voc(("bee", 1, 1, 5, 5)),
         7: voc(("bee", 1, 1, 5, 5))[:-3],
         8: b"<a>" * 100,
+        10: voc(("bee", 0, 0, 100, 50)),  # of a tool that counts pixels from 0
     }
     for n, body in bodies.items():
         put(tmp_path, {f"{images}/{n}.png": picture(n), f"{labels}/{n}.xml": body})
@@ -301,7 +333,8 @@ def test_boxes_of_pascal_voc_are_shares_of_the_image(
     data = snapshot(tmp_path, BOXES)
     labels_of = {seeds([x])[0]: y for x, y in zip(np.asarray(data.x_train), np.asarray(data.y_train), strict=True)}
     empty = [-1, 0, 0, 0, 0]
-    assert labels_of.keys() == {1, 2}
+    assert labels_of.keys() == {1, 2, 10}
+    np.testing.assert_allclose(labels_of[10], [[1, 0.5, 0.5, 1, 1], empty])
     np.testing.assert_allclose(labels_of[1], [[1, 0.25, 0.5, 0.5, 1], [0, 0.5, 0.3, 0.2, 0.2]], atol=1e-6)
     np.testing.assert_allclose(labels_of[2], [empty, empty])
     assert caplog.text.count("is left out") >= 6

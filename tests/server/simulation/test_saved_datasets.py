@@ -165,11 +165,13 @@ def test_metadata_have_the_labels_and_owners_of_a_folder_of_images(library: Any,
         ("file_name,label\n0.png,\n", "the label"),
         ("file_name,label\n1.png,2\n", "1.png"),
         ("file_name,label\n", "no images"),
+        ("file_name,label,who\n0.png,a\n", "the owner"),
     ],
 )
 def test_metadata_that_name_no_image_or_no_label_are_refused(tmp_path: Path, text: str, subject: str) -> None:
     put(tmp_path, ["0.png"])
     (tmp_path / "metadata.csv").write_text(text)
+    columns = ParquetColumns(owner="who") if "who" in text else None
     with pytest.raises(DataError) as error:
-        read_samples(tmp_path)
+        read_samples(tmp_path, columns)
     assert subject in str(error.value)

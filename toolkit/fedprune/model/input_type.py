@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError
+from fedprune.core.errors import DataError, ModelError, value_text
 
-_ONNX_NAMES = {"float": "float32"}
+_WHOLE = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+_ONNX_NAMES = {"float": "float32", "float16": "float16", "double": "float64", **{name: name for name in _WHOLE}}
 _IDENTIFIERS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
@@ -23,9 +24,11 @@ class InputType:
 
     @classmethod
     def of(cls, name: str) -> InputType:
-        """The type of onnxruntime's name, such as "tensor(uint8)"."""
+        """The type of onnxruntime's name, such as "tensor(uint8)"; raises `ModelError` for one without numbers."""
         text = name.removeprefix("tensor(").removesuffix(")")
-        return cls(np.dtype(_ONNX_NAMES.get(text, text)))
+        if text not in _ONNX_NAMES:
+            raise ModelError("type of the model's inputs", expected=", ".join(_ONNX_NAMES), got=value_text(text))
+        return cls(np.dtype(_ONNX_NAMES[text]))
 
     @property
     def is_whole(self) -> bool:

@@ -60,7 +60,8 @@ def read_metadata(root: Path, path: Path, columns: ParquetColumns) -> Iterator[I
         relative = _checked_path(row[FILE_NAME], place)
         image = path.parent / relative
         folders = image.parent.relative_to(root).parts
-        yield ImageRow(image, folders, _label(row[columns.y], place), str(row[columns.owner]) if columns.owner else "")
+        owner = str(_name(row[columns.owner], f"{place}: the owner")) if columns.owner else ""
+        yield ImageRow(image, folders, _name(row[columns.y], f"{place}: the label"), owner)
 
 
 def _csv_rows(text: str) -> Iterator[dict[str, Any]]:
@@ -87,9 +88,9 @@ def _checked_path(value: object, place: str) -> Path:
     return Path(path)
 
 
-def _label(value: object, place: str) -> str | int:
+def _name(value: object, what: str) -> str | int:
     if isinstance(value, str) and value.strip():
         return value.strip()
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise DataError(f"{place}: the label", expected="a whole number or a text", got=value_text(value))
+    raise DataError(what, expected="a whole number or a text", got=value_text(value))
