@@ -15,7 +15,6 @@ from fedprune_device.data.sequences import LENGTHS, PaddedRows, describe_rows
 from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.stored_array import (
     Inputs,
-    StoredArray,
     as_inputs,
     join_arrays,
     select_pairs,
@@ -63,8 +62,7 @@ def pack_inputs(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, A
                 got=", ".join(f"{n} {type_text(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in members.items()),
             )
         # uint8 isn't a type of token ids: models read images of whole numbers as float32.
-        dtypes = [a.file_dtype if isinstance(a, StoredArray) else a.dtype for a in members.values()]
-        are_whole = all(dtype.kind in "iu" and dtype != np.uint8 for dtype in dtypes)
+        are_whole = all(a.dtype.kind in "iu" and a.dtype != np.uint8 for a in members.values())
         dtype = np.dtype(np.int64 if are_whole else np.float32)
         packed[f"x{split}"] = join_arrays([members[name] for name in names], dtype, spool)
     return packed, None

@@ -148,10 +148,7 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
             if not isinstance(arrays, np.ndarray):
                 with arrays:
                     entries = {info.filename.removesuffix(".npy"): info for info in arrays.zip.infolist()}
-                    return {
-                        n: archive_array(path, arrays.zip, entries[n], spool, any_type=n.partition("_")[0] != "x")
-                        for n in arrays.files
-                    }
+                    return {n: archive_array(path, arrays.zip, entries[n], spool) for n in arrays.files}
             if not single:
                 raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
             return {"x": arrays}

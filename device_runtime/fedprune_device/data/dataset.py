@@ -179,7 +179,7 @@ class LocalData:
         for split in SPLITS:
             x, y = self._samples_of(split)
             spooled = spool_large(x, spool)
-            arrays += [spooled, spooled if self.is_unlabelled else spool_large(y, spool, any_type=True)]
+            arrays += [spooled, spooled if self.is_unlabelled else spool_large(y, spool)]
         return LocalData(*arrays, rows=self.rows, spool=spool)
 
     def check(self, targets: Targets, shape: Shape | None = None, *, input_type: InputType | None = None) -> None:

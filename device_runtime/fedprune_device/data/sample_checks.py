@@ -13,10 +13,7 @@ import numpy as np
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis
-from fedprune_device.data.stored_array import Array, Inputs, StoredArray, as_inputs
-
-# Whole numbers that aren't identifiers: pixels, levels of a sound, marks.
-_SHORT_TYPES = tuple(np.dtype(kind) for kind in (np.uint8, np.int8, np.int16, np.bool_))
+from fedprune_device.data.stored_array import Array, Inputs, StoredArray, as_inputs, type_in_memory
 
 
 def check_shape(x: Inputs, shape: Shape) -> None:
@@ -37,7 +34,7 @@ def check_type(x: Inputs, input_type: InputType) -> None:
         raise DataError(
             "type of inputs",
             expected=str(input_type),
-            got="int64, as which all whole numbers are read" if x.dtype.kind == "i" else x.dtype,
+            got="int64, as which all whole numbers are read" if x.dtype == np.int64 else x.dtype,
             hint=input_type.hint,
         )
     if isinstance(x, np.ndarray):
@@ -90,19 +87,12 @@ def checked_inputs(inputs: Inputs, split: str = "") -> Inputs:
     if inputs.ndim < 2:
         raise DataError(f"{kind}inputs", expected="[n, ...]", got=inputs.shape)
     if not isinstance(inputs, StoredArray):
-        inputs = np.ascontiguousarray(inputs, _type_in_memory(inputs.dtype))
+        inputs = np.ascontiguousarray(inputs, type_in_memory(inputs.dtype))
         _check_numbers(inputs, f"{kind}inputs")
         return inputs
     if not inputs.checked:
         _check_chunks(inputs, f"{kind}inputs")
     return replace(inputs, checked=True)
-
-
-def _type_in_memory(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type in which inputs are kept: short whole numbers stay as small as they are."""
-    if dtype.kind == "f":
-        return np.dtype(np.float32)
-    return dtype if dtype in _SHORT_TYPES else np.dtype(np.int64)
 
 
 def _check_chunks(array: StoredArray, what: str) -> None:

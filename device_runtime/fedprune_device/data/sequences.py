@@ -71,9 +71,9 @@ def pad_samples(x: Inputs, rows: PaddedRows | None, shape: Shape) -> Inputs:
         return convert(x)
     if rows is None and x.shape[1:][axis : axis + 1] == (bounds.upper,):
         return x
-    sample_shape = convert(np.zeros((0, *x.shape[1:]), x.dtype)).shape[1:]
+    example = convert(np.zeros((0, *x.shape[1:]), x.dtype))
     convert = partial(_convert_read, x.convert, x.dtype, convert)
-    return replace(x, convert=convert, sample_shape=sample_shape, converted_type=x.dtype.type)
+    return replace(x, convert=convert, sample_shape=example.shape[1:], converted_type=example.dtype.type)
 
 
 def _pad_rows(rows: PaddedRows | None, shape: Shape, x: Array) -> Array:

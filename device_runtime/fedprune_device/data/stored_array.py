@@ -57,6 +57,10 @@ class OpenFiles:
         return self.descriptors[0]
 
 
+# Whole numbers that aren't identifiers: pixels, levels of a sound, marks.
+_SHORT_TYPES = tuple(np.dtype(kind) for kind in (np.uint8, np.int8, np.int16, np.bool_))
+
+
 @dataclass(frozen=True, eq=False)
 class StoredArray:
     """An array of samples [n, ...] on the disk.
@@ -107,7 +111,7 @@ class StoredArray:
     @property
     def dtype(self) -> np.dtype[Any]:
         stays_whole = self.file_dtype.kind in "iub" and self.convert is None
-        return np.dtype(np.int64 if stays_whole else self.converted_type)
+        return type_in_memory(self.file_dtype) if stays_whole else np.dtype(self.converted_type)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -213,6 +217,13 @@ class StoredArray:
 Inputs: TypeAlias = "Array | StoredArray"
 
 
+def type_in_memory(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type in which numbers of a file are held: short whole numbers stay as small as they are."""
+    if dtype.kind == "f":
+        return np.dtype(np.float32)
+    return dtype if dtype in _SHORT_TYPES else np.dtype(np.int64)
+
+
 def select_rows(x: Inputs, rows: Rows) -> Inputs:
     return x.select(rows) if isinstance(x, StoredArray) else x[rows]
 
@@ -237,10 +248,8 @@ def chunks(x: Inputs) -> Iterator[Array]:
     return x.chunks() if isinstance(x, StoredArray) else iter((x,))
 
 
-def archive_array(
-    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None, *, any_type: bool = False
-) -> Inputs:
-    """An array of samples in an `.npz` file, on the disk if it is large and of a type that models take, or `any_type`.
+def archive_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None) -> Inputs:
+    """An array of samples in an `.npz` file, on the disk if it is large.
 
     A compressed one is copied to the folder `spool`, or held in memory without one. Damage raises whatever `zipfile` or
     numpy raise.
@@ -256,7 +265,7 @@ def archive_array(
         if npy.read_magic(stream) == (1, 0):
             shape, fortran, dtype = npy.read_array_header_1_0(stream)
             begin = info.file_size - prod(shape) * dtype.itemsize
-            usable = _should_spool(dtype, shape, any_type=any_type) and not fortran and stream.tell() == begin
+            usable = _should_spool(dtype, shape) and not fortran and stream.tell() == begin
         if not shape or not usable or (is_compressed and spool is None):
             with archive.open(info) as stream_again:
                 return np.asarray(npy.read_array(stream_again, allow_pickle=False))
@@ -270,9 +279,9 @@ def archive_array(
     return StoredArray(path.absolute(), stamp, start + begin, dtype, shape)
 
 
-def spool_large(x: Inputs, spool: Path, *, any_type: bool = False) -> Inputs:
+def spool_large(x: Inputs, spool: Path) -> Inputs:
     """Checked samples in a temporary file in `spool`, which is deleted with this process, if they are large."""
-    if isinstance(x, StoredArray) or not _should_spool(x.dtype, x.shape, any_type=any_type):
+    if isinstance(x, StoredArray) or not _should_spool(x.dtype, x.shape):
         return x
     stored_array = _write_spool(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
     return replace(stored_array, checked=True)
@@ -310,7 +319,7 @@ class ArrayWriter:
         self._parts = [np.zeros((0, *shape[1:]), dtype)]
         self._bytes = 0
         self._file: OpenFiles | None = None
-        if spool is not None and _should_spool(dtype, shape, any_type=False):
+        if spool is not None and _should_spool(dtype, shape):
             with storage_errors(f"can't write a copy of the samples to {spool}"):
                 self._file = OpenFiles.in_folder(spool)
 
@@ -330,10 +339,9 @@ class ArrayWriter:
         return StoredArray(self._file, _file_stamp(self._file.fileno()), 0, self._dtype, self._shape)
 
 
-def _should_spool(dtype: np.dtype[Any], shape: tuple[int, ...], *, any_type: bool) -> bool:
-    """Whether these are many numbers, of a type that a model takes as samples; labels may be of `any_type`."""
-    kind = dtype.kind in "iufb" if any_type else dtype.kind == "f" or dtype in (np.uint8, np.int32, np.int64)
-    return kind and len(shape) > 1 and 4 * prod(shape) > MAX_SAMPLES_IN_MEMORY
+def _should_spool(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    """Whether these are many numbers."""
+    return dtype.kind in "iufb" and len(shape) > 1 and 4 * prod(shape) > MAX_SAMPLES_IN_MEMORY
 
 
 def _write_spool(

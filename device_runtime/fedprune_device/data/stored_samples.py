@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model.input_type import InputType
-from fedprune.model.lengths import Shape, fits_shape, free_axis, pad_to_bound, upper_shape
+from fedprune.model.lengths import Shape, fits_shape, free_axis, pad_to_bound, padded_type, upper_shape
 from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
@@ -113,7 +113,7 @@ def local_data(
             padded_shape = tuple(int(size) for size in upper_shape(shape) if isinstance(size, int))
             raw = (_stored_array(files, sample.outline, positions[n : n + 1]) for n, sample in enumerate(samples))
             rows = (pad_to_bound(array[:], shape) for array in raw)
-            arrays += [gather_chunks(rows, (len(samples), *padded_shape), example.dtype, spool), labels]
+            arrays += [gather_chunks(rows, (len(samples), *padded_shape), padded_type(example.dtype), spool), labels]
         else:
             stored = _stored_array(files, example, positions)
             inputs = stored[:] if fits_memory else stored

@@ -346,3 +346,31 @@ def test_a_full_disk_at_any_write_changes_nothing_and_later_there_is_room_again(
             assert numbers(samples) == expected, at
         with small(root) as reopened:
             assert numbers(reopened) == expected, at
+
+
+@pytest.mark.parametrize("room", [0, 2**20])
+def test_short_whole_numbers_keep_their_type_and_sign_in_memory_and_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    monkeypatch.setattr("fedprune_device.data.stored_samples.MAX_SAMPLES_IN_MEMORY", room)
+    with open_store(tmp_path, shares=SplitShares(0.0)) as store:
+        for n in range(4):
+            store.add(np.array([-n, 7], np.int16), 0)
+        x = store.snapshot((2,), Targets("cross_entropy", 1)).x_train
+        assert x.dtype == np.int16
+        assert sorted(np.asarray(x).tolist()) == [[-3, 7], [-2, 7], [-1, 7], [0, 7]]
+
+
+@pytest.mark.parametrize("room", [0, 2**20])
+def test_short_whole_numbers_are_padded_as_wider_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    for module in ("stored_samples", "stored_array"):
+        monkeypatch.setattr(f"fedprune_device.data.{module}.MAX_SAMPLES_IN_MEMORY", room)
+    shape = (Lengths(1, 4),)
+    with open_store(tmp_path, shares=SplitShares(0.0)) as store:
+        for n in (1, 2, 3):
+            store.add(np.full(n, 255, np.uint8), 0)
+        x = np.asarray(store.snapshot(shape, Targets("cross_entropy", 1)).x_train)
+    expected = [pad_to_bound(np.full((1, n), 255), shape)[0].tolist() for n in (1, 2, 3)]
+    assert sorted(x.tolist()) == sorted(expected)

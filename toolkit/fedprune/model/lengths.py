@@ -132,6 +132,7 @@ def pad_to_bound(x: Array, shape: Shape, lengths: Array | None = None) -> Array:
         )
     if own_length == bounds.upper and lengths is None:
         return x
+    x = x.astype(padded_type(x.dtype), copy=False)
     padded_x = np.full((*x.shape[:x_axis], bounds.upper, *x.shape[x_axis + 1 :]), padding_value(x.dtype), x.dtype)
     np.moveaxis(padded_x, x_axis, 1)[:, :own_length] = np.moveaxis(x, x_axis, 1)
     if lengths is not None:
@@ -152,6 +153,12 @@ def lengths_of(x: Array, axis: int) -> npt.NDArray[np.int64]:
     # One number per position is enough: a position is padded in all of its numbers, or in none.
     numbers = np.moveaxis(x, axis + 1, 1).reshape(len(x), x.shape[axis + 1], -1)[:, :, 0]
     return np.asarray((numbers < padding_value(x.dtype)).sum(1), np.int64)
+
+
+def padded_type(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """The type of samples once they are padded: short whole numbers have no room for the padding."""
+    kind = np.dtype(dtype)
+    return np.dtype(np.int64) if kind.kind in "iub" and kind != np.int32 else kind
 
 
 def padding_value(dtype: npt.DTypeLike) -> float | int:
