@@ -13,13 +13,8 @@ from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.sample_checks import checked_samples
 from fedprune_device.data.sequences import LENGTHS, PaddedRows, describe_rows
 from fedprune_device.data.splits import TEST_SHARE
-from fedprune_device.data.stored_array import (
-    Inputs,
-    as_inputs,
-    join_arrays,
-    select_pairs,
-    type_text,
-)
+from fedprune_device.data.spooled_arrays import join_arrays
+from fedprune_device.data.stored_array import Inputs, as_inputs, select_pairs, type_text
 
 
 def as_mapping(returned: object) -> dict[str, Any]:

@@ -21,11 +21,8 @@ from fedprune_device.data.sample_checks import check_shape, check_type, checked_
 from fedprune_device.data.sequences import pad_samples
 from fedprune_device.data.source_samples import MAX_SAMPLES, SourceSamples
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.data.stored_array import (
-    Inputs,
-    StoredArray,
-    archive_array,
-)
+from fedprune_device.data.spooled_arrays import archive_array
+from fedprune_device.data.stored_array import Inputs, StoredArray
 
 _WORKBOOK_HINT = "Save the sheet as CSV UTF-8."
 _TABLE_HINT = "Write it as CSV with names of columns, such as pandas.read_json(PATH, lines=True).to_csv(OUT)."

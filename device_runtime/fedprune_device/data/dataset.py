@@ -20,7 +20,8 @@ from fedprune_device.data.data_source import LABELS, ArrayType, Schema
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_samples, common_type
 from fedprune_device.data.sequences import PaddedRows, pad_labels, pad_samples
-from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray, select_pairs, spool_large, type_text
+from fedprune_device.data.spooled_arrays import spool_large
+from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray, select_pairs, type_text
 
 SPLITS = ("train", "test", "val")  # the suffixes of the arrays in a file, and in `LocalData`
 _NO_SAMPLES = np.zeros((0, 0), np.float32)

@@ -20,7 +20,8 @@ import numpy as np
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Lengths, Shape, check_lengths, free_axis, lengths_of, pad_to_bound
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.stored_array import Array, Inputs, StoredArray, chunks, gather_chunks
+from fedprune_device.data.spooled_arrays import gather_chunks
+from fedprune_device.data.stored_array import Array, Inputs, StoredArray, chunks
 
 LENGTHS = "lengths"  # the array of a file that holds the length of each sample
 

@@ -17,7 +17,8 @@ from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.notes import Notes
 from fedprune_device.data.splits import SplitShares
-from fedprune_device.data.stored_array import Array, ArrayWriter, Inputs, Rows
+from fedprune_device.data.spooled_arrays import ArrayWriter
+from fedprune_device.data.stored_array import Array, Inputs, Rows
 
 _CHUNK_BYTES = 2**20  # bytes of samples that are read at once
 MAX_SAMPLES = 2**31  # of a source: a length beyond it is nonsense

@@ -21,7 +21,8 @@ from fedprune.model.lengths import Shape, fits_shape, free_axis, pad_to_bound, p
 from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.stored_array import Array, OpenFiles, StoredArray, gather_chunks
+from fedprune_device.data.spooled_arrays import gather_chunks
+from fedprune_device.data.stored_array import Array, OpenFiles, StoredArray
 
 # The types of samples in files, by the first byte of a stored sample. Other whole numbers are stored as int64.
 _TYPES = ("<f4", "<i8", "|u1", "|i1", "<i2", "|b1")

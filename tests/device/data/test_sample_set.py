@@ -365,7 +365,7 @@ def test_short_whole_numbers_keep_their_type_and_sign_in_memory_and_on_the_disk(
 def test_short_whole_numbers_are_padded_as_wider_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    for module in ("stored_samples", "stored_array"):
+    for module in ("stored_samples", "spooled_arrays"):
         monkeypatch.setattr(f"fedprune_device.data.{module}.MAX_SAMPLES_IN_MEMORY", room)
     shape = (Lengths(1, 4),)
     with open_store(tmp_path, shares=SplitShares(0.0)) as store:

@@ -67,7 +67,7 @@ def _files() -> tuple[Target, ...]:
 
     def read_streamed(path: Path) -> object:
         """Samples that stay in the file, or in a copy of it, as those of a large set do."""
-        with patch("fedprune_device.data.stored_array.MAX_SAMPLES_IN_MEMORY", 0):
+        with patch("fedprune_device.data.spooled_arrays.MAX_SAMPLES_IN_MEMORY", 0):
             return _read(load_data(str(path), validation_share=0.2, spool=scratch()))
 
     def arrays(name: str, parse: Callable[[Path], object], seeds: tuple[bytes, ...]) -> Target:
