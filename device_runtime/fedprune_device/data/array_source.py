@@ -17,23 +17,13 @@ from fedprune.model.lengths import Shape
 from fedprune_device.data.array_assembly import as_mapping, assemble, pack_inputs
 from fedprune_device.data.data_source import DataSource
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.other_files import OTHER_FORMS
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_inputs
 from fedprune_device.data.sequences import pad_samples
 from fedprune_device.data.source_samples import MAX_SAMPLES, SourceSamples
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.spooled_arrays import archive_array
 from fedprune_device.data.stored_array import Inputs, StoredArray
-
-_WORKBOOK_HINT = "Save the sheet as CSV UTF-8."
-_TABLE_HINT = "Write it as CSV with names of columns, such as pandas.read_json(PATH, lines=True).to_csv(OUT)."
-_DATABASE_HINT = "Write a table of it as CSV: sqlite3 -csv -header FILE 'SELECT ...' > OUT.csv"
-# What to do with files that hold samples in a form that a board doesn't read, by their extension.
-_OTHER_FILES = {
-    **dict.fromkeys((".xls", ".xlsx", ".ods"), _WORKBOOK_HINT),
-    **dict.fromkeys((".json", ".jsonl", ".ndjson"), _TABLE_HINT),
-    **dict.fromkeys((".db", ".sqlite", ".sqlite3"), _DATABASE_HINT),
-    ".txt": "If it is a table, name it .csv.",
-}
 
 
 def load_data(
@@ -156,7 +146,7 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
     except Exception as error:  # a damaged file makes zipfile, numpy and its parser of headers raise anything
         raise DataError(
             f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{unreadable_reason(error)}",
-            hint=_OTHER_FILES.get(path.suffix.lower(), "Write it with numpy.savez(path, x=..., y=...)."),
+            hint=OTHER_FORMS.get(path.suffix.lower(), "Write it with numpy.savez(path, x=..., y=...)."),
         ) from error
 
 

@@ -68,11 +68,10 @@ class Pixels:
     def decode(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
         """An image as viewers display it (`viewer_image`), in the size that the model takes, [height, width, colours].
 
-        `kinds` are Pillow's names of the accepted formats; `shape` is [1 or 3, height, width], or has the
-        colours last. Raises `DataError` if it
-        is another kind of file or too large, `MissingExtraError` without Pillow.
+        `kinds` are Pillow's names of the accepted formats; `shape` is [1 or 3, height, width], or has the colours last.
+        Raises `DataError` if it is another kind of file or too large, `MissingExtraError` without Pillow.
         """
-        if len(shape) != 3 or not {shape[0], shape[2]} & {1, 3} or not all(isinstance(s, int) for s in shape):
+        if not is_picture(shape) or not all(isinstance(s, int) for s in shape):
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
         sizes = [s for s in shape if isinstance(s, int)]
         colours, height, width = (sizes[2], *sizes[:2]) if has_colours_last(shape) else sizes
@@ -94,8 +93,7 @@ class Pixels:
     def png(self, sample: npt.NDArray[Any]) -> bytes:
         """The picture of a sample [1 or 3, height, width], or with its colours last, as a PNG file; raises `DataError`
         for other samples."""
-        is_image = sample.ndim == 3 and bool({sample.shape[0], sample.shape[2]} & {1, 3})
-        if not is_image or sample.dtype not in (np.float32, np.uint8) or not sample.size:
+        if not is_picture(sample.shape) or sample.dtype not in (np.float32, np.uint8) or not sample.size:
             raise DataError(
                 "the picture of a sample", expected="numbers [1 or 3, height, width]", got=shape_text(*sample.shape)
             )
@@ -108,6 +106,11 @@ class Pixels:
         shares = sample * deviation[:colours] + mean[:colours]
         pixels = np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
         return _png_bytes(pixels)
+
+
+def is_picture(shape: Shape) -> bool:
+    """Whether a sample of this shape may be a picture: [colours, height, width] or [height, width, colours]."""
+    return len(shape) == 3 and bool({shape[0], shape[2]} & {1, 3})
 
 
 def has_colours_last(shape: Shape) -> bool:

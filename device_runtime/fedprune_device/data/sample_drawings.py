@@ -12,7 +12,7 @@ from fedprune.output.chart import lay_out_chart
 from fedprune.output.chart_html import chart_html, html_text
 from fedprune_device.data.box_layouts import takes_boxes
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.image_decoding import Pixels, has_colours_last
+from fedprune_device.data.image_decoding import Pixels, has_colours_last, is_picture
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import Array
 from fedprune_device.data.summary import channel_axis
@@ -57,7 +57,7 @@ def _label_text(y: Array, class_names: Sequence[str]) -> str:
 
 
 def _drawing(x: Array, y: Array, targets: Targets | None, pixels: Pixels, number: int) -> str:
-    if x.ndim == 3 and {x.shape[0], x.shape[2]} & {1, 3} and (x.dtype.kind == "f" or x.dtype == np.uint8):
+    if is_picture(x.shape) and (x.dtype.kind == "f" or x.dtype == np.uint8):
         x = x.transpose(2, 0, 1) if has_colours_last(x.shape) else x
         layers = _box_rects(y, x.shape) if targets is not None and takes_boxes(targets) else ""
         html = _image_svg(pixels.png(x), x.shape[2], x.shape[1], layers)

@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Shape
-from fedprune_device.data import sound_files
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.decoded_samples import CacheFullError, DecodedSamples
 from fedprune_device.data.file_index import FileIndex
@@ -27,6 +26,7 @@ from fedprune_device.data.folder_layout import layout_of
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.layouts import MAX_LABEL_BYTES, NO_LABELS, Layout
 from fedprune_device.data.notes import Notes
+from fedprune_device.data.other_files import SINGLE_FILES, WAY_OUT
 from fedprune_device.data.splits import SplitShares
 
 INDEX_FILE = "images.index"  # the name of the index in a board's state folder
@@ -40,23 +40,6 @@ _MAX_FILES = 200_000  # files that are looked at: of each class all, or a fair s
 # Files that are read at the start if the index doesn't know them; the first round reads the others, so that a board
 # with many new files is ready at once.
 _MAX_HASHED_AT_START = 1000
-
-# Endings of samples that aren't read, with what to do about them. Where soundfile is installed, its formats are read.
-_WAY_OUT = {
-    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".dng", ".svg"), "convert them to JPEG or PNG"),
-    **dict.fromkeys((".m4a", ".aac", ".wma"), "convert them to WAV"),
-    **dict.fromkeys(sound_files.ENDINGS, f"{sound_files.INSTALL_HINT}, or convert them to WAV"),
-}
-
-# Endings of files each of which is a source of its own, with what to do where a folder has them.
-_SINGLE_FILES = {
-    **dict.fromkeys(
-        (".csv", ".tsv", ".parquet"),
-        "A table is one file: --data FOLDER/NAME.csv. Join tables of the same columns into one, such as: "
-        "(head -n 1 A.csv; tail -qn +2 *.csv) > ../ALL.csv",
-    ),
-    **dict.fromkeys((".npz", ".npy"), "Arrays are one file: --data FOLDER/NAME.npz, with x and y."),
-}
 
 # If the same file is in several parts, the last of these decides, so that no sample is trained on and tested on.
 _SPLIT_ORDER = ("train", "val", "test")
@@ -200,11 +183,11 @@ class SampleFolder:
             got = f"{len(refusals)} that don't fit, such as one for this reason: {refusals[0]}"
         elif self._foreign_counts:
             ending, count = self._foreign_counts.most_common(1)[0]
-            way_out = _WAY_OUT[ending]
+            way_out = WAY_OUT[ending]
             got, hint = f"{count} that end in {ending}", f"{way_out[0].upper()}{way_out[1:]}."
         else:
             got = f"none that ends in {', '.join(self._formats)}"
-            hint = next((hint for ending, hint in _SINGLE_FILES.items() if any(layout.files((ending,)))), "")
+            hint = next((hint for ending, hint in SINGLE_FILES.items() if any(layout.files((ending,)))), "")
         return DataError(f"{self._root} has nothing to train on", expected=layout.expected_files, got=got, hint=hint)
 
     def _decode(
@@ -227,7 +210,7 @@ class SampleFolder:
     def _choose_files(self, max_new: int = _MAX_FILES) -> Layout:
         """Find the files and choose among them; at most `max_new` files that the index doesn't know are read."""
         layout = layout_of(self._root, self._names)
-        paths_by_class = layout.files((*self._formats, *_WAY_OUT))
+        paths_by_class = layout.files((*self._formats, *WAY_OUT))
         self._count_foreign(path.suffix.lower() for paths in paths_by_class for path in paths)
         paths_by_class = [[path for path in paths if path.suffix.lower() in self._formats] for paths in paths_by_class]
         if (count := sum(map(len, paths_by_class))) > _MAX_FILES:
@@ -287,7 +270,7 @@ class SampleFolder:
     def _count_foreign(self, endings: Iterable[str]) -> None:
         counts = Counter(ending for ending in endings if ending not in self._formats)
         for ending in counts.keys() - self._foreign_counts.keys():
-            _LOG.warning("files of %s that end in %s are left out: %s", self._root, ending, _WAY_OUT[ending])
+            _LOG.warning("files of %s that end in %s are left out: %s", self._root, ending, WAY_OUT[ending])
         self._foreign_counts = counts
 
     def _format(self, path: Path) -> Format:

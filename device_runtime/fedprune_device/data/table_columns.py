@@ -56,9 +56,9 @@ class TableColumns:
         if not times and len(unnamed_dates) == 1:
             times = {unnamed_dates[0]: TIMESTAMPS[0]}
         used_columns = [i for i, name in enumerate(lower_names) if i not in times and not _INDEX.fullmatch(name)]
-        places = {name.strip().lower(): place for place, name in enumerate(chosen)}
+        order = [name.strip().lower() for name in chosen]
         if chosen:
-            is_kept = [name in places or name in CLASSES or name.startswith(TARGET) for name in lower_names]
+            is_kept = [name in order or name in CLASSES or name.startswith(TARGET) for name in lower_names]
             used_columns = [column for column in used_columns if is_kept[column]]
         if len(names) > _MAX_COLUMNS:
             raise DataError("columns", expected=f"at most {_MAX_COLUMNS}", got=len(names))
@@ -79,7 +79,7 @@ class TableColumns:
         targets = tuple(column for column in used_columns if lower_names[column].startswith(TARGET))
         inputs = tuple(column for column in used_columns if column not in targets + classes)
         if chosen:
-            inputs = _in_order(inputs, lower_names, places)
+            inputs = _in_order(inputs, lower_names, order)
         if not inputs:
             raise DataError("columns", expected="some of numbers to read", got="none")
         index = next((i for i, name in enumerate(lower_names) if _INDEX.fullmatch(name)), None)
@@ -112,14 +112,14 @@ class OpenTable(NamedTuple):
     notes: Callable[[], list[str]]
 
 
-def _in_order(inputs: Sequence[int], names: Sequence[str], places: Mapping[str, int]) -> tuple[int, ...]:
-    """Columns in the order of `places`; raises `DataError` if one isn't among them."""
-    found = {names[column]: column for column in inputs}
-    for name, place in places.items():
-        if name not in found:
+def _in_order(inputs: Sequence[int], names: Sequence[str], order: Sequence[str]) -> tuple[int, ...]:
+    """Columns in the order of these of their `names`; raises `DataError` if one isn't among them."""
+    columns = {names[column]: column for column in inputs}
+    for number, name in enumerate(order, 1):
+        if name not in columns:
             got = "one of times, of classes, or to predict" if name in names else "no column of this name"
-            raise DataError(f"name {place + 1} of the chosen columns", expected="a column of inputs", got=got)
-    return tuple(found[name] for name in places)
+            raise DataError(f"name {number} of the chosen columns", expected="a column of inputs", got=got)
+    return tuple(columns[name] for name in order)
 
 
 def _time_kind(name: str) -> str:

@@ -29,7 +29,7 @@ class TableOptions:
             raise ConfigError("missing numbers of a table", expected=", ".join(MISSING), got=self.missing)
         if self.step is not None and not 0 < self.step < 1e10:
             raise ConfigError("step of a table", expected="seconds above 0", got=self.step)
-        names = [name.lower() for name in self.columns]
+        names = [name.strip().lower() for name in self.columns]
         if len(set(names)) < len(names):
             raise ConfigError("columns of a table", expected="different names", got=", ".join(self.columns))
 
