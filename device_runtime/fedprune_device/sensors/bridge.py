@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
-from queue import SimpleQueue
 from secrets import token_hex
 from typing import NamedTuple
 
@@ -53,14 +53,13 @@ def run_sensors(config: SensorConfig, stopping: threading.Event, *, patient: boo
     """
     drops = DropCounts()
     collector = SampleCollector(config, drops)
-    # Filled in the network thread; as many as there are topics, after each connection.
-    retained: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
+    retained = _RetainedMessages()
     link = BrokerLink(
         config.broker,
         f"fedprune-sensors-{token_hex(4)}",  # two clients of one name would disconnect each other
         tls=partial(tls_context, config.ca),
         inbox=Inbox[Event](_INBOX_BYTES),
-        on_retained=lambda topic, body: retained.put((topic, body)),
+        on_retained=retained.put,
     )
     link.subscribe(config.subscriptions)
     with link:
@@ -72,6 +71,24 @@ def run_sensors(config: SensorConfig, stopping: threading.Event, *, patient: boo
             bridge.report()
 
 
+class _RetainedMessages:
+    """Messages that the network thread takes after each connection, one of each topic; of limited size together."""
+
+    def __init__(self) -> None:
+        self._inbox = Inbox[Event](_INBOX_BYTES)
+        self._has_warned = False
+
+    def put(self, topic: str, body: bytes) -> None:
+        if not self._inbox.put_message(topic, body) and not self._has_warned:
+            self._has_warned = True
+            _LOG.warning("sensors: retained messages are left out, of which there are more than %d bytes", _INBOX_BYTES)
+
+    def take(self) -> Iterator[tuple[str, bytes]]:
+        """Those that are there now."""
+        while isinstance(message := self._inbox.get(0), tuple):
+            yield message
+
+
 class _Bridge:
     """Takes messages as they come, a row at each period, and hands samples in; all in one thread."""
 
@@ -80,7 +97,7 @@ class _Bridge:
         config: SensorConfig,
         collector: SampleCollector,
         drops: DropCounts,
-        retained: SimpleQueue[tuple[str, bytes]],
+        retained: _RetainedMessages,
     ) -> None:
         self._config, self._collector, self._drops, self._retained = config, collector, drops, retained
         self._board = Board(config.board, timeout=_BOARD_TIMEOUT_S, tries=1)
@@ -95,8 +112,8 @@ class _Bridge:
         while not stopping.is_set():
             item = link.get(max(0.0, min(next_row - _now(), _MAX_WAIT_S)))
             now = _now()
-            while not self._retained.empty():  # they came before the next message of their topic
-                self._collector.receive(*self._retained.get(), now, is_retained=True)
+            for message in self._retained.take():  # they came before the next message of their topic
+                self._collector.receive(*message, now, is_retained=True)
             if isinstance(item, tuple):
                 self._collector.receive(*item, now)
             elif isinstance(item, ConnectionUp):
