@@ -113,21 +113,21 @@ def ours(seed: int) -> list[dict[str, float]]:
     x, y, *_ = digits()
     net = first_net(seed)
     model = import_onnx(export_torch(net), "net")
-    data, tensors, found = LocalData(x, y, x[:0], y[:0]), dict(model.tensors), []
+    data, tensors, curve = LocalData(x, y, x[:0], y[:0]), dict(model.tensors), []
     for number, (begin, end) in enumerate(pairwise((0, *POINTS)), 1):
         recipe = Recipe(epochs=end - begin, batch_size=BATCH, lr=RATE, momentum=MOMENTUM)
         trainer = Trainer(training_graph(model, recipe.features).to_bytes())
         result = trainer.train(tensors, data, TrainingTask(recipe, CLASSES, seed, "board", number))
         tensors = dict(result.tensors)
         net.load_state_dict({n: torch.tensor(v) for n, v in tensors.items()})
-        found.append(losses(net))
-    return found
+        curve.append(losses(net))
+    return curve
 
 
 def theirs(seed: int, *, has_dropout: bool) -> list[dict[str, float]]:
     """Losses at all points of eager torch, whose momentum begins at 0 where a board's round begins."""
     x, y = (torch.tensor(v) for v in digits()[:2])
-    net, found = first_net(seed, has_dropout=has_dropout), []
+    net, curve = first_net(seed, has_dropout=has_dropout), []
     for begin, end in pairwise((0, *POINTS)):
         optimizer = torch.optim.SGD(net.parameters(), RATE, MOMENTUM)
         for _ in range(end - begin):
@@ -136,8 +136,8 @@ def theirs(seed: int, *, has_dropout: bool) -> list[dict[str, float]]:
                 optimizer.zero_grad()
                 functional.cross_entropy(net(x[rows]), y[rows].long()).backward()
                 optimizer.step()
-        found.append(losses(net))
-    return found
+        curve.append(losses(net))
+    return curve
 
 
 def run(engine: str, seed: int) -> list[dict[str, float]]:
@@ -150,12 +150,12 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for kind in ("train", "test"):
         for i, epoch in enumerate(POINTS):
             values = {e: [row["losses"][i][kind] for row in rows if row["engine"] == e] for e in ENGINES}
-            found: dict[str, Any] = {"loss": kind, "epoch": epoch}
+            row: dict[str, Any] = {"loss": kind, "epoch": epoch}
             for engine in ENGINES:
                 key = engine.replace(" ", "_")
-                found[key] = statistics.fmean(values[engine])
-                found[f"{key}_t"] = _standard_errors(values[engine], values["torch"])
-            out.append(found)
+                row[key] = statistics.fmean(values[engine])
+                row[f"{key}_t"] = _standard_errors(values[engine], values["torch"])
+            out.append(row)
     return out
 
 
@@ -180,9 +180,16 @@ def counted() -> dict[str, Any]:
         (place / "training.onnx").write_bytes(training_graph(model, Recipe().features).to_bytes())
         np.savez(place / "weights.npz", **dict(model.tensors))  # type: ignore[arg-type]
         machine = replace(board, processor=ARM_PROCESSOR)
-        found = {e: count(machine, e, ["net@1"], ARM_BATCH, 900)["net@1"]["instructions"] for e in ("ours", "draws")}
-    about = {"processor": ARM_PROCESSOR, "batch": ARM_BATCH, "step": found["ours"], "draws": found["draws"]}
-    return about | {"share": found["draws"] / found["ours"]}
+        instructions = {
+            e: count(machine, e, ["net@1"], ARM_BATCH, 900)["net@1"]["instructions"] for e in ("ours", "draws")
+        }
+    about = {
+        "processor": ARM_PROCESSOR,
+        "batch": ARM_BATCH,
+        "step": instructions["ours"],
+        "draws": instructions["draws"],
+    }
+    return about | {"share": instructions["draws"] / instructions["ours"]}
 
 
 def main() -> None:

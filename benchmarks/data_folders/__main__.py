@@ -65,10 +65,10 @@ def _outcome(kind: Kind, folder: Path, log: _Lines) -> tuple[str, str]:
     said = "; ".join([*log.lines, *source.notes])
     parts = (read.x_train, read.x_test, read.x_val), (read.y_train, read.y_test, read.y_val)
     x, y = (np.concatenate([np.asarray(part[:]) for part in arrays if len(part)]) for arrays in parts)
-    found = count_samples(x, y, truth)
-    if found is None or (found < len(truth.samples or ()) and not said):
+    sample_count = count_samples(x, y, truth)
+    if sample_count is None or (sample_count < len(truth.samples or ()) and not said):
         return "misread", said
-    if found < len(truth.samples or ()):
+    if sample_count < len(truth.samples or ()):
         return "left out in part", said
     return ("rewritten" if said else "taken"), said
 

@@ -56,10 +56,12 @@ def count_samples(x: Array, y: Array, truth: Truth) -> int | None:
     """How many samples of a truth arrays hold; None if they hold any other sample, or one twice."""
     left = list(truth.samples or ())
     for inputs, label in zip(x, y, strict=True):
-        found = next((i for i, sample in enumerate(left) if _is_sample(inputs, label, sample, truth.tolerance)), None)
-        if found is None:
+        position = next(
+            (i for i, sample in enumerate(left) if _is_sample(inputs, label, sample, truth.tolerance)), None
+        )
+        if position is None:
             return None
-        del left[found]
+        del left[position]
     return len(x)
 
 

@@ -147,8 +147,8 @@ def _times() -> Iterator[Kind]:
 
 
 def _windows_with_rows() -> list[tuple[int, Any]]:
-    found = windows([HEAT, DAMP], CLASS, STEPS)
-    return list(zip(range(ROWS - STEPS + 1), found, strict=True))
+    samples = windows([HEAT, DAMP], CLASS, STEPS)
+    return list(zip(range(ROWS - STEPS + 1), samples, strict=True))
 
 
 def _exports() -> Iterator[Kind]:

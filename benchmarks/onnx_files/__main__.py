@@ -57,10 +57,10 @@ class Judge:
 
 def digest(*paths: Path) -> str:
     """A digest of files."""
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for path in sorted(paths):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+        checksum.update(path.read_bytes())
+    return checksum.hexdigest()[:16]
 
 
 def main() -> None:

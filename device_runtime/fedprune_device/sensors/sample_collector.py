@@ -36,14 +36,14 @@ class _Source:
     """A value's settings, and what its devices last sent."""
 
     settings: SensorValue
-    held: dict[Device, _HeldValue] = field(default_factory=dict)
+    values: dict[Device, _HeldValue] = field(default_factory=dict)
     newest_times: dict[Device, float] = field(default_factory=dict)  # of the messages themselves, in seconds
     # Topics of availability that said so last, and of which device; of all devices with an empty one.
     offline: set[tuple[str, Device]] = field(default_factory=set)
 
     def current(self, device: Device, now: float) -> _HeldValue | None:
-        held = self.held.get(device if self.settings.topic.wildcards else ())
-        return None if held is None or now - held.received_at > self.settings.max_age_s else held
+        value = self.values.get(device if self.settings.topic.wildcards else ())
+        return None if value is None or now - value.received_at > self.settings.max_age_s else value
 
     def is_offline(self, device: Device) -> bool:
         return any(other in (device, ()) for _, other in self.offline)
@@ -129,12 +129,12 @@ class SampleCollector:
                 value = label_of(raw, settings.values)
             self._add_device(source, device)
         except NoReadingError as error:
-            source.held.pop(device, None)  # the value before doesn't hold any longer
+            source.values.pop(device, None)  # the value before doesn't hold any longer
             self._drops.add(str(error), settings.name)
         except ReadingError as error:
             self._drops.add(str(error), settings.name)
         else:
-            source.held[device] = _HeldValue(value, now)
+            source.values[device] = _HeldValue(value, now)
 
     def _check_order(self, source: _Source, device: Device, payload: Payload) -> None:
         if not source.settings.time:
@@ -144,12 +144,12 @@ class SampleCollector:
         # back was set anew, or the hour in which summer ends comes again.
         if newest - source.settings.max_age_s <= time_s <= newest:
             raise ReadingError("not newer than the one before")
-        if device in source.held or len(source.newest_times) < _MAX_DEVICES:
+        if device in source.values or len(source.newest_times) < _MAX_DEVICES:
             source.newest_times[device] = time_s
 
     def _add_device(self, source: _Source, device: Device) -> None:
         if source is self._label:
-            if device not in source.held and len(source.held) >= _MAX_DEVICES:
+            if device not in source.values and len(source.values) >= _MAX_DEVICES:
                 raise ReadingError(f"of more than {_MAX_DEVICES} devices")
         elif source.settings.topic.wildcards and device not in self._rows:
             if len(self._rows) >= _MAX_DEVICES:
@@ -166,6 +166,6 @@ class SampleCollector:
             return
         if len(source.offline) < _MAX_DEVICES:
             source.offline.add((topic, devices))
-        gone: Iterable[Device] = [devices] if devices else list(source.held)
-        if sum(source.held.pop(device, None) is not None for device in gone):
+        gone: Iterable[Device] = [devices] if devices else list(source.values)
+        if sum(source.values.pop(device, None) is not None for device in gone):
             self._drops.add("values of devices that went offline", source.settings.name)

@@ -412,8 +412,9 @@ def test_sizes_are_solved_from_the_shapes_of_weights() -> None:
     sizes = solve_sizes(pairs)
     assert sizes == {"g0": 3, "g1": 4, "g2": 5}
     assert shape_in_numbers(("N", "N*g0*2+-1", 7), {**sizes, "N": 2}) == (2, 11, 7)
-    with pytest.raises(TrainingError):
-        shape_in_numbers(("g9",), sizes)
+    for unusable in ("g9", "g0*-1"):
+        with pytest.raises(TrainingError):
+            shape_in_numbers((unusable,), sizes)
 
 
 @pytest.mark.parametrize("ratios", ["[]", '{"d::keep": 2}'])

@@ -153,13 +153,15 @@ class RandomInputs:
 
 
 def shape_in_numbers(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A shape of a training graph in numbers. Raises `TrainingError` if it has a name that `sizes` doesn't explain."""
+    """A shape of a training graph in numbers. Raises `TrainingError` if it has a name that `sizes` doesn't explain, or
+    is negative."""
     values = [d if isinstance(d, int) else _sum_value(_terms(str(d)), sizes) for d in shape]
-    if None in values:
+    numbers = tuple(v for v in values if v is not None and v >= 0)
+    if len(numbers) < len(values):
         raise TrainingError(
             "a size in the training graph", expected=f"made of {', '.join(sizes)}", got=value_text(shape)
         )
-    return tuple(v for v in values if v is not None)
+    return numbers
 
 
 def solve_sizes(pairs: Mapping[str, tuple[Shape, Sequence[int]]]) -> dict[str, int]:
