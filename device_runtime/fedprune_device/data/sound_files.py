@@ -54,7 +54,9 @@ def decode_sound_file(body: bytes, max_frames: int) -> tuple[npt.NDArray[np.floa
     except DataError:
         raise
     except Exception as error:  # a damaged file makes a decoder raise anything
-        raise DataError("the recording can't be read", expected=", ".join(_FORMATS), got=error_reason(error)) from error
+        # The library's text begins with an address of the memory, which would make equal errors look different.
+        reason = getattr(error, "error_string", "") or error_reason(error)
+        raise DataError("the recording can't be read", expected=", ".join(_FORMATS), got=reason) from error
 
 
 def _library() -> Any:
