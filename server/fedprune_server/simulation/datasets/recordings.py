@@ -26,6 +26,10 @@ def decode_recordings(splits: Sequence[Sequence[tuple[str, bytes]]], decoding: D
     decoded, length = [[_decode(*each, decoding) for each in split] for split in splits], 0
     if decoding.seconds:
         length = round(decoding.seconds * decoding.audio_rate)
+        if not length:
+            raise DataError(
+                "[data] seconds", expected=f"at least one of {decoding.audio_rate} Hz", got=decoding.seconds
+            )
     else:
         length = max((len(recording) for split in decoded for recording in split), default=0)
     count = sum(map(len, decoded))
