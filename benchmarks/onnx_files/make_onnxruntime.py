@@ -48,7 +48,9 @@ def quantise(form: str, source: Path, target: Path, inputs: dict[str, Any], **op
     class Samples(ort.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             sizes = [i.type.tensor_type.shape.dim[0].dim_value or 2 for i in onnx.load(source).graph.input]
-            self._parts = iter([{n: v[: sizes[0]] for n, v in inputs.items()}])
+            # All samples: ranges of a part of them would clip the rest.
+            starts = range(0, len(next(iter(inputs.values()))), sizes[0])
+            self._parts = iter([{n: v[i : i + sizes[0]] for n, v in inputs.items()} for i in starts])
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self._parts, None)
