@@ -135,6 +135,10 @@ FILES: dict[str, list[tuple[str, Any, str, str]]] = {
     "conformer-legacy-17": [*_levels("extended")],
 }
 
+# Weights in blocks of channels, which onnxruntime writes for one kind of processor; and scales of channels in a file of
+# opset 11, which onnxruntime doesn't run either.
+REFUSED = ("resnet-legacy-17-training-ort-all", "resnet-legacy-11-qdq-channels", "unet-legacy-11-qdq-channels")
+
 
 def main() -> None:
     shelf: Shelf = open_shelf(__doc__, "onnxruntime")
@@ -156,6 +160,7 @@ def _make(shelf: Shelf, base: str, tool: Tool, rounding: str, by: str, path: Pat
     inputs = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
     tool(shelf.folder / f"{base}.onnx", path, inputs)
     facts.exporter, facts.rounding = f"{facts.exporter}; {by}", rounding
+    facts.refused = path.stem in REFUSED
     # A step's reference holds while norms are folded, or not, as in the file that it was made with.
     if rounding != "float32" or _norms(shelf.folder / f"{base}.onnx") != _norms(path):
         arrays = {key: value for key, value in arrays.items() if key.startswith("in.")}
