@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ class RawFile:
 
     def __init__(self, raw: bytes, outputs: list[str], layout: BatchLayout) -> None:
         self.layout = layout
-        self._outputs, self._session = outputs, raw_session(raw, outputs)
+        self._outputs = outputs
+        with _hint_at_export():
+            self._session = raw_session(raw, outputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for samples: all at once, or in batches of the file's own size."""
@@ -47,9 +50,22 @@ class RawFile:
 
     def _run_batch(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         moved = {name: np.moveaxis(value, 0, self.layout.inputs.get(name, 0)) for name, value in feeds.items()}
-        values = self._session.run({k: np.ascontiguousarray(v) for k, v in moved.items()}, self._outputs)
+        with _hint_at_export():
+            values = self._session.run({k: np.ascontiguousarray(v) for k, v in moved.items()}, self._outputs)
         axes = {name: self.layout.outputs.get(name, 0) for name in values}
         return {n: v[None] if axes[n] is None else np.moveaxis(v, axes[n] or 0, 0) for n, v in values.items()}
+
+
+@contextmanager
+def _hint_at_export() -> Iterator[None]:
+    """Say what to do about a file that onnxruntime itself doesn't run. Raises `ModelError` as its session does."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"the file as it is: {error.what}",
+            hint="Export it again in a form that onnxruntime runs: at opset 17 or 18, or by torch's other exporter.",
+        ) from error
 
 
 class Original:

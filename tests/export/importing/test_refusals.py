@@ -156,3 +156,27 @@ def test_some_weights_in_constant_nodes_are_named_and_can_be_listed() -> None:
         "w",
         "v",
     }
+
+
+def test_a_file_that_onnxruntime_does_not_run_is_to_be_exported_again() -> None:
+    """An initial state of more units than the layer has: onnx lets it pass, onnxruntime doesn't."""
+
+    def build(g: Graph) -> str:
+        rows = g.emit("Transpose", "image", attrs={"perm": [1, 0, 2]})
+        state = g.emit("Expand", "state", g.emit("Concat", g.ints(1), sample_count(g), g.ints(9), attrs={"axis": 0}))
+        hidden = g.emit("RNN", rows, "w", "r", "", "", state, attrs={"hidden_size": 3})
+        last = g.emit("Squeeze", g.emit("Gather", hidden, g.ints(4), attrs={"axis": 0}), g.ints(0, 1))
+        return g.emit("MatMul", last, "last")
+
+    def sample_count(g: Graph) -> str:
+        return g.emit("Gather", g.emit("Shape", "image"), g.ints(0), attrs={"axis": 0})
+
+    tensors = {"w": random(1, 3, 6), "r": random(1, 3, 3), "state": random(1, 1, 9), "last": random(3, 4)}
+    check_refusal(raw(build, tensors, (5, 6)), "the file as it is: onnxruntime", "torch's other exporter")
+
+
+def test_an_operator_that_onnx_has_withdrawn_is_named() -> None:
+    def build(g: Graph) -> str:
+        return g.emit("MatMul", g.emit("ConstantFill", "image", attrs={"input_as_shape": 0}), "w")
+
+    check_refusal(raw(build, {"w": random(6, 4)}), "ConstantFill", "is no operator of ONNX")
