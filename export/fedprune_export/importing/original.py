@@ -12,6 +12,7 @@ import onnx
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.batches.layout import BatchLayout
+from fedprune_export.importing.fused_operators import restore_early_norms
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.ir.graph import Array, Graph, Port
 
@@ -139,13 +140,16 @@ def _dims(value: onnx.ValueInfoProto) -> Iterator[tuple[int, Any]]:
     return enumerate(value.type.tensor_type.shape.dim)
 
 
-def raw_session(raw: bytes, outputs: list[str]) -> OnnxSession:
+def raw_session(raw: bytes, outputs: list[str], *, exact: bool = False) -> OnnxSession:
     """A session of a file, reduced to what its outputs depend on. Raises `ModelError` if onnxruntime refuses it.
+
+    `exact`: whether it isn't optimised, as in `OnnxSession`.
 
     Dead nodes could ask for any amount of memory, because the import bounds only sizes of live values. Names of nodes
     and declared shapes are removed: they compute nothing, but may be duplicate or wrong.
     """
     model = parse_model(raw, run_checker=False)
+    restore_early_norms(model)
     for value in [o for o in model.graph.output if o.name not in outputs]:
         model.graph.output.remove(value)
     for dim in [d for i in model.graph.input for d in i.type.tensor_type.shape.dim]:
@@ -153,7 +157,7 @@ def raw_session(raw: bytes, outputs: list[str]) -> OnnxSession:
             dim.Clear()  # some exporters' way of writing a free axis
     for scope in (model.graph, *model.functions):
         _drop_dead(scope)
-    return OnnxSession(model.SerializeToString())
+    return OnnxSession(model.SerializeToString(), exact=exact)
 
 
 def _drop_dead(scope: Any) -> set[str]:

@@ -189,14 +189,18 @@ def test_a_quantised_lstm_and_attention_become_those_of_floats(*, per_channel: b
 
 
 def file_of(
-    nodes: list[onnx.NodeProto], values: Mapping[str, Any], opset: int, out: tuple[int | str, ...] = ("N", 3)
+    nodes: list[onnx.NodeProto],
+    values: Mapping[str, Any],
+    opset: int,
+    out: tuple[int | str, ...] = ("N", 3),
+    kind: int = TensorProto.FLOAT,
 ) -> bytes:
     """A model of 5 numbers `image` that ends in `y`."""
     graph = helper.make_graph(
         nodes,
         "model",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 5])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, list(out))],
+        [helper.make_tensor_value_info("y", kind, list(out))],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
@@ -315,3 +319,47 @@ def test_an_operator_that_is_written_wrongly_is_refused(
     with pytest.raises(ModelError, match="quantised") as caught:
         import_onnx(raw, "net")
     assert "steps" in str(caught.value)
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_what_a_decision_reads_is_compared_with_the_file(*, is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last rounding, whole numbers alone say little of what they are decided by."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "s"], ["dw"]),
+        helper.make_node("MatMul", ["d", "dw"], ["scores"]),
+        helper.make_node("ArgMax", ["scores"], ["y"], axis=1, keepdims=0),
+    ]
+    right = RULES["DequantizeLinear"]
+
+    def write_wrongly(state: Any, node: Any) -> None:
+        right(state, node)
+        if "w" in state.weights and is_wrong:
+            state.graph.initializers["w"] = state.graph.initializers["w"] * np.float32(1.01)
+
+    monkeypatch.setitem(RULES, "DequantizeLinear", write_wrongly)
+    values = {"s": np.float32(0.1), "z": np.uint8(128), "w": W}
+    raw = file_of(nodes, values, 17, ("N",), TensorProto.INT64)
+    if not is_wrong:
+        assert import_onnx(raw, "net").architecture.classes == 3
+        return
+    with pytest.raises(ModelError, match="'scores'"):
+        import_onnx(raw, "net")
+
+
+def test_norms_of_an_optimiser_stay_in_files_of_early_opsets() -> None:
+    """onnxruntime writes LayerNormalization into the standard's domain, which has none before opset 17."""
+    nodes = [
+        helper.make_node("DequantizeLinear", ["square", "s"], ["d"]),
+        helper.make_node("MatMul", ["image", "d"], ["h"]),
+        helper.make_node("LayerNormalization", ["h", "gain", "offset"], ["n"]),
+        helper.make_node("MatMul", ["n", "last"], ["y"]),
+    ]
+    values = {"s": np.float32(0.1), "square": np.arange(-12, 13, dtype=np.int8).reshape(5, 5)}
+    values |= tensors(gain=(5,), offset=(5,), last=(5, 3))
+    raw = file_of(nodes, values, 14)
+    x = RNG.standard_normal((3, 5)).astype(np.float32)
+    model = import_onnx(raw, "net")
+    assert operators(model)["LayerNormalization"] == 1
+    assert distance(outputs(model.graph, x), OnnxSession(raw).run({"image": x})["y"]) < 1e-5

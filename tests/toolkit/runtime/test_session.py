@@ -39,10 +39,8 @@ def graph_options(*, threads: int = 2, training: bool = False, exact: bool = Fal
 
 
 def test_a_quantised_graph_computes_in_integers_unless_it_is_to_be_exact() -> None:
-    entry = "session.disable_quant_qdq"
-    assert graph_options(exact=True).get_session_config_entry(entry) == "1"
-    with pytest.raises(RuntimeError):  # not set
-        graph_options().get_session_config_entry(entry)
+    levels = (graph_options(exact=exact).graph_optimization_level.name for exact in (True, False))
+    assert list(levels) == ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"]
 
 
 def test_a_file_that_is_no_graph_is_one_clear_error(tmp_path: Path) -> None:

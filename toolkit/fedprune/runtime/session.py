@@ -79,8 +79,8 @@ class OnnxSession:
         training: Whether the graph trains.
         records: Whether a training graph's repeated runs on arrays in the GPU's memory (`place`) are recorded once and
             then replayed (CUDA graphs).
-        exact: Whether int8 operators are computed by their definition, in float32. Their kernels are faster, but on x86
-            without VNNI they saturate, as boards' processors do not.
+        exact: Whether operators are computed as the graph has them, one by one: int8 by its definition, in float32. The
+            kernels of int8 are faster, but on x86 without VNNI they saturate, as boards' processors do not.
 
     Attributes:
         inputs: Type and shape by input name; `outputs` are names.
@@ -317,7 +317,7 @@ def load_graph(model: Path | bytes, threads: int, training: bool, *providers: An
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if exact:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if training:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         # A planned reuse holds a buffer from its first value's end to its next value's beginning, half a step later.

@@ -24,3 +24,10 @@ def name_early_norms(model: onnx.ModelProto) -> bool:
     if nodes and all(o.domain != FUSED_DOMAIN for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid(FUSED_DOMAIN, 1))
     return bool(nodes)
+
+
+def restore_early_norms(model: onnx.ModelProto) -> None:
+    """Move such norms back to the standard's domain, where onnxruntime's kernels for them are. The model is changed."""
+    for node in model.graph.node:
+        if node.op_type in _STANDARD_SINCE and node.domain == FUSED_DOMAIN:
+            node.domain = ""

@@ -8,6 +8,8 @@ next one. All parts together are the float model; only the roundings are left ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 
@@ -25,6 +27,7 @@ from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.ir.shape_inference import ShapeError
 
 _FLOAT = onnx.TensorProto.FLOAT
+_FLOAT_TYPES = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 _PREFIX = "float/"  # of the float model's values, in the graph that has both
 _BATCHES = (2, 1)
 _TOLERANCE = 1e-4  # between float outputs, relative to the largest number
@@ -115,12 +118,31 @@ def _probe(state: Rewriter) -> tuple[Graph, dict[str, Rounding], list[tuple[str,
         copy.name = ""
         probe.nodes.append(copy)
     file_types = {p.name: p.dtype for p in state.file.outputs}
-    pairs = [(p.name, _PREFIX + p.name) for p in floats.outputs if file_types[p.name] == p.dtype]
-    pairs = [pair for pair in pairs if file_types[pair[0]].kind == "f"]
+    ends = [p.name for p in floats.outputs if file_types[p.name] == p.dtype]
+    pairs = [(name, _PREFIX + name) for name in _last_floats(state, ends)]
     names = [*steps, *(name for pair in pairs for name in pair)]
     probe.outputs = [Port(name, np.dtype(np.float32), ()) for name in names]
     probe.prune()
     return probe, steps, pairs
+
+
+def _last_floats(state: Rewriter, ends: Sequence[str]) -> list[str]:
+    """The float values that outputs are, or are decided by: equal numbers may differ by a rounding error and then
+    decide otherwise."""
+    types = state.value_types()
+    makers, passed = state.graph.producers(), {r.passed for r in state.roundings}
+    out, pending, visited = dict[str, None](), list(ends), set(ends)
+    while pending:
+        name = pending.pop()
+        if name in passed:
+            continue
+        if types.get(name) in _FLOAT_TYPES and name in state.makers:
+            out[name] = None
+        elif name in makers:
+            new = [i for i in makers[name].inputs if i and i not in visited]
+            visited.update(new)
+            pending += new
+    return list(out)
 
 
 def _emit_steps(state: Rewriter, probe: Graph, rounding: Rounding, value: str) -> str:

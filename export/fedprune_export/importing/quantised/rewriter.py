@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.quantised.clipping import clip_end, least_output
 from fedprune_export.importing.quantised.numbers import Quantisation, dequantised, integer_range, node_label, refuse
+from fedprune_export.importing.quantised.quantised_file import QuantisedFile
 from fedprune_export.importing.quantised.roundings import (
     INNER_SHARE,
     OPERATOR_STEPS,
@@ -19,7 +19,7 @@ from fedprune_export.importing.quantised.roundings import (
     Clipping,
     Rounding,
 )
-from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.ir.graph import Array, Node
 
 _CLIP_INPUTS_OPSET = 11  # from which on Clip takes its bounds as inputs
 
@@ -36,44 +36,29 @@ _REARRANGING: dict[str, tuple[int, ...] | None] = {
 _INDEXING = frozenset({"ArgMax", "ArgMin", "Shape", "Size"})
 
 
-class Rewriter:
+class Rewriter(QuantisedFile):
     """Reads a quantised graph node by node, and writes `graph` on floats.
 
     Attributes:
-        file: The graph of the file; rules add what operators do inside to it, for the comparison.
         roundings: Where the file rounds activations.
         weights: The names of dequantised tensors.
         clippings: Where a rounding clipped, too.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
-        self._proto = proto
-        self.file = Graph.from_proto(proto)
+        super().__init__(proto)
         self.graph = self.file.copy_without_nodes()
-        self.makers = self.file.producers()
         self._inputs = {p.name for p in self.file.inputs}
         self.roundings: list[Rounding] = []
         self.weights: list[str] = []
         self.clippings: list[Clipping] = []
         self.quantisations: dict[str, Quantisation] = {}  # of integers that the file computes
         self.sums: set[str] = set()  # int32 sums, which a product with scales turns into numbers
-        self._shapes: dict[str, list[int | None]] | None = None
         self._least_outputs: dict[str, float] = {}
         self._indexed_nodes = 0
         self._numbers: dict[str, tuple[str, str]] = {}  # of integers: the number before and behind the rounding
         self._rearranged: dict[tuple[str, Quantisation], str] = {}
         self._tensors: dict[tuple[str, Quantisation], str] = {}
-
-    def write(self, graph: Graph) -> onnx.ModelProto:
-        """A graph with everything else that the file has."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self._proto)
-        model.graph.CopyFrom(graph.to_unlowered_proto().graph)
-        used = {"", "ai.onnx", *(n.domain for n in graph.nodes)}
-        opsets = [o for o in self._proto.opset_import if o.domain in used]
-        del model.opset_import[:]
-        model.opset_import.extend(opsets)
-        return model
 
     def keep(self, node: Node) -> None:
         """Write a node that stays; raises `ModelError` if it reads integers and means something else on floats."""
@@ -104,29 +89,13 @@ class Rewriter:
         """Whether a node only rearranges the numbers of its first input."""
         return not node.domain and 0 in (_REARRANGING.get(node.op, ()) or ())
 
-    def constant(self, name: str) -> Array | None:
-        """A tensor of the file, also behind Identity; None if the value is computed."""
-        while (node := self.makers.get(name)) is not None and node.op == "Identity" and not node.domain:
-            name = node.inputs[0]
-        return self.file.initializers.get(name)
-
-    def parameters(self, node: Node, start: int, axis: int = 1) -> Quantisation:
-        """The quantisation that a node's inputs give: scale, and zero point."""
-        scale = node.inputs[start] if len(node.inputs) > start else ""
-        if not scale:
-            raise refuse(node, "has no scale")
-        values = self.constant(scale)
-        if values is not None and (not values.size or not (np.isfinite(values) & (values > 0)).all()):
-            raise refuse(node, "has a scale that is no positive number")
-        return Quantisation(scale, node.inputs[start + 1] if len(node.inputs) > start + 1 else "", axis)
-
     def number(self, integers: str, quantisation: Quantisation) -> str:
         """The name of the numbers that integers stand for, under a quantisation. Raises `ModelError` if the file gives
         them another meaning elsewhere, or computes them in a way that has no form on floats."""
-        quantisation = self._canonical(quantisation)
+        quantisation = self.canonical(quantisation)
         if integers in self._numbers:
             maker = self.makers[integers]
-            if not self._is_equal(self.quantisations[integers], quantisation):
+            if not self.is_equal(self.quantisations[integers], quantisation):
                 raise refuse(maker, "is read with another scale than it writes")
             return self._numbers[integers][1]
         if integers in self.file.initializers:
@@ -145,12 +114,12 @@ class Rewriter:
 
     def tensor(self, name: str, quantisation: Quantisation, output: str = "") -> str:
         """A dequantised tensor of the file. `output`: the value that it is, if that has the tensor's name."""
-        quantisation = self._canonical(quantisation)
+        quantisation = self.canonical(quantisation)
         key = (name, quantisation)
         if key not in self._tensors:
             scale, zero = self.constant(quantisation.scale), self.constant(quantisation.zero)
             if scale is None or (quantisation.zero and zero is None):
-                raise refuse(self._reader(name), "dequantises a tensor by a scale that the file computes")
+                raise refuse(self.reader(name), "dequantises a tensor by a scale that the file computes")
             values = dequantised(self.file.initializers[name], scale, zero, quantisation.axis, quantisation.block)
             self._tensors[key] = self.add_tensor(name, values, output)
         return self._tensors[key]
@@ -178,7 +147,7 @@ class Rewriter:
     def round(self, node: Node, value: str, quantisation: Quantisation, *, steps: float, output: int = 0) -> None:
         """Let a number stand for the integers that a node writes. If rounding clipped it at 0, a Relu or Clip does."""
         integers = node.outputs[output]
-        bounds = integer_range(self._integer_type(node, quantisation))
+        bounds = integer_range(self.integer_type(node, quantisation))
         self._round(integers, value, quantisation, bounds, steps)
 
     def round_inside(self, value: str, output: str) -> None:
@@ -242,9 +211,9 @@ class Rewriter:
         is_known = all(b is not None or not name for b, name in zip(bounds, node.inputs[1:3], strict=False))
         if source not in self._numbers or not is_known:
             raise refuse(node, "clips integers in a way that isn't known")
-        if not self._is_equal(self.quantisations[source], quantisation):
+        if not self.is_equal(self.quantisations[source], quantisation):
             raise refuse(node, "is read with another scale than its input has")
-        limits = integer_range(self._integer_type(self.makers[source], quantisation))
+        limits = integer_range(self.integer_type(self.makers[source], quantisation))
         low, high = (limit if b is None else int(b) for b, limit in zip(bounds, limits, strict=True))
         self._round(output, self._numbers[source][0], quantisation, (low, high), ROUNDING_STEPS)
         return self._numbers[output][1]
@@ -295,58 +264,21 @@ class Rewriter:
         """The numbers of an input of integers."""
         scale, zero = self.constant(quantisation.scale), self.constant(quantisation.zero)
         if scale is None or scale.size != 1:
-            raise refuse(self._reader(name), "reads an input by several scales")
+            raise refuse(self.reader(name), "reads an input by several scales")
         number = self.emit("Cast", name, attrs={"to": 1})
         if zero is not None and zero.any():
             number = self.emit("Sub", number, self.graph.constant(float(zero.reshape(-1)[0]), np.float32))
         return self.emit("Mul", number, self.graph.constant(float(scale.reshape(-1)[0]), np.float32))
-
-    def _integer_type(self, node: Node, quantisation: Quantisation) -> np.dtype[Any]:
-        zero = self.constant(quantisation.zero)
-        if zero is not None:
-            return zero.dtype
-        if quantisation.zero:
-            raise refuse(node, "rounds by a zero point that the file computes")
-        kind = int(node.attrs.get("output_dtype", 0)) or onnx.TensorProto.UINT8
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
 
     def _with_axis(self, integers: str, value: str, quantisation: Quantisation) -> Quantisation:
         """The quantisation with its axis counted from the end, so that the comparison can spread the scales."""
         scale = self.constant(quantisation.scale)
         if scale is None or scale.size == 1 or quantisation.axis < 0:
             return quantisation
-        rank = self.graph.initializers[value].ndim if value in self.graph.initializers else self._rank(integers)
+        rank = self.graph.initializers[value].ndim if value in self.graph.initializers else self.rank(integers)
         if rank is None:
             raise refuse(self.makers[integers], "rounds by several scales a value whose shape isn't known")
         return Quantisation(quantisation.scale, quantisation.zero, quantisation.axis - rank, quantisation.block)
-
-    def _rank(self, name: str) -> int | None:
-        if self._shapes is None:
-            self._shapes = file_shapes(self._proto)
-        return len(self._shapes[name]) if name in self._shapes else None
-
-    def _canonical(self, quantisation: Quantisation) -> Quantisation:
-        """A quantisation without an axis where it has one scale, so that all readers of a tensor share it."""
-        scale = self.constant(quantisation.scale)
-        has_axis = scale is not None and scale.size > 1
-        return quantisation if has_axis else Quantisation(quantisation.scale, quantisation.zero)
-
-    def _is_equal(self, first: Quantisation, second: Quantisation) -> bool:
-        """Whether two quantisations give integers the same meaning."""
-        return self._same(first.scale, second.scale) and self._same(first.zero, second.zero)
-
-    def _same(self, first: str, second: str) -> bool:
-        if first == second:
-            return True
-        one, other = self.constant(first), self.constant(second)
-        if (first and one is None) or (second and other is None):
-            return False
-        # A zero point that is left out is 0.
-        left, right = (np.zeros(1) if v is None else np.asarray(v, np.float64).reshape(-1) for v in (one, other))
-        return np.array_equal(left, right)
-
-    def _reader(self, name: str) -> Node:
-        return next(n for n in self.file.nodes if name in n.inputs)
 
 
 Rule = Callable[[Rewriter, Node], None]
