@@ -92,8 +92,10 @@ class _Draws(GraphWriter):
         if is_bernoulli and share is None:
             nodes.append(helper.make_node("Less", [value, node.input[0]], [f"{value}.is_less"]))
             value = f"{value}.is_less"
-        element_type = attributes.get("dtype", onnx.TensorProto.FLOAT)
-        return [*nodes, helper.make_node("Cast", [value], [target], to=element_type)]
+        if "dtype" in attributes or not node.input:
+            element_type = attributes.get("dtype", onnx.TensorProto.FLOAT)
+            return [*nodes, helper.make_node("Cast", [value], [target], to=element_type)]
+        return [*nodes, helper.make_node("CastLike", [value, node.input[0]], [target])]
 
     def _shape_nodes(self, node: onnx.NodeProto, shape: Sequence[int] | None, target: str) -> list[onnx.NodeProto]:
         """Nodes that compute the shape of a draw: that of its input, or a constant one.

@@ -69,7 +69,8 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     the file is damaged, or uses what can't be handled.
     """
     file_notes = list[str]()
-    proto = parse_inlined(raw, file_notes)
+    # Draws first, since a file with random numbers can't be compared with itself in float32.
+    proto, raw = rewrite_draws(parse_inlined(raw, file_notes), raw, file_notes)
     single = as_single_precision(raw, proto)
     if single is not None:
         raw, proto = single.raw, parse_inlined(single.raw, file_notes)
@@ -80,7 +81,6 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     prefer = _parse_prefer(texts.get(metadata.PREFER_KEY, "coarse"))
     parameters = None if listed is None else frozenset(listed)
     own_loss = own_loss or LOSS_KEY in texts
-    proto, raw = rewrite_draws(proto, raw, file_notes)
     labels = texts.get(metadata.LABELS_KEY, "")
     proto, raw, head = separate_head(proto, raw, file_notes, labels, own_loss=own_loss)
     normal = normalise(proto, parameters, raw, own_loss=own_loss)
