@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from fedprune.core.text import first_few, quantity
 from fedprune.model.random_inputs import NORMAL, UNIFORM, Draw
 from fedprune_export.importing import metadata
-from fedprune_export.importing.graph_writer import GraphWriter
+from fedprune_export.importing.graph_writer import GraphWriter, value_types
 from fedprune_export.importing.translation import upgrade_model
 from fedprune_export.ir.dropout import DRAWS_KEY, read_draws
 from fedprune_export.ir.graph import NORMAL_OPSET, Array
@@ -63,6 +63,7 @@ class _Draws(GraphWriter):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model, NORMAL_OPSET)
+        self._types = value_types(model)
         self.draws: dict[str, Any] = {}
         self.drawn: list[str] = []
 
@@ -92,10 +93,8 @@ class _Draws(GraphWriter):
         if is_bernoulli and share is None:
             nodes.append(helper.make_node("Less", [value, node.input[0]], [f"{value}.is_less"]))
             value = f"{value}.is_less"
-        if "dtype" in attributes or not node.input:
-            element_type = attributes.get("dtype", onnx.TensorProto.FLOAT)
-            return [*nodes, helper.make_node("Cast", [value], [target], to=element_type)]
-        return [*nodes, helper.make_node("CastLike", [value, node.input[0]], [target])]
+        element_type = attributes.get("dtype") or self._types.get(next(iter(node.input), ""), onnx.TensorProto.FLOAT)
+        return [*nodes, helper.make_node("Cast", [value], [target], to=element_type)]
 
     def _shape_nodes(self, node: onnx.NodeProto, shape: Sequence[int] | None, target: str) -> list[onnx.NodeProto]:
         """Nodes that compute the shape of a draw: that of its input, or a constant one.

@@ -21,6 +21,7 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.conversion import onnx_file
 from fedprune_export.importing import ImportChoices, import_onnx, read_source
 from fedprune_export.importing.quantised.dequantisation import RULES
+from fedprune_export.ir.dropout import read_draws
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
@@ -363,3 +364,18 @@ def test_norms_of_an_optimiser_stay_in_files_of_early_opsets() -> None:
     model = import_onnx(raw, "net")
     assert operators(model)["LayerNormalization"] == 1
     assert distance(outputs(model.graph, x), OnnxSession(raw).run({"image": x})["y"]) < 1e-5
+
+
+def test_draws_of_a_quantised_file_are_trained_with() -> None:
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["d"]),
+        helper.make_node("MatMul", ["image", "d"], ["h"]),
+        helper.make_node("RandomNormalLike", ["h"], ["noise"], mean=0.5),
+        helper.make_node("Add", ["h", "noise"], ["a"]),
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    model = import_onnx(file_of(nodes, {"s": np.float32(0.1), "z": np.uint8(128), "w": W}, 17), "net")
+    (dropout,) = (n for n in model.graph.nodes if n.op == "Dropout")
+    assert read_draws(model.graph.metadata)[dropout.name].mean == 0.5
+    assert any("draw" in note for note in model.notes)

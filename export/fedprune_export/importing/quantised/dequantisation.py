@@ -10,6 +10,7 @@ import onnx
 from fedprune.core.errors import ModelError, value_text
 from fedprune.core.text import first_few
 from fedprune_export.importing import metadata
+from fedprune_export.importing.draws import rewrite_draws
 from fedprune_export.importing.model_building import parse_inlined
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.quantised.integer_products import PRODUCT_RULES, scaled_sum
@@ -37,12 +38,14 @@ def float_file(raw: bytes) -> bytes:
     file = parse_model(raw, run_checker=False)
     if not _is_quantised(file):
         return raw
-    proto = parse_inlined(raw, [])
+    file_notes = list[str]()
+    # A draw has another number in each of two runs, and means what it does on floats.
+    proto, _ = rewrite_draws(parse_inlined(raw, file_notes), raw, file_notes)
     state = Rewriter(proto)
     _rewrite(state)
     floats = state.write(state.graph)
     prove(state, floats)
-    texts = {metadata.TRAINING_NOTES_KEY: json.dumps(_notes(state, floats))}
+    texts = {metadata.TRAINING_NOTES_KEY: json.dumps([*_notes(state, floats), *file_notes])}
     if ranges := _activation_ranges(state):
         texts[ACTIVATION_RANGES_KEY] = json.dumps(ranges)
     metadata.write_properties(floats, texts)
