@@ -16,7 +16,7 @@ import onnx
 from fedprune.core.errors import ModelError, value_text
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.importing.original import Original
+from fedprune_export.importing.original import Original, relative_distance
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.sample_inputs import sample_feeds
@@ -123,9 +123,8 @@ def _check_close(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], bat
             expected="finite numbers",
             hint="Look for a division by 0, a logarithm or root of what isn't above 0, and scores that are all masked.",
         )
-    # Rounding errors grow with the largest number; the bound of 1e-6 is for outputs that are all 0.
-    scale = max(float(np.abs(old).max(initial=0)), 1e-6)
-    worst = float(np.abs(old - new).max(initial=0)) / scale if old.shape == new.shape else float("inf")
+    # Rounding errors grow with the largest number.
+    worst = relative_distance(old, new)
     if not worst <= _TOLERANCE:
         raise ModelError(
             "the normalised model's outputs differ",

@@ -13,6 +13,7 @@ from fedprune.core.errors import ModelError, value_text
 from fedprune_export.importing.graph_writer import GraphWriter, names_within
 from fedprune_export.importing.loop_bodies import changed_states, count_iterations, repeated_body
 from fedprune_export.importing.metadata import REPEATED_KEY, write_properties
+from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX
 from fedprune_export.ir.graph import Array, read_tensor
 
@@ -288,10 +289,9 @@ def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
     """Rename a node's values, also in its sub-graphs."""
     node.input[:] = [names.get(i, i) for i in node.input]
     node.output[:] = [names.get(o, o) for o in node.output]
-    for attribute in node.attribute:
-        # A branch may read values of the graph around it without declaring them.
-        for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            for inner in graph.node:
-                _rename(inner, names)
-            for value in graph.output:
-                value.name = names.get(value.name, value.name)
+    # A branch may read values of the graph around it without declaring them.
+    for graph in inner_graphs(node):
+        for inner in graph.node:
+            _rename(inner, names)
+        for value in graph.output:
+            value.name = names.get(value.name, value.name)

@@ -141,9 +141,6 @@ class _Draws(GraphWriter):
             name = maker.input[0]
         return numpy_helper.to_array(self._tensors[name])
 
-    def _maker(self, name: str) -> onnx.NodeProto | None:
-        return self._graph.node[self._makers[name]] if name in self._makers else None
-
 
 def _share(filling: Array | None) -> float | None:
     """The only number of a filling, if it is a probability."""

@@ -16,6 +16,7 @@ from onnx import helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing.graph_writer import GraphWriter
+from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.ir.graph import read_tensor
 
 _REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceSum")  # a body of a mean has a sum, too
@@ -176,10 +177,6 @@ class _EmbeddingBags(GraphWriter):
             return False
         return True
 
-    def _maker(self, name: str) -> onnx.NodeProto | None:
-        index = self._makers.get(name)
-        return None if index is None else self._graph.node[index]
-
 
 def _body(loop: onnx.NodeProto) -> onnx.GraphProto:
     return next((a.g for a in loop.attribute if a.name == "body"), onnx.GraphProto())
@@ -194,6 +191,5 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """All nodes of a graph, and of graphs within."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _all_nodes(inner)
+        for inner in inner_graphs(node):
+            yield from _all_nodes(inner)

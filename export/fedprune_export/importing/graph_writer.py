@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing.fused_operators.stand_ins import put_stand_ins
+from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.ir import shape_inference
 from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.operators import SIZE_OPERATORS
@@ -20,6 +21,12 @@ _MAX_SIZE_TENSOR_BYTES = 4096  # a larger tensor holds no sizes, so shape infere
 
 # Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them.
 TRIAL_SIZES = (3, 5)
+
+
+# Types of floats, as numbers of `onnx.TensorProto`.
+FLOAT_TYPES = frozenset(
+    {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+)
 
 
 class Names:
@@ -47,9 +54,8 @@ def names_within(graph: onnx.GraphProto) -> Iterator[str]:
     for node in graph.node:
         yield from node.input
         yield from node.output
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from names_within(inner)
+        for inner in inner_graphs(node):
+            yield from names_within(inner)
 
 
 class GraphWriter:
@@ -71,6 +77,9 @@ class GraphWriter:
         nodes = [written for node in self._graph.node for written in self.rewrite_node(node)]
         del self._graph.node[:]
         self._graph.node.extend(nodes)
+
+    def _maker(self, name: str) -> onnx.NodeProto | None:
+        return self._graph.node[self._makers[name]] if name in self._makers else None
 
     def _constant(self, value: Array, name: str) -> onnx.NodeProto:
         name = self._names.fresh(name)

@@ -16,6 +16,7 @@ from fedprune_export.importing.linear_models import LINEAR_OPERATORS, ML_DOMAIN,
 from fedprune_export.importing.model_file import check_valid_onnx
 from fedprune_export.importing.reversals import without_reversals
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
+from fedprune_export.ir.graph import read_opset
 
 MAX_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
 
@@ -48,7 +49,7 @@ def inline_model(model: onnx.ModelProto, notes: list[str] | None = None) -> onnx
     if any(n.domain == ML_DOMAIN and n.op_type in LINEAR_OPERATORS for n in model.graph.node):
         model = without_linear_models(model)
     operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = read_opset(model)
     if operators & BY_DEFINITION.keys():
         model = _expand_definitions(model)
         operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}

@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune_export.importing.graph_writer import GraphWriter
-from fedprune_export.ir.graph import NORMAL_OPSET, Array
+from fedprune_export.ir.graph import NORMAL_OPSET, Array, read_opset
 
 ML_DOMAIN = "ai.onnx.ml"
 # No operator of them has weights whose gradient could be taken.
@@ -32,7 +32,7 @@ def without_linear_models(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     out = onnx.ModelProto()
     out.CopyFrom(model)
-    opset = next((o.version for o in out.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = read_opset(out)
     if not opset:  # a file of a linear model alone
         out.opset_import.append(helper.make_opsetid("", NORMAL_OPSET))
     _LinearModels(out, opset or NORMAL_OPSET).write()

@@ -14,7 +14,7 @@ from fedprune.core.disk import MAX_READ_BYTES, open_file, read_file
 from fedprune.core.errors import ModelError, error_reason, path_remedy, value_text
 from fedprune.output.extras import install_command
 from fedprune_export.importing.fused_operators.early_norms import name_early_norms
-from fedprune_export.importing.node_order import sort_nodes
+from fedprune_export.importing.node_order import inner_graphs, sort_nodes
 
 _NETWORK_NAME = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's
 
@@ -100,10 +100,8 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
-            for inner in attribute.graphs:
-                yield from _tensors(inner)
+        for inner in inner_graphs(node):
+            yield from _tensors(inner)
 
 
 def _load_external_data(tensors: list[onnx.TensorProto], folder: Path) -> None:

@@ -14,7 +14,7 @@ def sort_nodes(graph: onnx.GraphProto) -> bool:
     """
     moved = False
     for node in graph.node:
-        for inner in _inner_graphs(node):
+        for inner in inner_graphs(node):
             moved = sort_nodes(inner) or moved
     makers = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
     reads = [sorted({makers[n] for n in _read_names(node) if n in makers}) for node in graph.node]
@@ -43,12 +43,15 @@ def sort_nodes(graph: onnx.GraphProto) -> bool:
 
 def _read_names(node: onnx.NodeProto) -> Iterator[str]:
     yield from (name for name in node.input if name)
-    for graph in _inner_graphs(node):
+    for graph in inner_graphs(node):
         for inner in graph.node:
             yield from _read_names(inner)
         yield from (output.name for output in graph.output)
 
 
-def _inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs within a node, such as the body of a loop."""
     for attribute in node.attribute:
-        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs

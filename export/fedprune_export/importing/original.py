@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.batches.layout import BatchLayout
 from fedprune_export.importing.fused_operators import restore_early_norms
 from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.ir.graph import Array, Graph, Port
 
 # Sizes that stand for free ones where a file is compared with what was written from it.
@@ -104,6 +106,18 @@ class Original:
         return np.concatenate([values[name].reshape(len(x), -1) for name in self._outputs], 1)
 
 
+def relative_distance(before: Array, after: Array) -> float:
+    """How far numbers are from those before, relative to the largest of these. Numbers that aren't finite are only
+    close to the same: NaN or infinity comes out otherwise, as for another shape."""
+    if before.shape != after.shape:
+        return math.inf
+    old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    is_same = (old == new) | (np.isnan(old) & np.isnan(new))
+    distances = np.abs(np.subtract(old, new, out=np.zeros(old.shape), where=~is_same))
+    # The bound of 1e-6 is for outputs that are all 0.
+    return float(distances.max(initial=0)) / max(float(np.abs(old[np.isfinite(old)]).max(initial=0)), 1e-6)
+
+
 def check_rewriting(raw: bytes, rewritten: onnx.ModelProto) -> None:
     """Compare the outputs of a user's file with those of a model that was written from it, on random numbers.
 
@@ -175,9 +189,8 @@ def _drop_dead(scope: Any) -> set[str]:
             del node.input[2:]  # whether it trains: the model is compared as it predicts
         needed.difference_update(node.output)
         needed.update(i for i in node.input if i)
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                needed |= _drop_dead(inner)
+        for inner in inner_graphs(node):
+            needed |= _drop_dead(inner)
         live_nodes.append(node)
     del scope.node[: len(scope.node)]
     scope.node.extend(live_nodes[::-1])

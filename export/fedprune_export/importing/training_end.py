@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import helper
 
+from fedprune_export.importing.graph_writer import FLOAT_TYPES
+from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.ir.operators import REARRANGEMENTS
 
 _DECISIONS = frozenset({"ArgMax", "ArgMin", "Hardmax", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
@@ -30,7 +32,6 @@ _FOLLOWERS = _CARRIERS | frozenset(
 _ARITHMETIC = frozenset({"Add", "Div", "Max", "Min", "Mul", "Sub"})
 # Ends over an axis, with the axis that they take by default.
 _AXES = {"ArgMax": 0, "ArgMin": 0, "Hardmax": -1, "LogSoftmax": -1, "Softmax": -1, "TopK": -1}
-_FLOAT_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 
 Dims = Sequence[int | None]
 
@@ -100,7 +101,7 @@ def is_single_float(proto: onnx.ModelProto) -> bool:
 
 def can_follow(proto: onnx.ModelProto, output: onnx.ValueInfoProto) -> bool:
     """Whether a loss can follow an output: it consists of floats, and of all of them for each sample."""
-    is_float = output.type.tensor_type.elem_type in _FLOAT_TYPES
+    is_float = output.type.tensor_type.elem_type in FLOAT_TYPES
     return is_float and not has_suppression(needed_nodes(proto.graph.node, [output.name]))
 
 
@@ -185,7 +186,7 @@ def needed_nodes(nodes: Sequence[onnx.NodeProto], values: Iterable[str]) -> list
         if index is None or index in needed:
             continue
         needed.add(index)
-        if any(a.HasField("g") or a.graphs for a in nodes[index].attribute):
+        if any(inner_graphs(nodes[index])):
             return list(nodes)  # sub-graphs read further values
         pending += nodes[index].input
     return [n for i, n in enumerate(nodes) if i in needed]

@@ -17,7 +17,7 @@ from fedprune_export.importing.constants import constant_input
 from fedprune_export.importing.pad_resize import RESIZE_MODES_OPSET, emit_pad, emit_resize, mark_early_resizes
 from fedprune_export.importing.spectra import emit_dft, emit_fold, emit_stft
 from fedprune_export.ir.composites import COMPOSITES
-from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
+from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, read_opset
 from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form
 from fedprune_export.ir.trace import Trace
 
@@ -41,8 +41,8 @@ _Rule = Callable[[Translation, Node], None]
 
 def upgrade_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model at opset 13 or later. Raises `ModelError` if onnx can't convert it."""
-    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    if not versions or versions[0] >= _MIN_OPSET:
+    opset = read_opset(model)
+    if not opset or opset >= _MIN_OPSET:
         return model
     try:
         from onnx import version_converter
@@ -50,10 +50,10 @@ def upgrade_model(model: onnx.ModelProto) -> onnx.ModelProto:
         upgraded: onnx.ModelProto = version_converter.convert_version(model, NORMAL_OPSET)
     except Exception as error:
         raise ModelError(
-            f"the model's opset {versions[0]} can't be raised to {NORMAL_OPSET} ({error_reason(error)})",
+            f"the model's opset {opset} can't be raised to {NORMAL_OPSET} ({error_reason(error)})",
             hint=f"Export it again with opset_version={NORMAL_OPSET} or later.",
         ) from error
-    if versions[0] < RESIZE_MODES_OPSET:
+    if opset < RESIZE_MODES_OPSET:
         mark_early_resizes(upgraded.graph)
     return upgraded
 

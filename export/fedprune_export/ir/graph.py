@@ -60,7 +60,7 @@ class Graph(Draft):
         if proto.sparse_initializer:
             raise ModelError("the model has sparse tensors", hint="Export it with dense weights.")
         _check_names(proto)
-        opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+        opset = read_opset(model)
         initializers = {t.name: read_tensor(t) for t in proto.initializer}
         nodes: list[Node] = []
         for n in proto.node:
@@ -174,6 +174,11 @@ def _port(value: onnx.ValueInfoProto) -> Port:
             hint="Sequences, maps and optionals are not supported.",
         )
     return Port(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), read_dims(value))
+
+
+def read_opset(model: onnx.ModelProto) -> int:
+    """The opset of the standard's operators in a file; 0 without one."""
+    return next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
 
 
 def read_dims(value: onnx.ValueInfoProto) -> tuple[Dim, ...]:

@@ -17,7 +17,7 @@ from fedprune_export.importing.batches.layout import (
 )
 from fedprune_export.importing.batches.propagation import FREE_BATCH_HINT, FreeingError, Propagation
 from fedprune_export.importing.batches.rules import write_node
-from fedprune_export.importing.original import RawFile
+from fedprune_export.importing.original import RawFile, relative_distance
 from fedprune_export.ir.graph import Array, Graph, Port
 from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.operators import SIZE_OPERATORS
@@ -205,7 +205,7 @@ def _prove(freed: Graph, file: RawFile) -> None:
     # The same samples one position further: a row that changes depends on its place or on its neighbours.
     shifted = file.run({name: np.roll(value, 1, 0) for name, value in feeds.items()}) if size > 1 else {}
     for name, rows in shifted.items():
-        if not _is_close(np.roll(expected[name], 1, 0), rows):
+        if not relative_distance(np.roll(expected[name], 1, 0), rows) <= _TOLERANCE:
             raise FreeingError(
                 f"the samples of a batch of {size} depend on each other, or on their place in the batch",
                 expected=f"the same output {value_text(name)} for a sample at any place",
@@ -216,7 +216,8 @@ def _prove(freed: Graph, file: RawFile) -> None:
     except ModelError as error:
         raise FreeingError(f"the file is made for batches of {size} ({error})", hint=FREE_BATCH_HINT) from error
     for name, rows in expected.items():
-        if not _is_close(rows, found[name]):
+        # Outputs that aren't finite are refused later, with the reason.
+        if not relative_distance(rows, found[name]) <= _TOLERANCE:
             raise FreeingError(
                 f"the file is made for batches of {size}, and with a free batch output {value_text(name)} differs",
                 hint=FREE_BATCH_HINT,
@@ -225,15 +226,6 @@ def _prove(freed: Graph, file: RawFile) -> None:
 
 def _of_type(value: Array, port: Port) -> Array:
     return value if value.dtype == port.dtype else np.abs(value).astype(port.dtype)
-
-
-def _is_close(expected: Array, found: Array) -> bool:
-    if expected.shape != found.shape:
-        return False
-    before, after = expected.astype(np.float64), found.astype(np.float64)
-    scale = max(float(np.abs(before).max(initial=0)), 1e-6)
-    # Outputs that aren't finite are refused later, with the reason.
-    return bool(np.allclose(before, after, rtol=0, atol=_TOLERANCE * scale, equal_nan=True))
 
 
 def _note_axes(layout: BatchLayout, notes: list[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx import helper
 
+from fedprune_export.ir.graph import read_opset
+
 FUSED_DOMAIN = "com.microsoft"
 
 # The opset from which on the standard has the operator; None if it never has it.
@@ -16,7 +18,7 @@ def name_early_norms(model: onnx.ModelProto) -> bool:
 
     The model is changed. Returns whether it has any.
     """
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = read_opset(model)
     early = {op for op, since in _STANDARD_SINCE.items() if since is None or opset < since}
     nodes = [n for n in model.graph.node if n.op_type in early and n.domain in ("", "ai.onnx")]
     for node in nodes:

@@ -15,7 +15,7 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.number_types.conversion import convert_to_float32
 from fedprune_export.importing.number_types.float_types import SIGNIFICANT_BITS, computed_types
-from fedprune_export.importing.original import raw_session
+from fedprune_export.importing.original import raw_session, relative_distance
 from fedprune_export.ir.graph import Array, Graph, read_dims
 from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.sample_inputs import vocabulary_size
@@ -86,11 +86,10 @@ class SinglePrecision:
             expected = own.run(feeds, outputs)
             found = single.run({n: _as_type(v, single.inputs[n][0]) for n, v in feeds.items()}, outputs)
             for name in outputs:
-                old, new = expected[name].astype(np.float64), found[name].astype(np.float64)
+                old, new = expected[name].astype(np.float64), found[name]
                 if not np.isfinite(old).all() and np.isfinite(new).all():
                     return f"{note}: in its own type its output isn't finite for random inputs."
-                scale = max(float(np.abs(new).max(initial=0)), 1e-6)
-                worst = float(np.abs(old - new).max(initial=0)) / scale if old.shape == new.shape else math.inf
+                worst = relative_distance(new, old)
                 if not worst <= self.tolerance:
                     raise ModelError(
                         f"the file computes in {names}, and its output differs in float32",

@@ -13,6 +13,7 @@ from fedprune_export.importing import metadata
 from fedprune_export.importing.draws import rewrite_draws
 from fedprune_export.importing.model_building import parse_inlined
 from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.importing.quantised.integer_products import PRODUCT_RULES, scaled_sum
 from fedprune_export.importing.quantised.numbers import refuse
 from fedprune_export.importing.quantised.operators import OPERATOR_RULES
@@ -60,8 +61,7 @@ def _is_quantised(file: onnx.ModelProto) -> bool:
         for node in pending.pop():
             if node.op_type in operators and node.domain in _DOMAINS:
                 return True
-            for attribute in node.attribute:
-                pending += [g.node for g in ([attribute.g] if attribute.HasField("g") else attribute.graphs)]
+            pending += [graph.node for graph in inner_graphs(node)]
     return False
 
 

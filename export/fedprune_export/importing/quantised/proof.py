@@ -16,6 +16,8 @@ import onnx
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.batches.layout import BatchLayout, move_batch_first, possible_layouts
+from fedprune_export.importing.graph_writer import FLOAT_TYPES
+from fedprune_export.importing.original import relative_distance
 from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, Quantisation, node_label
 from fedprune_export.importing.quantised.rewriter import Rewriter
 from fedprune_export.importing.quantised.roundings import Rounding
@@ -27,7 +29,6 @@ from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.ir.shape_inference import ShapeError
 
 _FLOAT = onnx.TensorProto.FLOAT
-_FLOAT_TYPES = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 _PREFIX = "float/"  # of the float model's values, in the graph that has both
 _BATCHES = (2, 1)
 _TOLERANCE = 1e-4  # between float outputs, relative to the largest number
@@ -136,7 +137,7 @@ def _last_floats(state: Rewriter, ends: Sequence[str]) -> list[str]:
         name = pending.pop()
         if name in passed:
             continue
-        if types.get(name) in _FLOAT_TYPES and name in state.makers:
+        if types.get(name) in FLOAT_TYPES and name in state.makers:
             out[name] = None
         elif name in makers:
             new = [i for i in makers[name].inputs if i and i not in visited]
@@ -207,9 +208,7 @@ def _check_steps(state: Rewriter, rounding: Rounding, steps: float) -> None:
 
 
 def _check_output(name: str, before: Array, after: Array) -> None:
-    old, new = before.astype(np.float64), after.astype(np.float64)
-    scale = max(float(np.abs(old).max(initial=0)), 1e-6)
-    if old.shape != new.shape or not np.allclose(old, new, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
+    if not relative_distance(before, after) <= _TOLERANCE:
         raise ModelError(
             f"the float model of a quantised file differs at its output {value_text(name)}",
             expected=f"what the file computes from the same numbers, to {_TOLERANCE:g}",
