@@ -16,7 +16,7 @@ from fedprune_export.importing.batches.layout import BatchLayout
 from fedprune_export.importing.fused_operators import restore_early_norms
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.node_order import inner_graphs
-from fedprune_export.ir.graph import Array, Graph, Port
+from fedprune_export.ir.graph import Array, Graph, Port, read_dims
 
 # Sizes that stand for free ones where a file is compared with what was written from it.
 _TRIED_BATCH, _TRIED_SIZE = 2, 4
@@ -124,15 +124,7 @@ def check_rewriting(raw: bytes, rewritten: onnx.ModelProto) -> None:
     Raises `ModelError` if they differ. Files that don't run at the sizes which are tried are not compared.
     """
     outputs = [o.name for o in rewritten.graph.output if o.type.HasField("tensor_type")]
-    tensors = {t.name for t in rewritten.graph.initializer}
-    generator, feeds = np.random.default_rng(0), dict[str, Array]()
-    for value in rewritten.graph.input:
-        dims = [d.dim_value or (_TRIED_BATCH if axis == 0 else _TRIED_SIZE) for axis, d in _dims(value)]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        if value.name not in tensors:
-            feeds[value.name] = np.asarray(
-                generator.standard_normal(dims) if dtype.kind == "f" else np.zeros(dims), dtype
-            )
+    feeds = random_feeds(rewritten.graph, seed=0, below=1)
     try:
         expected = raw_session(raw, outputs).run(feeds, outputs)
     except ModelError:
@@ -150,8 +142,21 @@ def check_rewriting(raw: bytes, rewritten: onnx.ModelProto) -> None:
         )
 
 
-def _dims(value: onnx.ValueInfoProto) -> Iterator[tuple[int, Any]]:
-    return enumerate(value.type.tensor_type.shape.dim)
+def random_feeds(graph: onnx.GraphProto, *, seed: int, below: int) -> dict[str, Array]:
+    """Normal numbers, and whole ones from 0 to below a number, for the inputs of a file, at sizes that are tried."""
+    tensors, generator = {t.name for t in graph.initializer}, np.random.default_rng(seed)
+    values, feeds = [v for v in graph.input if v.name not in tensors], dict[str, Array]()
+    # An axis of the same name has the same size, whichever input it is of.
+    batches = {dim for v in values for dim in read_dims(v)[:1]}
+    for value in values:
+        shape = [
+            d if isinstance(d, int) else _TRIED_SIZE if axis and (d is None or d not in batches) else _TRIED_BATCH
+            for axis, d in enumerate(read_dims(value))
+        ]
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        numbers: Array = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, below, shape)
+        feeds[value.name] = numbers.astype(dtype)
+    return feeds
 
 
 def raw_session(raw: bytes, outputs: list[str], *, exact: bool = False) -> OnnxSession:

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from fedprune.core.errors import ModelError, error_reason
-from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.number_types.conversion import convert_to_float32
 from fedprune_export.importing.number_types.float_types import SIGNIFICANT_BITS, computed_types
-from fedprune_export.importing.original import raw_session, relative_distance
-from fedprune_export.ir.graph import Array, Graph, read_dims
+from fedprune_export.importing.original import random_feeds, raw_session, relative_distance
+from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.sample_inputs import vocabulary_size
 
@@ -26,7 +25,6 @@ from fedprune_export.ir.sample_inputs import vocabulary_size
 _ERROR_FACTOR = 8
 
 _SEEDS = (1, 2)  # batches of random samples, by the seeds that draw them
-_FREE_BATCH = 2
 
 # What computes nothing rounds nothing.
 _EXACT_OPERATORS = REARRANGEMENTS | {"Cast", "CastLike", "Concat", "Constant", "Gather", "Relu", "Shape", "Slice"}
@@ -82,7 +80,9 @@ class SinglePrecision:
             )
         single, below = raw_session(ended, outputs), vocabulary_size(graph)
         for seed in _SEEDS:
-            feeds = _feeds(proto.graph, own, seed, below)
+            numbers = random_feeds(proto.graph, seed=seed, below=below)
+            # Rounded in the file's own types first, which float32 then takes as they are.
+            feeds = {n: _as_type(v, own.inputs[n][0]) for n, v in numbers.items() if n in own.inputs}
             expected = own.run(feeds, outputs)
             found = single.run({n: _as_type(v, single.inputs[n][0]) for n, v in feeds.items()}, outputs)
             for name in outputs:
@@ -140,20 +140,6 @@ def _ended_like(own: bytes, ended: onnx.ModelProto) -> bytes:
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in declared)
     out: bytes = model.SerializeToString(deterministic=True)
     return out
-
-
-def _feeds(graph: onnx.GraphProto, own: OnnxSession, seed: int, below: int) -> dict[str, Array]:
-    """Random samples in the types of the file; float32 takes them as they are, already rounded."""
-    rng = np.random.default_rng(seed)
-    feeds: dict[str, Array] = {}
-    for value in graph.input:
-        if value.name not in own.inputs:
-            continue
-        shape = [d if isinstance(d, int) else _FREE_BATCH for d in read_dims(value)]
-        kind = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
-        drawn: Array = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, below, shape)
-        feeds[value.name] = _as_type(drawn, own.inputs[value.name][0])
-    return feeds
 
 
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}
