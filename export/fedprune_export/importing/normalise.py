@@ -129,7 +129,7 @@ def normalise(
     original = Original(raw, file_inputs, file_outputs, row_graph, layout)
     # After this each operator has one form, and constants are folded.
     _simplify(graph, graph_trace, constants, notes, LOGITS)
-    fold_spectral_norms(graph, constants, notes)
+    fold_spectral_norms(graph, constants, listed, notes)
     drop_identities(graph)
     check_random(graph)
     roles = _separate_parameters(graph, graph_trace, constants, repeated, listed, notes)

@@ -17,10 +17,13 @@ from fedprune_export.ir.graph import Array, Graph, Node, Port
 from fedprune_export.ir.operators import REARRANGEMENTS
 
 
-def fold_spectral_norms(graph: Graph, constants: Container[str], notes: list[str]) -> None:
+def fold_spectral_norms(
+    graph: Graph, constants: Container[str], listed: Container[str] | None, notes: list[str]
+) -> None:
     """Divide each weight by the number that a graph computes from it and from vectors, and drop the division.
 
-    Adds a note on the weights.
+    Adds a note on the weights. `listed` are the parameters, where the source knows them: vectors that are trained are
+    none of a spectral norm.
     """
     data_values, makers = graph.values_from_inputs(), graph.producers()
     divisions = [
@@ -29,7 +32,7 @@ def fold_spectral_norms(graph: Graph, constants: Container[str], notes: list[str
         if node.op in ("Div", "Mul") and not node.domain and node.outputs[0] not in data_values
         for value, scale in ([node.inputs] if node.op == "Div" else [node.inputs, node.inputs[::-1]])
         if (weight := _rearranged_weight(graph, makers, value)) and weight not in constants
-        if _is_scaled_by_itself(graph, makers, node, weight, scale)
+        if _is_scaled_by_itself(graph, makers, node, weight, scale, listed or ())
     ]
     if not divisions:
         return
@@ -68,12 +71,16 @@ def _rearranged_weight(graph: Graph, makers: Mapping[str, Node], value: str) -> 
     return value if array is not None and array.dtype == np.float32 and array.size > 1 else None
 
 
-def _is_scaled_by_itself(graph: Graph, makers: Mapping[str, Node], node: Node, weight: str, scale: str) -> bool:
-    """Whether a value's scale is computed from a weight and other vectors, and nothing else reads the weight."""
+def _is_scaled_by_itself(
+    graph: Graph, makers: Mapping[str, Node], node: Node, weight: str, scale: str, trained: Container[str]
+) -> bool:
+    """Whether a value's scale is computed from a weight and other vectors, which aren't trained, and nothing else reads
+    the weight."""
     sources = {name: graph.initializers[name] for name in _upstream(makers, scale) if name in graph.initializers}
     # Exporters store the matrix of a kernel beside it.
     copies = {name for name, value in sources.items() if _holds_same_numbers(value, graph.initializers[weight])}
-    if not copies or not any(v.dtype == np.float32 and v.size > 1 for n, v in sources.items() if n not in copies):
+    vectors = [n for n, v in sources.items() if v.dtype == np.float32 and v.size > 1 and n not in copies]
+    if not copies or not vectors or any(n in trained for n in sources if n not in copies):
         return False
     inside, readers = _upstream(makers, node.outputs[0]), graph.consumers()
     pending, visited = [weight], {weight}

@@ -51,3 +51,9 @@ def test_a_weight_that_is_also_read_without_the_norm_stays() -> None:
     graph = normed("shared")
     model = import_onnx(graph.to_bytes(), "net", ImportChoices(parameters=["w", "head"]))
     np.testing.assert_array_equal(model.tensors["w"], graph.initializers["w"])
+
+
+def test_a_weight_whose_vectors_are_trained_stays() -> None:
+    names = ["head", "u", "v", "w"]
+    model = import_onnx(normed("matrix").to_bytes(), "net", ImportChoices(parameters=names))
+    assert sorted(model.tensors) == names
