@@ -27,7 +27,8 @@ FLAC_HEAD = b"fLaC" + bytes(40)
 
 
 def sound(kind: str, numbers: Any, rate: int = RATE) -> bytes:
-    soundfile = pytest.importorskip("soundfile")
+    import soundfile  # no board has it
+
     file = io.BytesIO()
     soundfile.write(file, numbers, rate, format=kind)
     return file.getvalue()
@@ -37,6 +38,7 @@ def as_wav(numbers: Any) -> bytes:
     return wav(np.rint(np.asarray(numbers) * 2**15).astype("<i2").tobytes())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("kind", "tolerance"), [("FLAC", 1e-4), ("AIFF", 1e-4), ("OGG", 0.02), ("MP3", 0.02)])
 def test_a_recording_is_what_wav_has_of_it_at_the_rate_that_is_asked_for(kind: str, tolerance: float) -> None:
     stereo = np.stack([TONE, TONE / 2], 1)
@@ -48,6 +50,7 @@ def test_a_recording_is_what_wav_has_of_it_at_the_rate_that_is_asked_for(kind: s
     np.testing.assert_allclose(recording[inner], expected[inner], atol=tolerance)
 
 
+@pytest.mark.once
 def test_what_is_damaged_or_too_long_is_refused() -> None:
     good = sound("FLAC", TONE)
     for body in (good[:60], b"OggS" + bytes(100), b"ID3" + bytes(100), sound("FLAC", np.zeros((0, 1)))):
@@ -67,6 +70,7 @@ def folder(root: Path, files: dict[str, bytes]) -> SampleFolder:
     return SampleFolder(root, (Audio(RATE),), SplitShares(0.0), 100)
 
 
+@pytest.mark.once
 def test_a_folder_may_have_several_formats(tmp_path: Path) -> None:
     files = {"0/a.flac": sound("FLAC", TONE), "1/b.mp3": sound("MP3", TONE), "1/c.wav": as_wav(TONE)}
     samples = folder(tmp_path, files)
