@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, shape_text
 from fedprune.core.text import quantity
-from fedprune.model.lengths import shape_from_json
+from fedprune.model.lengths import Shape, shape_from_json
 from fedprune.wire.link import BrokerLink, tls_context
 from fedprune.wire.queues import ConnectionDown, ConnectionUp, Event, Inbox
 from fedprune_device.client import Board, BoardError
@@ -35,6 +35,10 @@ _BOARD_TIMEOUT_S = 5.0
 _MAX_WAITING = 64  # samples that wait while the board restarts
 # Seconds to the first line of the log, soon enough for whoever watches, and most seconds between two lines later on.
 _FIRST_REPORT_S, _MAX_REPORT_S = 10.0, 3600.0
+_NO_SHAPE = (
+    "the board has no model yet that says what a sample is, and the server sends one only to boards with samples. Set "
+    "steps, the rows of a sample, in the settings (docs/board-data.md#sensors)"
+)
 
 
 class _Layout(NamedTuple):
@@ -101,7 +105,9 @@ class _Bridge:
     ) -> None:
         self._config, self._collector, self._drops, self._retained = config, collector, drops, retained
         self._board = Board(config.board, timeout=_BOARD_TIMEOUT_S, tries=1)
-        self._layout: _Layout | None = None
+        self._layout = None if config.sample_shape is None else self._layout_of(config.sample_shape)
+        self._model_shape: Shape | None = None
+        self._problem = ""  # what keeps samples from the board, if anything does
         self._waiting: deque[tuple[npt.NDArray[np.float32], str | int | None]] = deque()
         self._added = 0
 
@@ -136,14 +142,15 @@ class _Bridge:
         drops, added = self._drops.take(), self._added
         self._added = 0
         text = f"{quantity(added, 'sample')} handed to the board{f'; left out: {drops}' if drops else ''}"
-        _LOG.log(logging.WARNING if drops else logging.INFO, "sensors: %s", text)
+        text += f"; {self._problem}" if self._problem else ""
+        _LOG.log(logging.WARNING if drops or self._problem else logging.INFO, "sensors: %s", text)
 
     def _take_rows(self, now: float) -> None:
         # The next round's model may take another shape, but none in the middle of a sample.
         if self._layout is None or self._collector.is_between_samples:
-            self._layout = self._find_layout() or self._layout
+            self._follow_model()
         if self._layout is None:
-            self._drops.add("times at which the board didn't say what its model takes")
+            self._drops.add("times at which nothing said what a sample is")
             return
         for sample in self._collector.collect(now, self._layout.steps):
             self._waiting.append((_array(sample, self._layout), sample.label))
@@ -156,27 +163,48 @@ class _Bridge:
         while self._waiting:
             try:
                 answer = self._board.add(*self._waiting[0])
+                self._problem = ""
                 if answer.get("duplicate"):  # held values in all rows, such as a room's at night
                     self._drops.add("samples that equal an earlier one")
                 else:
                     self._added += 1
             except BoardError as error:
                 if error.status in (0, 503):  # it restarts, or is busy: the next period tries again
+                    self._note_problem(str(error))
                     return
                 reason = f"{error.what}, expected {error.expected}" if error.expected else error.what
                 self._drops.add(f"samples that the board refused: {reason[:200]}")
             self._waiting.popleft()
 
-    def _find_layout(self) -> _Layout | None:
-        """The layout of the board's model; None if it doesn't answer, or has no model yet."""
+    def _follow_model(self) -> None:
+        """Take the layout of the board's model, if it answers and has one; warn if the settings say another."""
         try:
             sizes = self._board.status()["input"]
-        except (BoardError, KeyError):
-            return None
-        if sizes is None:
-            return None
-        shape, channels = shape_from_json(sizes), len(self._config.channels)
-        steps, channels_first = steps_and_order(shape, channels, True)
+        except (BoardError, KeyError) as error:
+            self._note_problem(str(error))
+            return
+        self._note_problem(_NO_SHAPE if sizes is None and self._layout is None else "")
+        if sizes is None or (shape := shape_from_json(sizes)) == self._model_shape:
+            return
+        layout, stated_shape = self._layout_of(shape), self._config.sample_shape
+        if stated_shape is not None and layout != self._layout_of(stated_shape):
+            _LOG.warning(
+                "sensors: the board's model takes %s, but steps and layout in the settings say %s: samples have the "
+                "model's shape from now on, and the board leaves earlier ones out. Correct the settings",
+                shape_text(*shape),
+                shape_text(*stated_shape),
+            )
+        self._layout, self._model_shape = layout, shape
+
+    def _note_problem(self, text: str) -> None:
+        """Log what keeps samples from the board when it begins, and again with each report while it lasts."""
+        if text and text != self._problem:
+            _LOG.warning("sensors: %s", text)
+        self._problem = text
+
+    def _layout_of(self, shape: Shape) -> _Layout:
+        channels = len(self._config.channels)
+        steps, channels_first = steps_and_order(shape, channels, self._config.has_channels_first)
         if not steps:
             raise ConfigError(
                 "channels of the sensors",

@@ -20,10 +20,15 @@ _PERIODS_S = (0.05, 86_400.0)
 _MAX_CHANNELS = 4096
 _MAX_NAME = 200
 _MAX_VALUES = 1000
+_MAX_STEPS = 2**20  # as many numbers of one channel are the largest sample that a board's set takes by default
+
+# The axes of a sample, and how a model's input may order them; an input of one axis has one channel, or one row.
+_CHANNELS, _STEPS = "channels", "steps"
+_LAYOUTS = ((_CHANNELS, _STEPS), (_STEPS, _CHANNELS), (_CHANNELS,), (_STEPS,))
 
 _SOURCE_KEYS = ("topic", "path", "time", "max_age", "availability")
 _TABLES = {
-    "": ("broker", "ca", "board", "period", "channels", "label", *_SOURCE_KEYS),
+    "": ("broker", "ca", "board", "period", "steps", "layout", "channels", "label", *_SOURCE_KEYS),
     "channels": ("name", "range", "values", *_SOURCE_KEYS),
     "label": ("values", *_SOURCE_KEYS),
 }
@@ -69,6 +74,8 @@ class SensorConfig:
         ca: The file of the authorities that certified it; None for the system's.
         board: The address of the board's local interface.
         period_s: Seconds between two rows of a sample.
+        steps: Rows of a sample until the board knows what its model takes; None to hand nothing in until then.
+        layout: The axes of a sample, in their order.
         channels: The channels of the model's inputs, in their order.
         label: The value that is a sample's class, if there is one.
     """
@@ -77,8 +84,22 @@ class SensorConfig:
     ca: Path | None
     board: str
     period_s: float
+    steps: int | None
+    layout: tuple[str, ...]
     channels: tuple[SensorChannel, ...]
     label: SensorValue | None
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """The shape of a sample by the settings, if they say it."""
+        if self.steps is None:
+            return None
+        sizes = {_CHANNELS: len(self.channels), _STEPS: self.steps}
+        return tuple(sizes[axis] for axis in self.layout)
+
+    @property
+    def has_channels_first(self) -> bool:
+        return self.layout[0] == _CHANNELS
 
     @property
     def sources(self) -> tuple[SensorValue, ...]:
@@ -111,11 +132,28 @@ def read_sensor_config(file: Path) -> SensorConfig:
         ca=None if ca is None else Path(validation.check_text(f"{where}: ca", ca, 4096)),
         board=body["board"],
         period_s=validation.check_number(f"{where}: period", body["period"], *_PERIODS_S),
+        steps=None if "steps" not in body else validation.check_whole(f"{where}: steps", body["steps"], 1, _MAX_STEPS),
+        layout=_layout(body.get("layout", list(_LAYOUTS[0])), f"{where}: layout"),
         channels=channels,
         label=label,
     )
+    _check_layout(config, where)
     _check_wildcards(config, where)
     return config
+
+
+def _layout(value: object, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or tuple(value) not in _LAYOUTS:
+        raise ConfigError(where, expected=" or ".join(str(list(layout)) for layout in _LAYOUTS), got=value_text(value))
+    return tuple(value)
+
+
+def _check_layout(config: SensorConfig, where: str) -> None:
+    """An input of one axis has either one channel or one row."""
+    counts = {_CHANNELS: len(config.channels), _STEPS: config.steps or 1}
+    for axis, count in counts.items():
+        if axis not in config.layout and count != 1:
+            raise ConfigError(f"{where}: layout", expected=f"both axes, as there are {count} {axis}", got=config.layout)
 
 
 def _check_wildcards(config: SensorConfig, where: str) -> None:
@@ -139,6 +177,7 @@ def _check_wildcards(config: SensorConfig, where: str) -> None:
                     f"{where}: availability of {source.name}",
                     expected=f"{source.topic.wildcards} wildcards as in its topic, or none",
                     got=availability.text,
+                    hint="A channel with a topic of another kind needs an availability of its own, or [].",
                 )
 
 
@@ -163,6 +202,8 @@ def _channel(defaults: Mapping[str, Any], table: object, where: str) -> SensorCh
 
 def _label(defaults: Mapping[str, Any], table: object, where: str) -> SensorValue:
     body = _checked_table(table, "label", where)
+    # A topic of its own is another device's, whose messages say neither the channels' time nor their availability.
+    defaults = {} if "topic" in body else defaults
     # States are published when they change, and hold until then.
     settings = _source_settings({**defaults, "max_age": math.inf}, body, where)
     values = _values(body, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,34 @@ def test_the_recipe_of_zigbee2mqtt_reads_what_it_publishes() -> None:
     assert home.row() == []
 
 
+@pytest.mark.parametrize("recipe", ["zigbee2mqtt", "esphome"])
+def test_a_label_that_is_added_to_a_recipe_as_it_shows_has_neither_time_nor_availability_of_the_channels(
+    tmp_path: Path, recipe: str
+) -> None:
+    text = (RECIPES / f"{recipe}.toml").read_text()
+    (tmp_path / "sensors.toml").write_text(re.sub(r"^# (\[label]|topic|values)", r"\1", text, flags=re.MULTILINE))
+    home = Sensors(tmp_path / "sensors.toml")
+    body = {"humidity": 44.72, "temperature": 27.34, "last_seen": "2024-01-31T12:45:00.000Z"}
+    home.send("zigbee2mqtt/kitchen", body)
+    for name in ("sensor/air_temperature", "sensor/illuminance", "binary_sensor/window"):
+        home.send(f"greenhouse/{name}/state", "1")
+    home.send("home/state", "ON")
+    assert [sample.label for sample in home.collector.collect(1.0, 1)] == ["busy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("", None),
+        ("steps = 4", (2, 4)),
+        ("steps = 4\nlayout = ['steps', 'channels']", (4, 2)),
+        ("steps = 1\nlayout = ['channels']", (2,)),
+    ],
+)
+def test_settings_say_the_shape_of_a_sample(tmp_path: Path, text: str, shape: tuple[int, ...] | None) -> None:
+    assert sensors(tmp_path, f"{text}\n{ROOM}").config.sample_shape == shape
+
+
 def test_the_recipe_of_tasmota_reads_what_it_publishes() -> None:
     home = Sensors(RECIPES / "tasmota.toml")
     for device in ("washroom", "machine"):
@@ -263,6 +292,9 @@ def test_the_recipe_of_esphome_reads_what_it_publishes() -> None:
         ("topic = 'a'\nmax_age = 1\nchannels = [{path = 't'}]\nlabel.values = {ON = 1.5}", "values.ON"),
         ("max_age = 1\nchannels = [{topic = '+', path = 't'}, {topic = '+/+', path = 'u'}]", "wildcards"),
         ("max_age = 1\navailability = '+/s'\nchannels = [{topic = 'a', path = 't'}]", "availability"),
+        ("steps = 0\ntopic = 'a'\nmax_age = 1\nchannels = [{path = 't'}]", "steps"),
+        ("layout = ['rows']\ntopic = 'a'\nmax_age = 1\nchannels = [{path = 't'}]", "layout"),
+        ("steps = 2\nlayout = ['channels']\ntopic = 'a'\nmax_age = 1\nchannels = [{path = 't'}]", "layout"),
     ],
 )
 def test_settings_that_can_not_be_are_refused_by_name(tmp_path: Path, text: str, subject: str) -> None:

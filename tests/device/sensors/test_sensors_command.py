@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,52 @@ def test_samples_are_handed_in_and_a_broker_that_restarts_is_found_again(
     lines = [line for line in log.read_text().splitlines() if "left out" in line]
     assert len(lines) <= 2
     assert "1 retained" in "".join(lines)
+
+
+@contextlib.contextmanager
+def sensors_program(config: Path, log: Path) -> Iterator[None]:
+    """The program while the body runs; it has a connection when the body begins."""
+    command = [sys.executable, "-m", "fedprune_device.cli.main", "sensors", "--config", str(config)]
+    with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr) as process:
+        try:
+            until(lambda: "connected" in log.read_text(), "the connection", log.read_text)
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def test_a_board_without_a_model_gets_samples_of_the_settings_and_then_those_that_its_model_takes(
+    start_mosquitto: Callable[..., Any], tmp_path: Path
+) -> None:
+    broker, config, log = start_mosquitto(), tmp_path / "sensors.toml", tmp_path / "log"
+    with local_interface(None) as board:
+        config.write_text("steps = 3" + CONFIG.format(broker=broker.url, board=board.address))
+        with sensors_program(config, log):
+            publish(broker.url, "t/room", json.dumps({"humidity": 40}))
+            publish(broker.url, "t/temperature", "21.5")
+            until(lambda: len(board.samples) > 1, "samples", log.read_text)
+            assert samples_of(board)[-1][1].shape == (2, 3)
+            board.shape = [4, 2]
+            until(lambda: samples_of(board)[-1][1].shape == (4, 2), "samples for the model", log.read_text)
+    warnings = [line for line in log.read_text().splitlines() if "Correct the settings" in line]
+    assert len(warnings) == 1
+    assert "[4, 2]" in warnings[0]
+    assert "[2, 3]" in warnings[0]
+
+
+def test_a_board_that_can_not_be_reached_is_told_from_one_without_a_model(
+    start_mosquitto: Callable[..., Any], tmp_path: Path
+) -> None:
+    broker, config, log = start_mosquitto(), tmp_path / "sensors.toml", tmp_path / "log"
+    away = f"unix:{tmp_path}/none.sock"
+    with local_interface(None) as board:
+        for address, problem in ((away, f"the board at {away} can't be reached"), (board.address, "Set steps")):
+            config.write_text(CONFIG.format(broker=broker.url, board=address))
+            with sensors_program(config, log):
+                until(lambda text=problem: text in log.read_text(), problem, log.read_text)
+            report = log.read_text().splitlines()[-1]
+            assert "left out" in report
+            assert problem in report
 
 
 def test_a_model_of_other_channels_ends_the_program_with_the_order_that_it_wants(

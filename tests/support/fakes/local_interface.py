@@ -11,15 +11,19 @@ from typing import Any
 
 
 class LocalInterface:
-    """`address` is what a client takes; `samples` are the path, type and body of every sample that was added."""
+    """`address` is what a client takes; `samples` are the path, type and body of every sample that was added.
 
-    def __init__(self, shape: list[int]) -> None:
+    `shape` is that of the model's input, or None while there is no model.
+    """
+
+    def __init__(self, shape: list[int] | None) -> None:
+        self.shape = shape
         self.samples: list[tuple[str, str, bytes]] = []
         interface = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {"input": shape})
+                self.answer(200, {"input": interface.shape})
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -41,7 +45,7 @@ class LocalInterface:
 
 
 @contextmanager
-def local_interface(shape: list[int]) -> Iterator[LocalInterface]:
+def local_interface(shape: list[int] | None) -> Iterator[LocalInterface]:
     """An interface of a board whose model takes inputs of this shape."""
     interface = LocalInterface(shape)
     thread = threading.Thread(target=interface.server.serve_forever)
