@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from secrets import SystemRandom
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 _MAX_ANSWER_BYTES = 64 * 2**20
 _MAX_WAIT_S = 5.0  # seconds between two tries
@@ -87,12 +87,16 @@ class Board:
             model["job"], model["round"], model["digest"], answer["predictions"], answer.get("file_outputs", {})
         )
 
-    def add(self, x: Any, label: int | str | None = None) -> dict[str, Any]:
+    def add(self, x: Any, label: int | str | None = None, shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
         """Add a sample to learn from, with its class by number or name, if it is known.
 
-        Returns `id`, `kept`, `duplicate`, `label` and `part` (`train`, `val` or `test`).
+        Before the board has its first model, an image file needs the `shape` that this model will take, such as
+        (3, 96, 96). Returns `id`, `kept`, `duplicate`, `label` and `part` (`train`, `val` or `test`).
         """
-        query = "" if label is None else f"?label={quote(str(label), safe='')}"
+        values = {} if label is None else {"label": str(label)}
+        if shape is not None:
+            values["shape"] = ",".join(map(str, shape))
+        query = f"?{urlencode(values, quote_via=quote, safe='')}" if values else ""
         return self._ask("POST", f"/v1/samples{query}", *_body(x))
 
     def label(self, sample: str, label: int | str) -> dict[str, Any]:

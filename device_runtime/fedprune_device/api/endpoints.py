@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -11,14 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, value_text
+from fedprune.core.errors import DataError, shape_text, value_text
 from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, labels_of
 from fedprune.model.input_type import FLOATS
-from fedprune.model.lengths import Shape, shape_to_json
+from fedprune.model.lengths import Shape, fits_shape, shape_to_json
 from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import LocalAnswer, Request, RequestError
 from fedprune_device.api.request_array import KINDS, NPY, json_document, npy_bytes, request_array, request_batch
-from fedprune_device.data.image_decoding import TYPES, Pixels
+from fedprune_device.data.image_decoding import TYPES, Pixels, is_picture
 from fedprune_device.data.sample_store import MAX_LABEL, AddedSample, NoSampleError, SampleConflictError, SampleStore
 from fedprune_device.data.stored_array import Array
 
@@ -26,6 +27,7 @@ MAX_BATCH = 64  # samples of one prediction: it holds the model's lock, and othe
 MAX_LISTED = 1000  # names of samples in one answer
 
 _SAMPLE_PATH = re.compile(r"/v1/samples/([0-9a-f]{32})(/label)?")
+_IMAGE_SHAPE = re.compile(r"[0-9]{1,5},[0-9]{1,5},[0-9]{1,5}")
 _LOCAL_HOST = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
 
 _PATHS = {
@@ -38,9 +40,9 @@ _PATHS = {
     "/v1/health": ("GET",),
 }
 _QUERIES = {
-    ("POST", "/v1/predict"): "top",
-    ("POST", "/v1/samples"): "label",
-    ("GET", "/v1/samples/unlabelled"): "most",
+    ("POST", "/v1/predict"): ("top",),
+    ("POST", "/v1/samples"): ("label", "shape"),
+    ("GET", "/v1/samples/unlabelled"): ("most",),
 }
 
 
@@ -80,10 +82,10 @@ class Endpoints:
             raise RequestError(404, f"there is no {value_text(request.path)}", expected=" or ".join(_PATHS))
         if request.method not in _PATHS[name]:
             raise RequestError(405, f"{value_text(request.method)} of {name}", expected=", ".join(_PATHS[name]))
-        query_name = _QUERIES.get((request.method, name))
+        query_names = _QUERIES.get((request.method, name), ())
         for name_in_query in request.query:
-            if name_in_query != query_name:
-                expected = query_name or "nothing"
+            if name_in_query not in query_names:
+                expected = " or ".join(query_names) or "nothing"
                 raise RequestError(400, "the query of the address", expected=expected, got=value_text(name_in_query))
         if match is not None:
             handle_sample = self._show_sample if request.method == "GET" else self._change_sample
@@ -129,7 +131,7 @@ class Endpoints:
     def _add_sample(self, request: Request) -> LocalAnswer:
         samples, model = self._sample_store(), self._model.loaded
         label = self._parse_label(request.query["label"]) if "label" in request.query else None
-        x = self._read_array(request, model)
+        x = self._read_array(request, model, self._stated_shape(request, model))
         if model is not None:
             x = request_batch(x, model.shape, 1, model.input_type)[0]
         elif x.dtype.kind == "f":
@@ -219,14 +221,35 @@ class Endpoints:
         """The shape of a sample: the active model's; before the first model that of the offered one."""
         return model.shape if model is not None else None if self._samples is None else self._samples.input_shape
 
-    def _read_array(self, request: Request, model: LoadedModel | None) -> Array:
+    def _stated_shape(self, request: Request, model: LoadedModel | None) -> Shape | None:
+        """The shape that a request asks its image to have, for which a board without a model has no other source."""
+        if (text := request.query.get("shape")) is None:
+            return None
+        if request.kind not in TYPES:
+            raise RequestError(400, "shape in the query", expected=" or ".join(TYPES), got=value_text(request.kind))
+        shape = tuple(map(int, text.split(","))) if _IMAGE_SHAPE.fullmatch(text) else ()
+        max_numbers = self._sample_store().max_sample_bytes // 4
+        if not is_picture(shape) or not 0 < math.prod(shape) <= max_numbers:
+            expected = f"1 or 3 colours, height and width, such as 3,96,96, and at most {max_numbers} numbers in all"
+            raise RequestError(422, "shape in the query", expected=expected, got=value_text(text))
+        model_shape = self._input_shape(model)
+        if model_shape is not None and not fits_shape(shape, model_shape):
+            raise RequestError(
+                422, "shape in the query", expected=f"that of the board's model, {shape_text(*model_shape)}",
+                got=shape_text(*shape), hint="It is needed before the first model alone.",
+            )  # fmt: skip
+        return shape
+
+    def _read_array(self, request: Request, model: LoadedModel | None, stated_shape: Shape | None = None) -> Array:
         shape = None if model is None else model.shape
         if request.kind in TYPES:
-            size = self._input_shape(model)
+            size = self._input_shape(model) or stated_shape
             if size is None:
                 raise RequestError(
-                    503, "without a model the size of images is unknown", hint="Wait for the first round's offer."
-                )
+                    503, "without a model the size of images is unknown",
+                    hint="Add the shape that the model takes, such as ?shape=3,96,96: the server sends a model only to "
+                    "boards with samples.",
+                )  # fmt: skip
             with self._decoder:
                 is_bytes = model is not None and model.input_type.is_bytes
                 return self._pixels.read(request.body, (TYPES[request.kind],), size, as_bytes=is_bytes)

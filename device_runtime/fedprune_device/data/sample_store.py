@@ -122,7 +122,11 @@ class SampleStore(Closeable):
 
     @property
     def samples(self) -> int:
-        """Samples that would be trained on now. Never waits for the disk, so that the agent's loop may ask."""
+        """Samples that would be trained on now. Never waits for the disk, so that the agent's loop may ask.
+
+        Before the first model, samples without a label count as well: that model may need none, and a server offers
+        one only to boards that have samples.
+        """
         return len(self._training_labels)
 
     @property
@@ -436,7 +440,8 @@ class SampleStore(Closeable):
         self._training_labels.pop(name, None)
 
     def _is_for_training(self, name: str, label: int) -> bool:
-        return (label != UNLABELLED or not self._reservoir.unlabelled_wait) and self._shares.split_of(name) == "train"
+        waits = label == UNLABELLED and self._reservoir.unlabelled_wait and self.input_shape is not None
+        return not waits and self._shares.split_of(name) == "train"
 
     def _check_exists(self, name: str) -> None:
         if name not in self._reservoir:

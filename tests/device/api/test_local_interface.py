@@ -162,6 +162,26 @@ def test_samples_are_handed_in_counted_labelled_and_taken_back(serving_board: Lo
     assert refusal.value.status == 404
 
 
+def test_an_image_before_the_first_model_gets_the_shape_that_the_request_states(local: LocalBoard) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
+    picture = image_file(pixels)
+    with local.serving(pixels=Pixels()):
+        name = local.board.add(picture, "bee", shape=(3, 5, 4))["id"]
+        x = np.load(io.BytesIO(local.board.sample(name)))
+        np.testing.assert_allclose(x, pixels.transpose(2, 0, 1) / 255, atol=1e-6)
+        for shape in ((3, 0, 4), (2, 5, 4), (3, 99_999, 99_999)):
+            with pytest.raises(BoardError, match="1 or 3 colours") as refusal:
+                local.board.add(picture, shape=shape)
+            assert refusal.value.status == 422
+        with pytest.raises(BoardError, match="image/jpeg") as refusal:
+            local.board.add(X[0], shape=(3, 5, 4))
+        assert refusal.value.status == 400
+        local.samples.snapshot((3, 5, 4), Targets("cross_entropy", 3))
+        assert local.board.add(picture, shape=(3, 5, 4))["duplicate"]
+        with pytest.raises(BoardError, match=r"\[3, 5, 4\], got \[3, 8, 8\]"):
+            local.board.add(picture, shape=(3, 8, 8))
+
+
 def test_an_image_waits_for_a_person_who_looks_at_it_and_labels_it(local: LocalBoard) -> None:
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)

@@ -127,13 +127,14 @@ def test_the_set_has_what_was_added_labelled_and_not_deleted_also_after_a_restar
             with open_store(Path(root), samples=room) as samples:
                 for move, n, label in moves:
                     apply_move(samples, labels, move, n, label)
-                    assert samples.samples == samples.counts()["parts"]["train"]
-                    expected = samples.snapshot().effective_classes if samples.samples else None
+                    train_count = samples.counts()["parts"]["train"]
+                    assert samples.samples == sum(SHARES.split_of(name) == "train" for name in samples.names())
+                    expected = samples.snapshot().effective_classes if train_count else None
                     assert samples.effective_classes == expected
                 before = samples.counts()
             with open_store(Path(root), samples=room) as reopened:
                 assert reopened.counts() == before
-                if reopened.samples and room == 200:
+                if before["parts"]["train"] and room == 200:
                     assert labels_by_number(reopened) == {n: label for n, label in labels.items() if label is not None}
                     assert reopened.counts()["unlabelled"] == sum(label is None for label in labels.values())
 
@@ -197,6 +198,23 @@ def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Pat
     with open_store(tmp_path) as reopened:
         assert reopened.unlabelled_names(100) == waiting
         assert reopened.counts()["unlabelled_dropped"] == 15
+
+
+@pytest.mark.parametrize(("loss", "shape"), [("cross_entropy", ()), ("mse", (6,))])
+def test_samples_without_a_label_count_until_a_model_that_needs_labels_has_come(
+    tmp_path: Path, loss: str, shape: tuple[int, ...]
+) -> None:
+    with open_store(tmp_path) as samples:
+        for n in range(8):
+            samples.add(x_of(n))
+        train_count = sum(SHARES.split_of(name) == "train" for name in samples.names())
+        assert samples.samples == train_count > 0
+        with contextlib.suppress(DataError):  # an offer that finds nothing to train on
+            samples.snapshot((6,), Targets(loss, 3, shape))
+        assert samples.samples == (0 if loss == "cross_entropy" else train_count)
+        after = samples.samples
+    with open_store(tmp_path) as reopened:
+        assert reopened.samples == after
 
 
 def test_a_damaged_sample_is_skipped_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
