@@ -21,7 +21,7 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.core import atomic_file
-from fedprune.core.errors import FedpruneError, IdentityError, JoinError
+from fedprune.core.errors import BrokerError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import MAX_CRASH_TEXT
 from fedprune_device.hardware.readings import memory, temperature_c
 from fedprune_device.privacy.redaction import WITHHELD, error_name, redact
@@ -103,8 +103,8 @@ class CrashReports:
             threading.excepthook = hook
             try:
                 yield
-            except (KeyboardInterrupt, SystemExit, IdentityError, JoinError):
-                raise  # no crash: it was stopped, or an operator hasn't approved yet
+            except (KeyboardInterrupt, SystemExit, IdentityError, JoinError, BrokerError):
+                raise  # no crash: it was stopped, an operator hasn't approved yet, or the broker isn't there
             except BaseException as error:
                 self.record_exception(error, "error" if isinstance(error, FedpruneError) else "exception")
                 raise

@@ -71,10 +71,12 @@ class StoredJob:
             comparisons=compare_latest(state),
         )
         away_devices = sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked_devices)
+        excluded_boards = {n: d.excluded for n, d in sorted(state.devices.items()) if d.online and d.excluded}
         return WatchedJob(
             snapshot=snapshot,
             folder=self.folder,
             has_begun=self.has_begun,
             away_boards=away_devices,
+            excluded_boards={} if snapshot.able_devices else excluded_boards,
             prediction_excesses=prediction_excesses(snapshot),
         )

@@ -30,6 +30,8 @@ class WatchedJob:
     Attributes:
         has_begun: Whether it ever began.
         away_boards: Some of the boards that are not connected and not revoked.
+        excluded_boards: Some of the boards that are connected and excluded, with the reason, while no other board is
+            there.
         missed_deadlines: Deadlines in a row that passed without an update.
         empty_rounds: Rounds in a row that closed without a usable update.
         prediction_excesses: Boards whose time or memory exceeds the prediction by far, with the figures in words.
@@ -41,6 +43,7 @@ class WatchedJob:
     folder: Path
     has_begun: bool = True
     away_boards: Sequence[str] = ()
+    excluded_boards: Mapping[str, str] = field(default_factory=dict)
     missed_deadlines: int = 0
     empty_rounds: int = 0
     prediction_excesses: Mapping[str, str] = field(default_factory=dict)

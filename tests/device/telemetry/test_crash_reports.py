@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
+from fedprune.core.errors import BrokerError, ConfigError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, CrashReport, CrashStored
 from fedprune.wire.messages import parse_message
 from fedprune_device.hardware.thermal_guard import ThermalGuard
@@ -98,7 +98,9 @@ def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path:
     assert str(tmp_path) not in json.dumps(body)
 
 
-@pytest.mark.parametrize("error", [IdentityError("pi isn't a member of site default yet"), JoinError("refused")])
+@pytest.mark.parametrize(
+    "error", [IdentityError("pi isn't a member of site default yet"), JoinError("refused"), BrokerError("refused")]
+)
 def test_a_board_that_is_not_let_in_has_not_crashed(tmp_path: Path, error: FedpruneError) -> None:
     crash(tmp_path, error)
     assert CrashReports(tmp_path).report is None

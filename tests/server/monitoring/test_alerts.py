@@ -96,6 +96,16 @@ def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(situatio
     ] == ["broker"]
 
 
+def test_where_all_boards_are_excluded_their_reason_is_what_to_mend() -> None:
+    excluded = {"pi": "samples to train on: expected at least one, got 0"}
+    alerts = [
+        a for a in evaluate_alerts(with_job(0, counted={"excluded_boards": excluded}), NOW) if a.kind == "no-devices"
+    ]
+    assert [("excluded: pi" in a.what, "samples to train on" in a.todo, "power" in a.todo) for a in alerts] == [
+        (True, True, False)
+    ]
+
+
 CASES: dict[str, tuple[Situation, str, str]] = {
     "a server that is dead": (replace(with_job(0), is_running=False), "server-not-running", "critical"),
     "a folder without a job": (

@@ -119,7 +119,12 @@ class PlanSearch:
     least_channels: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("samples", "byte_budget", "deadline_s", "energy_budget"):
+        if self.samples <= 0:
+            raise PlanError(
+                "samples to train on", expected="at least one", got=self.samples,
+                hint="It takes part once it has some (docs/local-interface.md#before-the-first-model).",
+            )  # fmt: skip
+        for name in ("byte_budget", "deadline_s", "energy_budget"):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or value <= 0):
                 raise PlanError(name, expected="a number above 0", got=value)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedprune.coordination import Phase
-from fedprune.core.text import first_few, quantity
+from fedprune.core.text import first_few, one_line, quantity
 from fedprune.wire.lost_pieces import dropping_broker_message
 from fedprune_server.monitoring.alerts import CRITICAL, WARNING, Alert, alert_rule, restart_advice, server_command
 from fedprune_server.monitoring.situation import Situation, WatchedJob
+
+_MAX_REASON_LENGTH = 300  # characters of a board's reason: a planner's reason with its hint has some two hundred
 
 
 @alert_rule("no-devices", CRITICAL, WARNING)
@@ -40,13 +42,22 @@ def _no_boards_yet(situation: Situation, job: WatchedJob, now: float) -> Alert:
 
 
 def _no_boards_left(situation: Situation, job: WatchedJob, now: float) -> Alert:
+    crashes = server_command(situation.folder, "crashes")
+    remedy = (
+        f"see that boards have power and network, and that the broker's port is open; {crashes} shows programs that "
+        "ended"
+    )
+    excluded = ""
+    if job.excluded_boards:
+        name, reason = next(iter(job.excluded_boards.items()))
+        excluded = f"; excluded: {first_few(list(job.excluded_boards))}"
+        remedy = f"mend on the board why it is excluded, such as {name}: {one_line(reason, _MAX_REASON_LENGTH)}"
     return Alert(
         "no-devices", CRITICAL, now,
         f"no board that can take part is connected, and job {job.snapshot.name} is in round "
-        f"{job.round_text}{_missing_names(job)}",
+        f"{job.round_text}{excluded}{_missing_names(job)}",
         "nothing is trained until boards come back",
-        "see that boards have power and network, and that the broker's port is open; "
-        f"{server_command(situation.folder, 'crashes')} shows programs that ended{_readmission(situation, job)}",
+        f"{remedy}{_readmission(situation, job)}",
         job=job.snapshot.name, delay_s=job.delay_s,
     )  # fmt: skip
 
