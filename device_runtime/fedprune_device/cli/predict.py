@@ -24,7 +24,7 @@ from fedprune.model.scaling import BOARD
 from fedprune.model.step_contract import LOGITS
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
-from fedprune_device.data.array_source import load_data, read_arrays
+from fedprune_device.data.array_source import load_data, number_classes, read_arrays
 from fedprune_device.data.dataset import Channels
 from fedprune_device.data.folder_layout import layout_of
 from fedprune_device.data.labels import LogitAdjustment, Targets
@@ -32,12 +32,15 @@ from fedprune_device.data.layouts import IGNORED_CLASS, Unlabelled
 from fedprune_device.data.sample_checks import checked_inputs, checked_samples
 from fedprune_device.data.scaling import Scaling, scaling_of
 from fedprune_device.data.sequences import LENGTHS
-from fedprune_device.data.sources import SampleOptions
+from fedprune_device.data.sources import SampleOptions, is_sample_folder
 from fedprune_device.data.stored_array import Inputs, StoredArray
 from fedprune_device.data.table_windows import is_table
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.prediction_text import (
+    MapSummary,
     file_output_rows,
+    map_summary,
+    position_rows,
     prediction_lines,
     quality_text,
     ranked_outputs,
@@ -53,12 +56,12 @@ _MAX_NAMED_FOLDERS = 10  # folders of boards that an error names
 def predict(arguments: argparse.Namespace) -> None:
     adjustment, scaling = LogitAdjustment(), Scaling()
     recipe = Recipe()
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = arguments.class_names
     if arguments.bundle is not None:
         bundle = open_bundle(arguments.bundle)
         predictor = Predictor(_graph_path(bundle, arguments.precision), threads=arguments.threads)
-        class_names, loss = bundle.class_names, bundle.recipe.loss
-        recipe = bundle.recipe
+        class_names, recipe = class_names or bundle.class_names, bundle.recipe
+        loss = recipe.loss
         if recipe.scaling == (BOARD,):
             raise UsageError(
                 "--bundle with recipe.scaling 'board'",
@@ -70,7 +73,7 @@ def predict(arguments: argparse.Namespace) -> None:
             if loss != "cross_entropy":
                 raise UsageError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
             classes = bundle.architecture.classes
-            labels = load_data(arguments.data).y_train
+            labels = load_data(arguments.data, class_names=class_names).y_train
             adjustment = LogitAdjustment.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
     elif arguments.precision is not None:
         raise UsageError(
@@ -81,8 +84,7 @@ def predict(arguments: argparse.Namespace) -> None:
         adjustment, scaling, loss = record.adjustment, record.scaling, record.loss
     shape, targets = predictor.input_shape, None
     has_scores = labels_of(loss) in (*JUDGED_LABELS, "values")
-    files = arguments.input.is_dir() or is_table(arguments.input)
-    if files and has_scores and all(isinstance(size, int) for size in upper_shape(shape)):
+    if _holds_files(arguments.input) and has_scores and all(isinstance(size, int) for size in upper_shape(shape)):
         # A batch without samples shows the shape of the outputs, and so of the labels, at no cost.
         empty = np.zeros(
             (0, *(size for size in upper_shape(shape) if isinstance(size, int))), predictor.input_type.dtype
@@ -103,7 +105,12 @@ def predict(arguments: argparse.Namespace) -> None:
     own_rows = file_output_rows(file_outputs, len(logits))
     if arguments.json:
         rows = _prediction_rows(logits, loss, arguments, class_names)
-        print_json([{**row, "file_outputs": own} if own else row for row, own in zip(rows, own_rows, strict=True)])
+        print_json(
+            [
+                {**row, "file_outputs": {name: _json_value(value) for name, value in own.items()}} if own else row
+                for row, own in zip(rows, own_rows, strict=True)
+            ]
+        )
     elif arguments.output is None:
         for line, own in zip(prediction_lines(logits, loss, arguments.top, class_names), own_rows, strict=True):
             print("; ".join([line, *(f"{name} {_short_text(value)}" for name, value in own.items())]))
@@ -114,25 +121,39 @@ def predict(arguments: argparse.Namespace) -> None:
 def _prediction_rows(
     logits: npt.NDArray[np.float32], loss: str, arguments: argparse.Namespace, names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """A row per sample, with the outputs of the text.
+    """A row per sample, with the outputs of the text: of outputs per position a summary, `--output` writes them."""
 
-    Raises `UsageError` for outputs per position: as JSON they would be too long, `--output` writes them.
-    """
+    def name_of(number: int) -> str | int:
+        return names[number] if number < len(names) else number
+
     if logits.ndim > 2:
-        raise UsageError(
-            "--json with a model that predicts every position", hint="Write the outputs to a file: --output."
-        )
+        shape = {"positions": logits.shape[2:]}
+        return [
+            {"sample": i, "outputs": map_summary(logits[i]).to_dict()}
+            if counts is None
+            else {"sample": i, **shape, "outputs": [{"class": name_of(c), "count": n} for c, n in counts.items()]}
+            for i, counts in enumerate(position_rows(logits, loss, arguments.top))
+        ]
     name_key, value_key = ("class", "score") if labels_of(loss) in JUDGED_LABELS else ("output", "value")
     return [
-        {"sample": i, "outputs": [{name_key: names[c] if c < len(names) else c, value_key: v} for c, v in row.items()]}
+        {"sample": i, "outputs": [{name_key: name_of(c), value_key: v} for c, v in row.items()]}
         for i, row in enumerate(ranked_outputs(logits, loss, arguments.top))
     ]
 
 
 def _short_text(value: object) -> str:
-    """A number, text or row as JSON; of a long row only how long it is."""
-    is_long = isinstance(value, list) and len(value) > _MAX_PRINTED_NUMBERS
-    return f"[{len(value)} numbers]" if is_long and isinstance(value, list) else json.dumps(value)
+    """A number, text or row as JSON with few digits; of a long row or a map only how large it is."""
+    if isinstance(value, MapSummary):
+        return f"{' x '.join(map(str, value.shape))} (--output FILE.npz writes it)"
+    if isinstance(value, list) and len(value) > _MAX_PRINTED_NUMBERS:
+        return f"[{len(value)} numbers]"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short_text, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _json_value(value: object) -> object:
+    return value.to_dict() if isinstance(value, MapSummary) else value
 
 
 def _write_outputs(path: Path, logits: npt.NDArray[np.float32], file_outputs: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -188,22 +209,26 @@ class _InputSamples:
     channels: Channels | None = None
 
 
+def _holds_files(path: Path) -> bool:
+    """Whether a board reads a path as files or a table, not as arrays."""
+    return is_sample_folder(path) or is_table(path)
+
+
 def _read_samples(
     arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...], targets: Targets | None = None
 ) -> _InputSamples:
     """The samples of any source that a board can train on, or of arrays without labels."""
     source, split = str(arguments.input), arguments.split
-    files = arguments.input.is_dir() or is_table(arguments.input)
-    if not files and (path_exists(arguments.input, file=True) or ":" not in source):
-        arrays = read_arrays(arguments.input, single=True)
+    if not _holds_files(arguments.input) and (path_exists(arguments.input, file=True) or ":" not in source):
+        arrays = number_classes(read_arrays(arguments.input, single=True), class_names, source)
         samples = _arrays_of_split(arrays, split)
         if samples is not None:
             return _pad_samples(_check_samples(samples, source), shape)
         if "y" not in arrays and "y_train" not in arrays:
             raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(arrays) or "nothing")
     options = options_of(SampleOptions, arguments, data=source)
-    layout = layout_of(arguments.input, class_names) if split is None and arguments.input.is_dir() else None
-    if type(layout) is Unlabelled and not layout.splits:
+    layout = layout_of(arguments.input, class_names) if split is None and is_sample_folder(arguments.input) else None
+    if isinstance(layout, Unlabelled) and not layout.splits:
         data = replace(options, test_share=0.0, validation_share=0.0).fixed(class_names).snapshot(shape, targets)
         return _InputSamples(data.x_train, None, channels=data.channels)
     data = options.fixed(class_names).snapshot(shape, targets)

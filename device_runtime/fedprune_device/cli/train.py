@@ -57,11 +57,13 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool: Path) -> None:
-    samples = options_of(SampleOptions, arguments).fixed(bundle.class_names, spool)
+    options = options_of(SampleOptions, arguments)
+    samples = options.fixed(bundle.class_names, spool)
     threads = arguments.threads or default_threads()
     trainer = Trainer(bundle.path(TRAINING), threads=threads, base=bundle.base)
     data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))
     data = data.for_input(trainer.input_type)
+    class_names = _trained_names(bundle, options.class_names)
     try:
         data, scaling = scale_samples(data, recipe)
         training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, threads)
@@ -79,7 +81,7 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     files, after = training.finish(result)
     report(f"after: {_metrics_text(after)}")
     kept_recipe = replace(bundle.recipe, scaling=scale_entries(scaling, data))
-    write_bundle(arguments.out, files, bundle.selection, kept_recipe, bundle.target, bundle.class_names, bundle.base)
+    write_bundle(arguments.out, files, bundle.selection, kept_recipe, bundle.target, class_names, bundle.base)
     size = sum(map(len, files.values()))
     if arguments.json:
         body = {"out": str(arguments.out), "bytes": size, "samples": data.samples, "test_samples": len(data.y_test)}
@@ -91,6 +93,15 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
             f"after {result.steps} of {quantity(recipe.steps(data.samples), 'step')}; "
             f"{arguments.out} holds what was trained until then"
         )
+
+
+def _trained_names(bundle: Bundle, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the trained bundle's classes: those that its labels were numbered by."""
+    classes = bundle.architecture.classes
+    if not class_names or len(class_names) == classes:
+        return class_names or bundle.class_names
+    print(f"the trained bundle has no names of classes: expected {classes}, got {len(class_names)}", file=sys.stderr)
+    return ()
 
 
 def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,13 @@ from fedprune_device.data.stored_array import Inputs, StoredArray
 
 
 def load_data(
-    source: str, seed: int = 0, device: str = "", validation_share: float = 0.0, *, spool: Path | None = None
+    source: str,
+    seed: int = 0,
+    device: str = "",
+    validation_share: float = 0.0,
+    *,
+    class_names: tuple[str, ...] = (),
+    spool: Path | None = None,
 ) -> LocalData:
     """Read a device's data as it is now; large arrays of an `.npz` file are read as batches are drawn.
 
@@ -44,13 +52,15 @@ def load_data(
         device: The device's name: it keys the split.
         validation_share: Share of the training samples that is set aside for validation, where the source has no
             validation samples.
+        class_names: The names of the classes in the fleet's order, for labels that are texts.
         spool: A folder for copies of large arrays that a file has compressed or a function returns; without one they
             are held in memory.
 
     Returns:
         Checked data. The same source, seed and device always give the same split.
     """
-    data = open_arrays(source, SplitShares(validation=validation_share, seed=seed, device=device), spool=spool)
+    shares = SplitShares(validation=validation_share, seed=seed, device=device)
+    data = open_arrays(source, shares, class_names=class_names, spool=spool)
     return data if isinstance(data, LocalData) else data.snapshot()
 
 
@@ -67,7 +77,7 @@ def open_arrays(
     """
     content = _load(source, shares.seed, shares.device, spool)
     if isinstance(content, dict):
-        content = {name: _numbers_of_classes(name, array, class_names, source) for name, array in content.items()}
+        content = number_classes(content, class_names, source)
     if isinstance(content, DataSource) and not isinstance(content, LocalData):
         return SourceSamples(content, source, shares, max_samples, class_names, spool)
     try:
@@ -80,8 +90,13 @@ def open_arrays(
         raise DataError(f"{source}: {error}") from error
 
 
-def _numbers_of_classes(name: str, array: object, class_names: tuple[str, ...], source: str) -> object:
-    """Labels that are texts as the numbers of their classes; any other array as it is."""
+def number_classes(arrays: Mapping[str, Any], class_names: tuple[str, ...], source: str) -> dict[str, Any]:
+    """Arrays by name, with the numbers of classes in place of labels that are texts. Raises `DataError` if a text is
+    none of `class_names`."""
+    return {name: _class_numbers(name, array, class_names, source) for name, array in arrays.items()}
+
+
+def _class_numbers(name: str, array: Any, class_names: tuple[str, ...], source: str) -> Any:
     if name.partition("_")[0] != "y" or not isinstance(array, np.ndarray) or array.dtype.kind != "U":
         return array
     names, indices = np.unique(array, return_inverse=True)

@@ -13,6 +13,7 @@ from fedprune_device.data.layouts import (
     LabelledImages,
     Layout,
     MaskFiles,
+    SingleFile,
     Unlabelled,
     part_of_folder,
 )
@@ -22,8 +23,10 @@ _KINDS_BESIDE: tuple[type[LabelledImages], ...] = (YoloBeside, VocBeside)
 
 
 def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
-    """The layout of a folder. Raises `ConfigError` if a folder is no class, `DataError` or `StorageError` if a file
-    about all of its samples can't be read."""
+    """The layout of a folder; that of a file is a folder of one. Raises `ConfigError` if a folder is no class,
+    `DataError` or `StorageError` if a file about all of its samples can't be read."""
+    if root.is_file():
+        return SingleFile(root)
     folders = folders_in(root, names)
     folder_splits = [part_of_folder(folder.name) for folder in folders if folder.name not in names]
     is_divided = len(folder_splits) == len(folders) and "train" in folder_splits and all(folder_splits)

@@ -150,7 +150,12 @@ def read_mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
         check_single_frame(image)
         check_size(image)
         if image.mode not in _MASK_MODES:
-            raise DataError("a mask", expected="one number per pixel (grey, or with a palette)", got=image.mode)
+            raise DataError(
+                "a mask",
+                expected="one number per pixel (grey, or with a palette)",
+                got=image.mode,
+                hint=_colour_hint(np.asarray(image.convert("RGB"))),
+            )
         if body[_COLOUR_OFFSET] == _GREY and body[_DEPTH_OFFSET] in (2, 4):
             # Some programs write classes as they are, others pack shades of grey: 3 of 2 bits is class 3, or 255.
             hint = "Save it with 8 bits."
@@ -160,6 +165,16 @@ def read_mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), pixels.shape, strict=True)
     )
     return np.asarray(pixels[rows][:, columns], np.int64)
+
+
+def _colour_hint(pixels: npt.NDArray[np.uint8]) -> str:
+    """How to turn a mask of colours [height, width, 3] into one of classes."""
+    if (pixels == pixels[:, :, :1]).all():
+        return "All of its colours are grey: Image.open(PATH).convert('L').save(PATH) of Pillow keeps their numbers."
+    return (
+        "Give each colour the number of its class, and save that: Image.fromarray((rgb[:, :, None] == "
+        "COLOURS).all(-1).argmax(-1).astype('uint8')).save(PATH), where COLOURS [classes, 3] has the classes' colours."
+    )
 
 
 def _pillow() -> Any:

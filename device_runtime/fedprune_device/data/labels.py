@@ -108,8 +108,8 @@ def _class_counts(y: Array, classes: int, ignored: int | None) -> npt.NDArray[np
             "a label is out of range",
             expected=f"0 to {classes - 1} ({classes} classes)",
             got=low if low < 0 else high,
-            hint="Number the classes from 0 in the order that all devices share; recipe.ignore_label names one that "
-            "counts for nothing.",
+            hint="Number the classes from 0 in the order that all devices share. If labels of this number count for "
+            f"nothing, export the model with --set ignore_label={low if low < 0 else high} (recipe.ignore_label).",
         )
     return np.bincount(counted, minlength=classes).astype(np.int64)
 

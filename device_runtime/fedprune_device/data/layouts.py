@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ConfigError, DataError, shape_text
 from fedprune.model.lengths import Shape
 from fedprune_device.data.folder_listing import files_in, folders_below, folders_in
-from fedprune_device.data.image_decoding import read_mask
+from fedprune_device.data.image_decoding import ENDINGS, read_mask
 from fedprune_device.data.labels import Targets, class_counts
 
 NO_LABELS = np.zeros(0, np.float32)  # the labels of a sample that has none
@@ -68,6 +68,10 @@ class Layout:
     def label_file(self, path: Path) -> Path | None:
         """The file with a sample's labels, if it has one of its own."""
         return None
+
+    def missing_label_text(self, path: Path) -> str:
+        """Why the file of a sample's labels is missing, without the sample's name."""
+        return "it has no file of labels"
 
     def check(self, targets: Targets | None) -> None:
         """Refuse a model whose labels no folder of this layout has; raises `DataError`."""
@@ -139,6 +143,17 @@ class Unlabelled(Layout):
     expected_files = "files without labels"
 
 
+class SingleFile(Unlabelled):
+    """One picture or recording, as a folder of one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.parent, [path.parent], ())
+        self._path = path
+
+    def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
+        return [[self._path] if self._path.suffix.lower() in endings else []]
+
+
 class LabelledImages(Layout):
     """Images in some folders, with a file of the same name in another folder for each.
 
@@ -165,6 +180,15 @@ class MaskFiles(LabelledImages):
 
     def label_file(self, path: Path) -> Path | None:
         return self._label_path(path)
+
+    def missing_label_text(self, path: Path) -> str:
+        mask = self._label_path(path)
+        ending = next((ending for ending in ENDINGS if mask.with_suffix(ending).exists()), "")
+        return (
+            f"its mask ends in {ending}, and masks must be PNG files, which keep each pixel's number"
+            if ending
+            else f"it has no mask {self.folders[0]}/NAME{self.ending}"
+        )
 
     def check(self, targets: Targets | None) -> None:
         if targets is not None and len(targets.shape) != (2 if targets.takes_whole_numbers else 3):

@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -88,7 +88,8 @@ class Format(Protocol):
 
 
 class SampleFolder:
-    """A board's samples as files in one of the layouts of `data.layouts`, each in one of `formats`.
+    """A board's samples as files in one of the layouts of `data.layouts`, each in one of `formats`. `root` is their
+    folder, or one file, which counts as a folder of one.
 
     A round's files are decoded once, into a file without a name of at most `room` bytes; batches are read from there.
     A round takes at most `max_samples` samples: a fair share per class, chosen by the files' digests, always the same.
@@ -115,6 +116,7 @@ class SampleFolder:
         self._training_count = 0
         self._files_per_class: list[int] = []  # files for training, by class
         self._foreign_counts: Counter[str] = Counter()  # files by endings that aren't read
+        self._unlabelled_counts: Counter[str] = Counter()  # files without labels, by what is missing
         self._refusals: list[str] = []  # why files were left out when they were last looked at
         self._notes = Notes(root)
         self._choose_files(_MAX_HASHED_AT_START)
@@ -218,6 +220,7 @@ class SampleFolder:
         class_of = {path: number for number, paths in enumerate(paths_by_class) for path in paths}
         file_of_digest: list[dict[str, _File]] = [{} for _ in paths_by_class]  # the same files count once
         self._refusals = []
+        unlabelled: dict[str, list[Path]] = {}
         reads = iter(range(max_new))
         with self._index.update() as index:
             for path in islice(_interleave(paths_by_class), _MAX_FILES):
@@ -231,12 +234,13 @@ class SampleFolder:
                             file, same_content, key=lambda f: _SPLIT_ORDER.index(f.split)
                         )
                 except FileNotFoundError:
-                    if label_file is not None:
-                        self._refusals.append("it has no file of labels")
-                    continue  # the file was deleted or renamed since it was listed
+                    if label_file is not None and path.exists():
+                        unlabelled.setdefault(layout.missing_label_text(path), []).append(path)
+                    continue  # otherwise the file was deleted or renamed since it was listed
                 except (OSError, DataError) as error:
                     self._refusals.append(str(error))
                     _LOG.warning("%s is left out: %s", path, error)
+        self._count_unlabelled(unlabelled)
         files_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in file_of_digest]
         self._files_per_class = [sum(file.split == "train" for file in files) for files in files_by_class]
         self._chosen = list(islice(_interleave(files_by_class), self._max_samples))
@@ -272,6 +276,15 @@ class SampleFolder:
         for ending in counts.keys() - self._foreign_counts.keys():
             _LOG.warning("files of %s that end in %s are left out: %s", self._root, ending, WAY_OUT[ending])
         self._foreign_counts = counts
+
+    def _count_unlabelled(self, unlabelled: Mapping[str, list[Path]]) -> None:
+        counts = Counter({reason: len(paths) for reason, paths in unlabelled.items()})
+        for reason, paths in unlabelled.items():
+            self._refusals += [reason] * len(paths)
+            if counts[reason] != self._unlabelled_counts[reason]:  # not in each round the same again
+                first = paths[0].name
+                _LOG.warning("images of %s are left out (%d, such as %s): %s", self._root, len(paths), first, reason)
+        self._unlabelled_counts = counts
 
     def _format(self, path: Path) -> Format:
         return self._formats[path.suffix.lower()]

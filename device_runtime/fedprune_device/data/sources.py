@@ -6,11 +6,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedprune.core.disk import path_exists
 from fedprune_device.data.array_source import open_arrays
 from fedprune_device.data.audio_decoding import Audio
 from fedprune_device.data.colours import WHITE, Colour
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.data.other_files import WAY_OUT
 from fedprune_device.data.reservoir import SampleLimits
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.sample_store import SampleStore
@@ -21,6 +23,13 @@ from fedprune_device.data.table_windows import TableFile, is_table
 LOCAL = "local"  # name of the source that applications on the board fill
 
 _MAX_STORE_BYTES = 2**40
+
+_FILE_ENDINGS = (*Pixels.endings, *Audio().endings, *WAY_OUT)
+
+
+def is_sample_folder(path: Path) -> bool:
+    """Whether a path is a folder of samples, or a picture or recording, which counts as a folder of one."""
+    return path.is_dir() or (path.suffix.lower() in _FILE_ENDINGS and path_exists(path, file=True))
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class SampleOptions:
     def fixed(self, class_names: tuple[str, ...] = (), spool: Path | None = None) -> SampleSource:
         """The samples of a file, a table, a class or a folder of files, with copies of large arrays in `spool`."""
         source, names = Path(self.data), self.class_names or class_names
-        if source.is_dir():
+        if is_sample_folder(source):
             formats = self.pixels, Audio(self.audio_rate)
             return SampleFolder(source, formats, self.shares, self.samples_most, names, spool)
         if is_table(source):

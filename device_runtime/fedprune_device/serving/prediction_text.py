@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -37,23 +39,60 @@ def ranked_outputs(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Ite
 
 
 def file_output_rows(file_outputs: Mapping[str, npt.NDArray[Any]], count: int) -> list[dict[str, Any]]:
-    """Per sample the outputs of the user's own file, by name. Outputs that don't have an entry for each sample, and
-    those with axes of their own, such as maps, are left out."""
-    rows = {n: v.tolist() for n, v in file_outputs.items() if v.ndim in (1, 2) and len(v) == count}
-    return [{name: values[i] for name, values in rows.items()} for i in range(count)]
+    """Per sample the outputs of the user's own file, by name, a map as its `MapSummary`. Outputs that don't have an
+    entry for each sample are left out."""
+    rows = {n: v for n, v in file_outputs.items() if v.ndim and len(v) == count}
+    return [{n: v[i].tolist() if v.ndim < 3 else map_summary(v[i]) for n, v in rows.items()} for i in range(count)]
+
+
+@dataclass(frozen=True)
+class MapSummary:
+    """An output for each position of a sample: too many numbers for a line.
+
+    Attributes:
+        shape: Its sizes.
+        counts: How often each whole number or text occurs in it; None for other numbers.
+        bounds: The lowest and highest of other numbers; None for whole numbers and texts.
+    """
+
+    shape: tuple[int, ...]
+    counts: Mapping[str, int] | None = None
+    bounds: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def map_summary(values: npt.NDArray[Any]) -> MapSummary:
+    """The summary of one sample's map of any shape."""
+    if values.dtype.kind == "f":
+        return MapSummary(values.shape, bounds=(float(values.min()), float(values.max())) if values.size else None)
+    numbers, counts = np.unique(values, return_counts=True)
+    return MapSummary(values.shape, dict(zip(map(str, numbers.tolist()), counts.tolist(), strict=True)))
+
+
+def position_rows(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, int] | None]:
+    """Per sample of outputs [n, K, ...] the `top` most frequent classes or labels with the number of their positions;
+    None for outputs that are numbers."""
+    for row in outputs.reshape(*outputs.shape[:2], -1):
+        if labels_of(loss) not in JUDGED_LABELS:
+            yield None
+            continue
+        chosen = row.argmax(0) == np.arange(len(row))[:, None] if loss == "cross_entropy" else row > 0
+        counts = chosen.sum(1)
+        best = np.argsort(-counts, kind="stable")[:top]
+        yield {int(c): int(counts[c]) for c in best if counts[c]}
 
 
 def _position_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
-    shape = f"{' x '.join(map(str, outputs.shape[2:]))} positions"
-    for i, row in enumerate(outputs.reshape(*outputs.shape[:2], -1)):
-        if labels_of(loss) not in JUDGED_LABELS:
+    shape, positions = f"{' x '.join(map(str, outputs.shape[2:]))} positions", prod(outputs.shape[2:])
+    for i, counts in enumerate(position_rows(outputs, loss, top)):
+        if counts is None:
+            row = outputs[i]
             yield f"{i}: {len(row)} x {shape}, {row.min():.6g} to {row.max():.6g}"
             continue
-        chosen = row.argmax(0) == np.arange(len(row))[:, None] if loss == "cross_entropy" else row > 0
-        shares = chosen.mean(1)
-        best = np.argsort(-shares, kind="stable")[:top]
-        shares_text = (f"{names[c] if c < len(names) else c} {shares[c]:.1%}" for c in best if shares[c])
-        yield f"{i}: {shape}, {', '.join(shares_text) or 'nothing'}"
+        shares = (f"{names[c] if c < len(names) else c} {count / positions:.1%}" for c, count in counts.items())
+        yield f"{i}: {shape}, {', '.join(shares) or 'nothing'}"
 
 
 def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None = None) -> Targets:

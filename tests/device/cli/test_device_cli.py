@@ -16,6 +16,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, RuntimeUnavailableError
 from fedprune.model.selection import Tensors
 from fedprune.planning.probe_report import ProbeReport
+from fedprune.runtime.bundle import MANIFEST, open_bundle
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior
@@ -24,6 +25,7 @@ from fedprune_device.launcher.launcher import choose_slot
 from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.runtime_releases import OUTSIDE, make_release, set_up, source
+from support.fakes.sample_files import wav
 
 pytestmark = pytest.mark.board
 
@@ -103,6 +105,65 @@ def test_a_bundle_predicts_for_the_label_shares_of_given_data(
     assert main.main(["predict", *arguments, "--data", str(tmp_path / "own.npz")]) == ExitCode.OK
     plain = data.x_test @ weights["w"].T + weights["b"]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), plain + log_prior(data.y_train, 3), atol=1e-4)
+
+
+def without_names(bundle: Path) -> Path:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps({**manifest, "class_names": []}))
+    return bundle
+
+
+def test_labels_that_are_texts_are_compared_by_the_names_of_the_option_or_the_bundle(
+    tmp_path: Path, bundle: Path, data: LocalData, capsys: Capture
+) -> None:
+    names = np.array(["ant", "bee", "cat"])
+    np.savez(tmp_path / "numbers.npz", x=data.x_train, y=data.y_train)
+    np.savez(tmp_path / "texts.npz", x=data.x_train, y=names[data.y_train])
+    command = ["predict", "--bundle", str(bundle), "--input"]
+    numbers, texts = ([*command, str(tmp_path / file)] for file in ("numbers.npz", "texts.npz"))
+    assert main.main(numbers) == ExitCode.OK
+    by_number = capsys.readouterr()
+    assert main.main(texts) == ExitCode.OK
+    assert capsys.readouterr() == by_number
+    without_names(bundle)
+    assert main.main(texts) == ExitCode.DATA
+    assert "--class-names" in capsys.readouterr().err
+    option = ["--class-names", "ant,bee,cat"]
+    assert main.main([*texts, *option]) == ExitCode.OK
+    assert capsys.readouterr() == by_number
+    # Label shares are those of texts, too.
+    assert main.main([*texts, *option, "--data", str(tmp_path / "texts.npz")]) == ExitCode.OK
+    by_text = capsys.readouterr()
+    assert main.main([*numbers, *option, "--data", str(tmp_path / "numbers.npz")]) == ExitCode.OK
+    assert capsys.readouterr() == by_text
+
+
+def test_names_of_classes_count_in_predictions_and_stay_in_what_is_trained_with_them(
+    tmp_path: Path, bundle: Path, capsys: Capture
+) -> None:
+    rng, folder = np.random.default_rng(0), tmp_path / "sounds"
+    for n in range(18):
+        path = folder / "abc"[n % 3] / f"{n}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(wav(rng.integers(0, 2**15, 6).astype("<i2").tobytes()))
+    nameless, out = str(without_names(bundle)), str(tmp_path / "out")
+    words, option = ["--input", str(folder), "--split", "train"], ["--class-names", "a,b,c"]
+    assert main.main(["predict", "--bundle", nameless, *words, *option]) == ExitCode.OK
+    assert main.main(["train", "--bundle", nameless, "--data", str(folder), "--out", out, *option]) == ExitCode.OK
+    assert open_bundle(out).class_names == ("a", "b", "c")
+    capsys.readouterr()
+    assert main.main(["predict", "--bundle", out, *words]) == ExitCode.OK
+    by_folder = capsys.readouterr().out.splitlines()
+    # One recording is predicted as the same one in its folder.
+    assert main.main(["predict", "--bundle", out, "--input", str(folder / "a" / "0.wav")]) == ExitCode.OK
+    line = capsys.readouterr().out.strip()
+    assert line.removeprefix("0: ") in {each.partition(": ")[2] for each in by_folder}
+    assert main.main(["predict", "--bundle", out, "--input", str(folder / "none.wav")]) == ExitCode.DATA
+    # Names that aren't as many as the outputs can't be the model's.
+    assert (
+        main.main([*["train", "--bundle", out, "--data", str(folder)], "--out", out, "--class-names", "a,b,c,d"]) == 0
+    )
+    assert open_bundle(out).class_names == ()
 
 
 def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes: str) -> int:

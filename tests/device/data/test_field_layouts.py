@@ -178,7 +178,7 @@ def test_what_operating_systems_put_between_samples_is_none(
     [
         ({"images/a.png": picture(1), "labels/a.txt": b"1 .5 .5 .1 .1 .9\n"}, "confidence"),
         ({"images/a.png": picture(1), "labels/a.txt": b"1 .1 .1 .2 .2 .3 .3 .4\n"}, "outline of x and y"),
-        ({"images/a.png": picture(1), "masks/b.png": picture(1)}, "labels"),
+        ({"images/a.png": picture(1), "masks/b.png": picture(1)}, "no mask"),
         ({"images/a.avif": b"", "labels/a.txt": BOX}, ".avif"),
         ({"ant/a.heic": b""}, ".heic"),
         ({"ant/a.doc": b""}, ".jpg"),

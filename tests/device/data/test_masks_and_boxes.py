@@ -84,6 +84,48 @@ def test_masks_are_the_labels_of_images_of_the_same_name(tmp_path: Path, caplog:
         np.testing.assert_array_equal(y, np.where(expected[x] == 255, -100, expected[x].astype(int)))
 
 
+def test_images_without_masks_are_counted_with_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for n in range(1, 6):
+        put(tmp_path, f"images/{n}.png", picture(n))
+    for n in (1, 2):
+        put(tmp_path, f"masks/{n}.jpg", image_file(np.zeros((8, 6), np.uint8), "JPEG"))
+    with pytest.raises(DataError, match="masks must be PNG"):
+        folder(tmp_path).snapshot(SHAPE, DENSE)
+    put(tmp_path, "masks/5.png", image_file(np.zeros((8, 6), np.uint8)))
+    caplog.clear()
+    samples = folder(tmp_path)
+    for _ in range(2):
+        assert len(samples.snapshot(SHAPE, DENSE).y_train) == 1
+    # Once, although each round looks at the files again.
+    assert [r.getMessage().partition(" are left out ")[2][:26] for r in caplog.records] == [
+        "(2, such as 1.png): its ma", "(2, such as 3.png): it has"
+    ]  # fmt: skip
+
+
+def test_a_mask_that_is_refused_says_how_to_save_it(tmp_path: Path) -> None:
+    classes = np.random.default_rng(0).integers(0, 3, (8, 6)).astype(np.uint8)
+    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
+    for name, mask in (("colours", colours[classes]), ("grey", classes[:, :, None].repeat(3, 2))):
+        with pytest.raises(DataError) as error:
+            read_mask(image_file(mask), 8, 6)
+        hint = str(error.value).partition("Image.fromarray")[2] or str(error.value)
+        # What it says gives the classes back.
+        path = tmp_path / f"{name}.png"
+        path.write_bytes(image_file(mask))
+        if name == "grey":
+            assert "convert('L')" in hint
+            Image.open(path).convert("L").save(path)
+        else:
+            rgb = np.asarray(Image.open(path))
+            assert "(rgb[:, :, None] == COLOURS).all(-1).argmax(-1).astype('uint8')" in hint
+            Image.fromarray((rgb[:, :, None] == colours).all(-1).argmax(-1).astype("uint8")).save(path)
+        np.testing.assert_array_equal(read_mask(path.read_bytes(), 8, 6), classes)
+    put(tmp_path, "one/images/a.png", picture(1))
+    put(tmp_path, "one/masks/a.png", image_file(np.full((8, 6), 255, np.uint8)))
+    with pytest.raises(DataError, match="--set ignore_label=255"):
+        folder(tmp_path / "one").snapshot(SHAPE, Targets("cross_entropy", 4, ("h", "w")))
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_losses_of_a_label_for_each_output_take_masks_as_one_map_per_class(tmp_path: Path, outputs: int) -> None:
     classes = np.random.default_rng(0).choice([0, 1, 2, 255], (8, 6)).astype(np.uint8)

@@ -122,6 +122,23 @@ def test_the_command_prints_and_writes_them(tmp_path: Path, capsys: pytest.Captu
     np.testing.assert_array_equal(written["words"], expected["words"].astype(str))
 
 
+def test_the_command_sums_maps_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, bundle = export(tmp_path, PIXELS, 1)
+    np.save(tmp_path / "x.npy", X)
+    expected = OnnxSession(raw).run({"image": X})
+    capsys.readouterr()
+    words = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy")]
+    assert device(words) == 0
+    assert all("map 6 x 6 (--output" in line for line in capsys.readouterr().out.splitlines())
+    assert device([*words, "--json", "--top", "9"]) == 0
+    for row, labels in zip(json.loads(capsys.readouterr().out), expected["map"], strict=True):
+        counts = dict(zip(*(a.tolist() for a in np.unique(labels, return_counts=True)), strict=True))
+        assert row["positions"] == [*labels.shape]
+        assert {output["class"]: output["count"] for output in row["outputs"]} == counts
+        summary = {"shape": [*labels.shape], "counts": {str(c): n for c, n in counts.items()}}
+        assert row["file_outputs"]["map"] == summary
+
+
 def test_the_local_interface_answers_with_them(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     graph = helper.make_graph(
