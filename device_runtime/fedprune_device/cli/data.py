@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from fedprune.core.cli import options_of, print_json
 from fedprune.core.disk import storage_errors
@@ -15,10 +18,11 @@ from fedprune.core.errors import DataError, ExitCode
 from fedprune.core.text import quantity
 from fedprune.output.page import list_html, page_html, section_html, table_html
 from fedprune.runtime.bundle import TRAINING, open_bundle
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_drawings import draw_samples
 from fedprune_device.data.sources import SampleOptions
+from fedprune_device.data.stored_array import chunks
 from fedprune_device.data.summary import ChannelRange, DataSummary, find_notes, find_problems, summarise
 from fedprune_device.training.trainer import Trainer
 
@@ -100,7 +104,10 @@ def check_data(arguments: argparse.Namespace) -> int:
             problems = [*_shortened(warnings.lines), *find_problems(summary)]
             report = _Report(arguments.data, summary, problems, [*source.notes, *find_notes(summary)])
             if arguments.out is not None:
-                _write_page(arguments.out, report, data, targets, names, options)
+                if arguments.out.suffix == ".npz":
+                    _write_arrays(arguments.out, data)
+                else:
+                    _write_page(arguments.out, report, data, targets, names, options)
     finally:
         _LOGGER.removeHandler(warnings)
     if arguments.json:
@@ -117,6 +124,23 @@ def _write_page(
     page = report.html(draw_samples(data, targets, names, options.pixels))
     with storage_errors(f"can't write {out}"):
         out.write_text(page, encoding="utf-8")
+
+
+def _write_arrays(out: Path, data: LocalData) -> None:
+    """Write the samples as a model takes them, and their labels as numbers, to an `.npz` file."""
+    with storage_errors(f"can't write {out}"), zipfile.ZipFile(out, "w") as archive:
+        for split in SPLITS:
+            for kind in "x" if data.is_unlabelled else "xy":
+                array = getattr(data, f"{kind}_{split}")
+                if not len(array):
+                    continue
+                # Exports measure a model on x where a file has no x_test.
+                name = kind if split == "train" else f"{kind}_{split}"
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
+                    np.lib.format.write_array_header_1_0(entry, header)
+                    for chunk in chunks(array):  # a board has no memory for all samples
+                        entry.write(np.ascontiguousarray(chunk, array.dtype).tobytes())
 
 
 def _shortened(lines: Sequence[str]) -> list[str]:

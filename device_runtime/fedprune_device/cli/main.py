@@ -167,7 +167,12 @@ def _add_data(commands: Any) -> None:
         help=".npz with x and y, package.module:function, or files as docs/board-data.md lists them",
     )
     check.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="a bundle of fedprune-export")
-    check.add_argument("--out", type=Path, metavar="FILE", help="also write an HTML page, with three samples drawn")
+    check.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="also write an HTML page, with three samples drawn; with .npz the samples as arrays, as exports take them",
+    )
     cli.add_json_option(check)
     check.add_argument("--seed", type=int, default=0, help="seed of the split into training and test samples")
     check.add_argument(

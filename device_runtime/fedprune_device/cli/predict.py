@@ -84,7 +84,7 @@ def predict(arguments: argparse.Namespace) -> None:
         adjustment, scaling, loss = record.adjustment, record.scaling, record.loss
     shape, targets = predictor.input_shape, None
     has_scores = labels_of(loss) in (*JUDGED_LABELS, "values")
-    if _holds_files(arguments.input) and has_scores and all(isinstance(size, int) for size in upper_shape(shape)):
+    if _has_files(arguments.input) and has_scores and all(isinstance(size, int) for size in upper_shape(shape)):
         # A batch without samples shows the shape of the outputs, and so of the labels, at no cost.
         empty = np.zeros(
             (0, *(size for size in upper_shape(shape) if isinstance(size, int))), predictor.input_type.dtype
@@ -209,7 +209,7 @@ class _InputSamples:
     channels: Channels | None = None
 
 
-def _holds_files(path: Path) -> bool:
+def _has_files(path: Path) -> bool:
     """Whether a board reads a path as files or a table, not as arrays."""
     return is_sample_folder(path) or is_table(path)
 
@@ -219,7 +219,7 @@ def _read_samples(
 ) -> _InputSamples:
     """The samples of any source that a board can train on, or of arrays without labels."""
     source, split = str(arguments.input), arguments.split
-    if not _holds_files(arguments.input) and (path_exists(arguments.input, file=True) or ":" not in source):
+    if not _has_files(arguments.input) and (path_exists(arguments.input, file=True) or ":" not in source):
         arrays = number_classes(read_arrays(arguments.input, single=True), class_names, source)
         samples = _arrays_of_split(arrays, split)
         if samples is not None:

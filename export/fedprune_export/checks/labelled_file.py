@@ -21,6 +21,12 @@ from fedprune_export.checks.labelled_data import LABEL_KINDS, Array, LabelledDat
 from fedprune_export.importing.packing import INPUTS_KEY, Piece, read_packing
 from fedprune_export.pruning.model import Model
 
+# The reader of boards' files is not imported: an export needs neither their libraries nor their options.
+_BOARD_FILES_HINT = (
+    "Export once without --data and --precision. `fedprune-device data check --bundle OUT --data PATH --out FILE.npz` "
+    "then writes what a board reads of images, recordings and tables: give --data FILE.npz."
+)
+
 
 def load_scored_data(path: Path, model: Model, recipe: Recipe) -> LabelledData:
     """Read the samples of a file, labelled for a recipe's loss, and score the whole model on them.
@@ -145,6 +151,8 @@ def _type_text(array: Array) -> str:
 
 
 def _load_arrays(path: Path) -> dict[str, Array]:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", expected="an .npz file with x and y", hint=_BOARD_FILES_HINT)
     try:
         with path.open("rb") as raw:
             check_members(raw, str(path), DataError)
@@ -160,5 +168,5 @@ def _load_arrays(path: Path) -> dict[str, Array]:
     except Exception as error:  # what is damaged makes zipfile, zlib, numpy and its parser of headers raise anything
         raise DataError(
             f"{path} is not an .npz file of plain arrays{unreadable_reason(error)}",
-            hint="Write it with numpy.savez(path, x=..., y=...).",
+            hint="Write it with numpy.savez(path, x=..., y=...)." if path.suffix == ".npz" else _BOARD_FILES_HINT,
         ) from error

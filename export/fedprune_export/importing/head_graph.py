@@ -127,7 +127,7 @@ def _without_maps(node: onnx.NodeProto, outputs: dict[str, onnx.ValueInfoProto],
         return node
     name = node.output[0]
     outputs[name] = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, None])
-    notes.append(f"ZipMap was left out: {value_text(name)} is a tensor of probabilities [n, classes].")
+    notes.append(f"Output {value_text(name)} is a tensor of probabilities [n, classes] in place of ZipMap's maps.")
     return helper.make_node("Identity", [node.input[0]], [name])
 
 

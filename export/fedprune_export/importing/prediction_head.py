@@ -79,9 +79,11 @@ def separate_head(
     dims = shapes.get(found.value)
     # Shapes were inferred while the model still had the nodes behind the value.
     trunk, original = end_model(proto, found, dims), end_model(file, found, dims)
-    head, operators = head_text(proto, found, dims or (), notes), [n.op_type for n in found.nodes]
+    head = head_text(proto, found, dims or (), notes)
+    # A ZipMap is none of a head's operators: `head_text` notes what becomes of it.
+    operators = [n.op_type for n in found.nodes if n.op_type != "ZipMap"]
     moved = f" with its classes, on axis {found.axis}, moved to axis 1" if found.axis != 1 else ""
-    own_end = f"the file's own end ({first_few(list(dict.fromkeys(operators)))})"
+    own_end = "the file's own end" + (f" ({first_few(list(dict.fromkeys(operators)))})" if operators else "")
     kept = f"Predictions, and files that to-onnx and export-model write, keep {own_end}, too."
     lost = f"Predictions lack {own_end}: it can't be computed for each of several samples."
     value = f"{'the logits of ' if found.removed else ''}{value_text(found.value)}"

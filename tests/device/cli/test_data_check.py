@@ -56,6 +56,18 @@ def test_samples_that_fit_are_counted_by_class_and_measured(
     assert "70 training samples" in capsys.readouterr().out
 
 
+def test_the_samples_are_written_as_arrays(tmp_path: Path, bundle: Path, data: LocalData) -> None:
+    names = np.array(["ant", "bee", "cat"])
+    labels = {"y_train": names[data.y_train], "y_test": names[data.y_test]}
+    np.savez(tmp_path / "a.npz", x_train=data.x_train, x_test=data.x_test, **labels)
+    assert check(bundle, tmp_path / "a.npz", "--out", str(tmp_path / "b.npz")) == ExitCode.OK
+    written = np.load(tmp_path / "b.npz")
+    expected = {"x": data.x_train, "y": data.y_train, "x_test": data.x_test, "y_test": data.y_test}
+    assert set(written) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(written[name], array)
+
+
 def test_numbers_that_nobody_scaled_are_a_finding(
     tmp_path: Path, bundle: Path, data: LocalData, capsys: Capture
 ) -> None:

@@ -46,8 +46,9 @@ def float_file(raw: bytes) -> bytes:
     _rewrite(state)
     floats = state.write(state.graph)
     prove(state, floats)
-    texts = {metadata.TRAINING_NOTES_KEY: json.dumps([*_notes(state, floats), *file_notes])}
-    if ranges := _activation_ranges(state):
+    ranges = _activation_ranges(state)
+    texts = {metadata.TRAINING_NOTES_KEY: json.dumps([*_notes(state, floats, has_ranges=bool(ranges)), *file_notes])}
+    if ranges:
         texts[ACTIVATION_RANGES_KEY] = json.dumps(ranges)
     metadata.write_properties(floats, texts)
     out: bytes = floats.SerializeToString(deterministic=True)
@@ -111,12 +112,12 @@ def _activation_ranges(state: Rewriter) -> dict[str, tuple[float, float]]:
     return ranges
 
 
-def _notes(state: Rewriter, floats: onnx.ModelProto) -> list[str]:
+def _notes(state: Rewriter, floats: onnx.ModelProto, *, has_ranges: bool) -> list[str]:
     tensors, roundings = len(state.weights), len(state.roundings)
     summary = (
         "The file is quantised, and trained in float32: tensors that were dequantised: "
         f"{tensors}; roundings that were left out: {roundings}. --precision int8 (precisions) makes boards predict "
-        "with 8 bits again."
+        f"with 8 bits again{'' if has_ranges else ', with samples (--data) for the ranges that the file lacks'}."
     )
     notes = [*metadata.training_notes(metadata.read_properties(floats)), summary]
     if state.clippings:
