@@ -132,10 +132,14 @@ def recordings(root: Path, count: int, least: int = 16_000) -> None:
 
 
 def rows(root: Path, count: int) -> None:
-    """A table with as many windows of 2,000 rows and the row that follows, in blocks of eight."""
-    per = 8 * 2001 - 2000
-    blocks, rest = divmod(count, per)
-    waves = np.arange(blocks * 8 * 2001 + (2000 + rest if rest else 0)) / 5
+    """A table with as many windows of 2,000 rows and the row that follows, none of which is across two blocks."""
+    length, blocks = 0, 0
+    while count > 0:  # a block has a fifth of the windows before it, from 2 to 8
+        size = min(8, max(2, blocks // 5))
+        windows = min(count, size * 2001 - 2000)
+        length += windows + 2000
+        count, blocks = count - windows, blocks + size
+    waves = np.arange(length) / 5
     root.mkdir()
     (root / "set.csv").write_text("sine,cosine\n" + "".join(f"{np.sin(t):.4f},{np.cos(t):.4f}\n" for t in waves))
 

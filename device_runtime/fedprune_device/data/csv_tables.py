@@ -20,7 +20,7 @@ from fedprune_device.data.table_columns import (
     is_number,
 )
 from fedprune_device.data.table_options import TableOptions
-from fedprune_device.data.table_times import TimeReader, is_date
+from fedprune_device.data.table_times import TimeReader, time_kind
 
 _MAX_LINE_LENGTH = 2**20  # characters; without a limit a file without line breaks would be read as a whole
 _DELIMITERS = ";\t|,"
@@ -49,8 +49,8 @@ def open_csv(file: Any, class_names: tuple[str, ...], options: TableOptions) -> 
     reader = csv.reader(chain(*head, lines), delimiter=delimiter, skipinitialspace=True)
     names = [name.strip() for name in next(reader, [])]
     first_cells = next(csv.reader(head[-1], delimiter=delimiter, skipinitialspace=True), [])
-    dates = [i for i, cell in enumerate(first_cells[: len(names)]) if is_date(cell)]
-    columns = TableColumns.of(names, dates, options.columns)
+    kinds = {i: kind for i, cell in enumerate(first_cells[: len(names)]) if (kind := time_kind(cell))}
+    columns = TableColumns.of(names, kinds, options.columns)
     rows = _Rows(reader, names, columns, class_names)
     times, decimals = TimeReader(columns.times, columns.index), _Decimals(delimiter)
 

@@ -11,7 +11,7 @@ from typing import Any
 from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, error_reason
 from fedprune.core.zip_limits import MAX_INFLATED_BYTES, MAX_INFLATION
 from fedprune_device.data.table_cells import BLOCK_CELLS, CONVERT_HINT, TIMES_HINT, rows_of_cells
-from fedprune_device.data.table_columns import OpenTable, TableBlock, TableColumns
+from fedprune_device.data.table_columns import DATE, MOMENT, TIME, OpenTable, TableBlock, TableColumns
 from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_times import TimeReader
 
@@ -24,15 +24,16 @@ def open_parquet(path: Path, class_names: tuple[str, ...], options: TableOptions
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
-        from pyarrow.types import is_date, is_temporal, is_timestamp
+        from pyarrow.types import is_date, is_temporal, is_time, is_timestamp
     except ModuleNotFoundError as error:
         raise MissingExtraError("Parquet files need pyarrow", extra="parquet") from error
 
     try:
         with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             kinds = file.schema_arrow.types
-            dates = [i for i, kind in enumerate(kinds) if is_timestamp(kind) or is_date(kind)]
-            columns = TableColumns.of([name.strip() for name in file.schema_arrow.names], dates, options.columns)
+            tests = {MOMENT: is_timestamp, DATE: is_date, TIME: is_time}
+            time_kinds = {i: name for i, kind in enumerate(kinds) for name, test in tests.items() if test(kind)}
+            columns = TableColumns.of([name.strip() for name in file.schema_arrow.names], time_kinds, options.columns)
             _check_types(file.schema_arrow, columns)
             _check_unpacked(file.metadata, path.stat().st_size, len(columns.read))
             index = columns.index if columns.index is None or not is_temporal(kinds[columns.index]) else None

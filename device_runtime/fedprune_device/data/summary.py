@@ -28,6 +28,12 @@ _PIXEL_RANGE = (1.5, 255.0)  # the highest number of images that nobody has scal
 _MAX_MAGNITUDE = 100.0
 
 
+_NO_TEST_NOTE = (
+    "no samples are for testing: nobody sees how good this model is. Add samples (a table needs rows for seven windows "
+    "end to end) or raise --test-share"
+)
+
+
 @dataclass(frozen=True)
 class ChannelRange:
     """The numbers of one channel, over all training samples, without padding."""
@@ -175,7 +181,7 @@ def find_problems(summary: DataSummary) -> list[str]:
 
 def find_notes(summary: DataSummary) -> list[str]:
     """What is usual on some boards of a fleet, and worth knowing: a sentence for each."""
-    notes = [] if summary.samples["test"] else ["no samples are for testing: nobody sees how good this model is"]
+    notes = [] if summary.samples["test"] else [_NO_TEST_NOTE]
     absent = [name for name, counts in (summary.classes or {}).items() if not counts.get("train")]
     if absent and summary.classes is not None and len(absent) < len(summary.classes) - 1:
         notes.append(f"no training samples are of: {first_few(absent)}")

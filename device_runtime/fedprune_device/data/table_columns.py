@@ -20,7 +20,7 @@ TIMESTAMPS = (
     "timestamp", "time_stamp", "datetime", "date_time", "ts", "_time", "last_changed", "last_updated", "unix",
     "unixtime", "unix_time", "epoch", "epoch_time",
 )  # fmt: skip
-TIME, DATE = "time", "date"
+TIME, DATE, MOMENT = "time", "date", "moment"  # kinds of columns; the first two are names of columns, too
 # What programs write for a missing number.
 _MISSING = frozenset(
     ("", "na", "n/a", "nan", "null", "none", "nil", "<na>", "nat", "-", "--", "?", "unavailable", "unknown")
@@ -30,6 +30,18 @@ _FORMULA_ERROR = re.compile(r"#(?:n/a|nv|div/0!|num!|zahl!|value!|wert!|ref!|bez
 _UNIT = re.compile(r"\s*[(\[][^)\]]*[)\]]$|_(?:s|ms|us|ns|utc|local)$")
 _INDEX = re.compile(r"|unnamed: 0|__index_level_\d+__")  # an index without a name, as pandas and R write it
 _MAX_COLUMNS = 4096
+
+
+class ColumnsError(DataError):
+    """Columns don't fit; the message names none, as the server may get it.
+
+    Attributes:
+        names: The columns to choose from, for messages that stay on the board.
+    """
+
+    def __init__(self, what: str, names: Sequence[str], **clauses: Any) -> None:
+        super().__init__(what, **clauses)
+        self.names = tuple(names)
 
 
 @dataclass(frozen=True)
@@ -44,17 +56,19 @@ class TableColumns:
     names: tuple[str, ...] = ()  # of `all`, in lower case
 
     @classmethod
-    def of(cls, names: Sequence[str], dates: Sequence[int] = (), chosen: Sequence[str] = ()) -> TableColumns:
-        """The roles of columns. `dates` are those that have dates: the only one is the times if none is called so.
+    def of(
+        cls, names: Sequence[str], kinds: Mapping[int, str] | None = None, chosen: Sequence[str] = ()
+    ) -> TableColumns:
+        """The roles of columns. `kinds` are those of columns by their cells: `MOMENT`, `DATE` without a time, `TIME`.
+
+        The only column of dates is the times if none is called so. A column of times of the day beside it belongs to
+        it.
 
         Only the `chosen` columns are inputs, in this order; by default all are. Raises `DataError` if names are
         missing, twice there, or there are too many.
         """
         lower_names = [name.lower() for name in names]
-        times = {i: kind for i, name in enumerate(lower_names) if (kind := _time_kind(name))}
-        unnamed_dates = [i for i in dates if not _INDEX.fullmatch(lower_names[i])]
-        if not times and len(unnamed_dates) == 1:
-            times = {unnamed_dates[0]: TIMESTAMPS[0]}
+        times = _times_of(lower_names, kinds or {})
         used_columns = [i for i, name in enumerate(lower_names) if i not in times and not _INDEX.fullmatch(name)]
         order = [name.strip().lower() for name in chosen]
         if chosen:
@@ -79,7 +93,7 @@ class TableColumns:
         targets = tuple(column for column in used_columns if lower_names[column].startswith(TARGET))
         inputs = tuple(column for column in used_columns if column not in targets + classes)
         if chosen:
-            inputs = _in_order(inputs, lower_names, order)
+            inputs = _in_order(inputs, names, order)
         if not inputs:
             raise DataError("columns", expected="some of numbers to read", got="none")
         index = next((i for i, name in enumerate(lower_names) if _INDEX.fullmatch(name)), None)
@@ -112,20 +126,38 @@ class OpenTable(NamedTuple):
     notes: Callable[[], list[str]]
 
 
-def _in_order(inputs: Sequence[int], names: Sequence[str], order: Sequence[str]) -> tuple[int, ...]:
-    """Columns in the order of these of their `names`; raises `DataError` if one isn't among them."""
+def _in_order(inputs: Sequence[int], table_names: Sequence[str], order: Sequence[str]) -> tuple[int, ...]:
+    """Columns in the order of these of their names; raises `ColumnsError` if one isn't among them."""
+    names = [name.lower() for name in table_names]
     columns = {names[column]: column for column in inputs}
     for number, name in enumerate(order, 1):
         if name not in columns:
             got = "one of times, of classes, or to predict" if name in names else "no column of this name"
-            raise DataError(f"name {number} of the chosen columns", expected="a column of inputs", got=got)
+            what = f"name {number} of the chosen columns"
+            raise ColumnsError(what, table_names, expected="a column of inputs", got=got)
     return tuple(columns[name] for name in order)
 
 
+def _times_of(names: Sequence[str], cell_kinds: Mapping[int, str]) -> dict[int, str]:
+    """The columns of times, by their names and the kinds of their cells."""
+    times = {i: kind for i, name in enumerate(names) if (kind := _time_kind(name))}
+    kinds = {i: kind for i, kind in cell_kinds.items() if not _INDEX.fullmatch(names[i])}
+    dates = [i for i, kind in kinds.items() if kind != TIME]
+    if not times and len(dates) == 1:
+        times = {dates[0]: kinds[dates[0]]}
+    if TIME in times.values() and DATE in times.values():
+        return times
+    for date in [i for i in times if kinds.get(i) == DATE]:
+        clock = next((i for i in (date + 1, date - 1) if kinds.get(i) == TIME), None)
+        if clock is not None:
+            return times | {date: DATE, clock: TIME}
+    return times
+
+
 def _time_kind(name: str) -> str:
-    """Whether a column is named as one of times: as `TIME`, `DATE` or the first of `TIMESTAMPS`; empty if it isn't."""
+    """Whether a column is named as one of times: as `MOMENT`, `TIME` or `DATE`; empty if it isn't."""
     name = _UNIT.sub("", name)
-    return TIMESTAMPS[0] if name in TIMESTAMPS else name if name in (TIME, DATE) else ""
+    return MOMENT if name in TIMESTAMPS else name if name in (TIME, DATE) else ""
 
 
 def _time_candidates(kinds: Mapping[int, str], index: int | None) -> tuple[tuple[int, ...], ...]:
@@ -133,8 +165,8 @@ def _time_candidates(kinds: Mapping[int, str], index: int | None) -> tuple[tuple
         return [i for i, other in kinds.items() if other == kind]
 
     pairs = [(date, time) for date in of(DATE)[:1] for time in of(TIME)[:1]]
-    single_columns = of(TIMESTAMPS[0]) + of(TIME) + of(DATE) + ([] if index is None else [index])
-    stamps = [(i,) for i in of(TIMESTAMPS[0])]
+    single_columns = of(MOMENT) + of(TIME) + of(DATE) + ([] if index is None else [index])
+    stamps = [(i,) for i in of(MOMENT)]
     return tuple(dict.fromkeys([*stamps, *pairs, *((i,) for i in single_columns)]))
 
 

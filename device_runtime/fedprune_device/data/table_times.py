@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
-from fedprune_device.data.table_columns import is_missing, is_number
+from fedprune_device.data.table_columns import DATE, MOMENT, TIME, is_missing, is_number
 
 Times = npt.NDArray[np.float64]  # seconds; NaN where a row has none
 
@@ -151,13 +151,13 @@ def _closest(fitting_formats: dict[str, Times]) -> tuple[Callable[[list[Any]], T
     )
 
 
-def is_date(cell: object) -> bool:
-    """Whether a cell is a text with a date."""
-    return (
-        isinstance(cell, str)
-        and not is_missing(cell)
-        and any(_parse_texts(_FORMATS[name], [cell]) is not None for name in _DATED)
-    )
+def time_kind(cell: object) -> str:
+    """Whether a cell is a text with a `MOMENT`, a `DATE` alone or a `TIME` of the day; empty if it is none."""
+    if not isinstance(cell, str) or is_missing(cell):
+        return ""
+    if any(_parse_texts(_FORMATS[name], [cell]) is not None for name in _DATED):
+        return MOMENT if ":" in cell else DATE
+    return TIME if _parse_texts(_FORMATS["times of a day"], [cell]) is not None else ""
 
 
 def _parse_numbers(cells: list[Any], factor: float) -> Times | None:

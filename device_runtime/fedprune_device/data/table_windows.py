@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, shape_text
+from fedprune.core.text import quantity
 from fedprune.model.lengths import Shape, upper_shape
 from fedprune_device.data.column_statistics import ColumnStatistics
 from fedprune_device.data.dataset import SPLITS, Channels, LocalData
@@ -19,17 +20,13 @@ from fedprune_device.data.notes import Notes
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray
 from fedprune_device.data.stored_table import NO_CLASS, NO_NUMBER, StoredTable, read_table
-from fedprune_device.data.table_columns import CLASS, TARGET, TableColumns
+from fedprune_device.data.table_blocks import block_starts, splits_of_blocks
+from fedprune_device.data.table_columns import CLASS, TARGET, ColumnsError, TableColumns
 from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.tables import CSV, PARQUET
 
 TABLE_BYTES = 2**30  # most bytes of a table's numbers on the disk
 
-# Windows, end to end, that are for training, validation or testing together. A block's last rows are lost to windows
-# that would reach into the next one, so that longer blocks lose less, and shorter ones spread the parts more evenly.
-_BLOCK_WINDOWS = 8
-# (√5 − 1) / 2: its multiples modulo 1 fill the range from 0 to 1 evenly, however many there are.
-_GOLDEN_RATIO = 0.6180339887498949
 _STATISTICS_ROWS = 2**13  # rows that are read at once for their mean
 
 
@@ -121,7 +118,7 @@ class TableFile:
         """The plan with missing numbers replaced by the means of the training rows, if the options say so."""
         if self._numbers.marks is None or self._options.missing != "mean":
             return plan
-        statistics, columns = self._training_statistics(_BLOCK_WINDOWS * plan.span), self._numbers.columns
+        statistics, columns = self._training_statistics(plan.span), self._numbers.columns
         numbers = len(columns.inputs) + len(columns.targets)
         if not statistics.counts[:numbers].all():
             empty = columns.all[int(np.argmin(statistics.counts[:numbers] > 0))] + 1
@@ -136,13 +133,15 @@ class TableFile:
         targets = None if plan.targets is None else after_filling(plan.targets)
         return replace(plan, inputs=after_filling(plan.inputs), targets=targets)
 
-    def _training_statistics(self, block: int) -> ColumnStatistics:
-        """Of the numbers in the blocks of `block` rows that are for training."""
+    def _training_statistics(self, span: int) -> ColumnStatistics:
+        """Of the numbers in the blocks that are for training, with windows of `span` rows."""
         statistics = ColumnStatistics(len(self._numbers.columns.all))
-        blocks = np.arange(-(-self._numbers.count // block), dtype=np.int64)
-        for index in blocks[self._splits(blocks) == "train"].tolist():
-            for first in range(index * block, min((index + 1) * block, self._numbers.count), _STATISTICS_ROWS):
-                statistics.add(self._numbers.rows(first, min(_STATISTICS_ROWS, (index + 1) * block - first)))
+        starts = block_starts(self._numbers.count, span, self._shares)
+        is_training = splits_of_blocks(np.arange(len(starts)), self._shares) == "train"
+        ends = np.append(starts[1:], self._numbers.count)
+        for begin, end in zip(starts[is_training].tolist(), ends[is_training].tolist(), strict=True):
+            for first in range(begin, end, _STATISTICS_ROWS):
+                statistics.add(self._numbers.rows(first, min(_STATISTICS_ROWS, end - first)))
         return statistics
 
     def _labels(self, x: StoredArray, first: Rows, plan: _WindowPlan, targets: Targets | None) -> Inputs:
@@ -164,21 +163,16 @@ class TableFile:
         if not len(first):
             raise self._no_windows_error(plan.span)
         first = first[:: -(-len(first) // self._max_windows)]
-        return first, self._splits(first // (_BLOCK_WINDOWS * plan.span))
-
-    def _splits(self, blocks: Rows) -> npt.NDArray[np.str_]:
-        """The split of each of these blocks."""
-        # 1 minus the sequence: the first block then is for training, whatever the shares are.
-        positions = 1 - (blocks * _GOLDEN_RATIO) % 1
-        return np.array([self._shares.split_at(n) for n in positions], "U5")
+        blocks = np.searchsorted(block_starts(self._numbers.count, plan.span, self._shares), first, side="right") - 1
+        return first, splits_of_blocks(blocks, self._shares)
 
     def _first_rows(self, plan: _WindowPlan, *, needs_class: bool) -> Rows:
         """The first rows of all windows: within a block, and without a jump in time or a number that is missing."""
         numbers, span, marks = self._numbers, plan.span, self._numbers.marks
-        block_starts = np.arange(0, numbers.count, _BLOCK_WINDOWS * span, dtype=np.int64)
+        starts = block_starts(numbers.count, span, self._shares)
         is_bad = marks is not None and self._options.missing != "mean"
         bad_rows = np.flatnonzero(marks & NO_NUMBER) if marks is not None and is_bad else np.zeros(0, np.int64)
-        edges = np.unique(np.concatenate([block_starts, numbers.starts, bad_rows, bad_rows + 1, [numbers.count]]))
+        edges = np.unique(np.concatenate([starts, numbers.starts, bad_rows, bad_rows + 1, [numbers.count]]))
         begins, lengths = edges[:-1], np.diff(edges)
         counts = np.maximum(0, np.where(np.isin(begins, bad_rows), 0, lengths - span + 1))
         ends = np.cumsum(counts)
@@ -221,7 +215,11 @@ def _plan_windows(columns: TableColumns, shape: Shape, targets: Targets | None) 
     steps, channels_first = steps_and_order(shape, channels, True)
     if not steps:
         expected = "a model of [channels, steps] or [steps, channels]"
-        raise DataError(f"windows of {channels} columns", expected=expected, got=shape_text(*shape))
+        raise ColumnsError(
+            f"windows of {quantity(channels, 'column')}, which are all that hold inputs",
+            columns.names[:channels], expected=expected, got=shape_text(*shape),
+            hint="Choose the columns that the model takes: --columns A,B.",
+        )  # fmt: skip
     inputs = column_layout(0, channels, channels_first, len(shape))
     names = columns.names[:channels]
     without_outputs = _WindowPlan(steps, 0, inputs, None, Channels(names, _axis(channels_first, len(shape))))
