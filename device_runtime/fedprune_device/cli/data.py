@@ -18,6 +18,7 @@ from fedprune.core.errors import DataError, ExitCode
 from fedprune.core.text import quantity
 from fedprune.output.page import list_html, page_html, section_html, table_html
 from fedprune.runtime.bundle import TRAINING, open_bundle
+from fedprune_device.cli.column_names import name_columns
 from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_drawings import draw_samples
@@ -82,6 +83,7 @@ class _Report:
         return page_html("Samples of a board", sections, {"data": self.source, "inputs": self.summary.inputs, **facts})
 
 
+@name_columns()
 def check_data(arguments: argparse.Namespace) -> int:
     """Print what a training would read. Raises the errors of a training where it would refuse the samples."""
     bundle = open_bundle(arguments.bundle)
@@ -101,7 +103,8 @@ def check_data(arguments: argparse.Namespace) -> int:
             except DataError as error:
                 raise DataError(f"{arguments.data}: {error}") from error
             summary = summarise(data, targets, names)
-            problems = [*_shortened(warnings.lines), *find_problems(summary)]
+            scaled = bool(bundle.recipe.scaling)
+            problems = [*_shortened(warnings.lines), *find_problems(summary, is_scaled=scaled)]
             report = _Report(arguments.data, summary, problems, [*source.notes, *find_notes(summary)])
             if arguments.out is not None:
                 if arguments.out.suffix == ".npz":
@@ -150,11 +153,10 @@ def _shortened(lines: Sequence[str]) -> list[str]:
 
 def _range_rows(name: str, ranges: Sequence[ChannelRange]) -> list[tuple[str, ...]]:
     return [
-        (f"{name} {i}:", *(f"{title} {getattr(each, title):.4g}" for title in _RANGE_TITLES))
-        for i, each in enumerate(ranges)
+        (f"{name} {each.name}:", *(f"{title} {getattr(each, title):.4g}" for title in _RANGE_TITLES)) for each in ranges
     ]
 
 
 def _range_table(name: str, ranges: Sequence[ChannelRange]) -> str:
-    rows = [(str(i), *(f"{getattr(each, title):.4g}" for title in _RANGE_TITLES)) for i, each in enumerate(ranges)]
+    rows = [(each.name, *(f"{getattr(each, title):.4g}" for title in _RANGE_TITLES)) for each in ranges]
     return table_html([name, *_RANGE_TITLES], rows) if rows else ""

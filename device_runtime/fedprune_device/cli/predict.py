@@ -24,6 +24,7 @@ from fedprune.model.scaling import BOARD
 from fedprune.model.step_contract import LOGITS
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
+from fedprune_device.cli.column_names import name_columns
 from fedprune_device.data.array_source import load_data, number_classes, read_arrays
 from fedprune_device.data.dataset import Channels
 from fedprune_device.data.folder_layout import layout_of
@@ -53,6 +54,7 @@ _MAX_PRINTED_NUMBERS = 10  # of an output of the model's own file, in the line o
 _MAX_NAMED_FOLDERS = 10  # folders of boards that an error names
 
 
+@name_columns()
 def predict(arguments: argparse.Namespace) -> None:
     adjustment, scaling = LogitAdjustment(), Scaling()
     recipe = Recipe()

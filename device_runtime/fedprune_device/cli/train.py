@@ -27,6 +27,7 @@ from fedprune.model.selection import Tensors
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.bundle_folder import check_bundle_folder, read_files, write_bundle
 from fedprune.runtime.precision_files import files_of, weights_file
+from fedprune_device.cli.column_names import name_columns
 from fedprune_device.cli.options import default_threads
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment
@@ -43,6 +44,7 @@ _PROGRESS_INTERVAL_S = 1.0
 _PROGRESS_LINE_INTERVAL_S = 10.0
 
 
+@name_columns()
 def train(arguments: argparse.Namespace) -> None:
     bundle = open_bundle(arguments.bundle)
     recipe = _recipe(bundle, arguments)

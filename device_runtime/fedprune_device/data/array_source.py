@@ -27,6 +27,8 @@ from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.spooled_arrays import archive_array
 from fedprune_device.data.stored_array import Inputs, StoredArray
 
+_SOURCES = "arrays (.npz), a table (.csv, .tsv, .parquet), or a folder of files"
+
 
 def load_data(
     source: str,
@@ -159,9 +161,12 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error)) from error
     except Exception as error:  # a damaged file makes zipfile, numpy and its parser of headers raise anything
+        kind = OTHER_FORMS.get(path.suffix.lower())
+        if kind is not None:
+            raise DataError(f"{path} is {kind[0]}", expected=_SOURCES, hint=kind[1]) from error
         raise DataError(
             f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{unreadable_reason(error)}",
-            hint=OTHER_FORMS.get(path.suffix.lower(), "Write it with numpy.savez(path, x=..., y=...)."),
+            hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error
 
 

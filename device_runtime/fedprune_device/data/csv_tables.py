@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any
 
 from fedprune.core.errors import DataError
 from fedprune.core.text import quantity
-from fedprune_device.data.table_cells import BLOCK_CELLS, COMMAS_HINT, rows_of_cells
+from fedprune_device.data.table_cells import BLOCK_CELLS, COMMAS_HINT, RowPlaces, rows_of_cells
 from fedprune_device.data.table_columns import (
     OpenTable,
     TableBlock,
@@ -34,24 +34,33 @@ _SPACES = " \u00a0\u2009\u202f"  # a space, and the thin and unbroken ones that 
 _SPACED = re.compile(rf"[+\u2212-]?\d{{1,3}}([{_SPACES}])\d{{3}}(?:\1\d{{3}})*(?:[.,]\d+)?")
 _NUMBER_BEGIN = re.compile(r"\s*[+\u2212-]?[.,]?\d|\s*[+-]?inf", re.IGNORECASE)
 _STATES = ("true", "false", "on", "off", "yes", "no")
+_WIDE_ROW_HINT = (
+    "The first row has the names of all columns. Write nothing between thousands; where decimals come after a comma, "
+    "separate columns by semicolons."
+)
 _MAX_EMPTY_ROWS = 2**16  # that are held until it is known whether they end the file
+
+
+_NumberedRow = tuple[int, list[str]]  # the cells of a row, and the number of its last line in the file
 
 
 def open_csv(file: Any, class_names: tuple[str, ...], options: TableOptions) -> OpenTable:
     """Read the names of the columns, and return the rows as an iterator."""
     comments = _Comments()
-    lines = comments.skip(_limited_lines(file))
+    lines = comments.skip(map(_Line, count(1), _limited_lines(file)))
     first_row = _row_lines(lines)
     delimiter_line = _DELIMITER_LINE.fullmatch(first_row[0].strip())
     head = [_row_lines(lines) if delimiter_line else first_row, _row_lines(lines)]
     head = comments.with_names(head)
     delimiter = delimiter_line[1] if delimiter_line else _delimiter(*map(_row_text, head[:2]))
-    reader = csv.reader(chain(*head, lines), delimiter=delimiter, skipinitialspace=True)
+    numbered_lines = _LineNumber(chain(*head, lines))
+    reader = csv.reader(numbered_lines, delimiter=delimiter, skipinitialspace=True)
     names = [name.strip() for name in next(reader, [])]
     first_cells = next(csv.reader(head[-1], delimiter=delimiter, skipinitialspace=True), [])
     kinds = {i: kind for i, cell in enumerate(first_cells[: len(names)]) if (kind := time_kind(cell))}
     columns = TableColumns.of(names, kinds, options.columns)
-    rows = _Rows(reader, names, columns, class_names)
+    numbered_rows = ((numbered_lines.number, row) for row in reader if row)
+    rows = _Rows(numbered_rows, names, columns, class_names)
     times, decimals = TimeReader(columns.times, columns.index), _Decimals(delimiter)
 
     def notes() -> list[str]:
@@ -69,12 +78,35 @@ def _blocks(
     """The rows of a file in blocks of `BLOCK_CELLS` cells."""
     number, columns, checked_rows = 1, rows.columns, iter(rows)
     while block := list(islice(checked_rows, -(-BLOCK_CELLS // rows.width))):
-        cells = {position: [row[position] for row in block] for position in columns.read}
-        first = number + rows.units
+        cells = {position: [row[position] for _, row in block] for position in columns.read}
+        places = RowPlaces(number + rows.units, [line for line, _ in block])
         column_cells = [cells[position] for position in columns.all]
-        numbers = rows_of_cells(columns, column_cells, first, class_names, decimals, allows_missing=allows_missing)
-        yield TableBlock(numbers, times(cells, first))
+        numbers = rows_of_cells(columns, column_cells, places, class_names, decimals, allows_missing=allows_missing)
+        yield TableBlock(numbers, times(cells, places))
         number += len(block)
+
+
+class _Line(str):
+    """A line of a file with its number, as some lines are read before others or left out."""
+
+    __slots__ = ("number",)
+
+    def __new__(cls, number: int, text: str) -> _Line:
+        line = super().__new__(cls, text)
+        line.number = number
+        return line
+
+
+class _LineNumber:
+    """Hands on lines, and keeps the number of the last one; one that isn't from the file has no number of its own."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines, self.number = lines, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self.number = line.number if isinstance(line, _Line) else self.number
+            yield line
 
 
 def _separator_text(delimiter: str) -> str:
@@ -127,7 +159,7 @@ class _Rows:
     """
 
     def __init__(
-        self, reader: Iterator[list[str]], names: list[str], columns: TableColumns, class_names: tuple[str, ...]
+        self, reader: Iterator[_NumberedRow], names: list[str], columns: TableColumns, class_names: tuple[str, ...]
     ) -> None:
         self._reader, self._names, self.columns = reader, names, columns
         self._class_names = class_names
@@ -135,16 +167,16 @@ class _Rows:
         self.units = 0  # rows of units
         self._cut_rows = self._empty_rows = 0
 
-    def __iter__(self) -> Iterator[list[str]]:
-        rows = (self._fitted(number, row) for number, row in enumerate(filter(None, self._reader), 1))
+    def __iter__(self) -> Iterator[_NumberedRow]:
+        rows = ((line, self._fitted(number, line, row)) for number, (line, row) in enumerate(self._reader, 1))
         first = next(rows, None)
         second = next(rows, None)
-        if first is not None and second is not None and self._has_units(first) and not self._has_units(second):
+        if first is not None and second is not None and self._has_units(first[1]) and not self._has_units(second[1]):
             self.units = 1
             first = None
-        empty_rows: list[list[str]] = []
+        empty_rows: list[_NumberedRow] = []
         for row in chain((row for row in (first, second) if row is not None), rows):
-            if not any(map(str.strip, row)):
+            if not any(map(str.strip, row[1])):
                 empty_rows.append(row)
                 if len(empty_rows) > _MAX_EMPTY_ROWS:
                     raise DataError("empty rows", expected=f"at most {_MAX_EMPTY_ROWS} together", got="more")
@@ -154,15 +186,15 @@ class _Rows:
             yield row
         self._empty_rows = len(empty_rows)
 
-    def _fitted(self, number: int, row: list[str]) -> list[str]:
+    def _fitted(self, number: int, line: int, row: list[str]) -> list[str]:
         if len(row) > self.width and not any(map(str.strip, row[self.width :])):
             self._cut_rows += 1
             return row[: self.width]
         if len(row) < self.width and not any(self._names[len(row) :]):
             return row + [""] * (self.width - len(row))
         if len(row) != self.width:
-            hint = f"The first row has the names of all columns. {COMMAS_HINT}" if len(row) > self.width else ""
-            raise DataError(f"row {number}", expected=f"{self.width} columns", got=len(row), hint=hint)
+            hint = _WIDE_ROW_HINT if len(row) > self.width else ""
+            raise DataError(f"row {number} (line {line})", expected=f"{self.width} columns", got=len(row), hint=hint)
         return row
 
     def _has_units(self, row: list[str]) -> bool:

@@ -14,9 +14,14 @@ class Notes:
     def __init__(self, source: object) -> None:
         self._source = source
         self.texts: tuple[str, ...] = ()
+        self._warnings: tuple[str, ...] = ()
 
-    def replace(self, texts: Iterable[str]) -> None:
-        """State what holds now, in place of all earlier notes."""
+    def replace(self, texts: Iterable[str], warnings: Iterable[str] = ()) -> None:
+        """State what holds now, in place of all earlier notes. Warnings are problems of the samples, and no notes."""
+        old_warnings, self._warnings = self._warnings, tuple(warnings)
+        for text in self._warnings:
+            if text not in old_warnings:
+                _LOG.warning("%s: %s", self._source, text)
         old, self.texts = self.texts, tuple(texts)
         for text in self.texts:
             if text not in old:

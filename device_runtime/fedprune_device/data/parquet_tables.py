@@ -10,7 +10,7 @@ from typing import Any
 
 from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, error_reason
 from fedprune.core.zip_limits import MAX_INFLATED_BYTES, MAX_INFLATION
-from fedprune_device.data.table_cells import BLOCK_CELLS, CONVERT_HINT, TIMES_HINT, rows_of_cells
+from fedprune_device.data.table_cells import BLOCK_CELLS, CONVERT_HINT, TIMES_HINT, RowPlaces, rows_of_cells
 from fedprune_device.data.table_columns import DATE, MOMENT, TIME, OpenTable, TableBlock, TableColumns
 from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_times import TimeReader
@@ -55,9 +55,9 @@ def _blocks(
             max(1, BLOCK_CELLS // len(columns.read)), columns=[names[i] for i in columns.read]
         ):
             cells = [_column_cells(batch.column(names[i])) for i in columns.all]
-            numbers = rows_of_cells(columns, cells, number, class_names, allows_missing=allows_missing)
+            numbers = rows_of_cells(columns, cells, RowPlaces(number), class_names, allows_missing=allows_missing)
             time_columns = {i: _time_cells(batch.column(names[i])) for i in columns.read if i not in columns.all}
-            yield TableBlock(numbers, times(time_columns, number))
+            yield TableBlock(numbers, times(time_columns, RowPlaces(number)))
             number += len(batch)
     except OSError as error:
         # pyarrow raises this without an errno for data that it can't unpack.

@@ -11,7 +11,7 @@ from fedprune.model.lengths import padding_value
 from fedprune.output.chart import lay_out_chart
 from fedprune.output.chart_html import chart_html, html_text
 from fedprune_device.data.box_layouts import takes_boxes
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import Channels, LocalData
 from fedprune_device.data.image_decoding import Pixels, has_colours_last, is_picture
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import Array
@@ -23,6 +23,7 @@ _MAX_STEPS = 250  # a longer signal is drawn as its highest and lowest numbers: 
 _MAX_NUMBERS = 24  # token ids of a sample that are shown
 
 _SIDE = 240  # of a drawn image, in pixels of the page
+_LETTER_SIZE = 12  # of a box's class, in pixels of the page
 
 
 def draw_samples(data: LocalData, targets: Targets, class_names: Sequence[str], pixels: Pixels) -> list[str]:
@@ -35,7 +36,10 @@ def draw_samples(data: LocalData, targets: Targets, class_names: Sequence[str], 
         x, y = np.asarray(data.x_train[number : number + 1])[0], np.asarray(data.y_train[number : number + 1])[0]
         label = "" if data.is_unlabelled else _label_text(y, class_names)
         title = f"<h3>{html_text(f'sample {number}' + (f': {label}' if label else ''))}</h3>"
-        drawings.append(title + _drawing(x, y, None if data.is_unlabelled else targets, pixels, number))
+        drawing = _drawing(
+            x, y, None if data.is_unlabelled else targets, pixels, number, class_names, data.channels or Channels(())
+        )
+        drawings.append(title + drawing)
     return drawings
 
 
@@ -56,10 +60,18 @@ def _label_text(y: Array, class_names: Sequence[str]) -> str:
     return ""
 
 
-def _drawing(x: Array, y: Array, targets: Targets | None, pixels: Pixels, number: int) -> str:
+def _drawing(
+    x: Array,
+    y: Array,
+    targets: Targets | None,
+    pixels: Pixels,
+    number: int,
+    class_names: Sequence[str],
+    channels: Channels,
+) -> str:
     if is_picture(x.shape) and (x.dtype.kind == "f" or x.dtype == np.uint8):
         x = x.transpose(2, 0, 1) if has_colours_last(x.shape) else x
-        layers = _box_rects(y, x.shape) if targets is not None and takes_boxes(targets) else ""
+        layers = _boxes_svg(y, x.shape, class_names) if targets is not None and takes_boxes(targets) else ""
         html = _image_svg(pixels.png(x), x.shape[2], x.shape[1], layers)
         if targets is not None and targets.takes_whole_numbers and y.shape == x.shape[1:]:
             shades = (np.clip(y, 0, targets.classes - 1) / max(1, targets.classes - 1)).astype(np.float32)
@@ -68,11 +80,13 @@ def _drawing(x: Array, y: Array, targets: Targets | None, pixels: Pixels, number
     if x.dtype.kind != "f":
         ids = ", ".join(map(str, x.reshape(-1)[:_MAX_NUMBERS].tolist()))
         return f"<p>{html_text(ids + (' ...' if x.size > _MAX_NUMBERS else ''))}</p>"
-    axis = channel_axis(x.shape)
-    if x.ndim == 1 or axis is None:
-        return _curves({"": x.reshape(-1)}, number)
+    names = channels.inputs
+    axis = channel_axis(x.shape, names, channels.input_axis)
+    if (x.ndim == 1 and not names) or axis is None:
+        return _curves({names[0] if names else "": x.reshape(-1)}, number)
     rows = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
-    return _curves({f"channel {i}": row for i, row in enumerate(rows[:_MAX_CURVES])}, number)
+    names = names or tuple(f"channel {i}" for i in range(len(rows)))
+    return _curves(dict(zip(names, rows[:_MAX_CURVES], strict=False)), number)
 
 
 def _curves(signals: dict[str, Array], number: int) -> str:
@@ -90,7 +104,7 @@ def _curves(signals: dict[str, Array], number: int) -> str:
             edge = reduce(np.where(np.isnan(bins), fill, bins), 1)
             series[f"{name} {kind}".strip()] = _values(np.where(is_empty, np.nan, edge))
     positions = [float(i) for i in range(0, steps, width)]
-    chart = lay_out_chart(f"sample-{number}", f"Sample {number}", positions, series, "{:.4g}".format, x_title="step")
+    chart = lay_out_chart(f"sample-{number}", f"Sample {number}", positions, series, "{:.4g}".format, x_title="steps")
     return "<p>no numbers</p>" if chart is None else chart_html(chart)
 
 
@@ -107,12 +121,25 @@ def _image_svg(png: bytes, width: int, height: int, layers: str) -> str:
     )
 
 
-def _box_rects(y: Array, shape: Sequence[int]) -> str:
+def _boxes_svg(y: Array, shape: Sequence[int], class_names: Sequence[str]) -> str:
+    """The boxes of an image of this shape, each with the name of its class."""
     height, width = shape[1:]
-    return "".join(
-        f'<rect x="{(cx - w / 2) * width:.2f}" y="{(cy - h / 2) * height:.2f}" width="{w * width:.2f}" '
-        f'height="{h * height:.2f}" fill="none" stroke="red" vector-effect="non-scaling-stroke">'
-        f"<title>class {kind:.0f}</title></rect>"
-        for kind, cx, cy, w, h in y.tolist()
-        if kind >= 0
-    )
+    letter_size = _LETTER_SIZE * width / _SIDE
+    rects = texts = ""
+    for kind, cx, cy, w, h in y.tolist():
+        if kind < 0:
+            continue
+        name = html_text(class_names[int(kind)] if kind < len(class_names) else f"class {kind:.0f}")
+        left, top = (cx - w / 2) * width, (cy - h / 2) * height
+        # Dark on light, so that it is seen on any colour.
+        for stroke in ('stroke="white" stroke-width="5"', 'stroke="black" stroke-width="2"'):
+            rects += (
+                f'<rect x="{left:.2f}" y="{top:.2f}" width="{w * width:.2f}" height="{h * height:.2f}" fill="none" '
+                f'{stroke} vector-effect="non-scaling-stroke"/>'
+            )
+        texts += (
+            f'<text x="{max(0, left) + letter_size / 3:.2f}" y="{max(0, top) + 1.2 * letter_size:.2f}" '
+            f'font-size="{letter_size:.2f}" font-weight="bold" stroke="white" stroke-width="{letter_size / 3:.2f}" '
+            f'paint-order="stroke">{name}</text>'
+        )
+    return rects + texts

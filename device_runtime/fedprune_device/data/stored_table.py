@@ -17,6 +17,7 @@ from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError
 from fedprune.core.text import quantity
 from fedprune_device.data.labels import effective_classes
+from fedprune_device.data.row_counters import RowCounters
 from fedprune_device.data.stored_array import Array, OpenFiles, Rows, StoredArray
 from fedprune_device.data.table_columns import TableColumns
 from fedprune_device.data.table_options import TableOptions
@@ -37,6 +38,7 @@ class StoredTable:
         starts: The rows, ascending, before which time jumps: no window may span the place.
         marks: `NO_NUMBER` and `NO_CLASS` of each row [count]; None if nothing is missing.
         effective_classes: See `labels.effective_classes`; of all rows.
+        counters: The inputs, each as its index in the file, that count the rows.
     """
 
     file: OpenFiles
@@ -45,6 +47,7 @@ class StoredTable:
     effective_classes: int | None
     starts: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
     marks: npt.NDArray[np.uint8] | None = None
+    counters: tuple[int, ...] = ()
 
     def windows(self, first: Rows, rows: int, convert: Callable[[Array], Array]) -> StoredArray:
         """Windows of `rows` rows [n, rows, columns], converted."""
@@ -70,6 +73,7 @@ def read_table(
         storage_errors("can't write the numbers of a table"),
     ):
         file, time_file, times_of_rows = OpenFiles.in_folder(spool), OpenFiles.in_folder(spool), _Times(options.step)
+        row_counters = RowCounters(len(table.columns.inputs))
         for numbers, times in table.blocks:
             width = numbers.shape[1] * 4
             if (count + len(numbers)) * width > max_bytes:
@@ -79,10 +83,12 @@ def read_table(
                 write_all(time_file.fileno(), times.tobytes(), count * 8)
                 times_of_rows.add(times, numbers)
             count += len(numbers)
+            row_counters.add(numbers[:, : len(table.columns.inputs)])
             missing_cells += int(np.isnan(numbers).sum())
             if table.columns.classes:  # `TableColumns.all` puts the class last
                 labels.update(numbers[:, -1][~np.isnan(numbers[:, -1])].tolist())
-        stored = StoredTable(file, table.columns, count, effective_classes(labels.values()))
+        counters = tuple(table.columns.inputs[position] for position in row_counters.positions)
+        stored = StoredTable(file, table.columns, count, effective_classes(labels.values()), counters=counters)
         notes = table.notes()
         if times_of_rows.count:
             stored = times_of_rows.in_order(stored, time_file, spool)

@@ -14,7 +14,7 @@ from fedprune.core.text import first_few, quantity
 from fedprune.model.features import MULTI_LABELS, labels_of
 from fedprune.model.lengths import padding_value
 from fedprune_device.data.box_layouts import takes_boxes
-from fedprune_device.data.dataset import SPLITS, LocalData
+from fedprune_device.data.dataset import SPLITS, Channels, LocalData
 from fedprune_device.data.image_decoding import has_colours_last
 from fedprune_device.data.labels import Targets, class_counts
 from fedprune_device.data.stored_array import Array, Inputs, chunks
@@ -36,8 +36,10 @@ _NO_TEST_NOTE = (
 
 @dataclass(frozen=True)
 class ChannelRange:
-    """The numbers of one channel, over all training samples, without padding."""
+    """The numbers of one channel, over all training samples, without padding. It is called as the table's column, or by
+    its number from 0."""
 
+    name: str
     lowest: float
     highest: float
     mean: float
@@ -81,17 +83,23 @@ def summarise(data: LocalData, targets: Targets, class_names: Sequence[str]) -> 
             for i in range(length)
         }
     x, y = splits["train"]
+    channels = data.channels or Channels(())
     return DataSummary(
         {split: len(labels) for split, (_, labels) in splits.items()},
         f"{x.dtype} {shape_text(*x.shape[1:])}",
-        channel_ranges(x),
+        channel_ranges(x, channels.inputs, channels.input_axis),
         classes,
-        channel_ranges(y[:, None] if y.ndim == 1 else y) if classes is None and not data.is_unlabelled else (),
+        channel_ranges(y[:, None] if y.ndim == 1 else y, channels.outputs, channels.output_axis)
+        if classes is None and not data.is_unlabelled
+        else (),
     )
 
 
-def channel_axis(shape: Sequence[int]) -> int | None:
-    """The axis of a sample's channels: the first of images, the shorter one of a series; None for one signal."""
+def channel_axis(shape: Sequence[int], names: Sequence[str] = (), axis: int = 0) -> int | None:
+    """The axis of a sample's channels: that of a table's columns (`names`, along `axis`), the first of images, the
+    shorter one of a series; None for one signal."""
+    if names:
+        return axis if shape[axis] == len(names) else None  # a single column may have no axis
     if len(shape) >= 3:
         return 0
     if len(shape) == 2:
@@ -99,16 +107,16 @@ def channel_axis(shape: Sequence[int]) -> int | None:
     return 0 if shape and shape[0] <= _MAX_COLUMNS else None
 
 
-def channel_ranges(x: Inputs) -> tuple[ChannelRange, ...]:
-    """The range of each channel of samples [n, ...]."""
+def channel_ranges(x: Inputs, names: Sequence[str] = (), axis: int = 0) -> tuple[ChannelRange, ...]:
+    """The range of each channel of samples [n, ...]; those of a table's columns have `names` and are along `axis`."""
     is_picture = x.dtype == np.uint8 and x.ndim == 4 and has_colours_last(x.shape[1:])
-    axis = 2 if is_picture else channel_axis(x.shape[1:])
-    channels = 1 if axis is None else x.shape[axis + 1]
+    sample_axis = 2 if is_picture else channel_axis(x.shape[1:], names, axis)
+    channels = 1 if sample_axis is None else x.shape[sample_axis + 1]
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     sums, squares, counts = np.zeros(channels), np.zeros(channels), np.zeros(channels)
     origin: npt.NDArray[np.float64] | None = None  # near the mean, so that squares of large numbers stay exact
     is_whole = np.ones(channels, bool)
-    for numbers, is_number in _channel_rows(x, axis, channels):
+    for numbers, is_number in _channel_rows(x, sample_axis, channels):
         if origin is None:
             origin = np.array([row[ok][0] if ok.any() else 0.0 for row, ok in zip(numbers, is_number, strict=True)])
         low = np.minimum(low, np.where(is_number, numbers, np.inf).min(1))
@@ -123,8 +131,8 @@ def channel_ranges(x: Inputs) -> tuple[ChannelRange, ...]:
     means = sums / np.maximum(counts, 1)
     deviations = np.sqrt(np.maximum(squares / np.maximum(counts, 1) - means**2, 0))
     return tuple(
-        ChannelRange(float(a), float(b), float(m), float(d), bool(w))
-        for a, b, m, d, w in zip(low, high, means + origin, deviations, is_whole, strict=True)
+        ChannelRange(names[i] if names else str(i), float(a), float(b), float(m), float(d), bool(w))
+        for i, (a, b, m, d, w) in enumerate(zip(low, high, means + origin, deviations, is_whole, strict=True))
     )
 
 
@@ -150,26 +158,27 @@ def _class_counts(y: Inputs, targets: Targets) -> npt.NDArray[np.int64] | None:
     return None
 
 
-def find_problems(summary: DataSummary) -> list[str]:
-    """What a model hardly learns from, although it can be trained on: a sentence for each."""
+def find_problems(summary: DataSummary, *, is_scaled: bool = False) -> list[str]:
+    """What a model hardly learns from, although it can be trained on: a sentence for each. `is_scaled`: boards scale
+    the inputs before they train."""
     problems = []
     ranges = summary.channels
     if summary.inputs.startswith("float") and ranges:
         low, high = min(c.lowest for c in ranges), max(c.highest for c in ranges)
-        if low >= 0 and _PIXEL_RANGE[0] < high <= _PIXEL_RANGE[1] and all(c.is_whole for c in ranges):
+        if not is_scaled and low >= 0 and _PIXEL_RANGE[0] < high <= _PIXEL_RANGE[1] and all(c.is_whole for c in ranges):
             problems.append(
                 f"the inputs are whole numbers from {low:g} to {high:g}, as of pixels that nobody has scaled: divide "
                 "them by 255, unless the model does it itself"
             )
-        elif wide := [i for i, c in enumerate(ranges) if max(-c.lowest, c.highest) > _MAX_MAGNITUDE]:
-            c = ranges[wide[0]]
+        elif wide := [c for c in ranges if not is_scaled and max(-c.lowest, c.highest) > _MAX_MAGNITUDE]:
+            c = wide[0]
             problems.append(
-                f"channel {wide[0]} has numbers from {c.lowest:g} to {c.highest:g}{_others_text(wide)}: scale them to "
+                f"channel {c.name} has numbers from {c.lowest:g} to {c.highest:g}{_others_text(wide)}: scale them to "
                 "mean 0 and deviation 1, with the same two numbers on all boards"
             )
-        if constant := [i for i, c in enumerate(ranges) if c.lowest == c.highest]:
+        if constant := [c for c in ranges if c.lowest == c.highest]:
             problems.append(
-                f"channel {constant[0]} has the number {ranges[constant[0]].lowest:g} in all "
+                f"channel {constant[0].name} has the number {constant[0].lowest:g} in all "
                 f"samples{_others_text(constant)}: it tells the model nothing"
             )
     if summary.classes is not None and len(summary.classes) > 1:
@@ -188,5 +197,5 @@ def find_notes(summary: DataSummary) -> list[str]:
     return notes
 
 
-def _others_text(indices: Sequence[int]) -> str:
-    return f" (and {quantity(len(indices) - 1, 'other')} like it)" if len(indices) > 1 else ""
+def _others_text(ranges: Sequence[ChannelRange]) -> str:
+    return f" (and {quantity(len(ranges) - 1, 'other')} like it)" if len(ranges) > 1 else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +24,40 @@ TIMES_HINT = (
     f"{CONVERT_HINT}, for example the hour of the day. A column that tells when a row was measured is no input if it "
     f"is called {TIME}."
 )
-COMMAS_HINT = "Write numbers with a point before the decimals and nothing between thousands."
+COMMAS_HINT = (
+    "Write nothing between thousands, and before the decimals a point in all numbers, or a comma in all: 1200.5 or "
+    "1200,5."
+)
 _LARGE_HINT = (
     "Scale the column, as a net takes small numbers, such as value / 1e6. A column that tells when a row was measured "
     f"is no input if it is called {TIME}."
 )
 _GAPS_HINT = "Say what the board does with these: --missing hold, mean or drop. Or fill them yourself."
-_TEXTS_HINT = f"{CONVERT_HINT}, call the column {CLASS} if it has the classes, or leave it out."
+_TEXTS_HINT = f"{CONVERT_HINT}, call the column {CLASS} if it has the classes, or leave it out (--columns)."
+_TEXT_COLUMN_HINT = (
+    f"{_TEXTS_HINT} If each row is a change of one of several sensors, write a column for each sensor; of a single "
+    "sensor take only the column of its states, such as --columns state."
+)
+_NAMES_ROW_HINT = "Names of columns are one row: leave a second one, such as of units, out."
 _NAMES_HINT = "Give the classes' names in the order that all boards share: --class-names A,B,C."
+
+
+class RowPlaces(NamedTuple):
+    """Where rows of a table are: the number of the first, without the names, and the line of each in a file of text."""
+
+    first: int
+    lines: Sequence[int] = ()
+
+    def text(self, row: int, column: int) -> str:
+        """A cell's place in words; `row` is the index among these rows, `column` that in the file."""
+        line = f" (line {self.lines[row]})" if self.lines else ""
+        return f"row {self.first + row}, column {column + 1}{line}"
 
 
 def rows_of_cells(
     columns: TableColumns,
     cells: Sequence[Any],
-    first_row: int,
+    places: RowPlaces,
     class_names: tuple[str, ...],
     decimals: Callable[[list[str]], list[str]] | None = None,
     *,
@@ -45,7 +65,7 @@ def rows_of_cells(
 ) -> npt.NDArray[np.float32]:
     """Cells by column as rows [n, columns] of numbers. Raises `DataError` for the first cell that is no number.
 
-    `first_row` is the number of the first row, for errors; `decimals` writes the numbers of a column with a point. A
+    `places` are those of the rows, for errors; `decimals` writes the numbers of a column with a point. A
     missing number is NaN if `allows_missing`.
     """
     rows = np.empty((len(cells[0]), len(cells)), np.float32)
@@ -61,18 +81,20 @@ def rows_of_cells(
             is_valid[[i for i in np.flatnonzero(~is_valid) if is_missing(column[i])]] = True
         if not is_valid.all():
             bad = int(np.argmin(is_valid))
-            names_only = first_row + bad == 1 and not any(is_number(column[0]) for column in cells)
-            where = f"row {first_row + bad}, column {index + 1}"
-            raise _cell_error(where, column[bad], class_names, is_class=is_class, names_only=names_only)
+            is_text_column = not np.isfinite(values).any() and isinstance(column[bad], str)
+            is_head = places.first + bad == 1 and not any(is_number(column[0]) for column in cells)
+            hint = _TEXT_COLUMN_HINT if is_text_column else _NAMES_ROW_HINT if is_head else _TEXTS_HINT
+            where = places.text(bad, index)
+            raise _cell_error(where, column[bad], class_names, is_class=is_class, text_hint=hint)
     return rows
 
 
-def _cell_error(where: str, cell: Any, class_names: tuple[str, ...], *, is_class: bool, names_only: bool) -> DataError:
-    """The error for a cell, with a hint that loses no data. `names_only`: the file's first row has no number."""
+def _cell_error(where: str, cell: Any, class_names: tuple[str, ...], *, is_class: bool, text_hint: str) -> DataError:
+    """The error for a cell, with a hint that loses no data: for a text it is `text_hint`."""
     cell = cell.strip().lower() if isinstance(cell, str) else cell
-    got, hint = "something else", _TEXTS_HINT
+    got, hint = "a text", text_hint
     if is_missing(cell):
-        got, hint = "an empty cell", _GAPS_HINT
+        got, hint = "no number (missing)" if cell else "an empty cell", _GAPS_HINT
     elif is_class:
         hint = _NAMES_HINT
     elif is_number(cell):
@@ -85,8 +107,6 @@ def _cell_error(where: str, cell: Any, class_names: tuple[str, ...], *, is_class
         hint = COMMAS_HINT
     elif cell[:1].isdecimal():
         hint = "Write numbers alone: without a unit, and with nothing between thousands."
-    elif names_only:
-        hint = "Names of columns are one row: leave a second one, such as of units, out."
     expected = (" or ".join(class_names) or "a whole number from 0") if is_class else "a number"
     return DataError(where, expected=expected, got=got, hint=hint)
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
+from fedprune_device.data.table_cells import RowPlaces
 from fedprune_device.data.table_columns import DATE, MOMENT, TIME, is_missing, is_number
 
 Times = npt.NDArray[np.float64]  # seconds; NaN where a row has none
@@ -64,10 +65,10 @@ class TimeReader:
         self._is_undecided = True
         self.note = ""
 
-    def __call__(self, cells: Mapping[int, Any], first_row: int) -> Times | None:
+    def __call__(self, cells: Mapping[int, Any], places: RowPlaces) -> Times | None:
         """The times of some rows, from the cells of each column; None if no column can be read as times.
 
-        Raises `DataError` for a cell that hasn't the format of those before; `first_row` is the number of the first.
+        Raises `DataError` for a cell that hasn't the format of those before; `places` are those of the rows.
         """
         if self._is_undecided:
             self._is_undecided = False
@@ -78,7 +79,7 @@ class TimeReader:
         times = self._parse(column)
         if times is None:
             bad = next(i for i in range(len(column)) if self._parse(column[i : i + 1]) is None)
-            where = f"row {first_row + bad}, column {self._chosen[0] + 1}"
+            where = places.text(bad, self._chosen[0])
             raise DataError(where, expected="a time as in the rows before", got="another format", hint=_FORMAT_HINT)
         return times
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, shape_text
-from fedprune.core.text import quantity
+from fedprune.core.text import first_few, quantity
 from fedprune.model.lengths import Shape, upper_shape
 from fedprune_device.data.column_statistics import ColumnStatistics
 from fedprune_device.data.dataset import SPLITS, Channels, LocalData
@@ -27,6 +27,9 @@ from fedprune_device.data.tables import CSV, PARQUET
 
 TABLE_BYTES = 2**30  # most bytes of a table's numbers on the disk
 
+_COUNTER_WARNING = (
+    "column {} counts the rows, which is no measurement: leave it out (--columns), or call it time if it is the time"
+)
 _STATISTICS_ROWS = 2**13  # rows that are read at once for their mean
 
 
@@ -205,7 +208,7 @@ class TableFile:
     def _read(self) -> tuple[tuple[int, int, int], StoredTable]:
         stamp = self._file_stamp()
         table, notes = read_table(self._path, self._names, self._options, self._spool, self._max_bytes)
-        self._notes.replace(notes)
+        self._notes.replace(notes, [_COUNTER_WARNING.format(index + 1) for index in table.counters])
         return stamp, table
 
 
@@ -216,7 +219,7 @@ def _plan_windows(columns: TableColumns, shape: Shape, targets: Targets | None) 
     if not steps:
         expected = "a model of [channels, steps] or [steps, channels]"
         raise ColumnsError(
-            f"windows of {quantity(channels, 'column')}, which are all that hold inputs",
+            f"windows of {quantity(channels, 'column')} (number {first_few([str(i + 1) for i in columns.inputs])})",
             columns.names[:channels], expected=expected, got=shape_text(*shape),
             hint="Choose the columns that the model takes: --columns A,B.",
         )  # fmt: skip

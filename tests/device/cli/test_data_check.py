@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.model.lengths import PADDING
+from fedprune.model.recipe import Recipe
+from fedprune.runtime.bundle import FILES, MANIFEST, manifest_text, open_bundle
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.image_decoding import Pixels
@@ -130,8 +133,9 @@ def test_boxes_are_counted_and_drawn() -> None:
     y = np.tile(np.array([[1, 0.5, 0.5, 0.25, 0.5], [-1, 0, 0, 0, 0]], np.float32), (4, 1, 1))
     data = LocalData(x, y, x[:0], y[:0])
     assert summarise(data, targets, ("ant", "bee")).classes == {"ant": {"train": 0}, "bee": {"train": 4}}
-    drawings = draw_samples(data, targets, (), Pixels())
+    drawings = draw_samples(data, targets, ("ant", "bee"), Pixels())
     assert len(drawings) == 3
+    assert all(">bee</text>" in drawing for drawing in drawings)
     assert all('<rect x="6.00" y="2.00" width="4.00" height="4.00"' in drawing for drawing in drawings)
 
 
@@ -140,3 +144,27 @@ def test_a_peak_of_a_long_signal_is_drawn() -> None:
     x[0, 0, 777] = 42
     (drawing,) = draw_samples(LocalData(x, np.zeros(1, int), x[:0], np.zeros(0, int)), CLASSES, (), Pixels())
     assert "42" in drawing
+
+
+def test_columns_are_called_by_their_names_where_nothing_leaves_the_board(
+    tmp_path: Path, bundle: Path, capsys: Capture
+) -> None:
+    files = {name: (bundle / name).read_bytes() for name in FILES}
+    selection, names = open_bundle(bundle).selection, ("ant", "bee", "cat")
+    recipe = Recipe(scaling=("board",))
+    (bundle / MANIFEST).write_text(manifest_text(files, selection, recipe, "raspberry-pi-5", names))
+    rows = [f"{300 + n},{RNG.random():.3f},{n % 3}" for n in range(200)]
+    source = tmp_path / "a.csv"
+    source.write_text("\n".join(["entry_id,Heat,class", *rows]))
+    assert check(bundle, source) == ExitCode.DATA  # the model takes one column, or six
+    error = capsys.readouterr().err
+    assert all(text in error for text in ("2 columns", "--columns", "entry_id, heat"))
+    assert check(bundle, source, "--columns", "wind") == ExitCode.DATA
+    assert "entry_id, Heat, class" in capsys.readouterr().err
+    page = tmp_path / "a.html"
+    assert check(bundle, source, "--columns", "entry_id", "--out", str(page)) == ExitCode.FINDINGS
+    (problem,) = re.findall("problem: .*", capsys.readouterr().out)
+    assert "column 1 counts" in problem  # and nothing of the range of a column that the recipe scales
+    assert "entry_id" in page.read_text()
+    assert "channel 0" not in page.read_text()
+    assert check(bundle, source, "--columns", "heat") == ExitCode.OK

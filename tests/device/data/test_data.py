@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,16 @@ def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, object
     with pytest.raises(DataError, match=text) as caught:
         load_data(source)
     assert source in str(caught.value)
+
+
+def test_files_of_other_kinds_are_called_by_their_kind(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "book.xlsx", "w") as book:
+        book.writestr("xl/workbook.xml", "<?xml version='1.0'?>")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"x": [1]}))
+    for name, kind in (("book.xlsx", "is a workbook: expected arrays"), ("x.pkl", "is a pickle")):
+        with pytest.raises(DataError, match=kind) as caught:
+            load_data(str(tmp_path / name))
+        assert "magic" not in str(caught.value)
 
 
 def test_objects_in_a_file_are_never_unpickled(tmp_path: Path) -> None:

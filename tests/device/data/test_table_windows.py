@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,16 @@ def test_rows_are_checked_as_they_are_read(tmp_path: Path) -> None:
         ("a,b\n1,45%\n", "row 1, column 2", "unit"),
         ("first,second\n2024-01-31,2024-01-30\n", "row 1, column 1", "time"),
         ("a,b\n1,2\n1,NaN\n", "row 2, column 2", "--missing hold, mean or drop"),
-        ("a,b\n°C,hPa\nvolts,amps\n", "row 1, column 1", "units"),
+        ("a,b\n°C,hPa\nvolts,amps\n1,2\n", "row 1, column 1 (line 2)", "units"),
+        ("entity_id,state,last_changed\nsensor.a,on,2024-01-31T10:00:00Z\n", "got a text", "--columns state"),
+        (
+            "# a logger\n\na,b\n\n1,2\n# restarted\n3,4\n\n5,#N/A\n",
+            "row 3, column 2 (line 9): expected a number, got no number",
+            "--missing",
+        ),
+        ("sep=;\na;b\n1;\n", "row 1, column 2 (line 3): expected a number, got an empty cell", "--missing"),
+        ("a;b\n1;1.200,5\n", "row 1, column 2 (line 2)", "1200,5"),
+        ("a,b\n1,2\n20,5,3\n", "row 2 (line 3)", "semicolons"),
         ("a,class\n1,walk\n", "row 1, column 2", "--class-names"),
         ("a,class,label\n1,1,1\n", "columns of classes", "another name"),
     ],
@@ -327,3 +337,14 @@ def test_chosen_columns_are_the_inputs_in_their_order_whatever_the_others_hold(t
     for columns, got in ((("heat", "wind"), "no column of this name"), (("class",), "of classes")):
         with pytest.raises(DataError, match=f"name {len(columns)} of the chosen columns.*{got}"):
             TableFile(tmp_path / "a.csv", SplitShares(0.0), 100, options=TableOptions(columns=columns))
+
+
+def test_a_column_that_counts_the_rows_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.csv"
+    for step, is_counter in ((1, True), (-1, True), (2, False)):
+        caplog.clear()
+        path.write_text("heat,entry_id\n" + "".join(f"{n % 3},{100 + step * n}\n" for n in range(30)))
+        table = TableFile(path, ALL, 99)
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert [warning.startswith(f"{path}: column 2 counts the rows") for warning in warnings] == [True] * is_counter
+        assert table.snapshot((2, 4)).samples == 27

@@ -68,4 +68,6 @@ def unreadable_reason(error: Exception) -> str:
     # numpy takes a file that is neither a zip archive nor an array for a pickle, and advises to allow those.
     if "pickle" in text or isinstance(error, zipfile.BadZipFile):
         return " (it is cut short, or no zip archive)"
+    if "magic string" in text:
+        return " (what is in it is no arrays)"
     return text and f" ({text})"
