@@ -90,6 +90,7 @@ class _Line(str):
     """A line of a file with its number, as some lines are read before others or left out."""
 
     __slots__ = ("number",)
+    number: int
 
     def __new__(cls, number: int, text: str) -> _Line:
         line = super().__new__(cls, text)
