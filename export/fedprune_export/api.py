@@ -23,7 +23,7 @@ from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
 from fedprune_export.reports.report import Accuracy, Report
 from fedprune_export.reports.report_page import report_files
-from fedprune_export.training.step_graph import training_step
+from fedprune_export.training.step_graph import training_step, unreached_notes
 
 
 def export(
@@ -72,8 +72,8 @@ def export(
         ranking = rank_channels(channel_scores(ranked_by, model.architecture, model.tensors))
     selection = Selection.of(model.architecture, plan.widths, ranking)
     # All checks come before anything is written: a bundle that computes something else never exists.
-    step = training_step(model, recipe.features, plan.unit).to_bytes()
-    files = bundle_files(model, selection, recipe, training=step, opset=opset)
+    step = training_step(model, recipe.features, plan.unit)
+    files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset)
     error = check_parity(model, selection, files)
     try_step(model, recipe, files, TRAINING)
     trials = PrecisionTrials(model, selection.widths, files, data).run_all(precisions) if precisions else ()
@@ -89,6 +89,7 @@ def export(
         accuracy=None if data is None else _accuracy(model, selection, data),
         trials=trials,
         folder=folder,
+        step_notes=unreached_notes(step.metadata),
         replaced=is_bundle(folder),
     )
     files |= report_files(report)

@@ -163,6 +163,23 @@ class Tape(TapeShapes):
             if any(gradients):
                 pull(*gradients)
 
+    def stops_behind(self, name: str) -> list[Node]:
+        """The nodes behind a value that let no gradient through, such as roundings and comparisons."""
+        pulled = {id(node) for node, _ in self._pulls}
+        used = {*self._readers, *(p.name for p in self.source.outputs)}
+        pending, visited, stops = [name], {name}, dict[int, Node]()
+        while pending:
+            for node, _ in self._readers.get(pending.pop(), []):
+                if node.outputs[0] in self._arithmetic:  # it reads only the shape
+                    continue
+                outputs = [o for o in node.outputs if o in used]
+                passed = [o for o in outputs if id(node) in pulled and self.needs_gradient(o)]
+                if len(passed) < len(outputs):
+                    stops[id(node)] = node
+                pending += [o for o in passed if o not in visited]
+                visited.update(passed)
+        return list(stops.values())
+
 
 def _can_be_float(node: Node, index: int) -> bool:
     """Whether an output can have a gradient: indices, counts, booleans have none, whatever they are computed from."""

@@ -25,6 +25,7 @@ from fedprune_export.checks.step_feeds import Array, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import unreached_notes
 
 # The largest difference of the two graphs' losses, relative to 1 + loss: boards apply the same limit before a model
 # serves.
@@ -139,7 +140,8 @@ class _Trial:
         moved_count = parity.count_moved_tensors(outputs, self.bundle.architecture, self.tensors)
         frozen_count = sum(step.next_name(n) not in outputs for n in self.tensors)
         rest = f" and leaves {frozen_count} frozen" if frozen_count else ""
-        return f"loss {float(outputs[step.LOSS]):.4g}; a step moves {quantity(moved_count, 'tensor')}{rest}"
+        unreached = "".join(f". {note.rstrip('.')}" for note in unreached_notes(self.training.metadata))
+        return f"loss {float(outputs[step.LOSS]):.4g}; a step moves {quantity(moved_count, 'tensor')}{rest}{unreached}"
 
     def check_descent(self) -> str:
         """Check that a small step lowers the loss of its own batch."""

@@ -249,7 +249,7 @@ def _print_results(
             tables.print_table(_SUMMARY, map(_summary_row, reports.values()))
         for line in _remark_lines(reports):
             print(line)
-        for note in notes:
+        for note in dict.fromkeys([*notes, *(note for r in reports.values() for note in r.notes)]):
             print(f"note: {note}")
         for report in reports.values():
             if report.replaced:

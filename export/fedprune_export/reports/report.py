@@ -66,6 +66,7 @@ class Report:
         plan: The widths with their reasons, and how the board trains.
         parity: Largest difference between the bundle's outputs and those of the whole model with the pruned channels
             masked, relative to the largest output.
+        step_notes: What the training step doesn't do.
         trials: The lower precisions that the bundle has, too.
     """
 
@@ -76,6 +77,7 @@ class Report:
     sizes: Mapping[str, int]
     parity: float
     folder: Path
+    step_notes: tuple[str, ...] = ()
     accuracy: Accuracy | None = None
     trials: tuple[PrecisionTrial, ...] = ()
     replaced: bool = False
@@ -91,8 +93,8 @@ class Report:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The import's changes, and the parts that it could not analyse."""
-        return self.model.notes
+        """The import's changes, the parts that it could not analyse, and what no step trains."""
+        return self.model.notes + self.step_notes
 
     @cached_property
     def full_costs(self) -> Costs:

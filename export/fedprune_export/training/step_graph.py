@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping, Sequence
 
 from fedprune.core.errors import ConfigError, ModelError
+from fedprune.core.text import first_few
 from fedprune.model import step_contract
 from fedprune.model.features import CUSTOM_LOSS, Features
 from fedprune.model.lengths import LENGTH_METADATA
@@ -12,7 +14,7 @@ from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import axes_json
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
-from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
+from fedprune_export.autodiff.tape import BATCH, Tape, describe, port, sample_shape
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.probabilities import probability_node
 from fedprune_export.pruning.base_reads import write_base_reads
@@ -79,9 +81,15 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     tape.forward()
     logits = model.graph.outputs[0].name
     if not tape.needs_gradient(logits):
-        raise ModelError("no trained tensor takes part in the output", got=", ".join(t.name for t in trained[:5]))
+        stops = dict.fromkeys(describe(node) for t in trained for node in tape.stops_behind(t.name))
+        raise ModelError(
+            "no trained tensor takes part in the output",
+            got=", ".join(t.name for t in trained[:5]),
+            hint=f"No gradient passes {first_few(list(stops))}: export the model without." if stops else "",
+        )
     tape.add_gradient(logits, write_loss(graph, tape.value(logits), outputs, features, own_loss))
     tape.backward()
+    _note_unreached(graph, tape, trained)
     write_updates(graph, tape, trained, features)
     _check_statistics(graph, model, frozen)
     graph.rename({tape.value(logits): step_contract.LOGITS})
@@ -101,7 +109,8 @@ def _output_shape(model: Model) -> tuple[int, ...]:
         raise ModelError(
             "the model's output is one number per sample without an axis",
             expected="outputs [n, ...] with an axis",
-            hint="Keep the axis in forward: x.unsqueeze(1), or Linear(..., 1) without squeeze.",
+            hint="Export the model with this axis: without its last Squeeze, or a reduction's keepdims set (in torch, "
+            "x.unsqueeze(1), or Linear(..., 1) without squeeze).",
         )
     return model.architecture.output_shape
 
@@ -127,6 +136,24 @@ def _enter_tensors(tape: Tape, model: Model, frozen: Collection[str], features: 
             value = forward_value(tape.graph, spec.name, features)
         tape.enter(spec.name, value, shape, needs_gradient=trains)
     return trained
+
+
+def _note_unreached(graph: Graph, tape: Tape, trained: Sequence[TrainedTensor]) -> None:
+    """Write into the metadata which tensors never get a gradient, and behind what they are."""
+    stops = {t.name: tape.stops_behind(t.name) for t in trained if tape.gradient(t.name) is None}
+    if stops:
+        texts = {name: [describe(node) for node in nodes] for name, nodes in stops.items()}
+        graph.metadata[step_contract.UNREACHED_METADATA] = json.dumps(texts)
+
+
+def unreached_notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """A note on the tensors that no step trains, by a training graph's metadata; empty without any."""
+    stops: dict[str, list[str]] = json.loads(metadata.get(step_contract.UNREACHED_METADATA, "{}"))
+    if not stops:
+        return ()
+    nodes = list(dict.fromkeys(node for nodes in stops.values() for node in nodes))
+    behind = f", behind {first_few(nodes, max_names=3)}" if nodes else ""
+    return (f"Never trained, because no gradient reaches them: {first_few(list(stops))}{behind}.",)
 
 
 def _add_metadata(graph: Graph, model: Model, features: Features) -> None:

@@ -138,6 +138,7 @@ METRIC_METADATA = "fedprune.metric"  # a metric: an ONNX file in base64
 AUGMENT_METADATA = "fedprune.augment"  # how samples, and labels of positions, are augmented (`AugmentPlan` as JSON)
 RANDOM_METADATA = "fedprune.dropout"  # how each random input is drawn, by its name, as JSON
 AXES_METADATA = "fedprune.axes"  # the channels on its tensors' axes
+UNREACHED_METADATA = "fedprune.unreached"  # what keeps gradients from tensors that train, by their names, as JSON
 
 # Outputs of a metric, whose inputs are `logits` and `y`: sums [k] (float32), which add up over the parts of a set, and
 # its value (float32 []), which is computed from only these sums.
