@@ -44,7 +44,10 @@ class _BoxFiles(LabelledImages):
     def check(self, targets: Targets | None) -> None:
         if targets is not None and not takes_boxes(targets):
             raise DataError(
-                f"boxes for loss {targets.loss}", expected="labels [most boxes, 5]", got=shape_text(*targets.shape)
+                f"boxes for loss {targets.loss}",
+                expected="labels [most boxes, 5]",
+                got=shape_text(*targets.shape),
+                hint="Export the model with a loss that takes boxes (fedprune-export --loss, docs/export.md).",
             )
 
     def split_of(self, path: Path) -> str | None:

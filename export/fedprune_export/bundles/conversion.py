@@ -18,10 +18,10 @@ import onnx
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, error_reason
+from fedprune.core.text import first_few
 from fedprune.model.architecture import TensorKind
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import WEIGHTS, Bundle, open_bundle
-from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune.runtime.served_model import is_board_state, load_served_model
 from fedprune.runtime.session import OnnxSession
 from fedprune.strategies.importance.scoring import Ranks
@@ -30,7 +30,7 @@ from fedprune_export.checks.parity import MAX_PARITY_ERROR, PARITY_SAMPLES, rela
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.hub_folder import BATCH_COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
-from fedprune_export.importing.prediction_head import attach_head
+from fedprune_export.importing.prediction_head import attach_head, own_outputs
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.sample_inputs import sample_feeds
@@ -109,8 +109,7 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
     proto = written.to_proto(opset=opset)
     properties = {p.key: p.value for p in proto.metadata_props}
     properties[PARAMETERS_KEY] = json.dumps(list(names))
-    if HEAD_KEY in properties:
-        attach_head(proto, properties[HEAD_KEY])
+    attach_head(proto, properties)
     onnx.helper.set_model_props(proto, properties)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
@@ -147,6 +146,12 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
 def agreement_text(error: float) -> str:
     """A text that says how close a file's outputs are to those of its source."""
     return f"its outputs equal the source's {f'to within {error:.1e}' if error else 'exactly'}"
+
+
+def ports_text(graph: Graph) -> str:
+    """A text that says what the ports of an ONNX file are called, if it has outputs of the user's own file, too."""
+    outputs = own_outputs(graph.metadata)
+    return f"; its input is {X}, its outputs are {LOGITS} and the file's own: {first_few(outputs)}" if outputs else ""
 
 
 def check_onnx_parity(raw: bytes, graph: Graph) -> float:

@@ -74,7 +74,7 @@ def to_onnx(arguments: argparse.Namespace) -> None:
         tell("comparing outputs")
         error = conversion.check_onnx_parity(raw, source.graph)
         write_atomically(arguments.out, raw)
-    text = f"{len(raw):,} bytes, {source.title}; {conversion.agreement_text(error)}"
+    text = f"{len(raw):,} bytes, {source.title}; {conversion.agreement_text(error)}{conversion.ports_text(source.graph)}"
     _print_result(arguments, source.title, len(raw), error, text)
 
 

@@ -193,11 +193,11 @@ def _bundle_folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
 
 
 def _read_data(arguments: argparse.Namespace, model: fx.Model, recipe: Recipe) -> fx.LabelledData | None:
-    """The samples of --data; the number of class names is checked, too."""
+    """The samples of --data; the number of class names is checked, too, where outputs belong to classes."""
     from fedprune_export.checks import labelled_file
 
     classes = model.architecture.classes
-    if arguments.class_names and len(arguments.class_names) != classes:
+    if model.loss is None and arguments.class_names and len(arguments.class_names) != classes:
         raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
     return arguments.data and labelled_file.load_scored_data(arguments.data, model, recipe)
 

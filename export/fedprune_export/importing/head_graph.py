@@ -14,7 +14,8 @@ from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.model.step_contract import LOGITS, X
-from fedprune.runtime.prediction_head import PredictionHead
+from fedprune.runtime.prediction_head import HEAD_KEY, PredictionHead
+from fedprune_export.importing import metadata
 from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.training_end import Dims, TrainingEnd, constant_values, has_suppression
@@ -48,18 +49,32 @@ def class_names(text: str, classes: int) -> tuple[str, ...]:
     return ()
 
 
-def head_text(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[str]) -> str:
-    """The head behind the end of training, in base64; empty if it computes something else for several samples than
-    sample by sample. `dims` are those of the end's value.
+def head_metadata(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[str]) -> dict[str, str]:
+    """The head behind the end of training, in base64, by its key: that of a prediction head, or, if boxes are chosen
+    among those of all samples, that of what only files keep. Empty if it can't be computed for several samples, or
+    computes something else for them than sample by sample. `dims` are those of the end's value.
 
     ZipMap, whose outputs are maps, is left out: its numbers are the output.
     """
     head = _written_head(proto, end, dims, notes)
-    text = base64.b64encode(head.SerializeToString(deterministic=True)).decode()
     sizes = [_FREE_SIZE if d is None else d for d in _logits_dims(end, dims)[1:]]
-    # Boxes are chosen among those of all samples, so that no sample has outputs of its own.
-    runs = not has_suppression(end.nodes) and _is_small(head, sizes) and _takes_batches(text, sizes)
-    return text if runs else ""
+    if not _is_small(head, sizes):
+        return {}
+    values = _values_of_batches(_text(head), sizes)
+    if has_suppression(end.nodes):
+        return {metadata.FILE_END_KEY: _text(head)} if values else {}
+    axes = {name: _batch_axis(*pair) for name, pair in values.items()}
+    if not values or None in axes.values():
+        return {}
+    for output in head.graph.output:
+        sizes_of_output, axis = output.type.tensor_type.shape.dim, axes[output.name]
+        if axis is not None and axis < len(sizes_of_output) and sizes_of_output[axis].HasField("dim_value"):
+            sizes_of_output[axis].dim_param = "N"  # the file's batch may be a fixed one
+    return {HEAD_KEY: _text(head)}
+
+
+def _text(head: onnx.ModelProto) -> str:
+    return base64.b64encode(head.SerializeToString(deterministic=True)).decode()
 
 
 def _logits_dims(end: TrainingEnd, dims: Dims) -> list[int | None]:
@@ -185,21 +200,21 @@ def _is_small(head: onnx.ModelProto, sizes: Sequence[int]) -> bool:
     return not grows and max(counts, default=0) <= _MAX_NUMBERS
 
 
-def _takes_batches(text: str, sizes: Sequence[int]) -> bool:
-    """Whether a head computes for several samples what it computes for each. Raises `ModelError` if onnxruntime doesn't
-    run it."""
+def _values_of_batches(text: str, sizes: Sequence[int]) -> dict[str, tuple[Array, list[Array]]]:
+    """What a head computes for several samples, and for each of them; empty if it only takes one. Raises `ModelError`
+    if onnxruntime doesn't run it."""
     head = PredictionHead(text)
     x = np.random.default_rng(0).standard_normal((_TRIED_SAMPLES, *sizes)).astype(np.float32)
     try:
         together = head.outputs(x)
     except ModelError:  # such as a reshape to a fixed batch
-        return False
+        return {}
     single = [head.outputs(x[i : i + 1]) for i in range(_TRIED_SAMPLES)]
-    return all(_are_rows(value, [outputs[name] for outputs in single]) for name, value in together.items())
+    return {name: (value, [outputs[name] for outputs in single]) for name, value in together.items()}
 
 
-def _are_rows(together: Array, single: Sequence[Array]) -> bool:
-    """Whether a value is that of single samples, one after the other along an axis."""
+def _batch_axis(together: Array, single: Sequence[Array]) -> int | None:
+    """The axis along which a value is that of single samples, one after the other; None if it isn't."""
     for axis in range(together.ndim):
         try:
             rows = np.concatenate(single, axis)
@@ -208,5 +223,5 @@ def _are_rows(together: Array, single: Sequence[Array]) -> bool:
         if rows.shape != together.shape:
             continue
         if np.allclose(rows, together, 1e-4, 1e-6) if rows.dtype.kind == "f" else np.array_equal(rows, together):
-            return True
-    return False
+            return axis
+    return None

@@ -31,6 +31,7 @@ TRAINING_NOTES_KEY = "fedprune.training_notes"  # notes on effects of a torch mo
 TIED_KEY = "fedprune.tied"  # further names of tensors that have several
 REPEATED_KEY = "fedprune.repeated"  # tensors that each iteration of a loop reads, a line each; gone after the import
 LABELS_KEY = "fedprune.labels"  # the kind of labels that the loss compares with, where the training end depends on it
+FILE_END_KEY = "fedprune.end"  # the head of a file that chooses among all samples of a batch: boards don't run it
 PREFER_KEY = "fedprune.prefer"  # which channels to cut where only one kind can be: coarse or fine
 
 

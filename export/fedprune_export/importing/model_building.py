@@ -94,8 +94,7 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     author_notes = metadata.author_notes(texts)
     notes = tuple(dict.fromkeys([*author_notes, *file_notes, *normal.notes, *analysis.notes]))
     normal.graph.metadata = _model_metadata(texts, normal, frozen_names)
-    if head:
-        normal.graph.metadata[HEAD_KEY] = head
+    normal.graph.metadata |= head
     if prefer != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = prefer
     ranks = metadata.recorded_ranks(texts, analysis.architecture)
@@ -109,7 +108,7 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
         base, architecture = freeze_base(normal.graph, architecture, frozen_names, precision)
         normal.graph.metadata[metadata.BASE_KEY] = precision
     loss, metric = _import_user_graphs(texts, analysis.architecture.output_shape)
-    names = class_names(head, architecture.classes)
+    names = class_names(head.get(HEAD_KEY, ""), architecture.classes)
     model = Model(
         normal.graph, architecture, notes, analysis.values, frozen_names, base, loss, metric, names, ranks=ranks
     )

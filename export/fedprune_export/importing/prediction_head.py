@@ -17,7 +17,7 @@ from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune_export.importing import metadata
 from fedprune_export.importing.batches.layout import batch_axis
 from fedprune_export.importing.graph_writer import Names, file_shapes
-from fedprune_export.importing.head_graph import head_graph, head_text
+from fedprune_export.importing.head_graph import head_graph, head_metadata
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.original import check_rewriting
 from fedprune_export.importing.training_end import (
@@ -26,6 +26,7 @@ from fedprune_export.importing.training_end import (
     can_follow,
     ends_in_suppression,
     find_training_end,
+    has_suppression,
     is_single_float,
     may_end,
     needed_nodes,
@@ -37,10 +38,10 @@ from fedprune_export.importing.translation import upgrade_model
 
 def separate_head(
     proto: onnx.ModelProto, raw: bytes, notes: list[str], labels: str = "", *, own_loss: bool = False
-) -> tuple[onnx.ModelProto, bytes, str]:
+) -> tuple[onnx.ModelProto, bytes, dict[str, str]]:
     """Let a model end before its decisions and probabilities, if all its outputs are computed from one value.
 
-    Returns the model, the file that it is compared with, and the head in base64 (empty without one). Raises
+    Returns the model, the file that it is compared with, and the metadata that holds the head (empty without one). Raises
     `ModelError` if the model has several outputs, and training could end at several values.
 
     Args:
@@ -49,7 +50,7 @@ def separate_head(
         own_loss: Whether the model has a loss of its own. It takes the outputs as they are, if they are numbers that it
             can follow; outputs that aren't are left out.
     """
-    head = metadata.read_properties(proto).get(HEAD_KEY, "")
+    head = {k: v for k, v in metadata.read_properties(proto).items() if k in (HEAD_KEY, metadata.FILE_END_KEY) and v}
     outputs = [o.name for o in proto.graph.output]
     if head and outputs[:1] == [LOGITS]:  # a file that fedprune wrote
         end = TrainingEnd(LOGITS, (), {}, 1)
@@ -58,36 +59,47 @@ def separate_head(
         return proto, raw, head
     if own_loss and any(can_follow(proto, o) for o in proto.graph.output):
         _leave_out_decisions(proto, notes)
-        return proto, raw, ""
+        return proto, raw, {}
     # Files without such an end, which are most, needn't be copied and inferred.
     if len(outputs) == 1 and can_follow(proto, proto.graph.output[0]) and not may_end(proto, labels):
-        return proto, raw, ""
+        return proto, raw, {}
     inlined, proto = proto, upgrade_model(proto)
     shapes = file_shapes(proto)
     found = find_training_end(proto, shapes, labels)
     if found is None or (found.axis != 1 and not _has_batch_first(proto)):
         if len(outputs) > 1 or ends_in_suppression(proto):
             raise _undecided_error(proto, shapes)
-        return inlined, raw, ""
+        return inlined, raw, {}
     file = parse_model(raw, run_checker=False)
     if not _has_nodes(file, found):
         # The end is inside a function or branch of the file, or of a linear model.
         file = inlined
         if not _has_nodes(file, found):
-            return inlined, raw, ""
+            return inlined, raw, {}
         check_rewriting(raw, inlined)
     dims = shapes.get(found.value)
     # Shapes were inferred while the model still had the nodes behind the value.
     trunk, original = end_model(proto, found, dims), end_model(file, found, dims)
-    head = head_text(proto, found, dims or (), notes)
-    # A ZipMap is none of a head's operators: `head_text` notes what becomes of it.
+    head = head_metadata(proto, found, dims or (), notes)
+    # A ZipMap is none of a head's operators: a note of its own says what becomes of it.
     operators = [n.op_type for n in found.nodes if n.op_type != "ZipMap"]
     moved = f" with its classes, on axis {found.axis}, moved to axis 1" if found.axis != 1 else ""
     own_end = "the file's own end" + (f" ({first_few(list(dict.fromkeys(operators)))})" if operators else "")
-    kept = f"Predictions, and files that to-onnx and export-model write, keep {own_end}, too."
-    lost = f"Predictions lack {own_end}: it can't be computed for each of several samples."
+    if metadata.FILE_END_KEY in head:
+        kept = f"Files that to-onnx and export-model write keep {own_end}, too; predictions lack it: boxes are chosen"
+        kept += " among those of all samples of a batch."
+    elif head:
+        kept = f"Predictions, and files that to-onnx and export-model write, keep {own_end}, too."
+    else:
+        kept = f"Predictions lack {own_end}, as do files that to-onnx and export-model write: it can't be computed for"
+        kept += " each of several samples."
     value = f"{'the logits of ' if found.removed else ''}{value_text(found.value)}"
-    notes.append(f"The model is trained from {value}{moved}. {kept if head else lost}")
+    notes.append(f"The model is trained from {value}{moved}. {kept}")
+    if has_suppression(found.nodes) and not own_loss:
+        notes.append(
+            "A detector needs a loss of its own, which compares boxes (--loss, docs/export.md#a-loss-of-your-own): the "
+            "built-in ones don't."
+        )
     return trunk, original.SerializeToString(), head
 
 
@@ -123,19 +135,29 @@ def choose_output(proto: onnx.ModelProto, output: str, model: onnx.ModelProto) -
     if output not in outputs:
         upgraded = upgrade_model(model)
         nodes = nodes_behind(upgraded, output)
-        text = head_text(upgraded, TrainingEnd(output, nodes, {}, 1), shapes.get(output) or (), []) if nodes else ""
-        metadata.write_properties(proto, {HEAD_KEY: text} if text else {})
+        end = TrainingEnd(output, nodes, {}, 1)
+        metadata.write_properties(proto, head_metadata(upgraded, end, shapes.get(output) or (), []) if nodes else {})
     _declare_output(proto, output, shapes.get(output))
 
 
-def attach_head(proto: onnx.ModelProto, text: str) -> None:
-    """Add a head in base64 to a model with the output `logits`: its outputs are further outputs of the model."""
-    head = head_graph(text)
+def attach_head(proto: onnx.ModelProto, texts: Mapping[str, str]) -> None:
+    """Add the head in a model's metadata to it, if it has one: its outputs follow the output `logits`."""
+    head = _file_end(texts)
     proto.graph.node.extend(head.graph.node)
     proto.graph.initializer.extend(head.graph.initializer)
     proto.graph.output.extend(head.graph.output)
     domains = {o.domain for o in proto.opset_import}
     proto.opset_import.extend(o for o in head.opset_import if o.domain not in domains | {"", "ai.onnx"})
+
+
+def own_outputs(texts: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of outputs that the head in a model's metadata computes."""
+    return tuple(output.name for output in _file_end(texts).graph.output)
+
+
+def _file_end(texts: Mapping[str, str]) -> onnx.ModelProto:
+    text = texts.get(HEAD_KEY) or texts.get(metadata.FILE_END_KEY)
+    return head_graph(text) if text else onnx.ModelProto()
 
 
 def end_model(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims | None) -> onnx.ModelProto:

@@ -95,6 +95,7 @@ def _export_model(arguments: argparse.Namespace) -> None:
         print_json({"file": str(out), "bytes": size, "difference": error, "round": round_} | score_fields)
         return
     compared = "" if error is None else f"; {conversion.agreement_text(error)}"
+    compared += conversion.ports_text(model.graph) if out.suffix == ".onnx" else ""
     best = "best " if arguments.round == BEST_ROUND else ""
     scored = "" if metric is None or score is None else f" ({METRICS[metric].titled_value(score)})"
     subject = f"the {best}global model after round {round_}{scored}"

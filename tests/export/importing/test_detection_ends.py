@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.errors import ModelError
+from fedprune.runtime.bundle import open_bundle
+from fedprune.runtime.prediction_head import PredictionHead
 from fedprune.runtime.session import OnnxSession
+from fedprune_export.bundles.conversion import onnx_file
+from fedprune_export.cli.main import main
 from fedprune_export.importing import ImportChoices, import_onnx
 from fedprune_export.importing.model_building import build_model
+from fedprune_export.ir.graph import Graph, Port
 from support.oracles.cutting import distance, outputs
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -73,9 +79,38 @@ def test_training_ends_at_the_tensor_of_which_boxes_and_scores_are_made(output_n
     model = import_onnx(detector(*output_names), "detector")
     assert "trained from 'raw'" in model.notes[0]
     assert "NonMaxSuppression" in model.notes[0]
+    assert "needs a loss of its own" in model.notes[1]
     x = np.random.default_rng(1).standard_normal((3, 3, 6, 6)).astype(np.float32)
     (expected,) = OnnxSession(detector("raw")).run({"image": x}).values()
     assert distance(outputs(model.graph, x), expected) < 1e-6
+
+
+def test_files_keep_the_chosen_boxes_and_boards_do_not() -> None:
+    raw = detector("chosen")
+    model = import_onnx(raw, "detector")
+    assert PredictionHead.of(model.graph.metadata) is None
+    written = onnx_file(model.graph, model.tensors, "detector")
+    x = np.random.default_rng(1).standard_normal((3, 3, 6, 6)).astype(np.float32)
+    after = OnnxSession(written).run({"x": x})
+    np.testing.assert_array_equal(after["chosen"], OnnxSession(raw).run({"image": x})["chosen"])
+    assert len(after["chosen"]) > 0
+    again = import_onnx(written, "detector")
+    assert again.architecture.digest == model.architecture.digest
+    assert again.graph.metadata == model.graph.metadata
+
+
+def test_classes_of_a_detector_with_a_loss_of_its_own_may_be_named(tmp_path: Path) -> None:
+    """Outputs of such a loss belong to no classes: 7 numbers per place, of which 3 are scores."""
+    loss = Graph(inputs=[Port("outputs", np.dtype(np.float32), ("N", 7, 36))])
+    loss.inputs.append(Port("labels", np.dtype(np.float32), ("N", 10, 5)))
+    total = loss.emit("ReduceSum", loss.emit("Mul", "outputs", "outputs"), loss.ints(1, 2), attrs={"keepdims": 0})
+    rest = loss.emit("ReduceSum", "labels", loss.ints(1, 2), attrs={"keepdims": 0})
+    loss.outputs = [Port(loss.emit("Add", total, rest), np.dtype(np.float32), ("N",))]
+    (tmp_path / "loss.onnx").write_bytes(loss.to_bytes())
+    (tmp_path / "net.onnx").write_bytes(detector("chosen"))
+    words = ["--target", "raspberry-pi-5", "--out", str(tmp_path / "b"), "--class-names", "cup,pen,cat"]
+    assert main([str(tmp_path / "net.onnx"), *words, "--loss", str(tmp_path / "loss.onnx")]) == 0
+    assert open_bundle(tmp_path / "b").class_names == ("cup", "pen", "cat")
 
 
 def test_without_such_a_tensor_the_error_names_the_node_and_the_values() -> None:

@@ -166,7 +166,11 @@ def test_an_end_for_one_sample_at_a_time_takes_several() -> None:
     raw = file_of(nodes, {"p": (FLOAT, [1, 3, 1]), "label": (INT64, [1, 1])}, batch=1)
     model = import_onnx(raw, "model")
     x = np.random.default_rng(1).standard_normal((4, 5)).astype(np.float32)
-    after = OnnxSession(onnx_file(model.graph, model.tensors, "model")).run({X: x})
+    written = onnx_file(model.graph, model.tensors, "model")
+    declared = {o.name: o.type.tensor_type.shape.dim for o in onnx.load_model_from_string(written).graph.output}
+    assert [declared[name][0].dim_param for name in ("p", "label")] == ["N", "N"]
+    assert declared["p"][1].dim_value == 3
+    after = OnnxSession(written).run({X: x})
     single = [OnnxSession(raw).run({"image": row[None]}) for row in x]
     for name in ("p", "label"):
         np.testing.assert_allclose(after[name], np.concatenate([s[name] for s in single]), rtol=1e-5, atol=1e-6)

@@ -23,6 +23,7 @@ import numpy as np
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import file_lock, flush_folder, storage_errors
 from fedprune.core.errors import BundleError, StorageError, path_remedy, value_text
+from fedprune.model.features import CUSTOM_LOSS
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
@@ -126,7 +127,8 @@ def write_bundle(
     if another export writes to the folder; `StorageError`.
     """
     classes = selection.architecture.classes
-    if class_names and len(class_names) != classes:
+    # A loss of one's own may read classes off any of the outputs.
+    if class_names and len(class_names) != classes and recipe.loss != CUSTOM_LOSS:
         raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
     if base is not None:  # as a mapping: boards have no memory for a copy
         with storage_errors(f"can't read {base}"):
