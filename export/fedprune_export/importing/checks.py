@@ -24,14 +24,23 @@ from fedprune_export.ir.trace import Trace
 
 # ONNX declares these as integers and reads them as booleans.
 _FLAGS = frozenset({"keepdims", "is_causal", "linear_before_reset", "layout", "count_include_pad", "ceil_mode"})
+# Domains of onnx and onnxruntime; operators of others are custom ones, for which a library of their author is needed.
+_KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft", "com.ms.internal", "org.pytorch.aten")
 _MAX_NAME_LENGTH = 20_000
 _INDEXED_OPERATORS = frozenset({"Gather", "GatherElements", "ScatterElements"})
 
 
 def check_nodes(graph: Graph) -> None:
     """Raise `ModelError` if a required input is missing, a flag isn't 0 or 1, a convolution has no group, or the
-    standard has no such operator."""
+    standard has no such operator, or only its author's library has it."""
     for node in graph.nodes:
+        if not any(node.domain == known or (known and node.domain.startswith(f"{known}.")) for known in _KNOWN_DOMAINS):
+            raise ModelError(
+                f"{_label(node)} is a custom operator, of domain {value_text(node.domain)}",
+                expected="operators of ONNX",
+                hint="Export the model without it: write what it computes with standard operators, or as a function of "
+                "the file (docs/add-an-operator.md says how fedprune learns operators of ONNX).",
+            )
         # onnx's checker lets experimental operators of early versions pass, such as ConstantFill.
         if not node.domain and not onnx.defs.has(node.op):
             hint = "Export the model again by a later version of what made it, at opset 17 or 18."

@@ -175,6 +175,17 @@ def test_a_file_that_onnxruntime_does_not_run_is_to_be_exported_again() -> None:
     check_refusal(raw(build, tensors, (5, 6)), "the file as it is: onnxruntime", "torch's other exporter")
 
 
+def test_a_custom_operator_is_named_with_its_node() -> None:
+    def build(g: Graph) -> str:
+        value = g.emit("MyPool", g.emit("MatMul", "image", "w"))
+        g.nodes[-1].name, g.nodes[-1].domain = "pool", "acme.vision"
+        return value
+
+    proto = onnx.load_model_from_string(raw(build, {"w": random(6, 4)}))
+    proto.opset_import.append(helper.make_opsetid("acme.vision", 1))
+    check_refusal(proto.SerializeToString(), "'MyPool' 'pool' is a custom operator", "acme.vision", "standard operators")
+
+
 def test_an_operator_that_onnx_has_withdrawn_is_named() -> None:
     def build(g: Graph) -> str:
         return g.emit("MatMul", g.emit("ConstantFill", "image", attrs={"input_as_shape": 0}), "w")
