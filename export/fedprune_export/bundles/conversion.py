@@ -18,10 +18,10 @@ import onnx
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, error_reason
-from fedprune.core.text import first_few
+from fedprune.core.text import first_few, quantity
 from fedprune.model.architecture import TensorKind
-from fedprune.model.step_contract import LOGITS, X
-from fedprune.runtime.bundle import WEIGHTS, Bundle, open_bundle
+from fedprune.model.step_contract import LOGITS, RANDOM_METADATA, X
+from fedprune.runtime.bundle import TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.served_model import is_board_state, load_served_model
 from fedprune.runtime.session import OnnxSession
 from fedprune.strategies.importance.scoring import Ranks
@@ -30,6 +30,7 @@ from fedprune_export.checks.parity import MAX_PARITY_ERROR, PARITY_SAMPLES, rela
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.hub_folder import BATCH_COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
+from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.prediction_head import attach_head, own_outputs
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
@@ -152,6 +153,18 @@ def ports_text(graph: Graph) -> str:
     """A text that says what the ports of an ONNX file are called, if it has outputs of the user's own file, too."""
     outputs = own_outputs(graph.metadata)
     return f"; its input is {X}, its outputs are {LOGITS} and the file's own: {first_few(outputs)}" if outputs else ""
+
+
+def lost_draws_note(bundle: Bundle) -> str:
+    """A sentence on the dropouts and random numbers that a bundle trains with: its submodel has none. Empty without."""
+    training = parse_model(bundle.path(TRAINING).read_bytes(), run_checker=False)
+    draws = json.loads(metadata.read_properties(training).get(RANDOM_METADATA, "{}"))
+    if not draws:
+        return ""
+    return (
+        f"The file lacks {quantity(len(draws), 'random draw')} (dropouts, noise) of the bundle's training step: "
+        "imported again, it trains without. to-onnx of the whole model keeps them."
+    )
 
 
 def check_onnx_parity(raw: bytes, graph: Graph) -> float:

@@ -74,7 +74,11 @@ def to_onnx(arguments: argparse.Namespace) -> None:
         tell("comparing outputs")
         error = conversion.check_onnx_parity(raw, source.graph)
         write_atomically(arguments.out, raw)
-    text = f"{len(raw):,} bytes, {source.title}; {conversion.agreement_text(error)}{conversion.ports_text(source.graph)}"
+    text = (
+        f"{len(raw):,} bytes, {source.title}; {conversion.agreement_text(error)}{conversion.ports_text(source.graph)}"
+    )
+    if source.bundle is not None and (note := conversion.lost_draws_note(source.bundle)):
+        text += f"\nnote: {note}"
     _print_result(arguments, source.title, len(raw), error, text)
 
 

@@ -41,8 +41,8 @@ def separate_head(
 ) -> tuple[onnx.ModelProto, bytes, dict[str, str]]:
     """Let a model end before its decisions and probabilities, if all its outputs are computed from one value.
 
-    Returns the model, the file that it is compared with, and the metadata that holds the head (empty without one). Raises
-    `ModelError` if the model has several outputs, and training could end at several values.
+    Returns the model, the file that it is compared with, and the metadata that holds the head (empty without one).
+    Raises `ModelError` if the model has several outputs, and training could end at several values.
 
     Args:
         proto: The file's model, without functions and control flow.

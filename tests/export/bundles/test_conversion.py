@@ -17,6 +17,7 @@ from fedprune_device.serving.model_slots import ModelSlots, ServingRecord
 from fedprune_export.bundles import conversion
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
 from support.oracles.cutting import distance
 
 
@@ -58,6 +59,20 @@ def test_what_was_written_can_be_imported_again(bundle: Path, tmp_path: Path) ->
     assert {n: v.shape for n, v in reimported.tensors.items()} == selection.shapes()
     for name, value in tensorfile.load_tensors(bundle / "weights.safetensors").items():
         np.testing.assert_array_equal(reimported.tensors[name], value)
+
+
+def test_a_file_says_if_it_lacks_the_dropouts_of_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = Graph(inputs=[Port("image", np.dtype(np.float32), ("N", 6))], initializers={"w": np.eye(6, 3, dtype="f")})
+    value = graph.emit("MatMul", graph.emit("Dropout", "image", graph.scalar(0.25)), "w")
+    graph.outputs = [Port(value, np.dtype(np.float32), ("N", 3))]
+    (tmp_path / "net.onnx").write_bytes(graph.to_bytes())
+    export(tmp_path / "net.onnx", tmp_path / "b")
+    for source, is_lacking in ((tmp_path / "b", True), (tmp_path / "net.onnx", False)):
+        capsys.readouterr()
+        main(["to-onnx", str(source), str(tmp_path / "out.onnx")])
+        assert ("note: The file lacks 1 random draw" in capsys.readouterr().out) == is_lacking
+        again = import_onnx((tmp_path / "out.onnx").read_bytes(), "net")
+        assert any(node.op == "Dropout" for node in again.graph.nodes) != is_lacking
 
 
 def test_a_global_model_takes_the_weights_of_a_file(digits: Path, tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ def test_a_custom_operator_is_named_with_its_node() -> None:
 
     proto = onnx.load_model_from_string(raw(build, {"w": random(6, 4)}))
     proto.opset_import.append(helper.make_opsetid("acme.vision", 1))
-    check_refusal(proto.SerializeToString(), "'MyPool' 'pool' is a custom operator", "acme.vision", "standard operators")
+    check_refusal(
+        proto.SerializeToString(), "'MyPool' 'pool' is a custom operator", "acme.vision", "standard operators"
+    )
 
 
 def test_an_operator_that_onnx_has_withdrawn_is_named() -> None:
