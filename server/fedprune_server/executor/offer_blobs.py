@@ -24,7 +24,7 @@ from fedprune.updates.relocation import make_relocation, relocate
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.pruning.model import Model
-from fedprune_export.training.step_graph import training_graph
+from fedprune_export.training.step_graph import training_graph, unreached_notes
 from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE
 from fedprune_server.executor.retention import LatestGraphs
 
@@ -89,8 +89,14 @@ class OfferBlobs:
     def training_ref(self, recipe: Recipe, round_: int, unit: str = CPU) -> dict[str, Any]:
         """The training graph of a recipe for a unit, named in a round; errors are those of `body`."""
         features = recipe.features
-        key = f"{unit} {features.key}"
-        return self._graph_ref(key, round_, lambda: training_graph(self._model, features, unit).to_bytes())
+
+        def make() -> bytes:
+            graph = training_graph(self._model, features, unit)
+            for note in unreached_notes(graph.metadata):
+                _LOG.info("model: %s", note)
+            return graph.to_bytes()
+
+        return self._graph_ref(f"{unit} {features.key}", round_, make)
 
     def lowered_refs(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
         """The graphs of lower precisions at some widths, named in a round. Raises `ModelError` if nothing of the model
