@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from fedprune.core.errors import ModelError, value_text
+from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.ir import shape_inference
 from fedprune_export.ir.graph import Array, Graph, read_tensor
 
@@ -115,7 +116,7 @@ class _Condition:
                     self._results.append(body.output[positions[name] - 1].name)
                     pending.append(self._results[-1])
         model.graph.node.extend(body.node[i] for i in sorted(nodes))
-        has_graphs = any(a.HasField("g") or a.graphs for n in model.graph.node for a in n.attribute)
+        has_graphs = any(True for n in model.graph.node for _ in inner_graphs(n))
         self.can_compute = len(nodes) <= _MAX_CONDITION_NODES and not has_graphs
         self.reads_counters = any(position == 0 or position > 1 for position in self.reads.values())
         self._graph = Graph.from_proto(model) if self.can_compute else Graph()

@@ -19,8 +19,8 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model, read_model_file
 from fedprune_export.importing.normalise import simplify_graph
-from fedprune_export.importing.original import raw_session
 from fedprune_export.importing.packing import Piece, row_splitter
+from fedprune_export.importing.raw_file import raw_session
 from fedprune_export.importing.torch_export import export_module, root_cause
 from fedprune_export.importing.torch_loading import import_object, torch_package
 from fedprune_export.importing.translation import upgrade_model
@@ -157,7 +157,7 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
             "what a loss returns",
             expected="one number per sample [n]",
             got=shape_text(*("n" if d is None else d for d in dims)) if dims else "one number for the whole batch",
-            hint="Sum or average over all axes but the first: reduction='none', then .flatten(1).mean(1).",
+            hint="Sum or average over all axes but the first (in torch, reduction='none', then .flatten(1).mean(1)).",
         )
     simplify_graph(graph, set(graph.initializers), [], output=LOSS)
     _check_same_outputs(raw, graph, outputs, "loss")

@@ -5,6 +5,5 @@ proves by the file itself that the result computes the same for every sample.
 """
 
 from fedprune_export.importing.batches.freeing import free_batch
-from fedprune_export.importing.batches.layout import BatchLayout
 
-__all__ = ["BatchLayout", "free_batch"]
+__all__ = ["free_batch"]

@@ -9,7 +9,6 @@ import numpy as np
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.batches.layout import (
-    BatchLayout,
     end_with,
     move_batch_first,
     move_outputs_first,
@@ -17,7 +16,8 @@ from fedprune_export.importing.batches.layout import (
 )
 from fedprune_export.importing.batches.propagation import FREE_BATCH_HINT, FreeingError, Propagation
 from fedprune_export.importing.batches.rules import write_node
-from fedprune_export.importing.original import RawFile, relative_distance
+from fedprune_export.importing.original import relative_distance
+from fedprune_export.importing.raw_file import BatchLayout, RawFile
 from fedprune_export.ir.graph import Array, Graph, Port
 from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.operators import SIZE_OPERATORS

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from fedprune.core.errors import ModelError, shape_text, value_text
+from fedprune_export.importing.raw_file import BatchLayout
 from fedprune_export.ir.graph import Dim, Graph, Port
 
 _BATCH_NAME = re.compile(r"n|b|bs|.*batch.*|(num_?)?samples?", re.IGNORECASE)
 _LENGTH_NAME = re.compile(r"[tlshw]|.*(seq|len|time|step|frame|token|height|width).*", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """Where a file has its batch.
-
-    Attributes:
-        size: The only number of samples that the file takes at once; None if it takes any.
-        inputs: The batch's axis in each input, by name.
-        outputs: The batch's axis in each output, by name; None if the output of one sample has no such axis.
-        least: The least number of samples for which the file keeps all axes: 2 if it squeezes a batch of 1 away.
-    """
-
-    size: int | None
-    inputs: Mapping[str, int]
-    outputs: Mapping[str, int | None] = field(default_factory=dict)
-    least: int = 1
 
 
 def batch_axis(shape: Sequence[Dim]) -> int:

@@ -14,7 +14,8 @@ from fedprune.core.errors import ModelError, error_reason
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.number_types.conversion import convert_to_float32
 from fedprune_export.importing.number_types.float_types import SIGNIFICANT_BITS, computed_types
-from fedprune_export.importing.original import random_feeds, raw_session, relative_distance
+from fedprune_export.importing.original import random_feeds, relative_distance
+from fedprune_export.importing.raw_file import raw_session
 from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.sample_inputs import vocabulary_size

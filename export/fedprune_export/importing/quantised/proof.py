@@ -15,12 +15,13 @@ import onnx
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.importing.batches.layout import BatchLayout, move_batch_first, possible_layouts
+from fedprune_export.importing.batches.layout import move_batch_first, possible_layouts
 from fedprune_export.importing.graph_writer import FLOAT_TYPES
 from fedprune_export.importing.original import relative_distance
 from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, Quantisation, node_label
 from fedprune_export.importing.quantised.rewriter import Rewriter
 from fedprune_export.importing.quantised.roundings import Rounding
+from fedprune_export.importing.raw_file import BatchLayout
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.translation import upgrade_model
 from fedprune_export.ir.graph import Array, Graph, Port
