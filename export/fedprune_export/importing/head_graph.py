@@ -201,15 +201,14 @@ def _is_small(head: onnx.ModelProto, sizes: Sequence[int]) -> bool:
 
 
 def _values_of_batches(text: str, sizes: Sequence[int]) -> dict[str, tuple[Array, list[Array]]]:
-    """What a head computes for several samples, and for each of them; empty if it only takes one. Raises `ModelError`
-    if onnxruntime doesn't run it."""
-    head = PredictionHead(text)
+    """What a head computes for several samples, and for each of them; empty if onnxruntime doesn't run it on both."""
     x = np.random.default_rng(0).standard_normal((_TRIED_SAMPLES, *sizes)).astype(np.float32)
     try:
+        head = PredictionHead(text)
         together = head.outputs(x)
+        single = [head.outputs(x[i : i + 1]) for i in range(_TRIED_SAMPLES)]
     except ModelError:  # such as a reshape to a fixed batch
         return {}
-    single = [head.outputs(x[i : i + 1]) for i in range(_TRIED_SAMPLES)]
     return {name: (value, [outputs[name] for outputs in single]) for name, value in together.items()}
 
 
