@@ -83,11 +83,12 @@ class BoardConnection:
         self._complaints = RejectedMessageLog(_LOG, clock)
         self._announced_at: float | None = None  # None once the server has answered, or its silence was logged
         self._is_answered = self._has_heard_server = False
+        self._has_samples = True  # by the birth whose answer is awaited
 
     def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> bool:
         topic = self.topics.up(self.device, job)
         if isinstance(message, Birth) and self._announced_at is None and not self._is_answered:
-            self._announced_at = self.clock()
+            self._announced_at, self._has_samples = self.clock(), message.samples > 0
         return self.link.publish(topic, self.channel.seal(topic, message), qos)
 
     def send_chunk(self, chunk: bytes, job: str) -> bool:
@@ -126,7 +127,12 @@ class BoardConnection:
             return
         self._announced_at, self._is_answered = None, True
         advice, reason = dropping_broker_message("what it sends or is sent"), self.channel.ignored_reason
-        if self._has_heard_server:
+        if not self._has_samples:
+            _LOG.warning(
+                "the server offers this board no model while it has no samples to train on: add some "
+                "(docs/local-interface.md#before-the-first-model)"
+            )
+        elif self._has_heard_server:
             _LOG.warning("the server is there, and doesn't answer this board: %s", advice)
         else:
             _LOG.warning("the server doesn't answer this board: it is off, %sor %s", reason, advice)

@@ -10,7 +10,8 @@ import pytest
 from fedprune.wire.messages import Birth, parse_message
 from fedprune_device.agent.births import BIRTH_INTERVAL_S, BirthBuilder
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
-from fedprune_device.network.connection import BoardConnection, MessageChannel
+from fedprune_device.network.connection import ANSWER_TIMEOUT_S, BoardConnection, MessageChannel
+from support.fakes.inbox import Inbox
 
 pytestmark = pytest.mark.board
 
@@ -31,6 +32,19 @@ def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
     assert greeting.is_outdated(BIRTH_INTERVAL_S)
     greeting.build(1, None, BIRTH_INTERVAL_S)
     assert not greeting.is_outdated(3 * BIRTH_INTERVAL_S)
+
+
+@pytest.mark.parametrize(("samples", "reason"), [(0, "no samples to train on"), (3, "the broker drops")])
+def test_a_board_that_gets_no_answer_says_why_that_may_be(
+    caplog: pytest.LogCaptureFixture, samples: int, reason: str
+) -> None:
+    link: Any = Inbox()
+    now = [0.0]
+    connection = BoardConnection(link, MessageChannel("d", "site"), lambda: now[0])
+    connection.send(Birth("d", 1, "raspberry-pi-5", samples, "fedprune"))
+    for now[0] in (1.0, ANSWER_TIMEOUT_S, 3 * ANSWER_TIMEOUT_S):
+        connection.receive()
+    assert [reason in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_private_board_does_not_say_how_even_its_labels_are() -> None:

@@ -120,10 +120,8 @@ class PlanSearch:
 
     def __post_init__(self) -> None:
         if self.samples <= 0:
-            raise PlanError(
-                "samples to train on", expected="at least one", got=self.samples,
-                hint="It takes part once it has some (docs/local-interface.md#before-the-first-model).",
-            )  # fmt: skip
+            expected = "at least one (docs/local-interface.md#before-the-first-model)"
+            raise PlanError("samples to train on", expected=expected, got=self.samples)
         for name in ("byte_budget", "deadline_s", "energy_budget"):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or value <= 0):
