@@ -34,6 +34,18 @@ _CONTENT_CHANGES = {
 }
 
 
+def import_choices(config: JobSettings) -> importing.ImportChoices:
+    """How a job's settings say that its model is read."""
+    return importing.ImportChoices(
+        input_shape=config.input_shape,
+        output=config.output,
+        loss=config.loss or config.job.recipe.loss,
+        metric=config.metric,
+        lora=config.lora,
+        base=config.base,
+    )
+
+
 def read_job_model(config: JobSettings) -> bytes:
     """The configured model with its loss, metric and adapters. Errors advise what a server's operator can do, not
     options of `fedprune-export`. Raises `ModelError` if the model can't be used, and `MissingExtraError` if torch or
@@ -42,15 +54,7 @@ def read_job_model(config: JobSettings) -> bytes:
     if importing.is_factory_source(source):
         log.info("reading the model %s: torch exports it, which may take minutes", source)
     try:
-        choices = importing.ImportChoices(
-            input_shape=config.input_shape,
-            output=config.output,
-            loss=config.loss or config.job.recipe.loss,
-            metric=config.metric,
-            lora=config.lora,
-            base=config.base,
-        )
-        return importing.read_source(source, choices)
+        return importing.read_source(source, import_choices(config))
     except ModelError as error:
         if "--input-shape" not in error.hint:
             raise

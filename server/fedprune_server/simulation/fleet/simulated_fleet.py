@@ -15,12 +15,13 @@ from fedprune.core.errors import ConfigError, DataError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_export.importing import ImportChoices, import_onnx, read_source
+from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.layers import errors_with_origin
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import job_with_changes
 from fedprune_server.config.track_targets import TrackTarget, track_targets
+from fedprune_server.engine.job_inputs import import_choices
 from fedprune_server.executor.server_samples import (
     LabelledSamples,
     fit_data,
@@ -147,15 +148,7 @@ def _read_model(config: ServerConfig) -> Model:
     if config.model is None:
         raise ConfigError(("model", "path"), expected="an ONNX file", got="nothing")
     with name_source(("model", "path")):
-        choices = ImportChoices(
-            input_shape=config.input_shape,
-            output=config.output,
-            loss=config.loss or config.job.recipe.loss,
-            metric=config.metric,
-            lora=config.lora,
-            base=config.base,
-        )
-        return import_onnx(read_source(config.model, choices), Path(config.model).stem)
+        return import_onnx(read_source(config.model, import_choices(config)), Path(config.model).stem)
 
 
 def _model_measure(
