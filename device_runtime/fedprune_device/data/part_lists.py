@@ -75,9 +75,9 @@ def yolo_part_lists(root: Path, parts_by_name: Mapping[Path, str | None], settin
         notes.append("data.yaml names one folder for several parts: the board divides it itself")
     if not (part_of_home or images) or twice:
         return PartLists(notes=tuple(notes))
-    parts = {folder: _part_of_folder(folder, part_of_home) or part for folder, part in parts_by_name.items()}
-    kept_parts = {folder: part for folder, part in parts.items() if part is not None}
-    return PartLists(kept_parts, images, max(depths, default=1), tuple(notes))
+    parts = ((folder, _part_of_folder(folder, part_of_home) or part) for folder, part in parts_by_name.items())
+    folders = {folder: part for folder, part in parts if part is not None}
+    return PartLists(folders, images, max(depths, default=1), tuple(notes))
 
 
 def voc_part_lists(root: Path, folders: Iterable[Path]) -> PartLists:

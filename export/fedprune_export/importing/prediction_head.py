@@ -81,26 +81,33 @@ def separate_head(
     # Shapes were inferred while the model still had the nodes behind the value.
     trunk, original = end_model(proto, found, dims), end_model(file, found, dims)
     head = head_metadata(proto, found, dims or (), notes)
-    # A ZipMap is none of a head's operators: a note of its own says what becomes of it.
-    operators = [n.op_type for n in found.nodes if n.op_type != "ZipMap"]
     moved = f" with its classes, on axis {found.axis}, moved to axis 1" if found.axis != 1 else ""
-    own_end = "the file's own end" + (f" ({first_few(list(dict.fromkeys(operators)))})" if operators else "")
-    if metadata.FILE_END_KEY in head:
-        kept = f"Files that to-onnx and export-model write keep {own_end}, too; predictions lack it: boxes are chosen"
-        kept += " among those of all samples of a batch."
-    elif head:
-        kept = f"Predictions, and files that to-onnx and export-model write, keep {own_end}, too."
-    else:
-        kept = f"Predictions lack {own_end}, as do files that to-onnx and export-model write: it can't be computed for"
-        kept += " each of several samples."
     value = f"{'the logits of ' if found.removed else ''}{value_text(found.value)}"
-    notes.append(f"The model is trained from {value}{moved}. {kept}")
+    notes.append(f"The model is trained from {value}{moved}. {_end_text(found, head)}")
     if has_suppression(found.nodes) and not own_loss:
         notes.append(
             "A detector needs a loss of its own, which compares boxes (--loss, docs/export.md#a-loss-of-your-own): the "
             "built-in ones don't."
         )
     return trunk, original.SerializeToString(), head
+
+
+def _end_text(end: TrainingEnd, head: Mapping[str, str]) -> str:
+    """The sentence on what becomes of the file's own end."""
+    # A ZipMap is none of a head's operators: a note of its own says what becomes of it.
+    operators = list(dict.fromkeys(n.op_type for n in end.nodes if n.op_type != "ZipMap"))
+    own_end = "the file's own end" + (f" ({first_few(operators)})" if operators else "")
+    if metadata.FILE_END_KEY in head:
+        return (
+            f"Files that to-onnx and export-model write keep {own_end}, too; predictions lack it: boxes are chosen "
+            "among those of all samples of a batch."
+        )
+    if head:
+        return f"Predictions, and files that to-onnx and export-model write, keep {own_end}, too."
+    return (
+        f"Predictions lack {own_end}, as do files that to-onnx and export-model write: it can't be computed for each "
+        "of several samples."
+    )
 
 
 def _leave_out_decisions(proto: onnx.ModelProto, notes: list[str]) -> None:

@@ -36,8 +36,8 @@ def attention(fused: FusedNode) -> None:
     if sum(widths) != total:
         fused.refuse(f"its weights have {total} columns", f"{sum(widths)} for queries, keys and values")
     projected = fused.sum(fused.emit("MatMul", x, weight), bias)
-    parts = fused.split(projected, widths, -1)
-    query, key, value = (_Projection(part, length, width) for part, width in zip(parts, widths, strict=True))
+    columns = fused.split(projected, widths, -1)
+    query, key, value = (_Projection(name, length, width) for name, width in zip(columns, widths, strict=True))
     _attend(fused, query, key, value, mask, scores)
 
 
@@ -49,21 +49,21 @@ def multi_head_attention(fused: FusedNode) -> None:
     if fused.output(3):
         fused.refuse("its products of queries and keys are read")
     if fused.rank(query) == 5:  # [n, positions, heads, 3, head_dim]
-        parts = [_projection(fused, part) for part in _unpack(fused, query, 3)]
+        projections = [_projection(fused, name) for name in _unpack(fused, query, 3)]
     elif key and fused.rank(key) == 5:  # [n, positions, heads, 2, head_dim]
-        parts = [_projection(fused, query), *(_projection(fused, part) for part in _unpack(fused, key, 2))]
+        projections = [_projection(fused, name) for name in (query, *_unpack(fused, key, 2))]
     elif key and value:
-        parts = [_projection(fused, part) for part in (query, key, value)]
+        projections = [_projection(fused, name) for name in (query, key, value)]
     else:
         fused.refuse("its keys or values are left out")
     if bias:
-        biases = fused.split(bias, [part.width for part in parts], 0)
+        biases = fused.split(bias, [each.width for each in projections], 0)
         # onnxruntime adds no bias to keys and values that come with an axis for their heads.
-        parts = [
-            part if part.has_heads else part._replace(value=fused.emit("Add", part.value, vector))
-            for part, vector in zip(parts, biases, strict=True)
+        projections = [
+            each if each.has_heads else each._replace(value=fused.emit("Add", each.value, vector))
+            for each, vector in zip(projections, biases, strict=True)
         ]
-    queries, keys, values = parts
+    queries, keys, values = projections
     _attend(fused, queries, keys, values, mask, scores)
 
 
@@ -117,7 +117,7 @@ def _attend(
     heads = int(fused.attribute("num_heads", 1))
     scale = float(fused.attribute("scale", 0.0)) or 1 / math.sqrt(query.width // heads)
     like = fused.input(0)
-    queries, values = (_with_heads(fused, part, heads, [0, 2, 1, 3]) for part in (query, value))
+    queries, values = (_with_heads(fused, each, heads, [0, 2, 1, 3]) for each in (query, value))
     keys = _with_heads(fused, key, heads, [0, 2, 3, 1])
     scores = fused.emit("Mul", fused.emit("MatMul", queries, keys), fused.number(scale, like))
     if added_scores:
@@ -131,13 +131,13 @@ def _attend(
     fused.emit("Reshape", rows, fused.graph.ints(0, 0, value.width), out=fused.node.outputs[0])
 
 
-def _with_heads(fused: FusedNode, part: _Projection, heads: int, order: Sequence[int]) -> str:
+def _with_heads(fused: FusedNode, projection: _Projection, heads: int, order: Sequence[int]) -> str:
     """A projection with an axis for its heads, transposed from [n, positions, heads, head_dim]."""
-    if part.has_heads:
-        back = [0, 2, 1, 3]  # [n, heads, positions, head_dim] as it is
-        perm = [back[a] for a in order]
-        return part.value if perm == [0, 1, 2, 3] else fused.emit("Transpose", part.value, perm=perm)
-    rows = fused.emit("Reshape", part.value, fused.graph.ints(0, 0, heads, part.width // heads))
+    if projection.has_heads:
+        # Its axes are those of [n, positions, heads, head_dim] with the middle ones swapped.
+        perm = [(0, 2, 1, 3)[axis] for axis in order]
+        return projection.value if perm == [0, 1, 2, 3] else fused.emit("Transpose", projection.value, perm=perm)
+    rows = fused.emit("Reshape", projection.value, fused.graph.ints(0, 0, heads, projection.width // heads))
     return fused.emit("Transpose", rows, perm=list(order))
 
 
@@ -152,10 +152,10 @@ def _projection(fused: FusedNode, value: str) -> _Projection:
 
 
 def _unpack(fused: FusedNode, value: str, count: int) -> list[str]:
-    """The parts of [n, positions, heads, count, head_dim], each as [n, positions, heads · head_dim]."""
+    """The projections in [n, positions, heads, count, head_dim], each as [n, positions, heads · head_dim]."""
     shape = fused.shape(value)
     width = fused.graph.ints(0, 0, shape[2] * shape[4])
-    return [fused.emit("Reshape", part, width) for part in fused.split(value, [1] * count, 3)]
+    return [fused.emit("Reshape", name, width) for name in fused.split(value, [1] * count, 3)]
 
 
 def _refuse_cache(fused: FusedNode, past: str) -> None:
