@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -104,12 +105,19 @@ def test_lower_precisions_tell_them_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(told["alarm"], logits > 0)
 
 
-def test_the_command_prints_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw, bundle = export(tmp_path, PICTURE, 1)
-    np.save(tmp_path / "x.npy", X)
-    expected = OnnxSession(raw).run({"image": X})
+def predict_command(
+    root: Path, outputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> tuple[list[str], dict[str, Any]]:
+    """The words of a command that predicts samples by a file's bundle, and what the file itself tells of them."""
+    raw, bundle = export(root, outputs, 1)
+    np.save(root / "x.npy", X)
     capsys.readouterr()
-    words = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy")]
+    words = ["predict", "--bundle", str(bundle), "--input", str(root / "x.npy")]
+    return words, OnnxSession(raw).run({"image": X})
+
+
+def test_the_command_prints_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, expected = predict_command(tmp_path, PICTURE, capsys)
     assert device(words) == 0
     for line, row in zip(capsys.readouterr().out.splitlines(), expected["words"].tolist(), strict=True):
         assert f'words ["{row[0]}", "{row[1]}"]' in line
@@ -123,11 +131,7 @@ def test_the_command_prints_and_writes_them(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_command_sums_maps_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw, bundle = export(tmp_path, PIXELS, 1)
-    np.save(tmp_path / "x.npy", X)
-    expected = OnnxSession(raw).run({"image": X})
-    capsys.readouterr()
-    words = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy")]
+    words, expected = predict_command(tmp_path, PIXELS, capsys)
     assert device(words) == 0
     assert all("map 6 x 6 (--output" in line for line in capsys.readouterr().out.splitlines())
     assert device([*words, "--json", "--top", "9"]) == 0
