@@ -27,6 +27,7 @@ from fedprune_server.config.tables import TABLES, anchor_paths
 CONFIG_VARIABLE = "FEDPRUNE_CONFIG"
 
 _FILE_SUFFIX = "_FILE"
+_NOT_TOML = 'not a value as in TOML: 3, 0.5, true, ["a"]'
 _EXPECTED = "a setting, as FEDPRUNE_<TABLE>_<KEY>"
 # A secret or a list of addresses has a few hundred bytes; a larger file is another one, named by mistake.
 _MAX_FILE_BYTES = 65536
@@ -63,8 +64,8 @@ def setting_variables() -> dict[str, tuple[tuple[str, ...], bool]]:
 
 def environment_layer(environment: Mapping[str, str]) -> SettingsLayer:
     """The settings of the environment, with relative paths from the current folder. Raises `ConfigError` if a variable
-    of one of the tables, or of what looks like one, is no setting, has no value that TOML knows, or names a file that
-    can't be used."""
+    of one of the tables, or of what looks like one, is no setting, or names a file that can't be used.
+    A value is only read: the check of settings refuses what is none."""
     settings = setting_variables()
     origins: dict[KeyPath, str] = {}
     layer = SettingsLayer("the environment", {}, origins)
@@ -74,15 +75,24 @@ def environment_layer(environment: Mapping[str, str]) -> SettingsLayer:
             if setting := _intended_variable(name, settings):
                 raise ConfigError(f"{variable} (did you mean {setting!r}?)", expected=_EXPECTED)
             continue
-        path, text, from_file = _setting(name, settings)
+        path, is_text, from_file = _setting(name, settings)
         if path in origins:
             raise ConfigError(variable, expected="this or the variable without _FILE", got="both")
-        value = file_text(Path(environment[name]), variable) if from_file else environment[name]
+        text = file_text(Path(environment[name]), variable) if from_file else environment[name]
+        value = text if is_text else _toml_value(text)
         table = layer.tables
         for key in path[:-1]:
             table = table.setdefault(key, {})
-        table[path[-1]] = value if text else _value(value, path, variable)
-        origins[path] = variable  # errors name the variable, which the user can change
+        if not isinstance(table, dict):
+            expected = f"a table, since {name} sets one of its keys"
+            raise ConfigError(
+                f"{origins[path[:-1]]}: {dotted_path(path[:-1])}", expected=expected, got=value_text(table)
+            )
+        table[path[-1]] = value
+        # Errors name the variable, which the user can change. The check of settings knows what value is expected, and
+        # not how it is written here.
+        may_be_word = is_text or path[:-1] in _OPEN_TABLES.values()
+        origins[path] = variable if value is not text or may_be_word else f"{variable} ({_NOT_TOML})"
     return SettingsLayer(layer.name, anchor_paths(layer.tables, Path.cwd()), origins)
 
 
@@ -118,15 +128,12 @@ def _is_text(kind: str, default: object) -> bool:
     return isinstance(default, (str, Path)) or kind.startswith(("str", "Path"))
 
 
-def _value(text: str, path: tuple[str, ...], where: str) -> Any:
-    """A value written as in TOML; an option of a strategy may also be a bare word."""
+def _toml_value(text: str) -> Any:
+    """A value written as in TOML; any other text stays one, and only an option of a strategy may be that."""
     if "\n" not in text:  # a text of several lines could add keys of its own to the table that is parsed here
         with suppress(ValueError):
             return parse_toml(f"value = {text}\n")["value"]
-    if path[:-1] in _OPEN_TABLES.values():
-        return text
-    expected = 'a value as in TOML: 3, 0.5, true, ["a"]'
-    raise ConfigError(f"{where}: {dotted_path(path)}", expected=expected, got=value_text(text))
+    return text
 
 
 def file_text(path: Path, where: str) -> str:

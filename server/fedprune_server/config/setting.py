@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, KeyPath, value_text
+from fedprune.core.errors import ConfigError, KeyPath, dotted_path, value_text
 from fedprune.core.settings import bounded, check_fields, choice_of
 
 _Settings = TypeVar("_Settings")
@@ -51,10 +51,24 @@ def check_settings(settings: Any, path: KeyPath) -> None:
     for f in fields(settings):
         value, kind = getattr(settings, f.name), str(f.type)
         if kind.startswith(("str", "Path")) and not (value is None and kind.endswith("None")):
-            if not isinstance(value, Path) and (not isinstance(value, str) or not value.strip()):
-                raise ConfigError((*path, f.name), expected="a text", got=value_text(value))
+            if not isinstance(value, Path):
+                check_setting_text(value, (*path, f.name), f.metadata.get("text", ""))
             if kind.startswith("Path"):  # the settings are frozen, and this is still their construction
                 object.__setattr__(settings, f.name, Path(value))
+
+
+def check_setting_text(value: object, path: KeyPath, description: str = "") -> str:
+    """The value of a setting that is a text; `description` says what it is for."""
+    # A zero byte ends every name of a file and host: what opens one fails with an error that names no setting.
+    if isinstance(value, str) and value.strip() and "\0" not in value:
+        return value
+    hint = "Leave it out for its default."
+    if not isinstance(value, str):
+        hint = f'Write {path[-1]} = "..." below [{dotted_path(path[:-1])}], or leave it out.'
+    raise ConfigError(
+        path, expected="a text that isn't empty and has no zero byte", got=value_text(value),
+        hint=f"{hint} {description}".strip(),
+    )  # fmt: skip
 
 
 def read_table(kind: type[_Settings], body: object, path: KeyPath) -> _Settings:

@@ -17,7 +17,7 @@ from fedprune_server.config.alert_settings import PATH_KEYS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.layers import SettingsLayer, errors_with_origin
 from fedprune_server.config.server_config import PATH_SETTINGS, SERVER_KEYS, TABLE_KEYS, ServerConfig
-from fedprune_server.config.setting import read_table
+from fedprune_server.config.setting import check_setting_text, read_table
 from fedprune_server.config.track_targets import anchor_track_folders
 
 # The tables of a `fleet.toml`. A misspelt one is refused: its settings would silently be the defaults.
@@ -33,8 +33,7 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
     in the tables."""
     validation.check_keys((*TABLES, *_SIMULATION_TABLES), body, (), "table")
     for table in body.keys() - set(_SIMULATION_TABLES):
-        if not isinstance(body[table], Mapping):
-            raise ConfigError((table,), expected=f"a table [{table}]", got=repr(body[table]))
+        validation.check_mapping((table,), body[table])
     tables = {table: {} for table in TABLES} | anchor_paths(body, folder)
     for table in ("model", "evaluation", "calibration"):
         validation.check_keys([key for name, key in TABLE_KEYS.values() if name == table], tables[table], (table,))
@@ -42,7 +41,7 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
     values = dict(tables["server"])
     for name, (table, key) in TABLE_KEYS.items():
         if key in tables[table]:
-            check = _read_shape if name == "input_shape" else _read_text
+            check = _read_shape if name == "input_shape" else check_setting_text
             values[name] = check(tables[table][key], (table, key))
 
     # A function, because `_build_config` also translates the paths of errors that are raised here.
@@ -139,9 +138,3 @@ def _read_shape(value: object, path: KeyPath) -> tuple[int | str, ...]:
         if isinstance(size, str):
             Lengths.parse(size, ConfigError, path)
     return tuple(sizes)
-
-
-def _read_text(value: object, path: KeyPath) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(path, expected="a text", got=repr(value))
-    return value

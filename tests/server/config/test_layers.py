@@ -55,6 +55,18 @@ def test_a_wrong_value_is_named_with_the_path_of_its_setting(table: str, key: st
         ("[job]\nstrategy = 'fedprune'\n[job.options]\ndensities = [2]\n", "job.options.densities: expected a number"),
         ("[job.schedule]\nknid = 'async'\n", "job.schedule.knid: unknown key (did you mean 'kind'?)"),
         ("[job.schedule]\nkind='async'\nwindow_s = 3\n", "job.schedule.window_s: "),
+        ("[job.schedule]\nkind='async'\nstaleness = 'none'\n", "job.schedule.staleness: expected a table"),
+        ("[job.schedule]\nkind='async'\n[job.schedule.staleness]\na = nan\n", "job.schedule.staleness.a: "),
+        ("[job.options]\nmixup = 1\n", "job.options.mixup: unknown to strategy 'plain': expected robust"),
+        ("[job]\nschedule = 'async'\n", "job.schedule: expected a table [job.schedule], got 'async'"),
+        ("[[server]]\n", "server: expected a table [server], got list of length 1"),
+        ("[server.console]\nport = 1\n", "server.console: expected a text"),
+        ("[server]\nconsole = true\n", "server.console: expected a text"),
+        ("[job.recipe]\nmetric = {}\n", "job.recipe.metric: expected miou or"),
+        ("[job.recipe]\nlr = nan\n", "job.recipe.lr: expected a number from 0 to 1000, got nan"),
+        ("[job]\ndeadline_s = inf\n", "job.deadline_s: expected a number above 0"),
+        ('[model]\npath = "a\\u0000.onnx"\n', "model.path: expected a text"),
+        ('[server]\nstate = "a\\u0000"\n', "server.state: expected a text"),
     ],
 )  # fmt: skip
 def test_other_mistakes_are_named_with_theirs(text: str, message: str, tmp_path: Path) -> None:
@@ -63,6 +75,15 @@ def test_other_mistakes_are_named_with_theirs(text: str, message: str, tmp_path:
     with pytest.raises(ConfigError) as caught:
         read_config(path)
     assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_a_table_in_the_place_of_a_text_is_told_how_to_write_it(tmp_path: Path) -> None:
+    (tmp_path / "fleet.toml").write_text("[server.console]\nport = 8080\n")
+    with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path / "fleet.toml")
+    assert caught.value.got == "table of length 1"
+    assert 'console = "..." below [server]' in caught.value.hint
+    assert "in a browser" in caught.value.hint  # what the setting is for
 
 
 def test_variables_are_read_as_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +140,28 @@ def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
         ({"FEDPRUNE_SEVER_KEEP": "3"}, "FEDPRUNE_SEVER_KEEP (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
         ({"FEDPRUNE_JBO_NAME": "a"}, "FEDPRUNE_JBO_NAME (did you mean 'FEDPRUNE_JOB_NAME'?)"),
         ({"FEDPRUNE_SERVER_SERVICE_HOST": "10.0.0.1"}, "enableServiceLinks: false"),
-        ({"FEDPRUNE_SERVER_KEEP": "three"}, "FEDPRUNE_SERVER_KEEP: server.keep: expected a value as in TOML"),
-        ({"FEDPRUNE_SERVER_KEEP": "3\nsite = 'x'"}, "FEDPRUNE_SERVER_KEEP: server.keep: expected a value as in TOML"),
+        (
+            {"FEDPRUNE_SERVER_KEEP": "three"},
+            'not a value as in TOML: 3, 0.5, true, ["a"]): server.keep: expected a whole',
+        ),
+        ({"FEDPRUNE_SERVER_KEEP": "3\nsite = 'x'"}, "server.keep: expected a whole number from 1 to 1000000"),
+        ({"FEDPRUNE_SERVER_KEEP": ""}, "server.keep: expected a whole number from 1 to 1000000, got ''"),
+        (
+            {"FEDPRUNE_SERVER_PORT": "65536"},
+            "FEDPRUNE_SERVER_PORT: server.port: expected a whole number from 0 to 65535",
+        ),
+        ({"FEDPRUNE_SERVER_CONSOLE_INSECURE": "yes"}, "server.console_insecure: expected true or false, got 'yes'"),
+        ({"FEDPRUNE_SERVER_CONSOLE": " "}, "FEDPRUNE_SERVER_CONSOLE: server.console: expected a text"),
+        ({"FEDPRUNE_JOB_RECIPE_LR": "NaN"}, "job.recipe.lr: expected a number from 0 to 1000, got 'NaN'"),
+        (
+            {"FEDPRUNE_JOB_RECIPE_LR": "1e999"},
+            "FEDPRUNE_JOB_RECIPE_LR: job.recipe.lr: expected a number from 0 to 1000",
+        ),
+        ({"FEDPRUNE_JOB_PRECISION": "float16"}, "job.precision: expected a list"),
+        (
+            {"FEDPRUNE_JOB_OPTIONS": "3", "FEDPRUNE_JOB_OPTIONS_MIXUP": "1"},
+            "OPTIONS: job.options: expected a table, since",
+        ),
         ({"FEDPRUNE_SERVER_DATABASE_FILE": "/nowhere"}, "DATABASE_FILE: can't read /nowhere: No such file"),
         ({"FEDPRUNE_SERVER_DATABASE_FILE": "/dev/null"}, "DATABASE_FILE: /dev/null: expected a text of 1 to"),
         ({"FEDPRUNE_SERVER_SITE": "a", "FEDPRUNE_SERVER_SITE_FILE": "b"}, "SITE_FILE: expected this or the variable"),
@@ -128,10 +169,16 @@ def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
 )
 def test_a_variable_that_makes_no_sense_is_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        environment_layer(environment)
+        read_environment(environment)
     assert str(caught.value).startswith("environment variable FEDPRUNE_")
     assert caught.value.exit_code == ConfigError.exit_code
     assert message in str(caught.value)
+
+
+def read_environment(environment: dict[str, str]) -> ServerConfig:
+    layer = environment_layer(environment)
+    with errors_with_origin([layer]):
+        return parse_config(layer.tables, Path())
 
 
 @pytest.mark.parametrize("name", ["FEDPRUNE_SEVER_SERVICE_HOST", "FEDPRUNE_JOBS_PORT_53_UDP_PROTO", "FEDPRUNE_SEVER"])

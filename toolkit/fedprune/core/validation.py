@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeGuard
 
-from fedprune.core.errors import ConfigError, FedpruneError, Subject, did_you_mean, value_text
+from fedprune.core.errors import ConfigError, FedpruneError, Subject, did_you_mean, dotted_path, value_text
 
 # What databases, arrays and clocks take; Python's own integers have no end.
 MAX_INT = 2**63 - 1
@@ -113,8 +113,9 @@ def check_texts(what: Subject, value: object, *, error: ErrorClass = ConfigError
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise error(what, expected="a list of texts", got=f"{type(value).__name__} {value_text(value)}")
     entries = tuple(value)
-    for entry in entries:
-        check_instance(f"{what}: an entry", entry, str, "a text", error=error)
+    for index, entry in enumerate(entries):
+        entry_what = f"{what}: an entry" if isinstance(what, str) else (*what, index)
+        check_instance(entry_what, entry, str, "a text", error=error)
     return entries
 
 
@@ -171,7 +172,16 @@ def check_keys(
 def check_table(kind: type[Any], body: object, where: Subject) -> dict[str, Any]:
     """A copy of a table, if all its keys are fields of a dataclass. Raises `ConfigError`, which names the first other
     key."""
-    if not isinstance(body, Mapping):
+    table = check_mapping(where, body)
+    check_keys((f.name for f in fields(kind)), table, where)
+    return dict(table)
+
+
+def check_mapping(where: Subject, body: object) -> Mapping[Any, Any]:
+    """Refuse a text, a number or a list in the place of a table. Raises `ConfigError`."""
+    if isinstance(body, Mapping):
+        return body
+    if isinstance(where, str):
         raise ConfigError(where, expected="a table of settings", got=value_text(body))
-    check_keys((f.name for f in fields(kind)), body, where)
-    return dict(body)
+    expected, hint = f"a table [{dotted_path(where)}]", "Its settings follow that line, each on one of its own."
+    raise ConfigError(where, expected=expected, got=value_text(body), hint=hint)

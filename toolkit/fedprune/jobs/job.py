@@ -108,9 +108,9 @@ class Job:
     def __post_init__(self) -> None:
         check_fields(self, ("job",))
         for name in ("schedule", "options", "compression_of"):
-            value = getattr(self, name)
-            if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-                raise ConfigError(("job", name), expected="a table of settings", got=value_text(value))
+            table = validation.check_mapping(("job", name), getattr(self, name))
+            if not all(isinstance(k, str) for k in table):
+                raise ConfigError(("job", name), expected="keys that are texts", got=value_text(list(table)))
         check_job(self.name, ("job", "name"), error=ConfigError)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError(("job", "strategy"), expected="a name", got=value_text(self.strategy))
@@ -151,13 +151,8 @@ class Job:
         """Refuse keys of the plain strategy together with another one, which would ignore them."""
         if self.strategy == "plain":
             # All other settings of the plain strategy are keys of the job itself.
-            if set(self.options) - {"robust"}:
-                raise ConfigError(
-                    "with strategy 'plain'",
-                    path=("job", "options"),
-                    expected="none but robust",
-                    got=", ".join(sorted(self.options)),
-                )
+            for key in sorted(set(self.options) - {"robust"}):
+                raise ConfigError("unknown to strategy 'plain'", path=("job", "options", key), expected="robust")
             return
         for f in fields(self):
             if f.name in _PLAIN_STRATEGY_SETTINGS and getattr(self, f.name) != f.default:
@@ -193,8 +188,7 @@ class Job:
         of range."""
         values = validation.check_table(cls, body, ("job",))
         if "recipe" in values:
-            validation.check_instance(("job", "recipe"), values["recipe"], Mapping, "a table of settings")
-            values["recipe"] = Recipe.from_dict(values["recipe"])
+            values["recipe"] = Recipe.from_dict(validation.check_mapping(("job", "recipe"), values["recipe"]))
         if "privacy" in values:
             values["privacy"] = Privacy.from_dict(values["privacy"])
         return cls(**values)

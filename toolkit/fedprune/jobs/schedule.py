@@ -42,7 +42,7 @@ class Staleness:
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, ("staleness",))
+        check_fields(self, ("job", "schedule", "staleness"))
 
     def __call__(self, k: int) -> float:
         """s(k), from 2^-50 to 1, for k aggregations since the model that the update was trained from; below 0 counts as
@@ -93,21 +93,21 @@ class Schedule:
     evaluate_every: int = bounded(1, 1, 10**6)
 
     def __post_init__(self) -> None:
-        check_fields(self, ("schedule",))
+        check_fields(self, ("job", "schedule"))
         if self.asynchronous and bool(self.arrivals) == bool(self.window_s):
             raise ConfigError(
                 "an asynchronous job closes its rounds by arrivals or at the end of a window",
-                path=("schedule",),
+                path=("job", "schedule"),
                 expected="either arrivals or window_s",
                 got="both" if self.arrivals else "neither",
             )
         if self.concurrent and self.arrivals > self.concurrent:
             raise ConfigError(
-                ("schedule", "arrivals"), expected=f"at most concurrent, {self.concurrent}", got=self.arrivals
+                ("job", "schedule", "arrivals"), expected=f"at most concurrent, {self.concurrent}", got=self.arrivals
             )
         if self.mixing == "unbiased" and not self.window_s:
             raise ConfigError(
-                "'unbiased' counts windows", path=("schedule", "mixing"), expected="window_s above 0", got=0
+                "'unbiased' counts windows", path=("job", "schedule", "mixing"), expected="window_s above 0", got=0
             )
 
     @property
@@ -128,9 +128,9 @@ class Schedule:
     def from_dict(cls, body: Mapping[str, Any]) -> Schedule:
         """Read what `to_dict` or a person wrote. Raises `ConfigError` for an unknown key or a wrong value; the message
         names it."""
-        values = validation.check_table(cls, body, ("schedule",))
-        if isinstance(values.get("staleness"), Mapping):
-            staleness = validation.check_table(Staleness, values["staleness"], ("schedule", "staleness"))
+        values = validation.check_table(cls, body, ("job", "schedule"))
+        if "staleness" in values:
+            staleness = validation.check_table(Staleness, values["staleness"], ("job", "schedule", "staleness"))
             values["staleness"] = Staleness(**staleness)
         return cls(**values)
 

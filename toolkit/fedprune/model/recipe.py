@@ -195,7 +195,7 @@ class Recipe(LocalMethod, PlainTraining):
 
     def _check(self) -> None:
         check_fields(self, ("recipe",))
-        if self.metric:
+        if self.metric != "":
             validation.check_word(("recipe", "metric"), self.metric, METRICS_OF[labels_of(self.loss)])
         for name in ("frozen", "trainable", "personal"):
             patterns = _entries(

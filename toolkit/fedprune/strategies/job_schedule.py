@@ -106,10 +106,6 @@ def _with_own_schedule(strategy: Strategy, job: Job) -> Strategy:
         "async": {"arrivals": max(1, job.devices // 2)},
     }
     schedule_table = {"mixing": "damped", "staleness": {"decay": "polynomial"}, **defaults[kind], **schedule_table}
-    try:
-        schedule = Schedule.from_dict({**schedule_table, "kind": "asynchronous"})
-    except ConfigError as error:
-        # `Schedule` names its own fields; the user wrote them below [job.schedule].
-        raise error.with_subject(error.description, ("job", *error.path)) from error
+    schedule = Schedule.from_dict({**schedule_table, "kind": "asynchronous"})
     delta_mean = DeltaMean(**{f.name: getattr(aggregator, f.name) for f in fields(Mean)})
     return replace(strategy, schedule=schedule, aggregator=delta_mean)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError, DataError, value_text
 from fedprune.core.rng import keyed_generator
+from fedprune.core.validation import MAX_INT
 from fedprune_device.data.audio_decoding import RATES
 from fedprune_device.data.colours import COLOUR_FORM, WHITE, parse_colour
 from fedprune_server.config.setting import check_settings, read_table, setting
@@ -70,7 +71,7 @@ class DataPlan:
         0.0, "Length to which recordings are cut, or padded with zeros; 0 to keep theirs.", within=(0, 3600)
     )
     ascending: bool = setting(False, "Whether devices are numbered by their samples, fewest first.")
-    seed: int | None = setting(None, "The partition's seed; None for the job's.")
+    seed: int | None = setting(None, "The partition's seed; None for the job's.", within=(0, MAX_INT))
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():

@@ -176,7 +176,7 @@ def _equal_shares(count: int) -> npt.NDArray[np.float64]:
 
 
 def _dirichlet_shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray[np.float64]:
-    shares = rng.dirichlet(np.full(devices, alpha))
+    shares = rng.dirichlet(np.full(devices, alpha, np.float64))
     # With a tiny alpha every gamma draw may underflow; one device takes all then, as in the limit.
     return shares if np.isfinite(shares).all() and shares.sum() > 0 else np.eye(devices)[rng.integers(devices)]
 
