@@ -17,7 +17,7 @@ from fedprune import __version__
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.core.errors import MissingExtraError
-from fedprune.core.text import amount
+from fedprune.core.text import amount, round_text
 from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find_profile, profile_names
 from fedprune.wire.topics import Topics
@@ -227,10 +227,9 @@ class _PreparedJob:
         for note in opened.model.notes:
             log.info("model: %s", note)
         log.info(
-            "job %s, round %d of %d, state in %s, %d groups of channels, %s",
+            "job %s, round %s, state in %s, %d groups of channels, %s",
             opened.job.name,
-            opened.state.round,
-            opened.job.rounds,
+            round_text(opened.state.round, opened.job.rounds),
             self.config.state,
             len(opened.model.architecture.groups),
             "finished in its last run"

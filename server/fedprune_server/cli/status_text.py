@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.coordination import Phase
 from fedprune.core.metrics import METRICS
-from fedprune.core.text import amount, quantity, sentences
+from fedprune.core.text import amount, quantity, round_text, sentences
 from fedprune.jobs.state import Progress, outcome
 from fedprune.model.recipe import judging_metric
 from fedprune.planning.width_plan import NOTHING_BINDS
@@ -26,7 +26,9 @@ DEFAULT_ROUNDS = 10
 
 def status_text(body: dict[str, Any], rounds: int = DEFAULT_ROUNDS) -> str:
     job, history = body["job"], body["rounds"]
-    title = f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase_text(body)}" if job else "no job yet"
+    title = "no job yet"
+    if job:
+        title = f"job {job['name']}: round {round_text(body['round'], job['rounds'])}, {_phase_text(body)}"
     lines = [title]
     if body["ended_early"]:
         lines.append(f"  {body['ended_early']}")

@@ -291,7 +291,9 @@ def _job_description(stored_settings: Mapping[str, Any], state: State | None) ->
     name, rounds = stored_settings["job"]["name"], stored_settings["job"]["rounds"]
     done = 0 if state is None else len(state.history)
     ended = state is not None and state.phase is Phase.FINISHED
-    progress = f"{'finished' if ended else 'stopped'} after {done} of {rounds} rounds"
+    # The limit may have been lowered since.
+    of_limit = f" of {rounds:,}" if done <= rounds else ""
+    progress = f"{'finished' if ended else 'stopped'} after {done:,}{of_limit} rounds"
     return f"job {name} of model {stored_settings['name']}, {progress}"
 
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from fedprune.coordination import Phase
 from fedprune.core.metrics import ACCURACY, METRICS, primary_metric
-from fedprune.core.text import quantity
+from fedprune.core.text import quantity, round_text
 from fedprune.output.log_lines import OneLineFormatter
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fit_table
 from fedprune_server.monitoring.round_scores import round_scores
@@ -162,7 +162,7 @@ def make_display(stream: TextIO | None = None) -> Observer:
 
 
 def job_title(snapshot: JobSnapshot) -> str:
-    texts = [f"{snapshot.name}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase.value]
+    texts = [f"{snapshot.name}: round {round_text(snapshot.round, snapshot.rounds)}", snapshot.phase.value]
     if (score := primary_metric(snapshot.metrics)) is not None:
         texts.append(f"global {score[0].titled_value(score[1])}")
     if snapshot.phase is Phase.TRAINING and snapshot.closes_at:
@@ -208,7 +208,7 @@ def round_line(summary: Mapping[str, Any], snapshot: JobSnapshot) -> str:
     texts = [f"{counted_devices} of {quantity(len(devices), 'device')} counted"]
     texts += [*metric_texts(summary["metrics"]), *board_texts(summary, snapshot.judged_by)]
     texts.append(f"{_megabytes(snapshot.bytes_down)} MB down and {_megabytes(snapshot.bytes_up)} MB up so far")
-    return f"round {summary['round']} of {snapshot.rounds}: {', '.join(texts)}, model {summary['model'][:12]}"
+    return f"round {round_text(summary['round'], snapshot.rounds)}: {', '.join(texts)}, model {summary['model'][:12]}"
 
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:

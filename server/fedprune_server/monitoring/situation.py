@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedprune.core.lock_holders import LockHolder, lock_holders
+from fedprune.core.text import round_text
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.monitoring.participation import Absence
 from fedprune_server.observation.snapshot import JobSnapshot
@@ -53,7 +54,8 @@ class WatchedJob:
     @property
     def round_text(self) -> str:
         """The round and the number of rounds, as `3 of 20`."""
-        return f"{self.snapshot.round} of {self.snapshot.rounds or '?'}"
+        number, limit = self.snapshot.round, self.snapshot.rounds
+        return round_text(number, limit) if limit else f"{number:,} of ?"
 
     @property
     def delay_s(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from fedprune_server.monitoring.display import (
     make_display,
     round_line,
 )
+from fedprune_server.monitoring.situation import WatchedJob
 from fedprune_server.observation.observer import RoundEnded, ServerEnding
 from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot, LazyMapping
 from support.fakes.shown_jobs import show
@@ -53,6 +55,15 @@ def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCa
             show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, snapshot=SNAPSHOT, is_paused=number == 5)
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", ", about 4 min left", ", about 3 min left", "", ""]
+
+
+def test_a_job_whose_limit_was_lowered_below_its_round_is_in_no_round_of_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    stream, snapshot = Terminal(), replace(SNAPSHOT, round=280, rounds=20)
+    show(make_display(stream), ServerEnding(), snapshot=snapshot)
+    line = round_line({**SUMMARY, "round": 280}, snapshot)
+    for text in (stream.getvalue(), line, WatchedJob(snapshot=snapshot, folder=Path()).round_text):
+        assert "280, over the job's limit of 20" in text
 
 
 def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,11 @@ def quantity(number: int, noun: str, *, form: str = "") -> str:
     return f"{number:{form}} {noun if number == 1 else noun + 's'}"
 
 
+def round_text(number: int, limit: int) -> str:
+    """A round's number with the job's limit of rounds, as `3 of 20`. The limit may have been lowered since."""
+    return f"{number:,} of {limit:,}" if number <= limit else f"{number:,}, over the job's limit of {limit:,}"
+
+
 def one_line(value: str, limit: int = 500) -> str:
     """Received text as it is logged, stored and shown: short, on one line, without codes that steer a terminal."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in value[:limit]).split())

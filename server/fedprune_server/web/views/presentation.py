@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedprune.core.metrics import ACCURACY, BLEND, METRICS, Metric
+from fedprune.core.text import round_text
 from fedprune.output.chart import Chart, Strip, coverage_strip, lay_out_chart
 from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.record_page import MAX_PAGE_SIZE
@@ -48,7 +49,8 @@ def job_rows(jobs: Sequence[Row]) -> list[Row]:
         done = job["rounds"] if job["phase"] == "finished" else max(0, min(job["round"] - 1, job["rounds"]))
         now = round_progress(job)
         summary = f"{now['over']:,} of {phrases.plural_text(now['asked'], 'client update')} finished" if now else ""
-        rows.append({**job, "done": done, "told": summary})
+        number_text = round_text(job["round"], job["rounds"])
+        rows.append({**job, "done": done, "round_text": number_text, "told": summary})
     return rows
 
 
