@@ -178,7 +178,9 @@ class Participation:
         if snapshot.is_paused or snapshot.is_finished:
             return absences
         for name, reason in snapshot.undelivered_devices.items():
-            absences.setdefault(name, Absence(UNDELIVERED, reason, self._clock()))
+            # After a restart requests also go to boards that haven't announced themselves yet: their wills may be lost.
+            if self._is_connected(name):
+                absences.setdefault(name, Absence(UNDELIVERED, reason, self._clock()))
         for name, body in snapshot.unplanned_devices.items():
             if body.get("cannot_start") or snapshot.devices[name].last_counted_round:
                 absences.setdefault(name, exclusion_absence(str(body["excluded"]), self._clock()))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedprune.jobs.state import Progress
 from fedprune_server.monitoring.monitor import Monitor
 from support.fakes.fleet import Air, Fleet, ToyDevice
 from support.fakes.tiny_job import JOB
@@ -57,11 +58,18 @@ def alerts_after(
     fleet.air = air = Dropping()
     for name in ("a", "b", "c"):
         air.devices[name] = Asking(name, folder / "devices", air)
+    spoil(air)
+    return alerts_until(seconds, fleet)
+
+
+def alerts_until(end: float, fleet: Fleet) -> dict[str, tuple[set[str | None], float]]:
+    """The same of a server that runs until the air's clock shows `end`."""
+    air = fleet.air
 
     def clock() -> float:
         return air.now
 
-    monitor = Monitor(folder, {}, {JOB.name: folder}, clock=clock, monotonic=clock)
+    monitor = Monitor(fleet.folder, {}, {JOB.name: fleet.folder}, clock=clock, monotonic=clock)
     daemon = fleet.daemon(observers=[monitor])
     alerts_by_kind: dict[str, tuple[set[str | None], float]] = {}
 
@@ -74,10 +82,9 @@ def alerts_after(
         air.now += 0.5
         for device in air.devices.values():
             device.turn()
-        if air.now > seconds:
+        if air.now > end:
             daemon.stop()
 
-    spoil(air)
     air.on_idle = idle
     daemon.run()
     return alerts_by_kind
@@ -122,3 +129,18 @@ def test_a_board_whose_messages_are_dropped_is_named_within_half_a_minute(
 
 def test_a_broker_that_drops_nothing_is_not_accused(tmp_path: Path) -> None:
     assert alerts_after(tmp_path, lambda air: None, 40.0) == {}
+
+
+def test_a_broker_is_not_accused_of_a_board_that_was_gone_when_the_server_came_back(tmp_path: Path) -> None:
+    """The server is stopped amid an update, and the board is, too."""
+    fleet = Fleet(tmp_path, replace(JOB, deadline_s=1000.0))
+    fleet.air = air = Dropping()
+    for name in ("a", "b", "c"):
+        air.devices[name] = ToyDevice(name, tmp_path / "devices", air)
+    air.drops_up = lambda topic, payload: topic.endswith("a/up/blob")
+    daemon = fleet.daemon()
+    air.on_idle = lambda: daemon.stop() if daemon.main_runner.state.tasks["a"].progress is Progress.PULLING else None
+    daemon.run()
+    del air.devices["a"]
+    fleet.restart()
+    assert "broker-drops" not in alerts_until(air.now + 120, fleet)
