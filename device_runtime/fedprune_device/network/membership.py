@@ -138,6 +138,7 @@ def join_first(
     if not identity.has_joined:
         claim = _load_claim(options.claim, stored_claim)
         if claim is None and pin is None:
+            identity.check_complete()
             raise IdentityError(
                 f"{options.device} isn't a member of site {options.site} yet",
                 hint="Let it join with a claim of `fedprune-server claim` (--claim FILE), or without one: "

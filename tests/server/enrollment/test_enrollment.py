@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import ssl
 import stat
@@ -265,6 +266,38 @@ def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, t
     assert join(server, tmp_path / "board", "--new-key") == ExitCode.JOIN
     assert has_first_key()
     assert not (tmp_path / "board" / "identity.old").exists()
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        (["signing.key"], "signing.key"),
+        (["tls.key"], "tls.key"),
+        (["device.pem", "server.pub"], "device.pem, server.pub"),
+    ],
+)
+def test_a_folder_that_was_restored_in_part_is_one_clear_error_and_no_new_identity(
+    server: Server, tmp_path: Path, capsys: Captured, lost: list[str], named: str
+) -> None:
+    folder = tmp_path / "board" / "identity"
+    claim_file(server, tmp_path / "board" / "claim")
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    for name in lost:
+        (folder / name).unlink()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    assert join(server, tmp_path / "board") == ExitCode.IDENTITY
+    assert named in (text := capsys.readouterr().err)
+    assert "join --new-key" in text
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def test_a_copy_of_another_boards_identity_is_refused(server: Server, tmp_path: Path, capsys: Captured) -> None:
+    claim_file(server, tmp_path / "board" / "claim")
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    shutil.copytree(tmp_path / "board" / "identity", tmp_path / "copy" / "identity")
+    assert join(server, tmp_path / "copy", device="shed") == ExitCode.IDENTITY
+    assert "expected a certificate for shed, got one for attic" in capsys.readouterr().err
 
 
 def test_public_files_stay_readable_whatever_umask_root_has(tmp_path: Path) -> None:

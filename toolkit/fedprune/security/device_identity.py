@@ -25,7 +25,9 @@ from pathlib import Path
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import flush_folder, make_private_folder, storage_errors
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, SignatureError, StorageError, path_remedy
+from fedprune.core.text import one_line
 from fedprune.security.certificates import (
+    certificate_name,
     key_digest,
     load_certificate,
     load_tls_key,
@@ -51,6 +53,13 @@ _SIGNING_KEY_FILE, _EPOCH_FILE, _REQUEST_FILE = "signing.key", "epoch", "request
 _NEW_TLS_KEY_FILE, _TLS_KEY_FILE, _CERTIFICATE_FILE = "tls.key.new", "tls.key", "device.pem"
 _AUTHORITY_FILE, _SERVER_KEY_FILE = "authority.pem", "server.pub"
 _ADMISSION_TIME_FILE, _TIME_FLOOR_FILE, _SERVER_EPOCHS_FILE = "admitted", "time", "heard"
+# What a board has once it is a member. `admit` completes them in an order in which it never has the certificate alone.
+_MEMBER_FILES = (_CERTIFICATE_FILE, _TLS_KEY_FILE, _AUTHORITY_FILE, _SERVER_KEY_FILE)
+
+_RESTORE_HINT = (
+    "Restore all files of this folder from one backup, or let the board join again: fedprune-device join --new-key "
+    "--claim FILE, after `fedprune-server devices replace` of its old keys."
+)
 
 # Share of a certificate's lifetime after which it is renewed: as with ACME clients, the last third is for failed
 # attempts.
@@ -67,7 +76,8 @@ _FOREIGN_BROKER_MESSAGE = (
 class DeviceIdentity:
     """A device's keys and certificate, and what it knows of its server.
 
-    Raises `IdentityError` if a file is damaged or open to other users.
+    Raises `IdentityError` if a file is damaged or open to other users, if the signing key of a member is missing, or if
+    the files are another device's.
     """
 
     def __init__(self, folder: Path, site: str, device: str, clock: Callable[[], float] = time.time) -> None:
@@ -77,17 +87,29 @@ class DeviceIdentity:
             make_private_folder(folder)
         path = folder / _SIGNING_KEY_FILE
         if not path.exists():
+            # With a new key the certificate would still open connections, and the server would drop every message.
+            if any((folder / name).exists() for name in _MEMBER_FILES):
+                raise IdentityError(
+                    f"{folder} has a member's files, but not its {_SIGNING_KEY_FILE}", hint=_RESTORE_HINT
+                )
             SigningKey.make().save(path)
         self.key = SigningKey.load(path)
         self.epochs = EpochFile(folder / _EPOCH_FILE, clock)
         self._adopt_new_tls_key()
+        self._check_certificate_name()
         self._trusted_time: TrustedTime | None = None
 
     @property
     def has_joined(self) -> bool:
         """Whether it has a certificate and knows its server."""
-        names = (_CERTIFICATE_FILE, _TLS_KEY_FILE, _AUTHORITY_FILE, _SERVER_KEY_FILE)
-        return all((self.folder / name).exists() for name in names)
+        return all((self.folder / name).exists() for name in _MEMBER_FILES)
+
+    def check_complete(self) -> None:
+        """Raise `IdentityError` if a member's files are here in part, as after a restore that left some out."""
+        missing = [name for name in _MEMBER_FILES if not (self.folder / name).exists()]
+        # A power cut before the first certificate leaves the authority and the server's key alone.
+        if missing and not {_CERTIFICATE_FILE, _TLS_KEY_FILE} <= set(missing):
+            raise IdentityError(f"{self.folder} has no {', '.join(missing)}", hint=_RESTORE_HINT)
 
     @property
     def server(self) -> VerifyingKey:
@@ -227,6 +249,20 @@ class DeviceIdentity:
             for name in (_REQUEST_FILE, _NEW_TLS_KEY_FILE):
                 (self.folder / name).unlink(missing_ok=True)
             flush_folder(self.folder)
+
+    def _check_certificate_name(self) -> None:
+        """Refuse the files of another device, as a copy of its folder has them: brokers and servers know it by them."""
+        path = self.folder / _CERTIFICATE_FILE
+        if not path.exists():
+            return
+        name = certificate_name(load_certificate(path, "the device's certificate"))
+        if name != self.device:
+            raise IdentityError(
+                f"{self.folder} is the identity of another device",
+                expected=f"a certificate for {self.device}",
+                got=f"one for {one_line(name, 64)}",
+                hint=f"Use --device {one_line(name, 64)}, or another --state for {self.device}.",
+            )
 
     def _adopt_new_tls_key(self) -> None:
         """Put the new TLS key in its place if the certificate is for it; also called at the start, after a power
