@@ -26,17 +26,19 @@ def main() -> int:
     parser.add_argument("--pulls", type=int, default=4, metavar="N", help="the server's setting `pulls` (default: 4)")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="give a size up after so long")
     parser.add_argument("--engines", action="store_true", help="PostgreSQL has the state, and a bucket the updates")
+    parser.add_argument("--signed", action="store_true", help="each size once more, with signatures and TLS")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the records there, and leave the results alone")
     options = parser.parse_args()
     rows = []
     for devices in options.devices:
         timing = options.scale, options.arrivals, options.pulls, options.limit
-        size = Size(devices, options.rounds, *timing, engines=options.engines)
-        with TemporaryDirectory() as folder:
-            rows.append(measure(size, Path(folder)))
-        print(json.dumps(rows[-1]), flush=True)
+        for signed in (False, True) if options.signed else (False,):
+            size = Size(devices, options.rounds, *timing, engines=options.engines, signed=signed)
+            with TemporaryDirectory() as folder:
+                rows.append(measure(size, Path(folder)))
+            print(json.dumps(rows[-1]), flush=True)
     about = setting("paho-mqtt", "SQLAlchemy") | {"broker": broker_version()}
-    settings = {name: getattr(options, name) for name in ("devices", "scale", "arrivals", "pulls", "engines")}
+    settings = {name: getattr(options, name) for name in ("devices", "scale", "arrivals", "pulls", "engines", "signed")}
     save(options.out or "swarm", {"setting": about, "settings": settings, "rows": rows})
     return int(any(row["audit"]["faults"] for row in rows))
 

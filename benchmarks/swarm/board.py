@@ -11,9 +11,10 @@ from typing import Any, cast
 
 from benchmarks.swarm.mqtt import Session
 from benchmarks.swarm.shelf import Arriving, Shelf
-from benchmarks.swarm.updates import Remade, device_name
+from benchmarks.swarm.updates import Remade
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import CHUNK_QOS, PACKET_OVERHEAD_BYTES, Chunk
 from fedprune.wire.messages import (
@@ -23,7 +24,6 @@ from fedprune.wire.messages import (
     BlobNotFound,
     BlobRequest,
     Cancelled,
-    Death,
     Finished,
     Hello,
     Offer,
@@ -31,11 +31,11 @@ from fedprune.wire.messages import (
     UpdateAnnouncement,
     UploadRequest,
     UploadResult,
-    parse_message,
 )
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, Pull
 from fedprune_device.network.backoff import MAX_ANNOUNCE_INTERVAL_S, MIN_ANNOUNCE_INTERVAL_S
+from fedprune_device.network.connection import MessageChannel
 
 _MAX_PACKET = CHUNK_LEAVES * LEAF_BYTES + PACKET_OVERHEAD_BYTES
 
@@ -78,6 +78,7 @@ class Board:
 
     Args:
         works: What it shares with others of its process.
+        channel: Signs its messages, if anything does.
         index: Its number in the fleet.
         profile: Name of its hardware profile.
         probe: What it says that it measured of itself.
@@ -86,16 +87,24 @@ class Board:
     """
 
     __slots__ = (
-        "_announce_at", "_announcement_count", "_last", "_offer", "_pulls", "_serve", "_session", "_update",
+        "_announce_at", "_announcement_count", "_channel", "_last", "_offer", "_pulls", "_serve", "_session", "_update",
         "_uploads", "_works", "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile",
-        "samples", "train_s",
+        "rejected", "samples", "train_s",
     )  # fmt: skip
 
     def __init__(
-        self, works: Works, index: int, profile: str, probe: dict[str, Any], samples: int, train_s: float
+        self,
+        works: Works,
+        channel: MessageChannel,
+        index: int,
+        profile: str,
+        probe: dict[str, Any],
+        samples: int,
+        train_s: float,
     ) -> None:
-        self._works = works
-        self.index, self.name = index, device_name(index)
+        self._works, self._channel = works, channel
+        self.index, self.name = index, channel.device
+        self.rejected = 0
         self.profile, self.probe, self.samples, self.train_s = profile, probe, samples, train_s
         self.link: Session | None = None
         self.parts: dict[int, Part] = {}
@@ -114,7 +123,7 @@ class Board:
         """A connection that isn't made yet."""
         topics = self._works.topics
         self._session = max(self._session + 1, time.time_ns() // 1_000_000)
-        will = topics.up(self.name), Death(self.name, self._session).to_bytes()
+        will = self._channel.will(self._session)
         self.link = Session(self.name, topics.device_subscriptions(self.name), self._on_message, will)
         return self.link
 
@@ -163,7 +172,13 @@ class Board:
         if topic.endswith("/blob"):
             self._on_chunk(Chunk.parse(payload))
             return
-        message = parse_message(payload)
+        try:
+            message = self._channel.open(topic, payload)
+        except ProtocolError:
+            self.rejected += 1
+            if self._channel.is_birth_due:
+                self.announce_birth()
+            return
         match message:
             case Hello():
                 self.announce_birth()
@@ -282,7 +297,8 @@ class Board:
     def _say(self, message: Any, job: str | None = None, qos: int = 1) -> None:
         if self.link is not None:
             topics = self._works.topics
-            self.link.publish(topics.up(self.name, job) if job else topics.up(self.name), message.to_bytes(), qos)
+            topic = topics.up(self.name, job) if job else topics.up(self.name)
+            self.link.publish(topic, self._channel.seal(topic, message), qos)
 
     def ledger(self) -> dict[str, Any]:
         """What became of its parts, as JSON."""

@@ -17,14 +17,16 @@ from typing import Any
 
 from benchmarks.fleet_mixture import SAMPLES, SHARES
 from benchmarks.swarm.board import Board, Works
+from benchmarks.swarm.identities import signed_channel
 from benchmarks.swarm.shelf import Shelf
-from benchmarks.swarm.updates import Remade
+from benchmarks.swarm.updates import Remade, device_name
 from benchmarks.swarm.uploading import Uploader
 from fedprune.core.rng import keyed_generator
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import find_profile
 from fedprune.wire.topics import Topics
+from fedprune_device.network.connection import MessageChannel
 
 CONNECTING = 64
 """Connections that are being made at a time: a broker's queue of them is short."""
@@ -48,13 +50,20 @@ def probe_of(profile: HardwareProfile, index: int, seed: int) -> ProbeReport:
     )
 
 
+def channel_of(spec: dict[str, Any], device: str) -> MessageChannel:
+    """What turns a device's messages into payloads; it signs them where the site does."""
+    if spec["server_key"] is None:
+        return MessageChannel(device, spec["site"])
+    return signed_channel(spec["site"], device, spec["seed"], spec["server_key"])
+
+
 class Fleet:
     """Devices of one process.
 
     Args:
         spec: `host` and `port` of the broker, `site`, `indices` (first, and behind the last), `seed`, `scale` of the
-            training times, by profile the `seconds` that a sample takes, a folder for what was `offered`, and whether
-            updates are `puts` at addresses of the server's.
+            training times, by profile the `seconds` that a sample takes, a folder for what was `offered`, whether
+            updates are `puts` at addresses of the server's, and the `server_key` of a site that signs.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -75,7 +84,8 @@ class Fleet:
             samples = int(chance.integers(*SAMPLES, endpoint=True))
             slow = profile.train_rate / (probe.train_rate or profile.train_rate)
             train_s = spec["seconds"][profile.name] * samples * slow * spec["scale"]
-            self.boards.append(Board(self.works, index, profile.name, probe.to_dict(), samples, train_s))
+            channel = channel_of(spec, device_name(index))
+            self.boards.append(Board(self.works, channel, index, profile.name, probe.to_dict(), samples, train_s))
 
     async def connect(self) -> None:
         """Connect all devices, `arrivals` a second; each announces itself as soon as it listens."""
@@ -165,6 +175,7 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         "connected": connected,
         "ledger": fleet.ledger(),
         "lost": fleet.lost,
+        "rejected": sum(b.rejected for b in fleet.boards),
         "traffic": fleet.traffic(),
     }
 

@@ -40,7 +40,7 @@ data = "evaluation.npz"
 
 [server]
 site = "{site}"
-broker = "mqtt://127.0.0.1:{port}"
+broker = "{broker}"
 state = "state"
 max_devices = {devices}
 pulls = {pulls}
@@ -87,7 +87,7 @@ def small_cnn() -> bytes:
     return raw
 
 
-def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int, more: str = "") -> Path:
+def write_job(folder: Path, devices: int, rounds: int, broker: str, site: str, pulls: int, more: str = "") -> Path:
     """Write a job's files into a folder; `more` are further settings of the server.
 
     Returns:
@@ -97,7 +97,7 @@ def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pul
     hand = deal_digits(["one"])
     np.savez(folder / "evaluation.npz", x=hand.x, y=hand.y)
     path = folder / "fleet.toml"
-    path.write_text(FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls) + more)
+    path.write_text(FLEET.format(rounds=rounds, devices=devices, broker=broker, site=site, pulls=pulls) + more)
     return path
 
 

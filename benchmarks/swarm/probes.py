@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.swarm.board import Board
-from benchmarks.swarm.fleet import Fleet, fail_loudly
+from benchmarks.swarm.fleet import Fleet, channel_of, fail_loudly
 from benchmarks.swarm.mqtt import Session
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.wire.messages import Accepted, Cancelled, UpdateAnnouncement, parse_message
-from fedprune.wire.topics import Topics
+from fedprune.wire.messages import Accepted, Cancelled, UpdateAnnouncement
+from fedprune_device.network.connection import MessageChannel
+
+CALLER = "caller"
+"""Name of the device that asks for the end of jobs that nobody runs."""
 
 EVERY_S = 0.1
 _NOBODYS = BlobRef("0" * 64, 1, "0" * 64)
@@ -31,22 +34,23 @@ class Caller:
     """Asks for the end of jobs that nobody runs.
 
     Args:
-        topics: The site's topics.
+        channel: The site's, for a device of the name `CALLER`.
         log: Gets kind, time of asking and seconds until the answer of each question.
     """
 
-    def __init__(self, topics: Topics, log: list[tuple[str, float, float]]) -> None:
-        self._topics, self._log = topics, log
+    def __init__(self, channel: MessageChannel, log: list[tuple[str, float, float]]) -> None:
+        self._channel, self._log = channel, log
         self._asked: dict[int, tuple[float, float]] = {}
         self._round = 0
-        self.link = Session("caller", topics.device_subscriptions("caller"), self._on_message)
+        self.link = Session(CALLER, channel.topics.device_subscriptions(CALLER), self._on_message)
 
     def ask(self) -> None:
         """Ask once more."""
         self._round += 1
-        update = UpdateAnnouncement("caller", "yesterday", self._round, 1, "0" * 64, _NOBODYS, 1, 1)
+        update = UpdateAnnouncement(CALLER, "yesterday", self._round, 1, "0" * 64, _NOBODYS, 1, 1)
         self._asked[self._round] = time.time(), time.perf_counter()
-        self.link.publish(self._topics.up("caller", "yesterday"), update.to_bytes())
+        topic = self._channel.topics.up(CALLER, "yesterday")
+        self.link.publish(topic, self._channel.seal(topic, update))
 
     @property
     def open(self) -> list[float]:
@@ -54,7 +58,7 @@ class Caller:
         return [at for at, _ in self._asked.values()]
 
     def _on_message(self, topic: str, payload: bytes) -> None:
-        message = parse_message(payload)
+        message = self._channel.open(topic, payload)
         if isinstance(message, Cancelled) and message.round in self._asked:
             at, began = self._asked.pop(message.round)
             self._log.append(("call off", at, time.perf_counter() - began))
@@ -91,7 +95,7 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     log: list[tuple[str, float, float]] = []
     fleet = Fleet(spec)
     await fleet.connect()
-    caller = Caller(fleet.works.topics, log)
+    caller = Caller(channel_of(spec, CALLER), log)
     await asyncio.get_running_loop().create_connection(lambda: caller.link, spec["host"], spec["port"])
     await caller.link.up
     repeaters = [Repeater(b, log) for b in fleet.boards]
@@ -107,6 +111,7 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         "open": caller.open,
         "ledger": fleet.ledger(),
         "lost": fleet.lost,
+        "rejected": sum(b.rejected for b in fleet.boards),
         "traffic": fleet.traffic(),
     }
 

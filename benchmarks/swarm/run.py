@@ -16,8 +16,11 @@ import numpy as np
 from benchmarks.fleet_mixture import SHARES
 from benchmarks.harness import ROOT
 from benchmarks.swarm.audit import audit
+from benchmarks.swarm.identities import make_site
 from benchmarks.swarm.job import ENGINES, seconds_per_sample, write_job
+from benchmarks.swarm.probes import CALLER
 from benchmarks.swarm.site import Site, site
+from benchmarks.swarm.updates import device_name
 from fedprune_server.storage.storage import Storage
 from support.processes.postgres import Postgres
 from support.processes.s3 import Moto
@@ -44,6 +47,7 @@ class Size:
         limit_s: Seconds after which the run is given up.
         seed: Keys the fleet and its noise.
         engines: Whether PostgreSQL has the state, and boards put updates into a bucket.
+        signed: Whether boards and server sign their messages, and the server is at the broker over TLS.
     """
 
     devices: int
@@ -54,6 +58,7 @@ class Size:
     limit_s: float = 3600.0
     seed: int = 0
     engines: bool = False
+    signed: bool = False
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
@@ -65,13 +70,18 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         place = stack.enter_context(site(folder))
         more, database = _engines(place, stack) if size.engines else ("", None)
-        config = write_job(folder, size.devices, size.rounds, place.port, "swarm", size.pulls, more)
+        broker = f"mqtts://127.0.0.1:{place.tls_port}" if size.signed else f"mqtt://127.0.0.1:{place.port}"
+        config = write_job(folder, size.devices, size.rounds, broker, "swarm", size.pulls, more)
+        server_key = None
+        if size.signed:
+            names = [CALLER, *map(device_name, range(size.devices))]
+            server_key = make_site(folder / "state", "swarm", names, size.seed, database)
         began = time.time()
-        place.broker()
-        place.server(config)
+        place.broker(signed=size.signed)
+        place.server(config, signed=size.signed)
         place.look()
         before = place.watched["server"].cpu_s
-        results = _swarm(place, size)
+        results = _swarm(place, size, server_key)
         place.look()
         place.stop("server")
         watched = {n: {k: v for k, v in vars(w).items() if k[0] != "_"} for n, w in place.watched.items()}
@@ -83,6 +93,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
             summaries = storage.rounds()
         return {
             "devices": size.devices,
+            "signed": size.signed,
             "rounds": [
                 _phases(r + 1, ledger, summaries, closed, asked, results["probes"]["open"]) for r in range(size.rounds)
             ],
@@ -92,6 +103,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
             "server_start_cpu_s": before,
             "traffic": {k: sum(r["traffic"][k] for r in results.values()) for k in ("sent", "received")},
             "lost_connections": sum(r["lost"] for r in results.values()),
+            "rejected_messages": sum(r["rejected"] for r in results.values()),
             "audit": checked,
         }
 
@@ -119,7 +131,7 @@ def _result(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _swarm(place: Site, size: Size) -> dict[str, Any]:
+def _swarm(place: Site, size: Size, server_key: str | None) -> dict[str, Any]:
     """Start both processes of the swarm and wait for them."""
     spec = {
         "host": "127.0.0.1",
@@ -132,6 +144,7 @@ def _swarm(place: Site, size: Size) -> dict[str, Any]:
         "limit_s": size.limit_s,
         "offered": str(place.folder / "offered"),
         "puts": size.engines,
+        "server_key": server_key,
     }
     processes = {}
     for name, part in zip(PROCESSES, ((0, CALLERS), (CALLERS, size.devices)), strict=True):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedprune.core.errors import BrokerError, FedpruneError
+from fedprune_server.enrollment.pki import IDENTITY_FOLDER
 from support.processes.machine import find_mosquitto, free_port, listens
 
 _EVERY_S = 1.0
@@ -29,6 +30,18 @@ max_connections -1
 persistence false
 user root
 """
+
+SIGNED = """\
+listener {port} 127.0.0.1
+cafile {folder}/authority.pem
+certfile {folder}/broker.pem
+keyfile {folder}/broker.key
+tls_version tlsv1.2
+crlfile {folder}/crl.pem
+require_certificate true
+use_identity_as_username true
+"""
+"""A second listener, at which a server with an identity connects over TLS, as at the broker of every fleet."""
 
 
 @dataclass
@@ -71,7 +84,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port, self.tls_port = free_port(), free_port()
         self.watched: dict[str, Watch] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._others: dict[str, int] = {}
@@ -89,14 +102,15 @@ class Site:
             self.watched[name] = self.watched.get(name, Watch())
         return process
 
-    def broker(self) -> None:
-        """Start Mosquitto.
+    def broker(self, *, signed: bool = False) -> None:
+        """Start Mosquitto, with a listener for a server with an identity where the site is `signed`.
 
         Raises:
             BrokerError: It doesn't listen.
         """
         path = self.folder / "mosquitto.conf"
-        path.write_text(MOSQUITTO.format(port=self.port))
+        more = SIGNED.format(port=self.tls_port, folder=self.folder / "state" / IDENTITY_FOLDER) if signed else ""
+        path.write_text(MOSQUITTO.format(port=self.port) + more)
         process = self.start("broker", [find_mosquitto(), "-c", path])
         until = time.monotonic() + _START_S
         while not listens(self.port):
@@ -104,13 +118,14 @@ class Site:
                 raise BrokerError(f"Mosquitto doesn't listen on port {self.port}", hint=self.log_text("broker"))
             time.sleep(0.05)
 
-    def server(self, config: Path, *options: str) -> None:
-        """Start the server, with further options of `run`.
+    def server(self, config: Path, *options: str, signed: bool = False) -> None:
+        """Start the server, with further options of `run`; with its identity where the site is `signed`.
 
         Raises:
             FedpruneError: It ends before it is connected.
         """
-        module = ["-m", "fedprune_server.cli.main", "run", "--config", str(config), "--insecure", *options]
+        module = ["-m", "fedprune_server.cli.main", "run", "--config", str(config), *options]
+        module += [] if signed else ["--insecure"]
         process = self.start("server", [sys.executable, *module])
         until = time.monotonic() + _START_S
         while "connected to the broker" not in self.log_text("server"):

@@ -16,12 +16,15 @@ pytestmark = [pytest.mark.soak, pytest.mark.system, pytest.mark.mosquitto]
 DEVICES, ROUNDS = 60, 2
 
 
-@pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path, dict[str, Any]]:
+@pytest.fixture(scope="module", params=[False, True], ids=["unsigned", "signed"])
+def swarm(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any, Path, dict[str, Any]]:
     """The benchmark's modules, the folder of a run, and what it found."""
     find_mosquitto()
     folder = tmp_path_factory.mktemp("swarm")
-    return audit, run, folder, run.measure(run.Size(DEVICES, ROUNDS, limit_s=120), folder)
+    size = run.Size(DEVICES, ROUNDS, limit_s=120, signed=request.param)
+    return audit, run, folder, run.measure(size, folder)
 
 
 def test_a_swarm_s_updates_all_count_once(swarm: tuple[Any, Any, Path, dict[str, Any]]) -> None:
@@ -32,6 +35,7 @@ def test_a_swarm_s_updates_all_count_once(swarm: tuple[Any, Any, Path, dict[str,
     assert found["audit"]["events"]["UpdateStored"] == DEVICES * ROUNDS
     assert found["rounds"][0]["latency"]["call off"]["count"] > 0
     assert found["rounds"][0]["unanswered"] == 0
+    assert found["rejected_messages"] == 0
 
 
 def test_its_audit_would_notice(swarm: tuple[Any, Any, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
