@@ -6,22 +6,22 @@ import ipaddress
 import logging
 import re
 import socket
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from fedprune.core.errors import ConfigError
 from fedprune_server.monitoring.alerts import HANG_THRESHOLD_S
 from fedprune_server.monitoring.metrics import Metrics
+from fedprune_server.process.web_server import WebServer
 
 log = logging.getLogger("fedprune.server")
 
-# Requests that are answered at the same time, each on a thread. Prometheus and probes make one or two; more are closed
-# unanswered, so that nobody can use up the server's threads.
+# Open connections: Prometheus and probes make one or two.
 MAX_REQUESTS = 32
 
 _TIMEOUT_S = 10.0
@@ -33,78 +33,6 @@ _HOST_HEADER = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::\d+)?"
 ReadinessChecks = Mapping[str, Callable[[], str]]
 
 
-class _Server(ThreadingHTTPServer):
-    """A web server with one thread per request, and a limit on their number."""
-
-    def __init__(
-        self, place: tuple[str, int], metrics: Metrics, checks: ReadinessChecks, hosts: Collection[str]
-    ) -> None:
-        self.metrics, self.checks, self.hosts = metrics, checks, hosts
-        self._request_slots = threading.BoundedSemaphore(MAX_REQUESTS)
-        self.address_family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
-        super().__init__(place, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._request_slots.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except BaseException:
-            self._request_slots.release()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._request_slots.release()
-
-    def server_bind(self) -> None:
-        """Listen, without looking up this machine's name: the library's version waits for DNS."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Log nothing: clients may leave."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = _TIMEOUT_S
-
-    def do_GET(self) -> None:
-        metrics, path = self.server.metrics, self.path.partition("?")[0]
-        if path == "/metrics" and not is_own_name(self.headers.get("Host"), self.server.hosts):
-            self._answer(421, b"called by a name that is not this server's ([server] console_hosts)\n")
-        elif path == "/metrics":
-            self._answer(200, metrics.text(), CONTENT_TYPE_LATEST)
-        elif path == "/healthz":
-            self._answer_problems(_hang_problems(metrics))
-        elif path == "/readyz":
-            problems = [f"{name}: {text}" for name, check in self.server.checks.items() if (text := check())]
-            self._answer_problems(problems + _hang_problems(metrics))
-        else:
-            self._answer(404, b"try /metrics, /healthz or /readyz\n")
-
-    do_HEAD = do_GET  # noqa: N815 - the library's name
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
-        """Log no requests."""
-
-    def _answer_problems(self, problems: list[str]) -> None:
-        self._answer(503 if problems else 200, "\n".join([*(problems or ["ok"]), ""]).encode())
-
-    def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
-        self.send_response(status)
-        for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")):
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
 @contextmanager
 def serve_metrics(
     place: tuple[str, int], metrics: Metrics, checks: ReadinessChecks, hosts: Collection[str] = ()
@@ -114,23 +42,41 @@ def serve_metrics(
     `hosts` are further names of this server, in small letters, for which it answers `/metrics`. Raises `ConfigError` if
     the address can't be used.
     """
-    host, port = place
-    try:
-        server = _Server(place, metrics, checks, hosts)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            ("server", "metrics"), expected="an address of this machine and a free port", got=f"{host}:{port} ({error})"
-        ) from error
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-    thread.start()
-    bound_port = int(server.server_address[1])
-    log.info("metrics are at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, bound_port)
-    try:
-        yield bound_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(_TIMEOUT_S)
+    app = _make_routes(metrics, checks, hosts)
+    with WebServer(app, place, "metrics", lambda: MAX_REQUESTS, first_s=_TIMEOUT_S, next_s=_TIMEOUT_S) as server:
+        server.start("metrics")
+        host = f"[{place[0]}]" if ":" in place[0] else place[0]
+        log.info("metrics are at http://%s:%d/metrics", host, server.port)
+        yield server.port
+
+
+def _make_routes(metrics: Metrics, checks: ReadinessChecks, hosts: Collection[str]) -> Starlette:
+    # Handlers are plain functions, which run in threads: none waits for another's check of a database.
+    def figures(request: Request) -> Response:
+        if not is_own_name(request.headers.get("host"), hosts):
+            return _answer("called by a name that is not this server's ([server] console_hosts)\n", 421)
+        return _answer(metrics.text(), kind=CONTENT_TYPE_LATEST)
+
+    def health(_: Request) -> Response:
+        return _problems_answer(_hang_problems(metrics))
+
+    def readiness(_: Request) -> Response:
+        problems = [f"{name}: {text}" for name, check in checks.items() if (text := check())]
+        return _problems_answer(problems + _hang_problems(metrics))
+
+    def missing(_: Request, __: Exception) -> Response:
+        return _answer("try /metrics, /healthz or /readyz\n", 404)
+
+    routes = {"/metrics": figures, "/healthz": health, "/readyz": readiness}
+    return Starlette(routes=[Route(*route) for route in routes.items()], exception_handlers={404: missing})
+
+
+def _answer(body: str | bytes, status: int = 200, kind: str = "text/plain; charset=utf-8") -> Response:
+    return Response(body, status, {"content-type": kind, "cache-control": "no-store"})
+
+
+def _problems_answer(problems: list[str]) -> Response:
+    return _answer("\n".join([*(problems or ["ok"]), ""]), 503 if problems else 200)
 
 
 def is_own_name(host: str | None, hosts: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Child processes: start, talk over pipes, end with the parent.
+"""Child processes and web servers: start them, talk to them, end them with the parent.
 
-Not here: what a child does. Each room that has a child keeps its program.
+Not here: what a child does, and what a web server answers. Each room that has one keeps its program.
 """

@@ -1,38 +1,29 @@
 """A web server for blobs, for boards with a certificate of the fleet: each may fetch the blobs that it is offered, and
 upload the update that is awaited from it.
-
-uvicorn speaks HTTP, and sends pieces of mapped files. Connections and times are bounded at the sockets, because a
-client holds a file descriptor even before it has passed its handshake.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
-import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any
 
-import uvicorn
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedprune.blobs.blob_ref import LEAF_BYTES, table_file
 from fedprune.blobs.streamed_blob import StreamedBlob
-from fedprune.core.closeable import Closeable
-from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
+from fedprune.core.errors import FedpruneError, ProtocolError, StorageError, StorageFullError
 from fedprune.security.tls import peer_name
 from fedprune.wire.transfer import MIN_BYTES_PER_S
+from fedprune_server.process.web_server import WebClient, WebServer
 from fedprune_server.transfer.served_job import ServedJob
-from fedprune_server.transfer.web_uploads import AwaitedUpload, HttpUploads, WebClient
+from fedprune_server.transfer.web_uploads import AwaitedUpload, HttpUploads
 
 log = logging.getLogger("fedprune.server")
 
@@ -41,8 +32,6 @@ BASE_CONNECTIONS = 64
 
 # Maximum number of connections, uploads included: each takes two of a process's 1024 file descriptors.
 MAX_CONNECTIONS = 512
-
-MAX_HEAD_BYTES = 8192
 
 # Seconds in which the handshake and the first request must come.
 FIRST_REQUEST_TIMEOUT_S = 15.0
@@ -56,45 +45,12 @@ SEND_TIMEOUT_S = 60.0
 # Seconds in which a leaf of an upload must come.
 UPLOAD_LEAF_TIMEOUT_S = 30.0
 
-# Seconds between two checks for slow clients; a server that ends waits as long for them.
-_POLL_S = 0.1
-
 _PIECE_BYTES = 8 * LEAF_BYTES
 
 # The only kind of range that boards ask for. A request for another kind gets the whole file, as HTTP allows.
 _RANGE_PATTERN = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
 _BLOB_PATH_PATTERN = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
-
-
-class _Listener(socket.socket):
-    """Accepts a limited number of clients. Beyond that, the client that has been idle for longest is cut off."""
-
-    def __init__(self, host: str, port: int, max_clients: Callable[[], int]) -> None:
-        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        self.clients: dict[int, WebClient] = {}  # by file descriptor
-        self._max_clients = max_clients
-        try:
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.bind((host, port))
-            self.listen(128)
-        except (OSError, OverflowError) as error:
-            self.close()
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"can't listen on {host}, port {port} ({why})", path=("server", "serve_blobs")) from error
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """Accept a client; beyond the limit, cut off the client that has been idle for longest."""
-        connection, address = super().accept()
-        self.clients = {number: client for number, client in self.clients.items() if not client.closed}
-        if len(self.clients) >= self._max_clients():
-            idle_clients = [(c.deadline, number) for number, c in self.clients.items() if c.awaits_request]
-            if not idle_clients:
-                connection.close()
-                raise BlockingIOError("no connection is free")  # which asyncio's loop ignores: it goes on listening
-            self.clients.pop(min(idle_clients)[1]).cut()
-        self.clients[connection.fileno()] = WebClient(connection, FIRST_REQUEST_TIMEOUT_S)
-        return connection, address
 
 
 class _BlobResponse(Response):
@@ -118,9 +74,9 @@ class _BlobResponse(Response):
         await send({"type": "http.response.body"})
 
 
-class BlobServer(Closeable):
-    """The web server: it listens at once, and answers until `close`, on a thread of its own. Raises `ConfigError` if
-    the address can't be listened on.
+class BlobServer(WebServer):
+    """The web server: it answers until `close`, on a thread of its own. Raises `ConfigError` if the address can't be
+    listened on.
 
     `context` returns TLS for a new connection, which asks for the board's certificate; None to do without. At most
     `connections` are open, apart from those for uploads. `jobs`, at first none, have the blobs that may be fetched and
@@ -135,53 +91,20 @@ class BlobServer(Closeable):
     ) -> None:
         self.jobs: Sequence[ServedJob] = ()
         self.sent = self.received = 0
-        self._listener = _Listener(
-            host, port, lambda: min(connections + sum(job.connections for job in self.jobs), MAX_CONNECTIONS)
+        super().__init__(
+            self._respond,
+            (host, port),
+            "serve_blobs",
+            lambda: min(connections + sum(job.connections for job in self.jobs), MAX_CONNECTIONS),
+            first_s=FIRST_REQUEST_TIMEOUT_S,
+            next_s=NEXT_REQUEST_TIMEOUT_S,
+            tls=None if context is None else _renewing_context(context),
+            client_name=peer_name,
         )
-        self.port = int(self._listener.getsockname()[1])
-        config = uvicorn.Config(
-            self._answer,
-            interface="asgi3",
-            http=_protocol_class(self._listener),
-            ws="none",
-            lifespan="off",
-            loop="asyncio",
-            log_config=None,
-            log_level="critical",  # strangers may send anything, and must not fill the log
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=int(NEXT_REQUEST_TIMEOUT_S),
-            timeout_graceful_shutdown=1,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        )
-        config.load()
-        config.ssl = None if context is None else _renewing_context(context)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="fedprune-blobs", daemon=True)
-        self._thread.start()
+        self.start("fedprune-blobs")
 
-    def close(self) -> None:
-        """Listen no longer, and cut all connections."""
-        self._server.should_exit = True
-        self._thread.join()
-
-    async def _serve(self) -> None:
-        sweep_task = asyncio.create_task(self._cut_slow_clients())
-        await self._server.serve(sockets=[self._listener])
-        sweep_task.cancel()
-
-    async def _cut_slow_clients(self) -> None:
-        """Cut off clients that are too slow, and all of them at the end."""
-        while True:
-            now = float("inf") if self._server.should_exit else time.monotonic()
-            for client in self._listener.clients.values():
-                if client.deadline < now:
-                    client.cut()
-            await asyncio.sleep(_POLL_S)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; uvicorn calls this as its application."""
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         client: WebClient = scope["state"]["client"]
         client.expect(SEND_TIMEOUT_S)
         serving_job: ServedJob | None = None
@@ -192,7 +115,7 @@ class BlobServer(Closeable):
             if serving_job is not None:
                 size = len(message.get("body", b""))
                 self.sent += size
-                serving_job.count_sent(client.device, size)
+                serving_job.count_sent(client.name, size)
 
         try:
             request = Request(scope, receive)
@@ -212,13 +135,12 @@ class BlobServer(Closeable):
         except Exception as error:
             log.error("the web server of blobs could not answer a request", exc_info=error)
             client.cut()
-        client.expect(NEXT_REQUEST_TIMEOUT_S, waits=True)
 
     def _blob_response(
         self, client: WebClient, name: re.Match[str] | None, range_header: str
     ) -> tuple[Response, ServedJob | None]:
         """The answer with a blob, a range of it or its leaf table, and the job to which the blob belongs."""
-        jobs = [] if name is None else [j for j in self.jobs if j.may_fetch(client.device, name[2])]
+        jobs = [] if name is None else [j for j in self.jobs if j.may_fetch(client.name, name[2])]
         if name is None or not jobs:
             return Response(status_code=HTTPStatus.NOT_FOUND), None
         job = next((j for j in jobs if j.store.has(name[2])), jobs[0])
@@ -234,7 +156,7 @@ class BlobServer(Closeable):
         """The answer to an upload, whose blob is stored if it is an awaited update."""
         sha256 = "" if name is None or name[3] else name[2]
         for uploads in [job.uploads for job in self.jobs if job.uploads is not None]:
-            awaited = uploads.find_awaited(client.device, sha256)
+            awaited = uploads.find_awaited(client.name, sha256)
             if awaited is not None:
                 return Response(status_code=await self._store_upload(client, uploads, awaited, request))
         return Response(status_code=HTTPStatus.NOT_FOUND)
@@ -272,24 +194,6 @@ class BlobServer(Closeable):
         self.received += 1
         uploads.end_upload(awaited, stored=True)
         return HTTPStatus.CREATED
-
-
-def _protocol_class(listener: _Listener) -> type[H11Protocol]:
-    """uvicorn's protocol for a listener, whose requests carry their client and its device's name."""
-
-    class Watched(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            client = listener.clients.get(transport.get_extra_info("socket").fileno())
-            tls = transport.get_extra_info("ssl_object")
-            name = None if tls is None else peer_name(tls)
-            if client is None or name == "":
-                transport.abort()
-                return
-            client.device = name
-            self.app_state = {"client": client}
-
-    return Watched
 
 
 def _renewing_context(context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:

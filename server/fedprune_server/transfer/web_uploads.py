@@ -5,40 +5,16 @@ The server's loop awaits an update and collects its end; the web server's thread
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.messages import UploadRequest
 from fedprune.wire.urls import BlobUrl
+from fedprune_server.process.web_server import WebClient
 from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
-
-
-class WebClient:
-    """A client's connection, with the device that its certificate names (None without certificates), and the deadline
-    of its next step. Either it `awaits_request`, or a request is being answered; then it isn't closed for others."""
-
-    def __init__(self, connection: socket.socket, seconds: float) -> None:
-        self._connection = connection
-        self.device: str | None = None
-        self.expect(seconds, waits=True)
-
-    @property
-    def closed(self) -> bool:
-        return self._connection.fileno() < 0
-
-    def expect(self, seconds: float, *, waits: bool = False) -> None:
-        self.awaits_request, self.deadline = waits, time.monotonic() + seconds
-
-    def cut(self) -> None:
-        """End the connection, from any thread."""
-        with suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(eq=False)

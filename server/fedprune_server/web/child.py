@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import anyio
-import uvicorn
-from starlette.types import ASGIApp
 
 from fedprune.core.errors import ConfigError, FedpruneError
 from fedprune_server.process.child_side import end_with_parent, reply_stream
+from fedprune_server.process.web_server import WebServer
 from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Exposure
-from fedprune_server.web.connections import Connections
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import CONSOLE_FILE, ConsoleDatabase
 from fedprune_server.web.events import send_changes
@@ -39,29 +37,16 @@ MAX_CONNECTIONS = 400
 # Threads for requests that query databases: further requests wait for a thread, and the event loop never waits.
 MAX_THREADS = 8
 
-# Room in uvicorn's limit for requests under way and connections that are closing; beyond it, it answers 503.
-_SPARE_REQUESTS = 100
-
 # How long a browser may take to send a request: also over a slow mobile link it is one packet.
 REQUEST_TIMEOUT_S = 20.0
 
-# How often orders are expired, idle connections closed, and signs of life sent to the server, which waits 30 s for one.
+# How long a connection without a request stays open.
+KEEP_ALIVE_S = 5.0
+
+# How often orders are expired, and signs of life sent to the server, which waits 30 s for one.
 SWEEP_INTERVAL_S = 5.0
 
 _MAX_HEADER_BYTES = 32 * 1024
-
-
-def listening_socket(address: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
-        listener.listen(128)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
 
 def run_console(settings: ConsoleStart, replies: BinaryIO) -> None:
@@ -70,56 +55,41 @@ def run_console(settings: ConsoleStart, replies: BinaryIO) -> None:
     exposure = Exposure(settings.certificate is not None, settings.proxied, settings.hosts)
     with ConsoleDatabase(folder / CONSOLE_FILE) as database:
         console = make_console(FleetView(folder / STATUS_FILE, settings.orders), database, exposure)
-        app = make_app(console)
-        listener = listening_socket(settings.address, settings.port)
+        server = WebServer(
+            make_app(console),
+            (settings.address, settings.port),
+            "console",
+            lambda: MAX_CONNECTIONS,
+            first_s=REQUEST_TIMEOUT_S,
+            next_s=KEEP_ALIVE_S,
+            max_head=_MAX_HEADER_BYTES,
+            tls=_tls_context(settings),
+        )
         host = f"[{settings.address}]" if ":" in settings.address else settings.address
-        url = f"http{'s' if exposure.has_tls else ''}://{host}:{listener.getsockname()[1]}/\n".encode()
-        connections = Connections(MAX_CONNECTIONS, REQUEST_TIMEOUT_S)
-        server = _make_server(settings, connections.wrap(app), connections)
+        url = f"http{'s' if exposure.has_tls else ''}://{host}:{server.port}/\n".encode()
 
         def send_sign_of_life() -> None:
             replies.write(url)
             replies.flush()
 
         threading.Thread(target=_end_with_server, daemon=True).start()
-        asyncio.run(_serve_until_end(server, connections, listener, console, send_sign_of_life))
+        asyncio.run(_serve_until_end(server, console, send_sign_of_life))
 
 
-def _make_server(settings: ConsoleStart, app: ASGIApp, connections: Connections) -> uvicorn.Server:
-    config = uvicorn.Config(
-        app,
-        http=connections.protocol_class(),
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # the middleware reads a proxy's headers, and only where there is one
-        limit_concurrency=2 * MAX_CONNECTIONS + _SPARE_REQUESTS,  # uvicorn counts connections and requests together
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=1,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-        ssl_certfile=settings.certificate,
-        ssl_keyfile=settings.key,
-    )
-    config.load()
-    return uvicorn.Server(config)
+def _tls_context(settings: ConsoleStart) -> ssl.SSLContext | None:
+    if settings.certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(settings.certificate, settings.key)
+    return context
 
 
-async def _serve_until_end(
-    server: uvicorn.Server,
-    connections: Connections,
-    listener: socket.socket,
-    console: Console,
-    send_sign_of_life: Callable[[], None],
-) -> None:
+async def _serve_until_end(server: WebServer, console: Console, send_sign_of_life: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def sweep() -> None:
         loop.call_later(SWEEP_INTERVAL_S, sweep)
         send_sign_of_life()
-        connections.sweep()
         loop.run_in_executor(None, expire)
 
     def expire() -> None:
@@ -129,7 +99,7 @@ async def _serve_until_end(
     anyio.to_thread.current_default_thread_limiter().total_tokens = MAX_THREADS
     watching = loop.create_task(send_changes(console.streams, console.view, console.audit))
     loop.call_soon(sweep)
-    await server.serve(sockets=[listener])
+    await server.serve()
     watching.cancel()
 
 

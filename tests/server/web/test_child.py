@@ -21,7 +21,6 @@ import pytest
 from fedprune.core.errors import StorageError
 from fedprune_server.web import child
 from fedprune_server.web.auth.accounts import Accounts
-from fedprune_server.web.connections import Connections
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.process import SILENCE_LIMIT_S, ConsoleProcess, ConsoleStart
 from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter
@@ -119,15 +118,14 @@ def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(
             looks.append(time.monotonic())
             raise StorageError("the audit log can't be written")
 
-    async def serve(sockets: Any) -> None:
+    async def serve() -> None:
         while len(looks) < 3:
             await asyncio.sleep(0.001)
 
     here.console.orders = Orders()  # type: ignore[assignment]
     server: Any = SimpleNamespace(serve=serve)
-    with socket.socket() as listening:
-        served = child._serve_until_end(server, Connections(1, 1.0), listening, here.console, lambda: signs.append(0.0))
-        asyncio.run(asyncio.wait_for(served, 30))
+    served = child._serve_until_end(server, here.console, lambda: signs.append(0.0))
+    asyncio.run(asyncio.wait_for(served, 30))
     assert len(signs) >= 3
 
 
@@ -150,34 +148,6 @@ def test_half_requests_of_strangers_keep_nobody_out(tmp_path: Path) -> None:
         for raw in strangers:
             raw.close()
         process.stop()
-
-
-def test_the_connection_that_waits_longest_makes_room() -> None:
-    gone: list[str] = []
-
-    def connection(name: str) -> Any:
-        return SimpleNamespace(abort=lambda: gone.append(name))
-
-    now = [0.0]
-    connections = Connections(3, 20.0, lambda: now[0])
-    for i, name in enumerate("abc"):
-        now[0] = float(i)
-        connections.on_open((name, 1), connection(name))
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        connections.on_open(("d", 1), connection("d"))
-        connections.on_open(("e", 1), connection("e"))
-        connections.on_open(("f", 1), connection("f"))
-
-    scope = {"type": "http", "method": "GET", "client": ("a", 1)}
-    asyncio.run(connections.wrap(app)(scope, None, None))  # type: ignore[arg-type]
-    assert gone == ["b", "c", "d"], "a's request is being answered meanwhile"
-    now[0] = 21.0
-    connections.sweep()
-    assert gone == ["b", "c", "d"]
-    now[0] = 50.0
-    connections.sweep()
-    assert sorted(gone) == ["a", "b", "c", "d", "e", "f"]
 
 
 def test_nobody_waits_for_another_process_that_writes(tmp_path: Path) -> None:
