@@ -23,6 +23,7 @@ from fedprune.core.errors import KitError, StorageFullError
 from fedprune.core.imports import module_code
 from fedprune.releases.wheels import (
     OWN_PACKAGE,
+    check_wheels,
     installable_tags,
     marker_environment,
     parse_wheel_name,
@@ -119,31 +120,16 @@ def locked_requirements(target: BoardTarget) -> list[str]:
 
 def check_wheelhouse(wheels: Sequence[Path], target: BoardTarget) -> None:
     """Make sure that the wheels run on the target and lack nothing; raises `KitError`, which names the wheel."""
-    runs = installable_tags(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
-    versions: dict[str, Version] = {}
-    for wheel in wheels:
-        name, version, tags = parse_wheel_name(wheel, KitError)
-        if name in versions:
-            raise KitError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {version}")
-        if not tags & runs:
-            raise KitError(
-                f"{wheel.name}", expected=f"a wheel for {target}", got=", ".join(sorted(str(t) for t in tags)[:3])
-            )
-        if target.jetson and name in JETPACK_PROJECTS:
-            raise KitError(
-                f"{name} in a kit for a Jetson",
-                expected="the board's own",
-                got=wheel.name,
-                hint="A plain wheel would be found before JetPack's, which knows the GPU.",
-            )
-        versions[name] = version
-    if OWN_PACKAGE not in versions:
-        raise KitError(f"{OWN_PACKAGE} is missing", hint="Add its wheel to the folder of --find-links.")
-    for wheel, requirement, version_found in _unmet_requirements(wheels, target):
+    tags = installable_tags(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
+    environment, is_present = _marker_environment(target), target.system_packages.__contains__
+    hint = "Add a wheel of it to the folder of --find-links, or let pip fetch it."
+    versions = check_wheels(wheels, str(target), tags, environment, target.extra, is_present, KitError, hint=hint)
+    for name in (name for name in JETPACK_PROJECTS if target.jetson and name in versions):
         raise KitError(
-            f"{wheel.name} requires {requirement.name}{requirement.specifier} on {target}",
-            got="nothing" if version_found is None else version_found,
-            hint="Add the wheel to the folder of --find-links, or let pip fetch it.",
+            f"{name} in a kit for a Jetson",
+            expected="the board's own",
+            got=versions[name],
+            hint="A plain wheel would be found before JetPack's, which knows the GPU.",
         )
 
 

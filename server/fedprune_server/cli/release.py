@@ -9,20 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from fedprune.core.cli import add_json_option, print_json
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ReleaseError
 from fedprune.core.text import amount
 from fedprune.releases.release import MANIFEST, Release, ReleaseFile, rewrite_release, write_release
-from fedprune.releases.wheels import (
-    OWN_PACKAGE,
-    installable_tags,
-    marker_environment,
-    parse_wheel_name,
-    unmet_requirements,
-)
+from fedprune.releases.wheels import check_wheels, installable_tags, marker_environment
 from fedprune.security.keys import SigningKey
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.state_option import add_state
@@ -85,7 +78,7 @@ def _release_of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Releas
         raise ReleaseError(f"there are no wheels in {arguments.wheels}", hint="`pip download` brings them.")
     # Opening a wheel checks its archive: a truncated download is found here, not on the first board.
     opened_wheels = [Wheel(path, path.name) for path in wheels]
-    check_wheels(wheels, arguments.python, arguments.machine, arguments.system)
+    _check_wheels(wheels, arguments.python, arguments.machine, arguments.system)
     contents = contents_digest(opened_wheels)
 
     def build_release(files: tuple[ReleaseFile, ...]) -> Release:
@@ -105,7 +98,7 @@ def _release_of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Releas
     return write_release(arguments.out, build_release, wheels, key)
 
 
-def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequence[str] = ()) -> None:
+def _check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequence[str]) -> None:
     """Raise `ReleaseError` unless wheels run on the boards, include fedprune, and lack nothing.
 
     `python` is the boards' Python, such as cp311, `machine` their processor as `uname -m` prints it, and `system` has
@@ -117,36 +110,17 @@ def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequ
     minor = int(version[1])
     platforms = [f"manylinux_2_{glibc}_{machine}" for glibc in range(_OLDEST_GLIBC_MINOR, 4, -1)]
     platforms += [f"{tag}_{machine}" for tag in ("manylinux2014", "manylinux2010", "manylinux1", "linux")]
-    supported_tags = installable_tags(minor, platforms)
-    versions: dict[str, Version] = {}
-    for wheel in wheels:
-        name, wheel_version, tags = parse_wheel_name(wheel, ReleaseError)
-        if not tags & supported_tags:
-            raise ReleaseError(
-                wheel.name,
-                expected=f"a wheel for {python} on {machine}",
-                got=", ".join(sorted(map(str, tags))[:3]),
-                hint="`pip download --platform` brings others; --python and --machine say what the boards have.",
-            )
-        if name in versions:
-            raise ReleaseError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {wheel_version}")
-        versions[name] = wheel_version
-    if OWN_PACKAGE not in versions:
-        raise ReleaseError(
-            f"there is no wheel of {OWN_PACKAGE} among the {len(wheels)}",
-            hint="`python -m build --wheel` in the source code makes dist/fedprune-*.whl: copy it to the others.",
-        )
     from_system = {canonicalize_name(name) for name in system}
-    markers = marker_environment(minor, machine)
-    for wheel, requirement, present in unmet_requirements(
-        wheels, markers, _BOARD_EXTRA, lambda n: _MODULE_NAMES.get(n, n) in from_system, ReleaseError
-    ):
-        raise ReleaseError(
-            f"{wheel.name} requires {requirement.name}{requirement.specifier}",
-            expected="a wheel of it",
-            got="none" if present is None else present,
-            hint="`pip download` it to the others, or name with --system what the boards' own Python has.",
-        )
+    check_wheels(
+        wheels,
+        f"{python} on {machine}",
+        installable_tags(minor, platforms),
+        marker_environment(minor, machine),
+        _BOARD_EXTRA,
+        lambda name: _MODULE_NAMES.get(name, name) in from_system,
+        ReleaseError,
+        hint="`pip download --platform` brings others; --python, --machine and --system say what the boards have.",
+    )
 
 
 def _now() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from fedprune.core.errors import ForeignClaimError, IdentityError, JoinError, ProtocolError
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError
 from fedprune.core.text import one_line
 from fedprune.security.authority import SERVER_COMMON_NAME
 from fedprune.security.joining import check_request, request_digest, signed_answer_bytes
@@ -77,7 +77,7 @@ class EnrollmentService:
             IdentityError: The authority would issue no certificate; the claim stays unused.
         """
         if request.site != self._identity.site:
-            raise ForeignClaimError(f"this server's site is {self._identity.site}", got=request.site)
+            raise JoinError(f"this server's site is {self._identity.site}", got=request.site)
         if request.device == SERVER_COMMON_NAME:
             raise JoinError(f"no device may be called {SERVER_COMMON_NAME!r}", hint="Choose another name.")
         now = self._identity.authority.now()

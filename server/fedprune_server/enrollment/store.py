@@ -13,16 +13,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sql
 
-from fedprune.core.errors import (
-    ExpiredClaimError,
-    ForeignClaimError,
-    IdentityError,
-    JoinError,
-    StorageError,
-    UnknownClaimError,
-    UsedClaimError,
-    value_text,
-)
+from fedprune.core.errors import IdentityError, JoinError, StorageError, value_text
 from fedprune.security.certificates import key_digest, read_certificate, request_key, seconds_of
 from fedprune.security.join_claim import JoinClaim
 from fedprune.security.joining import holds_claim
@@ -120,26 +111,22 @@ class IdentityStore:
         The very same request may use it again, even if the claim has expired since: the board may not have got the
         answer.
 
-        Raises:
-            UnknownClaimError: There is none, or the sender doesn't know its secret.
-            UsedClaimError: Another request used it.
-            ExpiredClaimError: It has expired.
-            ForeignClaimError: It is for another device.
-            JoinError: The name is another key's, or the key was revoked.
+        Raises `JoinError` if the claim is unknown, expired, for another device or used by another request, its sender
+        doesn't know its secret, the name is another key's, or the key was revoked.
         """
 
         def use(connection: sql.Connection) -> None:
             row = connection.execute(sql.select(CLAIMS).where(_C.id == request.claim)).first()
             has_secret = holds_claim(request, bytes(32) if row is None else bytes(row.key))
             if row is None or not has_secret:
-                raise UnknownClaimError("this server doesn't know the claim", hint="Have a new one made.")
+                raise JoinError("this server doesn't know the claim", hint="Have a new one made.")
             if row.used is not None and row.used != digest:
-                raise UsedClaimError("the claim was used by another request", hint="Have a new one made.")
+                raise JoinError("the claim was used by another request", hint="Have a new one made.")
             if row.used is None:
                 if now >= row.expires:
-                    raise ExpiredClaimError("the claim has expired", hint="Have a new one made.")
+                    raise JoinError("the claim has expired", hint="Have a new one made.")
                 if row.device is not None and row.device != request.device:
-                    raise ForeignClaimError(f"the claim is for another device than {request.device}")
+                    raise JoinError(f"the claim is for another device than {request.device}")
                 _approve(connection, request.device, request.key, now)
                 used = CLAIMS.update().where(_C.id == request.claim).values(used=digest, used_at=now)
                 connection.execute(used)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedprune.core.errors import ConfigError, IdentityError, UsedClaimError
+from fedprune.core.errors import ConfigError, IdentityError, JoinError
 from fedprune.security.certificates import make_request, make_tls_key
 from fedprune.security.join_claim import JoinClaim
 from fedprune.security.joining import make_join_request
@@ -93,7 +93,7 @@ def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
             assert identity.store.latest_epochs() == {member.key: {STREAM: 77}}
             assert listed_serials(identity) == serials_of(second, "pi-1", url) != set()
             assert len(serials_of(second, "pi-3", url)) == 1
-            with pytest.raises(UsedClaimError):
+            with pytest.raises(JoinError, match="used by another"):
                 identity.store.use_claim(request(open_claim, "pi-4"), "00" * 32, 0)
             assert EnrollmentService(identity).answer(revoked).status != APPROVED
 

@@ -376,22 +376,6 @@ class JoinError(FedpruneError):
     exit_code = ExitCode.JOIN
 
 
-class UnknownClaimError(JoinError):
-    """The claim is unknown here, or its user doesn't know its secret."""
-
-
-class UsedClaimError(JoinError):
-    """A claim was used before, by another request."""
-
-
-class ExpiredClaimError(JoinError):
-    """A claim has expired."""
-
-
-class ForeignClaimError(JoinError):
-    """A claim is for another device, site or fleet."""
-
-
 class ReleaseError(FedpruneError):
     """A release of the runtime is damaged, not signed as it must be, or doesn't fit this board."""
 

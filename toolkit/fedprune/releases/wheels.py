@@ -62,6 +62,44 @@ def marker_environment(minor: int, machine: str) -> dict[str, str]:
     return markers
 
 
+def check_wheels(
+    wheels: Sequence[Path],
+    machine_text: str,
+    tags: frozenset[Tag],
+    markers: dict[str, str],
+    extra: str,
+    provided: Callable[[str], bool],
+    refuse: ErrorClass,
+    *,
+    hint: str,
+) -> dict[str, Version]:
+    """Make sure that wheels run on a machine of these `tags`, include fedprune once, and lack nothing; returns their
+    versions by name. Raises `refuse`, which names the wheel; the others as for `unmet_requirements`, and `hint` says
+    how to get another wheel."""
+    versions: dict[str, Version] = {}
+    for wheel in wheels:
+        name, version, wheel_tags = parse_wheel_name(wheel, refuse)
+        if not wheel_tags & tags:
+            got = ", ".join(sorted(map(str, wheel_tags))[:3])
+            raise refuse(wheel.name, expected=f"a wheel for {machine_text}", got=got, hint=hint)
+        if name in versions:
+            raise refuse(f"wheels of {name}", expected="one", got=f"{versions[name]} and {version}")
+        versions[name] = version
+    if OWN_PACKAGE not in versions:
+        raise refuse(
+            f"there is no wheel of {OWN_PACKAGE} among the {len(wheels)}",
+            hint="`python -m build --wheel` in the source code makes dist/fedprune-*.whl: put it there, too.",
+        )
+    for wheel, requirement, present in unmet_requirements(wheels, markers, extra, provided, refuse):
+        raise refuse(
+            f"{wheel.name} requires {requirement.name}{requirement.specifier} on {machine_text}",
+            expected="a wheel of it",
+            got="none" if present is None else present,
+            hint=hint,
+        )
+    return versions
+
+
 def unmet_requirements(
     wheels: Sequence[Path], markers: dict[str, str], extra: str, provided: Callable[[str], bool], refuse: ErrorClass
 ) -> Iterator[tuple[Path, Requirement, Version | None]]:
