@@ -44,8 +44,8 @@ def session_step(session: Any, feeds: Mapping[str, Any]) -> Step:
 
     def run() -> float:
         out = session.run(fed, into={step_contract.next_name(n): spare[n] for n in moving})
-        for name in moving:
-            fed[name], spare[name] = spare[name], fed[name]
+        for name in moving:  # on a GPU that failed they are not in the place that was meant for them
+            spare[name], fed[name] = fed[name], out[step_contract.next_name(name)]
         return float(out[step_contract.LOSS])
 
     return run
@@ -71,7 +71,9 @@ def our_draws(graph: Path, tensors: Mapping[str, Any], x: Any) -> Step:
     return lambda: float(len(random.draw(tensors, len(x), 0, 1, "board", "dropout", 1)))
 
 
-def torch_step(name: str, tensors: Mapping[str, Any], x: Any, y: Any, threads: int, device: str = "cpu") -> Step:
+def torch_step(
+    name: str, tensors: Mapping[str, Any], x: Any, y: Any, threads: int, device: str = "cpu", lr: float = LR
+) -> Step:
     """Eager torch on one of its devices; the module takes the width of the tensors that are put in."""
     import torch
 
@@ -82,7 +84,7 @@ def torch_step(name: str, tensors: Mapping[str, Any], x: Any, y: Any, threads: i
     net.train()
     net.take({n: torch.tensor(v, device=device) for n, v in tensors.items()})
     net.to(device)
-    optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
+    optimizer = torch.optim.SGD(net.parameters(), lr, MOMENTUM, weight_decay=DECAY)
     images, labels = torch.tensor(x, device=device), torch.tensor(y, device=device)
 
     def run() -> float:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from support.paths import ROOT
@@ -15,15 +19,132 @@ pytestmark = [pytest.mark.system, pytest.mark.torch]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 
 
-def test_a_dry_run_goes_through_all_of_it() -> None:
-    done = subprocess.run([*COMMAND, "--dry"], capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)
-    row = json.loads(done.stdout)
-    assert set(row["ms"]) == {"ours", "torch"}
-    assert row["away"]["ours"] < 1e-4
-    assert set(row) >= {"placement", "prediction"}
+def dry_rows(*parts: str) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """The rows of parts by their names, and what was said on stderr."""
+    chosen = [word for part in parts for word in ("--part", part)]
+    done = subprocess.run(
+        [*COMMAND, "--dry", *chosen], capture_output=True, text=True, check=True, timeout=300, cwd=ROOT
+    )
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in done.stdout.splitlines():
+        row = json.loads(line)
+        rows.setdefault(row.pop("part"), []).append(row)
+    return rows, done.stderr
+
+
+def test_a_dry_run_trains_and_predicts_and_says_what_it_skips() -> None:
+    rows, said = dry_rows("rows", "predictions", "engines")
+    (step,) = rows["rows"]
+    assert set(step["ms"]) == set(step["verdicts"]) == {"ours", "unrecorded", "torch"}
+    assert step["verdicts"]["torch"]["ok"]
+    assert step["placement"]["work"]["Conv"] == 4
+    assert [row["precision"] for row in rows["predictions"]] == ["float32", "float16", "int8"]
+    assert "engines" not in rows
+    assert "skipped: engines" in said
+
+
+@pytest.mark.soak
+def test_a_dry_run_goes_through_rounds_of_real_programs_and_a_fleet() -> None:
+    rows, _ = dry_rows("board", "fleet")
+    (board,), (fleet,) = rows["board"], rows["fleet"]
+    assert (board["rounds"], len(board["step_ms"])) == (1, 1)
+    assert fleet["devices"] == 2
 
 
 def test_a_machine_without_a_gpu_is_told_what_it_lacks() -> None:
     done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.startswith("error: this machine lacks")
+
+
+def test_a_wrong_kernel_is_told_from_rounding() -> None:
+    from benchmarks.gpu.rounding import judge, processor_traces, torch_trace
+    from benchmarks.measured_steps import batch
+    from benchmarks.step_nets import network
+    from fedprune.model.architecture import widths_at
+    from fedprune.model.features import Features
+    from fedprune.model.selection import Selection
+    from fedprune.planning.probe_report import CUDA
+    from fedprune.runtime.session import OnnxSession
+    from fedprune_export.importing import export_torch, import_onnx
+    from fedprune_export.training.step_graph import training_graph
+
+    model = import_onnx(export_torch(network("lenet")), "lenet")
+    tensors = Selection.of(model.architecture, widths_at(model.architecture, 0.25)).gather(model.tensors)
+    x, y = batch(model.architecture.input_shape)
+    session = OnnxSession(training_graph(model, Features(), CUDA).to_bytes(), training=True)
+    exact = torch_trace("lenet", tensors, x, y, exact=True)
+    torchs, ours, nudged = processor_traces("lenet", session, tensors, x, y)
+
+    assert judge(ours, exact, [torchs, nudged])["ok"]
+
+    def changed(step: slice, change: Callable[[Any], Any]) -> Any:
+        losses = ours.losses.copy()
+        losses[step] = change(losses[step])
+        return judge(replace(ours, losses=losses), exact, [torchs, nudged])
+
+    name = next(iter(exact.gradients))
+    wrong = judge(
+        replace(ours, gradients={**ours.gradients, name: 1.2 * ours.gradients[name]}), exact, [torchs, nudged]
+    )
+    assert (wrong["ok"], wrong["tensor"]) == (False, name)
+    assert not changed(slice(0, 1), lambda loss: loss * (1 + 1e-4))["ok"], "what TF32 does to a first loss"
+    assert changed(slice(6, None), lambda _: ours.losses[5])["step"] == 10, "a replay that reads what it read before"
+    assert not changed(slice(6, None), lambda _: ours.losses[5])["ok"]
+    assert not changed(slice(9, None), lambda _: np.nan)["ok"]
+
+
+def test_shapes_left_to_the_processor_are_not_work() -> None:
+    from benchmarks.gpu.placement import count_nodes
+
+    def node(name: str, provider: str, kind: str, shape: list[int]) -> dict[str, Any]:
+        output = {"output_type_shape": [{kind: shape}], "output_size": "64"}
+        return {"op_name": name, "provider": f"{provider}ExecutionProvider", "microseconds": 3, **output}
+
+    counts = count_nodes(
+        [
+            node("Conv", "CUDA", "float", [32, 8, 4, 4]),
+            node("Mul", "CPU", "int64", [4]),
+            node("Mul", "CPU", "float", []),
+            node("OneHot", "CPU", "int64", [32, 10]),
+            node("MemcpyToHost", "CUDA", "float", [32, 10]),
+        ]
+    )
+    assert counts["shapes"] == {"Mul": 1}
+    assert counts["work"] == {"Mul": 1, "OneHot": 1}
+    assert (counts["copies"], counts["copied_bytes"]) == ({"MemcpyToHost": 1}, 64)
+
+
+def test_a_part_that_fails_loses_no_other_parts_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import __main__ as command
+    from benchmarks.gpu.machine import Machine
+
+    def broken(machine: Machine) -> Iterator[dict[str, Any]]:
+        yield {"ok": True}
+        raise RuntimeError("CUDA failure 700")
+
+    def slow(machine: Machine) -> Iterator[dict[str, Any]]:
+        for name in machine.in_time(["lenet", "vgg"], 1.0):
+            yield {"net": name, "ok": False}
+            machine.end = 0.0
+
+    monkeypatch.setattr(command, "PARTS", {"first": broken, "second": slow})
+    written: list[dict[str, Any]] = []
+    machine = Machine(dry=True, end=float("inf"))
+    code = command.run_parts(machine, ["first", "second"], lambda body: written.append(json.loads(json.dumps(body))))
+    assert code == 1
+    assert written[0] == {"first": [{"ok": True}], "failed": [], "skipped": []}
+    assert written[-1]["second"] == [{"net": "lenet", "ok": False}]
+    assert written[-1]["failed"] == ["first (RuntimeError: CUDA failure 700)", "second 1"]
+    assert written[-1]["skipped"] == ["vgg (no time left)"]
+
+
+def test_checks_of_engines_are_rows() -> None:
+    from benchmarks.gpu.engines import acceptance_rows
+
+    rows = acceptance_rows("ok    build: build in 3 s\nlog\nFAIL  damage: no: way\n1 of 2 checks passed\n")
+    assert rows == [
+        {"check": "build", "result": "build in 3 s", "ok": True},
+        {"check": "damage", "result": "no: way", "ok": False},
+    ]
+    assert acceptance_rows("error: no TensorRT")[0]["ok"] is False

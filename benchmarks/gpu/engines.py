@@ -1,0 +1,64 @@
+"""Engines: the acceptance of TensorRT where it is installed, else a board with the TensorRT-RTX plugin provider."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.board import board_row
+from benchmarks.gpu.machine import Machine, is_installed
+from benchmarks.harness import ROOT
+from benchmarks.step_nets import network
+from fedprune.planning.profile import TIERS
+from fedprune_export.importing import export_torch
+
+RTX_TIER, RTX_PROVIDER = "tensorrt-rtx", "onnxruntime_ep_nv_tensorrt_rtx"
+
+
+def measure_engines(machine: Machine) -> Iterator[dict[str, Any]]:
+    """A row for each check of the acceptance, or one for the board."""
+    if machine.dry or not (is_installed("tensorrt") or (is_installed(RTX_PROVIDER) and RTX_TIER in TIERS)):
+        machine.skip("engines", "dry run" if machine.dry else "neither TensorRT nor TensorRT-RTX is installed")
+    elif machine.seconds_left() < 40:
+        machine.skip("engines", "no time left")
+    elif is_installed("tensorrt"):
+        yield from _acceptance(machine)
+    else:
+        yield {"check": RTX_TIER, **board_row(machine, RTX_TIER)}
+
+
+def _acceptance(machine: Machine) -> Iterator[dict[str, Any]]:
+    """The lines of `examples/jetson_acceptance.py`: build, restart, new weights, damage, time-out, training."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "model.onnx").write_bytes(export_torch(network("resnet20_bn")))
+        export = ["fedprune_export.cli.main", "model.onnx", "--target", "jetson-orin-nano", "--out", "bundle"]
+        subprocess.run([sys.executable, "-m", *export], cwd=folder, check=True, timeout=120)
+        script = ROOT / "examples" / "jetson_acceptance.py"
+        with (folder / "log").open("w+") as log:
+            try:
+                subprocess.run(
+                    [sys.executable, str(script), "--bundle", "bundle"],
+                    cwd=folder,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=machine.seconds_left(),
+                )
+            except subprocess.TimeoutExpired:
+                machine.skip("the rest of the acceptance", "no time left")
+            log.seek(0)
+            yield from acceptance_rows(log.read())
+
+
+def acceptance_rows(text: str) -> list[dict[str, Any]]:
+    """A row for each check. Output without any is an error, and a row of its own."""
+    checks = [line for line in text.splitlines() if line.startswith(("ok    ", "FAIL  "))]
+    rows = []
+    for line in checks:
+        check, _, result = line[6:].partition(": ")
+        rows.append({"check": check, "result": result, "ok": line.startswith("ok")})
+    return rows or [{"check": "start", "result": text[-2000:], "ok": False}]
