@@ -34,12 +34,16 @@ def step_feeds(inputs: Iterable[str], tensors: Mapping[str, Any], x: Any, y: Any
     return feeds | {n: np.zeros_like(tensors[n.split("::")[0]]) for n in state}
 
 
-def session_step(session: Any, feeds: Mapping[str, Any]) -> Step:
-    """Steps of a session (`fedprune.runtime.session`) that is fed as a board's trainer feeds it."""
+def session_step(session: Any, feeds: Mapping[str, Any], fed: dict[str, Any] | None = None) -> Step:
+    """Steps of a session (`fedprune.runtime.session`) that is fed as a board's trainer feeds it.
+
+    `fed` is filled with the feeds of the next step: weights and state change from step to step.
+    """
     from fedprune.model import step_contract
 
     moving = [n for n in feeds if step_contract.next_name(n) in session.outputs]
-    fed = {**feeds, **session.place({n: feeds[n] for n in moving}, "state")}
+    fed = {} if fed is None else fed
+    fed.update({**feeds, **session.place({n: feeds[n] for n in moving}, "state")})
     spare = session.place({n: np.empty_like(feeds[n]) for n in moving}, "next state")
 
     def run() -> float:

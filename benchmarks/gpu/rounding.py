@@ -1,12 +1,14 @@
 """Tells a wrong kernel from rounding: tolerances that come from runs on the processor.
 
-The truth is the same training in float64. Its distance from trainings in float32 on the processor (torch's, ours, and
-ours from weights that are one unit in the last place away) is what rounding does to this net, with these samples, up to
-this step. A GPU rounds elsewhere in the same way, so it may be `SLACK` times as far away. Two quantities are judged:
+The truth is the same in float64. Its distance from runs in float32 on the processor (torch's, ours, and ours from
+weights that are one unit in the last place away) is what rounding does to this net with these samples. A GPU rounds
+elsewhere in the same way, so it may be `SLACK` times as far away. Two trainings are judged:
 
-- the first step's gradients, tensor by tensor, because no dynamics has amplified their errors yet;
-- the losses of the first steps, of which the last are replays of recorded ones. A training amplifies rounding step by
-  step; steps whose tolerance is more than a share of what the loss moves at all would pass anything and aren't judged.
+- one that stands still: at a learning rate of 0, on other samples in each step. No step amplifies the rounding of the
+  one before, so that losses must be right, and so must the momentum at the end, which sums up the gradients of all
+  steps. The last steps are replays of recorded ones: one that read earlier samples or state would be far away.
+- one that moves, at a small rate. A training amplifies rounding from step to step, in some nets a hundredfold within
+  ten; steps whose tolerance is a large share of what the loss moves at all would pass anything and aren't judged.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.measured_steps import DECAY, session_step, step_feeds, torch_step
+from benchmarks.measured_steps import DECAY, MOMENTUM, session_step, step_feeds, torch_step
 from benchmarks.step_nets import loss, network
 from fedprune.model import step_contract
 from fedprune.runtime.session import OnnxSession
@@ -27,27 +29,29 @@ from fedprune.runtime.session import OnnxSession
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
-LR = 1e-3  # at 0.01 some nets amplify rounding a hundredfold within ten steps
-STEPS = 10  # the first replay is the seventh step: three of each of two places of the state come before it
+LR = 1e-3  # of the training that moves; at 0.01 some nets leave no step to judge
+MOVING_STEPS = 5
+STILL_STEPS = 10  # the first replay is the seventh: three runs for each of two places of the state come before it
 SLACK = 8.0
 
-# A ReLU or a pooling on an edge falls the other way by rounding. This moved a tensor's gradient by up to 2 % in
-# trainings on processors, and needn't happen in those that a tolerance comes from.
+# A ReLU or a pooling on an edge falls the other way by rounding. On processors this moved a tensor's gradient by up to
+# 2 %, and it needn't happen in those runs that a tolerance comes from.
 GRADIENT_FLOOR = 0.05
-MOVEMENT_FLOOR = 0.01  # the same for losses after the first step, as a share of the loss's movement
+MOVEMENT_FLOOR = 0.01  # the same for losses after the first update, as a share of the loss's movement
 
-MAX_TOLERANCE = 0.25  # share of the loss's movement from which on a step isn't judged
-MIN_JUDGED = 8  # steps; fewer don't reach two replays
+MAX_TOLERANCE = 0.25  # share of the loss's movement from which on a moving step isn't judged
+MIN_JUDGED = 2  # moving steps: the second shows whether the first one's update was right
 
 UNIT = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A training's beginning: the losses of its steps, and the first step's gradients with weight decay."""
+    """The losses of a training that stands still and of one that moves, and the momentum at the end of the first."""
 
-    losses: Array
-    gradients: Tensors
+    still: Array
+    momentum: Tensors
+    moving: Array
 
 
 def torch_trace(name: str, tensors: Tensors, x: Array, y: Array, device: str = "cpu", *, exact: bool = False) -> Trace:
@@ -58,33 +62,43 @@ def torch_trace(name: str, tensors: Tensors, x: Array, y: Array, device: str = "
     net.train()
     net.take({n: torch.tensor(v, device=device) for n, v in tensors.items()})
     net.to(device)
-    loss(net, torch.tensor(x, device=device), torch.tensor(y, device=device)).backward()
-    gradients = {n: (p.grad + DECAY * p.detach()).cpu().numpy() for n, p in net.named_parameters()}
+    momentum = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
+    samples, labels, still = torch.tensor(x, device=device), torch.tensor(y, device=device), []
+    for number in range(STILL_STEPS):
+        net.zero_grad()
+        value = loss(net, samples.roll(number, 0), labels)
+        value.backward()
+        still.append(float(value.detach()))
+        for n, p in net.named_parameters():
+            momentum[n] = MOMENTUM * momentum[n] + p.grad + DECAY * p.detach()
     run = torch_step(name, tensors, x, y, torch.get_num_threads(), device, lr=LR)
-    return Trace(np.array([run() for _ in range(STEPS)]), gradients)
+    moving = np.array([run() for _ in range(MOVING_STEPS)])
+    return Trace(np.array(still), {n: v.cpu().numpy() for n, v in momentum.items()}, moving)
 
 
 def session_trace(session: OnnxSession, tensors: Tensors, x: Array, y: Array) -> Trace:
-    """A training graph. The momentum after the first step is the gradient."""
+    """A training graph, as a board's trainer runs it."""
+    samples, fed = x.copy(), dict[str, Any]()
+    feeds = step_feeds(session.inputs, tensors, samples, y) | {step_contract.LR: np.array(0, np.float32)}
+    run, still = session_step(session, feeds, fed), []
+    for number in range(STILL_STEPS):
+        samples[...] = np.roll(x, number, 0)
+        still.append(run())
+    momentum = {n: np.array(fed[state]) for n in tensors if (state := step_contract.momentum_name(n)) in fed}
     feeds = step_feeds(session.inputs, tensors, x, y) | {step_contract.LR: np.array(LR, np.float32)}
-    outputs = {n: step_contract.next_name(step_contract.momentum_name(n)) for n in tensors}
-    outputs = {n: output for n, output in outputs.items() if output in session.outputs}
-    values = session.run(feeds, list(outputs.values()))
-    gradients = {n: np.array(values[output]) for n, output in outputs.items()}
     run = session_step(session, feeds)
-    return Trace(np.array([run() for _ in range(STEPS)]), gradients)
+    return Trace(np.array(still), momentum, np.array([run() for _ in range(MOVING_STEPS)]))
 
 
 def nudge(tensors: Tensors, seed: int) -> dict[str, Array]:
     """The weights, each one unit in the last place away."""
-    rng = np.random.default_rng(seed)
-    return {n: np.nextafter(v, np.where(rng.random(v.shape) < 0.5, -np.inf, np.inf)) for n, v in tensors.items()}
+    rng, infinity = np.random.default_rng(seed), np.float32(np.inf)
+    return {n: np.nextafter(v, np.where(rng.random(v.shape) < 0.5, -infinity, infinity)) for n, v in tensors.items()}
 
 
 def processor_traces(name: str, session: OnnxSession, tensors: Tensors, x: Array, y: Array) -> list[Trace]:
     """Trainings in float32 on the processor; `session` has the training graph there."""
-    nudged = {n: v.astype(np.float32) for n, v in nudge(tensors, 0).items()}
-    starts = (tensors, nudged)
+    starts = (tensors, nudge(tensors, 0))
     return [torch_trace(name, tensors, x, y), *(session_trace(session, start, x, y) for start in starts)]
 
 
@@ -92,41 +106,48 @@ def judge(trace: Trace, exact: Trace, rounded: Sequence[Trace]) -> dict[str, Any
     """The verdict on a training.
 
     Returns:
-        `ok`; `judged`, the number of steps whose losses were judged; for losses and gradients the largest distance as a
-        share of its tolerance (`loss`, `gradient`), with its `step`, from 1, and its `tensor`; `away`, the largest
-        distance of a judged loss.
+        `ok`; distances as shares of their tolerances: the largest of losses that stand still (`still`), of a tensor's
+        momentum (`momentum`, `tensor`) and of judged losses that move (`moving`); `judged`, the number of these;
+        `away`, the largest distance of a loss that stands still or of a judged one.
     """
-    movement = float(np.ptp(exact.losses))
-    distances = np.abs(trace.losses - exact.losses)
-    spread = np.maximum.accumulate(np.max([np.abs(r.losses - exact.losses) for r in rounded], axis=0))
-    tolerances = SLACK * np.maximum(spread, UNIT * np.abs(exact.losses))
+    unit = UNIT * np.abs(exact.still)
+    away = np.abs(trace.still - exact.still)
+    still = away / (SLACK * np.maximum(_spread([r.still for r in rounded], exact.still), unit))
+
+    movement = float(np.ptp(exact.moving))
+    distances = np.abs(trace.moving - exact.moving)
+    tolerances = SLACK * np.maximum(_spread([r.moving for r in rounded], exact.moving), UNIT * np.abs(exact.moving))
     tolerances[1:] = np.maximum(tolerances[1:], MOVEMENT_FLOOR * movement)
     judged = int(np.cumprod(tolerances <= MAX_TOLERANCE * movement).sum())
-    shares = _or_infinity(distances / tolerances)[: max(1, judged)]
-    gradients = {n: _gradient_share(n, trace, exact, rounded) for n in exact.gradients}
-    tensor = max(gradients, key=gradients.__getitem__)
-    return {
-        "ok": bool(shares.max() <= 1 and gradients[tensor] <= 1 and judged >= MIN_JUDGED),
-        "judged": judged,
-        "loss": float(shares.max()),
-        "step": 1 + int(shares.argmax()),
-        "gradient": gradients[tensor],
-        "tensor": tensor,
-        "away": float(distances[: max(1, judged)].max()),
+    moving = (distances / tolerances)[:judged]
+
+    momentum = {n: _momentum_share(n, trace, exact, rounded) for n in exact.momentum}
+    tensor = max(momentum, key=lambda n: _or_infinity(momentum[n]))
+    shares = {
+        "still": _or_infinity(still.max()),
+        "momentum": _or_infinity(momentum[tensor]),
+        "moving": _or_infinity(moving.max(initial=0.0)),
     }
+    ok = max(shares.values()) <= 1 and judged >= MIN_JUDGED
+    largest = max(away.max(), distances[:judged].max(initial=0.0))
+    return {"ok": ok, "judged": judged, "tensor": tensor, **shares, "away": _or_infinity(largest)}
 
 
-def _gradient_share(name: str, trace: Trace, exact: Trace, rounded: Sequence[Trace]) -> float:
-    """A gradient's distance from the exact one, as a share of its tolerance."""
-    truth = exact.gradients[name]
+def _spread(losses: Sequence[Array], truth: Array) -> Array:
+    """The largest distance from the truth up to each step."""
+    return np.maximum.accumulate(np.max([np.abs(values - truth) for values in losses], axis=0))
+
+
+def _momentum_share(name: str, trace: Trace, exact: Trace, rounded: Sequence[Trace]) -> float:
+    """A momentum's distance from the exact one, as a share of its tolerance."""
+    truth = exact.momentum[name]
 
     def distance(other: Trace) -> float:
-        return float(np.linalg.norm(other.gradients[name] - truth))
+        return float(np.linalg.norm(other.momentum[name] - truth))
 
     rounding = max(map(distance, rounded))
-    tolerance = max(SLACK * rounding, GRADIENT_FLOOR * float(np.linalg.norm(truth)), UNIT * truth.size**0.5)
-    return float(_or_infinity(np.array(distance(trace) / tolerance)))
+    return distance(trace) / max(SLACK * rounding, GRADIENT_FLOOR * float(np.linalg.norm(truth)), UNIT)
 
 
-def _or_infinity(values: Array) -> Array:
-    return np.where(np.isfinite(values), values, np.inf)
+def _or_infinity(value: float) -> float:
+    return float(value) if np.isfinite(value) else float("inf")

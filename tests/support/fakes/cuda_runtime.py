@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +28,14 @@ class CudaRuntime:
     def __init__(self, *, offers: bool = True, accepts: bool = True, loads: bool = True) -> None:
         self._offers, self._accepts, self._loads = offers, accepts, loads
         self.fails = self.loses = self.unpartitioned = self.unrecordable = False
-        self.recordings: dict[tuple[int, str], Any] = {}
+        self.recordings: dict[tuple[Any, str], Any] = {}
         self.replays = 0
+        self.records = threading.Event()
+        """While a run is recorded, the GPU refuses all others."""
         self.places = 10_000
         """How many more arrays have room in the GPU's memory."""
+        self.values = weakref.WeakSet[Any]()
+        """The arrays in it."""
         self.before_failing: Callable[[], object] = lambda: None
         self.opened: list[str] = []
         self.runs: list[str] = []
@@ -57,7 +64,9 @@ class CudaRuntime:
                     raise RuntimeError("CUDA failure 700: illegal address")
                 return np.array(super().numpy())
 
-        return Value(real._ortvalue, array)
+        value = Value(real._ortvalue, array)
+        self.values.add(value)
+        return value
 
     def get_available_providers(self) -> list[str]:
         return [*(["CUDAExecutionProvider"] if self._offers else []), "CPUExecutionProvider"]
@@ -91,13 +100,20 @@ class CudaRuntime:
                 if options is not None and options.graph != "-1":
                     if double.unrecordable:
                         raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
-                    recorded = double.recordings.setdefault((id(self), options.graph), binding)
+                    key = (self, options.graph)
+                    if key not in double.recordings:
+                        double.records.set()
+                        time.sleep(0.002)  # others may try
+                        double.records.clear()
+                    recorded = double.recordings.setdefault(key, binding)
                     assert recorded is binding, "what was recorded reads and writes other addresses"
                     double.replays += 1
                 real.run_with_iobinding(binding)
 
             def _begin(self) -> None:
                 double.runs.append("cuda" if on_cuda else "cpu")
+                if on_cuda and double.records.is_set():
+                    raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
                 if on_cuda and double.fails:
                     double.before_failing()
                     raise RuntimeError("CUDA failure 2: out of memory")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -211,3 +212,43 @@ def test_what_cannot_be_recorded_runs_on_the_gpu_as_it_is(small: Path, runtime: 
     placed_runs(small, runs=12)
     assert runtime.replays == 0
     assert runtime.opened[0] == "cuda"
+
+
+def test_predictions_stay_on_the_gpu_while_a_training_is_recorded(small: Path, runtime: CudaRuntime) -> None:
+    predictor, trained = OnnxSession(small, cuda=True), threading.Event()
+
+    def predict() -> None:
+        while not trained.is_set():
+            predictor.run(feeds_of(predictor))
+
+    thread = threading.Thread(target=predict)
+    thread.start()
+    try:
+        for _ in range(10):
+            placed_runs(small, runs=8)
+    finally:
+        trained.set()
+        thread.join()
+    assert predictor.provider == "cuda", predictor.cpu_reason
+    assert len(runtime.recordings) == 20
+
+
+def test_arrays_of_other_shapes_are_released_unless_a_recording_reads_them(small: Path, runtime: CudaRuntime) -> None:
+    session = OnnxSession(small, cuda=True, training=True)
+    name = session.outputs[0]
+
+    def train(rows: int, runs: int) -> None:
+        feeds = feeds_of(session, rows)
+        into = session.place({name: np.zeros_like(OnnxSession(small).run(feeds)[name])}, "outputs")
+        for _ in range(runs):
+            session.run(feeds, into=into)
+
+    train(2, runs=5)
+    assert len(runtime.recordings) == 1
+    recorded = len(runtime.values)
+    for rows in (3, 4, 5):
+        train(rows, runs=1)
+        assert len(runtime.values) == recorded + 1
+    replays = runtime.replays
+    train(2, runs=1)
+    assert (len(runtime.values), runtime.replays) == (recorded, replays + 1)

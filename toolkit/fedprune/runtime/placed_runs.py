@@ -4,13 +4,19 @@ A step of a small net is a thousand kernels of a few microseconds, and launching
 GPU takes to compute it. A CUDA graph launches all of them at once
 (https://onnxruntime.ai/docs/performance/tune-performance/iobinding.html, and `enable_cuda_graph` of the CUDA provider).
 It reads and writes the addresses that it was recorded with, so every array of a recorded run stays where it is.
+
+While onnxruntime records, CUDA refuses what any other thread of the process asks of the GPU that may wait for it, and
+the recording breaks, too (`cudaStreamCaptureModeGlobal`,
+https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__STREAM.html). A board predicts while it trains, so that
+nothing else uses the GPU while a run is recorded: `GPU_GATE`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +46,36 @@ class GpuLostError(FedpruneError):
     exit_code = ExitCode.RUNTIME
 
 
+class GpuGate:
+    """Lets threads use a GPU at once, but for one that records."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._users = 0
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Wait for a recording to end; none begins before this ends."""
+        with self._condition:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._users -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Wait until nobody uses the GPU, and keep others out."""
+        with self._condition:  # `use` waits for this lock
+            self._condition.wait_for(lambda: not self._users)
+            yield
+
+
+GPU_GATE = GpuGate()
+
+
 class PlacedArray:
     """An array in a GPU's memory. `numpy.asarray(placed)` copies it back, or raises `GpuLostError` if the GPU has
     failed."""
@@ -66,15 +102,22 @@ class PlacedRuns:
         # Further arguments of a run that must not be recorded.
         self.unrecorded_options: tuple[Any, ...] = (self._options(_NO_GRAPH_ID),) if records else ()
         self._can_record = records
-        self._placed: dict[tuple[Hashable, ...], PlacedArray] = {}
+        self._placed: dict[tuple[str, str, tuple[int, ...], str], PlacedArray] = {}
         self._counts = Counter[Hashable]()
         self._recordings: dict[Hashable, _Recording] = {}
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, PlacedArray]:
-        """Copy arrays into the GPU's memory, which is kept as long as the session. Arrays of the same role, name and
-        shape overwrite earlier ones, so that recordings with these addresses stay valid."""
+        """Copy arrays into the GPU's memory. Arrays of the same role, name and shape overwrite earlier ones, so that
+        recordings with these addresses stay valid; those of other shapes are released unless a recording has them."""
         placed = {}
-        with self._lock:
+        with self._lock, GPU_GATE.use():
+            recorded = {id(array) for recording in self._recordings.values() for array in recording.arrays}
+            names = {(role, name) for name in arrays}
+            # Before new ones: a simulation trains one width after another, and each may need half of the memory.
+            for key in [k for k, v in self._placed.items() if k[:2] in names and id(v) not in recorded]:
+                array = arrays[key[1]]
+                if key[2:] != (array.shape, array.dtype.str):
+                    del self._placed[key]
             for name, array in arrays.items():
                 array = np.asarray(array, order="C")
                 key = role, name, array.shape, array.dtype.str
@@ -92,13 +135,15 @@ class PlacedRuns:
             recording = self._recordings.get(signature)
             if recording is not None:
                 try:
-                    return recording.run(feeds)
+                    with GPU_GATE.use() if recording.has_run else GPU_GATE.record():
+                        return recording.run(feeds)
                 except Exception:
                     # A first run that fails may only be impossible to record; a later failure is the GPU's.
                     if recording.has_run:
                         raise
                     self._stop_recording()
-            outputs = run_bound(self.session, names, feeds, into, self.unrecorded_options)
+            with GPU_GATE.use():
+                outputs = run_bound(self.session, names, feeds, into, self.unrecorded_options)
             if self._can_record and all(isinstance(array, PlacedArray) for array in into.values()):
                 self._count_run(signature, feeds, outputs)
             return outputs
@@ -112,7 +157,8 @@ class PlacedRuns:
             return
         options, binding = self._options(str(1 + len(self._recordings))), self.session.io_binding()
         try:
-            self._recordings[signature] = _Recording(self._put, self.session, binding, options, feeds, outputs)
+            with GPU_GATE.use():
+                self._recordings[signature] = _Recording(self._put, self.session, binding, options, feeds, outputs)
         except Exception:  # noqa: BLE001 - such as no memory for its copies; the run itself went well
             self._stop_recording()
 
@@ -184,7 +230,8 @@ class _Recording:
         self._inputs = {n: put(np.asarray(v, order="C")) for n, v in feeds.items() if n not in placed}
         self._outputs = {n: v if isinstance(v, PlacedArray) else put(np.zeros_like(v)) for n, v in outputs.items()}
         self._copied_names = [n for n, v in outputs.items() if not isinstance(v, PlacedArray)]
-        self._kept_inputs = placed  # the addresses that were recorded must stay theirs
+        # The addresses that were recorded must stay theirs.
+        self.arrays = [*placed.values(), *self._inputs.values(), *self._outputs.values()]
         for name, value in {**placed, **self._inputs}.items():
             binding.bind_ortvalue_input(name, value.value)
         for name, value in self._outputs.items():

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
-from fedprune.runtime.placed_runs import GpuLostError, PlacedArray, PlacedRuns, run_bound
+from fedprune.runtime.placed_runs import GPU_GATE, GpuLostError, PlacedArray, PlacedRuns, run_bound
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve_sessions
 
 Array = npt.NDArray[Any]
@@ -125,7 +125,7 @@ class OnnxSession:
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
         """Copies of arrays where the graph is computed, as feeds and outputs of many runs without further copies. They
-        overwrite what was placed in the same role before. On the CPU they are the arrays themselves."""
+        take the place of what was placed in the same role before. On the CPU they are the arrays themselves."""
         runs = self._placed
         if runs is None:
             return dict(arrays)
@@ -175,7 +175,8 @@ class OnnxSession:
             elif runs is not None:
                 if placed:
                     return runs.run(names, all_feeds, into)
-                values = session.run(names, all_feeds, *runs.unrecorded_options)
+                with GPU_GATE.use():
+                    values = session.run(names, all_feeds, *runs.unrecorded_options)
             elif sum(array.nbytes for array in into.values()) >= _MIN_BOUND_BYTES and not _is_on_cuda(session):
                 return run_bound(session, names, all_feeds, into)
             else:
@@ -198,9 +199,10 @@ class OnnxSession:
             return None
         records = records and _process is None
         try:
-            session = self._open_recording() if records else None
-            records = session is not None
-            session = session or self._open((_CUDA, CUDA_OPTIONS), _CPU)
+            with GPU_GATE.use():
+                session = self._open_recording() if records else None
+                records = session is not None
+                session = session or self._open((_CUDA, CUDA_OPTIONS), _CPU)
         except ModelError as error:
             self._log_no_cuda(str(error))
             return None
