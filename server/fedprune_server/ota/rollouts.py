@@ -52,7 +52,7 @@ class RolloutTerms:
     def rollout_plan(self, release: Release) -> RolloutPlan:
         shares = self.shares or [s.share for s in CAREFUL_STAGES]
         stages = tuple(Stage(share, self.success, self.errors, self.stage_seconds) for share in shares)
-        return RolloutPlan("release", str(release.number), stages, board_seconds=self.board_seconds, seed=self.seed)
+        return RolloutPlan(str(release.number), stages, board_seconds=self.board_seconds, seed=self.seed)
 
 
 # How boards go back: all at once, because they leave a release that works badly. The shares of successes and failures

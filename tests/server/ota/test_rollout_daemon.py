@@ -82,7 +82,7 @@ class UpdatedFleet(Fleet):
         with RolloutStore(folder) as store:
             leaves = tuple(store.blobs.put((release / FILES / f.sha256).read_bytes()).leaves for f in contents.files)
             offer = ReleaseOffer(7, manifest.decode(), signature.hex(), leaves, 3, 600.0)
-            store.begin(offer, Rollout.for_boards(RolloutPlan("release", "7", stages), NAMES), 0.0, joins=True)
+            store.begin(offer, Rollout.for_boards(RolloutPlan("7", stages), NAMES), 0.0, joins=True)
         self.files = [f.sha256 for f in contents.files]
 
     def until_over(self, folder: Path, **options: object) -> Rollout:

@@ -69,7 +69,7 @@ class Site:
         return ReleaseOffer(number, manifest.decode(), signature.hex(), ("ab" * 32,) * len(contents.files), 3, 600.0)
 
     def begin(self, *stages: Stage, number: int = 7, joins: bool = True, names: list[str] = NAMES) -> int:
-        plan = RolloutPlan("release", str(number), stages or CAREFUL_STAGES, board_seconds=3600.0)
+        plan = RolloutPlan(str(number), stages or CAREFUL_STAGES, board_seconds=3600.0)
         with RolloutStore(self.folder) as store:  # the command line is another process
             return store.begin(self.offer(number), Rollout.for_boards(plan, names), self.wall, joins=joins)
 

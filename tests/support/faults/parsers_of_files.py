@@ -220,7 +220,7 @@ def _states() -> tuple[Target, ...]:
     device = JobDevice(1, True, {"name": "x"}, None, 3)
     task = DeviceTask(1, (4,), 0.5, offer={"weights": {"sha256": "0" * 64}})
     state = State(model="0" * 64, devices={"a": device}, tasks={"a": task}).to_json().encode()
-    rollout = Rollout.for_boards(RolloutPlan("release", "7"), ["a", "b"]).to_dict()
+    rollout = Rollout.for_boards(RolloutPlan("7"), ["a", "b"]).to_dict()
     record = Record("a run", JOB.to_dict(), (("w", 8),), (), ())
     return (
         Target("state.job", as_text(State.from_json), (state,), text=True, share=2),

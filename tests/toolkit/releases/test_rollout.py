@@ -19,7 +19,7 @@ NAMES = [f"board-{i:02}" for i in range(40)]
 
 
 def plan(*stages: Stage, **changes: Any) -> RolloutPlan:
-    return RolloutPlan("release", "7", stages or CAREFUL_STAGES, **changes)
+    return RolloutPlan("7", stages or CAREFUL_STAGES, **changes)
 
 
 def given_by(commands: list[RolloutCommand]) -> list[str]:
@@ -115,7 +115,7 @@ def plans(draw: st.DrawFn) -> RolloutPlan:
         success = draw(st.floats(0.1, 1))
         errors = draw(st.floats(0, max(0.0, min(1 - success, 0.9))))
         stages.append(Stage(share, success, errors, draw(st.floats(1, 500))))
-    return RolloutPlan("bundle", "ab", tuple(stages), draw(st.floats(1, 100)), draw(st.integers(0, 99)))
+    return RolloutPlan("ab", tuple(stages), draw(st.floats(1, 100)), draw(st.integers(0, 99)))
 
 
 KINDS = st.sampled_from(["tick", "success", "success", "success", "failure", "new", "removal"])

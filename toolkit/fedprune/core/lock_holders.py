@@ -94,23 +94,11 @@ _SECRET = re.compile(r"((?:password|secret|token)\w*=)\S+", re.IGNORECASE)
 def command_text(arguments: Sequence[str]) -> str:
     """A command line for a log line, without secrets.
 
-    A long one is cut in the middle. It keeps what distinguishes it: program and script without their folders, the
-    subcommand, and the last arguments, such as paths. Addresses are hidden, because they may hold a password or be a
-    secret, and so are values after words like `password=`.
+    Program and script are shown without their folders, and a long line is cut in the middle: its ends distinguish it.
+    Addresses are hidden, because they may hold a password or be a secret, and so are values after words like
+    `password=`.
     """
-    public = (_SECRET.sub(r"\1***", _ADDRESS.sub(r"\1***", one_line(a, len(a)))) for a in arguments)
-    words = [word for word in public if word]
-    if len(text := " ".join(words)) <= _MAX_COMMAND_LENGTH:
-        return text
-    for i in range(min(2, len(words) - 1)):
-        words[i] = words[i].rpartition("/")[2] if words[i].startswith("/") else words[i]
-    first_words = [one_line(words.pop(0), _MAX_COMMAND_LENGTH // 2)]
-    while words and len(" ".join([*first_words, words[0]])) <= _MAX_COMMAND_LENGTH // 3:
-        first_words.append(words.pop(0))
-    room, last_words = _MAX_COMMAND_LENGTH - len(" ".join(first_words)), list[str]()
-    while words and len(words[-1]) < room:
-        last_words.insert(0, words.pop())
-        room -= len(last_words[0]) + 1
-    if words and not last_words:
-        last_words = [words[-1][-room:]]
-    return " ".join([*first_words, *(["..."] if words else []), *last_words])
+    words = [_SECRET.sub(r"\1***", _ADDRESS.sub(r"\1***", one_line(a, len(a)))) for a in arguments if a]
+    words[:2] = [word.rpartition("/")[2] if word.startswith("/") else word for word in words[:2]]
+    text, half = " ".join(words), _MAX_COMMAND_LENGTH // 2
+    return text if len(text) <= _MAX_COMMAND_LENGTH else f"{text[:half]} ... {text[-half:]}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -230,24 +231,9 @@ def coverage_strip(name: str, channels: int, channel_runs: Iterable[Mapping[str,
 
 def _stretches(points: Sequence[tuple[float, float | None]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """SVG points of a line's unbroken stretches, and paths of zero length for its single values."""
-    paths: list[str] = []
-    dots: list[str] = []
-    stretch: list[str] = []
-    for x, y in points:
-        if y is None:
-            _end_stretch(stretch, paths, dots)
-            stretch = []
-        else:
-            stretch.append(f"{x:g},{y:g}")
-    _end_stretch(stretch, paths, dots)
-    return tuple(paths), tuple(dots)
-
-
-def _end_stretch(points: list[str], paths: list[str], dots: list[str]) -> None:
-    if len(points) == 1:
-        dots.append(f"M{points[0]}h0")
-    elif points:
-        paths.append(" ".join(points))
+    groups = groupby(points, lambda point: point[1] is not None)
+    stretches = [[f"{x:g},{y:g}" for x, y in group] for has_values, group in groups if has_values]
+    return tuple(" ".join(s) for s in stretches if len(s) > 1), tuple(f"M{s[0]}h0" for s in stretches if len(s) == 1)
 
 
 def _ticks(low: float, high: float, top: float | None) -> list[float]:

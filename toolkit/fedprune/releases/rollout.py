@@ -1,7 +1,7 @@
-"""Decides which boards get a new release, model or bundle next: one board, then some, then all, while they succeed.
+"""Decides which boards get a new release next: one board, then some, then all, while they succeed.
 
 `releases.rollout_plan` has the stages. `Rollout` does no I/O, as the coordinator does none: methods take an event and
-the time, and return commands for the server (offer the *subject*, which is the release, model or bundle, to a board).
+the time, and return commands for the server (offer the *subject*, which is the release, to a board).
 Its state is plain data. A board has failed if it reports a rollback, or nothing until its deadline. Too many failures
 in a stage stop the rollout, with a message that names the boards and reasons.
 

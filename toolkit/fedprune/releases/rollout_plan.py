@@ -7,14 +7,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass
 
-from fedprune.core import validation
 from fedprune.core.errors import ConfigError, value_text
 from fedprune.core.settings import bounded, check_fields
 
 # More stages than anybody plans by hand; a report looks at all that have begun.
 MAX_STAGES = 32
 MAX_SECONDS = 366 * 86_400.0
-ROLLOUT_KINDS = ("release", "model", "bundle")
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,12 @@ class RolloutPlan:
     """A rollout's subject and stages.
 
     Attributes:
-        kind: One of `ROLLOUT_KINDS`.
-        subject: The release's number, or the digest of a model or bundle.
+        subject: The release's number.
         stages: In order; the last one is all boards.
         board_seconds: After which a board that was given it and reported nothing has failed.
         seed: Decides which boards are early.
     """
 
-    kind: str
     subject: str
     stages: tuple[Stage, ...] = CAREFUL_STAGES
     board_seconds: float = bounded(3600.0, 0, MAX_SECONDS, above=True)
@@ -63,7 +59,6 @@ class RolloutPlan:
 
     def __post_init__(self) -> None:
         check_fields(self, ("rollout",))
-        validation.check_word("kind of a rollout", self.kind, ROLLOUT_KINDS)
         shares = [s.share for s in self.stages]
         if not 1 <= len(shares) <= MAX_STAGES or shares != sorted(set(shares)) or shares[-1] != 1:
             raise ConfigError("stages of a rollout", expected="growing shares, the last one 1", got=value_text(shares))
