@@ -20,7 +20,7 @@ class ColumnStatistics:
         """Add rows [n, width]; NaN is a missing number."""
         is_there = ~np.isnan(rows)
         count = is_there.sum(axis=0)
-        known = np.where(is_there, rows, 0).astype(np.float64)
+        known = np.where(is_there, rows, 0).astype(np.float64, copy=False)
         mean = known.sum(axis=0) / np.maximum(count, 1)
         squares = (np.where(is_there, known - mean, 0) ** 2).sum(axis=0)
         total = np.maximum(self._count + count, 1)
@@ -30,14 +30,14 @@ class ColumnStatistics:
         self._count += count
 
     @property
-    def mean(self) -> npt.NDArray[np.float32]:
+    def mean(self) -> npt.NDArray[np.float64]:
         """The means [width]; 0 of a column without any number."""
-        return self._mean.astype(np.float32)
+        return self._mean
 
     @property
-    def deviation(self) -> npt.NDArray[np.float32]:
+    def deviation(self) -> npt.NDArray[np.float64]:
         """The deviations [width]: roots of the mean square."""
-        return np.sqrt(self._squares / np.maximum(self._count, 1)).astype(np.float32)
+        return np.asarray(np.sqrt(self._squares / np.maximum(self._count, 1)))
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:

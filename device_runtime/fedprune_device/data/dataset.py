@@ -18,6 +18,7 @@ from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis
 from fedprune_device.data.data_source import LABELS, ArrayType, Schema
 from fedprune_device.data.labels import Targets, effective_classes
+from fedprune_device.data.notes import Notes
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_samples, common_type
 from fedprune_device.data.sequences import PaddedRows, pad_labels, pad_samples
 from fedprune_device.data.spooled_arrays import spool_large
@@ -231,3 +232,25 @@ class SampleSource(Protocol):
         In `shape`, that of a model's input, names and None stand for any size. `targets` are the labels that its loss
         takes; without them, as for predictions, a source may leave the labels out.
         """
+
+
+class ReadSource:
+    """What the sources that read files or a user's class say of themselves (`SampleSource`): of the last round, and
+    before the first one of what there is to read."""
+
+    def __init__(self, origin: object) -> None:
+        self._training_count = 0
+        self._effective_classes: int | None = None
+        self._notes = Notes(origin)
+
+    @property
+    def samples(self) -> int:
+        return self._training_count
+
+    @property
+    def effective_classes(self) -> int | None:
+        return self._effective_classes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._notes.texts

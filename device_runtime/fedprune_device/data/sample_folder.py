@@ -19,13 +19,12 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Shape
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import LocalData, ReadSource
 from fedprune_device.data.decoded_samples import CacheFullError, DecodedSamples
 from fedprune_device.data.file_index import FileIndex
 from fedprune_device.data.folder_layout import layout_of
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.layouts import MAX_LABEL_BYTES, NO_LABELS, Layout
-from fedprune_device.data.notes import Notes
 from fedprune_device.data.other_files import SINGLE_FILES, WAY_OUT
 from fedprune_device.data.splits import SplitShares
 
@@ -87,7 +86,7 @@ class Format(Protocol):
         """Samples as a model of whole numbers takes them; raises `DataError` if they aren't made of any."""
 
 
-class SampleFolder:
+class SampleFolder(ReadSource):
     """A board's samples as files in one of the layouts of `data.layouts`, each in one of `formats`. `root` is their
     folder, or one file, which counts as a folder of one.
 
@@ -107,34 +106,17 @@ class SampleFolder:
         state: Path | None = None,
         room: int = DECODED_BYTES,
     ) -> None:
+        super().__init__(root)
         self._root, self._shares, self._max_samples = root, shares, max_samples
         self._formats = {ending: one for one in formats for ending in one.endings}
         self._names, self._state, self._room = class_names, state, room
         self._index = FileIndex(None if state is None else state / INDEX_FILE)
         self._decoded: tuple[object, DecodedSamples] | None = None
         self._chosen: list[_File] = []
-        self._training_count = 0
-        self._files_per_class: list[int] = []  # files for training, by class
         self._foreign_counts: Counter[str] = Counter()  # files by endings that aren't read
         self._unlabelled_counts: Counter[str] = Counter()  # files without labels, by what is missing
         self._refusals: list[str] = []  # why files were left out when they were last looked at
-        self._notes = Notes(root)
         self._choose_files(_MAX_HASHED_AT_START)
-
-    @property
-    def samples(self) -> int:
-        """Training samples of the last round; before the first one, files for training."""
-        return self._training_count
-
-    @property
-    def effective_classes(self) -> int | None:
-        """See `SampleSource`; of the files for training, None unless folders are classes."""
-        return effective_classes(self._files_per_class) if len(self._files_per_class) > 1 else None
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """See `SampleSource`."""
-        return self._notes.texts
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The samples that exist now; unreadable files are logged and left out. Raises `DataError` if none is left."""
@@ -242,7 +224,8 @@ class SampleFolder:
                     _LOG.warning("%s is left out: %s", path, error)
         self._count_unlabelled(unlabelled)
         files_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in file_of_digest]
-        self._files_per_class = [sum(file.split == "train" for file in files) for files in files_by_class]
+        counts = [sum(file.split == "train" for file in files) for files in files_by_class]
+        self._effective_classes = effective_classes(counts) if len(counts) > 1 else None  # are folders classes?
         self._chosen = list(islice(_interleave(files_by_class), self._max_samples))
         self._training_count = sum(file.split == "train" for file in self._chosen)
         return layout

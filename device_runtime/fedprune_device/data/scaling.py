@@ -164,13 +164,13 @@ def _fit(parts: Iterable[Array], channels: int, axis: int) -> ChannelScale:
         rows = np.moveaxis(part, axis + 1, -1) if channels > 1 else part
         rows = rows.reshape(-1, channels)
         statistics.add(np.where(rows == np.float32(PADDING), np.nan, rows))
-    deviation = statistics.deviation
+    mean, deviation = statistics.mean.astype(np.float32), statistics.deviation.astype(np.float32)
     if constant := int((deviation == 0).sum()):
         _LOG.info(
             "%d of %d columns never change in the training samples: they keep the deviation 1", constant, channels
         )
     deviation = np.where(deviation > 0, deviation, 1)
-    return ChannelScale(tuple(statistics.mean.tolist()), tuple(deviation.tolist()), axis)
+    return ChannelScale(tuple(mean.tolist()), tuple(deviation.tolist()), axis)
 
 
 def _scaled(x: Inputs, scale: ChannelScale) -> Inputs:

@@ -9,11 +9,10 @@ upper bound, and `pad_labels` pads labels so that padded positions count for not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -72,9 +71,7 @@ def pad_samples(x: Inputs, rows: PaddedRows | None, shape: Shape) -> Inputs:
         return convert(x)
     if rows is None and x.shape[1:][axis : axis + 1] == (bounds.upper,):
         return x
-    example = convert(np.zeros((0, *x.shape[1:]), x.dtype))
-    convert = partial(_convert_read, x.convert, x.dtype, convert)
-    return replace(x, convert=convert, sample_shape=example.shape[1:], converted_type=example.dtype.type)
+    return x.after_reading(convert)
 
 
 def _pad_rows(rows: PaddedRows | None, shape: Shape, x: Array) -> Array:
@@ -83,10 +80,6 @@ def _pad_rows(rows: PaddedRows | None, shape: Shape, x: Array) -> Array:
     size = prod(rows.shape)
     lengths = x[:, size].astype(np.int64)
     return pad_to_bound(x[:, :size].reshape(len(x), *rows.shape), shape, lengths)
-
-
-def _convert_read(first_convert: Any, dtype: np.dtype[Any], convert: Any, raw: Array) -> Array:
-    return np.asarray(convert(raw.astype(dtype, copy=False) if first_convert is None else first_convert(raw)))
 
 
 def pad_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, spool: Path | None) -> Inputs:

@@ -13,9 +13,8 @@ from fedprune.core.errors import DataError, shape_text
 from fedprune.model.lengths import Shape
 from fedprune_device.data.array_assembly import assemble
 from fedprune_device.data.data_source import LABELS, ArrayType, DataSource, Schema
-from fedprune_device.data.dataset import SPLITS, LocalData
+from fedprune_device.data.dataset import SPLITS, LocalData, ReadSource
 from fedprune_device.data.labels import Targets, effective_classes
-from fedprune_device.data.notes import Notes
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.spooled_arrays import ArrayWriter
 from fedprune_device.data.stored_array import Array, Inputs, Rows
@@ -24,7 +23,7 @@ _CHUNK_BYTES = 2**20  # bytes of samples that are read at once
 MAX_SAMPLES = 2**31  # of a source: a length beyond it is nonsense
 
 
-class SourceSamples:
+class SourceSamples(ReadSource):
     """A board's samples as a `DataSource` has them; each round reads those that exist when it begins.
 
     A sample's index decides whether it is for training, testing or validation. A round takes at most `max_samples`
@@ -41,27 +40,12 @@ class SourceSamples:
         class_names: tuple[str, ...] = (),
         spool: Path | None = None,
     ) -> None:
+        super().__init__(name)
         self._source, self._name, self._shares, self._max_samples = source, name, shares, max_samples
-        self._spool, self._notes = spool, Notes(name)
+        self._spool = spool
         self.schema = _checked_schema(_call(name, "schema", source.schema), name)
         self._labels_of_classes = _labels_of_classes(self.schema.class_names, class_names, name)
         self._training_count = len(self._choose()["train"])
-        self._effective_classes: int | None = None
-
-    @property
-    def samples(self) -> int:
-        """Training samples of the last round; before the first one, those that the source has."""
-        return self._training_count
-
-    @property
-    def effective_classes(self) -> int | None:
-        """See `SampleSource`; of the last round."""
-        return self._effective_classes
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """See `SampleSource`."""
-        return self._notes.texts
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The samples that exist now."""

@@ -147,13 +147,10 @@ class StoredArray:
         return np.asarray(self[:], dtype)
 
     def after_reading(self, function: Callable[[Array], Array]) -> StoredArray:
-        """This array with a function of samples [n, ...] that is applied as they are read, and keeps their shape."""
-        return replace(
-            self,
-            convert=partial(_convert_read, self.convert, self.dtype, function),
-            sample_shape=self.shape[1:],
-            converted_type=np.float32,
-        )
+        """This array with a function of samples [n, ...] that is applied as they are read."""
+        example = function(np.zeros((0, *self.shape[1:]), self.dtype))
+        convert = partial(_convert_read, self.convert, self.dtype, function)
+        return replace(self, convert=convert, sample_shape=example.shape[1:], converted_type=example.dtype.type)
 
     def as_float32(self) -> StoredArray:
         """This array, read as float32."""

@@ -14,6 +14,7 @@ from fedprune.core.text import first_few, quantity
 from fedprune.model.features import MULTI_LABELS, labels_of
 from fedprune.model.lengths import padding_value
 from fedprune_device.data.box_layouts import takes_boxes
+from fedprune_device.data.column_statistics import ColumnStatistics
 from fedprune_device.data.dataset import SPLITS, Channels, LocalData
 from fedprune_device.data.image_decoding import has_colours_last
 from fedprune_device.data.labels import Targets, class_counts
@@ -113,37 +114,27 @@ def channel_ranges(x: Inputs, names: Sequence[str] = (), axis: int = 0) -> tuple
     sample_axis = 2 if is_picture else channel_axis(x.shape[1:], names, axis)
     channels = 1 if sample_axis is None else x.shape[sample_axis + 1]
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
-    sums, squares, counts = np.zeros(channels), np.zeros(channels), np.zeros(channels)
-    origin: npt.NDArray[np.float64] | None = None  # near the mean, so that squares of large numbers stay exact
-    is_whole = np.ones(channels, bool)
-    for numbers, is_number in _channel_rows(x, sample_axis, channels):
-        if origin is None:
-            origin = np.array([row[ok][0] if ok.any() else 0.0 for row, ok in zip(numbers, is_number, strict=True)])
-        low = np.minimum(low, np.where(is_number, numbers, np.inf).min(1))
-        high = np.maximum(high, np.where(is_number, numbers, -np.inf).max(1))
-        distances = np.where(is_number, numbers - origin[:, None], 0.0)
-        sums += distances.sum(1)
-        squares += (distances**2).sum(1)
-        counts += is_number.sum(1)
-        is_whole &= (np.where(is_number, numbers % 1, 0) == 0).all(1)
-    if origin is None:
+    statistics, is_whole = ColumnStatistics(channels), np.ones(channels, bool)
+    for rows in _channel_rows(x, sample_axis, channels):
+        statistics.add(rows)
+        low, high = np.fmin(low, np.fmin.reduce(rows)), np.fmax(high, np.fmax.reduce(rows))
+        is_whole &= (np.isnan(rows) | (rows % 1 == 0)).all(0)
+    if not statistics.counts.any():
         return ()
-    means = sums / np.maximum(counts, 1)
-    deviations = np.sqrt(np.maximum(squares / np.maximum(counts, 1) - means**2, 0))
+    ranges = zip(low, high, statistics.mean, statistics.deviation, is_whole, strict=True)
     return tuple(
         ChannelRange(names[i] if names else str(i), float(a), float(b), float(m), float(d), bool(w))
-        for i, (a, b, m, d, w) in enumerate(zip(low, high, means + origin, deviations, is_whole, strict=True))
+        for i, (a, b, m, d, w) in enumerate(ranges)
     )
 
 
-def _channel_rows(x: Inputs, axis: int | None, channels: int) -> Iterator[tuple[Array, Array]]:
-    """Numbers [channels, k] of some samples, and which of them are no padding."""
+def _channel_rows(x: Inputs, axis: int | None, channels: int) -> Iterator[Array]:
+    """Numbers [k, channels] of some samples, NaN for padding."""
     for chunk in chunks(x):
         if not chunk.size:
             continue
-        rows = chunk if axis is None else np.moveaxis(chunk, axis + 1, 0)
-        rows = rows.reshape(channels, -1)
-        yield rows.astype(np.float64), rows != padding_value(rows.dtype)
+        rows = (chunk if axis is None else np.moveaxis(chunk, axis + 1, -1)).reshape(-1, channels)
+        yield np.where(rows == padding_value(rows.dtype), np.nan, rows.astype(np.float64))
 
 
 def _class_counts(y: Inputs, targets: Targets) -> npt.NDArray[np.int64] | None:

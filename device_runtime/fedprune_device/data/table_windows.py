@@ -14,9 +14,8 @@ from fedprune.core.errors import DataError, shape_text
 from fedprune.core.text import first_few, quantity
 from fedprune.model.lengths import Shape, upper_shape
 from fedprune_device.data.column_statistics import ColumnStatistics
-from fedprune_device.data.dataset import SPLITS, Channels, LocalData
+from fedprune_device.data.dataset import SPLITS, Channels, LocalData, ReadSource
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.notes import Notes
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray
 from fedprune_device.data.stored_table import NO_CLASS, NO_NUMBER, StoredTable, read_table
@@ -54,7 +53,7 @@ class _WindowPlan:
         return self.steps + self.horizon
 
 
-class TableFile:
+class TableFile(ReadSource):
     """A board's samples as windows of a table's rows; rows that are added are noticed at the next round.
 
     A round takes at most `max_windows` windows, evenly over the file. None spans a gap between the times of two rows.
@@ -73,26 +72,12 @@ class TableFile:
         max_bytes: int = TABLE_BYTES,
         options: TableOptions | None = None,
     ) -> None:
+        super().__init__(path)
         self._path, self._shares, self._max_windows = path, shares, max_windows
         self._names, self._spool, self._max_bytes = class_names, spool, max_bytes
-        self._options, self._notes = options or TableOptions(), Notes(path)
+        self._options = options or TableOptions()
         self._stamp, self._numbers = self._read()
         self._training_count = min(max_windows, self._numbers.count)
-
-    @property
-    def samples(self) -> int:
-        """Training samples of the last round; before the first one, rows."""
-        return self._training_count
-
-    @property
-    def effective_classes(self) -> int | None:
-        """See `SampleSource`; of all rows, None unless a column has their class."""
-        return self._numbers.effective_classes
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """See `SampleSource`."""
-        return self._notes.texts
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The windows that exist now; raises `DataError` if the model takes others."""
@@ -128,7 +113,7 @@ class TableFile:
             raise DataError(
                 f"column {empty}", expected="a number in the training rows", got="none, so that it has no mean"
             )
-        means = statistics.mean
+        means = statistics.mean.astype(np.float32)
 
         def after_filling(select: Callable[[Array], Array]) -> Callable[[Array], Array]:
             return lambda rows: select(np.where(np.isnan(rows), means, rows))
@@ -209,6 +194,7 @@ class TableFile:
         stamp = self._file_stamp()
         table, notes = read_table(self._path, self._names, self._options, self._spool, self._max_bytes)
         self._notes.replace(notes, [_COUNTER_WARNING.format(index + 1) for index in table.counters])
+        self._effective_classes = table.effective_classes
         return stamp, table
 
 
