@@ -12,10 +12,10 @@ from typing import Any
 from fedprune import __version__
 from fedprune.core import cli
 from fedprune.core.command_parser import CommandParser
+from fedprune.planning.jetpack_releases import TEGRA_RELEASE
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune_device.cli import options
 from fedprune_device.cli.run import add_run
-from fedprune_device.hardware.readings import TEGRA_RELEASE
 
 RUNTIME_ROOT = Path("/opt/fedprune")
 _SERVER_KEY = Path("/var/lib/fedprune/identity/server.pub")  # where a board that has joined keeps its server's key

@@ -24,7 +24,7 @@ from fedprune.core import tensorfile
 from fedprune.core.rng import keyed_generator
 from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, fit_latency_table, typical_gpu_table, typical_table
-from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
+from fedprune.planning.probe_report import CPU, CUDA, MAX_REASON_LENGTH, ProbeReport
 from fedprune.runtime.session import OnnxSession, onnxruntime_version
 from fedprune_device.hardware import layer_timing, readings
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
@@ -56,7 +56,7 @@ def probe(
     runtime = runtime or onnxruntime_version()
     total, available = readings.memory(root)
     begin("training and predicting", seconds)
-    train, infer, unit = _measure_rates(threads, seconds, cuda)
+    train, infer, unit, cpu_reason = _measure_rates(threads, seconds, cuda)
     conditions = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {readings.board_model(root)}"
     if unit == CUDA:
         conditions += ", on its GPU"
@@ -85,6 +85,7 @@ def probe(
         throttled=readings.is_throttled(root),
         latency=latency,
         unit=unit,
+        cpu_reason="".join(c if c.isprintable() else " " for c in cpu_reason)[:MAX_REASON_LENGTH],
     )
 
 
@@ -123,8 +124,9 @@ def reference_predictor(tensors: Tensors, threads: int = 1, *, cuda: bool = Fals
         yield Predictor(folder, threads=threads, cuda=cuda)
 
 
-def _measure_rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]:
-    """FLOP/s of the reference net's training step and forward pass, and the unit that trained it."""
+def _measure_rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str, str]:
+    """FLOP/s of the reference net's training step and forward pass, the unit that trained it, and why this is the CPU
+    although CUDA was asked for."""
     reference = reference_net()
     rng = keyed_generator(0, "probe")
     tensors = {n: (0.1 * rng.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
@@ -136,7 +138,10 @@ def _measure_rates(threads: int, seconds: float, cuda: bool) -> tuple[float, flo
     session = OnnxSession(graph, threads=threads, training=True, cuda=cuda, records=False)
     run_step = layer_timing.step_runner(session, feeds)
     train = layer_timing.median_seconds(run_step, total_s=seconds / 2, max_runs=math.inf)
+    if cuda and session.provider == CPU:
+        # Again with the graph that the processor gets.
+        return (*_measure_rates(threads, seconds, cuda=False)[:3], session.cpu_reason)
     with reference_predictor(tensors, threads, cuda=cuda) as predictor:
         infer = layer_timing.median_seconds(lambda: predictor.predict(x), total_s=seconds / 2, max_runs=math.inf)
     rates = (2 * batch * reference[macs] / s for macs, s in (("training_macs", train), ("forward_macs", infer)))
-    return (*rates, session.provider)
+    return (*rates, session.provider, "")

@@ -7,7 +7,7 @@ import resource
 from pathlib import Path
 
 from fedprune.planning.identification import BoardFacts
-from fedprune.planning.jetpack_releases import l4t_release
+from fedprune.planning.jetpack_releases import TEGRA_RELEASE, l4t_release
 
 # Bit 0 of `firmware_flags`.
 UNDER_VOLTAGE = 1
@@ -15,9 +15,6 @@ UNDER_VOLTAGE = 1
 # A device tree comes with the board's firmware: its entries and their number are bounded before they are sent or shown.
 _MAX_ENTRY_LENGTH = 200
 _MAX_ENTRIES = 20
-
-# On a Jetson: the release of its software.
-TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
 _STATUS = Path("/proc/self/status")
 

@@ -80,7 +80,10 @@ class RuntimeProcess(Closeable):
             _LOG.warning("the probe of the GPU has failed (%s): measuring the processor", error)
             return self.probe(threads, seconds, layer_seconds=layer_seconds, memory_file=memory_file)
         total, available = self._memory_before
-        return replace(ProbeReport.from_dict(report), memory_total=total, memory_available=min(available, total))
+        measured = ProbeReport.from_dict(report)
+        if measured.cpu_reason:
+            _LOG.warning("the probe measured the processor instead of the GPU: %s", measured.cpu_reason)
+        return replace(measured, memory_total=total, memory_available=min(available, total))
 
     def close(self) -> None:
         process, self._process = self._process, None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
+from fedprune.planning.jetpack_releases import TEGRA_RELEASE
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import (
@@ -30,7 +31,6 @@ from fedprune.wire.fleet_messages import (
     ReleaseWithdrawn,
 )
 from fedprune.wire.messages import BlobRequest
-from fedprune_device.hardware.readings import TEGRA_RELEASE
 from fedprune_device.launcher import state as on_disk
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.network.connection import BoardConnection

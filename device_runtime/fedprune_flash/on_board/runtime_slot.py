@@ -13,7 +13,7 @@ from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, Launcher
 from fedprune_device.releases.wheel import Wheel, check_distinct, install_wheels
 from fedprune_flash.on_board.board_files import give_to_owner
 from fedprune_flash.on_board.kit_folder import LAUNCHER_FILE, KitFolder
-from fedprune_flash.on_board.module_probe import load_module
+from fedprune_flash.on_board.module_probe import gpu_failure, load_module
 
 ENTRY_POINT = "fedprune_start:device"
 # The release number of every kit. Those of a server are higher, so that a kit never replaces one.
@@ -125,6 +125,9 @@ class RuntimeSlot:
         hint = "On a Jetson it is to come with JetPack; a kit brings none." if kit.jetson else "Make another kit."
         for module, min_version in kit.manifest["imports"].items():
             load_module(self.slot_store.root / slot, module, min_version, self._python, self._owner, hint)
+        if kit.jetson and (reason := gpu_failure(self.slot_store.root / slot, self._python, self._owner)):
+            # No error: the board takes part with its processor, and finds its GPU once the cause is mended.
+            print(f"note: this Jetson's GPU isn't used: {reason}", flush=True)
         # With the wheels recorded, the first release over the air transfers only those that have changed.
         wheels = {digest_and_size(path)[0]: tuple(sorted(Wheel(path, path.name).paths)) for path in kit.wheels}
         proof = kit.signed_text, kit.signature

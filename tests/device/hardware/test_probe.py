@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import cast
 
 import onnxruntime
 import pytest
@@ -18,6 +20,7 @@ from fedprune_device.hardware.line_process import LineProcess
 from fedprune_device.hardware.probe import probe
 from fedprune_device.hardware.readings import is_throttled, memory, temperature_c
 from fedprune_device.hardware.runtime_process import RuntimeProcess, check_runtime
+from support.fakes.cuda_runtime import CudaRuntime
 
 pytestmark = pytest.mark.board
 
@@ -46,6 +49,19 @@ def test_a_probe_measures_this_machine() -> None:
     assert report.latency.points >= 2 * len(LayerNets().points), "a point of each net at least, on a busy machine, too"
     assert 0 <= report.latency.error < 1
     assert ProbeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_a_probe_says_why_it_measured_the_processor_instead_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = CudaRuntime()
+    runtime.fails, runtime.failure = True, "no kernel image is available for execution on the device"
+    monkeypatch.setitem(sys.modules, "onnxruntime", cast("ModuleType", runtime))
+    report = probe(seconds=0.05, layer_seconds=0, cuda=True)
+    assert report.unit == "cpu"
+    assert "has no kernels for" in report.cpu_reason
+    assert report.train_rate is not None
+    assert ProbeReport.from_dict(report.to_dict()) == report
+    runtime.fails = False
+    assert probe(seconds=0.05, layer_seconds=0, cuda=True).cpu_reason == ""
 
 
 PEAK = """

@@ -68,7 +68,7 @@ from pathlib import Path
 from fedprune_device.hardware.probe import _measure_rates
 from fedprune_device.hardware.runtime_process import _check_model
 _check_model(None)
-train, infer, _ = _measure_rates(2, 0.1, cuda=False)
+train, infer, *_ = _measure_rates(2, 0.1, cuda=False)
 assert train > 0 and infer > 0
 import paho.mqtt.client, cryptography.hazmat.primitives.asymmetric.ed25519 as ed
 ed.Ed25519PrivateKey.generate().sign(b"x")

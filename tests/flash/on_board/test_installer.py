@@ -431,6 +431,29 @@ def test_a_jetson_computes_with_its_own_packages(jetson_kit: Path, tmp_path: Pat
     assert "PrivateDevices=yes" not in unit
 
 
+@pytest.mark.parametrize(("reason", "note"), [("no kernels for 8.7", "isn't used: no kernels for 8.7"), ("", "")])
+def test_a_jetson_whose_gpu_does_not_compute_is_installed_with_a_note(
+    make_kit: MakeKit, tmp_path: Path, reason: str, note: str
+) -> None:
+    probe = (
+        "from types import SimpleNamespace\n"
+        "def probe(seconds, layer_seconds, cuda):\n"
+        f"    return SimpleNamespace(cpu_reason={reason!r} if cuda else 'the processor was measured')\n"
+    )
+    links = tmp_path / "links"
+    fleet_wheel = tiny_wheels.fleet_of_wheels(links, jetson=True, files={"fedprune_device/hardware/probe.py": probe})
+    root, python = jetson(tmp_path, numpy="1.26.4", onnxruntime="1.31.1")
+    target = BoardTarget(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
+    folder = make_kit("noted-kit", target=target, links=[links], wheel=fleet_wheel).folder
+    sign(folder, architecture=platform.machine())
+
+    done = run(folder, root, python=python)
+
+    assert done.returncode == 0, done.stderr
+    assert ("note:" in done.stdout) is bool(note)
+    assert note in done.stdout
+
+
 @pytest.mark.parametrize(
     ("versions", "words"),
     [

@@ -27,6 +27,7 @@ class CudaRuntime:
 
     def __init__(self, *, offers: bool = True, accepts: bool = True, loads: bool = True) -> None:
         self._offers, self._accepts, self._loads = offers, accepts, loads
+        self.failure = "CUDA failure 2: out of memory"
         self.fails = self.loses = self.unpartitioned = self.unrecordable = False
         self.recordings: dict[tuple[Any, str], Any] = {}
         self.replays = 0
@@ -116,6 +117,6 @@ class CudaRuntime:
                     raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
                 if on_cuda and double.fails:
                     double.before_failing()
-                    raise RuntimeError("CUDA failure 2: out of memory")
+                    raise RuntimeError(double.failure)
 
         return Inside()

@@ -39,13 +39,13 @@ def wheel(
     return out
 
 
-def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
-    """A folder with all that a tiny kit needs; returns fedprune's own wheel, which lies in it."""
+def fleet_of_wheels(folder: Path, *, jetson: bool = False, files: Mapping[str, str] | None = None) -> Path:
+    """A folder with all that a tiny kit needs; returns fedprune's own wheel, which lies in it and gets `files`, too."""
     fleet_wheel = wheel(
         folder,
         "fedprune",
         "0.1.0",
-        {"fedprune_device/__init__.py": "", "fedprune_start/__init__.py": PROGRAM},
+        {"fedprune_device/__init__.py": "", "fedprune_start/__init__.py": PROGRAM, **(files or {})},
         ["numpy>=1", 'onnxruntime>=1; extra == "board"', 'pillow>=1; extra == "jetson"'],
         ["board", "jetson"],
         scripts="fedprune-device = fedprune_start:device",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ModelError
+from fedprune.runtime import missing_kernels
 from fedprune.runtime.placed_runs import GpuLostError
 from fedprune.runtime.session import OnnxSession, load_graph
 from support.fakes.cuda_runtime import CudaRuntime
@@ -154,6 +156,69 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, runtime: CudaR
         np.testing.assert_array_equal(after[name], value)
     session.run(feeds)
     assert runtime.runs == ["cuda", "cuda", "cpu", "cuda", "cpu", "cpu"]
+
+
+# Its message (https://github.com/microsoft/onnxruntime/issues/27725), and one in which CUDA's words come after
+# more text than the log quotes.
+FAILURE = "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Gemm node. Status Message: "
+CUDA_WORDS = "no kernel image is available for execution on the device"
+NO_KERNELS = [
+    f"{FAILURE}CUDA error cudaErrorNoKernelImageForDevice:{CUDA_WORDS}",
+    f"{FAILURE}{'std::conditional_t<THRW, void, Status> CudaCall ' * 6}CUDA failure 209: {CUDA_WORDS} ; GPU=0",
+]
+
+
+class Driver:
+    """CUDA's driver with one GPU of compute capability 8.7."""
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:  # noqa: N802
+        return 0 if number == 0 else 101
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        value._obj.value = {75: 8, 76: 7}[attribute]
+        return 0
+
+
+def driver_named(name: str) -> Driver:
+    assert name == "libcuda.so.1"
+    return Driver()
+
+
+@pytest.mark.parametrize("message", NO_KERNELS)
+@pytest.mark.parametrize(
+    ("release", "remedy"),
+    [
+        ("# R36 (release), REVISION: 4.3", "for JetPack 6.2, from https://pypi.jetson-ai-lab.io/jp6/cu126"),
+        ("# R39 (release), REVISION: 2.0", "for JetPack 7.2, from https://pypi.jetson-ai-lab.io/sbsa/cu130"),
+        ("", "that was built for it"),
+    ],
+)
+def test_a_build_without_kernels_for_the_gpu_is_named_with_the_right_one(
+    small: Path, runtime: CudaRuntime, monkeypatch: pytest.MonkeyPatch, message: str, release: str, remedy: str
+) -> None:
+    path = small.parent / "nv_tegra_release"
+    path.write_text(release)
+    monkeypatch.setattr(missing_kernels, "TEGRA_RELEASE", path)
+    monkeypatch.setattr(ctypes, "CDLL", driver_named)
+    session = OnnxSession(small, cuda=True)
+    runtime.fails, runtime.failure = True, message
+
+    outputs = session.run(feeds_of(session))
+
+    assert session.provider == "cpu"
+    assert "no kernels for compute capability 8.7" in session.cpu_reason
+    assert remedy in session.cpu_reason
+    np.testing.assert_array_equal(outputs["logits"], OnnxSession(small).run(feeds_of(session))["logits"])
+
+
+def test_a_build_without_kernels_is_named_where_the_driver_is_silent(small: Path, runtime: CudaRuntime) -> None:
+    session = OnnxSession(small, cuda=True)
+    runtime.fails, runtime.failure = True, NO_KERNELS[0]
+    session.run(feeds_of(session))
+    assert "has no kernels for" in session.cpu_reason
 
 
 def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, runtime: CudaRuntime) -> None:

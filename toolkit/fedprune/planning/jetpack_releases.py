@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedprune.core.errors import ProfileError
+
+# The file by which a Jetson is known; its first line is the release.
+TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
 _RELEASE_PATTERN = re.compile(r"#?\s*R(\d{1,3})\s*\(release\),\s*REVISION:\s*(\d{1,3}(?:\.\d{1,3}){0,2})(?![.\d])")
 _NUMBER_PATTERN = re.compile(r"\d{1,3}(\.\d{1,3}){0,3}")

@@ -11,6 +11,7 @@ from fedprune.core.records import convert_record, number_range, printable_text, 
 from fedprune.planning.latency_model import LatencyTable
 
 _MAX_TEXT_LENGTH = 200
+MAX_REASON_LENGTH = 500
 
 # Units that compute, by the names that `Session.provider` has for them.
 CPU, CUDA = UNITS = ("cpu", "cuda")
@@ -40,6 +41,7 @@ class ProbeReport:
         latency: What kinds of layers take there; None if not measured.
         process_bytes: Memory of the board's process before it trains, without its samples; None if not measured.
         unit: What the rates and `latency` were measured on, one of `UNITS`.
+        cpu_reason: Why that is the processor although the board's tier is a GPU; empty otherwise.
     """
 
     cores: Annotated[int, number_range(1, 4096)]
@@ -56,6 +58,7 @@ class ProbeReport:
     latency: LatencyTable | None = None
     process_bytes: Annotated[int, number_range(2**20, 2**40)] | None = None
     unit: Annotated[str, word_of(UNITS)] = CPU
+    cpu_reason: Annotated[str, printable_text(MAX_REASON_LENGTH)] = ""
 
     def __post_init__(self) -> None:
         if self.memory_available > self.memory_total:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
+from fedprune.runtime.missing_kernels import missing_kernels_reason
 from fedprune.runtime.placed_runs import GPU_GATE, GpuLostError, PlacedArray, PlacedRuns, run_bound
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve_sessions
 
@@ -204,7 +205,7 @@ class OnnxSession:
                 records = session is not None
                 session = session or self._open((_CUDA, CUDA_OPTIONS), _CPU)
         except ModelError as error:
-            self._log_no_cuda(str(error))
+            self._log_no_cuda(missing_kernels_reason(error, onnxruntime_version()) or str(error))
             return None
         # Where a library of CUDA is missing, onnxruntime doesn't fail but leaves the provider out.
         if not _is_on_cuda(session):
@@ -242,7 +243,7 @@ class OnnxSession:
         return values
 
     def _leave_cuda(self, session: Any, error: Exception) -> None:
-        self._log_no_cuda(_first_line(error))
+        self._log_no_cuda(missing_kernels_reason(error, onnxruntime_version()) or _first_line(error))
         self._session, self._placed = session, None
         del self._open
 
