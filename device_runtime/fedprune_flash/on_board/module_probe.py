@@ -80,7 +80,7 @@ def _run_program(
     user, group = owner or (None, None)
     extra_groups = [entry.gr_gid for entry in grp.getgrall() if entry.gr_name in groups]
     try:
-        return subprocess.run(  # noqa: S603  # nosec B603  # our own lines; the module's name is checked above
+        return subprocess.run(  # noqa: S603  # nosec B603  # our own lines; a module's name is checked
             [python, "-c", program, *arguments],
             capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=_TIMEOUT_S,
             user=user, group=group, extra_groups=None if user is None else extra_groups,

@@ -27,7 +27,7 @@ class CudaRuntime:
 
     def __init__(self, *, offers: bool = True, accepts: bool = True, loads: bool = True) -> None:
         self._offers, self._accepts, self._loads = offers, accepts, loads
-        self.failure = "CUDA failure 2: out of memory"
+        self.refusal, self.failure = "CUDA failure 35: driver too old", "CUDA failure 2: out of memory"
         self.fails = self.loses = self.unpartitioned = self.unrecordable = False
         self.recordings: dict[tuple[Any, str], Any] = {}
         self.replays = 0
@@ -76,7 +76,7 @@ class CudaRuntime:
         names = [p if isinstance(p, str) else p[0] for p in providers]
         wants = "CUDAExecutionProvider" in names
         if wants and not self._accepts:
-            raise RuntimeError("CUDA failure 35: driver too old")
+            raise RuntimeError(self.refusal)
         real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], **arguments)
         on_cuda, double = wants and self._loads, self
         records = any(not isinstance(p, str) and "enable_cuda_graph" in p[1] for p in providers)

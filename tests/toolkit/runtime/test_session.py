@@ -214,6 +214,14 @@ def test_a_build_without_kernels_for_the_gpu_is_named_with_the_right_one(
     np.testing.assert_array_equal(outputs["logits"], OnnxSession(small).run(feeds_of(session))["logits"])
 
 
+@pytest.mark.parametrize("message", NO_KERNELS)
+def test_a_build_without_kernels_is_named_where_a_graph_is_not_even_loaded(
+    small: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    install_runtime(monkeypatch, CudaRuntime(accepts=False)).refusal = message
+    assert "has no kernels for" in OnnxSession(small, cuda=True).cpu_reason
+
+
 def test_a_build_without_kernels_is_named_where_the_driver_is_silent(small: Path, runtime: CudaRuntime) -> None:
     session = OnnxSession(small, cuda=True)
     runtime.fails, runtime.failure = True, NO_KERNELS[0]
