@@ -260,10 +260,10 @@ class JobRunner:
                 event = self._messages.birth_event(birth)
             events += [event] if event is not None else []
         self._collect_uploads()
-        for i, event in enumerate(events):
+        for event in events:
             with self._log_context(event.device):
-                # With `more_follow` the coordinator doesn't begin a round before the last of them.
-                self._handle(replace(event, more_follow=i + 1 < len(events)))
+                # The coordinator begins a round after the last of them, so that it asks all who have come.
+                self._handle(replace(event, is_last_of_batch=event is events[-1]))
                 self.registry.introduce(event.device)
         return {event.device for event in events if not self.state.devices[event.device].excluded}
 

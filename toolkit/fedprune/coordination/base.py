@@ -238,7 +238,7 @@ class Coordinator(ABC):
         if self.state.phase is Phase.FINISHED:
             return [do.TellFinished(event.device, self.state.model)]
         commands = self._resume_part(event.device, former)
-        return commands if event.more_follow else commands + self._begin_pending(now)
+        return commands + self._begin_pending(now) if event.is_last_of_batch else commands
 
     def _on_paused(self, event: on.Paused, now: float) -> Commands:
         was_paused, self.state.paused = self.state.paused, event.paused

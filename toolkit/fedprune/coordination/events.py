@@ -16,7 +16,7 @@ class DeviceBorn:
         session: Number of its connection.
         profile, probe: Its hardware profile, and what it measured of itself, as JSON.
         effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
-        more_follow: Whether events of further devices follow: a round doesn't begin before the last of them.
+        is_last_of_batch: False if further devices' events of the same turn follow: only after the last may a round begin.
     """
 
     device: str
@@ -25,7 +25,7 @@ class DeviceBorn:
     samples: int
     probe: dict[str, Any] | None = None
     codecs: tuple[str, ...] = ()
-    more_follow: bool = False
+    is_last_of_batch: bool = True
     effective_classes: int | None = None
 
 
