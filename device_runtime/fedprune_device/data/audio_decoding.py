@@ -34,6 +34,7 @@ _GUID_END = bytes.fromhex("000000001000800000aa00389b71")
 # Recorders write 0 for the length of what they record, and programs that write to a pipe write the largest one, without
 # or with some bytes of headers: the recording ends with the file.
 _LEAST_UNKNOWN_SIZE = 2**31 - 2**12
+_LIST_KINDS = (b"INFO", b"adtl")  # title and artist, and names of marks
 _MAX_FLOAT = 4.0  # floats may exceed 1 by some decibels; larger ones are whole numbers that nobody has divided
 
 
@@ -146,10 +147,26 @@ def _riff_chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
         name, size = struct.unpack_from("<4sI", body, position)
         position += 8
         if name == b"data" and (size == 0 or size >= _LEAST_UNKNOWN_SIZE) and not _is_chunk(body, position):
-            size = len(body) - position
+            size = _samples_end(body, position) - position
         chunks.setdefault(name, (size, body[position : position + size]))
         position += size + size % 2  # a chunk of an odd size is followed by a byte of padding
     return chunks
+
+
+def _samples_end(body: bytes, begin: int) -> int:
+    """The end of samples whose length is unknown: the file's, or where lists of texts or marks begin that end it."""
+    end = len(body)
+    while True:
+        position = body.rfind(b"LIST", begin, end)
+        size = int.from_bytes(body[position + 4 : position + 8], "little")
+        # All three must fit: samples may have the bytes of the name, too.
+        if (
+            position < 0
+            or body[position + 8 : position + 12] not in _LIST_KINDS
+            or position + 8 + size + size % 2 != end
+        ):
+            return end
+        end = position
 
 
 def _is_chunk(body: bytes, position: int) -> bool:

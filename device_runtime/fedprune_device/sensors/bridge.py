@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from functools import partial
 from secrets import token_hex
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from fedprune.core.errors import ConfigError, shape_text
 from fedprune.core.text import quantity
 from fedprune.model.lengths import Shape, shape_from_json
 from fedprune.wire.link import BrokerLink, tls_context
-from fedprune.wire.queues import ConnectionDown, ConnectionUp, Event, Inbox
+from fedprune.wire.queues import ConnectionDown, ConnectionUp, Event, Inbox, RetainedMessage
 from fedprune_device.client import Board, BoardError
 from fedprune_device.data.table_windows import column_layout, steps_and_order
 from fedprune_device.sensors.config import SensorConfig
@@ -57,53 +56,28 @@ def run_sensors(config: SensorConfig, stopping: threading.Event, *, patient: boo
     """
     drops = DropCounts()
     collector = SampleCollector(config, drops)
-    retained = _RetainedMessages()
     link = BrokerLink(
         config.broker,
         f"fedprune-sensors-{token_hex(4)}",  # two clients of one name would disconnect each other
         tls=partial(tls_context, config.ca),
         inbox=Inbox[Event](_INBOX_BYTES),
-        on_retained=retained.put,
+        marks_retained=True,
     )
     link.subscribe(config.subscriptions)
     with link:
         link.start(patient=patient)
-        bridge = _Bridge(config, collector, drops, retained)
+        bridge = _Bridge(config, collector, drops)
         try:
             bridge.run(link, stopping)
         finally:
             bridge.report()
 
 
-class _RetainedMessages:
-    """Messages that the network thread takes after each connection, one of each topic; of limited size together."""
-
-    def __init__(self) -> None:
-        self._inbox = Inbox[Event](_INBOX_BYTES)
-        self._has_warned = False
-
-    def put(self, topic: str, body: bytes) -> None:
-        if not self._inbox.put_message(topic, body) and not self._has_warned:
-            self._has_warned = True
-            _LOG.warning("sensors: retained messages are left out, of which there are more than %d bytes", _INBOX_BYTES)
-
-    def take(self) -> Iterator[tuple[str, bytes]]:
-        """Those that are there now."""
-        while isinstance(message := self._inbox.get(0), tuple):
-            yield message
-
-
 class _Bridge:
     """Takes messages as they come, a row at each period, and hands samples in; all in one thread."""
 
-    def __init__(
-        self,
-        config: SensorConfig,
-        collector: SampleCollector,
-        drops: DropCounts,
-        retained: _RetainedMessages,
-    ) -> None:
-        self._config, self._collector, self._drops, self._retained = config, collector, drops, retained
+    def __init__(self, config: SensorConfig, collector: SampleCollector, drops: DropCounts) -> None:
+        self._config, self._collector, self._drops = config, collector, drops
         self._board = Board(config.board, timeout=_BOARD_TIMEOUT_S, tries=1)
         self._layout = None if config.sample_shape is None else self._layout_of(config.sample_shape)
         self._model_shape: Shape | None = None
@@ -118,10 +92,8 @@ class _Bridge:
         while not stopping.is_set():
             item = link.get(max(0.0, min(next_row - _now(), _MAX_WAIT_S)))
             now = _now()
-            for message in self._retained.take():  # they came before the next message of their topic
-                self._collector.receive(*message, now, is_retained=True)
             if isinstance(item, tuple):
-                self._collector.receive(*item, now)
+                self._collector.receive(*item, now, is_retained=isinstance(item, RetainedMessage))
             elif isinstance(item, ConnectionUp):
                 _LOG.info("connected to the sensors' broker at %s", link.url)
             elif isinstance(item, ConnectionDown):

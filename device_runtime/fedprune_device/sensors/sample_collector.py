@@ -14,6 +14,10 @@ from fedprune_device.sensors.payload import NoReadingError, Payload, ReadingErro
 # Devices that wildcards stand for. Each takes the memory of its channels' values and of one sample.
 _MAX_DEVICES = 256
 
+# A message that is older than the one before by more than this is no late one: its clock was set back. It is less than
+# the hour that comes twice when summer ends.
+_MAX_LATENESS_S = 1800.0
+
 Device = tuple[str, ...]  # what the wildcards of its topics stand for; empty for topics without any
 
 
@@ -140,9 +144,8 @@ class SampleCollector:
         if not source.settings.time:
             return
         time_s, newest = payload.time(source.settings.time), source.newest_times.get(device, -math.inf)
-        # The same time again: Zigbee2MQTT repeats its devices' last messages when it restarts. A clock that is further
-        # back was set anew, or the hour in which summer ends comes again.
-        if newest - source.settings.max_age_s <= time_s <= newest:
+        # The same time again: Zigbee2MQTT repeats its devices' last messages when it restarts.
+        if newest - min(source.settings.max_age_s, _MAX_LATENESS_S) <= time_s <= newest:
             raise ReadingError("not newer than the one before")
         if device in source.values or len(source.newest_times) < _MAX_DEVICES:
             source.newest_times[device] = time_s

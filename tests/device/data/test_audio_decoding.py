@@ -106,7 +106,9 @@ def test_a_recording_whose_header_has_no_length_ends_with_its_file(size: int) ->
     body = wav(pcm_bytes([n / 100 for n in range(50)], 2))
     streamed = body.replace(b"data" + struct.pack("<I", 100), b"data" + struct.pack("<I", size))
     assert streamed != body
-    np.testing.assert_array_equal(decode_wav(streamed)[0], decode_wav(body)[0])
+    title = b"LIST" + struct.pack("<I", 17) + b"INFOISFT" + struct.pack("<I", 5) + b"Dawn\0\0"
+    for end in (b"", title, title + b"LIST" + struct.pack("<I", 4) + b"adtl"):
+        np.testing.assert_array_equal(decode_wav(streamed + end)[0], decode_wav(body)[0])
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,23 @@ def test_devices_behind_a_wildcard_have_rows_of_their_own_joined_with_what_all_s
     assert home.row(1)[0][0] == 3.0
 
 
+@pytest.mark.parametrize("max_age", ["inf", "86400"])
+def test_a_clock_that_was_ahead_once_ends_no_value_for_good(tmp_path: Path, max_age: str) -> None:
+    path = tmp_path / "sensors.toml"
+    path.write_text(HEAD + f'topic = "meter"\nmax_age = {max_age}\ntime = "at"\n[[channels]]\npath = "power"\n')
+    meter = Sensors(path)
+    for moment, power, held in (
+        ("2026-11-29T10:00:00", 1, 1),
+        ("2026-11-29T09:59:00", 2, 1),  # late
+        ("2090-01-01T00:00:00", 3, 3),
+        ("2026-11-29T10:00:10", 4, 4),
+        ("2026-11-29T09:00:11", 5, 5),  # the hour that comes twice
+        ("2026-11-29T09:00:11", 6, 5),
+    ):
+        meter.send("meter", {"at": moment, "power": power})
+        assert meter.row() == [[held]], moment
+
+
 def test_the_recipe_of_zigbee2mqtt_reads_what_it_publishes() -> None:
     home = Sensors(RECIPES / "zigbee2mqtt.toml")
     home.send("zigbee2mqtt/kitchen/availability", {"state": "online"}, retained=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.wire.queues import MESSAGE_OVERHEAD_BYTES, Inbox, UnsentMessages
+from fedprune.wire.queues import MESSAGE_OVERHEAD_BYTES, Inbox, RetainedMessage, UnsentMessages
 from fedprune.wire.topics import Topics
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
@@ -60,6 +60,22 @@ def test_an_inbox_is_not_empty_as_long_as_a_message_waits_behind_a_wake() -> Non
     inbox.wake()
     inbox.put_message("second", b"")
     assert [inbox.get(0), inbox.get(0), inbox.get(0)] == [("first", b""), ("second", b""), None]
+
+
+def test_retained_messages_keep_their_place_and_leave_the_room_to_the_others() -> None:
+    inbox, size = Inbox[str](LIMIT), 100_000
+    inbox.put_message("home/room", b"late")
+    inbox.put_event("down")
+    count = 0
+    while inbox.put_retained(RetainedMessage("home/room", bytes(size))):
+        count += 1
+    assert (count + 1) * size <= LIMIT + size
+    assert inbox.put_message("home/room", b"live")
+    items = [inbox.get(0) for _ in range(count + 3)]
+    assert items[:2] == [("home/room", b"late"), "down"]
+    assert [isinstance(item, RetainedMessage) for item in items] == [False, False, *[True] * count, False]
+    assert items[-1] == ("home/room", b"live")
+    assert inbox.put_retained(RetainedMessage("home/room", bytes(size)))
 
 
 def test_many_senders_that_send_little_are_no_flood_and_one_that_sends_much_is() -> None:

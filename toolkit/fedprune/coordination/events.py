@@ -16,7 +16,7 @@ class DeviceBorn:
         session: Number of its connection.
         profile, probe: Its hardware profile, and what it measured of itself, as JSON.
         effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
-        is_last_of_batch: False if further devices' events of the same turn follow: only after the last may a round begin.
+        is_last_of_batch: False if births of further devices follow at once: a round begins only after the last of them.
     """
 
     device: str

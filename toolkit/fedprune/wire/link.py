@@ -26,7 +26,16 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from fedprune.core.closeable import Closeable
 from fedprune.core.errors import BrokerError, ConfigError, FedpruneError
 from fedprune.wire.connection_failure import REFUSED_CONNECTION, SILENT_END, connection_failure, connection_remedy
-from fedprune.wire.queues import LOW_WATER, OUTBOX_MESSAGES, ConnectionDown, ConnectionUp, Event, Inbox, UnsentMessages
+from fedprune.wire.queues import (
+    LOW_WATER,
+    OUTBOX_MESSAGES,
+    ConnectionDown,
+    ConnectionUp,
+    Event,
+    Inbox,
+    RetainedMessage,
+    UnsentMessages,
+)
 from fedprune.wire.subscriptions import Subscriptions
 from fedprune.wire.urls import BrokerUrl
 
@@ -78,8 +87,7 @@ class BrokerLink(Closeable):
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
         wake: Called in the network thread for each received message.
         ignores: Whether to drop a topic's messages at once; called in the network thread.
-        on_retained: Called in the network thread with topic and payload of each retained message, whose age is unknown;
-            by default these are queued as all others are.
+        marks_retained: Whether retained messages come as `RetainedMessage`; by default they come as all others do.
         qos: Quality of service of received messages. As sessions are clean, messages in flight are lost with the
             connection at 1, too; at 0 this side acknowledges nothing.
     """
@@ -96,7 +104,7 @@ class BrokerLink(Closeable):
         pause_s: float = 0.0,
         wake: Callable[[], None] = lambda: None,
         ignores: Callable[[str], bool] = lambda topic: False,
-        on_retained: Callable[[str, bytes], None] | None = None,
+        marks_retained: bool = False,
         qos: int = 1,
     ) -> None:
         self.url = BrokerUrl.parse(url)
@@ -109,7 +117,7 @@ class BrokerLink(Closeable):
         self._pause_s = pause_s
         self._wake = wake
         self._ignores = ignores
-        self._on_retained = on_retained
+        self._marks_retained = marks_retained
         self._will = will
         self._will_topic = ""  # of this connection's will
         self._keepalive = keepalive
@@ -406,10 +414,11 @@ class BrokerLink(Closeable):
             return
         if self._ignores(topic):
             return
-        if message.retain and self._on_retained is not None:
-            self._on_retained(topic, payload)
-            return
-        if self._inbox.put_message(topic, payload):
+        if message.retain and self._marks_retained:
+            has_room = self._inbox.put_retained(RetainedMessage(topic, payload))
+        else:
+            has_room = self._inbox.put_message(topic, payload)
+        if has_room:
             self._wake()
             return
         self.dropped_count += 1

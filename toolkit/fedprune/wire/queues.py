@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from paho.mqtt.client import MQTTMessageInfo
 
@@ -24,11 +24,19 @@ _KEPT_MEMORY_BYTES = 2 * 1024 * 1024
 E = TypeVar("E")
 
 
+class RetainedMessage(NamedTuple):
+    """A message that the broker kept for new subscribers: nobody knows how old it is."""
+
+    topic: str
+    payload: bytes
+
+
 class Inbox(Generic[E]):
     """A queue of messages and events between the network thread and a reader, of at most `limit` bytes.
 
     The first half accepts every message. Beyond it no sender may have more bytes queued than an equal share of that
-    half: a flooding sender stays below the middle, and the rest is free for the others.
+    half: a flooding sender stays below the middle, and the rest is free for the others. Retained messages, which come
+    all at once after each connection, have a limit of their own, and their place among the others.
     """
 
     def __init__(self, limit: int = INBOX_BYTES) -> None:
@@ -37,6 +45,7 @@ class Inbox(Generic[E]):
         # No SimpleQueue: it waits forever if a signal's handler takes longer than what is left of its time-out.
         self._items: queue.Queue[tuple[str, bytes] | E | None] = queue.Queue()
         self._lock = threading.Lock()
+        self._retained_bytes = 0
         self._bytes_by_sender: dict[str, int] = {}
         _keep_freed_memory()
 
@@ -52,6 +61,16 @@ class Inbox(Generic[E]):
                 return False
             self.queued_bytes, self._bytes_by_sender[sender] = total_bytes, sender_bytes
         self._items.put((topic, payload))
+        return True
+
+    def put_retained(self, message: RetainedMessage) -> bool:
+        """Queue a retained message; returns whether there was room for it."""
+        size = MESSAGE_OVERHEAD_BYTES + len(message.payload)
+        with self._lock:
+            if self._retained_bytes + size > self.limit:
+                return False
+            self._retained_bytes += size
+        self._items.put(message)
         return True
 
     def flooding_prefix(self) -> str:
@@ -76,7 +95,10 @@ class Inbox(Generic[E]):
                 item = self._items.get_nowait()
         except queue.Empty:
             return None
-        if isinstance(item, tuple):
+        if isinstance(item, RetainedMessage):
+            with self._lock:
+                self._retained_bytes -= MESSAGE_OVERHEAD_BYTES + len(item.payload)
+        elif isinstance(item, tuple):
             self._note_removal(item[0], MESSAGE_OVERHEAD_BYTES + len(item[1]))
         return item
 
