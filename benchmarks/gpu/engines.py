@@ -1,4 +1,4 @@
-"""Engines: the acceptance of TensorRT where it is installed, else a board with the TensorRT-RTX plugin provider."""
+"""Engines: the acceptance of TensorRT, where it is installed."""
 
 from __future__ import annotations
 
@@ -9,30 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.board import board_row
 from benchmarks.gpu.machine import Machine, is_installed
 from benchmarks.harness import ROOT
 from benchmarks.step_nets import network
-from fedprune.planning.profile import TIERS
 from fedprune_export.importing import export_torch
-
-RTX_TIER, RTX_PROVIDER = "tensorrt-rtx", "onnxruntime_ep_nv_tensorrt_rtx"
 
 
 def measure_engines(machine: Machine) -> Iterator[dict[str, Any]]:
-    """A row for each check of the acceptance, or one for the board."""
-    if machine.dry or not (is_installed("tensorrt") or (is_installed(RTX_PROVIDER) and RTX_TIER in TIERS)):
-        machine.skip("engines", "dry run" if machine.dry else "neither TensorRT nor TensorRT-RTX is installed")
-    elif machine.seconds_left() < 40:
+    """A row for each check of the acceptance: build, restart, new weights, damage, time-out, training."""
+    if machine.dry or not is_installed("tensorrt"):
+        machine.skip("engines", "dry run" if machine.dry else "TensorRT is not installed")
+        return
+    if machine.seconds_left() < 40:
         machine.skip("engines", "no time left")
-    elif is_installed("tensorrt"):
-        yield from _acceptance(machine)
-    else:
-        yield {"check": RTX_TIER, **board_row(machine, RTX_TIER)}
-
-
-def _acceptance(machine: Machine) -> Iterator[dict[str, Any]]:
-    """The lines of `examples/jetson_acceptance.py`: build, restart, new weights, damage, time-out, training."""
+        return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "model.onnx").write_bytes(export_torch(network("resnet20_bn")))
