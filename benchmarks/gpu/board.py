@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.machine import Machine, is_installed
+from benchmarks.gpu.machine import Machine
 from benchmarks.step_nets import network
 from fedprune.planning.probe_report import CPU, CUDA
 from fedprune_export.importing import export_torch
-from fedprune_server.messaging.broker.programs import find_mosquitto
-from fedprune_server.storage.storage import Storage
 
 SAMPLES = 256
+
+# What the server's programs import beyond what steps and predictions need.
+SERVER_MODULES = ("cryptography", "paho", "sqlalchemy")
 
 CONFIG = """
 [job]
@@ -42,17 +43,25 @@ data = "evaluation.npz"
 
 def measure_board(machine: Machine) -> Iterator[dict[str, Any]]:
     """A row for the board that trains on the card."""
-    name = "a board's rounds"
-    if find_mosquitto() is None and not is_installed("amqtt"):
-        machine.skip(name, "neither Mosquitto nor amqtt is installed")
-    elif not machine.dry and machine.seconds_left() < 40:
-        machine.skip(name, "no time left")
-    else:
+    if can_run_programs(machine, "a board's rounds"):
         yield board_row(machine, "onnxruntime-cpu" if machine.dry else "onnxruntime-cuda")
+
+
+def can_run_programs(machine: Machine, name: str) -> bool:
+    """Whether server, broker and board can run here; if not, what has this name is skipped."""
+    if not machine.has_modules(name, *SERVER_MODULES):
+        return False
+    from fedprune_server.messaging.broker.programs import find_mosquitto
+
+    if find_mosquitto() is None and not machine.has_modules(f"{name}, without Mosquitto", "amqtt"):
+        return False
+    return bool(list(machine.in_time([name], 0.0 if machine.dry else 40.0)))
 
 
 def board_row(machine: Machine, tier: str) -> dict[str, Any]:
     """What a server knows of a board with a tier after its rounds, and what the board says of its GPU."""
+    from fedprune_server.storage.storage import Storage
+
     net, rounds = ("lenet", 1) if machine.dry else ("resnet20_bn", 3)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.machine import Machine, is_installed
+from benchmarks.gpu.machine import Machine
 from benchmarks.harness import ROOT
 from benchmarks.step_nets import network
 from fedprune_export.importing import export_torch
@@ -17,11 +18,13 @@ from fedprune_export.importing import export_torch
 
 def measure_engines(machine: Machine) -> Iterator[dict[str, Any]]:
     """A row for each check of the acceptance: build, restart, new weights, damage, time-out, training."""
-    if machine.dry or not is_installed("tensorrt"):
-        machine.skip("engines", "dry run" if machine.dry else "TensorRT is not installed")
+    if machine.dry:
+        machine.skip("engines", "dry run")
         return
-    if machine.seconds_left() < 40:
-        machine.skip("engines", "no time left")
+    if find_spec("tensorrt") is None:
+        machine.skip("engines", "not installed: tensorrt")
+        return
+    if not list(machine.in_time(["engines"], 40.0)):
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

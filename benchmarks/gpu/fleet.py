@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu.board import SERVER_MODULES
 from benchmarks.gpu.machine import Machine
 from benchmarks.step_nets import loss, network
 from fedprune_export.importing import export_torch
@@ -43,6 +44,8 @@ NEVER = 1_000_000
 
 def measure_fleet(machine: Machine) -> Iterator[dict[str, Any]]:
     """A row without the boards' measurements of their models, and one with them."""
+    if not machine.has_modules("a simulated fleet", *SERVER_MODULES):
+        return
     net, devices = ("lenet", 2) if machine.dry else ("resnet20_bn", DEVICES)
     cases = {"training alone": NEVER} if machine.dry else {"training alone": NEVER, "with evaluations": 1}
     with tempfile.TemporaryDirectory() as place:

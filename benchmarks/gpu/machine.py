@@ -37,6 +37,13 @@ class Machine:
     def skip(self, name: str, reason: str) -> None:
         self.skipped.append(f"{name} ({reason})")
 
+    def has_modules(self, name: str, *modules: str) -> bool:
+        """Whether all these modules are installed; if not, what has this name is skipped."""
+        lacking = [module for module in modules if find_spec(module) is None]
+        if lacking:
+            self.skip(name, f"not installed: {', '.join(lacking)}")
+        return not lacking
+
     def in_time(self, names: Iterable[str], seconds: float) -> Iterable[str]:
         """The names, until fewer than so many seconds are left; the others are skipped."""
         for name in names:
@@ -50,10 +57,6 @@ def median_ms(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[str,
     """Median milliseconds of functions that run in turn."""
     seconds = in_turns(runs, turns, WARM_UP, time.perf_counter)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
-
-
-def is_installed(module: str) -> bool:
-    return find_spec(module) is not None
 
 
 def card() -> dict[str, str]:
