@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import EngineError
+from fedprune.runtime.gpu_gate import GPU_GATE
 from fedprune_device.engines.bindings import Bindings, TensorRTErrors
 from fedprune_device.engines.cuda import Stream
 
@@ -33,9 +34,10 @@ class Engine:
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        with self._errors.translate("the engine can't be loaded"):
-            self._load(bindings.trt, raw)
-        self._stream = Stream(bindings.cuda)
+        with GPU_GATE.use():
+            with self._errors.translate("the engine can't be loaded"):
+                self._load(bindings.trt, raw)
+            self._stream = Stream(bindings.cuda)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the engine, in chunks if there are more samples than it takes at once; by default for all outputs."""
@@ -52,15 +54,16 @@ class Engine:
             padded_chunk = {
                 n: np.concatenate([v, np.zeros((batch_size - count, *v.shape[1:]), v.dtype)]) for n, v in chunk.items()
             }
-            with self._errors.translate("the engine failed"):
+            with GPU_GATE.use(), self._errors.translate("the engine failed"):
                 chunk_outputs.append({n: v[:count] for n, v in self._run(padded_chunk).items()})
         names = list(outputs) if outputs is not None else list(self.outputs)
         return {n: np.concatenate([p[n] for p in chunk_outputs]) for n in names}
 
     def close(self) -> None:
-        self._stream.close()
-        # In this order: TensorRT wants a context to end before its engine, and the engine before its runtime.
-        self._context = self._engine = self._runtime = None
+        with GPU_GATE.use():
+            self._stream.close()
+            # In this order: TensorRT wants a context to end before its engine, and the engine before its runtime.
+            self._context = self._engine = self._runtime = None
 
     def _load(self, trt: Any, raw: bytes) -> None:
         self._logger = self._errors.logger(trt)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import EngineError
 from fedprune.model import step_contract
+from fedprune.runtime.gpu_gate import GPU_GATE
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.engine_cache import CachedEngine
 from fedprune_device.engines.engine_selector import (
@@ -50,6 +53,21 @@ def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: E
     refits = board.version != "8.6.1" and not board.version.startswith("11.3.")
     assert selector.facts["way"] == (REFIT if refits else BUILD)
     assert all((" REFIT " in b) == refits for b in board.builds)
+
+
+@pytest.mark.once
+def test_an_engine_leaves_the_gpu_alone_while_a_training_is_recorded(board: EngineBoard) -> None:
+    request = board.model(1)
+    session = board.answering(board.selector(), request)
+    assert session is not None
+    before = len(board.calls())
+    thread = threading.Thread(target=Predictor(request.folder, session=session).predict, args=(X,))
+    with GPU_GATE.record():
+        thread.start()
+        thread.join(0.2)
+        assert "executed" not in board.calls()[before:]
+    thread.join()
+    assert "executed" in board.calls()[before:]
 
 
 @pytest.mark.once

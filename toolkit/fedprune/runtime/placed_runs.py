@@ -4,25 +4,20 @@ A step of a small net is a thousand kernels of a few microseconds, and launching
 GPU takes to compute it. A CUDA graph launches all of them at once
 (https://onnxruntime.ai/docs/performance/tune-performance/iobinding.html, and `enable_cuda_graph` of the CUDA provider).
 It reads and writes the addresses that it was recorded with, so every array of a recorded run stays where it is.
-
-While onnxruntime records, CUDA refuses what any other thread of the process asks of the GPU that may wait for it, and
-the recording breaks, too (`cudaStreamCaptureModeGlobal`,
-https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__STREAM.html). A board predicts while it trains, so that
-nothing else uses the GPU while a run is recorded: `GPU_GATE`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.runtime.gpu_gate import GPU_GATE
 
 Array = npt.NDArray[Any]
 
@@ -44,36 +39,6 @@ class GpuLostError(FedpruneError):
     """The GPU has failed, and the arrays in its memory are lost."""
 
     exit_code = ExitCode.RUNTIME
-
-
-class GpuGate:
-    """Lets threads use a GPU at once, but for one that records."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._users = 0
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Wait for a recording to end; none begins before this ends."""
-        with self._condition:
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._users -= 1
-                self._condition.notify_all()
-
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        """Wait until nobody uses the GPU, and keep others out."""
-        with self._condition:  # `use` waits for this lock
-            self._condition.wait_for(lambda: not self._users)
-            yield
-
-
-GPU_GATE = GpuGate()
 
 
 class PlacedArray:

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
+from fedprune.runtime.gpu_gate import GPU_GATE
 from fedprune.runtime.missing_kernels import missing_kernels_reason
-from fedprune.runtime.placed_runs import GPU_GATE, GpuLostError, PlacedArray, PlacedRuns, run_bound
+from fedprune.runtime.placed_runs import GpuLostError, PlacedArray, PlacedRuns, run_bound
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve_sessions
 
 Array = npt.NDArray[Any]
