@@ -51,6 +51,17 @@ def test_a_dry_run_goes_through_rounds_of_real_programs_and_a_fleet() -> None:
     assert fleet["devices"] == 2
 
 
+@pytest.mark.soak
+def test_a_board_that_trains_on_its_processor_instead_of_the_gpu_fails_the_check() -> None:
+    from benchmarks.gpu.board import CUDA_TIER, board_row
+    from benchmarks.gpu.machine import Machine
+
+    row = board_row(Machine(dry=True, end=0.0), CUDA_TIER)
+    assert row["rounds"] == 1
+    assert "has no CUDA provider" in row["fell_back"][0]
+    assert not row["ok"]
+
+
 def test_a_machine_without_a_gpu_is_told_what_it_lacks() -> None:
     done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 1
