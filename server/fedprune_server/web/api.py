@@ -18,7 +18,7 @@ from starlette.routing import Route
 from fedprune.core.errors import ProtocolError
 from fedprune.core.json_file import decode_json
 from fedprune.wire.topics import check_device
-from fedprune_server.web.auth.roles import ROLE_OF_ORDER, has_role
+from fedprune_server.web.auth.roles import ORDER_KINDS, has_role
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.events import LiveStream
 from fedprune_server.web.parameters import filters, order_number, paging, search_text, sort_column
@@ -56,7 +56,7 @@ class Api:
 
     def me(self, request: Request) -> Response:
         session = session_of(request)
-        orders = sorted(k for k, role in ROLE_OF_ORDER.items() if has_role(session.operator.role, role))
+        orders = sorted(k for k, order in ORDER_KINDS.items() if has_role(session.operator.role, order.role))
         body = {"name": session.operator.name, "role": session.operator.role, "csrf": session.csrf}
         return JSONResponse({**body, "orders": orders, "server_takes": self._view.accepted_orders})
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedprune.jobs.state import Progress
-from fedprune_server.web.auth.roles import ROLE_OF_ORDER, ROLES
+from fedprune_server.web.auth.roles import ORDER_KINDS, ROLES
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.state.order_queue import EXPIRED, ORDER_LIFETIME_S, OrderQueue
 from fedprune_server.web.state.records import DEVICE_STATES, MEMBER_STATUSES
@@ -29,8 +29,8 @@ FIELDS = {
 def test_each_role_gives_its_orders_and_no_others(tmp_path: Path, role: str) -> None:
     here = trial(tmp_path)
     browser = here.browser(role)
-    for kind, needed in ROLE_OF_ORDER.items():
-        may = ROLES.index(role) >= ROLES.index(needed)
+    for kind, order in ORDER_KINDS.items():
+        may = ROLES.index(role) >= ROLES.index(order.role)
         assert browser.order(order=kind, **FIELDS[kind]).status == (202 if may else 403), kind
         assert (kind in [o.kind for o in here.orders]) is may
     assert browser.get("/api/v1/audit").status == (200 if role == "admin" else 403)

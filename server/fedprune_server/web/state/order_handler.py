@@ -10,7 +10,7 @@ from pathlib import Path
 from fedprune.core.errors import ProtocolError
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner
-from fedprune_server.web.auth.roles import READING_ORDERS
+from fedprune_server.web.auth.roles import is_accepted
 from fedprune_server.web.state.admin_executor import ADMIN_ORDERS, AdminExecutor
 from fedprune_server.web.state.details import board_crashes, device_details, job_coverage
 from fedprune_server.web.state.order_queue import Order, OrderAnswer, OrderQueue, answer_of
@@ -68,7 +68,7 @@ class OrderHandler:
             self._queue.answer(answer)
 
     def _carry_out(self, order: Order) -> str:
-        if self._allowed == "none" or (self._allowed == "look" and order.kind not in READING_ORDERS):
+        if not is_accepted(order.kind, self._allowed):
             raise ProtocolError("this server takes no such orders from its console")
         if order.kind in ADMIN_ORDERS:
             if self._executor is None:

@@ -17,7 +17,7 @@ from fedprune.core.errors import FedpruneError, ProtocolError, error_reason
 from fedprune.core.records import convert_record, item_count, number_range, printable_text, word_of
 from fedprune.core.text import one_line
 from fedprune.wire.fields import Device, Job, Name
-from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER
+from fedprune_server.web.auth.roles import ORDER_KINDS, READING_ORDERS
 from fedprune_server.web.database import ConsoleDatabase
 
 log = logging.getLogger("fedprune.server")
@@ -60,7 +60,7 @@ class Order:
 
     number: Annotated[int, number_range(1)]
     operator: Name
-    kind: Annotated[str, word_of(tuple(ROLE_OF_ORDER))]
+    kind: Annotated[str, word_of(tuple(ORDER_KINDS))]
     until: Annotated[float, number_range(0.0)]
     job: Job | None = None
     device: Device | None = None

@@ -14,7 +14,7 @@ from fedprune.core.errors import ProtocolError, did_you_mean
 from fedprune.core.records import convert_record
 from fedprune.core.text import one_line
 from fedprune_server.web.audit import Audit
-from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER, has_role
+from fedprune_server.web.auth.roles import ORDER_KINDS, READING_ORDERS, has_role, is_accepted
 from fedprune_server.web.auth.sessions import OperatorSession
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.state.fleet_view import FleetView
@@ -51,19 +51,6 @@ _MAX_NAMES_LISTED = 8
 # Among more names no similar one is looked for: comparing many takes long enough to delay all other requests.
 _MAX_NAMES_COMPARED = 1000
 
-_NEEDED_ARGUMENTS = {
-    "pause": ("job",),
-    "resume": ("job",),
-    "coverage": ("job",),
-    "look": ("device",),
-    "approve": ("device", "key"),
-    "deny": ("device",),
-    "revoke": ("device",),
-    "release_quarantine": ("device",),
-    "rollout_start": ("release",),
-    "rollout_back": ("release",),
-}
-
 
 class RefusedError(Exception):
     """An order was refused; `status` is HTTP's."""
@@ -97,8 +84,8 @@ class OrderService:
             names = ", ".join(ORDER_ARGUMENTS)
             raise RefusedError(422, f"expected an object with order, and of {names} what that needs")
         kind = body.get("order")
-        if not isinstance(kind, str) or kind not in ROLE_OF_ORDER:
-            raise RefusedError(422, f"expected an order: one of {', '.join(sorted(ROLE_OF_ORDER))}")
+        if not isinstance(kind, str) or kind not in ORDER_KINDS:
+            raise RefusedError(422, f"expected an order: one of {', '.join(sorted(ORDER_KINDS))}")
         arguments = {k: body[k] for k in ORDER_ARGUMENTS if body.get(k) not in (None, "")}
         with self._lock:
             return self._add(session, address, kind, arguments, expires_s)
@@ -109,7 +96,7 @@ class OrderService:
         operator = session.operator.name
         self._check_rate(operator)
         self._check(session, address, kind, arguments)
-        if missing := [n for n in _NEEDED_ARGUMENTS.get(kind, ()) if n not in arguments]:
+        if missing := [n for n in ORDER_KINDS[kind].arguments if n not in arguments]:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
         now = self._clock()
         try:
@@ -157,14 +144,14 @@ class OrderService:
                     self._database.execute(query, *values)
 
     def _check(self, session: OperatorSession, address: str, kind: str, arguments: Mapping[str, Any]) -> None:
-        accepted = self._view.accepted_orders
-        if accepted == "none" or (accepted == "look" and kind not in READING_ORDERS):
+        if not is_accepted(kind, self._view.accepted_orders):
             raise RefusedError(403, "this server takes no such orders from the console ([server] console_orders)")
-        if not has_role(session.operator.role, ROLE_OF_ORDER[kind]):
+        needed_role = ORDER_KINDS[kind].role
+        if not has_role(session.operator.role, needed_role):
             shortened = {key: one_line(str(value), _MAX_NOTED_LENGTH) for key, value in arguments.items()}
-            outcome = f"refused: needs the role {ROLE_OF_ORDER[kind]}"
+            outcome = f"refused: needs the role {needed_role}"
             self._audit.note(session.operator.name, address, kind, shortened, outcome)
-            raise RefusedError(403, f"{kind} needs the role {ROLE_OF_ORDER[kind]}, yours is {session.operator.role}")
+            raise RefusedError(403, f"{kind} needs the role {needed_role}, yours is {session.operator.role}")
         if not self._view.is_ready:
             raise RefusedError(503, "the server does not respond at the moment")
 

@@ -25,7 +25,7 @@ from starlette.types import Scope
 from fedprune.core.errors import FedpruneError, ProtocolError
 from fedprune.output import chart_html
 from fedprune.wire.topics import check_device
-from fedprune_server.web.auth.roles import READING_ORDERS, ROLE_OF_ORDER, has_role
+from fedprune_server.web.auth.roles import ORDER_KINDS, has_role, is_accepted
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.database import MAX_AUDIT_LINES
 from fedprune_server.web.parameters import filters, page_number, search_text, sort_column
@@ -110,9 +110,8 @@ class Pages:
 
     def allowed_orders(self, role: str) -> frozenset[str]:
         """The orders that a role may give and that the server accepts."""
-        accepted_orders = self._console.view.accepted_orders
-        orders = {"all": ROLE_OF_ORDER.keys(), "look": READING_ORDERS}.get(accepted_orders, ())
-        return frozenset(order for order in orders if has_role(role, ROLE_OF_ORDER[order]))
+        accepted = self._console.view.accepted_orders
+        return frozenset(k for k, o in ORDER_KINDS.items() if is_accepted(k, accepted) and has_role(role, o.role))
 
     def order_details(
         self,
