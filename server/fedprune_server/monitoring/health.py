@@ -29,6 +29,8 @@ RUNNING, STANDING_BY = "running", "standing by"
 # Probes call a server dead after minutes, and a flash card shouldn't be written to more often than that needs.
 _BEAT_INTERVAL_S = 5.0
 
+_MAX_AGE_S = 120.0
+
 
 class Pulse:
     """Reports to systemd and to probes that the server's loop turns, or waits for its database."""
@@ -76,21 +78,21 @@ class Pulse:
                 log.warning("can't write %s, which tells that this server lives: %s", self._file, error.strerror)
 
 
-def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: float | None = None) -> str:
-    """Check a server's health file, which must not be older than `oldest_s`; returns `RUNNING` or `STANDING_BY`.
+def check_pulse(path: Path, *, running: bool = False) -> str:
+    """Check a server's health file, which must not be older than `_MAX_AGE_S`; returns `RUNNING` or `STANDING_BY`.
 
     Raises `StorageError` if there is no server or it hangs, and with `running` also if it only stands by.
     """
     try:
-        age = (time.time() if now is None else now) - path.stat().st_mtime
+        age = time.time() - path.stat().st_mtime
         state = path.read_text(errors="replace")[:100].strip()
     except OSError as error:
         raise StorageError(
             f"no server reports that it lives: {path}: {error.strerror}",
             hint=f"{HEALTH_FILE_VARIABLE} must name that file there.",
         ) from error
-    if age > oldest_s:
-        raise StorageError(f"the server's loop hasn't turned for {age:.0f} s", expected=f"at most {oldest_s:g} s")
+    if age > _MAX_AGE_S:
+        raise StorageError(f"the server's loop hasn't turned for {age:.0f} s", expected=f"at most {_MAX_AGE_S:g} s")
     if state not in (RUNNING, STANDING_BY):
         raise StorageError(f"{path} is not what a server writes", got=repr(state))
     if running and state != RUNNING:

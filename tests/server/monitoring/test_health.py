@@ -60,18 +60,18 @@ def test_a_file_tells_a_probe(tmp_path: Path) -> None:
     path = tmp_path / "pulse"
     ear = Ear(FEDPRUNE_PULSE=str(path))
     with pytest.raises(StorageError, match=str(path)):
-        check_pulse(path, 60)
+        check_pulse(path)
     ear.beat()
-    assert check_pulse(path, 60, running=True) == RUNNING
+    assert check_pulse(path, running=True) == RUNNING
     os.utime(path, (1, 1))
-    with pytest.raises(StorageError, match="at most 60 s"):
-        check_pulse(path, 60)
+    with pytest.raises(StorageError, match="at most 120 s"):
+        check_pulse(path)
     ear.now += 1
     ear.beat()
     assert path.stat().st_mtime == 1  # not before its time
     ear.now += 5
     ear.beat()
-    assert check_pulse(path, 60) == RUNNING
+    assert check_pulse(path) == RUNNING
     show(ear.pulse, ServerEnding())
     assert not path.exists()
 
@@ -81,12 +81,12 @@ def test_who_stands_by_is_well_but_doesnt_run(tmp_path: Path) -> None:
     pulse = Pulse({"FEDPRUNE_PULSE": str(path)}, lambda text: None)
     with pulse.standing_by():
         until(lambda: path.exists() and path.read_text())
-        assert check_pulse(path, 60) == STANDING_BY
+        assert check_pulse(path) == STANDING_BY
         with pytest.raises(StorageError, match="stands by"):
-            check_pulse(path, 60, running=True)
+            check_pulse(path, running=True)
     assert "pulse" not in {t.name for t in threading.enumerate()}
     show(pulse, TurnEnded(0.0))
-    assert check_pulse(path, 60, running=True) == RUNNING
+    assert check_pulse(path, running=True) == RUNNING
 
 
 def test_a_pulse_that_cant_be_written_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -99,8 +99,8 @@ def test_the_command_ends_as_a_probe_wants_it(
 ) -> None:
     monkeypatch.delenv("FEDPRUNE_PULSE", raising=False)
     assert main(["health"]) == ExitCode.USAGE
-    assert main(["health", "--pulse", str(tmp_path / "pulse")]) == ExitCode.STORAGE
     monkeypatch.setenv("FEDPRUNE_PULSE", str(tmp_path / "pulse"))
+    assert main(["health"]) == ExitCode.STORAGE
     show(Pulse(), TurnEnded(0.0))
     capsys.readouterr()
     assert main(["health", "--ready"]) == ExitCode.OK

@@ -67,7 +67,7 @@ fedprune-server config check fleet.toml
 fedprune-server config show --config fleet.toml --all
 fedprune-server config show --state state --rounds 50
 fedprune-server health
-fedprune-server health --pulse /run/fedprune/pulse --within 60 --ready
+fedprune-server health --ready
 fedprune-server crashes --state state
 fedprune-server crashes --device attic --state state --json
 fedprune-server doctor --state state
