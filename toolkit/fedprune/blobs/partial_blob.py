@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
@@ -49,6 +50,7 @@ class BlobFolder:
 
     def __init__(self, root: Path, max_size: int, reserve: int, *, durable: bool) -> None:
         self.root = root
+        self._root_text = str(root)
         self.max_size = max_size
         self.reserve = reserve
         self.durable = durable
@@ -57,12 +59,15 @@ class BlobFolder:
                 make_private_folder(folder)
 
     def has(self, sha256: str) -> bool:
-        return self.path(sha256).is_file()
+        _check_name(sha256)
+        try:  # without pathlib, which takes longer than the system's call: a server asks dozens of times per update
+            return stat.S_ISREG(os.stat(f"{self._root_text}/{sha256[:2]}/{sha256}").st_mode)  # noqa: PTH116
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def path(self, sha256: str) -> Path:
         """The path of a blob, whether it exists or not. Raises `StorageError` if `sha256` is no digest."""
-        if not is_digest(sha256):
-            raise StorageError("name of a blob", expected="64 hex digits", got=repr(sha256)[:80])
+        _check_name(sha256)
         return self.root.joinpath(sha256[:2], sha256)
 
     def check_size(self, size: int) -> None:
@@ -107,11 +112,23 @@ class BlobFolder:
 
     def move(self, source: Path, target: Path, *, flush: bool = True) -> None:
         """Rename a finished file to its path, and flush the folder if the file must survive a power cut."""
-        target.parent.mkdir(mode=0o700, exist_ok=True)
-        source.replace(target)
+        try:
+            source.replace(target)
+        except FileNotFoundError:  # the first blob of its folder, or `source` itself is missing
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            source.replace(target)
         if self.durable and flush:
             flush_folder(target.parent)
 
+
+def _check_name(sha256: str) -> None:
+    if not is_digest(sha256):
+        raise StorageError("name of a blob", expected="64 hex digits", got=repr(sha256)[:80])
+
+
+# Leaves of the largest blob whose table isn't kept once the blob is complete: a server receives thousands of such
+# updates and is never asked for their tables, and each is computed again in a millisecond.
+_MAX_DROPPED_LEAVES = 32
 
 # Bytes between flushes of a download, so that the last flush has little left to write.
 _FLUSH_BYTES = 4 * 2**20
@@ -157,10 +174,15 @@ class PartialBlob:
         """Keep the leaf table if it is the one that the reference names; returns whether it is."""
         if len(table) != self.ref.leaf_count * DIGEST_BYTES or hashlib.sha256(table).hexdigest() != self.ref.leaves:
             return False
-        # Not flushed: its digest is checked when the partial is opened again, and it is small enough to be pulled
-        # again.
+        # In place and not flushed: its digest is checked when the partial is opened again, and it is small enough to be
+        # pulled again.
         if self.ref.leaf_count > 1:
-            self.store.write_file(self._table_path, table_file(table), flush=False)
+            with storage_errors(f"can't write {self._table_path}"):
+                descriptor = os.open(self._table_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                try:
+                    write_all(descriptor, table_file(table))
+                finally:
+                    os.close(descriptor)
         if self.table is None:
             self.table = table
             with storage_errors(f"can't read {self._data_path}"):
@@ -231,15 +253,17 @@ class PartialBlob:
             written_status = os.fstat(descriptor)
             self.close()
             target = self.store.path(self.ref.sha256)
-            with suppress(FileNotFoundError):  # another partial of the same blob was faster
+            try:
                 if not os.path.samestat(written_status, self._data_path.stat()):  # deleted, and begun again by another
                     raise StorageError(f"{self._data_path} was replaced while it was being finished")
-                if self._table_path.is_file():
+                if self.ref.leaf_count > _MAX_DROPPED_LEAVES and self._table_path.is_file():
                     self.store.move(self._table_path, target.with_name(target.name + TABLE_SUFFIX), flush=False)
                 self.store.move(self._data_path, target)
-            self._table_path.unlink(missing_ok=True)
-        if not self.is_complete:
-            raise StorageError(f"{self._data_path} has vanished while it was being finished")
+            except FileNotFoundError as error:  # another partial of the same blob was faster, or somebody deleted it
+                if not self.is_complete:
+                    raise StorageError(f"{self._data_path} has vanished while it was being finished") from error
+            if self.ref.leaf_count > 1:
+                self._table_path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Delete all leaves that have arrived."""
@@ -259,7 +283,7 @@ class PartialBlob:
 
     def _resume(self) -> None:
         with storage_errors(f"can't read {self._data_path}"):
-            raw = self._table_path.read_bytes() if self._table_path.is_file() else b""
+            raw = self._table_path.read_bytes() if self.ref.leaf_count > 1 and self._table_path.is_file() else b""
             table = read_table_file(raw, self.ref.leaf_count)
             if table is None or hashlib.sha256(table).hexdigest() != self.ref.leaves:
                 if self.ref.leaf_count > 1:
