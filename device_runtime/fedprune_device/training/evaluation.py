@@ -50,6 +50,11 @@ class Evaluation:
         if len(data.y_val):
             self.metrics["samples_validation"] = float(len(data.y_val))
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether there is anything to measure a model on."""
+        return len(self._data.y_test) > 0 or len(self._data.y_val) > 0
+
     def measure(self, model: Predictor, when: str) -> None:
         """Measure a model `before` or `after` training, or the board's own `average`, on test samples alone."""
         began = time.monotonic()

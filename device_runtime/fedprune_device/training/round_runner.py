@@ -136,11 +136,12 @@ class RoundRunner:
         recipe = Recipe.from_dict(offer.recipe)
         work, trainer, evaluation, inputs = self._prepare(offer, recipe)
         evaluation.metrics["download_seconds"] = download_seconds
-        evaluates = offer.round % recipe.evaluate_every == 0
+        # A board without samples for a measurement opens no model for it: that may take longer than a step.
+        evaluates = evaluation.has_samples and offer.round % recipe.evaluate_every == 0
         report("evaluate", 0, 2)
         if evaluates:
-            evaluation.measure(self._stage_candidate(offer, work.received_model() or offer.weights), "before")
-        result = self._train(offer, work, trainer, inputs, TrainingControl(partial(report, "train"), stop))
+            evaluation.measure(self._received_candidate(offer, work.received_model()), "before")
+        result = self._train(offer, recipe, work, trainer, inputs, TrainingControl(partial(report, "train"), stop))
         report("evaluate", 1, 2)
         # From here on a small board has memory only for the new tensors, the loaded model and what is blended in.
         work.tensors = {}
@@ -222,9 +223,15 @@ class RoundRunner:
         return None if served is None or served.job != offer.job or served.scaling.inputs is None else served.scaling
 
     def _train(
-        self, offer: Offer, work: LocalUpdate, trainer: Trainer, inputs: _RoundInputs, control: TrainingControl
+        self,
+        offer: Offer,
+        recipe: Recipe,
+        work: LocalUpdate,
+        trainer: Trainer,
+        inputs: _RoundInputs,
+        control: TrainingControl,
     ) -> TrainingResult:
-        recipe, data = Recipe.from_dict(offer.recipe), inputs.data
+        data = inputs.data
         moments, optimizer_steps = work.optimizer_state(self._read_blob)
         task = TrainingTask(
             recipe=recipe,
@@ -350,6 +357,14 @@ class RoundRunner:
                 raise damaged
             self._blobs.put(raw)
         return self._read_blob(offer.weights)
+
+    def _received_candidate(self, offer: Offer, changed: bytes | None) -> Predictor:
+        """The offered model, or what it is `changed` into on this board. In a simulation many boards are offered the
+        same one, which stays open."""
+        if changed is not None or self._checked_graphs is None:
+            return self._stage_candidate(offer, changed or offer.weights)
+        digests = (offer.inference.sha256, offer.weights.sha256)
+        return self._trainer.received(digests, lambda: self._stage_candidate(offer, offer.weights))
 
     def _stage_candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
         source = self._blobs.path(weights.sha256) if isinstance(weights, BlobRef) else weights

@@ -117,6 +117,7 @@ class TrainerCache:
         self._keep = keep
         self._loaded: tuple[tuple[str, Path | None], Trainer] | None = None
         self._subgraphs = ("", Subgraphs())
+        self._received: tuple[tuple[str, str], Predictor] | None = None
 
     def of(self, sha256: str, read: Callable[[], bytes], base: Path | None = None) -> Trainer:
         """A trainer for a graph and the frozen base that it reads; `read` gives its bytes if they are needed."""
@@ -132,6 +133,12 @@ class TrainerCache:
     def predictor(self, model: Path) -> Predictor:
         """Open a staged model."""
         return Predictor(model, threads=self.threads, cuda=self._cuda)
+
+    def received(self, digests: tuple[str, str], open_model: Callable[[], Predictor]) -> Predictor:
+        """The predictor of a received model by the digests of its graph and weights; the last one is kept."""
+        if self._received is None or self._received[0] != digests:
+            self._received = (digests, open_model())
+        return self._received[1]
 
     def release(self) -> None:
         """Unload the graph after a training, unless it is to be kept."""

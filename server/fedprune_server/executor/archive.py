@@ -67,12 +67,12 @@ class Archive:
             BundleError: It isn't a tensor file.
             ProtocolError: It isn't what its codec makes of an update of these weights.
         """
-        raw = self._store.read(digest)
+        raw = self._store.map(digest)
         parsed_codec = None if codec is None else Codec.parse(codec)
         if parsed_codec is None or sent is None or not is_packed(raw):
             return tensorfile.decode(raw)
         trained = frozenset(t.name for t in self._architecture.trainable)
-        return dict(decode(parsed_codec, raw, self.sent_weights(sent), trained))
+        return dict(decode(parsed_codec, bytes(raw), self.sent_weights(sent), trained))
 
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
         """The first channels of a ranking; boards of equal width share one, with its maps. Raises `StorageError` if the

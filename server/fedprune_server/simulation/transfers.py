@@ -12,6 +12,9 @@ from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.state import DOWN, UP, SimulationState
 
+# Leaf tables in memory: devices have the weights of this round or the one before, of a few widths.
+_MAX_LEAF_TABLES = 32
+
 _BLOB_ENTRIES = ("weights", "training", "inference", "base")  # entries of an offer that refer to blobs
 
 
@@ -34,6 +37,10 @@ class Transfers:
 
     def __init__(self, weather: Weather, seed: int, store: BlobStore, run: SimulationState) -> None:
         self._weather, self._seed, self._store, self._run = weather, seed, store, run
+        # Many devices are sent the same weights in turn: the leaf table of the last ones is stored once. It stays in
+        # the store, because the last device's state refers to it.
+        self._last_table = ("", "")
+        self._leaves: dict[str, list[bytes]] = {}
 
     def download(self, device: VirtualDevice, offer: Mapping[str, Any], number: int) -> float:
         """Send a device what it lacks of a round's offer; returns when the last byte arrives."""
@@ -78,7 +85,21 @@ class Transfers:
         """Bytes of the leaves that a device's new weights share with its last ones: a board copies them."""
         if weights.sha256 in held_digests or downloads.get(weights.sha256) != weights.size:
             return 0
-        previous_table, leaf_table = self._run.tables.get(name), self._store.table(weights.sha256)
-        self._run.tables[name] = self._store.put(leaf_table).sha256
-        previous_leaves = set() if previous_table is None else set(leaf_digests(self._store.read(previous_table)))
-        return sum(weights.leaf_size(i) for i, d in enumerate(leaf_digests(leaf_table)) if d in previous_leaves)
+        previous_table, table = self._run.tables.get(name), self._table_of(weights.sha256)
+        self._run.tables[name] = table
+        previous_leaves = set() if previous_table is None else set(self._leaves_of(previous_table))
+        return sum(weights.leaf_size(i) for i, d in enumerate(self._leaves_of(table)) if d in previous_leaves)
+
+    def _table_of(self, weights: str) -> str:
+        """The digest of the blob with the leaf table of some weights."""
+        if self._last_table[0] != weights:
+            self._last_table = weights, self._store.put(self._store.table(weights)).sha256
+        return self._last_table[1]
+
+    def _leaves_of(self, table: str) -> list[bytes]:
+        """The leaves in a stored leaf table."""
+        if table not in self._leaves:
+            if len(self._leaves) >= _MAX_LEAF_TABLES:
+                self._leaves.clear()
+            self._leaves[table] = leaf_digests(self._store.read(table))
+        return self._leaves[table]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from fedprune.aggregation.fold import Rule
@@ -163,7 +164,7 @@ class Job:
                     got=value_text(getattr(self, f.name)),
                 )
 
-    @property
+    @cached_property
     def training_recipe(self) -> Recipe:
         """The recipe with the rounds over which its learning rate falls, and whether updates are masked."""
         has_own_rounds = self.recipe.lr_schedule == "constant" or self.recipe.lr_rounds

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from fedprune.core import validation
@@ -235,7 +236,7 @@ class Recipe(LocalMethod, PlainTraining):
         """The name of the metric (`fedprune.core.metrics`) by which models are judged."""
         return judged_by({"loss": self.loss, "metric": self.metric})
 
-    @property
+    @cached_property
     def features(self) -> Features:
         """The training graph that this recipe needs."""
         return Features(
