@@ -104,7 +104,7 @@ class Board:
         body = json.dumps({"label": label}).encode()
         return self._ask("POST", f"/v1/samples/{quote(sample, safe='')}/label", body, "application/json")
 
-    def unlabelled(self, most: int = 100) -> list[str]:
+    def unlabelled_samples(self, most: int = 100) -> list[str]:
         """The `id` of samples without a label, the newest first."""
         return [str(sample) for sample in self._ask("GET", f"/v1/samples/unlabelled?most={most}")["samples"]]
 

@@ -33,7 +33,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import CommandExecutor
-from fedprune_server.executor.helpers import with_helpers
+from fedprune_server.executor.helper_processes import with_helpers
 from fedprune_server.maintenance.backup_manifest import restore_text
 from fedprune_server.messaging.broker.revocations import list_delivery
 from fedprune_server.messaging.connection import ServerConnection, open_connection, open_identity

@@ -104,7 +104,7 @@ def check_data(arguments: argparse.Namespace) -> int:
                 raise DataError(f"{arguments.data}: {error}") from error
             summary = summarise(data, targets, names)
             scaled = bool(bundle.recipe.scaling)
-            problems = [*_shortened(warnings.lines), *find_problems(summary, is_scaled=scaled)]
+            problems = [*_first_lines(warnings.lines), *find_problems(summary, is_scaled=scaled)]
             report = _Report(arguments.data, summary, problems, [*source.notes, *find_notes(summary)])
             if arguments.out is not None:
                 if arguments.out.suffix == ".npz":
@@ -146,7 +146,7 @@ def _write_arrays(out: Path, data: LocalData) -> None:
                         entry.write(np.ascontiguousarray(chunk, array.dtype).tobytes())
 
 
-def _shortened(lines: Sequence[str]) -> list[str]:
+def _first_lines(lines: Sequence[str]) -> list[str]:
     more = len(lines) - _MAX_LINES
     return [*lines[:_MAX_LINES], *([f"and {more} more of such lines"] if more > 0 else [])]
 

@@ -169,7 +169,9 @@ class _Rows:
         self._cut_rows = self._empty_rows = 0
 
     def __iter__(self) -> Iterator[_NumberedRow]:
-        rows = ((line, self._fitted(number, line, row)) for number, (line, row) in enumerate(self._reader, 1))
+        rows = (
+            (line, self._row_of_table_width(number, line, row)) for number, (line, row) in enumerate(self._reader, 1)
+        )
         first = next(rows, None)
         second = next(rows, None)
         if first is not None and second is not None and self._has_units(first[1]) and not self._has_units(second[1]):
@@ -187,7 +189,7 @@ class _Rows:
             yield row
         self._empty_rows = len(empty_rows)
 
-    def _fitted(self, number: int, line: int, row: list[str]) -> list[str]:
+    def _row_of_table_width(self, number: int, line: int, row: list[str]) -> list[str]:
         if len(row) > self.width and not any(map(str.strip, row[self.width :])):
             self._cut_rows += 1
             return row[: self.width]

@@ -67,7 +67,7 @@ class Scaling:
 
     def __call__(self, x: Inputs) -> Inputs:
         """Inputs as the model takes them; those on the disk are scaled as they are read."""
-        return x if self.inputs is None else _scaled(x, self.inputs)
+        return x if self.inputs is None else _apply_scale(x, self.inputs)
 
     def invert(self, outputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Predictions in the numbers of the samples."""
@@ -94,7 +94,7 @@ def scale_samples(data: LocalData, recipe: Recipe, fitted: Scaling | None = None
         if data.is_unlabelled and (scaling.outputs is None or scaling.outputs == scaling.inputs):
             labels = scaled
         else:
-            labels = y if scaling.outputs is None or not len(y) else _scaled(y, scaling.outputs)
+            labels = y if scaling.outputs is None or not len(y) else _apply_scale(y, scaling.outputs)
         arrays += [scaled, labels]
     return LocalData(*arrays, spool=data.spool, channels=data.channels), scaling
 
@@ -117,9 +117,9 @@ def scaling_of(x: Inputs, y: Inputs, recipe: Recipe, channels: Channels | None) 
         scales = {scale.name: scale for scale in map(ColumnScale.parse, entries)}
         if not has_names:  # arrays name no channels: the order of the entries counts
             scales = dict(zip(channels.inputs, scales.values(), strict=True))
-        inputs = outputs = _given(channels.inputs, scales, channels.input_axis)
+        inputs = outputs = _scale_of_columns(channels.inputs, scales, channels.input_axis)
         if predicts_columns:
-            outputs = _given(channels.outputs, scales, channels.output_axis)
+            outputs = _scale_of_columns(channels.outputs, scales, channels.output_axis)
     return Scaling(inputs, outputs if predicts_columns else inputs if predicts_inputs else None)
 
 
@@ -148,7 +148,7 @@ def _channels_of(x: Inputs, scaling: Sequence[str]) -> Channels:
     return Channels(tuple(map(str, range(count))), axis or 0)
 
 
-def _given(names: Sequence[str], scales: dict[str, ColumnScale], axis: int) -> ChannelScale:
+def _scale_of_columns(names: Sequence[str], scales: dict[str, ColumnScale], axis: int) -> ChannelScale:
     for position, name in enumerate(names, 1):
         if name not in scales:
             expected = f"an entry for each of {len(names)} columns: {', '.join(names)}"
@@ -173,5 +173,5 @@ def _fit(parts: Iterable[Array], channels: int, axis: int) -> ChannelScale:
     return ChannelScale(tuple(mean.tolist()), tuple(deviation.tolist()), axis)
 
 
-def _scaled(x: Inputs, scale: ChannelScale) -> Inputs:
+def _apply_scale(x: Inputs, scale: ChannelScale) -> Inputs:
     return x.after_reading(scale) if isinstance(x, StoredArray) else scale(x)

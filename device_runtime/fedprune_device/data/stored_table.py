@@ -150,11 +150,11 @@ class _Times:
             gaps.append(first + 1 + np.flatnonzero(np.abs(differences) > _GAP_STEPS * usual))
             unknown.append(first + 1 + np.flatnonzero(np.isnan(differences)))
             forward += int((differences > 0).sum())
-        back_rows, gap_rows, unknown_rows = (_joined(parts) for parts in (backward, gaps, unknown))
+        back_rows, gap_rows, unknown_rows = (_concatenate_rows(parts) for parts in (backward, gaps, unknown))
         is_reversed = not forward and len(back_rows) > 0
         starts = gap_rows if is_reversed else np.union1d(back_rows, gap_rows)
         starts = np.union1d(starts, unknown_rows)
-        copies = _joined(self._copies)
+        copies = _concatenate_rows(self._copies)
         if len(copies) < self._repeated:
             copies = copies[:0]
             self.notes.append(
@@ -182,10 +182,10 @@ class _Times:
         starts = starts - np.searchsorted(copies, starts)
         if is_reversed:
             order, starts = order[::-1], len(order) - starts[::-1]
-        return replace(_rewritten(stored, order, spool), starts=starts)
+        return replace(_write_in_order(stored, order, spool), starts=starts)
 
 
-def _joined(parts: list[Array]) -> Rows:
+def _concatenate_rows(parts: list[Array]) -> Rows:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
@@ -193,7 +193,7 @@ def _array(file: OpenFiles, dtype: type[np.generic], shape: tuple[int, ...]) -> 
     return StoredArray(file, None, 0, np.dtype(dtype), shape, checked=True, converted_type=dtype)
 
 
-def _rewritten(stored: StoredTable, order: Rows, spool: Path | None) -> StoredTable:
+def _write_in_order(stored: StoredTable, order: Rows, spool: Path | None) -> StoredTable:
     """The rows of these numbers in a new file, in this order."""
     columns, out = len(stored.columns.all), OpenFiles.in_folder(spool)
     rows = _array(stored.file, np.float32, (stored.count, columns))

@@ -75,7 +75,7 @@ class TimeReader:
             self._choose(cells)
         if self._chosen is None:
             return None
-        column = _joined([cells[index] for index in self._chosen])
+        column = _combine_columns([cells[index] for index in self._chosen])
         times = self._parse(column)
         if times is None:
             bad = next(i for i in range(len(column)) if self._parse(column[i : i + 1]) is None)
@@ -85,7 +85,7 @@ class TimeReader:
 
     def _choose(self, cells: Mapping[int, Any]) -> None:
         for columns in self._candidates:
-            column = _joined([cells[index][:_ROWS_FOR_FORMAT] for index in columns])
+            column = _combine_columns([cells[index][:_ROWS_FOR_FORMAT] for index in columns])
             chosen = _format_of(column, dates_alone=columns == (self._index,))
             if chosen is not None:
                 self._chosen, (self._parse, text) = columns, chosen
@@ -100,7 +100,7 @@ def _no_times(cells: list[Any]) -> Times | None:
     return None
 
 
-def _joined(columns: list[Any]) -> list[Any]:
+def _combine_columns(columns: list[Any]) -> list[Any]:
     """One column of cells; a date and a time of the day become one text, or one number of seconds."""
     if len(columns) == 1:
         return list(columns[0])

@@ -90,7 +90,7 @@ class TableFile(ReadSource):
             plan = _plan_windows(numbers.columns, shape, targets)
             needs_class = targets is not None and targets.takes_whole_numbers
             first, splits = self._windows(plan, needs_class=needs_class)
-            plan = self._fitted(plan)
+            plan = self._plan_with_means(plan)
             arrays: list[Inputs] = []
             for split in SPLITS:
                 rows = first[splits == split]
@@ -102,7 +102,7 @@ class TableFile(ReadSource):
         self._training_count = data.samples
         return data
 
-    def _fitted(self, plan: _WindowPlan) -> _WindowPlan:
+    def _plan_with_means(self, plan: _WindowPlan) -> _WindowPlan:
         """The plan with missing numbers replaced by the means of the training rows, if the options say so."""
         if self._numbers.marks is None or self._options.missing != "mean":
             return plan

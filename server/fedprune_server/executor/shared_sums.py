@@ -81,13 +81,13 @@ class SharedSums:
         batches = self._batches if self._round == (command.round, command.model) else []
         self._checked_updates = []
         self._batches = [b for b in batches if all(counted.get(c.part.device) == c for c in b.updates)]
-        unsummed = self._unsummed(command)
+        unsummed = self._contributions_without_sum(command)
         if len(unsummed) >= _MIN_SHARED_UPDATES:
             self._batches += self._submit_updates(command, unsummed)
         self._merge_finished(command, wait=True)
         self._round, self._batches = None, []
 
-    def _unsummed(self, command: do.Close) -> list[do.Contribution]:
+    def _contributions_without_sum(self, command: do.Close) -> list[do.Contribution]:
         """The counted updates for helpers that no batch and no sum of the worker has."""
         round_ = self._worker.round_of(command)
         updates = {c.part.device: self._worker.updates.round_update(c) for c in command.contributions}

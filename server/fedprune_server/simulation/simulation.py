@@ -34,7 +34,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.divergence import is_uncalibrated
 from fedprune_server.executor.final_ranks import final_ranks
-from fedprune_server.executor.helpers import with_helpers
+from fedprune_server.executor.helper_processes import with_helpers
 from fedprune_server.executor.worker import Worker
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment

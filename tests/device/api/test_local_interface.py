@@ -193,13 +193,13 @@ def test_an_image_waits_for_a_person_who_looks_at_it_and_labels_it(local: LocalB
             local.samples.snapshot((3, 5, 4), Targets("cross_entropy", 3))
         assert local.board.status()["input"] == [3, 5, 4]
         name = local.board.add(image_file(pixels))["id"]
-        assert local.board.unlabelled() == [name]
+        assert local.board.unlabelled_samples() == [name]
         viewer_image = image.open(io.BytesIO(local.board.sample(name, "image/png")))
         assert (np.asarray(viewer_image) == pixels).all()
         x = np.load(io.BytesIO(local.board.sample(name)))
         np.testing.assert_allclose(x, (pixels.transpose(2, 0, 1) / 255 - [[[0.4]], [[0.5]], [[0.6]]]) / 0.2, atol=1e-5)
         local.board.label(name, "bee")
-        assert local.board.unlabelled() == []
+        assert local.board.unlabelled_samples() == []
         window = local.board.add(np.ones(6))["id"]
         for sample, status in ((window, 422), ("0" * 32, 404)):
             with pytest.raises(BoardError) as refusal:
@@ -211,7 +211,7 @@ def test_samples_are_not_shown_on_a_port(local: LocalBoard) -> None:
     with local.serving("127.0.0.1:0"):
         board = Board(f"127.0.0.1:{local.server.port}", tries=1)
         name = board.add(np.ones(6))["id"]
-        for ask_for in (board.unlabelled, lambda: board.sample(name)):
+        for ask_for in (board.unlabelled_samples, lambda: board.sample(name)):
             with pytest.raises(BoardError, match="Unix socket") as refusal:
                 ask_for()
             assert refusal.value.status == 403

@@ -62,7 +62,7 @@ def test_the_curl_examples_show_and_label_a_picture_that_waits(local: LocalBoard
         name = local.board.add(x)["id"]
         listed, labelled = map(json.loads, run_curl(f"SOCKET={local.socket}\nID={name}\n{text}", tmp_path))
         assert listed == {"samples": [name]}
-        assert (labelled["id"], labelled["label"], local.board.unlabelled()) == (name, 1, [])
+        assert (labelled["id"], labelled["label"], local.board.unlabelled_samples()) == (name, 1, [])
     assert (np.asarray(image.open(tmp_path / "sample.png")) == np.round(255 * x.transpose(1, 2, 0))).all()
     assert (np.load(tmp_path / "sample.npy") == x).all()
 

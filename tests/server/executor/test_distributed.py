@@ -23,7 +23,7 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker
-from fedprune_server.executor.helpers import helper_processes
+from fedprune_server.executor.helper_processes import helper_processes
 from fedprune_server.executor.worker import Worker
 from support.fakes.digits_simulation import boards, digits_simulation
 from support.waiting import until

@@ -134,7 +134,7 @@ class VectorForm:
             residuals[name] = (difference - np.ldexp(codes, grid.step)).astype(np.float32)
             narrow.append(codes.astype(np.int32).reshape(-1))
         return Vector(
-            _concatenated(narrow, np.int32).view(np.uint32), _concatenated(wide, np.int64).view(np.uint64)
+            _concatenate(narrow, np.int32).view(np.uint32), _concatenate(wide, np.int64).view(np.uint64)
         ), residuals
 
 
@@ -174,5 +174,5 @@ class MaskedForm:
         return any(grid.step is not None for grid in self.vector.tensors.values())
 
 
-def _concatenated(arrays: Sequence[npt.NDArray[Any]], kind: type[np.integer[Any]]) -> npt.NDArray[Any]:
+def _concatenate(arrays: Sequence[npt.NDArray[Any]], kind: type[np.integer[Any]]) -> npt.NDArray[Any]:
     return np.concatenate(arrays) if arrays else np.zeros(0, kind)
