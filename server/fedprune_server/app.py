@@ -22,7 +22,8 @@ from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find_profile, profile_names
 from fedprune.wire.topics import Topics
 from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.server_config import ReportSettings, ServerConfig, without_password
+from fedprune_server.config.network_settings import without_password
+from fedprune_server.config.server_config import ReportSettings, ServerConfig
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.engine.further_jobs import further_configs
 from fedprune_server.engine.job_runner import JobRunner

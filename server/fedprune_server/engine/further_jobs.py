@@ -13,8 +13,9 @@ from typing import Any
 
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import check_keys
+from fedprune_server.config.job_settings import JOB_KEYS
 from fedprune_server.config.layers import SettingsLayer, errors_with_origin, file_layer
-from fedprune_server.config.server_config import JOB_KEYS, SERVER_KEYS, ServerConfig
+from fedprune_server.config.server_config import SERVER_KEYS, ServerConfig
 from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import TABLES, parse_config
 from fedprune_server.engine.stored_job import stored_tables

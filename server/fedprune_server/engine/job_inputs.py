@@ -21,7 +21,8 @@ from fedprune.core.errors import ConfigError, MissingExtraError, ModelError
 from fedprune.planning.profile_store import find_profile, profile_names
 from fedprune.strategies.user_code_digest import user_code_digest
 from fedprune_export import importing
-from fedprune_server.config.server_config import JobSettings, ServerConfig
+from fedprune_server.config.job_settings import JobSettings
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.executor.server_samples import LabelledSamples
 
 log = logging.getLogger("fedprune.server")

@@ -26,7 +26,8 @@ from fedprune.jobs.job import Job
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, is_factory_source
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.server_config import ServerConfig, without_password
+from fedprune_server.config.network_settings import without_password
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.job_inputs import check_job_model, input_changes, input_digests, read_job_model
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.retention import kept_models, sweep_blobs

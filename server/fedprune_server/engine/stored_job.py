@@ -19,7 +19,8 @@ from fedprune.model.recipe import judging_metric
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.server_config import EMBEDDED, SERVER_KEYS, UNSTORED_KEYS
+from fedprune_server.config.network_settings import EMBEDDED
+from fedprune_server.config.server_config import SERVER_KEYS, UNSTORED_KEYS
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.executor.final_ranks import final_ranks
 from fedprune_server.storage.blob_place import open_blobs_reader

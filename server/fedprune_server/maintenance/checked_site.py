@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.config.server_config import EMBEDDED
+from fedprune_server.config.network_settings import EMBEDDED
 from fedprune_server.maintenance.stored_job import StoredJob
 from fedprune_server.monitoring.monitor_record import MonitorRecord
 

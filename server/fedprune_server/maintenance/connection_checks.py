@@ -11,7 +11,7 @@ from fedprune.security.authority import CRL_FILE
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, PACKET_OVERHEAD_BYTES
 from fedprune.wire.link import BrokerLink
 from fedprune.wire.topics import Topics
-from fedprune_server.config.server_config import EMBEDDED, LOOPBACK_HOSTS, without_password
+from fedprune_server.config.network_settings import EMBEDDED, LOOPBACK_HOSTS, without_password
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.checked_site import CheckedSite, run_within

@@ -15,7 +15,8 @@ from fedprune.wire.link import BrokerLink
 from fedprune.wire.queues import Event, Inbox
 from fedprune.wire.topics import Topics
 from fedprune.wire.urls import BrokerUrl
-from fedprune_server.config.server_config import LOOPBACK_HOSTS, BrokerSettings, ServerConfig
+from fedprune_server.config.network_settings import LOOPBACK_HOSTS, BrokerSettings
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.quarantine import QUARANTINE_FILE, Quarantine
 from fedprune_server.enrollment.host_names import listener_names
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER, IdentityFolder

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fedprune.core.errors import IdentityError
 from fedprune.security.tls import check_local_host
 from fedprune.wire.urls import BlobUrl
-from fedprune_server.config.server_config import HTTPS, S3, WebSettings
+from fedprune_server.config.network_settings import HTTPS, S3, WebSettings
 from fedprune_server.enrollment.host_names import listener_names, own_addresses
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.transfer.s3_sync import BucketSync

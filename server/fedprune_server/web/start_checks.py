@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from cryptography.x509 import load_pem_x509_certificate
 
 from fedprune.core.errors import ConfigError, MissingExtraError, error_reason
-from fedprune_server.config.server_config import WebConsoleSettings
+from fedprune_server.config.network_settings import WebConsoleSettings
 
 log = logging.getLogger("fedprune.server")
 

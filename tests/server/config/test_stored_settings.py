@@ -12,7 +12,8 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune_server.cli.main import build_parser
 from fedprune_server.cli.run import load_config
-from fedprune_server.config.server_config import ServerConfig, without_password
+from fedprune_server.config.network_settings import without_password
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.storage import Storage
 
