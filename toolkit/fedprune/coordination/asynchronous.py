@@ -124,13 +124,13 @@ class AsynchronousCoordinator(Coordinator):
             )
             return self._finish_budget_spent(state.round - 1) if budget_is_spent else []
         # The part keeps the model that it was cut from (its basis): there are newer ones when its update comes.
-        basis = plain_json(self._current_basis())
+        basis = plain_json(self.part_commands.current_basis())
         for name in idle:
             device, former_task = state.devices[name], state.tasks.get(name)
             is_repeated = former_task is not None and state.round_of(former_task) == state.round
             attempt = former_task.attempt + 1 if former_task is not None and is_repeated else 1
             state.tasks[name] = self._new_task(device, attempt, basis=basis)
-        return self._extract_commands(idle)
+        return self.part_commands.extract_commands(idle)
 
     def _queue_number(self, name: str) -> float:
         """A device's number in the queue for offers: the round of its last offer, plus a lot among those of that round.
@@ -161,7 +161,7 @@ class AsynchronousCoordinator(Coordinator):
         return commands
 
     def _weighted_fold_command(self, name: str, task: DeviceTask) -> do.FoldUpdate:
-        return self._fold_command(name, task, self._update_weights.weight(name))
+        return self.part_commands.fold_command(name, task, self._update_weights.weight(name))
 
     def _fold_stored_updates(self) -> Commands:
         """Add updates that came while no sums were open."""
@@ -246,7 +246,7 @@ class AsynchronousCoordinator(Coordinator):
         contributions, fresh_names = [], set(closing["fresh"])
         for name, weight in sorted(closing["weights"].items()):
             if name in fresh_names:
-                contributions.append(self._contribution(name, state.tasks[name], weight))
+                contributions.append(self.part_commands.contribution(name, state.tasks[name], weight))
             else:
                 kept_update = state.devices[name].buffer or {}
                 contributions.append(replace(convert(kept_update["contribution"], do.Contribution), weight=weight))
@@ -268,7 +268,7 @@ class AsynchronousCoordinator(Coordinator):
             elif is_fresh:
                 task = state.tasks[name]
                 task.reason = event.limited.get(name, "")
-                contribution = self._contribution(name, task, weight)
+                contribution = self.part_commands.contribution(name, task, weight)
                 state.devices[name].buffer = self._update_weights.buffer_record(task, plain_json(contribution))
                 self._keep_past(name, task)
         if state.closing["weights"].keys() <= event.rejected.keys():

@@ -8,15 +8,14 @@ begin and close.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
-
-from msgspec import convert
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.grants import Grants
 from fedprune.coordination.job_end import EPSILON_NEXT, early_end_reason, spent_total_reason
+from fedprune.coordination.part_commands import PartCommands
 from fedprune.coordination.privacy_budget import JobPrivacyBudget
 from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.coordination.stragglers import BEFORE_OFFER
@@ -62,6 +61,7 @@ class Coordinator(ABC):
         )
         self.fleet = Fleet(job, architecture, state, self.strategy.min_channels)
         self.grants = Grants(job, self.strategy, architecture, state, asks_alike=self.is_masked)
+        self.part_commands = PartCommands(job, self.strategy, state)
         self.privacy_budget = JobPrivacyBudget(state, job.privacy)
         self._shared_codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
         self._ready_devices = ReadyDevices(state, self.privacy_budget.may_be_offered)
@@ -201,7 +201,7 @@ class Coordinator(ABC):
             task.offered_at = None  # on the clock of the shell that has ended
             task.deadline = None if task.deadline is None else now + self.job.deadline_s
             if task.progress is Progress.EXTRACTING:
-                commands.append(self._extract_command(name, task))
+                commands.append(self.part_commands.extract_command(name, task))
             elif task.progress is Progress.PULLING and task.update is not None:
                 # The announcement will be repeated, too; pulling is resumed from what is on disk.
                 commands.append(do.PullUpdate(name, self.state.round_of(task), task.attempt, task.update))
@@ -323,9 +323,6 @@ class Coordinator(ABC):
         self.allocator.admit(self.fleet, event.device, former)
         return True
 
-    def _extract_commands(self, names: Iterable[str]) -> Commands:
-        return [self._extract_command(name, self.state.tasks[name]) for name in names]
-
     def _resume_part(self, name: str, former: JobDevice | None) -> Commands:
         """Commands for the part of a device that has connected again, before its update is here: the offer or a pull.
 
@@ -389,45 +386,11 @@ class Coordinator(ABC):
             **settings,
         )
 
-    def _current_basis(self) -> do.Basis:
-        state = self.state
-        return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
-
-    def _extract_command(self, name: str, task: DeviceTask) -> do.Extract:
-        device = self.state.devices[name]
-        received = convert(device.held, do.ReceivedWeights | None)
-        coding = do.Coding(*self.strategy.codecs(self.job, device.profile.get("name"), device.codecs), received)
-        part = device_part(name, task)
-        return do.Extract(self._basis_of(task), part, coding, task.accumulate, (device.probe or {}).get("unit", ""))
-
-    def _basis_of(self, task: DeviceTask) -> do.Basis:
-        return self._current_basis() if task.basis is None else convert(task.basis, do.Basis)
-
-    def _contribution(self, name: str, task: DeviceTask, weight: int) -> do.Contribution:
-        offer = task.offer or {}
-        mask = offer.get("mask")
-        return do.Contribution(
-            basis=self._basis_of(task),
-            part=device_part(name, task),
-            sent=offer["weights"]["sha256"],
-            mask=mask["sha256"] if mask else None,
-            weights=task.weights,
-            weight=weight,
-            steps=task.steps,
-            widths=tuple(offer["widths"]),
-            ranking=offer.get("ranking"),
-            codec=offer.get("codec"),
-        )
-
-    def _fold_command(self, name: str, task: DeviceTask, weight: int) -> do.FoldUpdate:
-        state = self.state
-        return do.FoldUpdate(state.round, state.model, dict(state.memory), self._contribution(name, task, weight))
-
     def _keep_past(self, name: str, task: DeviceTask) -> None:
         """Record the round of a device's counted update and, if the strategy continues from it, the update."""
         self.state.devices[name].last_counted_round = self.state.round_of(task)
         if self.strategy.keeps_past:
-            contribution = self._contribution(name, task, task.weight)
+            contribution = self.part_commands.contribution(name, task, task.weight)
             past = do.LastCountedUpdate(
                 round=contribution.basis.round,
                 weights=task.weights,
@@ -497,22 +460,6 @@ class Coordinator(ABC):
         costs = budget.largest_cost(), budget.largest_cost_after_next()
         widths = self.grants.core if state.ranking else ()
         return do.Evaluate(state.round, state.model, *costs, state.ranking or "", widths)
-
-
-def device_part(name: str, task: DeviceTask) -> do.DevicePart:
-    """A device's part as the server's worker needs to know it."""
-    return do.DevicePart(
-        device=name,
-        attempt=task.attempt,
-        widths=task.widths,
-        density=task.density,
-        samples=task.samples,
-        past=convert(task.past, do.LastCountedUpdate | None),
-        last_counted_round=task.last_counted_round,
-        work=task.work,
-        mixed=task.mixed,
-        core=task.core,
-    )
 
 
 def is_based_on_offer(event: on.UpdateAnnounced, task: DeviceTask) -> bool:

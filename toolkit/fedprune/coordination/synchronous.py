@@ -73,7 +73,9 @@ class SynchronousCoordinator(Coordinator):
         if not self.is_masked:
             stored = (Progress.STORED, Progress.FOLDED)
             commands += [
-                self._fold_command(n, t, t.weight) for n, t in sorted(state.tasks.items()) if t.progress in stored
+                self.part_commands.fold_command(n, t, t.weight)
+                for n, t in sorted(state.tasks.items())
+                if t.progress in stored
             ]
         return commands + self._begin_waiting_parts(self._progress_counts()) + self._request_next_look(now)
 
@@ -170,7 +172,7 @@ class SynchronousCoordinator(Coordinator):
                 task.progress = Progress.QUEUED
             self._wait_queue = None
             return self._begin_waiting_parts(self._progress_counts())
-        return self._extract_commands(sorted(state.tasks))
+        return self.part_commands.extract_commands(sorted(state.tasks))
 
     def _begin_waiting_parts(self, counts: Counter[Progress]) -> Commands:
         """Begin the parts of devices that waited, as many as may work at a time."""
@@ -183,7 +185,7 @@ class SynchronousCoordinator(Coordinator):
         names = self._wait_queue.next_devices(free_turns)
         for name in names:
             tasks[name].progress = Progress.EXTRACTING
-        return self._extract_commands(names)
+        return self.part_commands.extract_commands(names)
 
     def _progress_counts(self) -> Counter[Progress]:
         """Numbers of the round's parts by progress."""
@@ -214,7 +216,7 @@ class SynchronousCoordinator(Coordinator):
         if task is None:
             return []
         acknowledgement = do.Acknowledge(event.device, event.round, event.attempt, event.weights)
-        return [acknowledgement, self._fold_command(event.device, task, task.weight)]
+        return [acknowledgement, self.part_commands.fold_command(event.device, task, task.weight)]
 
     def _on_update_rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = (
@@ -330,7 +332,7 @@ class SynchronousCoordinator(Coordinator):
 
     def _close_with(self, sums: tuple[do.CohortSum, ...]) -> do.Close:
         state, tasks = self.state, self._counted_tasks()
-        contributions = tuple(self._contribution(n, t, t.weight) for n, t in tasks.items())
+        contributions = tuple(self.part_commands.contribution(n, t, t.weight) for n, t in tasks.items())
         return do.Close(state.round, state.model, dict(state.memory), tuple(tasks), contributions, sums=sums)
 
     def _judge_cohort_sums(self, event: on.Closed) -> tuple[list[list[str]], bool]:
