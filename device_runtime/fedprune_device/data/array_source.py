@@ -21,7 +21,7 @@ from fedprune_device.data.data_source import DataSource
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.other_files import OTHER_FORMS
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_inputs
-from fedprune_device.data.sequences import pad_samples
+from fedprune_device.data.sequences import PaddedRows, pad_samples
 from fedprune_device.data.source_samples import MAX_SAMPLES, SourceSamples
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.spooled_arrays import archive_array
@@ -115,21 +115,12 @@ def _class_numbers(name: str, array: Any, class_names: tuple[str, ...], source: 
 
 def load_inputs(source: str, shape: Shape | None = None, *, input_type: InputType = FLOATS) -> Inputs:
     """Read samples without labels; a source's labels are ignored, and `x_test` is preferred (`load_data`)."""
-    content, rows = _load(source, 0, "", None), None
+    content = _load(source, 0, "", None)
     try:
         if isinstance(content, DataSource) and not isinstance(content, LocalData):
             content = SourceSamples(content, source, SplitShares(test=0), MAX_SAMPLES).snapshot()
-        if isinstance(content, LocalData):
-            rows = content.rows
-            content = {"x_train": content.x_train, **({"x_test": content.x_test} if len(content.x_test) else {})}
-        elif not isinstance(content, np.ndarray):
-            content, rows = pack_inputs(as_mapping(content), None)
-        if isinstance(content, dict):
-            name = next((n for n in ("x_test", "x_train", "x") if n in content), None)
-            if name is None:
-                raise DataError("array 'x' is missing", got=", ".join(map(str, content)) or "nothing")
-            content = content[name]
-        x = checked_inputs(content if isinstance(content, StoredArray) else np.asarray(content), "unlabelled")
+        array, rows = _inputs_and_rows(content)
+        x = checked_inputs(array if isinstance(array, StoredArray) else np.asarray(array), "unlabelled")
         check_type(x, input_type)
         if not len(x):
             raise DataError("the source holds no samples", expected="at least one", got=0)
@@ -139,6 +130,19 @@ def load_inputs(source: str, shape: Shape | None = None, *, input_type: InputTyp
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     return x
+
+
+def _inputs_and_rows(content: Any) -> tuple[Any, PaddedRows | None]:
+    """A source's array of inputs, and the layout of its rows where these are padded samples."""
+    if isinstance(content, np.ndarray):
+        return content, None
+    if isinstance(content, LocalData):
+        return content.x_test if len(content.x_test) else content.x_train, content.rows
+    arrays, rows = pack_inputs(as_mapping(content), None)
+    name = next((n for n in ("x_test", "x_train", "x") if n in arrays), None)
+    if name is None:
+        raise DataError("array 'x' is missing", got=", ".join(map(str, arrays)) or "nothing")
+    return arrays[name], rows
 
 
 def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) -> dict[str, Inputs]:

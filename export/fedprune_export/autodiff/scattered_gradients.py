@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedprune_export.autodiff.tape import Dim, Shape, Tape
-from fedprune_export.ir.graph import Array
+from fedprune_export.ir.graph import Array, Graph
 
 # Up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix.
 _MAX_GATHERS = 4
@@ -39,25 +39,41 @@ def scatter_picks(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, s
         picked: Which indices were picked, in order; some maybe several times or never.
         size: How many indices the axis had before.
     """
-    g, count = tape.graph, len(picked)
-    if np.array_equal(picked, np.arange(picked[0], picked[0] + count)):
-        pads = [0] * (2 * len(shape))
-        pads[axis], pads[len(shape) + axis] = int(picked[0]), size - int(picked[-1]) - 1
-        return g.emit("Pad", dy, g.ints(*pads)) if any(pads) else dy
+    if np.array_equal(picked, np.arange(picked[0], picked[0] + len(picked))):
+        return _pad_run(tape.graph, dy, len(shape), axis, picked, size)
     uses = np.bincount(picked, minlength=size)
     if uses.max() > _MAX_GATHERS:
-        last = len(shape) - 1
-        order = [*(i for i in range(len(shape)) if i != axis), axis]
-        transposed = g.emit("Transpose", dy, attrs={"perm": order}) if axis != last else dy
-        matrix = (picked[:, None] == np.arange(size)).astype(np.float32)
-        spread = g.emit("MatMul", transposed, g.constant(matrix, np.float32))
-        return g.emit("Transpose", spread, attrs={"perm": np.argsort(order).tolist()}) if axis != last else spread
-    padded = dy
+        return _multiply_by_picks(tape.graph, dy, len(shape), axis, picked, size)
+    return _sum_gathers(tape.graph, dy, len(shape), axis, picked, uses)
+
+
+def _pad_run(g: Graph, dy: str, rank: int, axis: int, picked: Array, size: int) -> str:
+    """The gradient of neighbours that were picked once each, in their order: zeros stand before and behind it."""
+    pads = [0] * (2 * rank)
+    pads[axis], pads[rank + axis] = int(picked[0]), size - int(picked[-1]) - 1
+    return g.emit("Pad", dy, g.ints(*pads)) if any(pads) else dy
+
+
+def _multiply_by_picks(g: Graph, dy: str, rank: int, axis: int, picked: Array, size: int) -> str:
+    """The gradient as a product with a 0/1 matrix of picks and elements, with `axis` as the last one for it."""
+    order = [*(i for i in range(rank) if i != axis), axis]
+    is_last = axis == rank - 1
+    transposed = dy if is_last else g.emit("Transpose", dy, attrs={"perm": order})
+    matrix = (picked[:, None] == np.arange(size)).astype(np.float32)
+    spread = g.emit("MatMul", transposed, g.constant(matrix, np.float32))
+    return spread if is_last else g.emit("Transpose", spread, attrs={"perm": np.argsort(order).tolist()})
+
+
+def _sum_gathers(g: Graph, dy: str, rank: int, axis: int, picked: Array, uses: Array) -> str:
+    """The gradient as a sum: in turn k every element adds the k-th gradient that was taken from it, or a zero.
+
+    `uses`: how often each element was picked.
+    """
+    count, padded = len(picked), dy
     if uses.min() < uses.max():
-        pads = [0] * (2 * len(shape))
-        pads[len(shape) + axis] = 1  # an index of a zero, for elements that were picked less often
+        pads = [0] * (2 * rank)
+        pads[rank + axis] = 1  # an index of a zero, for elements that were picked less often
         padded = g.emit("Pad", dy, g.ints(*pads))
-    # In turn k every element adds the k-th gradient that was taken from it, or the added zero.
     total = ""
     order_of_picks = np.argsort(picked, kind="stable")
     first = np.concatenate([[0], np.cumsum(uses)])[:-1]

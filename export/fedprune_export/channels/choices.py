@@ -12,6 +12,7 @@ Indices of an axis that can only be cut together are a *unit* (`atoms`); units o
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -30,17 +31,29 @@ GROUPS, POSITIONS = "groups", "positions"
 _MAX_RETRIES = 1
 
 
+@dataclass
+class _NodeOptions:
+    """What is left of a node's options."""
+
+    count: int
+    failed: set[Hashable] = field(default_factory=set)
+    retries_left: int = _MAX_RETRIES
+
+    @property
+    def left(self) -> int:
+        return self.count - len(self.failed)
+
+
 class Choices:
-    """The options that were tried, per node, over all runs.
+    """The options that have failed, per node, over all runs.
 
     `prefer`: whether the coarsest option is tried first, or the finest.
     """
 
     def __init__(self, prefer: Prefer = "coarse") -> None:
         self._reverse = prefer == "fine"
-        self._tried: dict[str, set[Hashable]] = {}
-        self._offered: dict[str, int] = {}
-        self._retries_left: dict[str, int] = {}
+        self._nodes: dict[str, _NodeOptions] = {}
+        # Of the present run: each node's option and the rows that show whether it works, and nodes without an option.
         self._watched: dict[str, tuple[Hashable, list[AtomRow]]] = {}
         self._exhausted: set[str] = set()
 
@@ -54,10 +67,10 @@ class Choices:
         `options`: all options of the node, coarsest first; `ranked`: whether the first one is the best whatever is
         preferred.
         """
-        tried = self._tried.setdefault(key, set())
-        self._offered[key] = len(options)
+        node = self._nodes.setdefault(key, _NodeOptions(len(options)))
+        node.count = len(options)  # an option of another node may have changed them
         for option in reversed(options) if self._reverse and not ranked else options:
-            if option not in tried:
+            if option not in node.failed:
                 return option
         self._exhausted.add(key)
         return None
@@ -79,18 +92,18 @@ class Choices:
             for key, (option, rows) in self._watched.items()
             if not any(_could_be_group(unit[row], footprint) for row in rows)
         ]
-        options_left = {key: self._offered[key] - len(self._tried[key]) for key, _ in failed}
+        options_left = {key: self._nodes[key].left for key, _ in failed}
         for key, option in failed:
             if options_left[key] == max(options_left.values()):
-                self._tried[key].add(option)
+                self._nodes[key].failed.add(option)
         return bool(failed) or self._retry_exhausted()
 
     def _retry_exhausted(self) -> bool:
         """Let nodes that have no option left begin again; returns whether there are some that may."""
-        retried = [key for key in self._exhausted if self._retries_left.setdefault(key, _MAX_RETRIES)]
-        for key in retried:
-            self._retries_left[key] -= 1
-            self._tried[key] = set()
+        retried = [node for key in self._exhausted if (node := self._nodes[key]).retries_left]
+        for node in retried:
+            node.retries_left -= 1
+            node.failed = set()
         return bool(retried)
 
 

@@ -108,18 +108,14 @@ def _divide_into_groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, i
 
     Returns the groups; how many units had to be fixed because of their order, and how many because they were alone.
     """
-    footprint: dict[int, list[tuple[int, int]]] = {}
-    for i, row in enumerate(axes):
-        units_of_row, counts = np.unique(row, return_counts=True)
-        for u, n in zip(units_of_row.tolist(), counts.tolist(), strict=True):
-            if u:
-                footprint.setdefault(u, []).append((i, n))
-    group_keys: dict[int, object] = {u: tuple(f) for u, f in footprint.items()}
+    # Units of equal keys are tried as one group. Footprints come first; runs are added to them where that fails.
+    group_keys: dict[int, object] = dict(_footprints(axes))
+    units_in_order = list(group_keys)
     divided: set[int] = set()
     unfit = alone = 0
     while True:
         members: dict[object, list[int]] = {}
-        for u in footprint:  # by first appearance: graph order
+        for u in units_in_order:
             if u in group_keys:
                 members.setdefault(group_keys[u], []).append(u)
         groups = list(members.values())
@@ -146,6 +142,17 @@ def _divide_into_groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, i
             unfit += groups[g][0] in divided
             alone += groups[g][0] not in divided
             del group_keys[groups[g][0]]
+
+
+def _footprints(axes: Sequence[AtomRow]) -> dict[int, tuple[tuple[int, int], ...]]:
+    """The axes on which each unit occurs, and how often on each; units by first appearance, which is graph order."""
+    footprints: dict[int, list[tuple[int, int]]] = {}
+    for i, row in enumerate(axes):
+        units, counts = np.unique(row, return_counts=True)
+        for u, n in zip(units.tolist(), counts.tolist(), strict=True):
+            if u:  # 0 stands for all that stays
+                footprints.setdefault(u, []).append((i, n))
+    return {u: tuple(occurrences) for u, occurrences in footprints.items()}
 
 
 def _group_without_width(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:

@@ -61,11 +61,11 @@ class StatusPublisher:
         self._alerts = alerts or AlertBook()
         self._clock, self._monotonic = clock, monotonic
         self.tap = LogTap(self._is_device)
-        self._faults: list[str] = []
+        self._faults: list[str] = []  # what can't be written as JSON, for the error that `publish` raises at its end
         self._quarantined: set[str] = set()
-        self._last_job_of: dict[str, str] = {}
+        self._last_job_of: dict[str, str] = {}  # of devices, which no job may have now
         self._pending: dict[str, None] = {}  # devices whose rows may have changed, in the order of the changes
-        self._published_hashes: dict[str, int] = {}
+        self._published_hashes: dict[str, int] = {}  # of devices' rows as JSON: the rows of a large fleet take memory
         self._statuses: dict[str, StatusRecord] = {}  # as they were published
         self._open_alerts: dict[tuple[str, float], Alert] = {}  # as they were published, by key and beginning
         self._records: list[StatusRecord] = []  # queued for the next call
@@ -73,7 +73,8 @@ class StatusPublisher:
         self._needs_all = True
         self._has_polled = self._was_complete = False  # whether the file says that it has all devices
         self._beat_at = self._sweep_at = 0.0
-        self._last_rounds: dict[str, tuple[float | None, tuple[int, int]]] = {}
+        # By job the end of its last round, and the bytes to and from devices until then.
+        self._round_ends: dict[str, tuple[float | None, tuple[int, int]]] = {}
         self._rollouts: tuple[dict[str, Any], ...] = ()
 
     def mark_changed(self, devices: Iterable[str]) -> None:
@@ -88,7 +89,7 @@ class StatusPublisher:
         name = snapshot.name
         if name not in self._jobs:
             last_round_at = snapshot.history[-1]["at"] if snapshot.history else None
-            self._last_rounds[name] = (last_round_at, (snapshot.bytes_down, snapshot.bytes_up))
+            self._round_ends[name] = (last_round_at, (snapshot.bytes_down, snapshot.bytes_up))
             self._needs_all = True
         self._jobs[name], self._fleet = snapshot, snapshot.fleet
         handle_each(events, lambda event: self._handle(name, event))
@@ -98,9 +99,9 @@ class StatusPublisher:
             case DevicesChanged(names):
                 self.mark_changed(names)
             case RoundEnded(summary, down, up):
-                last_round_at, last_bytes = self._last_rounds[job]
+                last_round_at, last_bytes = self._round_ends[job]
                 bytes_since = max(0, down - last_bytes[0]), max(0, up - last_bytes[1])
-                self._last_rounds[job] = (summary["at"], (down, up))
+                self._round_ends[job] = (summary["at"], (down, up))
                 self.queue(rows.finished_round_record(job, summary, last_round_at, bytes_since))
 
     def job_of(self, device: str) -> str | None:

@@ -46,9 +46,12 @@ class AutoFlipOptions:
     Attributes:
         pruned_share: Share of elements, those with the least guidance, that are masked.
         exploration_epochs: Most epochs of round 1; `patience` is for its early stopping.
+        server_momentum: β of the damped momentum, from round 2 on.
         lr_decay: Factor per round on the learning rate, from round 3 on.
         warm_start: Whether the model stays the initial one in round 1, or moves to the explorers' mean.
         structured: Whether submodels lose the channels that masks leave without weights.
+        masked_share: Share of masked weights from which a channel counts as one without weights.
+        densities: The tiers of devices (`density_allocator`).
     """
 
     pruned_share: float = bounded(0.3, 0, 1, below=True)
