@@ -73,8 +73,8 @@ def board_row(machine: Machine, tier: str) -> dict[str, Any]:
         log = _run_programs(folder, tier, 240.0 if machine.dry else max(30.0, machine.seconds_left()), dry=machine.dry)
         seconds = time.monotonic() - began
         with Storage.open_existing(folder / "server") as storage:
-            history = storage.load().history
-        devices = [summary["devices"]["board"] for summary in history]
+            state = storage.load()
+        devices = [summary["devices"]["board"] for summary in (state.history if state else ())]
         table = folder / "board" / "layer_times.json"
         unit = json.loads(table.read_text()).get("unit", CPU) if table.exists() else ""
     moves = [line for line in log.splitlines() if "instead of CUDA" in line]

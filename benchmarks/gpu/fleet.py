@@ -115,7 +115,7 @@ def _torch_round_s(device: str, net: str, data: list[tuple[Any, ...]], *, evalua
                 _torch_evaluate(model, x_test, y_test)
             model.train()
             optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM)
-            for rows in torch.randperm(len(x), device=device).split(BATCH):
+            for rows in torch.split(torch.randperm(len(x), device=device), BATCH):
                 optimizer.zero_grad()
                 loss(model, x[rows], y[rows]).backward()
                 optimizer.step()

@@ -70,7 +70,8 @@ def torch_trace(name: str, tensors: Tensors, x: Array, y: Array, device: str = "
         value.backward()
         still.append(float(value.detach()))
         for n, p in net.named_parameters():
-            momentum[n] = MOMENTUM * momentum[n] + p.grad + DECAY * p.detach()
+            if p.grad is not None:
+                momentum[n] = MOMENTUM * momentum[n] + p.grad + DECAY * p.detach()
     run = torch_step(name, tensors, x, y, torch.get_num_threads(), device, lr=LR)
     moving = np.array([run() for _ in range(MOVING_STEPS)])
     return Trace(np.array(still), {n: v.cpu().numpy() for n, v in momentum.items()}, moving)
