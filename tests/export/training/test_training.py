@@ -292,6 +292,37 @@ def test_a_step_for_a_gpu_has_no_operator_that_only_a_processor_has(norm: Callab
         np.testing.assert_allclose(gpu[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+HOST_INPUTS = {
+    **dict.fromkeys(("CumSum", "Expand", "OneHot", "Reshape", "Split", "Squeeze", "Tile", "TopK", "Unsqueeze"), (1,)),
+    **dict.fromkeys(("Clip", "Dropout", "Pad", "Resize", "Slice"), (1, 2, 3, 4)),
+    **{f"Reduce{kind}": (1,) for kind in ("Sum", "Mean", "Max", "Min", "SumSquare", "L2", "LogSumExp")},
+    "ConstantOfShape": (0,),
+    "Range": (0, 1, 2),
+    "If": (0,),
+    "Loop": (0, 1),
+}
+"""Inputs that onnxruntime's CUDA kernels read on the processor (`InputMemoryType(OrtMemTypeCPUInput, ...)`)."""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion"])
+def test_a_step_for_a_gpu_reads_none_of_its_inputs_on_the_processor(model: Model, optimizer: str) -> None:
+    """A kernel's launch is recorded with what it read there: a replay would go on with the first step's numbers."""
+    graph = training_graph(model, replace(ALL, optimizer=optimizer, clip=True, accumulate=True, gradients=True), CUDA)
+    makers, inputs = graph.producers(), {port.name for port in graph.inputs}
+
+    def read_inputs(value: str) -> set[str]:
+        maker = makers.get(value)
+        if maker is None or maker.op in ("Shape", "Size"):
+            return {value} & inputs
+        return set().union(*map(read_inputs, maker.inputs))
+
+    host_inputs = [
+        (node.op, node.inputs[i]) for node in graph.nodes for i in HOST_INPUTS.get(node.op, ()) if i < len(node.inputs)
+    ]
+    assert host_inputs
+    assert not {(op, name) for op, value in host_inputs for name in read_inputs(value)}
+
+
 def test_the_axes_of_tensors_are_written_where_they_are_asked_for(model: Model) -> None:
     assert training_graph(model, ALL).metadata == {}
     axes = TensorAxes.from_json(training_graph(model, Features(axes=True)).metadata[step_contract.AXES_METADATA])
