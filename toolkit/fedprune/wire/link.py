@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from secrets import SystemRandom
 from typing import Any
@@ -26,6 +26,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from fedprune.core.closeable import Closeable
 from fedprune.core.errors import BrokerError, ConfigError, FedpruneError
 from fedprune.wire.connection_failure import REFUSED_CONNECTION, SILENT_END, connection_failure, connection_remedy
+from fedprune.wire.network_client import NetworkClient
 from fedprune.wire.queues import (
     LOW_WATER,
     OUTBOX_MESSAGES,
@@ -67,8 +68,6 @@ MAX_RECONNECT_PAUSE_S = 60.0
 _STEADY_S = 10.0
 _MAX_SLEEP_S = 60.0
 _POLL_S = 1.0
-# Messages that the network thread reads at most before it writes again, so that a flood doesn't stop what is sent.
-_MAX_READS = 64
 
 _BAD_CREDENTIALS = 134  # return code 4 of MQTT 3.1.1, as paho numbers it
 # Seconds that a broker may take for each answer, in addition to the time-out for connecting.
@@ -134,7 +133,6 @@ class BrokerLink(Closeable):
         self._unsent = UnsentMessages()
         self._is_flooded = False
         self._away_s: float | None = None  # seconds for which the connection is closed, or is about to be
-        self._received_count = 0  # messages
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -290,7 +288,10 @@ class BrokerLink(Closeable):
 
     def _run_connection(self) -> str:
         """Run one connection from CONNECT to its end; returns why it ended."""
-        client = self._new_client()
+        with closing(self._new_client()) as client:
+            return self._run_client(client)
+
+    def _run_client(self, client: NetworkClient) -> str:
         client.connect(self.url.host, self.url.port, self._keepalive)
         with self._state:
             self._client, self._failure = client, ""
@@ -300,7 +301,7 @@ class BrokerLink(Closeable):
         try:
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 _acknowledge_promptly(client.socket())
-                code = self._read_packets(client)
+                code = client.run_once(_POLL_S)
                 self._remove_sent()
                 was_up = was_up or self._is_up
                 if not was_up and time.monotonic() > self._last_answer_at + client.connect_timeout + _ANSWER_TIMEOUT_S:
@@ -320,20 +321,9 @@ class BrokerLink(Closeable):
             return failure or paho.error_string(code).rstrip(".").lower()
         return f"{SILENT_END}, as if this client's certificate were revoked"
 
-    def _read_packets(self, client: paho.Client) -> MQTTErrorCode:
-        """Wait for the network, and read several packets at once: paho's `loop` polls the socket again for each."""
-        received = self._received_count
-        code = client.loop(_POLL_S)
-        for _ in range(_MAX_READS):
-            if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._received_count == received:
-                break
-            received = self._received_count
-            code = client.loop_read()
-        return code
-
-    def _new_client(self) -> paho.Client:
+    def _new_client(self) -> NetworkClient:
         # A new client for each connection: paho would otherwise send everything that the last one left unsent.
-        client = paho.Client(
+        client = NetworkClient(
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
             clean_session=True,
@@ -349,8 +339,6 @@ class BrokerLink(Closeable):
             self._will_topic = will[0]
             client.will_set(will[0], will[1], qos=1, retain=False)
         client.on_socket_open = lambda _client, _user, sock: send_promptly(sock)
-        # With this callback paho writes in the network thread instead of in `publish`.
-        client.on_socket_register_write = lambda *_: None
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
@@ -407,7 +395,6 @@ class BrokerLink(Closeable):
             log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
 
     def _on_message(self, client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
-        self._received_count += 1
         try:
             topic, payload = message.topic, bytes(message.payload)
         except UnicodeDecodeError:
