@@ -5,6 +5,7 @@ This package needs the standard library alone; importing a package of fedprune i
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import sys
@@ -136,3 +137,6 @@ def _run(name: str, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while it was imported
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED_EXIT
+    finally:
+        # The interpreter's last collections would look through all that was imported: half a second with torch.
+        gc.freeze()

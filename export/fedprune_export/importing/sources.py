@@ -13,6 +13,7 @@ from typing import Any
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import ModelError, shape_text
 from fedprune.model.lengths import Shape, free_axis
+from fedprune_export.importing.garbage_collection import pause_collection
 from fedprune_export.importing.hub_folder import model_name, read_hub_folder
 from fedprune_export.importing.lengths import read_shape
 from fedprune_export.importing.model_file import parse_model, read_model_file
@@ -22,6 +23,7 @@ from fedprune_export.importing.torch_export import export_torch
 from fedprune_export.importing.torch_loading import factory_product
 
 
+@pause_collection()
 def read_source_bytes(source: str | Path, input_shape: Sequence[int | str] | None, *, token_ids: bool) -> bytes:
     """The ONNX bytes of any source: torch modules are exported. The arguments are fields of `ImportChoices`."""
     text = str(source)
@@ -60,6 +62,7 @@ def is_factory_source(source: str) -> bool:
     return _is_factory(source) or _is_timm(source)
 
 
+@pause_collection()
 def torch_module(source: str) -> Any:
     """A new instance of the torch module that a source names; None for an ONNX file.
 

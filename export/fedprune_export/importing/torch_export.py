@@ -15,6 +15,7 @@ import onnx
 
 from fedprune.core.errors import ModelError, error_reason, shape_text
 from fedprune_export.importing import metadata
+from fedprune_export.importing.garbage_collection import pause_collection
 from fedprune_export.importing.lengths import FREE_INPUT_KEY
 from fedprune_export.importing.quiet_libraries import silence_libraries
 from fedprune_export.importing.torch_bags import export_embedding_bags
@@ -26,6 +27,7 @@ from fedprune_export.importing.torch_training_mode import record_training_mode
 from fedprune_export.importing.torch_translations import TorchTranslations
 
 
+@pause_collection()
 def export_torch(
     source: Any, *, input_shape: Sequence[Any] | None = None, token_ids: bool = False, name: str = "module"
 ) -> bytes:

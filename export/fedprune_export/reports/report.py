@@ -108,15 +108,20 @@ class Report:
     def layers(self) -> tuple[tuple[LayerRow, LayerCosts, LayerCosts], ...]:
         """All layers that take time, with their costs whole and as cut, in the model's order."""
         architecture = self.model.architecture
-        return tuple(
-            (layer, self._layer_costs(layer, architecture.sizes), self._layer_costs(layer, self.selection.widths))
-            for layer in architecture.layers
-        )
+        full, cut = self._layer_costs(architecture.sizes), self._layer_costs(self.selection.widths)
+        return tuple(zip(architecture.layers, full, cut, strict=True))
 
-    def _layer_costs(self, layer: LayerRow, widths: tuple[int, ...]) -> LayerCosts:
-        architecture, shapes = self.model.architecture, self.model.architecture.shapes(widths)
-        makes = FLOAT * layer.output_volume.size(widths, architecture.sizes)
-        return LayerCosts(shapes.get(layer.weight), layer_macs(architecture, layer, widths, shapes), makes)
+    def _layer_costs(self, widths: tuple[int, ...]) -> list[LayerCosts]:
+        architecture = self.model.architecture
+        shapes = architecture.shapes(widths)
+        return [
+            LayerCosts(
+                shapes.get(layer.weight),
+                layer_macs(architecture, layer, widths, shapes),
+                FLOAT * layer.output_volume.size(widths, architecture.sizes),
+            )
+            for layer in architecture.layers
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         architecture, widths = self.model.architecture, self.selection.widths

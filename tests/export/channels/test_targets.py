@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -55,6 +58,28 @@ def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
     assert "bundles: 1 of 2" in output.out
     assert [p.name for p in out.iterdir()] == ["raspberry-pi-5"]
     open_bundle(out / "raspberry-pi-5")
+
+
+@pytest.mark.torch
+def test_a_torch_module_is_exported_once_for_all_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+        import gc
+        from torch import nn
+        calls = []
+        def net():
+            calls.append(gc.isenabled())
+            return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    """
+    (tmp_path / "net_of_targets.py").write_text(dedent(body))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["net_of_targets:net", "--input-shape", "1,4,4", "--target", "raspberry-pi-5,raspberry-pi-4b"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == ExitCode.OK
+    assert capsys.readouterr().out.endswith("; torch exported net_of_targets:net once for all\n")
+    # The collector, which would look through all of torch, is paused while the module is made, and no longer.
+    calls = importlib.import_module("net_of_targets").calls
+    assert (calls, gc.isenabled()) == ([False], True)
 
 
 def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
