@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +164,9 @@ class SavedRun:
             "rounds": logged,
             **{name: getattr(run, name) for name in _PLAIN_ATTRIBUTES},
             "online": sorted(run.online),
-            "unsent": {k: asdict(v) for k, v in run.unsent.items()},
+            "unsent": {k: vars(v) for k, v in run.unsent.items()},
             "bytes": [run.down, run.up],
-            "now": asdict(run.now),
+            "now": vars(run.now),
             "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in run.queue.items()],
         }
         write_atomically(self._folder / STATE_FILE, json.dumps(body).encode())
@@ -177,7 +177,7 @@ class SavedRun:
     def _append_rounds(self, path: Path, run: SimulationState, history: Sequence[dict[str, Any]]) -> tuple[int, int]:
         """Append the rounds that finished since the last save."""
         logged_rounds, logged_bytes = self._logged_position
-        rows = [json.dumps([row, asdict(run.rounds[row["round"]])]) + "\n" for row in history[logged_rounds:]]
+        rows = [json.dumps([row, vars(run.rounds[row["round"]])]) + "\n" for row in history[logged_rounds:]]
         if not rows:
             return self._logged_position
         data = "".join(rows).encode()
