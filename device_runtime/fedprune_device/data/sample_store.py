@@ -23,7 +23,7 @@ import numpy as np
 from fedprune.core import atomic_file
 from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
+from fedprune.core.errors import ConfigError, DataError, StorageError
 from fedprune.core.validation import check_whole
 from fedprune.model.lengths import Shape, shape_to_json
 from fedprune.model.lengths import shape_from_json as read_shape
@@ -31,14 +31,13 @@ from fedprune_device.data import stored_samples
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.reservoir import UNLABELLED, Reservoir, ReservoirDecision, SampleLimits, sample_counts
+from fedprune_device.data.sample_log import SEGMENTS, SampleLog
 from fedprune_device.data.segment_log import (
     HEAD_BYTES,
     Kind,
     LogRecord,
     RecordPosition,
-    SegmentLog,
     counts_in,
-    counts_record,
     payload_name,
 )
 from fedprune_device.data.splits import SplitShares, claim_folder
@@ -50,12 +49,8 @@ _LOG = logging.getLogger("fedprune.device")
 
 _MODEL_FILE = "model.json"
 
-# Segments that the space on the disk is divided into: reclaiming one rewrites at most this share of the samples.
-_SEGMENTS = 16
 # Share of the space that samples take; the rest is for records that no longer count, and for reclaiming a segment.
 _LIVE_SHARE = 5 / 8
-# Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small samples is fast.
-_REWRITE_BYTES = 256 * 1024
 # At least this many different labels are allowed, or as many as samples: a count is kept of each label for ever.
 _MIN_LABEL_LIMIT = 1000
 # Declined samples (or a hundredth of all) after which the counts are written: a flood of samples wears no card.
@@ -98,7 +93,7 @@ class SampleStore(Closeable):
     def __init__(self, root: Path, limits: SampleLimits, shares: SplitShares | None = None) -> None:
         self._root, self._limits, self._shares = root, limits, shares or SplitShares()
         self._lock = threading.RLock()
-        segment = limits.bytes // _SEGMENTS
+        segment = limits.bytes // SEGMENTS
         if segment <= HEAD_BYTES or limits.samples < 2:
             raise ConfigError(
                 "room for samples", expected="at least 2 samples and 16 kB", got=f"{limits.samples}, {limits.bytes} B"
@@ -107,8 +102,7 @@ class SampleStore(Closeable):
         key = claim_folder(root, self._shares)
         live_limits = SampleLimits(limits.samples, int(limits.bytes * _LIVE_SHARE), limits.unlabelled)
         self._reservoir = Reservoir(live_limits, self._shares.seed)
-        self._log = SegmentLog(root, key, segment)
-        self._positions: dict[str, RecordPosition] = {}
+        self._log = SampleLog(root, key, limits.bytes, self._reservoir, self._drop_damaged)
         self._declined = 0
         self._training_labels: dict[str, int] = {}  # labels of the samples that would be trained on
         self.input_shape: Shape | None = None
@@ -198,7 +192,7 @@ class SampleStore(Closeable):
         """Delete a sample; raises `NoSampleError` if it doesn't exist."""
         with self._lock:
             self._check_exists(name)
-            self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
+            self._log.write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
             self._reservoir.drop(name, unseen=True)
             self._remove_position(name)
 
@@ -221,7 +215,7 @@ class SampleStore(Closeable):
                 self._write_model(tuple(shape), reproduces)
             classes = self._reservoir.names_by_class().items()
             labels = {name: label for label, names in classes if label != UNLABELLED or reproduces for name in names}
-            positions = {name: self._positions[name] for name in labels}
+            positions = {name: self._log.positions[name] for name in labels}
             segments = sorted({position.segment for position in positions.values()})
             # Open files stay readable when their segment is reclaimed meanwhile.
             files = self._log.open_segments(segments)
@@ -271,7 +265,7 @@ class SampleStore(Closeable):
     def _add_new(self, name: str, label: int, payload: bytes) -> AddedSample:
         decision = self._reservoir.decide(name, label, HEAD_BYTES + len(payload))
         if decision.is_kept:
-            self._positions[name] = self._write_sample(decision, payload)
+            self._log.positions[name] = self._write_sample(decision, payload)
         else:
             self._declined += 1
         if self._declined >= max(_MIN_DECLINED, sum(self._reservoir.seen_counts.values()) // 100):
@@ -296,11 +290,11 @@ class SampleStore(Closeable):
         if decision.is_kept:
             position = self._write_sample(decision, payload)
         else:
-            self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
+            self._log.write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
         self._reservoir.drop(name, unseen=True)
         self._remove_position(name)
         if decision.is_kept:
-            self._positions[name] = position
+            self._log.positions[name] = position
         return self._apply(decision)
 
     def _write_sample(self, decision: ReservoirDecision, payload: bytes) -> RecordPosition:
@@ -308,66 +302,7 @@ class SampleStore(Closeable):
         dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in decision.evicted]
         record = LogRecord(Kind.SAMPLE, bytes.fromhex(decision.id), decision.label, decision.seen_count, payload)
         # The new sample comes first: if a power cut tears the end off, there is one sample too many, not too few.
-        return self._write([record, *dropped])[0]
-
-    def _write(self, records: list[LogRecord]) -> list[RecordPosition]:
-        """Append records, and make room for them first."""
-        self._make_room(sum(r.size for r in records))
-        return self._append(records)
-
-    def _append(self, records: list[LogRecord]) -> list[RecordPosition]:
-        if self._log.needs_new_segment(sum(r.size for r in records)):
-            counts = counts_record(self._reservoir.seen_counts)
-            if counts.size <= self._segment_bytes // 4:
-                return self._log.append([counts, *records])[1:]
-        return self._log.append(records)
-
-    def _write_counts(self) -> None:
-        """Write the counts of seen samples, unsynced: if they get lost, slightly too many new samples are kept."""
-        self._declined, record = 0, counts_record(self._reservoir.seen_counts)
-        try:
-            self._make_room(record.size)
-            self._log.append([record], sync=False)
-        except StorageError as error:
-            _LOG.warning("can't note how many samples were seen: %s", error)
-
-    def _make_room(self, need: int) -> None:
-        """Reclaim the oldest segments until the log, with `need` more bytes, stays within its limit."""
-        for _ in range(4 * _SEGMENTS):
-            segments = self._log.segments
-            if len(segments) < 2 or self._log.size + need + self._segment_bytes <= self._limits.bytes:
-                return
-            self._rewrite_segment(segments[0])
-            self._log.remove_oldest()
-        raise StorageFullError(
-            "no room for samples", expected=f"at most {self._limits.bytes} bytes", got=self._log.size
-        )
-
-    def _rewrite_segment(self, segment: int) -> None:
-        live = {n: p for n, p in self._positions.items() if p.segment == segment}
-        if not live:
-            return
-        batch: list[LogRecord] = []
-        size = 0
-        file = self._log.open_segments([segment])
-        for name, position in live.items():
-            payload = self._log.read(position, file)
-            if payload_name(payload).hex() != name:
-                self._drop_damaged(name)
-                continue
-            record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
-            size += record.size
-            # A batch never spans two segments.
-            if batch and (size > _REWRITE_BYTES or self._log.needs_new_segment(size)):
-                self._rewrite(batch)
-                batch, size = [], record.size
-            batch.append(record)
-        self._rewrite(batch)
-
-    def _rewrite(self, records: list[LogRecord]) -> None:
-        if records:
-            positions = self._append(records)
-            self._positions.update((r.name.hex(), position) for r, position in zip(records, positions, strict=True))
+        return self._log.write([record, *dropped])[0]
 
     def _replay(self) -> None:
         for record, position in self._log.replay():
@@ -379,16 +314,16 @@ class SampleStore(Closeable):
             if is_known:
                 leaves_class = record.kind == Kind.DELETED or self._reservoir.label(name) != record.label
                 self._reservoir.drop(name, unseen=leaves_class and record.kind != Kind.DROPPED)
-                del self._positions[name]
+                del self._log.positions[name]
             if record.kind == Kind.SAMPLE:
                 if record.seen_count:
                     self._reservoir.set_seen_count(record.label, record.seen_count)
                 self._reservoir.restore(name, record.label, HEAD_BYTES + position.size)
-                self._positions[name] = position
+                self._log.positions[name] = position
         # After a torn end, lost bits, or with a smaller limit than before there are more samples than may be.
         while (surplus := self._reservoir.surplus()) is not None:
             self._reservoir.drop(surplus)
-            del self._positions[surplus]
+            del self._log.positions[surplus]
         self._collect_training()
 
     def _collect_training(self) -> None:
@@ -415,12 +350,14 @@ class SampleStore(Closeable):
 
     def _payload(self, name: str) -> bytes:
         """A sample's bytes; a damaged sample is dropped."""
-        position = self._positions[name]
-        payload = self._log.read(position, self._log.open_segments([position.segment]))
-        if payload_name(payload).hex() != name:
-            self._drop_damaged(name)
+        payload = self._log.read(name)
+        if payload is None:
             raise NoSampleError(f"sample {name} is damaged and was given up")
         return payload
+
+    def _write_counts(self) -> None:
+        self._declined = 0
+        self._log.write_counts()
 
     def _restore_counts(self, record: LogRecord) -> None:
         try:
@@ -436,7 +373,7 @@ class SampleStore(Closeable):
             self._remove_position(name)
 
     def _remove_position(self, name: str) -> None:
-        del self._positions[name]
+        del self._log.positions[name]
         self._training_labels.pop(name, None)
 
     def _is_for_training(self, name: str, label: int) -> bool:
