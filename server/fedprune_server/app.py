@@ -147,32 +147,21 @@ def build_app(
         connection = stack.enter_context(open_connection(config, identity))
         if connection.broker is not None:
             log.info("embedded broker: %s on %s:%d", connection.broker.program, config.host, connection.broker.port)
-        guard = rollouts = None
+        # Before the ports of blobs and console are opened: if another server of this identity has them, the error says
+        # so. Until here, a copy that was started by mistake has changed nothing outside its own folder.
+        guard = None
         if identity is not None:
             instance = ServerInstance(config.state, folder.lease.shared, owns_broker=connection.broker is not None)
             guard = stack.enter_context(second_server_guard(connection.url, identity, config.ca, instance, stopping))
-            # Before the ports of blobs and console are opened: if another server of this identity has them, the error
-            # says so. Until here, a copy that was started by mistake has changed nothing outside its own folder.
             guard.enter()
-            rollouts = RolloutStore(config.state, folder.storage.database)
         services = DeviceServices(
-            rollouts,
-            None if identity is None else identity.store.members,
-            crashes,
-            stack.enter_context(web_blobs(config, identity, connection.link.wake)),
+            rollouts=None if identity is None else RolloutStore(config.state, folder.storage.database),
+            members=None if identity is None else identity.store.members,
+            crashes=crashes,
+            blobs=stack.enter_context(web_blobs(config, identity, connection.link.wake)),
         )
         site = SiteLink(connection.wire, Topics(connection.site), connection.quarantine, config.max_packet)
-        runners = [
-            JobRunner(
-                job.runnable(),
-                site,
-                DeviceServices(blobs=services.blobs) if i else services,
-                profiles=profiles,
-                max_devices=config.max_devices,
-            )
-            for i, job in enumerate(jobs)
-        ]
-        services.blobs.serve([runner.served_job for runner in runners])
+        runners = _make_runners(config, jobs, site, services, profiles)
         # A table for a single job at a terminal; made before the first log lines, which scroll by above it.
         display = RoundLines() if len(jobs) > 1 or config.log_format == JSON else make_display()
         for job in jobs:
@@ -195,6 +184,30 @@ def build_app(
         for job in jobs:
             job.folder.save_job(job.opened)  # only now: a broker that can't be reached is not stored for the next start
         yield App(server, [job.folder for job in jobs], guard, connection, options.until_finished)
+
+
+def _make_runners(
+    config: ServerConfig,
+    jobs: Sequence[_PreparedJob],
+    site: SiteLink,
+    services: DeviceServices,
+    profiles: Sequence[Path],
+) -> list[JobRunner]:
+    """The runners of all jobs over one connection; blobs are served to the devices of each."""
+    # The first runner also handles what concerns no job, such as releases and crashes.
+    further_services = DeviceServices(blobs=services.blobs)
+    runners = [
+        JobRunner(
+            job.runnable(),
+            site,
+            services if job is jobs[0] else further_services,
+            profiles=profiles,
+            max_devices=config.max_devices,
+        )
+        for job in jobs
+    ]
+    services.blobs.serve([runner.served_job for runner in runners])
+    return runners
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileError
 from fedprune.core.metrics import credible_metrics, served_metrics
 from fedprune.core.text import one_line, sentences
+from fedprune.jobs.blob_references import offer_digests
 from fedprune.jobs.failure_kind import Failure, kind_of_exit_code
-from fedprune.jobs.state import Progress, offer_digests
+from fedprune.jobs.state import Progress
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME_PATTERN
 from fedprune.planning.profile_store import find_profile

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.jobs.state import offer_digests
+from fedprune.jobs.blob_references import offer_digests
 
 # Entry of an offer that isn't sent: bytes of the update that answers it.
 UPDATE_SIZE = "update_size"

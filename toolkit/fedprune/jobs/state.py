@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from fedprune.core.errors import StorageError
 from fedprune.core.metrics import METRICS
+from fedprune.jobs.blob_references import basis_digests, contribution_digests, offer_digests, update_digests
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune.jobs.failure_kind import UNDELIVERED_KINDS, FailureKind
 from fedprune.jobs.packed_json import PackedJson
@@ -162,7 +163,7 @@ class JobDevice(TrackedEntry):
 
     def references(self) -> set[str]:
         """Digests of the blobs that are kept for it."""
-        kept_contribution = _contribution_digests((self.buffer or {}).get("contribution"))
+        kept_contribution = contribution_digests((self.buffer or {}).get("contribution"))
         return update_digests(self.held) | update_digests(self.past) | kept_contribution
 
 
@@ -454,30 +455,3 @@ def _share_common_values(device: Mapping[str, Any], shared: dict[str, Any]) -> M
     shared_profile = shared.setdefault(f"profile {profile.get('name')}", profile)
     profile = shared_profile if shared_profile == profile else profile
     return {**device, "profile": profile, "codecs": shared.setdefault(f"codecs {codecs}", codecs)}
-
-
-def update_digests(update: Mapping[str, Any] | None) -> set[str]:
-    """Digests of the blobs that a stored update refers to itself: a `LastCountedUpdate` or `Contribution`, as JSON."""
-    return {update[k] for k in ("weights", "ranking", "mask", "sent") if update.get(k)} if update else set()
-
-
-def offer_digests(offer: Mapping[str, Any]) -> set[str]:
-    """Digests of the blobs that an offer names: in a field of their own, in a list, or in a table, as by precision."""
-    references = [v for v in offer.values() if isinstance(v, dict)]
-    references += [v for named in references for v in named.values() if isinstance(v, dict)]
-    references += [v for entry in offer.values() if isinstance(entry, list) for v in entry if isinstance(v, dict)]
-    return {v["sha256"] for v in references if isinstance(v.get("sha256"), str)}
-
-
-def basis_digests(basis: Mapping[str, Any] | None) -> set[str]:
-    """Digests of the blobs that a part was cut from: `Basis`, as attributes or JSON."""
-    if not basis:
-        return set()
-    return {d for d in (basis["model"], basis["ranking"], basis["order"], *basis["memory"].values()) if d}
-
-
-def _contribution_digests(update: dict[str, Any] | None) -> set[str]:
-    """Digests of the blobs that a kept contribution refers to."""
-    if update is None:
-        return set()
-    return update_digests(update) | basis_digests(update["basis"]) | update_digests(update["part"]["past"])
