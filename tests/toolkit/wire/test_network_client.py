@@ -1,0 +1,56 @@
+"""Packets that arrive many at a time, or cut anywhere, are the messages that were sent."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import closing
+
+import pytest
+
+from fedprune.wire.link import BrokerLink
+from fedprune.wire.queues import ConnectionUp
+
+pytestmark = pytest.mark.board
+
+_CONNACK, _SUBACK_HEAD = bytes((0x20, 2, 0, 0)), bytes((0x90, 3))
+MESSAGES = [("t/short", b"x" * n) for n in (1, 0, 130, 16_380)] + [("t/long", bytes(range(256)) * 800)] * 2
+
+
+def publish_packet(topic: str, payload: bytes) -> bytes:
+    """A PUBLISH of QoS 0 as MQTT 3.1.1 writes it (section 3.3)."""
+    body = len(topic).to_bytes(2, "big") + topic.encode() + payload
+    size, length = len(body), bytearray()
+    while True:
+        size, digit = size >> 7, size & 127
+        length.append(digit | (128 if size else 0))
+        if not size:
+            return bytes((0x30,)) + bytes(length) + body
+
+
+def serve_once(listener: socket.socket, step: int, done: threading.Event) -> None:
+    """Accept one client and one subscription, then send all messages, `step` bytes at a time."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(_CONNACK)
+        subscribe = connection.recv(4096)
+        stream = _SUBACK_HEAD + subscribe[2:4] + b"\0" + b"".join(publish_packet(*m) for m in MESSAGES)
+        for start in range(0, len(stream), step):
+            connection.sendall(stream[start : start + step])
+        done.wait(60)
+
+
+@pytest.mark.parametrize("step", [7_919, 2**20])
+def test_packets_cut_anywhere_are_read_whole_and_in_order(step: int) -> None:
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        broker = threading.Thread(target=serve_once, args=(listener, step, done), daemon=True)
+        broker.start()
+        with closing(BrokerLink(f"mqtt://127.0.0.1:{listener.getsockname()[1]}", "reader", qos=0)) as link:
+            link.subscribe(["t/#"])
+            link.start()
+            assert link.get(30) == ConnectionUp()
+            assert [link.get(30) for _ in MESSAGES] == MESSAGES
+            done.set()
+        broker.join(60)
