@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.fixed_point import MAX_WEIGHT, check_range, largest_magnitude
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, check_range, largest_magnitude, sum_of_squares
 from fedprune.core.errors import BundleError, ProtocolError, value_text
 from fedprune.core.validation import check_whole, is_whole
 from fedprune.model.architecture import Architecture, TensorKind
@@ -32,9 +32,8 @@ def check_fold_base(architecture: Architecture, base: Mapping[str, npt.NDArray[n
                 expected=f"float32 {spec.shape}",
                 got="nothing" if value is None else f"{value.dtype} {value.shape}",
             )
-        flat = value.reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
-            square = float(np.dot(flat, flat))  # a quarter of what looking at every value costs
+            square = sum_of_squares(value)  # a quarter of what looking at every value costs
         if not math.isfinite(square) and not math.isfinite(largest_magnitude(value)):
             raise BundleError(f"tensor {spec.name} of the fold's base", expected="finite numbers")
         tensors[spec.name] = value

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.aggregation.fixed_point import sum_of_squares
 from fedprune.coordination.update_lengths import ALL_TRAINED, UpdateLengths, round_length
 from fedprune.coordination.weight_limits import MIN_MAJORITY_UPDATES
 from fedprune.model.architecture import Architecture
@@ -194,8 +195,8 @@ def _distance_text(length: float, usual: float) -> str:
 def _tensor_scale(name: str, trained: Collection[str], model: Tensors) -> float:
     if name == ALL_TRAINED:
         return max((_tensor_scale(n, trained, model) for n in trained), default=1.0)
-    flat = model[name].astype(np.float64).reshape(-1)
-    return max(1.0, round_length(math.sqrt(float(np.dot(flat, flat)) / max(1, flat.size))))
+    values = model[name].astype(np.float64)
+    return max(1.0, round_length(math.sqrt(sum_of_squares(values) / max(1, values.size))))
 
 
 def _counted_share(length: float, limit: float) -> float:

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.aggregation.fixed_point import DOT_NUMBERS
 from fedprune.strategies.values import UpdateReport
 
-# Numbers of a tensor that are squared at once: 256 KiB of float64, which stay in a core's own cache.
-_BLOCK_SIZE = 2**15
 # Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not.
 _LENGTH_DIGITS = 6
 
@@ -52,8 +51,8 @@ def _sum_of_squares(
 ) -> float:
     """Sum of squares of a change, block by block in the cache."""
     total = 0.0
-    for start in range(0, values.size, _BLOCK_SIZE):
-        block = slice(start, start + _BLOCK_SIZE)
+    for start in range(0, values.size, DOT_NUMBERS):
+        block = slice(start, start + DOT_NUMBERS)
         change = np.subtract(values[block], sent_values[block], dtype=np.float64)
         if active is not None:
             change *= active[block]
