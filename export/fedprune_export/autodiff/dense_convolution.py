@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedprune_export.autodiff.sliding_window import Window
+from fedprune_export.autodiff.tape import Dim, Tape
 from fedprune_export.ir.graph import Graph
 
 WeightGradient = Literal["taps", "columns", "convolution"]
@@ -36,19 +37,25 @@ class Algorithms:
 _MIN_TAPS_AREA = 64
 # The elements of a kernel from which products per tap are too many.
 _MIN_LARGE_KERNEL_ELEMENTS = 25
-# A first layer has at most so many input channels: with a large kernel, its weight gradient is a convolution.
+# A first layer has at most so many input channels: with a large kernel, its weight gradient is a convolution. Of a
+# small kernel it is one product of columns: products per tap would be as narrow as the channels.
 _MAX_IMAGE_CHANNELS = 3
 
 # On a GPU each launch costs more than its arithmetic: the algorithms with the fewest operators.
 CUDA_ALGORITHMS = Algorithms("transposed", "convolution")
 
 
-def choose_algorithms(w: Window, channels: int) -> Algorithms:
-    """Choose the fastest algorithms for a layer with this window and number of input channels."""
+def choose_algorithms(w: Window, channels: int, *, reads_samples: bool) -> Algorithms:
+    """Choose the fastest algorithms for a layer with this window and number of input channels.
+
+    `reads_samples`: whether the layer is the first one that trains.
+    """
     area, elements = math.prod(w.output), math.prod(w.kernel)
     large = elements >= _MIN_LARGE_KERNEL_ELEMENTS
     if large and channels <= _MAX_IMAGE_CHANNELS:
         weight: WeightGradient = "convolution"
+    elif reads_samples and 1 < channels <= _MAX_IMAGE_CHANNELS:
+        weight = "columns"
     else:
         weight = "taps" if area >= _MIN_TAPS_AREA else "columns"
     return Algorithms("flipped" if w.has_flipped_gradient and not large else "transposed", weight)
@@ -57,9 +64,9 @@ def choose_algorithms(w: Window, channels: int) -> Algorithms:
 class DenseConvolution:
     """A convolution in one group (see `convolutions.Convolution`)."""
 
-    def __init__(self, g: Graph, w: Window, kernel: str, algorithms: Algorithms) -> None:
-        self.g, self.window, self.kernel, self.algorithms = g, w, kernel, algorithms
-        self.rank = len(w.sizes)
+    def __init__(self, tape: Tape, w: Window, kernel: str, algorithms: Algorithms, batch: Dim) -> None:
+        self.tape, self.g, self.window, self.kernel, self.algorithms = tape, tape.graph, w, kernel, algorithms
+        self.batch, self.rank = batch, len(w.sizes)
 
     def apply(self, x: str, bias: list[str]) -> str:
         return self.g.emit("Conv", x, self.kernel, *bias, attrs=self.window.conv_attrs())
@@ -110,18 +117,15 @@ class DenseConvolution:
         for tap in tap_slices(g, x, w):
             flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
             product = g.emit("MatMul", rows, flat)
-            products.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
+            products.append(self.tape.sum_leading(product, (self.batch,)))
         return self._kernel_from_taps(products)
 
     def _kernel_from_taps(self, products: list[str]) -> str:
-        """A matrix [outputs, inputs] per kernel element as the kernel's gradient."""
-        g, w = self.g, self.window
-        side_by_side = g.emit("Concat", *products, attrs={"axis": 1}) if len(products) > 1 else products[0]
-        count = math.prod(w.kernel)
-        if count == 1:
-            return g.emit("Unsqueeze", side_by_side, g.ints(*range(2, self.rank + 2)))
-        by_tap = g.emit("Reshape", side_by_side, g.ints(0, count, -1))
-        return g.emit("Reshape", g.emit("Transpose", by_tap, attrs={"perm": [0, 2, 1]}), g.ints(0, 0, *w.kernel))
+        """A row of outputs · inputs per kernel element as the kernel's gradient."""
+        g, gradient = self.g, products[0]
+        if len(products) > 1:
+            gradient = g.emit("Transpose", g.emit("Concat", *products, attrs={"axis": 0}), attrs={"perm": [1, 0]})
+        return g.emit("Reshape", gradient, self.tape.shape_of(self.kernel))
 
     def kernel_by_columns(self, x: str, dy: str) -> str:
         """One matrix product over all windows of the batch."""

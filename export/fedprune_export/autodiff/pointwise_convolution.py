@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_export.ir.graph import Graph
+from fedprune_export.autodiff.tape import Dim, Tape
 
 
 class PointwiseConvolution:
@@ -11,8 +11,8 @@ class PointwiseConvolution:
     `rank`: the number of spatial axes.
     """
 
-    def __init__(self, g: Graph, kernel: str, rank: int) -> None:
-        self.g, self.kernel, self.rank = g, kernel, rank
+    def __init__(self, tape: Tape, kernel: str, batch: Dim, rank: int) -> None:
+        self.tape, self.g, self.kernel, self.batch, self.rank = tape, tape.graph, kernel, batch, rank
 
     def apply(self, x: str, bias: list[str]) -> str:
         return self.g.emit("Conv", x, self.kernel, *bias)
@@ -26,5 +26,5 @@ class PointwiseConvolution:
         # 0 copies the batch and the channels.
         rows_x, rows_dy = (g.emit("Reshape", value, g.ints(0, 0, -1)) for value in (x, dy))
         products = g.emit("MatMul", rows_dy, g.emit("Transpose", rows_x, attrs={"perm": [0, 2, 1]}))
-        total = g.emit("ReduceSum", products, g.ints(0), attrs={"keepdims": 0})
-        return g.emit("Unsqueeze", total, g.ints(*range(2, self.rank + 2)))
+        total = self.tape.sum_leading(products, (self.batch,))
+        return g.emit("Reshape", total, self.tape.shape_of(self.kernel))

@@ -12,7 +12,7 @@ from collections.abc import Collection
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.dimensions import Shape
+from fedprune_export.autodiff.dimensions import Dim, Shape
 from fedprune_export.autodiff.value_facts import Array, ValueFacts
 from fedprune_export.ir.dropout import is_dropout
 from fedprune_export.ir.graph import Graph, Node
@@ -32,6 +32,7 @@ class TapeValues(ValueFacts):
         self._values: dict[str, str] = {}
         self._shapes: dict[str, Shape] = {}
         self._shape_values: dict[str, str] = {}
+        self._ones: dict[Dim, str] = {}
         self._with_gradient: set[str] = set()
         self._readers = model.graph.consumers()
         self._producers = model.graph.producers()

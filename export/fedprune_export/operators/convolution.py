@@ -173,7 +173,7 @@ def _convolution(tape: Tape, node: Node) -> tuple[Convolution, Shape]:
     data, weight = node.inputs[:2]
     kernel, places = tape.shape(weight)[2:], tape.shape(data)[2:]
     if _is_pointwise(node, kernel) and not all(isinstance(size, int) for size in places):
-        return PointwiseConvolution(tape.graph, tape.value(weight), len(places)), places
+        return PointwiseConvolution(tape, tape.value(weight), tape.shape(data)[0], len(places)), places
     w = window(tape, node, tape.static(node, kernel))
     number, inputs = _groups(tape, node, data, 1)
     _, outputs = _groups(tape, node, weight, 0)
@@ -243,12 +243,15 @@ class Convolution(Protocol):
 def choose_convolution(tape: Tape, node: Node, w: Window, groups: ChannelGroups) -> Convolution:
     """The fastest implementation of the layer that a Conv or ConvTranspose node is."""
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
+    batch = tape.shape(node.inputs[0])[0]
     if int(node.attrs.get("group", 1)) == 1:
         if tape.graph.unit == CUDA:
-            return DenseConvolution(tape.graph, w, kernel, CUDA_ALGORITHMS)
+            return DenseConvolution(tape, w, kernel, CUDA_ALGORITHMS, batch)
         # On small maps one product of columns is faster than a convolution.
         if math.prod(w.output) > MAX_COLUMNS_AREA:
-            return DenseConvolution(tape.graph, w, kernel, choose_algorithms(w, tape.extent(shape[1])))
+            reads_samples = not tape.needs_gradient(node.inputs[0])
+            algorithms = choose_algorithms(w, tape.extent(shape[1]), reads_samples=reads_samples)
+            return DenseConvolution(tape, w, kernel, algorithms, batch)
     elif (groups.inputs, groups.outputs) == (1, 1):
         return DepthwiseConvolution(tape.graph, w, kernel)
-    return ColumnConvolution(tape, w, kernel, shape, groups, batch=tape.shape(node.inputs[0])[0])
+    return ColumnConvolution(tape, w, kernel, shape, groups, batch)

@@ -143,7 +143,7 @@ def _normalise_groups(tape: Tape, node: Node, number: Dim, length: Dim) -> tuple
     """Normalise `number` groups of `length` channels. Returns the pull, and means and variances, [N · number]."""
     name, gamma, beta = node.inputs[:3]
     x, shape = tape.value(name), tape.shape(name)
-    g, reduced_axes = tape.graph, [0, *range(2, len(shape))]
+    g = tape.graph
     epsilon = float(node.attrs.get("epsilon", 1e-5))
     rows = _Rows(tape, shape, number, length)
     # A mean of float32 numbers has a small error if it is large. So this one is subtracted first: the mean of centred
@@ -167,9 +167,9 @@ def _normalise_groups(tape: Tape, node: Node, number: Dim, length: Dim) -> tuple
         dot = g.emit("Mul", dy, z)
         each, each_dot = (rows.sum_positions(v) for v in (dy, dot))
         if tape.needs_gradient(gamma):
-            tape.add_gradient(gamma, sum_axes(g, dot, reduced_axes, keep=False))
+            tape.add_gradient(gamma, tape.sum_to_shape(each_dot, shape[:2], shape[1:2]))
         if tape.needs_gradient(beta):
-            tape.add_gradient(beta, sum_axes(g, dy, reduced_axes, keep=False))
+            tape.add_gradient(beta, tape.sum_to_shape(each, shape[:2], shape[1:2]))
         if not tape.needs_gradient(name):
             return
         # dx = dy_term + group_terms: s·γ·dy, and −s · (mean(γ·dy) + z · mean(γ·dy·z)).

@@ -157,7 +157,7 @@ class _Recurrent:
         return self.g.emit("Gemm", left, right, attrs={"transA": 1})
 
     def bias_gradient(self, gates: str) -> str:
-        return self.g.emit("ReduceSum", gates, self.g.ints(0, 1), attrs={"keepdims": 0})
+        return self.g.emit("Squeeze", self.tape.sum_leading(gates, (self.steps, self.batch)), self.g.ints(0))
 
     def zeros(self) -> str:
         return self.g.emit("ConstantOfShape", self.tape.sizes((self.batch, self.hidden)))

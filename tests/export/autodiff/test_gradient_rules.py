@@ -463,7 +463,9 @@ for _axis in (-1, 1):
 def norm_row(name: str, op: str, oracle: Oracle, x: Array, dims: Dims, narrow: dict[str, int], **attrs: Any) -> None:
     data = {"x": x, "w": normal(x.shape[1], seed=1, offset=1.0), "b": normal(x.shape[1], seed=2)}
     shapes = {"x": dims, "w": dims[1:2], "b": dims[1:2]}
-    row(name, [node(op, "x", "w", "b", **attrs)], oracle, data, shapes, narrow=narrow)
+    # The gradient of a single shift is one sum over all samples and positions, which may cancel.
+    sums = x.shape[1] == 1
+    row(name, [node(op, "x", "w", "b", **attrs)], oracle, data, shapes, narrow=narrow, sums=sums)
 
 
 # Whole groups are cut where a channel takes all of one, positions of all groups where it lies in each.
