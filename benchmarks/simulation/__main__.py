@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import ROOT, parser, save, setting
+from benchmarks.harness import RESULTS, ROOT, parser, save, setting
 from benchmarks.simulation.material import write_material
 from benchmarks.simulation.tasks import TASKS, Task
 
@@ -47,14 +47,20 @@ def main() -> None:
         print("Flower is left out: --flower names the interpreter of its environment", file=sys.stderr)
     else:
         pythons[FLOWER] = options.flower.absolute()
-    rows = []
-    with TemporaryDirectory() as name:
-        for task in TASKS.values():
-            if only in (None, task.name):
-                rows.append(measure(task, Path(name) / task.name, pythons, options.turns))
-                print(rows[-1], file=sys.stderr, flush=True)
-    body = {"setting": {**setting("onnxruntime", "torch"), **_flower_versions(options.flower)}, "turns": options.turns}
-    save(options.out or "simulation", {**body, "rounds": ROUNDS, "rows": rows, "ratios": _means(rows)})
+    out = options.out or RESULTS / "simulation.json"
+    rows = [] if options.anew or not out.exists() else json.loads(out.read_text())["rows"]
+    known = {**setting("onnxruntime", "torch"), **_flower_versions(options.flower)}
+    for task in TASKS.values():
+        if only in (None, task.name):
+            with TemporaryDirectory() as folder:
+                row = measure(task, Path(folder) / task.name, pythons, options.turns)
+            print(row, file=sys.stderr, flush=True)
+            rows = [row, *(other for other in rows if other["net"] != task.name)]
+            rows.sort(key=lambda row: list(TASKS).index(row["net"]))
+            # After each net, so that an interrupted run loses one; `--only net=NAME` measures it again.
+            save(
+                out, {"setting": known, "turns": options.turns, "rounds": ROUNDS, "rows": rows, "ratios": _means(rows)}
+            )
 
 
 def measure(task: Task, folder: Path, pythons: Mapping[str, Path], turns: int) -> dict[str, Any]:
