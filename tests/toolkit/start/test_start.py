@@ -45,11 +45,19 @@ def test_a_wrong_subcommand_is_one_line_that_says_what_was_meant(capsys: pytest.
     assert fedprune_start.main([]) == ExitCode.USAGE
 
 
-def test_its_help_imports_nothing_that_takes_long() -> None:
+@pytest.mark.parametrize(
+    ("words", "slow_packages"),
+    [
+        (("--help",), ("numpy", "rich", "onnx", "argparse")),
+        (("server", "run", "--help"), ("onnx", "onnxruntime", "sqlalchemy", "torch", "uvicorn")),
+    ],
+)
+def test_its_help_imports_nothing_that_takes_long(words: tuple[str, ...], slow_packages: tuple[str, ...]) -> None:
     folder = Path(fedprune_start.__file__).parent.parent
     code = (
-        f"import sys; sys.path.insert(0, {str(folder)!r}); import fedprune_start; fedprune_start.main(['--help'])\n"
-        "print([name for name in ('numpy', 'rich', 'onnx', 'argparse') if name in sys.modules])"
+        f"import atexit, sys; sys.path.insert(0, {str(folder)!r})\n"
+        f"atexit.register(lambda: print([name for name in {slow_packages} if name in sys.modules]))\n"
+        f"import fedprune_start; fedprune_start.main({list(words)})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")
