@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedprune.core.cli import add_json_option, print_json
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.run import load_config, run_options
-from fedprune_server.monitoring.notification_channels import (
-    Message,
-    NotificationChannel,
-    NotificationError,
-    notification_channels,
-    test_message,
-)
+
+if TYPE_CHECKING:
+    from fedprune_server.monitoring.notification_channels import Message, NotificationChannel
 
 
 def add_alerts(alerts: argparse.ArgumentParser) -> None:
@@ -30,6 +26,8 @@ def add_alerts(alerts: argparse.ArgumentParser) -> None:
 
 
 def _test(arguments: argparse.Namespace) -> int:
+    from fedprune_server.monitoring.notification_channels import notification_channels, test_message
+
     config = load_config(arguments).config
     channels_in_use = notification_channels(config.alerts)
     if not channels_in_use:
@@ -48,6 +46,8 @@ def _test(arguments: argparse.Namespace) -> int:
 
 
 def _test_channel(channel: NotificationChannel, message: Message) -> dict[str, Any]:
+    from fedprune_server.monitoring.notification_channels import NotificationError
+
     try:
         answer, code = channel.send(message), ExitCode.OK
     except NotificationError as error:

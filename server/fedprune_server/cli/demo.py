@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune.core.cli import run_command, setting_of, signals_as_interrupts
+from fedprune.core.cli import run_command, signals_as_interrupts
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.disk import file_lock, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
@@ -64,25 +64,6 @@ _BYTES_NOTE = "payload at the broker: delivered to devices, received from them"
 _REFERENCE_PROGRAM = program_code("from fedprune_server.cli.demo import run_reference\nsys.exit(run_reference())")
 # Longer than for a board: the process ends its own boards first, then its broker, each with up to `STOP_S`.
 _REFERENCE_STOP_S = 4 * STOP_S
-
-
-def add_demo(demo: argparse.ArgumentParser) -> None:
-    demo.description = (
-        "Start a broker, a server and six device processes, each with its own mixture of digits, and beside them the "
-        "same devices with FedAvg at full width; compare accuracies and bytes, and write a report. It ends with exit "
-        "code 5 if a claim fails."
-    )
-    demo.add_argument(
-        "--out", type=Path, default=Path("demo-run"), metavar="DIR", help="folder of the run (default: demo-run)"
-    )
-    demo.add_argument("--rounds", type=setting_of(int), metavar="N", help="rounds of each job")
-    demo.add_argument("--seed", type=setting_of(int), default=0, help="keys every random number (default: 0)")
-    demo.add_argument("--quick", action="store_true", help="two rounds: does it run at all? Too few to judge it by")
-    demo.set_defaults(function=_demo)
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    return run_demo(arguments.out, seed=arguments.seed, rounds=arguments.rounds, quick=arguments.quick)
 
 
 class DemoFolder:

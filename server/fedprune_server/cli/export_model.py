@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.cli import add_json_option, positive_integer, print_json
+from fedprune.core.cli import print_json
 from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount
@@ -17,7 +17,6 @@ from fedprune_export.bundles import conversion
 from fedprune_export.bundles.hub_repository import save_pretrained
 from fedprune_export.importing.hub_folder import HUB_FILES
 from fedprune_export.pruning.model import Model
-from fedprune_server.cli.state_option import add_allow, add_state
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.engine.stored_job import BEST_ROUND, finished_round, global_model
 from fedprune_server.monitoring.round_rows import RoundNotes
@@ -27,37 +26,7 @@ from fedprune_server.simulation.results.record import Record
 from fedprune_server.storage.storage import Storage
 
 
-def add_export_model(export: argparse.ArgumentParser) -> None:
-    add_state(export)
-    export.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="PLACE",
-        help="model.onnx, weights.safetensors, or state.pt, written over if it is there; or a folder, which gets the "
-        "layout of the Hugging Face hub",
-    )
-    export.add_argument("--opset", type=positive_integer, metavar="N", help="opset of the .onnx file (default: 17)")
-    export.add_argument(
-        "--round",
-        type=_round,
-        metavar="N",
-        help=f"after this round, if its model is still kept; or `{BEST_ROUND}`: after the one that the server's "
-        "evaluation scored best",
-    )
-    add_allow(export)
-    add_json_option(export)
-    export.set_defaults(function=_export_model)
-
-
-def _round(text: str) -> int | str:
-    try:
-        return BEST_ROUND if text == BEST_ROUND else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a round's number or {BEST_ROUND!r}, got {text!r}") from None
-
-
-def _export_model(arguments: argparse.Namespace) -> None:
+def run_export_model(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     # The hub's layout is a folder: a name without a suffix means one that is to be made.
     hub = not out.suffix or out.is_dir()

@@ -7,19 +7,20 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedprune.core.cli import add_json_option, options_of, positive_hours, positive_integer, print_json
+from fedprune.core.cli import options_of, print_json
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import IdentityError, JoinError, ProtocolError, UsageError, did_you_mean
+from fedprune.core.errors import IdentityError, JoinError, UsageError, did_you_mean
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey, grouped_digits
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.cli.state_option import add_database, add_state, chosen_database
+from fedprune_server.cli.fleet_options import CERTIFICATE, REPLACE
+from fedprune_server.cli.state_option import chosen_database
 from fedprune_server.enrollment.approval import approve, revocation_message, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import BROKER_KEY_FILE, BrokerAddress, write_broker
@@ -27,7 +28,6 @@ from fedprune_server.storage.folder_layout import database_url, store_url
 from fedprune_server.storage.folder_lock import folder_lock
 from fedprune_server.storage.lease import leader_elsewhere
 
-_REPLACE, _CERTIFICATE = "replace", "certificate"
 # Printed after `replace`: without these steps the fleet stays disconnected.
 _STEPS_AFTER_REPLACE = (
     "back the identity up, and copy it to standbys; if [server] console_certificate was in it, make another with "
@@ -41,109 +41,7 @@ _MAX_CLAIMS = 1000
 _MAX_HOURS = 24 * 365
 
 
-def add_init(init: argparse.ArgumentParser) -> None:
-    add_state(init)
-    add_database(init)
-    init.add_argument(
-        "--site", type=name_type("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
-    )
-    add_json_option(init)
-    init.set_defaults(function=_init)
-
-
-def add_identity(identity: argparse.ArgumentParser) -> None:
-    add_state(identity)
-    add_database(identity)
-    identity.add_argument(
-        "action", nargs="?", default="show", metavar="ACTION",
-        choices=("show", _CERTIFICATE, _REPLACE),
-        help="show (default); certificate: issue one for the console, by the names of --host; replace: other keys and "
-        "another certificate authority for a stopped server, as after a theft. All its boards must join again",
-    )  # fmt: skip
-    identity.add_argument(
-        "--host", dest="hosts", action="append", default=[], metavar="HOST",
-        help="of certificate: a name or address by which browsers reach the console; may be repeated",
-    )  # fmt: skip
-    add_json_option(identity)
-    identity.set_defaults(function=_identity)
-
-
-def add_claim(claim: argparse.ArgumentParser) -> None:
-    add_state(claim)
-    add_database(claim)
-    claim.add_argument(
-        "--device",
-        type=name_type("device"),
-        metavar="NAME",
-        help="make claims for this device alone (default: for any name that is free)",
-    )
-    claim.add_argument("--count", type=positive_integer, default=1, metavar="N", help="how many (default: 1)")
-    claim.add_argument("--hours", type=positive_hours, default=72, metavar="H", help="how long they last (default: 72)")
-    claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
-    claim.set_defaults(function=_claim)
-
-
-def add_devices(devices: argparse.ArgumentParser) -> None:
-    add_state(devices)
-    add_database(devices)
-    add_json_option(devices, "the list as JSON, for programs")
-    devices.add_argument(
-        "action", nargs="?", default="list", choices=("list", "approve", "revoke", "replace"), metavar="ACTION",
-        help="list (default), approve, revoke, or replace: revoke it and make a claim for a board of the same name",
-    )  # fmt: skip
-    devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
-    devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")
-    hours_text = "of the claim to replace it with"
-    devices.add_argument("--hours", type=positive_hours, default=72, metavar="H", help=hours_text)
-    devices.add_argument(
-        "--out", type=Path, metavar="FILE", help="write that claim to a new file that only you can read"
-    )
-    devices.set_defaults(function=_devices)
-
-
-def add_broker_config(broker: argparse.ArgumentParser) -> None:
-    add_state(broker)
-    add_database(broker)
-    broker.add_argument("kind", choices=("mosquitto", "emqx"), metavar="BROKER", help="which one it is")
-    broker.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    broker.add_argument(
-        "--host",
-        dest="hosts",
-        action="append",
-        required=True,
-        metavar="HOST",
-        help="name or address by which boards reach it; may be repeated",
-    )
-    broker.add_argument("--port", type=_port, default=8883, metavar="N", help="for members (default: 8883)")
-    broker.add_argument("--join-port", type=_port, default=8884, metavar="N", help="for joining (default: 8884)")
-    broker.add_argument("--bind", default="", metavar="ADDRESS", help="address to listen on (default: all)")
-    broker.add_argument("--at", type=Path, metavar="DIR", help="where the broker finds the files (default: --out)")
-    add_json_option(broker, "the files that are written as JSON, for programs")
-    broker.set_defaults(function=_broker_config)
-
-
-def _port(text: str) -> int:
-    value = positive_integer(text)
-    if value > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
-    return value
-
-
-def name_type(what: str) -> Callable[[str], str]:
-    """An argument type for names: `what` is `site` or `device`."""
-
-    def parse_name(text: str) -> str:
-        from fedprune.wire.topics import check_device, check_topic_name
-
-        try:
-            return check_device(text) if what == "device" else check_topic_name(text, what)
-        except ProtocolError as error:
-            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
-
-    return parse_name
-
-
-def _init(arguments: argparse.Namespace) -> None:
+def run_init(arguments: argparse.Namespace) -> None:
     check_unowned(arguments.state)
     database = chosen_database(arguments)
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
@@ -156,14 +54,14 @@ def _init(arguments: argparse.Namespace) -> None:
         _print_identity(identity)
 
 
-def _identity(arguments: argparse.Namespace) -> None:
+def run_identity(arguments: argparse.Namespace) -> None:
     action: str = arguments.action
-    if bool(arguments.hosts) != (action == _CERTIFICATE):
-        raise UsageError("--host", expected=f"with {_CERTIFICATE}, and only with it", got=f"identity {action}")
-    if action == _CERTIFICATE:
+    if bool(arguments.hosts) != (action == CERTIFICATE):
+        raise UsageError("--host", expected=f"with {CERTIFICATE}, and only with it", got=f"identity {action}")
+    if action == CERTIFICATE:
         _issue_console_certificate(arguments)
         return
-    if action == _REPLACE:
+    if action == REPLACE:
         IdentityFolder(arguments.state, read_only=True).close()  # raises without an identity, before locks are taken
         # A server that runs would continue with the old keys.
         with folder_lock(arguments.state), _open_identity(arguments) as identity:
@@ -177,7 +75,7 @@ def _identity(arguments: argparse.Namespace) -> None:
         else:
             print(f"site:                 {identity.site}")
             _print_identity(identity)
-    if action == _REPLACE:
+    if action == REPLACE:
         print(_STEPS_AFTER_REPLACE, file=sys.stderr if arguments.json else sys.stdout)
 
 
@@ -206,7 +104,7 @@ def _print_identity(identity: IdentityFolder) -> None:
     print(f"the server's key:     {identity.key.verifying_key.fingerprint}")
 
 
-def _claim(arguments: argparse.Namespace) -> None:
+def run_claim(arguments: argparse.Namespace) -> None:
     _check_hours(arguments.hours)
     if arguments.count > _MAX_CLAIMS:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
@@ -247,7 +145,7 @@ def _open_claims_file(path: Path | None) -> Iterator[TextIO | None]:
             raise
 
 
-def _devices(arguments: argparse.Namespace) -> None:
+def run_devices(arguments: argparse.Namespace) -> None:
     with _open_identity(arguments) as identity:
         if arguments.action == "list":
             _list(identity, arguments)
@@ -306,7 +204,7 @@ def _approve(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
     print(approve(identity, arguments.device, arguments.key))
 
 
-def _broker_config(arguments: argparse.Namespace) -> None:
+def run_broker_config(arguments: argparse.Namespace) -> None:
     folder = arguments.at or arguments.out.resolve()
     broker = options_of(BrokerAddress, arguments, hosts=tuple(arguments.hosts), folder=folder)
     with _open_identity(arguments) as identity:

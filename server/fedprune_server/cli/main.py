@@ -17,33 +17,33 @@ from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode
 
 # By command: the module of this package that has its options, and its help text. Modules are named, not imported: a
-# command imports only its own, since some take a second.
+# command imports only its own, and what takes long (a second in all) not before it runs.
 COMMANDS = {
     "run": ("run", "run a job, or continue with one after a stop or crash"),
-    "status": ("status", "show devices and rounds of a state folder"),
-    "export-model": ("export_model", "write the global model of a state folder"),
-    "init": ("identity", "make this server's identity: its keys and certificate authority"),
+    "status": ("job_options", "show devices and rounds of a state folder"),
+    "export-model": ("job_options", "write the global model of a state folder"),
+    "init": ("fleet_options", "make this server's identity: its keys and certificate authority"),
     "identity": (
-        "identity",
+        "fleet_options",
         "show this server's identity, certify its console, or replace its signing key or authority",
     ),
-    "claim": ("identity", "make one-time claims, each of which lets one device in"),
-    "devices": ("identity", "list devices, approve one that waits, revoke or replace one"),
-    "broker-config": ("identity", "write a broker's configuration, access rules and certificate"),
-    "demo": ("demo", "six devices, a broker and a server on this machine: narrow models against FedAvg"),
-    "release": ("release", "make a signed release of the boards' runtime"),
-    "rollout": ("rollout", "give boards a release in stages, pause, stop, take back"),
-    "check": ("store", "check that everything a job needs is present and undamaged"),
-    "backup": ("store", "copy everything a job needs, also while its server runs"),
-    "restore": ("store", "make a state folder from a backup"),
+    "claim": ("fleet_options", "make one-time claims, each of which lets one device in"),
+    "devices": ("fleet_options", "list devices, approve one that waits, revoke or replace one"),
+    "broker-config": ("fleet_options", "write a broker's configuration, access rules and certificate"),
+    "demo": ("job_options", "six devices, a broker and a server on this machine: narrow models against FedAvg"),
+    "release": ("fleet_options", "make a signed release of the boards' runtime"),
+    "rollout": ("fleet_options", "give boards a release in stages, pause, stop, take back"),
+    "check": ("job_options", "check that everything a job needs is present and undamaged"),
+    "backup": ("job_options", "copy everything a job needs, also while its server runs"),
+    "restore": ("job_options", "make a state folder from a backup"),
     "config": ("config", "check settings, and show where each comes from"),
     "alerts": ("alerts", "send a test notification"),
     "health": ("health", "check that a server is alive, by the file that it touches (FEDPRUNE_PULSE)"),
-    "crashes": ("observe", "show crashes of the boards' programs"),
-    "doctor": ("observe", "explain what is wrong with a fleet, and what to do"),
-    "operators": ("operators", "manage the accounts of the console"),
-    "pause": ("operators", "pause a job of a running server that has a console"),
-    "resume": ("operators", "let a paused job go on"),
+    "crashes": ("job_options", "show crashes of the boards' programs"),
+    "doctor": ("job_options", "explain what is wrong with a fleet, and what to do"),
+    "operators": ("fleet_options", "manage the accounts of the console"),
+    "pause": ("fleet_options", "pause a job of a running server that has a console"),
+    "resume": ("fleet_options", "let a paused job go on"),
 }
 
 # Commands that need the extra `console` instead of `server`: their modules import the console's.

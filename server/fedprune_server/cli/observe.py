@@ -10,12 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.core.cli import add_json_option, positive_integer, positive_seconds, print_json
+from fedprune.core.cli import print_json
 from fedprune.core.errors import ExitCode, FedpruneError, JoinError, did_you_mean
 from fedprune.core.text import amount, sentences
 from fedprune.output.tables import print_verdicts
-from fedprune_server.cli.identity import name_type
-from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.crash_store import BoardCrash, frames_of, read_crashes
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.doctor import diagnose
@@ -26,25 +24,7 @@ from fedprune_server.storage.storage import Storage
 _BOARD_LOG_HINT = f"Its own log is on the board: {BOARD_LOG_COMMAND}"
 
 
-def add_crashes(crashes: argparse.ArgumentParser) -> None:
-    add_state(crashes)
-    crashes.add_argument("--device", type=name_type("device"), metavar="NAME", help="of this board alone")
-    crashes.add_argument("--last", type=positive_integer, default=100, metavar="N", help="the last N (default: 100)")
-    add_json_option(crashes, "one JSON object on each line, for programs")
-    crashes.set_defaults(function=_crashes)
-
-
-def add_doctor(doctor: argparse.ArgumentParser) -> None:
-    add_state(doctor)
-    doctor.add_argument(
-        "--timeout", type=positive_seconds, default=5.0, metavar="S",
-        help="seconds to wait for each of broker, database and bucket (default: 5)",
-    )  # fmt: skip
-    add_json_option(doctor)
-    doctor.set_defaults(function=_doctor)
-
-
-def _crashes(arguments: argparse.Namespace) -> None:
+def run_crashes(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
     Storage.check_existing(folder)
     crashes = read_crashes(folder, arguments.device, limit=arguments.last)
@@ -118,7 +98,7 @@ def _print_crashes(crashes: Sequence[BoardCrash], *, as_json: bool) -> None:
             print(f"    {frame}", flush=True)
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def run_doctor(arguments: argparse.Namespace) -> int:
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # findings report what would be logged
     findings = diagnose(arguments.state, arguments.timeout)
     if arguments.json:

@@ -13,17 +13,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json_option, print_json
+from fedprune.core.cli import print_json
 from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import ConfigError, StorageError, UsageError
 from fedprune.wire.topics import to_name
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.cli.state_option import add_state
 from fedprune_server.storage.folder_lock import LOCK_FILE
 from fedprune_server.storage.storage import Storage
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.accounts import Accounts, Operator
-from fedprune_server.web.auth.roles import ROLES
 from fedprune_server.web.auth.sessions import OperatorSession
 from fedprune_server.web.database import CONSOLE_FILE, ConsoleDatabase
 from fedprune_server.web.state.fleet_view import FleetView
@@ -36,34 +34,7 @@ _ANSWER_TIMEOUT_S, _POLL_INTERVAL_S = 30.0, 0.2
 _TAKEN_HINT = "It may still carry it out. See its log."
 
 
-def add_operators(operators: argparse.ArgumentParser) -> None:
-    actions = operators.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add = actions.add_parser("add", help="a new one; asks for the password, or reads it from standard input")
-    add.add_argument("name", metavar="NAME", help="what they log in as")
-    add.add_argument(
-        "--role", choices=ROLES, default=ROLES[0], help="what they may do (default: viewer, who may only look)"
-    )
-    password = actions.add_parser("password", help="another password; their sessions end")
-    password.add_argument("name", metavar="NAME", help="who")
-    remove = actions.add_parser("remove", help="take an account away; its sessions end")
-    remove.add_argument("name", metavar="NAME", help="who")
-    listing = actions.add_parser("list", help="list them")
-    add_json_option(listing)
-    for action, run in ((add, _add), (password, _password), (remove, _remove), (listing, _list)):
-        add_state(action)
-        action.set_defaults(function=run)
-
-
-def add_pause(pause: argparse.ArgumentParser) -> None:
-    add_state(pause)
-    pause.add_argument("--job", metavar="NAME", help="which job (default: the server's first)")
-    pause.set_defaults(function=_send_order)
-
-
-add_resume = add_pause
-
-
-def _send_order(arguments: argparse.Namespace) -> None:
+def run_order(arguments: argparse.Namespace) -> None:
     """Give a running server the order of the command's name, as its console does, and print the answer."""
     path = arguments.state / STATUS_FILE
     if not has_lock_holder(arguments.state / LOCK_FILE):
@@ -129,7 +100,7 @@ def _withdraw(orders: OrderService, number: int) -> dict[str, Any] | None:
     return order
 
 
-def _add(arguments: argparse.Namespace) -> None:
+def run_add(arguments: argparse.Namespace) -> None:
     with _open_database(arguments.state) as database:
         accounts = Accounts(database)
         # Before the password is asked for: nobody wants to type one twice for a name that is taken.
@@ -139,7 +110,7 @@ def _add(arguments: argparse.Namespace) -> None:
     print(f"{arguments.name} may use the console as {arguments.role}")
 
 
-def _password(arguments: argparse.Namespace) -> None:
+def run_password(arguments: argparse.Namespace) -> None:
     with _open_database(arguments.state) as database:
         accounts = Accounts(database)
         accounts.check_exists(arguments.name)
@@ -148,14 +119,14 @@ def _password(arguments: argparse.Namespace) -> None:
     print(f"{arguments.name} has another password, and is logged out everywhere")
 
 
-def _remove(arguments: argparse.Namespace) -> None:
+def run_remove(arguments: argparse.Namespace) -> None:
     with _open_database(arguments.state) as database:
         Accounts(database).remove(arguments.name)
         _note(database, "operator_remove", operator=arguments.name)
     print(f"{arguments.name} may not use the console any more")
 
 
-def _list(arguments: argparse.Namespace) -> None:
+def run_list(arguments: argparse.Namespace) -> None:
     with _open_database(arguments.state) as database:
         operators = Accounts(database).list()
     if arguments.json:

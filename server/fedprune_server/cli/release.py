@@ -10,7 +10,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from fedprune.core.cli import add_json_option, print_json
+from fedprune.core.cli import print_json
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ReleaseError
 from fedprune.core.text import amount
@@ -18,7 +18,6 @@ from fedprune.releases.release import MANIFEST, Release, ReleaseFile, rewrite_re
 from fedprune.releases.wheels import check_wheels, installable_tags, marker_environment
 from fedprune.security.keys import SigningKey
 from fedprune_device.releases.wheel import Wheel, contents_digest
-from fedprune_server.cli.state_option import add_state
 from fedprune_server.enrollment.pki import IdentityFolder
 
 _BOARD_EXTRA = "board"
@@ -27,33 +26,7 @@ _OLDEST_GLIBC_MINOR = 35  # of Ubuntu 22.04, the oldest system of a board that h
 _MODULE_NAMES = {"pillow": "pil", "paho-mqtt": "paho", "onnxruntime-gpu": "onnxruntime"}
 
 
-def add_release(release: argparse.ArgumentParser) -> None:
-    source = release.add_mutually_exclusive_group(required=True)
-    source.add_argument("--wheels", type=Path, metavar="DIR", help="all wheels that it is made of")
-    source.add_argument(
-        "--again", type=Path, metavar="DIR", help="an earlier release, to go back to what it holds under a new number"
-    )
-    add_state(release, "the folder of `init --state`, whose key signs it")
-    release.add_argument("--number", type=int, required=True, metavar="N", help="above that of every earlier release")
-    release.add_argument("--name", default="", metavar="TEXT", help="its version for people (default: the number)")
-    release.add_argument("--out", type=Path, required=True, metavar="DIR", help="the release's folder")
-    release.add_argument("--python", default="cp311", metavar="TAG", help="the boards' Python (default: %(default)s)")
-    release.add_argument("--machine", default="aarch64", metavar="NAME", help="as of `uname -m` (default: aarch64)")
-    release.add_argument(
-        "--system",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="taken from the boards' own Python, so that no wheel of it is needed; repeatable",
-    )
-    release.add_argument(
-        "--entry", default="fedprune_start:device", metavar="MODULE:FUNCTION", help="default: %(default)s"
-    )
-    add_json_option(release)
-    release.set_defaults(function=_release)
-
-
-def _release(arguments: argparse.Namespace) -> None:
+def run_release(arguments: argparse.Namespace) -> None:
     if (arguments.out / MANIFEST).exists():
         raise ReleaseError(f"{arguments.out} holds a release already", hint="Name another folder with --out.")
     with IdentityFolder(arguments.state) as identity:

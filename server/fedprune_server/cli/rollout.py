@@ -6,22 +6,19 @@ It only reads and writes the state folder; the server that runs on it does the r
 from __future__ import annotations
 
 import argparse
-import re
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json_option, options_of, positive_integer, print_json
+from fedprune.core.cli import options_of, print_json
 from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import UsageError
 from fedprune.core.text import first_few, quantity
 from fedprune.output.tables import Column, print_table
 from fedprune.releases.rollout import Fate
-from fedprune.releases.rollout_plan import CAREFUL_STAGES
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, MAX_TRIAL_ATTEMPTS, MAX_TRIAL_S
-from fedprune_server.cli.state_option import add_database, add_state, chosen_database
+from fedprune_server.cli.state_option import chosen_database
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, request_action, start_rollout, take_back
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
@@ -35,94 +32,7 @@ _REQUEST_WORDS = {"stopping": ", to be stopped", "pausing": ", to be paused", "r
 _MAX_NAMES_SHOWN = 20
 
 
-def add_rollout(rollout: argparse.ArgumentParser) -> None:
-    actions = rollout.add_subparsers(dest="action", required=True, metavar="ACTION")
-    start = actions.add_parser("start", help="begin with a release that `fedprune-server release` made")
-    _add_start(start)
-    pause = actions.add_parser(
-        "pause", help="give the release to no further boards for now; boards that have it continue"
-    )
-    resume = actions.add_parser("resume", help="resume a paused rollout")
-    status = actions.add_parser("status", help="show the progress and the failures of the latest rollout")
-    add_json_option(status)
-    status.set_defaults(function=_status)
-    list_action = actions.add_parser("list", help="list all rollouts, the latest first")
-    add_json_option(list_action)
-    list_action.set_defaults(function=_list)
-    stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
-    back = actions.add_parser(
-        "back", help="roll back the boards that have the latest release to the one before, under a new number"
-    )
-    back.add_argument("--number", type=int, metavar="N", help="the new release's number (default: the next free one)")
-    back.add_argument(
-        "--groups", type=_groups, metavar="SHARES", help="stages, as for start (default: all boards at once)"
-    )
-    back.set_defaults(function=_back)
-    for action in (pause, resume, stop):
-        action.set_defaults(function=_request, reason="")
-    for action in (pause, stop, back):
-        action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
-    for action in (start, pause, resume, stop, back):
-        add_json_option(action, "the rollout as JSON, as `status` has it")
-    for action in (start, pause, resume, status, list_action, stop, back):
-        add_state(action)
-        add_database(action)
-
-
-def _add_start(start: argparse.ArgumentParser) -> None:
-    start.add_argument("release", type=Path, metavar="DIR", help="the release's folder")
-    start.add_argument(
-        "--groups",
-        type=_groups,
-        metavar="SHARES",
-        help="shares of the boards, one per stage: 1,10%%,100%% is one board, a tenth, all (the default)",
-    )
-    start.add_argument(
-        "--success",
-        type=_share,
-        default=0.9,
-        metavar="SHARE",
-        help="share of a stage's boards that must be updated before the next stage begins (default: 90%%)",
-    )
-    start.add_argument(
-        "--errors",
-        type=_share,
-        default=0.1,
-        metavar="SHARE",
-        help="share of a stage's boards that may fail (default: 10%%)",
-    )
-    start.add_argument(
-        "--patience",
-        type=float,
-        default=60.0,
-        metavar="MINUTES",
-        help="minutes without news after which a board counts as failed (default: 60)",
-    )
-    start.add_argument(
-        "--hours", type=float, default=24.0, metavar="H", help="hours that a stage may take (default: 24)"
-    )
-    start.add_argument(
-        "--attempts",
-        type=positive_integer,
-        default=3,
-        metavar="N",
-        help="how often a board starts the release on trial before it goes back (default: 3)",
-    )
-    start.add_argument(
-        "--deadline",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help="seconds that each of these starts has to become healthy (default: 600)",
-    )
-    start.add_argument(
-        "--devices", metavar="NAMES", help="only these boards, separated by commas (default: all members)"
-    )
-    start.add_argument("--seed", type=int, default=0, help="changes which boards are in the early stages")
-    start.set_defaults(function=_start)
-
-
-def _start(arguments: argparse.Namespace) -> None:
+def run_start(arguments: argparse.Namespace) -> None:
     if arguments.attempts > MAX_TRIAL_ATTEMPTS or not 1 <= arguments.deadline <= MAX_TRIAL_S:
         raise UsageError("a trial", expected=f"up to {MAX_TRIAL_ATTEMPTS} attempts of 1 to {MAX_TRIAL_S:g} s each")
     names = None if arguments.devices is None else [n.strip() for n in arguments.devices.split(",") if n.strip()]
@@ -159,7 +69,7 @@ def _note_without_server(arguments: argparse.Namespace, action: str) -> None:
         print(f"no server is running on this folder: it {action} when one is started")
 
 
-def _status(arguments: argparse.Namespace) -> None:
+def run_status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_latest(arguments)
         return
@@ -175,7 +85,7 @@ def _print_latest(arguments: argparse.Namespace) -> None:
     print_json(_entry_fields(entries[-1]) if entries else None)
 
 
-def _list(arguments: argparse.Namespace) -> None:
+def run_list(arguments: argparse.Namespace) -> None:
     entries = _entries(arguments)[::-1]
     if arguments.json:
         print_json([_entry_fields(e) for e in entries])
@@ -194,14 +104,14 @@ def _list(arguments: argparse.Namespace) -> None:
     print_table(columns, rows)
 
 
-def _request(arguments: argparse.Namespace) -> None:
+def run_request(arguments: argparse.Namespace) -> None:
     _entries(arguments)
     with RolloutStore(arguments.state, chosen_database(arguments)) as store:
         message = request_action(store, arguments.action, arguments.reason)
     _print_outcome(arguments, message, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
 
 
-def _back(arguments: argparse.Namespace) -> None:
+def run_back(arguments: argparse.Namespace) -> None:
     _entries(arguments)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
     started = take_back(
@@ -276,15 +186,3 @@ def _entry_fields(entry: RolloutEntry) -> dict[str, Any]:
 
 def _name_list(names: list[str]) -> str:
     return f": {first_few(names, max_names=_MAX_NAMES_SHOWN)}" if names else ""
-
-
-def _groups(text: str) -> list[float]:
-    """Parse shares of the boards; a plain 1 stands for one board."""
-    return [CAREFUL_STAGES[0].share if entry.strip() == "1" else _share(entry) for entry in text.split(",")]
-
-
-def _share(text: str) -> float:
-    match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,6})?)%\s*", text)
-    if match is None or float(match[1]) > 100:
-        raise argparse.ArgumentTypeError(f"expected a share such as 10%, got {text!r}")
-    return float(match[1]) / 100

@@ -19,8 +19,6 @@ from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode, KeyPath
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import log_to_stdout
-from fedprune.runtime.session import run_by_child_process
-from fedprune_device.hardware.allocator import share_heaps
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import CONFIG_VARIABLE, environment_layer
 from fedprune_server.config.layers import SettingsLayer, errors_with_origin, file_layer, merge_tables
@@ -28,7 +26,6 @@ from fedprune_server.config.server_config import TABLE_KEYS, ServerConfig
 from fedprune_server.config.setting import SWITCH
 from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import anchor_paths, parse_config
-from fedprune_server.monitoring.health import Pulse
 
 log = logging.getLogger("fedprune.server")
 
@@ -221,8 +218,11 @@ def _last_start_layer(server: Mapping[str, Any]) -> SettingsLayer:
 
 def _run(arguments: argparse.Namespace) -> int:
     # All of the server: a second, which `--help`, a wrong option and `fedprune completion` must not wait for.
+    from fedprune.runtime.session import run_by_child_process
+    from fedprune_device.hardware.allocator import share_heaps
     from fedprune_server.app import StartOptions, build_app
     from fedprune_server.engine.state_folder import StateFolder
+    from fedprune_server.monitoring.health import Pulse
 
     share_heaps()  # before any thread starts: glibc gives each thread a heap of its own, which keeps freed memory
     config = load_config(arguments).config

@@ -1,10 +1,13 @@
-"""The options `--state`, `--database` and `--allow` of commands for a state folder."""
+"""Options that several commands take: `--state`, `--database` and `--allow`, and names of sites and boards."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from fedprune.core.errors import ProtocolError
 
 STATE_VARIABLE, DATABASE_VARIABLE = "FEDPRUNE_SERVER_STATE", "FEDPRUNE_SERVER_DATABASE"
 _DEFAULT = "fedprune-state"
@@ -27,6 +30,20 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
         "a function of your own that the job's settings name: without this it isn't called; may be given several times"
     )
     parser.add_argument("--allow", action="append", default=[], metavar="package.module:function", help=text)
+
+
+def name_type(what: str) -> Callable[[str], str]:
+    """An argument type for names: `what` is `site` or `device`."""
+
+    def parse_name(text: str) -> str:
+        from fedprune.wire.topics import check_device, check_topic_name
+
+        try:
+            return check_device(text) if what == "device" else check_topic_name(text, what)
+        except ProtocolError as error:
+            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
+
+    return parse_name
 
 
 def chosen_database(arguments: argparse.Namespace) -> str | None:

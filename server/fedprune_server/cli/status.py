@@ -10,13 +10,12 @@ from typing import Any
 
 from fedprune.coordination import State
 from fedprune.coordination.job_end import early_end_reason
-from fedprune.core.cli import add_json_option, positive_integer, print_json
+from fedprune.core.cli import print_json
 from fedprune.core.disk import has_lock_holder
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice
 from fedprune.model.recipe import judging_metric
 from fedprune.updates.privacy import Privacy
-from fedprune_server.cli.state_option import add_state
 from fedprune_server.cli.status_text import DEFAULT_ROUNDS, NOT_BEGUN, status_text
 from fedprune_server.devices.plan_vs_actual import compare_device, planned_figures, training_processor
 from fedprune_server.devices.quarantine import read_quarantine_rows
@@ -31,16 +30,7 @@ from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.storage import Storage
 
 
-def add_status(status: argparse.ArgumentParser) -> None:
-    add_state(status)
-    status.add_argument(
-        "--rounds", type=positive_integer, metavar="N", help="the last N rounds (default: 10; all with --json)"
-    )
-    add_json_option(status)
-    status.set_defaults(function=_status)
-
-
-def _status(arguments: argparse.Namespace) -> None:
+def run_status(arguments: argparse.Namespace) -> None:
     body = server_status(arguments.state)
     if arguments.json:
         for job in (body, *body.get("jobs", [])):

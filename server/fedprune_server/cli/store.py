@@ -9,12 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json_option, print_json, signals_as_interrupts
+from fedprune.core.cli import print_json, signals_as_interrupts
 from fedprune.core.disk import has_lock_holder
 from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.tables import byte_progress, print_verdicts
-from fedprune_server.cli.state_option import add_allow, add_state
 from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.backup_manifest import BackupManifest, record_backup
 from fedprune_server.maintenance.finding import Finding
@@ -25,40 +24,7 @@ from fedprune_server.storage.folder_layout import job_folders
 from fedprune_server.storage.folder_lock import LOCK_FILE, folder_lock
 
 
-def add_check(check: argparse.ArgumentParser) -> None:
-    add_state(check)
-    check.add_argument(
-        "--repair", action="store_true", help="delete what isn't needed, set damaged blobs aside, and list each action"
-    )
-    check.add_argument(
-        "--from", dest="backup", type=Path, metavar="DIR", help="with --repair: a backup to take missing blobs from"
-    )
-    add_allow(check)
-    add_json_option(check)
-    check.set_defaults(function=_check)
-
-
-def add_backup(backup: argparse.ArgumentParser) -> None:
-    add_state(backup)
-    backup.add_argument("--to", type=Path, required=True, metavar="PLACE", help="a folder; the next backup adds to it")
-    add_json_option(backup)
-    backup.set_defaults(function=_backup)
-
-
-def add_restore(restore: argparse.ArgumentParser) -> None:
-    restore.add_argument(
-        "--from", dest="backup", type=Path, required=True, metavar="PLACE", help="what `backup --to` wrote"
-    )
-    restore.add_argument("--state", type=Path, required=True, metavar="DIR", help="the new state folder")
-    restore.add_argument(
-        "--database", metavar="URL", help="of an empty PostgreSQL database (default: SQLite in the folder)"
-    )
-    restore.add_argument("--dry-run", action="store_true", help="check that the backup is complete, and write nothing")
-    add_json_option(restore)
-    restore.set_defaults(function=_restore)
-
-
-def _check(arguments: argparse.Namespace) -> None:
+def run_check(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
     if arguments.backup is not None and not arguments.repair:
         raise UsageError("--from without --repair", hint="A check alone changes nothing.")
@@ -102,7 +68,7 @@ def _check(arguments: argparse.Namespace) -> None:
     print_text(f"{folder}: all that its job needs is there and whole")
 
 
-def _backup(arguments: argparse.Namespace) -> None:
+def run_backup(arguments: argparse.Namespace) -> None:
     state: Path = arguments.state
     has_identity, rows = False, []
     for job_folder in (state, *job_folders(state)):
@@ -126,7 +92,7 @@ def _backup(arguments: argparse.Namespace) -> None:
         )
 
 
-def _restore(arguments: argparse.Namespace) -> None:
+def run_restore(arguments: argparse.Namespace) -> None:
     target: Path = arguments.state
     backup: Path = arguments.backup
     source_folders = [backup, *job_folders(backup)]

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedprune.core.errors import StorageError
 from fedprune_device.launcher import sd_notify
-from fedprune_server.observation.observer import ServerEnding, TurnEvent
-from fedprune_server.observation.snapshot import JobSnapshot
+
+if TYPE_CHECKING:
+    from fedprune_server.observation.observer import TurnEvent
+    from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -50,6 +53,9 @@ class Pulse:
         self._last_state = ""
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        # Here, since a probe imports this module every few seconds only to read the file.
+        from fedprune_server.observation.observer import ServerEnding
+
         if not any(isinstance(event.payload, ServerEnding) for event in events):
             self._beat(RUNNING)
             return

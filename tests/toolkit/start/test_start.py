@@ -49,7 +49,9 @@ def test_a_wrong_subcommand_is_one_line_that_says_what_was_meant(capsys: pytest.
     ("words", "slow_packages"),
     [
         (("--help",), ("numpy", "rich", "onnx", "argparse")),
+        (("server", "status", "--help"), ("numpy", "sqlalchemy")),
         (("server", "run", "--help"), ("onnx", "onnxruntime", "sqlalchemy", "torch", "uvicorn")),
+        (("completion", "bash"), ("onnx", "onnxruntime", "sqlalchemy", "torch", "uvicorn")),
     ],
 )
 def test_its_help_imports_nothing_that_takes_long(words: tuple[str, ...], slow_packages: tuple[str, ...]) -> None:

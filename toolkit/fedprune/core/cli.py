@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -123,6 +124,17 @@ def with_extra(extra: str, run: Command) -> Command:
             raise MissingExtraError(f"this command needs {error.name}, which is not installed", extra=extra) from error
 
     return run_or_name_extra
+
+
+def imported_command(module: str, name: str) -> Command:
+    """The command that is a function of a module, which is imported only when the command runs: a program's help, its
+    completion and its usage errors must not wait for all that its commands need."""
+
+    def run(arguments: argparse.Namespace) -> int | None:
+        function: Command = getattr(import_module(module), name)
+        return function(arguments)
+
+    return run
 
 
 def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, /, **extra_fields: Any) -> Options:
