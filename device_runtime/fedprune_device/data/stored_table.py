@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError
+from fedprune.core.median import median
 from fedprune.core.text import quantity
 from fedprune_device.data.labels import effective_classes
 from fedprune_device.data.row_counters import RowCounters
@@ -141,7 +142,7 @@ class _Times:
         """The rows without copies, the oldest first, with the places where time jumps."""
         steps = np.abs(np.diff(np.concatenate(self._first_times)))
         steps = steps[steps > 0]
-        usual = self._step or (float(np.median(steps)) if len(steps) else np.inf)
+        usual = self._step or (median(steps) if len(steps) else np.inf)
         times = _array(time_file, np.float64, (stored.count,))
         backward, gaps, unknown, forward = [], [], [], 0
         for first in range(0, stored.count - 1, _CHUNK_ROWS):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
+from fedprune.core.median import median
 from fedprune_device.data.table_cells import RowPlaces
 from fedprune_device.data.table_columns import DATE, MOMENT, TIME, is_missing, is_number
 
@@ -131,7 +132,7 @@ def _format_of(cells: list[Any], *, dates_alone: bool) -> tuple[Callable[[list[A
     filled_cells = [_with_point(cell) for cell in filled_cells]
     if not all(map(is_number, filled_cells)):
         return _format_of(filled_cells[:1], dates_alone=False) if len(filled_cells) > 1 else None
-    typical = float(np.median([abs(float(cell)) for cell in filled_cells]))
+    typical = median([abs(float(cell)) for cell in filled_cells])
     _, factor, unit = next(row for row in _UNITS if typical >= row[0])
     return (lambda some: _parse_numbers(some, factor)), f"numbers, read as {unit}"
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from fedprune.core import atomic_file
 from fedprune.core.errors import EngineError, ExitCode, FedpruneError
+from fedprune.core.median import median
 from fedprune.core.parent_death import set_parent_death_signal
 from fedprune.model import step_contract
 from fedprune.runtime.tensorrt_config import EnginePlan
@@ -92,7 +93,7 @@ def _latency(engine: Engine, x: Any) -> float:
         began = time.perf_counter()
         engine.run({step_contract.X: x}, [step_contract.LOGITS])
         times.append(time.perf_counter() - began)
-    return float(np.median(times))
+    return median(times)
 
 
 class _ThrottledProgress:

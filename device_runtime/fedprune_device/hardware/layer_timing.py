@@ -25,6 +25,7 @@ import numpy as np
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.errors import ProfileError, StorageError
+from fedprune.core.median import median
 from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
@@ -214,4 +215,4 @@ def median_seconds(
         began = clock()
         run()
         times.append(clock() - began)
-    return max(float(np.median(times)), 1e-7)
+    return max(median(times), 1e-7)

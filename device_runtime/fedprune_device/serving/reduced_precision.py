@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, ModelError
+from fedprune.core.median import median
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.agreement import MAX_COMPARED_SAMPLES, Agreement, compare_outputs
 from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights, unpack_graphs
@@ -97,7 +98,7 @@ class ReducedPrecision:
                 began = time.perf_counter()
                 model.predict(data.x_train[:1])
                 times[precision].append(time.perf_counter() - began)
-        medians = {p: float(np.median(t[1:])) for p, t in times.items()}
+        medians = {p: median(t[1:]) for p, t in times.items()}
         _LOG.info("a prediction takes %s", ", ".join(f"{1000 * s:.3g} ms with {p}" for p, s in medians.items()))
         best = min(medians, key=medians.__getitem__)
         return best if medians[best] < _MAX_TIME_SHARE * medians[FLOAT32] else FLOAT32

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.median import median
 from fedprune.model import step_contract
 from fedprune.model.selection import Tensors
 from fedprune_device.data.batches import Rows
@@ -49,7 +50,7 @@ def batch_norm_statistics(
             totals[name] += np.asarray(outputs_of_batch[step_contract.next_name(name)], np.float64)
     result: Tensors = {}
     for name in names:
-        huge_median = float(np.median(np.asarray(huge_outputs[step_contract.next_name(name)])))
+        huge_median = median(np.asarray(huge_outputs[step_contract.next_name(name)]))
         batch_share = 1.0 - huge_median / float(_HUGE_STATISTIC)
         mean = totals[name] / (len(batches) * batch_share) if batch_share > 0 else totals[name] * np.nan
         result[name] = np.asarray(mean if np.isfinite(mean).all() else old[name], np.float32)

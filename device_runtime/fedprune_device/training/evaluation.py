@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.median import median
 from fedprune.core.metrics import LOSS, METRICS
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
@@ -96,7 +97,7 @@ class Evaluation:
             began = time.perf_counter()
             model.predict(self._data.x_train[:1])
             times.append(time.perf_counter() - began)
-        self.metrics["latency_seconds"] = float(np.median(times[1:]))
+        self.metrics["latency_seconds"] = median(times[1:])
 
     def finite_metrics(self) -> dict[str, float]:
         return {name: value for name, value in self.metrics.items() if math.isfinite(value)}

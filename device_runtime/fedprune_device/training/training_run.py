@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError, DivergedError, TrainingError
+from fedprune.core.median import median
 from fedprune.core.rng import keyed_generator
 from fedprune.model import step_contract
 from fedprune.model.lengths import free_axis
@@ -152,7 +153,7 @@ class TrainingRun:
             loss_last=float(np.mean(losses[-tenth:])),
             train_accuracy=self._epoch_hits / max(1, self._epoch_labels) if self._graph.counts_hits else None,
             seconds=seconds,
-            step_seconds=float(np.median(self._step_times)),
+            step_seconds=median(self._step_times),
             last_squares=self._squares,
             moments={n: np.asarray(self._state[n]) for n in self._graph.optimizer_states},
             optimizer_steps=self._task.optimizer_steps + len(losses),

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ProfileError
+from fedprune.core.median import median
 from fedprune.core.records import convert_record, item_count, number_range
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import ACTIVATION_PASSES, FLOAT, WEIGHT_PASSES
@@ -182,7 +183,7 @@ def fit_latency_table(measured: Sequence[Measurement], typical: LatencyTable | N
             best = score, block, seconds_per_unit, errors
     if best is None:
         raise ProfileError("latency table: no block was tried")
-    error = float(np.median(np.abs(np.concatenate([training_errors, best[3]]))))
+    error = median(np.abs(np.concatenate([training_errors, best[3]])))
     return LatencyTable(best[1], _unit_seconds(training), _unit_seconds(best[2]), round(error, 4), len(measured))
 
 
@@ -192,7 +193,7 @@ def _fit_seconds_per_unit(
     """Seconds per unit, and the relative error of every measurement."""
     seconds = np.array([m.seconds for m in measured])
     prior = _vector_of(typical)
-    prior = prior * max(1e-12, float(np.median(seconds / (work @ prior))))
+    prior = prior * max(1e-12, median(seconds / (work @ prior)))
     # In multiples of what is typical, so that all unknowns are near 1 and are held there alike.
     scaled = work / seconds[:, None] * prior
     square = scaled.T @ scaled

@@ -15,6 +15,7 @@ from fedprune.aggregation.fold import Fold
 from fedprune.aggregation.robust import Centre, Slab, robust_mean, slabs, update_rows
 from fedprune.core import validation
 from fedprune.core.errors import BundleError
+from fedprune.core.median import median
 from fedprune.core.settings import bounded, check_fields
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import Aggregator
@@ -116,7 +117,7 @@ class RobustAggregator(Aggregator):
             full_selection,
             tensors,
             min(sum(weights), MAX_WEIGHT),
-            max(1, round(float(np.median(steps)))),
+            max(1, round(median(steps))),
             mask=active,
         )
         closing = self.inner.close(fold, scene, rate, reports)
