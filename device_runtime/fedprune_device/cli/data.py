@@ -97,7 +97,7 @@ def check_data(arguments: argparse.Namespace) -> int:
             trainer = Trainer(bundle.path(TRAINING), threads=1, base=bundle.base)
             targets = trainer.targets(bundle.recipe, bundle.architecture.classes)
             source = options.fixed(bundle.class_names, Path(spool))
-            data = source.snapshot(trainer.input_shape, targets).for_input(trainer.input_type)
+            data = source.snapshot(trainer.input_shape, targets, trainer.input_type)
             try:
                 data.check(targets, trainer.input_shape, input_type=trainer.input_type)
             except DataError as error:

@@ -34,7 +34,7 @@ from fedprune_device.data.sample_checks import checked_inputs, checked_samples
 from fedprune_device.data.scaling import Scaling, scaling_of
 from fedprune_device.data.sequences import LENGTHS
 from fedprune_device.data.sources import SampleOptions, is_sample_folder
-from fedprune_device.data.stored_array import Inputs, StoredArray
+from fedprune_device.data.stored_array import Inputs
 from fedprune_device.data.table_windows import is_table
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.prediction_text import (
@@ -92,9 +92,7 @@ def predict(arguments: argparse.Namespace) -> None:
             (0, *(size for size in upper_shape(shape) if isinstance(size, int))), predictor.input_type.dtype
         )
         targets = targets_of(predictor.predict(empty), loss, IGNORED_CLASS if loss == "cross_entropy" else None)
-    samples = _read_samples(arguments, shape, class_names, targets)
-    if predictor.input_type.is_whole and isinstance(samples.x, StoredArray):
-        samples = replace(samples, x=samples.x.as_whole())
+    samples = _read_samples(arguments, predictor, class_names, targets)
     if samples.name:
         print(f"{samples.name} of {arguments.input}", file=sys.stderr)
     if recipe.scaling:
@@ -217,9 +215,10 @@ def _has_files(path: Path) -> bool:
 
 
 def _read_samples(
-    arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...], targets: Targets | None = None
+    arguments: argparse.Namespace, predictor: Predictor, class_names: tuple[str, ...], targets: Targets | None = None
 ) -> _InputSamples:
     """The samples of any source that a board can train on, or of arrays without labels."""
+    shape, input_type = predictor.input_shape, predictor.input_type
     source, split = str(arguments.input), arguments.split
     if not _has_files(arguments.input) and (path_exists(arguments.input, file=True) or ":" not in source):
         arrays = number_classes(read_arrays(arguments.input, single=True), class_names, source)
@@ -231,9 +230,10 @@ def _read_samples(
     options = options_of(SampleOptions, arguments, data=source)
     layout = layout_of(arguments.input, class_names) if split is None and is_sample_folder(arguments.input) else None
     if isinstance(layout, Unlabelled) and not layout.splits:
-        data = replace(options, test_share=0.0, validation_share=0.0).fixed(class_names).snapshot(shape, targets)
+        unsplit = replace(options, test_share=0.0, validation_share=0.0)
+        data = unsplit.fixed(class_names).snapshot(shape, targets, input_type)
         return _InputSamples(data.x_train, None, channels=data.channels)
-    data = options.fixed(class_names).snapshot(shape, targets)
+    data = options.fixed(class_names).snapshot(shape, targets, input_type)
     split = split or ("test" if len(data.y_test) else "train")
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if not len(y):

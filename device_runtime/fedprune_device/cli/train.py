@@ -63,8 +63,8 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     samples = options.fixed(bundle.class_names, spool)
     threads = arguments.threads or default_threads()
     trainer = Trainer(bundle.path(TRAINING), threads=threads, base=bundle.base)
-    data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))
-    data = data.for_input(trainer.input_type)
+    targets = trainer.targets(recipe, bundle.architecture.classes)
+    data = samples.snapshot(trainer.input_shape, targets, trainer.input_type)
     class_names = _trained_names(bundle, options.class_names)
     try:
         data, scaling = scale_samples(data, recipe)

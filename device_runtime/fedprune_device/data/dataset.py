@@ -14,7 +14,7 @@ import numpy as np
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.core.rng import keyed_generator
-from fedprune.model.input_type import InputType
+from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis
 from fedprune_device.data.data_source import LABELS, ArrayType, Schema
 from fedprune_device.data.labels import Targets, effective_classes
@@ -120,7 +120,9 @@ class LocalData:
             return None
         return effective_classes(np.unique(y, return_counts=True)[1])
 
-    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+    def snapshot(
+        self, shape: Shape | None = None, targets: Targets | None = None, input_type: InputType = FLOATS
+    ) -> LocalData:
         """The samples as a model of this input shape takes them: padded to the upper bound if their length varies.
 
         For other models this object, which never changes.
@@ -133,17 +135,6 @@ class LocalData:
             padded = pad_samples(x, self.rows, shape) if len(x) else _NO_SAMPLES
             arrays += [padded, padded if y is x else pad_labels(y, padded, shape, targets, self.spool)]
         return LocalData(*arrays)
-
-    def for_input(self, input_type: InputType) -> LocalData:
-        """The samples in whole numbers for a model that takes these: pictures as their pixels. Else this object."""
-        if not input_type.is_whole or not isinstance(self.x_train, StoredArray) or self.x_train.convert_whole is None:
-            return self
-        arrays: list[Inputs] = []
-        for split in SPLITS:
-            x, y = self._samples_of(split)
-            whole = x.as_whole() if isinstance(x, StoredArray) else x
-            arrays += [whole, whole if y is x else y]
-        return LocalData(*arrays, rows=self.rows, channels=self.channels, spool=self.spool)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -226,11 +217,14 @@ class SampleSource(Protocol):
         """What was chosen where the samples can be read in several ways: a sentence each, without any of their numbers.
         Complete after a snapshot. The board's log has each of them once."""
 
-    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+    def snapshot(
+        self, shape: Shape | None = None, targets: Targets | None = None, input_type: InputType = FLOATS
+    ) -> LocalData:
         """A round's samples; raises `DataError` if there are none.
 
         In `shape`, that of a model's input, names and None stand for any size. `targets` are the labels that its loss
-        takes; without them, as for predictions, a source may leave the labels out.
+        takes; without them, as for predictions, a source may leave the labels out. For a model that takes whole
+        numbers (`input_type`), pictures are their pixels.
         """
 
 

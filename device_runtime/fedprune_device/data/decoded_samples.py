@@ -69,14 +69,10 @@ class DecodedSamples:
         self._count += len(x)
         return self._rows[name]
 
-    def inputs(
-        self, rows: npt.NDArray[np.int64], convert: Callable[[Array], Array], convert_whole: Callable[[Array], Array]
-    ) -> StoredArray:
-        """Samples of these rows, each turned by `convert` from the decoded numbers into a model's input; for a model of
-        whole numbers by `convert_whole`."""
+    def inputs(self, rows: npt.NDArray[np.int64], convert: Callable[[Array], Array]) -> StoredArray:
+        """Samples of these rows, each turned by `convert` from the decoded numbers into a model's input."""
         positions = rows * self._record_bytes
-        stored = StoredArray.at_positions(self._file, positions, self._x.dtype, self._x.shape, convert)
-        return replace(stored, convert_whole=convert_whole)
+        return StoredArray.at_positions(self._file, positions, self._x.dtype, self._x.shape, convert)
 
     def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:
         """The labels of these rows; scalar labels are held in memory."""

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
+from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape
 from fedprune_device.data.dataset import LocalData, ReadSource
 from fedprune_device.data.decoded_samples import CacheFullError, DecodedSamples
@@ -118,7 +119,9 @@ class SampleFolder(ReadSource):
         self._refusals: list[str] = []  # why files were left out when they were last looked at
         self._choose_files(_MAX_HASHED_AT_START)
 
-    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+    def snapshot(
+        self, shape: Shape | None = None, targets: Targets | None = None, input_type: InputType = FLOATS
+    ) -> LocalData:
         """The samples that exist now; unreadable files are logged and left out. Raises `DataError` if none is left."""
         if shape is None:
             raise DataError("the shape of samples", expected="a model's input")
@@ -148,12 +151,12 @@ class SampleFolder(ReadSource):
         # Files of earlier rounds are not decoded again, so that what was noted of them stays.
         self._notes.replace(dict.fromkeys((*self._notes.texts, *layout.notes)))
         sample_format = formats.pop()
-        convert = partial(sample_format.numbers, shape=shape)
-        convert_whole = partial(sample_format.whole_numbers, shape=shape)
+        numbers = sample_format.whole_numbers if input_type.is_whole else sample_format.numbers
+        convert = partial(numbers, shape=shape)
         arrays: list[Any] = []
         for split in ("train", "test", "val"):
             rows = np.array(rows_by_split[split], np.int64)
-            x, y = decoded.inputs(rows, convert, convert_whole), decoded.labels(rows)
+            x, y = decoded.inputs(rows, convert), decoded.labels(rows)
             arrays += [x, x if y.shape[1:] == NO_LABELS.shape else y]
         self._training_count = len(rows_by_split["train"])
         return LocalData(*arrays)

@@ -25,6 +25,7 @@ from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, StorageError
 from fedprune.core.validation import check_whole
+from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape, shape_to_json
 from fedprune.model.lengths import shape_from_json as read_shape
 from fedprune_device.data import stored_samples
@@ -204,7 +205,9 @@ class SampleStore(Closeable):
         with self._lock:
             return {**sample_counts(self._reservoir, self._shares), "disk_bytes": self._log.size}
 
-    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+    def snapshot(
+        self, shape: Shape | None = None, targets: Targets | None = None, input_type: InputType = FLOATS
+    ) -> LocalData:
         """All labelled samples of this shape, as they are now; later changes don't affect them.
 
         A model whose outputs are compared with its inputs takes all samples, without their labels.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import DataError, shape_text
+from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape
 from fedprune_device.data.array_assembly import assemble
 from fedprune_device.data.data_source import LABELS, ArrayType, DataSource, Schema
@@ -47,7 +48,9 @@ class SourceSamples(ReadSource):
         self._labels_of_classes = _labels_of_classes(self.schema.class_names, class_names, name)
         self._training_count = len(self._choose()["train"])
 
-    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+    def snapshot(
+        self, shape: Shape | None = None, targets: Targets | None = None, input_type: InputType = FLOATS
+    ) -> LocalData:
         """The samples that exist now."""
         chosen = self._choose()
         arrays: dict[str, Inputs] = {}
@@ -59,7 +62,7 @@ class SourceSamples(ReadSource):
             y = data.y_train
             if isinstance(y, np.ndarray) and y.ndim == 1 and y.dtype.kind == "i":
                 self._effective_classes = effective_classes(np.unique(y, return_counts=True)[1])
-            return data.snapshot(shape, targets)
+            return data.snapshot(shape, targets, input_type)
         except DataError as error:
             raise DataError(f"{self._name}: {error}") from error
 

@@ -71,7 +71,6 @@ class StoredArray:
         positions: Where each sample begins, in bytes plus `FILE_STRIDE` times the index of the file; None if samples
             follow each other.
         in_range: Whether they are known to fit the model as labels.
-        convert_whole: Turns the numbers of the file into whole numbers, for a model that takes these.
     """
 
     file: Path | OpenFiles
@@ -86,7 +85,6 @@ class StoredArray:
     positions: Rows | None = None
     in_range: bool = False
     converted_type: type[np.generic] = np.float32
-    convert_whole: Callable[[Array], Array] | None = None
 
     @classmethod
     def at_positions(
@@ -98,11 +96,11 @@ class StoredArray:
         convert: Callable[[Array], Array] | None = None,
     ) -> StoredArray:
         """Checked samples [n, *shape], one at each of these positions, each turned by `convert`."""
-        sample = None if convert is None else convert(np.zeros((1, *shape), dtype)).shape[1:]
-        file_shape = (len(positions), *shape)
-        return cls(
-            file, None, 0, dtype, file_shape, checked=True, convert=convert, sample_shape=sample, positions=positions
-        )
+        stored = cls(file, None, 0, dtype, (len(positions), *shape), checked=True, positions=positions)
+        if convert is None:
+            return stored
+        example = convert(np.zeros((1, *shape), dtype))
+        return replace(stored, convert=convert, sample_shape=example.shape[1:], converted_type=example.dtype.type)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -155,12 +153,6 @@ class StoredArray:
     def as_float32(self) -> StoredArray:
         """This array, read as float32."""
         return self if self.dtype == np.float32 else replace(self, convert=_to_float32)
-
-    def as_whole(self) -> StoredArray:
-        """This array, read as whole numbers where the file holds those that it is made of, such as pixels."""
-        if self.convert_whole is None:
-            return self
-        return replace(self, convert=self.convert_whole, convert_whole=None, converted_type=np.uint8)
 
     def select(self, rows: Rows) -> StoredArray:
         return replace(self, rows=np.asarray(rows if self.rows is None else self.rows[rows], np.int64))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, shape_text
 from fedprune.core.text import first_few, quantity
+from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape, upper_shape
 from fedprune_device.data.column_statistics import ColumnStatistics
 from fedprune_device.data.dataset import SPLITS, Channels, LocalData, ReadSource
@@ -79,7 +80,9 @@ class TableFile(ReadSource):
         self._stamp, self._numbers = self._read()
         self._training_count = min(max_windows, self._numbers.count)
 
-    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+    def snapshot(
+        self, shape: Shape | None = None, targets: Targets | None = None, input_type: InputType = FLOATS
+    ) -> LocalData:
         """The windows that exist now; raises `DataError` if the model takes others."""
         if shape is None:
             raise DataError("the shape of samples", expected="a model's input")

@@ -188,7 +188,7 @@ class RoundRunner:
         trainer = self._trainer.of(offer.training.sha256, lambda: self._read_blob(offer.training), base)
         targets = trainer.targets(recipe, offer.classes)
         fitted = self._fitted_scaling(offer, recipe)
-        snapshot = self._data.snapshot(trainer.input_shape, targets).for_input(trainer.input_type)
+        snapshot = self._data.snapshot(trainer.input_shape, targets, trainer.input_type)
         data, scaling = scale_samples(snapshot, recipe, fitted)
         if recipe.scaling == (BOARD,) and fitted is None:
             _LOG.info("job %s: samples are scaled by the mean and deviation of those for training", offer.job)
