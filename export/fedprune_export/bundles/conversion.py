@@ -192,7 +192,11 @@ def check_state_parity(
     if module is None:
         return error
     module_outputs = _module_outputs(module, state, x, frozenset(metadata.unused_parameters(graph.metadata)))
-    return max(error, _check_outputs(module_outputs, expected, "the torch module with it", hint))
+    hint = hint or (
+        "If it draws numbers that are in no state dict, such as buffers with persistent=False, let it draw the same "
+        "ones each time, or make them persistent. Otherwise please report this with the model."
+    )
+    return max(error, _check_outputs(module_outputs, expected, "a new torch module with it", hint))
 
 
 def run_model(model: bytes, x: Array) -> Array:

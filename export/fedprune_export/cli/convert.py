@@ -110,6 +110,7 @@ def to_torch(arguments: argparse.Namespace) -> None:
     # With other weights in the missing channels the whole model computes something else by intention.
     if arguments.into is None or arguments.others == "zero":
         with tables.progress("comparing outputs"):
+            # A new instance, as whoever loads the file has one: the exported one has what the state dict may lack.
             module = None if module_source is None else torch_module(module_source)
             error = conversion.check_state_parity(state, graph, source.graph, module, hint)
         comparison = f"; {conversion.agreement_text(error)}{'' if module is None else ' in torch'}"

@@ -191,6 +191,26 @@ def test_a_whole_module_computes_what_the_submodel_computes(
 
 
 @pytest.mark.torch
+def test_numbers_that_a_factory_draws_and_no_state_dict_has_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "drawing.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    input_shape = (4,)\n"
+        "    def __init__(self):\n"
+        "        super().__init__(4, 3)\n"
+        "        self.register_buffer('scale', torch.rand(3) + 0.5, persistent=False)\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) * self.scale\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["to-torch", "drawing:Net", str(tmp_path / "s.pt")]) == ExitCode.MODEL
+    assert "persistent" in capsys.readouterr().err
+    assert not (tmp_path / "s.pt").exists()
+
+
+@pytest.mark.torch
 def test_tied_tensors_have_all_their_names(tmp_path: Path) -> None:
     import torch
     from torch import nn
