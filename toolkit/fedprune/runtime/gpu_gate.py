@@ -19,11 +19,17 @@ class GpuGate:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._users = 0
+        self._waiting_recorders = 0
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Wait for a recording to end; none begins before this ends."""
+        """Wait for a recording to end, and for those that wait for a turn; none begins before this ends.
+
+        Never within another `use` or a recording of the same thread, which would wait for itself.
+        """
         with self._condition:
+            # Otherwise a thread that predicts batch after batch would be back before the recording wakes up.
+            self._condition.wait_for(lambda: not self._waiting_recorders)
             self._users += 1
         try:
             yield
@@ -36,7 +42,12 @@ class GpuGate:
     def record(self) -> Iterator[None]:
         """Wait until nobody uses the GPU, and keep others out."""
         with self._condition:  # `use` waits for this lock
-            self._condition.wait_for(lambda: not self._users)
+            self._waiting_recorders += 1
+            try:
+                self._condition.wait_for(lambda: not self._users)
+            finally:
+                self._waiting_recorders -= 1
+                self._condition.notify_all()  # they wait for this lock, too, hence for the recording's end
             yield
 
 
