@@ -16,6 +16,7 @@ import pytest
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime import missing_kernels
+from fedprune.runtime.gpu_gate import GPU_GATE
 from fedprune.runtime.placed_runs import GpuLostError
 from fedprune.runtime.session import OnnxSession, load_graph
 from support.fakes.cuda_runtime import CudaRuntime
@@ -304,6 +305,18 @@ def test_predictions_stay_on_the_gpu_while_a_training_is_recorded(small: Path, r
         thread.join()
     assert predictor.provider == "cuda", predictor.cpu_reason
     assert len(runtime.recordings) == 20
+
+
+def test_arrays_are_copied_from_the_gpu_once_a_recording_is_over(small: Path, runtime: CudaRuntime) -> None:
+    session = OnnxSession(small, cuda=True)
+    placed_feeds, copies = session.place(feeds_of(session), "feeds"), list[object]()
+    thread = threading.Thread(target=lambda: copies.extend(map(np.asarray, placed_feeds.values())))
+    with GPU_GATE.record():
+        thread.start()
+        thread.join(0.2)
+        assert not copies
+    thread.join()
+    assert len(copies) == len(placed_feeds)
 
 
 def test_arrays_of_other_shapes_are_released_unless_a_recording_reads_them(small: Path, runtime: CudaRuntime) -> None:

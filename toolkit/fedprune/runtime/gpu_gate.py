@@ -4,6 +4,9 @@ While onnxruntime records a run as a CUDA graph, CUDA refuses other threads' cal
 an allocation, and the recording breaks, too (`cudaStreamCaptureModeGlobal`,
 https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__STREAM.html). A board predicts while it trains: without
 this its predictions or its training would leave the GPU.
+
+The end of a session of onnxruntime, which frees its memory, passes the gate by: it happens wherever the last reference
+goes, where nothing may wait. It can break a recording; training then goes on unrecorded, or on the processor.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class GpuLostError(FedpruneError):
 
 
 class PlacedArray:
-    """An array in a GPU's memory. `numpy.asarray(placed)` copies it back, or raises `GpuLostError` if the GPU has
-    failed."""
+    """An array in a GPU's memory. `numpy.asarray(placed)` copies it back once no run is being recorded, or raises
+    `GpuLostError` if the GPU has failed."""
 
     def __init__(self, value: Any) -> None:
         self.value = value  # an OrtValue
@@ -51,7 +51,8 @@ class PlacedArray:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         try:
-            array: Array = self.value.numpy()
+            with GPU_GATE.use():
+                array: Array = self.value.numpy()
         except Exception as error:
             raise GpuLostError(f"the GPU has failed ({str(error)[:300]})") from error
         return array if dtype is None else array.astype(dtype, copy=False)
@@ -207,4 +208,5 @@ class _Recording:
             value.value.update_inplace(np.asarray(feeds[name], order="C"))
         self._session.run_with_iobinding(self._binding, self._options)
         self.has_run = True
-        return {**self._outputs, **{name: np.array(self._outputs[name]) for name in self._copied_names}}
+        # By their values: who runs this holds the gate, which `numpy.asarray` would wait for.
+        return {**self._outputs, **{name: self._outputs[name].value.numpy() for name in self._copied_names}}
