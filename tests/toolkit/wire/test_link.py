@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import gc
 import ipaddress
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -51,6 +53,27 @@ def test_passwords_are_not_shown() -> None:
     with pytest.raises(BrokerError) as caught:
         link.start()
     assert "secret" not in f"{caught.value} {link.url} {link.url!r}"
+
+
+@pytest.mark.board
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system doesn't list open files")
+def test_attempts_that_fail_before_they_connect_leave_no_file_open(tmp_path: Path) -> None:
+    attempts_count = 0
+
+    def missing_authority() -> ssl.SSLContext:
+        nonlocal attempts_count
+        attempts_count += 1
+        return tls_context(tmp_path / "missing.pem")
+
+    gc.disable()  # it would close them, some time
+    try:
+        with closing(BrokerLink("mqtts://127.0.0.1:1", "x", tls=missing_authority)) as link:
+            count_before = len(list(Path("/proc/self/fd").iterdir()))
+            link.start(patient=True)
+            until(lambda: attempts_count > 5)
+            assert len(list(Path("/proc/self/fd").iterdir())) <= count_before + 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.board

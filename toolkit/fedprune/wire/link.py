@@ -322,6 +322,9 @@ class BrokerLink(Closeable):
         return f"{SILENT_END}, as if this client's certificate were revoked"
 
     def _new_client(self) -> NetworkClient:
+        # Before the client, which opens sockets: a file of TLS may be missing.
+        tls = self._tls() if self.url.tls else None
+        will = self._will() if callable(self._will) else self._will
         # A new client for each connection: paho would otherwise send everything that the last one left unsent.
         client = NetworkClient(
             CallbackAPIVersion.VERSION2,
@@ -332,9 +335,8 @@ class BrokerLink(Closeable):
         )
         client.max_queued_messages_set(OUTBOX_MESSAGES)
         client.username_pw_set(self.url.user, self.url.password)
-        if self.url.tls:
-            client.tls_set_context(self._tls())
-        will = self._will() if callable(self._will) else self._will
+        if tls is not None:
+            client.tls_set_context(tls)
         if will is not None:
             self._will_topic = will[0]
             client.will_set(will[0], will[1], qos=1, retain=False)

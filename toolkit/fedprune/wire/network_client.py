@@ -10,6 +10,7 @@ import select
 import socket
 import ssl
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from paho.mqtt import client as paho
@@ -18,7 +19,8 @@ from paho.mqtt.enums import MQTTErrorCode
 # Bytes that are read at a time. Larger parts of a packet are read by themselves, so that no chunk is copied twice.
 _READ_BYTES = 16 * 1024
 
-# Packets that are read at most before something is written again, so that a flood doesn't stop what is sent.
+# Calls of `loop_read` before something is written again, so that a flood doesn't stop what is sent. Each reads up to
+# as many packets as messages are in flight.
 _MAX_READS = 64
 
 
@@ -34,8 +36,9 @@ class NetworkClient(paho.Client):
         for side in (self._wake_receiver, self._wake_sender):
             side.setblocking(False)
         super().__init__(*args, **options)
-        # Called once when a message is queued, and again only after everything was written.
-        self.on_socket_register_write = lambda *_: self._wake()
+        # Called once when a message is queued, and again only after everything was written. It doesn't refer to this
+        # client, which would then keep its sockets open until the garbage collector runs.
+        self.on_socket_register_write = partial(_wake, self._wake_sender)
 
     def run_once(self, timeout: float) -> MQTTErrorCode:
         """Wait up to `timeout` seconds for the network or a queued message, then read and write what is there."""
@@ -71,10 +74,6 @@ class NetworkClient(paho.Client):
             code = self.loop_read()
         return code
 
-    def _wake(self) -> None:
-        with suppress(OSError):  # it is awake, or closed
-            self._wake_sender.send(b"\0")
-
     def _sock_recv(self, bufsize: int) -> bytes:
         # A later paho that doesn't call this reads as before.
         if not self._received:
@@ -84,3 +83,8 @@ class NetworkClient(paho.Client):
             self._received = memoryview(received)
         part, self._received = bytes(self._received[:bufsize]), self._received[bufsize:]
         return part
+
+
+def _wake(sender: socket.socket, *_: Any) -> None:
+    with suppress(OSError):  # the loop is awake, or closed
+        sender.send(b"\0")
