@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import threading
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 
@@ -41,8 +44,8 @@ def serve_once(listener: socket.socket, step: int, done: threading.Event) -> Non
         done.wait(60)
 
 
-@pytest.mark.parametrize("step", [7_919, 2**20])
-def test_packets_cut_anywhere_are_read_whole_and_in_order(step: int) -> None:
+def read_messages(step: int) -> None:
+    """A link reads what a broker sends `step` bytes at a time."""
     done = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         broker = threading.Thread(target=serve_once, args=(listener, step, done), daemon=True)
@@ -54,3 +57,23 @@ def test_packets_cut_anywhere_are_read_whole_and_in_order(step: int) -> None:
             assert [link.get(30) for _ in MESSAGES] == MESSAGES
             done.set()
         broker.join(60)
+
+
+@pytest.mark.parametrize("step", [7_919, 2**20])
+def test_packets_cut_anywhere_are_read_whole_and_in_order(step: int) -> None:
+    read_messages(step)
+
+
+def test_a_process_with_more_open_files_than_select_takes_is_connected() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft if soft == resource.RLIM_INFINITY else max(soft, 2_048)
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        pytest.skip("this system lets a process open fewer files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        with ExitStack() as files, Path(os.devnull).open("rb") as file:
+            for _ in range(1_100):
+                files.callback(os.close, os.dup(file.fileno()))
+            read_messages(2**20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -45,19 +45,23 @@ class NetworkClient(paho.Client):
         sock = self.socket()
         if sock is None:
             return MQTTErrorCode.MQTT_ERR_NO_CONN
-        writers = [sock] if self.want_write() else []
+        # Not `select`, which takes no descriptor from 1024 on.
+        poll = select.poll()
         waiting = bool(self._received) or (isinstance(sock, ssl.SSLSocket) and sock.pending() > 0)
         try:
-            readable, writable, _ = select.select([sock, self._wake_receiver], writers, [], 0.0 if waiting else timeout)
+            poll.register(sock, select.POLLIN | (select.POLLOUT if self.want_write() else 0))
+            poll.register(self._wake_receiver, select.POLLIN)
+            events = dict(poll.poll(0 if waiting else timeout * 1000))
         except (OSError, ValueError):  # the socket was closed meanwhile
             return MQTTErrorCode.MQTT_ERR_CONN_LOST
-        if self._wake_receiver in readable:
+        if self._wake_receiver.fileno() in events:
             with suppress(BlockingIOError):
                 self._wake_receiver.recv(4096)
+        sock_events = events.get(sock.fileno(), 0)
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
-        if waiting or sock in readable:
+        if waiting or sock_events & ~select.POLLOUT:  # errors and the end are read, too
             code = self._read_packets()
-        if code == MQTTErrorCode.MQTT_ERR_SUCCESS and (writable or self.want_write()):
+        if code == MQTTErrorCode.MQTT_ERR_SUCCESS and (sock_events & select.POLLOUT or self.want_write()):
             code = self.loop_write()
         return self.loop_misc() if code == MQTTErrorCode.MQTT_ERR_SUCCESS else code
 
