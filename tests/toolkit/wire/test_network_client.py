@@ -6,12 +6,15 @@ import os
 import resource
 import socket
 import threading
+import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion
 
 from fedprune.wire.link import BrokerLink
+from fedprune.wire.network_client import NetworkClient
 from fedprune.wire.queues import ConnectionUp
 
 pytestmark = pytest.mark.board
@@ -77,3 +80,40 @@ def test_a_process_with_more_open_files_than_select_takes_is_connected() -> None
             read_messages(2**20)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class OvertakenClient(NetworkClient):
+    """A client whose loop writes the first message before its publisher has told paho that there is one."""
+
+    overtakes = False
+
+    def _call_socket_register_write(self) -> None:
+        if self.overtakes:
+            self.overtakes = False
+            self.run_once(0)
+        super()._call_socket_register_write()
+
+
+def test_a_message_wakes_the_loop_although_an_earlier_one_was_written_before_it_was_told() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        closing(OvertakenClient(CallbackAPIVersion.VERSION2, reconnect_on_failure=False)) as client,
+    ):
+        client.connect("127.0.0.1", listener.getsockname()[1])
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(10)
+            connection.sendall(_CONNACK)
+            while not client.is_connected():
+                client.run_once(10)
+            connection.recv(4096)
+            client.overtakes = True
+            client.publish("t", b"first")
+            assert connection.recv(4096) == publish_packet("t", b"first")
+            client.run_once(0)  # it reads that it was woken
+            loop = threading.Thread(target=client.run_once, args=(30,), daemon=True)
+            loop.start()
+            time.sleep(0.1)  # it waits by now; otherwise it needs nobody to wake it
+            client.publish("t", b"second")
+            assert connection.recv(4096) == publish_packet("t", b"second")
+            loop.join(60)

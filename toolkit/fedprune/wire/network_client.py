@@ -54,14 +54,17 @@ class NetworkClient(paho.Client):
             events = dict(poll.poll(0 if waiting else timeout * 1000))
         except (OSError, ValueError):  # the socket was closed meanwhile
             return MQTTErrorCode.MQTT_ERR_CONN_LOST
-        if self._wake_receiver.fileno() in events:
+        was_woken = self._wake_receiver.fileno() in events
+        if was_woken:
             with suppress(BlockingIOError):
                 self._wake_receiver.recv(4096)
         sock_events = events.get(sock.fileno(), 0)
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         if waiting or sock_events & ~select.POLLOUT:  # errors and the end are read, too
             code = self._read_packets()
-        if code == MQTTErrorCode.MQTT_ERR_SUCCESS and (sock_events & select.POLLOUT or self.want_write()):
+        # Once woken also without a packet: only `loop_write` lets the next message wake the loop again, and the last
+        # turn may have written the packet before its publisher woke the loop.
+        if code == MQTTErrorCode.MQTT_ERR_SUCCESS and (was_woken or sock_events & select.POLLOUT or self.want_write()):
             code = self.loop_write()
         return self.loop_misc() if code == MQTTErrorCode.MQTT_ERR_SUCCESS else code
 
