@@ -91,7 +91,8 @@ class WebServer(Closeable):
         max_clients: Returns the maximum number of connections.
         first_s: Seconds in which the handshake and the first request must come. While a request with a body is
             awaited, its connection counts as idle.
-        next_s: Seconds in which a further request must come.
+        next_s: Seconds in which a further request must begin. It must come within `first_s` if that is longer, in
+            which the rest of the answer before it must be received, too.
         max_head: Maximum bytes of a request's head.
         tls: For TLS; None to do without.
         client_name: Returns the name in a client's certificate, which is turned away if it is empty. None where clients
@@ -111,7 +112,7 @@ class WebServer(Closeable):
         tls: ssl.SSLContext | None = None,
         client_name: Callable[[Any], str] | None = None,
     ) -> None:
-        self._app, self._next_s = app, next_s
+        self._app, self._patience_s = app, max(first_s, next_s)
         self._listener = _Listener(address, setting, max_clients, first_s)
         self.port = int(self._listener.getsockname()[1])
         config = uvicorn.Config(
@@ -176,7 +177,9 @@ class WebServer(Closeable):
         try:
             await self._app(scope, receive_and_note, send)
         finally:
-            client.expect(self._next_s, waits=True)
+            # The end of the answer may still be on its way. uvicorn closes the connection after `next_s`, and sends
+            # that end before.
+            client.expect(self._patience_s, waits=True)
 
 
 def _protocol_class(listener: _Listener, client_name: Callable[[Any], str] | None) -> type[H11Protocol]:
