@@ -15,7 +15,9 @@ from contextlib import suppress
 from math import inf
 from typing import Any
 
+import h11
 import uvicorn
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -176,6 +178,8 @@ class WebServer(Closeable):
             client.expect(inf)
         try:
             await self._app(scope, receive_and_note, send)
+        except ClientDisconnect:
+            pass  # anybody can leave in the middle of a request, and must not fill the log
         finally:
             # The end of the answer may still be on its way. uvicorn closes the connection after `next_s`, and sends
             # that end before.
@@ -196,5 +200,13 @@ def _protocol_class(listener: _Listener, client_name: Callable[[Any], str] | Non
                 return
             client.name = name
             self.app_state = {"client": client}
+
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # its application must send nothing after this
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            else:  # an answer has begun; uvicorn would log an error, for which it is too late for another
+                self.transport.close()
 
     return Watched

@@ -1,12 +1,15 @@
-"""The web server bounds its clients' time, and loses nothing that is on its way."""
+"""The web server bounds its clients' time, loses nothing that is on its way, and strangers can't fill its log."""
 
 from __future__ import annotations
 
+import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
+import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,6 +18,7 @@ from fedprune_server.process.web_server import WebServer
 
 PIECE = bytes(1 << 20)
 POST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n"
+CHUNKED_GET = b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -23,6 +27,13 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def send_much(scope: Scope, receive: Receive, send: Send) -> None:
     await Response(8 * PIECE)(scope, receive, send)
+
+
+async def send_pieces(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(30):
+        await send({"type": "http.response.body", "body": PIECE, "more_body": True})
+    await send({"type": "http.response.body"})
 
 
 @contextmanager
@@ -58,3 +69,36 @@ def test_the_body_of_a_further_request_has_as_long_as_that_of_the_first() -> Non
         time.sleep(0.6)
         client.sendall(b"efgh")
         assert receive_all(client, b"efgh").endswith(b"efgh")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (POST + b"ab",),  # and then it leaves
+        (CHUNKED_GET + b"no chunk\r\n",),
+        (CHUNKED_GET, b"no chunk\r\n"),
+        (b"no request\r\n\r\n",),
+    ],
+)
+@pytest.mark.parametrize("app", [echo, send_much, send_pieces])
+def test_strangers_do_not_fill_the_log(
+    app: ASGIApp, parts: tuple[bytes, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    answered = threading.Event()
+
+    async def noting_app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        finally:
+            answered.set()
+
+    with caplog.at_level(logging.DEBUG), connect(noting_app, first_s=10.0, next_s=10.0) as client:
+        client.sendall(parts[0])
+        for part in parts[1:]:
+            if app is not echo:
+                assert client.recv(1)  # the answer has begun
+            client.sendall(part)
+        client.shutdown(socket.SHUT_WR)
+        receive_all(client)
+        assert b" HTTP/1.1" not in parts[0] or answered.wait(30)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
