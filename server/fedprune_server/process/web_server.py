@@ -94,7 +94,7 @@ class WebServer(Closeable):
         first_s: Seconds in which the handshake and the first request must come. While a request with a body is
             awaited, its connection counts as idle.
         next_s: Seconds in which a further request must begin. It must come within `first_s` if that is longer, in
-            which the rest of the answer before it must be received, too.
+            which a piece of an answer must be received, too.
         max_head: Maximum bytes of a request's head.
         tls: For TLS; None to do without.
         client_name: Returns the name in a client's certificate, which is turned away if it is empty. None where clients
@@ -174,10 +174,16 @@ class WebServer(Closeable):
                 client.expect(inf)
             return message
 
+        async def send_and_note(message: Message) -> None:
+            deadline = client.deadline
+            client.deadline = min(deadline, time.monotonic() + self._patience_s)
+            await send(message)  # returns when the client has received most of what was sent before
+            client.deadline = deadline
+
         if scope["method"] in _BODYLESS_METHODS:  # these have no body to wait for
             client.expect(inf)
         try:
-            await self._app(scope, receive_and_note, send)
+            await self._app(scope, receive_and_note, send_and_note)
         except ClientDisconnect:
             pass  # anybody can leave in the middle of a request, and must not fill the log
         finally:

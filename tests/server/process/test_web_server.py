@@ -71,6 +71,13 @@ def test_the_body_of_a_further_request_has_as_long_as_that_of_the_first() -> Non
         assert receive_all(client, b"efgh").endswith(b"efgh")
 
 
+def test_who_does_not_read_the_answer_is_cut_off() -> None:
+    with connect(send_pieces, first_s=0.3, next_s=0.3) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        time.sleep(1.0)
+        assert 0 < len(receive_all(client)) < 30 * len(PIECE)
+
+
 @pytest.mark.parametrize(
     "parts",
     [
