@@ -87,7 +87,7 @@ class SampleCollector:
                 elif is_retained and source.is_offline(device):
                     self._drops.add("retained messages of devices that are offline", source.settings.name)
                 else:
-                    self._take_value(source, device, payload, now)
+                    self._take_value(source, device, payload, now, is_retained=is_retained)
             for availability in source.settings.availability:
                 if (devices := availability.captures(topic)) is not None:
                     self._note_availability(source, availability.text, devices, payload)
@@ -119,10 +119,10 @@ class SampleCollector:
         for rows in self._rows.values():
             rows.clear()
 
-    def _take_value(self, source: _Source, device: Device, payload: Payload, now: float) -> None:
+    def _take_value(self, source: _Source, device: Device, payload: Payload, now: float, *, is_retained: bool) -> None:
         settings = source.settings
         try:
-            self._check_order(source, device, payload)
+            self._check_order(source, device, payload, is_retained=is_retained)
             raw = payload.value(settings.path)
             value: Any
             if isinstance(settings, SensorChannel):
@@ -140,12 +140,15 @@ class SampleCollector:
         else:
             source.values[device] = _HeldValue(value, now)
 
-    def _check_order(self, source: _Source, device: Device, payload: Payload) -> None:
+    def _check_order(self, source: _Source, device: Device, payload: Payload, *, is_retained: bool) -> None:
         if not source.settings.time:
             return
         time_s, newest = payload.time(source.settings.time), source.newest_times.get(device, -math.inf)
+        # A broker sends a topic's retained message after each reconnect, also where later ones weren't retained: that
+        # an old one comes says nothing about the device's clock.
+        max_lateness_s = math.inf if is_retained else min(source.settings.max_age_s, _MAX_LATENESS_S)
         # The same time again: Zigbee2MQTT repeats its devices' last messages when it restarts.
-        if newest - min(source.settings.max_age_s, _MAX_LATENESS_S) <= time_s <= newest:
+        if newest - max_lateness_s <= time_s <= newest:
             raise ReadingError("not newer than the one before")
         if device in source.values or len(source.newest_times) < _MAX_DEVICES:
             source.newest_times[device] = time_s

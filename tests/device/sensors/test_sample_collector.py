@@ -227,6 +227,20 @@ def test_a_clock_that_was_ahead_once_ends_no_value_for_good(tmp_path: Path, max_
         assert meter.row() == [[held]], moment
 
 
+def test_a_retained_message_is_taken_only_if_it_is_newer_than_all_before(tmp_path: Path) -> None:
+    meter = sensors(tmp_path, 'topic = "meter"\nmax_age = inf\ntime = "at"\n[[channels]]\npath = "power"\n')
+    for time_s, power, is_retained, held in (
+        (10000, 1, True, 1),
+        (20000, 2, False, 2),
+        (10000, 1, True, 2),  # as after a reconnect
+        (19990, 3, False, 2),  # late: the retained message has not set the newest time back
+        (30000, 4, True, 4),
+    ):
+        meter.send("meter", {"at": time_s, "power": power}, retained=is_retained)
+        assert meter.row() == [[held]]
+    assert "2 not newer" in meter.drops.take()
+
+
 def test_the_recipe_of_zigbee2mqtt_reads_what_it_publishes() -> None:
     home = Sensors(RECIPES / "zigbee2mqtt.toml")
     home.send("zigbee2mqtt/kitchen/availability", {"state": "online"}, retained=True)
