@@ -67,12 +67,13 @@ class Archive:
             BundleError: It isn't a tensor file.
             ProtocolError: It isn't what its codec makes of an update of these weights.
         """
-        raw = self._store.map(digest)
+        # Not mapped: in a mapping a page that can't be read ends the process. Up to 1 MB reading is also the quicker.
+        raw = self._store.read(digest)
         parsed_codec = None if codec is None else Codec.parse(codec)
         if parsed_codec is None or sent is None or not is_packed(raw):
             return tensorfile.decode(raw)
         trained = frozenset(t.name for t in self._architecture.trainable)
-        return dict(decode(parsed_codec, bytes(raw), self.sent_weights(sent), trained))
+        return dict(decode(parsed_codec, raw, self.sent_weights(sent), trained))
 
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
         """The first channels of a ranking; boards of equal width share one, with its maps. Raises `StorageError` if the
@@ -88,7 +89,9 @@ class Archive:
 
     def mask(self, digest: str | None, selection: Selection) -> ElementMask:
         """An element mask of a submodel; errors are those of `model`."""
-        return ALL_ACTIVE if digest is None else mask_from_bits(self.tensors(digest), selection.shapes())
+        if digest is None:
+            return ALL_ACTIVE
+        return mask_from_bits(tensorfile.decode(self._store.read(digest)), selection.shapes())
 
     def past(self, past: do.LastCountedUpdate | None, withheld: Callable[[Selection], Tensors]) -> PastUpdate | None:
         """A device's last counted update. `withheld` gives the tensors of a submodel that no update carries."""

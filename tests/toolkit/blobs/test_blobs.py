@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.blobs import blob_store
 from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import process_name
@@ -74,6 +75,22 @@ def test_a_mapped_blob_holds_what_was_put(tmp_path: Path, size: int) -> None:
     store.delete(ref.sha256)
     with pytest.raises(StorageError, match="is not in"):
         store.map(ref.sha256)
+
+
+def test_a_store_that_has_mapped_many_blobs_verifies_them_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blob_store, "_MAX_VERIFIED_FILES", 2)
+    store = BlobStore(tmp_path)
+    digests = [store.put(noise(7, seed)).sha256 for seed in range(3)]
+    for digest in digests:
+        store.map(digest)
+    for digest in digests:
+        path = store.path(digest)
+        modified_ns = path.stat().st_mtime_ns
+        path.write_bytes(b"damaged")
+        os.utime(path, ns=(modified_ns, modified_ns))  # as by a failing disk
+    assert store.map(digests[2]) == b"damaged"  # still remembered
+    with pytest.raises(StorageError, match="is damaged"):
+        store.map(digests[0])
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", ".." + "a" * 62])

@@ -35,6 +35,9 @@ DEFAULT_MAX_BYTES = 2**30
 # Default number of bytes that stay free on the disk.
 DEFAULT_RESERVE_BYTES = 1024 * 1024
 
+# Verified files that are remembered, of some 350 bytes each. One that was forgotten is only hashed again.
+_MAX_VERIFIED_FILES = 4096
+
 # The key and size of an object in a bucket, by the digest of its blob.
 BucketObjects = Mapping[str, tuple[str, int]]
 
@@ -108,7 +111,11 @@ class BlobStore(BlobFolder):
 
     def map(self, sha256: str) -> memoryview:
         """A blob's bytes as a memory-mapped view, verified at the first call and after the file has changed. Raises
-        `StorageError` if it is not here, or damaged."""
+        `StorageError` if it is not here, or damaged.
+
+        For what is large and shared or read again, such as models. A page that can't be read later, because the disk
+        fails or the file was cut short, ends the process with SIGBUS; `read` raises `StorageError`.
+        """
         self.size(sha256)
         path = self.path(sha256)
         with storage_errors(f"can't read {path}"), path.open("rb") as file:
@@ -119,6 +126,8 @@ class BlobStore(BlobFolder):
         file_state = (status.st_ino, status.st_size, status.st_mtime_ns)
         if self._verified_states.get(sha256) != file_state:
             self._check_digest(sha256, view)
+            if len(self._verified_states) >= _MAX_VERIFIED_FILES:
+                self._verified_states.clear()  # at once, since other threads may add some
             self._verified_states[sha256] = file_state
         return view
 
