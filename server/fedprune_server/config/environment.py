@@ -69,13 +69,15 @@ def environment_layer(environment: Mapping[str, str]) -> SettingsLayer:
     settings = setting_variables()
     origins: dict[KeyPath, str] = {}
     layer = SettingsLayer("the environment", {}, origins)
+    variables = []
     for name in sorted(environment):
+        if name.startswith(_PREFIXES):
+            variables.append((name, *_setting(name, settings)))
+        elif setting := _intended_variable(name, settings):
+            raise ConfigError(f"environment variable {name} (did you mean {setting!r}?)", expected=_EXPECTED)
+    # A table comes before its keys, which it would replace: by name, OPTIONS_FILE comes behind OPTIONS_AGE.
+    for name, path, is_text, from_file in sorted(variables, key=lambda row: len(row[1])):
         variable = f"environment variable {name}"
-        if not name.startswith(_PREFIXES):
-            if setting := _intended_variable(name, settings):
-                raise ConfigError(f"{variable} (did you mean {setting!r}?)", expected=_EXPECTED)
-            continue
-        path, is_text, from_file = _setting(name, settings)
         if path in origins:
             raise ConfigError(variable, expected="this or the variable without _FILE", got="both")
         text = file_text(Path(environment[name]), variable) if from_file else environment[name]

@@ -124,6 +124,14 @@ def test_variables_are_read_as_what_they_are(tmp_path: Path, monkeypatch: pytest
     }
 
 
+@pytest.mark.parametrize("key", ["A", "ZED"])
+def test_a_table_in_a_file_and_a_variable_of_its_key_are_joined(tmp_path: Path, key: str) -> None:
+    (tmp_path / "options").write_text(f"{{b = 2, {key.lower()} = 3}}\n")
+    table, single = "FEDPRUNE_JOB_OPTIONS_FILE", f"FEDPRUNE_JOB_OPTIONS_{key}"
+    tables = environment_layer({table: str(tmp_path / "options"), single: "1"}).tables
+    assert tables["job"]["options"] == {"b": 2, key.lower(): 1}
+
+
 def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
     layer = environment_layer({"FEDPRUNE_JOB_SCHEDULE": '{kind = "async", foo = 1}'})
     with (
