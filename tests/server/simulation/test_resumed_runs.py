@@ -291,6 +291,12 @@ def test_a_run_does_not_go_on_with_other_code(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"fedprune": "99"}))
     with pytest.raises(StorageError, match=r"fedprune .*99"):
         simulate_in_folder(replace(own_strategy), tmp_path / "run")
+    state = tmp_path / "run" / "run" / "simulation.json"
+    body = json.loads(state.read_text()) | {"format": "fedprune.simulation/9"}
+    body["queue"].append([1.0, 999, "DeviceBorn", {"more_follow": False}])  # as that format named it
+    state.write_text(json.dumps(body))
+    with pytest.raises(StorageError, match=r"of another version: expected fedprune"):
+        simulate_in_folder(replace(own_strategy), tmp_path / "run")
 
 
 def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:
