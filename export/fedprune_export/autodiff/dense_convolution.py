@@ -37,25 +37,20 @@ class Algorithms:
 _MIN_TAPS_AREA = 64
 # The elements of a kernel from which products per tap are too many.
 _MIN_LARGE_KERNEL_ELEMENTS = 25
-# A first layer has at most so many input channels: with a large kernel, its weight gradient is a convolution. Of a
-# small kernel it is one product of columns: products per tap would be as narrow as the channels.
+# A first layer has at most so many input channels: with a large kernel, its weight gradient is a convolution. Columns
+# would be faster than taps of a small kernel, but keep all taps of a whole image at once, which no width makes smaller.
 _MAX_IMAGE_CHANNELS = 3
 
 # On a GPU each launch costs more than its arithmetic: the algorithms with the fewest operators.
 CUDA_ALGORITHMS = Algorithms("transposed", "convolution")
 
 
-def choose_algorithms(w: Window, channels: int, *, reads_samples: bool) -> Algorithms:
-    """Choose the fastest algorithms for a layer with this window and number of input channels.
-
-    `reads_samples`: whether the layer is the first one that trains.
-    """
+def choose_algorithms(w: Window, channels: int) -> Algorithms:
+    """Choose the fastest algorithms for a layer with this window and number of input channels."""
     area, elements = math.prod(w.output), math.prod(w.kernel)
     large = elements >= _MIN_LARGE_KERNEL_ELEMENTS
     if large and channels <= _MAX_IMAGE_CHANNELS:
         weight: WeightGradient = "convolution"
-    elif reads_samples and 1 < channels <= _MAX_IMAGE_CHANNELS:
-        weight = "columns"
     else:
         weight = "taps" if area >= _MIN_TAPS_AREA else "columns"
     return Algorithms("flipped" if w.has_flipped_gradient and not large else "transposed", weight)

@@ -249,8 +249,7 @@ def choose_convolution(tape: Tape, node: Node, w: Window, groups: ChannelGroups)
             return DenseConvolution(tape, w, kernel, CUDA_ALGORITHMS, batch)
         # On small maps one product of columns is faster than a convolution.
         if math.prod(w.output) > MAX_COLUMNS_AREA:
-            reads_samples = not tape.needs_gradient(node.inputs[0])
-            algorithms = choose_algorithms(w, tape.extent(shape[1]), reads_samples=reads_samples)
+            algorithms = choose_algorithms(w, tape.extent(shape[1]))
             return DenseConvolution(tape, w, kernel, algorithms, batch)
     elif (groups.inputs, groups.outputs) == (1, 1):
         return DepthwiseConvolution(tape.graph, w, kernel)
