@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
 from benchmarks.simulation.local_training import Material, initial_state, save_state
+from benchmarks.simulation.stamps import Stamps
 
 FOLDER, ROUNDS, OUT = "SIMULATION_FOLDER", "SIMULATION_ROUNDS", "SIMULATION_OUT"  # in the environment of all processes
 
@@ -46,7 +46,7 @@ def train(message: Message, context: Context) -> Message:
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
     """Flower's own strategy; the model is evaluated after every round."""
-    material, stamps, accuracies = _material(), list[float](), list[float]()
+    material, stamps, accuracies = _material(), Stamps(), list[float]()
     count, out = material.task.devices, Path(os.environ[OUT])
 
     def evaluate(round_: int, arrays: ArrayRecord) -> MetricRecord:
@@ -54,9 +54,9 @@ def serve(grid: Grid, context: Context) -> None:
         accuracy = material.accuracy(state)
         if round_:  # it is called before the first, too
             accuracies.append(accuracy)
-            stamps.append(time.time())
-        if round_ == int(os.environ[ROUNDS]):
-            save_state(out.with_suffix(".npz"), state)
+            if round_ == 1:
+                save_state(out.with_suffix(".npz"), state)
+            stamps.add()
         return MetricRecord({"accuracy": accuracy})
 
     strategy = FedAvg(
@@ -64,7 +64,7 @@ def serve(grid: Grid, context: Context) -> None:
     )  # fmt: skip
     initial = ArrayRecord(initial_state(material.net))
     strategy.start(grid, initial, num_rounds=int(os.environ[ROUNDS]), evaluate_fn=evaluate)
-    out.write_text(json.dumps({"stamps": stamps, "accuracies": accuracies, "threads": 1}))
+    out.write_text(json.dumps({**stamps.result(), "accuracies": accuracies, "threads": 1}))
 
 
 def main(folder: str, rounds: str, out: str) -> None:

@@ -1,6 +1,8 @@
 """FedAvg as a loop in eager torch: `python -m benchmarks.simulation.torch_loop FOLDER ROUNDS OUT`.
 
-One process; it takes as many threads as train a device fastest, which it tries in the first round.
+One process, with one thread or one for each core, whichever trains a device sooner. It tries that before the first
+round, and says how long the trial took. For the check of the others' models it leaves, beside its model after the first
+round, the first weights and what another round's batches would have made of them.
 """
 
 from __future__ import annotations
@@ -14,26 +16,41 @@ from pathlib import Path
 import torch
 
 from benchmarks.simulation.local_training import Material, State, initial_state, save_state
+from benchmarks.simulation.stamps import Stamps
 
 
 def main(folder: Path, rounds: int, out: Path) -> None:
     material = Material(folder)
-    task, state = material.task, initial_state(material.net)
+    state = initial_state(material.net)
+    start = {name: value.clone() for name, value in state.items()}
+    began = time.perf_counter()
     threads = fastest_threads(material, state)
     torch.set_num_threads(threads)
-    stamps, accuracies = [], []
+    tried_s = time.perf_counter() - began
+    stamps, accuracies = Stamps(), []
     for round_ in range(1, rounds + 1):
-        total: State = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in state.items()}
-        for device in range(task.devices):
-            trained = material.train(state, device, round_)
-            for name, value in trained.items():
-                total[name].add_(value, alpha=task.samples)
-        for name, value in state.items():
-            value.copy_(total[name].div_(task.devices * task.samples))
+        train_round(material, state, round_)
         accuracies.append(material.accuracy(state))
-        stamps.append(time.time())
-    save_state(out.with_suffix(".npz"), state)
-    out.write_text(json.dumps({"stamps": stamps, "accuracies": accuracies, "threads": threads}))
+        if round_ == 1:
+            save_state(out.with_suffix(".npz"), state)
+        stamps.add()
+    save_state(out.with_suffix(".start.npz"), start)
+    train_round(material, start, 2)
+    save_state(out.with_suffix(".other.npz"), start)
+    result = {**stamps.result(), "accuracies": accuracies, "threads": threads, "tried_s": tried_s}
+    out.write_text(json.dumps(result))
+
+
+def train_round(material: Material, state: State, round_: int) -> None:
+    """Replace a model by the mean of what all devices make of it."""
+    task = material.task
+    total: State = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in state.items()}
+    for device in range(task.devices):
+        trained = material.train(state, device, round_)
+        for name, value in trained.items():
+            total[name].add_(value, alpha=task.samples)
+    for name, value in state.items():
+        value.copy_(total[name].div_(task.devices * task.samples))
 
 
 def fastest_threads(material: Material, state: State) -> int:
