@@ -2,7 +2,8 @@
 
 It needs onnxruntime-gpu and a torch with CUDA, no network, and at most eight minutes; what the machine lacks is
 skipped, by name. Results are written after each part, so that a time-out loses none. `--dry` goes through all parts on
-the processor, as small as they can be, and writes nothing. The command ends with 1 if a check failed.
+the processor, as small as they can be, and writes nothing. The command ends with 1 if a check failed or nothing
+was measured.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from benchmarks.gpu.predictions import measure_predictions
 from benchmarks.gpu.steps import measure_steps
 from benchmarks.harness import save, setting
 
+# A run's limit: eight minutes, less the imports.
 SECONDS = 450.0
-"""A run's limit: eight minutes, less the imports."""
+
+# What tells a part's rows apart.
+NAMES = ("net", "density", "precision", "tier", "case", "check")
 
 # The key of each part's rows in the results, in the order in which they run.
 PARTS: dict[str, Callable[[Machine], Iterator[dict[str, Any]]]] = {
@@ -51,12 +55,14 @@ def run_parts(machine: Machine, names: list[str], write: Callable[[dict[str, Any
                 print(json.dumps({"part": name, **row}), flush=True)
                 body[name].append(row)
                 if not row["ok"]:
-                    body["failed"].append(f"{name} {len(body[name])}")
+                    body["failed"].append(f"{name}: {' '.join(str(row[key]) for key in NAMES if key in row)}")
                 write(body)
         except Exception as error:  # noqa: BLE001 - the other parts can still run, and a card is lent for minutes
             traceback.print_exc()
             body["failed"].append(f"{name} ({type(error).__name__}: {str(error)[:300]})")
         write(body)
+    if not any(body[name] for name in names):
+        body["failed"].append("nothing was measured")
     for line in machine.skipped:
         print(f"skipped: {line}", file=sys.stderr)
     for line in body["failed"]:

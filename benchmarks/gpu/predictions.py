@@ -22,8 +22,7 @@ from fedprune_export.importing import export_torch, import_onnx
 
 DENSITIES = (1.0, 0.25)
 TURNS = 20
-RESERVE_S = 110.0
-"""No net is begun when less time is left."""
+RESERVE_S = 110.0  # no net is begun when less time is left
 
 # A precision moves the outputs by so much on the processor. On the card it may move them by twice that.
 SLACK = 2.0

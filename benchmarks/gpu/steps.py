@@ -23,8 +23,7 @@ from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training.step_graph import training_graph
 
 TURNS = 20
-RESERVE_S = 160.0
-"""No net is begun when less time is left: the other parts need it."""
+RESERVE_S = 160.0  # no net is begun when less time is left: the other parts need it
 
 
 def measure_steps(machine: Machine) -> Iterator[dict[str, Any]]:

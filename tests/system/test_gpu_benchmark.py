@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,28 +127,41 @@ def test_shapes_left_to_the_processor_are_not_work() -> None:
     assert (counts["copies"], counts["copied_bytes"]) == ({"MemcpyToHost": 1}, 64)
 
 
-def test_a_part_that_fails_loses_no_other_parts_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_loses_no_other_parts_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks import harness
     from benchmarks.gpu import __main__ as command
     from benchmarks.gpu.machine import Machine
 
     def broken(machine: Machine) -> Iterator[dict[str, Any]]:
-        yield {"ok": True}
         raise RuntimeError("CUDA failure 700")
+        yield {}
 
     def slow(machine: Machine) -> Iterator[dict[str, Any]]:
         for name in machine.in_time(["lenet", "vgg"], 1.0):
-            yield {"net": name, "ok": False}
+            yield {"net": name, "density": 0.5, "ok": False}
             machine.end = 0.0
 
-    monkeypatch.setattr(command, "PARTS", {"first": broken, "second": slow})
-    written: list[dict[str, Any]] = []
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "results" / "gpu.md", results)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", results)
+    monkeypatch.setattr(command, "PARTS", {"rows": broken, "predictions": slow})
     machine = Machine(dry=True, end=float("inf"))
-    code = command.run_parts(machine, ["first", "second"], lambda body: written.append(json.loads(json.dumps(body))))
+    code = command.run_parts(machine, ["rows", "predictions"], lambda body: harness.save("gpu", body))
     assert code == 1
-    assert written[0] == {"first": [{"ok": True}], "failed": [], "skipped": []}
-    assert written[-1]["second"] == [{"net": "lenet", "ok": False}]
-    assert written[-1]["failed"] == ["first (RuntimeError: CUDA failure 700)", "second 1"]
-    assert written[-1]["skipped"] == ["vgg (no time left)"]
+    written = json.loads((results / "gpu.json").read_text())
+    assert (written["rows"], len(written["predictions"])) == ([], 1)
+    assert written["failed"] == ["rows (RuntimeError: CUDA failure 700)", "predictions: lenet 0.5"]
+    assert written["skipped"] == ["vgg (no time left)"]
+    assert "- vgg (no time left)" in (results / "gpu.md").read_text()
+
+
+def test_a_run_that_measured_nothing_fails() -> None:
+    from benchmarks.gpu.__main__ import run_parts
+    from benchmarks.gpu.machine import Machine
+
+    assert run_parts(Machine(dry=True, end=0.0), ["engines"], lambda body: None) == 1
 
 
 def test_checks_of_engines_are_rows() -> None:
