@@ -297,7 +297,9 @@ def test_a_copy_of_another_boards_identity_is_refused(server: Server, tmp_path: 
     assert join(server, tmp_path / "board") == ExitCode.OK
     shutil.copytree(tmp_path / "board" / "identity", tmp_path / "copy" / "identity")
     assert join(server, tmp_path / "copy", device="shed") == ExitCode.IDENTITY
-    assert "expected a certificate for shed, got one for attic" in capsys.readouterr().err
+    assert "expected a certificate for shed of site lab, got one for attic of site lab" in capsys.readouterr().err
+    with pytest.raises(IdentityError, match="for attic of site barn, got one for attic of site lab"):
+        DeviceIdentity(tmp_path / "copy" / "identity", "barn", "attic")
 
 
 def test_public_files_stay_readable_whatever_umask_root_has(tmp_path: Path) -> None:

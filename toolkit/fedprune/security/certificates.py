@@ -165,6 +165,16 @@ def _common_name_of(subject: x509.Name) -> str:
     return str(attributes[0].value) if len(attributes) == 1 else ""
 
 
+def certificate_uri(certificate: x509.Certificate) -> str:
+    """The URI in a certificate, as a device's has one (`device_uri`); empty if it has none or several."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        return ""
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    return uris[0] if len(uris) == 1 else ""
+
+
 def device_uri(site: str, device: str) -> str:
     """The device's URI in its certificate, in addition to the common name."""
     return f"fedprune://{site}/{device}"

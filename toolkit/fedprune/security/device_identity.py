@@ -27,7 +27,8 @@ from fedprune.core.disk import flush_folder, make_private_folder, storage_errors
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, SignatureError, StorageError, path_remedy
 from fedprune.core.text import one_line
 from fedprune.security.certificates import (
-    certificate_name,
+    certificate_uri,
+    device_uri,
     key_digest,
     load_certificate,
     load_tls_key,
@@ -251,17 +252,19 @@ class DeviceIdentity:
             flush_folder(self.folder)
 
     def _check_certificate_name(self) -> None:
-        """Refuse the files of another device, as a copy of its folder has them: brokers and servers know it by them."""
+        """Refuse the files of another device, as a copy of its folder has them: brokers and servers know it by them.
+        A device of the same name may be at another site."""
         path = self.folder / _CERTIFICATE_FILE
         if not path.exists():
             return
-        name = certificate_name(load_certificate(path, "the device's certificate"))
-        if name != self.device:
+        uri = certificate_uri(load_certificate(path, "the device's certificate"))
+        if uri != device_uri(self.site, self.device):
+            site, _, device = one_line(uri.partition("://")[2], 129).rpartition("/")  # two names of at most 64
             raise IdentityError(
                 f"{self.folder} is the identity of another device",
-                expected=f"a certificate for {self.device}",
-                got=f"one for {one_line(name, 64)}",
-                hint=f"Use --device {one_line(name, 64)}, or another --state for {self.device}.",
+                expected=f"a certificate for {self.device} of site {self.site}",
+                got=f"one for {device} of site {site}" if device and site else "one that names no device",
+                hint=f"Use its --device and --site, or another --state for {self.device}.",
             )
 
     def _adopt_new_tls_key(self) -> None:
