@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -222,7 +223,40 @@ def test_who_only_connects_keeps_nobody_out() -> None:
     metrics.turned_at = metrics.clock()
     with serve_metrics(("127.0.0.1", 0), metrics, {}) as port, ExitStack() as stack:
         silent = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(http.MAX_REQUESTS)
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(http.MAX_CONNECTIONS)
         ]
         assert status(f"http://127.0.0.1:{port}/healthz") == (200, "ok\n")
         assert silent[0].recv(1) == b""  # hung up on: it has waited longest
+
+
+def test_a_database_that_hangs_makes_the_server_not_ready_but_leaves_it_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "ANSWER_TIMEOUT_S", 0.5)
+    metrics, goes_on, calls = Metrics(), threading.Event(), list[None]()
+    metrics.turned_at = metrics.clock()
+
+    def check() -> str:
+        calls.append(None)
+        goes_on.wait(60)
+        return ""
+
+    with serve_metrics(("127.0.0.1", 0), metrics, {"database": check}) as port, ExitStack() as stack:
+        url = f"http://127.0.0.1:{port}"
+        stack.callback(goes_on.set)
+
+        def ask(path: str) -> socket.socket:
+            client = socket.create_connection(("127.0.0.1", port), 10)
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            return client
+
+        for _ in range(50):  # more than a pool has threads
+            with ask("/readyz"):
+                pass  # gives up at once
+        assert status(f"{url}/healthz") == (200, "ok\n")
+        assert status(f"{url}/readyz") == (503, "checks of database: no answer within 0.5 s\n")
+        assert len(calls) == 1
+        monkeypatch.setattr(http, "ANSWER_TIMEOUT_S", 60.0)
+        for _ in range(http.MAX_CONNECTIONS):
+            stack.enter_context(ask("/readyz"))
+        assert status(f"{url}/healthz") == (200, "ok\n")
+        goes_on.set()
+        assert status(f"{url}/readyz") == (200, "ok\n")
