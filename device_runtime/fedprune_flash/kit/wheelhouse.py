@@ -120,10 +120,16 @@ def locked_requirements(target: BoardTarget) -> list[str]:
 
 def check_wheelhouse(wheels: Sequence[Path], target: BoardTarget) -> None:
     """Make sure that the wheels run on the target and lack nothing; raises `KitError`, which names the wheel."""
-    tags = installable_tags(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
-    environment, is_present = _marker_environment(target), target.system_packages.__contains__
-    hint = "Add a wheel of it to the folder of --find-links, or let pip fetch it."
-    versions = check_wheels(wheels, str(target), tags, environment, target.extra, is_present, KitError, hint=hint)
+    versions = check_wheels(
+        wheels,
+        machine_text=str(target),
+        tags=installable_tags(target.version[1], [*target.platforms, f"linux_{target.architecture}"]),
+        markers=_marker_environment(target),
+        extra=target.extra,
+        provided=target.system_packages.__contains__,
+        refuse=KitError,
+        hint="Add a wheel of it to the folder of --find-links, or let pip fetch it.",
+    )
     for name in (name for name in JETPACK_PROJECTS if target.jetson and name in versions):
         raise KitError(
             f"{name} in a kit for a Jetson",

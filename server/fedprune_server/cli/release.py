@@ -86,12 +86,12 @@ def _check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Seq
     from_system = {canonicalize_name(name) for name in system}
     check_wheels(
         wheels,
-        f"{python} on {machine}",
-        installable_tags(minor, platforms),
-        marker_environment(minor, machine),
-        _BOARD_EXTRA,
-        lambda name: _MODULE_NAMES.get(name, name) in from_system,
-        ReleaseError,
+        machine_text=f"{python} on {machine}",
+        tags=installable_tags(minor, platforms),
+        markers=marker_environment(minor, machine),
+        extra=_BOARD_EXTRA,
+        provided=lambda name: _MODULE_NAMES.get(name, name) in from_system,
+        refuse=ReleaseError,
         hint="`pip download --platform` brings others; --python, --machine and --system say what the boards have.",
     )
 

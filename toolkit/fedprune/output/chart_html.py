@@ -34,9 +34,8 @@ def chart_html(chart: Chart, *, legend: bool = True) -> str:
     keys_html = legend_html([(c.name, c.style) for c in chart.curves]) if legend and len(chart.curves) > 1 else ""
     words = (chart.x_title, chart.positions[-1])
     heading = " ".join(words if chart.x_title == "round" else reversed(words))
-    has_several_ends = (
-        chart.x_title != "round" and len(chart.curves) > 1
-    )  # a run that cost less ends further to the left
+    # A run that cost less ends further to the left.
+    has_several_ends = chart.x_title != "round" and len(chart.curves) > 1
     latest_html = html_text(
         ", ".join(_end_text(chart, c) for c in chart.curves) if has_several_ends else f"{heading}: {latest}"
     )

@@ -64,13 +64,13 @@ def marker_environment(minor: int, machine: str) -> dict[str, str]:
 
 def check_wheels(
     wheels: Sequence[Path],
+    *,
     machine_text: str,
     tags: frozenset[Tag],
     markers: dict[str, str],
     extra: str,
     provided: Callable[[str], bool],
     refuse: ErrorClass,
-    *,
     hint: str,
 ) -> dict[str, Version]:
     """Make sure that wheels run on a machine of these `tags`, include fedprune once, and lack nothing; returns their
