@@ -156,7 +156,9 @@ def export_command(arguments: argparse.Namespace) -> int:
                     raise
                 results[profile.name] = error
     if len(results) > 1:
-        return _print_results(results, model.notes, arguments)
+        if arguments.json:
+            return _print_json(results)
+        return _print_results(results, model.notes, arguments.model, arguments.out)
     # The only result is a report: its error would have been raised.
     report = next(r for r in results.values() if isinstance(r, fx.Report))
     if arguments.json:
@@ -234,32 +236,47 @@ def _export(
     )
 
 
+def _print_json(results: Mapping[str, fx.Report | FedpruneError]) -> int:
+    """Print a record per bundle or error, and a line per target that failed."""
+    rows = {
+        name: {"target": name, "error": str(r), "exit_code": int(r.exit_code)}
+        if isinstance(r, FedpruneError)
+        else r.to_dict()
+        for name, r in results.items()
+    }
+    cli.print_json(list(rows.values()))
+    return _print_errors(results)
+
+
 def _print_results(
-    results: Mapping[str, fx.Report | FedpruneError], notes: Sequence[str], arguments: argparse.Namespace
+    results: Mapping[str, fx.Report | FedpruneError], notes: Sequence[str], source: str, out: Path
 ) -> int:
-    """Print a row per bundle, each note once with its targets, and a line per target that failed."""
+    """Print a row per bundle, each note once with its targets, and a line per target that failed.
+
+    `source` is the model's, `out` the folder of all bundles.
+    """
     from fedprune_export.importing import is_factory_source
 
     reports = {name: r for name, r in results.items() if not isinstance(r, FedpruneError)}
+    if reports:
+        tables.print_table(_SUMMARY, map(_summary_row, reports.values()))
+    for line in _remark_lines(reports):
+        print(line)
+    for note in dict.fromkeys([*notes, *(note for r in reports.values() for note in r.notes)]):
+        print(f"note: {note}")
+    for report in reports.values():
+        if report.replaced:
+            print(f"replaced: the bundle that was in {report.folder}")
+    where = f" in {out} (each has a report.html)" if reports else ""
+    # Torch's export is most of the command's time.
+    once = f"; torch exported {source} once for all" if is_factory_source(source) else ""
+    print(f"bundles: {len(reports)} of {len(results)}{where}{once}")
+    return _print_errors(results)
+
+
+def _print_errors(results: Mapping[str, fx.Report | FedpruneError]) -> int:
+    """Print a line per target that failed; returns the first one's exit code."""
     errors = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
-    if arguments.json:
-        rows = {name: r.to_dict() for name, r in reports.items()}
-        rows |= {name: {"target": name, "error": str(e), "exit_code": int(e.exit_code)} for name, e in errors.items()}
-        cli.print_json([rows[name] for name in results])
-    else:
-        if reports:
-            tables.print_table(_SUMMARY, map(_summary_row, reports.values()))
-        for line in _remark_lines(reports):
-            print(line)
-        for note in dict.fromkeys([*notes, *(note for r in reports.values() for note in r.notes)]):
-            print(f"note: {note}")
-        for report in reports.values():
-            if report.replaced:
-                print(f"replaced: the bundle that was in {report.folder}")
-        where = f" in {arguments.out} (each has a report.html)" if reports else ""
-        # Torch's export is most of the command's time.
-        once = f"; torch exported {arguments.model} once for all" if is_factory_source(arguments.model) else ""
-        print(f"bundles: {len(reports)} of {len(results)}{where}{once}")
     for name, error in errors.items():
         print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
     return int(next((e.exit_code for e in errors.values()), ExitCode.OK))

@@ -292,6 +292,7 @@ def test_a_step_for_a_gpu_has_no_operator_that_only_a_processor_has(norm: Callab
         np.testing.assert_allclose(gpu[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+# Inputs that onnxruntime's CUDA kernels read on the processor (`InputMemoryType(OrtMemTypeCPUInput, ...)`).
 HOST_INPUTS = {
     **dict.fromkeys(("CumSum", "Expand", "OneHot", "Reshape", "Split", "Squeeze", "Tile", "TopK", "Unsqueeze"), (1,)),
     **dict.fromkeys(("Clip", "Dropout", "Pad", "Resize", "Slice"), (1, 2, 3, 4)),
@@ -301,7 +302,6 @@ HOST_INPUTS = {
     "If": (0,),
     "Loop": (0, 1),
 }
-"""Inputs that onnxruntime's CUDA kernels read on the processor (`InputMemoryType(OrtMemTypeCPUInput, ...)`)."""
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion"])
