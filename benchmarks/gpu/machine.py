@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from benchmarks.harness import in_turns
+from benchmarks.harness import in_turns, ratio
 from fedprune.planning.probe_report import CPU, CUDA
 
 WARM_UP = 5
@@ -53,10 +53,14 @@ class Machine:
                 yield name
 
 
-def median_ms(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Median milliseconds of functions that run in turn."""
+def timings(runs: Mapping[str, Callable[[], object]], turns: int, base: str) -> dict[str, dict[str, float]]:
+    """Of functions that run in turn the median milliseconds (`ms`), and medians of the ratios to the base's within a
+    turn (`ratio`)."""
     seconds = in_turns(runs, turns, WARM_UP, time.perf_counter)
-    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+    return {
+        "ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
+        "ratio": {name: ratio(times, seconds[base]) for name, times in seconds.items() if name != base},
+    }
 
 
 def card() -> dict[str, str]:

@@ -48,7 +48,7 @@ def count_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def placement(graph: bytes | Path, feeds: Mapping[str, Any], device: str, *, training: bool = False) -> dict[str, Any]:
-    """`count_nodes` of a graph's second run, with the options of a board's session."""
+    """`count_nodes` of a graph's second run, optimised as in a board's session."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if training:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.machine import Machine, median_ms
+from benchmarks.gpu.machine import Machine, timings
 from benchmarks.gpu.placement import placement
 from benchmarks.precision import make
 from benchmarks.step_nets import NETS, network
@@ -24,8 +24,10 @@ DENSITIES = (1.0, 0.25)
 TURNS = 20
 RESERVE_S = 110.0  # no net is begun when less time is left
 
-# A precision moves the outputs by so much on the processor. On the card it may move them by twice that.
-SLACK = 2.0
+# How far the card's outputs may be from the processor's of the same file, as a share of what the precision moves these.
+# Float16 rounds elsewhere on the card. Int8 does not, but for activations between two of its numbers: on processors,
+# samples nudged by a unit in the last place moved outputs by up to a fifth of what int8 does.
+SLACK = {FLOAT32: 0.0, "float16": 2.0, "int8": 0.5}
 # The least tolerance, as a share of the largest output: float32 without TF32 is a hundred times as exact.
 FLOOR = 1e-4
 
@@ -47,14 +49,15 @@ def measure_predictions(machine: Machine) -> Iterator[dict[str, Any]]:
 def _rows(machine: Machine, folder: Path, x: Any) -> Iterator[dict[str, Any]]:
     device = machine.device
     expected = Predictor(folder / served_files(FLOAT32)[0]).predict(x)
-    for precision in (FLOAT32, "float16", "int8"):
+    for precision in SLACK:
         file = folder / served_files(precision)[0]
         predictors = {unit: Predictor(file, cuda=unit == CUDA) for unit in dict.fromkeys((CPU, device))}
-        away = {unit: float(np.abs(p.predict(x) - expected).max()) for unit, p in predictors.items()}
-        tolerance = max(SLACK * away[CPU], FLOOR * float(np.abs(expected).max()))
-        ms = median_ms(
+        outputs = {unit: p.predict(x) for unit, p in predictors.items()}
+        verdict = judge_outputs(precision, outputs[device], outputs[CPU], expected)
+        times = timings(
             {unit: lambda p=p: p.predict(x[:1]) for unit, p in predictors.items()},  # type: ignore[misc]
             2 if machine.dry else TURNS,
+            CPU,
         )
         nodes = placement(file, {step_contract.X: x[:1]}, device)
         provider = getattr(predictors[device].session, "provider", "")
@@ -63,8 +66,19 @@ def _rows(machine: Machine, folder: Path, x: Any) -> Iterator[dict[str, Any]]:
         yield {
             "precision": precision,
             "provider": provider,
-            "away": away,
-            "ms": ms,
+            **verdict,
+            **times,
             "placement": nodes,
-            "ok": on_card and away[device] <= tolerance,
+            "ok": on_card and verdict["ok"],
         }
+
+
+def judge_outputs(precision: str, outputs: Any, same_file: Any, float32: Any) -> dict[str, Any]:
+    """`apart`, the largest distance of outputs from the processor's of the same file; `away`, of these from those in
+    float32; and whether the first is within its tolerance (`ok`)."""
+    apart, away = (float(np.abs(a - b).max()) for a, b in ((outputs, same_file), (same_file, float32)))
+    return {
+        "apart": apart,
+        "away": away,
+        "ok": apart <= max(SLACK[precision] * away, FLOOR * float(np.abs(float32).max())),
+    }

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.machine import Machine, median_ms
+from benchmarks.gpu.machine import Machine, timings
 from benchmarks.gpu.placement import placement
 from benchmarks.gpu.rounding import judge, processor_traces, session_trace, torch_trace
 from benchmarks.measured_steps import BATCH, Step, batch, session_step, step_feeds, torch_step
@@ -62,7 +62,7 @@ def _row(machine: Machine, name: str, graph: bytes, reference: OnnxSession, tens
         unit: session_step(session, step_feeds(session.inputs, tensors, x, y)) for unit, session in sessions.items()
     }
     steps["torch"] = torch_step(name, tensors, x, y, torch.get_num_threads(), device)
-    ms = median_ms(steps, 2 if machine.dry else TURNS)
+    times = timings(steps, 2 if machine.dry else TURNS, "torch")
     nodes = placement(graph, step_feeds(reference.inputs, tensors, x, y), device, training=True)
     providers = {unit: session.provider for unit, session in sessions.items()}
     on_card = not cuda or (not nodes["work"] and not nodes["copies"] and set(providers.values()) == {CUDA})
@@ -70,7 +70,7 @@ def _row(machine: Machine, name: str, graph: bytes, reference: OnnxSession, tens
         "provider": providers["ours"],
         "reason": sessions["ours"].cpu_reason,
         "away": {unit: verdict["away"] for unit, verdict in verdicts.items()},
-        "ms": ms,
+        **times,
         "verdicts": verdicts,
         "placement": nodes,
         "memory": memory,

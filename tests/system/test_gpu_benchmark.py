@@ -106,6 +106,16 @@ def test_a_wrong_kernel_is_told_from_rounding() -> None:
     assert changed("moving", 4, lambda _: np.nan)["moving"] == float("inf")
 
 
+def test_outputs_of_int8_are_held_to_the_processors_of_the_same_file() -> None:
+    from benchmarks.gpu.predictions import judge_outputs
+
+    float32 = np.linspace(-1, 1, 40).reshape(4, 10)
+    same_file = float32 + 0.01
+    oks = {p: judge_outputs(p, same_file + 0.008, same_file, float32)["ok"] for p in ("float32", "float16", "int8")}
+    assert oks == {"float32": False, "float16": True, "int8": False}
+    assert judge_outputs("int8", same_file - 0.004, same_file, float32)["ok"]
+
+
 def test_shapes_left_to_the_processor_are_not_work() -> None:
     from benchmarks.gpu.placement import count_nodes
 
