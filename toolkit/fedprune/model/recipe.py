@@ -36,9 +36,6 @@ _MAX_PATTERN_LENGTH = 1000
 _CHECKED_SETTINGS: dict[tuple[object, ...], dict[str, Any]] = {}
 _MAX_CHECKED_SETTINGS = 256
 
-# The same for recipes as offers have them.
-_READ_RECIPES: dict[tuple[object, ...], Recipe] = {}
-
 
 @dataclass(frozen=True)
 class PlainTraining:
@@ -327,15 +324,7 @@ class Recipe(LocalMethod, PlainTraining):
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:
         """Read and check; missing settings have their default. Raises `ConfigError` for an unknown key, a wrong type or
         a number out of range."""
-        settings = validation.check_table(cls, body, ("recipe",))
-        key = repr(settings), *map(type, settings.values())  # with types, as above
-        recipe = _READ_RECIPES.get(key)
-        if recipe is None:
-            recipe = cls(**settings)
-            if len(_READ_RECIPES) >= _MAX_CHECKED_SETTINGS:
-                _READ_RECIPES.clear()
-            _READ_RECIPES[key] = recipe
-        return recipe
+        return cls(**validation.check_table(cls, body, ("recipe",)))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
