@@ -359,10 +359,9 @@ class RoundRunner:
         return self._read_blob(offer.weights)
 
     def _received_candidate(self, offer: Offer, changed: bytes | None) -> Predictor:
-        """The offered model, or what it is `changed` into on this board. In a simulation many boards are offered the
-        same one, which stays open."""
-        if changed is not None or self._checked_graphs is None:
-            return self._stage_candidate(offer, changed or offer.weights)
+        """The offered model, or what it is `changed` into on this board."""
+        if changed is not None:
+            return self._stage_candidate(offer, changed)
         digests = (offer.inference.sha256, offer.weights.sha256)
         return self._trainer.received(digests, lambda: self._stage_candidate(offer, offer.weights))
 

@@ -107,7 +107,8 @@ class Trainer(StepGraph):
 class TrainerCache:
     """The training graph that was used last, which another runner's round usually needs again.
 
-    A board doesn't `keep` it after training: the new model needs its memory, and loading it takes less than two steps.
+    A board doesn't `keep` it after training, nor the model that it received: the new model needs their memory, and
+    loading the graph takes less than two steps.
     The subgraphs that were cut from it stay until another graph is used.
     """
 
@@ -135,7 +136,10 @@ class TrainerCache:
         return Predictor(model, threads=self.threads, cuda=self._cuda)
 
     def received(self, digests: tuple[str, str], open_model: Callable[[], Predictor]) -> Predictor:
-        """The predictor of a received model by the digests of its graph and weights; the last one is kept."""
+        """The predictor of a received model, by the digests of its graph and weights. If it is to be kept, the last one
+        stays open: in a simulation many boards are offered the same model."""
+        if not self._keep:
+            return open_model()
         if self._received is None or self._received[0] != digests:
             self._received = (digests, open_model())
         return self._received[1]
