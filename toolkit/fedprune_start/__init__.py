@@ -5,6 +5,7 @@ This package needs the standard library alone; importing a package of fedprune i
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import importlib.util
@@ -132,11 +133,10 @@ def _help_text() -> str:
 
 def _run(name: str, argv: Sequence[str] | None = None) -> int:
     """Import a command and run it; returns its exit code."""
+    # The interpreter's last collections would look through all that was imported: half a second with torch.
+    atexit.register(gc.freeze)
     try:
         return int(importlib.import_module(_COMMANDS[name].module).main(argv))
     except KeyboardInterrupt:  # while it was imported
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED_EXIT
-    finally:
-        # The interpreter's last collections would look through all that was imported: half a second with torch.
-        gc.freeze()

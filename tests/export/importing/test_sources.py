@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fedprune.core.errors import ModelError
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import ImportChoices, export_torch, import_onnx, load, read_source
 from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write_properties
+from fedprune_export.importing.sources import torch_module
 from fedprune_export.importing.timm_models import timm_name
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.sample_inputs import sample_feeds, vocabulary_size
@@ -261,3 +263,10 @@ def test_values_of_one_name_are_told_apart(kind: type[nn.Module]) -> None:
     assert set(model.tensors) == {n for n, _ in module.named_parameters()}
     with torch.no_grad():
         assert distance(outputs(model.graph, x), module(torch.from_numpy(x)).numpy()) < 1e-5
+
+
+def test_reading_a_source_thaws_nothing_that_the_process_froze() -> None:
+    gc.freeze()
+    assert torch_module("net.onnx") is None
+    assert gc.get_freeze_count() > 0
+    assert gc.isenabled()
