@@ -35,6 +35,10 @@ _TIMEOUT_S = 600.0
 _MAX_APART = 0.1
 
 
+class SideError(Exception):
+    """A side failed, or trained something else than the torch loop."""
+
+
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--flower", type=Path, metavar="PYTHON", help="an interpreter with flwr[simulation] and torch")
@@ -52,19 +56,25 @@ def main() -> None:
     out = options.out or RESULTS / "simulation.json"
     rows = [] if options.anew or not out.exists() else json.loads(out.read_text())["rows"]
     versions = _flower_versions(options.flower)
+    failures: list[str] = []
     for task in TASKS.values():
         if only in (None, task.name):
             with TemporaryDirectory() as folder:
                 rounds = options.rounds or task.rounds
-                row = {
-                    **measure(task, Path(folder) / task.name, pythons, options.turns, rounds),
-                    "made": {**setting("onnxruntime", "torch"), **versions},
-                }
+                try:
+                    measured = measure(task, Path(folder) / task.name, pythons, options.turns, rounds)
+                except (SideError, subprocess.TimeoutExpired) as error:  # the other nets are measured all the same
+                    failures.append(f"{task.name}: {error}")
+                    print(failures[-1], file=sys.stderr, flush=True)
+                    continue
+                row = {**measured, "made": {**setting("onnxruntime", "torch"), **versions}}
             print(row, file=sys.stderr, flush=True)
             rows = [row, *(other for other in rows if other["net"] != task.name)]
             rows.sort(key=lambda row: list(TASKS).index(row["net"]))
             # After each net, so that an interrupted run loses one; `--only net=NAME` measures it again.
             save(out, {"rows": rows, "ratios": _means(rows)})
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 def measure(task: Task, folder: Path, pythons: Mapping[str, Path], turns: int, rounds: int) -> dict[str, Any]:
@@ -83,8 +93,8 @@ def measure(task: Task, folder: Path, pythons: Mapping[str, Path], turns: int, r
     for side, side_runs in runs.items():
         apart = _apart(folder / f"{MODULES[side]}-0.npz", loop)
         if not apart <= _MAX_APART * other_apart:
-            raise SystemExit(
-                f"{task.name}: the model of {side} is {apart:.3g} away from that of the torch loop after the first "
+            raise SideError(
+                f"the model of {side} is {apart:.3g} away from that of the torch loop after the first "
                 f"round; on other batches the loop itself is {other_apart:.3g} away"
             )
         row[MODULES[side]] = {
@@ -109,7 +119,7 @@ def _run(python: Path, module: str, folder: Path, rounds: int, devices: int, out
             command, cwd=ROOT, env=_environment(), stdout=file, stderr=file, timeout=_TIMEOUT_S, check=False
         )  # fmt: skip
     if done.returncode or not out.exists():
-        raise SystemExit(f"{module} failed:\n{log.read_text()[-3000:]}")
+        raise SideError(f"{module} failed:\n{log.read_text()[-3000:]}")
     result: dict[str, Any] = json.loads(out.read_text())
     # The first round has the start in it: processes, graphs and allocations.
     stamps, cpu_s, later = result["stamps"], result["cpu_s"], rounds - 1
@@ -132,7 +142,7 @@ def _apart(path: Path, loop: Path) -> float:
     """The distance of a model from the torch loop's, as a share of how far that has moved from the first weights."""
     with np.load(path) as a, np.load(loop.with_suffix(".npz")) as b, np.load(loop.with_suffix(".start.npz")) as start:
         if a.keys() ^ b.keys():
-            raise SystemExit(f"models with other tensors: {sorted(a.keys() ^ b.keys())}")
+            raise SideError(f"models with other tensors: {sorted(a.keys() ^ b.keys())}")
         apart, moved = (sum(float(np.sum((x[n] - b[n]) ** 2.0)) for n in b) for x in (a, start))
         return (apart / moved) ** 0.5
 
