@@ -32,8 +32,11 @@ def read_model_file(path: Path) -> bytes:
         # A bare name such as resnet18 is most likely meant for timm.
         hint = "Give an ONNX file, a torch factory as package.module:factory, or timm:NAME."
         if _NETWORK_NAME.fullmatch(str(path)):
-            install = f"{install_command('torch')}, pip install timm"
-            hint += f" If {path} is a network of timm: {install}, and give timm:{path}."
+            if path.with_suffix(".py").is_file():
+                hint += f" For a factory in {path}.py: {path}:FACTORY."
+            else:
+                install = f"{install_command('torch')}, pip install timm"
+                hint += f" If {path} is a network of timm: {install}, and give timm:{path}."
         raise ModelError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error, hint)) from error
     try:
         proto = parse_model(raw, run_checker=False)

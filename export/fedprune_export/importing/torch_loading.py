@@ -35,10 +35,10 @@ def import_object(text: str) -> Any:
     try:
         module = import_user_module(module_name)
     except ImportError as error:
-        raise ModelError(
-            f"can't import {module_name} ({error_reason(error)})",
-            hint="Run the command in the folder of the module, or install its package.",
-        ) from error
+        hint = "Run the command in the folder of the module, or install its package."
+        if module_name.endswith(".py"):
+            hint = f"Name the module, not its file: {module_name.removesuffix('.py').replace('/', '.')}:{name}."
+        raise ModelError(f"can't import {module_name} ({error_reason(error)})", hint=hint) from error
     except Exception as error:
         raise ModelError(f"importing {module_name} failed ({type(error).__name__}: {error_reason(error)})") from error
     if not hasattr(module, name):

@@ -65,8 +65,10 @@ def find_profile(name_or_path: str | Path, folders: Sequence[Path] = ()) -> Hard
                     )
                 return profile
     available = profile_names(folders)
+    # The beginning of several names, such as jetson, is meant for none of them in particular.
+    is_family = sum(name.startswith(text) for name in available) > 1
     raise UnknownProfileError(
-        f"there is no hardware profile called {text!r}{did_you_mean(text, available)}",
+        f"there is no hardware profile called {text!r}{'' if is_family else did_you_mean(text, available)}",
         expected=f"one of {', '.join(available)}, or a path",
         hint="docs/add-a-board.md shows how to write one, and where to put it.",
     )

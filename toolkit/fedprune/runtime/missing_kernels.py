@@ -1,4 +1,4 @@
-"""Names the cause where onnxruntime has no kernels for a GPU, which CUDA only says at the first of them.
+"""Names the cause where onnxruntime has no CUDA, or no kernels for a GPU, which CUDA only says at the first of them.
 
 PyPI's onnxruntime-gpu for aarch64 (1.29.0 and 1.31.1) has kernels for compute capability 8.9, 9.0, 12.0 and 12.1, and
 no PTX that the driver could compile. On a Jetson Orin (8.7) or Thor (11.0) it installs, loads, and fails in a run.
@@ -30,10 +30,20 @@ def missing_kernels_reason(error: BaseException, version: str) -> str:
         return ""
     capability = _compute_capability()
     gpu = f"compute capability {capability}" if capability else "this GPU"
-    return f"onnxruntime {version} has no kernels for {gpu}: install {_suitable_build()} (docs/add-a-jetson.md)"
+    build = _suitable_build() or "an onnxruntime-gpu that was built for it"
+    return f"onnxruntime {version} has no kernels for {gpu}: install {build} (docs/add-a-jetson.md)"
+
+
+def missing_provider_reason(version: str) -> str:
+    """The cause where onnxruntime `version` has no CUDA, on a Jetson with what to install."""
+    build = _suitable_build()
+    return f"onnxruntime {version} has no CUDA provider" + (
+        f": install {build} (docs/add-a-jetson.md)" if build else ""
+    )
 
 
 def _suitable_build() -> str:
+    """The build for this Jetson; empty on other machines, and for a JetPack without one."""
     try:
         release = l4t_release(TEGRA_RELEASE.read_text(errors="replace"))
         jetpack = jetpack_of_release(release) if release else None
@@ -41,7 +51,7 @@ def _suitable_build() -> str:
         jetpack = None
     index = None if jetpack is None else _WHEEL_INDEXES.get(jetpack.name.partition(".")[0])
     if jetpack is None or index is None:
-        return "an onnxruntime-gpu that was built for it"
+        return ""
     return f"NVIDIA's onnxruntime-gpu for JetPack {jetpack.name}, from {index}"
 
 

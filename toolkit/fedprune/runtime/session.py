@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
 from fedprune.runtime.gpu_gate import GPU_GATE
-from fedprune.runtime.missing_kernels import missing_kernels_reason
+from fedprune.runtime.missing_kernels import missing_kernels_reason, missing_provider_reason
 from fedprune.runtime.placed_runs import GpuLostError, PlacedArray, PlacedRuns, run_bound
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve_sessions
 
@@ -197,7 +197,7 @@ class OnnxSession:
 
     def _open_on_cuda(self, *, records: bool) -> Any:
         if _CUDA not in _onnxruntime().get_available_providers():
-            self._log_no_cuda(f"onnxruntime {onnxruntime_version()} has no CUDA provider")
+            self._log_no_cuda(missing_provider_reason(onnxruntime_version()))
             return None
         records = records and _process is None
         try:
