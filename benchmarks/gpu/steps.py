@@ -1,4 +1,4 @@
-"""Training steps of five nets at three widths: right, on the card, in time, and in as much memory as planned."""
+"""Training steps of five nets at three widths: right and on the card; time and memory are told, not judged."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_a_dry_run_goes_through_rounds_of_real_programs_and_a_fleet() -> None:
     rows, _ = dry_rows("board", "fleet")
     (board,), (fleet,) = rows["board"], rows["fleet"]
     assert (board["rounds"], len(board["step_ms"])) == (1, 1)
-    assert fleet["devices"] == 2
+    assert (fleet["devices"], fleet["ok"]) == (2, True)
 
 
 @pytest.mark.soak
@@ -61,6 +61,19 @@ def test_a_board_that_trains_on_its_processor_instead_of_the_gpu_fails_the_check
     row = board_row(Machine(dry=True, end=0.0), CUDA_TIER)
     assert row["rounds"] == 1
     assert "has no CUDA provider" in row["fell_back"][0]
+    assert not row["ok"]
+
+
+@pytest.mark.soak
+def test_a_fleet_that_trains_on_the_processor_instead_of_the_gpu_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from benchmarks.gpu import fleet
+    from benchmarks.gpu.machine import Machine
+
+    monkeypatch.setattr(fleet, "SIMULATE", [*fleet.SIMULATE, "--cuda"])
+    (row,) = fleet.measure_fleet(Machine(dry=True, end=float("inf")))
+    assert row["fell_back"]
     assert not row["ok"]
 
 
@@ -96,10 +109,15 @@ def test_a_wrong_kernel_is_told_from_rounding() -> None:
         losses[step:] = change(losses[step:])
         return judge(replace(ours, **{field: losses}), exact, [torchs, nudged])
 
-    name = next(iter(exact.momentum))
-    wrong = replace(ours, momentum={**ours.momentum, name: 1.1 * ours.momentum[name]})
-    verdict = judge(wrong, exact, [torchs, nudged])
-    assert (verdict["ok"], verdict["tensor"]) == (False, name)
+    def replaced(name: str, value: Any) -> Any:
+        return judge(replace(ours, state={**ours.state, name: value}), exact, [torchs, nudged])
+
+    lacks_a_row = ours.state["7.weight"].copy()
+    lacks_a_row[np.linalg.norm(lacks_a_row, axis=1).argmax()] = 0
+    first = next(iter(exact.state))
+    for name, value in ((first, 1.04 * ours.state[first]), ("7.weight", lacks_a_row)):
+        verdict = replaced(name, value)
+        assert (verdict["ok"], verdict["tensor"]) == (False, name)
     assert not changed("still", 0, lambda losses: losses * (1 + 1e-4))["ok"], "what TF32 does"
     assert not changed("still", 6, lambda _: ours.still[5])["ok"], "a replay of what was read before"
     assert not changed("moving", 1, lambda _: ours.moving[0])["ok"], "no update"
