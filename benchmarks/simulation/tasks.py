@@ -68,7 +68,7 @@ TASKS = {
         Task("2nn", perceptron, (784,), 20, 40),
         Task("lenet", lambda: network("lenet"), (1, 28, 28), 10, 8),
         Task("lstm", Lstm, (9, 64), 20, 12),
-        Task("resnet20_bn", lambda: network("resnet20_bn"), (3, 32, 32), 4, 4),
+        Task("resnet20_bn", lambda: network("resnet20_bn"), (3, 32, 32), 4, 3),
     )
 }
 
