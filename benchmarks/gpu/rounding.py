@@ -150,8 +150,8 @@ def _spread(losses: Sequence[Array], truth: Array) -> Array:
 
 
 def _state_share(name: str, trace: Trace, exact: Trace, rounded: Sequence[Trace]) -> float:
-    """A tensor's distance from the exact one, as a share of its tolerance: of the whole, of an output's median row or of
-    the farthest row, whichever is largest."""
+    """A tensor's distance from the exact one, as a share of its tolerance: of the whole, of its median row or of the
+    farthest row, whichever is largest."""
     norms = _row_norms(exact.state[name])
     scale = max(float(np.sqrt(np.mean(norms**2))), UNIT)
 
