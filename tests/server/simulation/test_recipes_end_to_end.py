@@ -43,7 +43,7 @@ def simulation(folder: Path, recipe: dict[str, Any], **settings: Any) -> Simulat
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"loss": "bce", "balance_classes": True, "lr": 0.1, "epochs": 3},
+        {"loss": "bce", "balance_classes": True, "lr": 0.02, "epochs": 3},
         {"optimizer": "adamw", "lr": 0.003, "clip_norm": 1.0, "accumulate": 4, "label_smoothing": 0.1},
         {"optimizer": "adam", "lr": 0.003, "ordered_dropout": [0.25, 0.5], "epochs": 2},
     ],

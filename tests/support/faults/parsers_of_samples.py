@@ -7,11 +7,13 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
 from fedprune.core.errors import FedpruneError
+from fedprune.model.input_type import InputType
 from fedprune_device.cli.predict import _read_samples as samples_to_predict
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.audio_decoding import Audio
@@ -53,7 +55,8 @@ def sample_targets() -> tuple[Target, ...]:
 def to_predict(path: Path) -> object:
     """The samples that `fedprune-device predict --input` reads."""
     defaults = {"class_names": (), "device": "", "seed": 0, "validation_share": 0.0}
-    return samples_to_predict(Namespace(input=path, split=None, **defaults), (4,), ())
+    predictor: Any = Namespace(input_shape=(4,), input_type=InputType.of("float"))
+    return samples_to_predict(Namespace(input=path, split=None, **defaults), predictor, ())
 
 
 def _files() -> tuple[Target, ...]:
