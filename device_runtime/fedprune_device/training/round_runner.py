@@ -363,7 +363,7 @@ class RoundRunner:
         if changed is not None:
             return self._stage_candidate(offer, changed)
         digests = (offer.inference.sha256, offer.weights.sha256)
-        return self._trainer.received(digests, lambda: self._stage_candidate(offer, offer.weights))
+        return self._trainer.received_predictor(digests, lambda: self._stage_candidate(offer, offer.weights))
 
     def _stage_candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
         source = self._blobs.path(weights.sha256) if isinstance(weights, BlobRef) else weights

@@ -135,7 +135,7 @@ class TrainerCache:
         """Open a staged model."""
         return Predictor(model, threads=self.threads, cuda=self._cuda)
 
-    def received(self, digests: tuple[str, str], open_model: Callable[[], Predictor]) -> Predictor:
+    def received_predictor(self, digests: tuple[str, str], open_model: Callable[[], Predictor]) -> Predictor:
         """The predictor of a received model, by the digests of its graph and weights. If it is to be kept, the last one
         stays open: in a simulation many boards are offered the same model."""
         if not self._keep:
