@@ -175,9 +175,9 @@ def _ask_over(
     )
 
 
-def read_claim_file(path: Path) -> JoinClaim:
+def read_claim_file(path: Path, device: str) -> JoinClaim:
     try:
-        return JoinClaim.parse(decode_text(path.read_bytes()), str(path))
+        return JoinClaim.parse(decode_text(path.read_bytes()), str(path), device)
     except OSError as error:
         raise IdentityError(f"can't read the claim in {path}: {error.strerror}", hint=path_remedy(error)) from error
     except UnicodeError as error:

@@ -136,7 +136,7 @@ def join_first(
     if identity is None:
         return True
     if not identity.has_joined:
-        claim = _load_claim(options.claim, stored_claim)
+        claim = _load_claim(options.claim, stored_claim, options.device)
         if claim is None and pin is None:
             identity.check_complete()
             raise IdentityError(
@@ -169,12 +169,12 @@ def join_first(
     return True
 
 
-def _load_claim(option: str | None, stored_claim: Path) -> JoinClaim | None:
+def _load_claim(option: str | None, stored_claim: Path, device: str) -> JoinClaim | None:
     if option == "-":
-        return JoinClaim.parse(sys.stdin.read().lstrip("\ufeff"), "standard input")
+        return JoinClaim.parse(sys.stdin.read().lstrip("\ufeff"), "standard input", device)
     if option is not None:
-        return read_claim_file(Path(option))
-    return read_claim_file(stored_claim) if stored_claim.exists() else None
+        return read_claim_file(Path(option), device)
+    return read_claim_file(stored_claim, device) if stored_claim.exists() else None
 
 
 def _print_to_stderr(line: str) -> None:

@@ -70,11 +70,11 @@ def _image(arguments: argparse.Namespace) -> None:
         image.check_image(contents, kit)
         steps = image.customise_image(file, contents, kit, setup, write=out is not None)
     system = contents.system.title or "unknown system"
-    print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
+    print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: device {kit.device}, {kit.target}")
     steps = [f"copy {arguments.source} to {arguments.out} ({contents.size / 1e6:.0f} MB)", *steps]
     print("\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1)))
     if out is not None:
-        print(f"{out} is ready{': for one board, since it holds a claim' if kit.has_claim else ''}.")
+        print(f"{out} is ready{f': for {kit.device} alone, since it holds its claim' if kit.has_claim else ''}.")
         if not kit.has_claim:
             print(NO_CLAIM_NOTE)
 

@@ -42,7 +42,8 @@ def add_kit_command(commands: argparse._SubParsersAction[CommandParser]) -> None
         "--claim-file",
         type=Path,
         metavar="FILE",
-        help=f"a file with a one-time claim; or put the claim into ${_CLAIM_VARIABLE}",
+        help="a file with the board's one-time claim, also among those of other boards; or put the claim into "
+        f"${_CLAIM_VARIABLE}",
     )
     kit.add_argument("--python", default="3.13", metavar="V", help="the board's Python, 3.10 to 3.13 (default: 3.13)")
     kit.add_argument("--architecture", default="aarch64", metavar="A", help="aarch64 (default) or x86_64")
@@ -92,14 +93,13 @@ def _kit(arguments: argparse.Namespace) -> None:
             tell=tell,
         )
     if arguments.json:
-        body = {"folder": str(kit.folder), "target": str(kit.target), "files": len(kit.paths), "bytes": kit.bytes}
-        print_json({**body, "sha256": kit.digest, "claimed": kit.has_claim, "key": kit.signed_by or None})
+        body = {"folder": str(kit.folder), "device": kit.device, "target": str(kit.target), "files": len(kit.paths)}
+        origin = {"sha256": kit.digest, "claimed": kit.has_claim, "key": kit.signed_by or None}
+        print_json({**body, "bytes": kit.bytes, **origin})
         return
-    print(
-        f"{kit.folder}: {kit.target}, {quantity(len(kit.paths), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
-    )
-    if not kit.has_claim:
-        print(NO_CLAIM_NOTE)
+    size = f"{quantity(len(kit.paths), 'file')}, {kit.bytes / 1e6:.1f} MB"
+    print(f"{kit.folder}: device {kit.device}, {kit.target}, {size}, sha256 {kit.digest}")
+    print(f"Its claim lets {kit.device} join, once." if kit.has_claim else NO_CLAIM_NOTE)
     if kit.signed_by:
         print(f"It is signed with key {VerifyingKey.from_hex(kit.signed_by).fingerprint}.")
     else:

@@ -73,14 +73,15 @@ class BoardSettings:
             )
 
 
-def check_claim(text: str) -> str:
-    """Check and normalise a one-time claim; raises `ConfigError` if the text is no claim, or a private key."""
+def check_claim(text: str, device: str) -> str:
+    """Check and normalise a one-time claim; raises `ConfigError` if the text is no claim for this device, or a private
+    key."""
     if _PRIVATE.search(text):
         raise ConfigError(
             "claim", expected="a one-time claim", got="a private key", hint="Keys are made on the board and stay there."
         )
     try:
-        return JoinClaim.parse(text).text
+        return JoinClaim.parse(text, device=device).text
     except JoinError as error:
         hint = error.hint or "`fedprune-server claim` prints one. $FEDPRUNE_CLAIM is the claim itself."
         raise ConfigError(error.what, expected=error.expected, got=error.got, hint=hint) from error

@@ -158,7 +158,7 @@ def build_kit(
             if claim is not None:
                 # The permissions first: the secret must not be readable to others for a moment.
                 (kit_folder_path / CLAIM_FILE).touch(mode=0o600)
-                (kit_folder_path / CLAIM_FILE).write_text(check_claim(claim), encoding="ascii")
+                (kit_folder_path / CLAIM_FILE).write_text(check_claim(claim, board.device), encoding="ascii")
             contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
             paths = [p for p in kit_folder_path.rglob("*") if p.is_file()]
             rows = [

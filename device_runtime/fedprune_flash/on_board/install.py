@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
             remove_installation(system, purge=arguments.purge)
         else:
             kit = KitFolder(Path(sys.argv[0]).resolve().parent)
-            claim = None if arguments.claim is None else read_claim_option(arguments.claim)
+            device = arguments.device or kit.manifest["device"]
+            claim = None if arguments.claim is None else read_claim_option(arguments.claim, device)
             key = trusted_key(kit, system, arguments.key, unsigned=arguments.unsigned)
             kit.check_files()
             print(f"signed with key {key_fingerprint(kit.signer_key)}" if key else "not signed", flush=True)

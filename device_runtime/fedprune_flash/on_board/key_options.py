@@ -15,7 +15,7 @@ from fedprune_flash.on_board.kit_folder import KitFolder
 
 _KEY_DIGITS = re.compile(r"[0-9a-f]{64}")
 _CLAIM = re.compile(rb"FP1[A-Z0-9]{56}")
-# Bytes that are read of a claim: its text with dashes and blanks, also in UTF-16 as Windows writes it.
+# Bytes that are read of a claim: its text with dashes, blanks and a device's name, also in UTF-16 as Windows writes it.
 _MAX_CLAIM_BYTES = 400
 
 
@@ -37,8 +37,9 @@ def read_key_option(option: str, flags: int = 0) -> bytes:
     return bytes.fromhex(digits)
 
 
-def read_claim_option(option: str) -> bytes:
-    """A claim from a file, or from standard input for -; otherwise `JoinError`. The service checks its digits."""
+def read_claim_option(option: str, device: str) -> bytes:
+    """A claim for this device from a file, or from standard input for -; otherwise `JoinError`. The service checks its
+    digits."""
     try:
         with open(0 if option == "-" else option, "rb", closefd=option != "-") as file:
             raw = file.read(_MAX_CLAIM_BYTES)
@@ -47,13 +48,21 @@ def read_claim_option(option: str) -> bytes:
     with suppress(UnicodeError):
         raw = decode_text(raw).encode()
     claim = raw.strip()
-    if not _CLAIM.fullmatch(re.sub(rb"[\s-]", b"", claim).upper()):
+    code, _, name = claim.partition(b"@")
+    if not _CLAIM.fullmatch(re.sub(rb"[\s-]", b"", code).upper()):
         raise JoinError(
             f"the claim {option}",
             expected="FP1- and 7 groups of 8 characters",
             # Not the text itself, which may be a key.
             got=f"another text of {len(claim)} bytes",
             hint="`fedprune-server claim` makes one.",
+        )
+    if name and name.decode("ascii", "replace") != device:
+        raise JoinError(
+            f"the claim {option} is another device's",
+            expected=f"one for {device}",
+            got=f"one for {value_text(name.decode('ascii', 'replace'))}",
+            hint="--device names this board, where the kit doesn't.",
         )
     return claim
 

@@ -48,9 +48,13 @@ def add_claim(claim: argparse.ArgumentParser) -> None:
     add_database(claim)
     claim.add_argument(
         "--device",
+        dest="devices",
+        nargs="+",
+        action="extend",
+        default=[],
         type=name_type("device"),
         metavar="NAME",
-        help="make claims for this device alone (default: for any name that is free)",
+        help="make a claim for each of these devices, which ends in its name (default: for any name that is free)",
     )
     claim.add_argument("--count", type=positive_integer, default=1, metavar="N", help="how many (default: 1)")
     claim.add_argument("--hours", type=positive_hours, default=72, metavar="H", help="how long they last (default: 72)")

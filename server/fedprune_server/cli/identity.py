@@ -108,12 +108,15 @@ def run_claim(arguments: argparse.Namespace) -> None:
     _check_hours(arguments.hours)
     if arguments.count > _MAX_CLAIMS:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
-    if arguments.count > 1 and arguments.device is not None:
+    devices: list[str | None] = arguments.devices or [None] * arguments.count
+    if arguments.count > 1 and arguments.devices:
         raise UsageError("--count and --device", expected="one of them", got="both", hint="A name is one device's.")
+    if len(set(arguments.devices)) < len(arguments.devices):
+        raise UsageError("--device", expected="every name once", got=", ".join(arguments.devices))
     with _open_identity(arguments) as identity, _open_claims_file(arguments.out) as file:
-        for _ in range(arguments.count):
-            print(identity.make_claim(arguments.device, math.ceil(3600 * arguments.hours)).text, file=file)
-    _print_claims(arguments, arguments.device or "any name that is free", arguments.count)
+        for device in devices:
+            print(identity.make_claim(device, math.ceil(3600 * arguments.hours)).text, file=file)
+    _print_claims(arguments, ", ".join(arguments.devices) or "any name that is free", len(devices))
 
 
 def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> None:

@@ -217,7 +217,7 @@ class IdentityFolder(Closeable):
         """
         if device is not None and check_device(device) == SERVER_COMMON_NAME:
             raise JoinError(f"no device may be called {SERVER_COMMON_NAME!r}", hint="Choose another name.")
-        claim, now = JoinClaim.make(self.authority.pin), self.authority.now()
+        claim, now = JoinClaim.make(self.authority.pin, device), self.authority.now()
         self.store.add_claim(claim, device, now, now + seconds)
         return claim
 

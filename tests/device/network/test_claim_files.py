@@ -16,4 +16,4 @@ pytestmark = pytest.mark.board
 def test_a_claim_is_read_as_editors_and_shells_save_it(tmp_path: Path, encoding: str) -> None:
     claim = JoinClaim.make(secrets.token_bytes(PIN_BYTES))
     (tmp_path / "claim").write_bytes(f"{claim.text}\r\n".encode(encoding))
-    assert read_claim_file(tmp_path / "claim") == claim
+    assert read_claim_file(tmp_path / "claim", "attic") == claim

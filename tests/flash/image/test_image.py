@@ -144,7 +144,7 @@ def test_an_image_gets_exactly_the_planned_files_and_stays_sound(
     assert mtype(out, "overlays/a long name.dtbo", boot) == b"\x01" * 5000
     assert PHRASE.encode() not in after
     assert f"Debian GNU/Linux 13 (trixie), {scheme}, /boot/firmware" in output
-    assert "for one board" in output
+    assert "for attic alone" in output
     CHECKS[scheme](lambda name: mtype(out, name, boot).decode(), key.read_text().strip())
 
 

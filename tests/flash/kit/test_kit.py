@@ -62,7 +62,7 @@ def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
         open_kit(kit.folder)
 
 
-@pytest.mark.parametrize("claim", ["with\0zero", "claim.txt", f"{CLAIM[:-1]}A"])
+@pytest.mark.parametrize("claim", ["with\0zero", "claim.txt", f"{CLAIM[:-1]}A", f"{CLAIM}@barn"])
 def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit, claim: str) -> None:
     with pytest.raises(ConfigError, match="claim"):
         make_kit(claim=claim)
@@ -198,10 +198,10 @@ def arguments(out: Path, wheels: Path, links: Path) -> list[str]:
 def test_the_command_makes_a_kit(
     tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FEDPRUNE_CLAIM", CLAIM)
+    monkeypatch.setenv("FEDPRUNE_CLAIM", f"{CLAIM}@barn\n{CLAIM}@d")
     assert cli.main(arguments(tmp_path / "kit", wheels, wheels)) == ExitCode.OK
     kit = open_kit(tmp_path / "kit")
-    assert (kit.folder / "claim.txt").read_text() == CLAIM
+    assert (kit.folder / "claim.txt").read_text() == f"{CLAIM}@d"
     output = capsys.readouterr().out
     assert kit.digest in output
     assert "install.pyz --unsigned" in output
@@ -211,4 +211,4 @@ def test_the_command_makes_a_kit(
     assert cli.main([*signed, "--json"]) == ExitCode.OK
     body, kit = json.loads(capsys.readouterr().out), open_kit(tmp_path / "signed", KEY)
     assert (body["folder"], body["sha256"], body["bytes"]) == (str(kit.folder), kit.digest, kit.bytes)
-    assert (body["claimed"], body["key"]) == (False, PUBLIC.hex)
+    assert (body["device"], body["claimed"], body["key"]) == ("d", False, PUBLIC.hex)

@@ -123,9 +123,10 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, root: 
 
 def test_a_claim_comes_from_a_file_unless_the_board_has_joined(make_kit: MakeKit, root: Path, tmp_path: Path) -> None:
     kit, file, claim = make_kit().folder, tmp_path / "attic.claim", root / "var/lib/fedprune/claim"
-    file.write_text(CLAIM.lower() + "\n")
+    text = f"{CLAIM.lower()}@attic"
+    file.write_text(text + "\n")
     assert run(kit, root, "--claim", str(file)).returncode == 0
-    assert (claim.read_text(), claim.stat().st_mode & 0o777) == (CLAIM.lower(), 0o400)
+    assert (claim.read_text(), claim.stat().st_mode & 0o777) == (text, 0o400)
     claim.unlink()
     (root / "var/lib/fedprune/identity").mkdir()
     (root / "var/lib/fedprune/identity/tls.key").touch()
@@ -135,9 +136,11 @@ def test_a_claim_comes_from_a_file_unless_the_board_has_joined(make_kit: MakeKit
 
 def test_what_is_no_claim_is_refused_before_anything_is_written(make_kit: MakeKit, root: Path, tmp_path: Path) -> None:
     file = tmp_path / "attic.claim"
-    file.write_text(CLAIM[:-1])
-    done = run(make_kit().folder, root, "--claim", str(file))
-    assert (done.returncode, done.stderr.count("\n"), list(root.iterdir())) == (ExitCode.JOIN, 1, [])
+    kit = make_kit().folder
+    for text in (CLAIM[:-1], f"{CLAIM}@barn"):
+        file.write_text(text)
+        done = run(kit, root, "--claim", str(file))
+        assert (done.returncode, done.stderr.count("\n"), list(root.iterdir())) == (ExitCode.JOIN, 1, [])
 
 
 def test_removal_is_the_reverse_and_keeps_what_was_learnt(kit: Path, tmp_path: Path) -> None:

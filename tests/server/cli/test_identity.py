@@ -53,9 +53,10 @@ def statuses_by_device(state: str, capsys: Captured) -> dict[str, list[str]]:
 
 def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: Path, capsys: Captured) -> None:
     assert main(["claim", "--state", state, "--count", "3"]) == ExitCode.OK
-    assert main(["claim", "--state", state, "--device", "attic"]) == ExitCode.OK
+    assert main(["claim", "--state", state, "--device", "attic", "shed"]) == ExitCode.OK
     claims = [JoinClaim.parse(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(claims) == len({c.secret for c in claims}) == 4
+    assert len(claims) == len({c.secret for c in claims}) == 5
+    assert [c.device for c in claims] == [None, None, None, "attic", "shed"]
 
     assert asks(state, tmp_path / "1", "pi-1", claims[0])[1] == "approved"
     assert asks(state, tmp_path / "2", "cellar", claims[3])[1] == "refused"
@@ -198,6 +199,7 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, capsys: Captur
     ("arguments", "code", "message"),
     [
         (["claim", "--count", "2", "--device", "x"], ExitCode.USAGE, "--count and --device"),
+        (["claim", "--device", "x", "x"], ExitCode.USAGE, "--device"),
         (["claim", "--device", "fedprune-server"], ExitCode.JOIN, "no device may be called 'fedprune-server'"),
         (["devices", "approve", "nobody", "--key", "0000-0000"], ExitCode.JOIN, "no such device waits"),
         (["broker-config", "mosquitto", "--host", "a b", "--out", "{out}"], ExitCode.IDENTITY, "host of a broker"),

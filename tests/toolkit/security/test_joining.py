@@ -175,6 +175,20 @@ def test_one_wrong_character_or_two_that_are_swapped_are_noticed(claim: JoinClai
             JoinClaim.parse(wrong)
 
 
+def test_a_claim_names_its_device_and_is_found_among_those_of_others() -> None:
+    attic, barn, anyone = (JoinClaim.make(bytes(PIN_BYTES), device) for device in ("attic", "Barn-2", None))
+    lines = "\n".join(claim.text for claim in (attic, barn, anyone))
+
+    assert JoinClaim.parse(lines, device="Barn-2") == barn
+    assert [JoinClaim.parse(c.text, device="attic") for c in (attic, anyone)] == [attic, anyone]
+    assert JoinClaim.parse(barn.text.replace("-", " ", 7) + "\n") == barn
+    for text, device in ((barn.text, "attic"), (lines, "shed"), (lines, None), (f"{lines}\n{barn.text}", "Barn-2")):
+        with pytest.raises(JoinError) as refusal:
+            JoinClaim.parse(text, device=device)
+        assert refusal.value.hint
+        assert not any(claim.text[:12] in str(refusal.value) for claim in (attic, barn, anyone))
+
+
 @pytest.mark.parametrize("text", ["", "FP2-AAAA", "FP1", "FP1-" + "1" * 56])
 def test_what_is_no_claim_is_one_clear_error(text: str) -> None:
     with pytest.raises(JoinError, match="claim"):
