@@ -191,13 +191,14 @@ class LocalData:
                 "them in its column class. Without labels a model learns to reproduce its inputs, which its outputs "
                 "must be as large as.",
             )
-        for y in filter(len, (self.y_train, self.y_test, self.y_val)):
-            targets(y)
+        # Inputs first: labels mean nothing to a model that the samples aren't for.
         if shape is not None:
             check_shape(self.x_train, shape)
         if input_type is not None:
             for x in filter(len, (self.x_train, self.x_test, self.x_val)):
                 check_type(x, input_type)
+        for y in filter(len, (self.y_train, self.y_test, self.y_val)):
+            targets(y)
 
 
 class SampleSource(Protocol):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
 from fedprune_device.data.array_source import load_data, load_inputs
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, class_presence, class_weights, log_prior
 
 pytestmark = pytest.mark.board
@@ -129,6 +130,14 @@ def test_samples_without_labels_are_their_own(tmp_path: Path, arrays: dict[str, 
     ):
         with pytest.raises(DataError, match=r"\[n, 2\]"):
             data.check(targets, (2,))
+
+
+def test_samples_for_another_model_are_refused_for_their_shape_before_their_labels() -> None:
+    data = LocalData(X, np.full(len(X), 9), X[:0], Y[:0])
+    with pytest.raises(DataError, match="label"):
+        data.check(Targets("cross_entropy", 2), (2,))
+    with pytest.raises(DataError, match="shape"):
+        data.check(Targets("cross_entropy", 2), (3,))
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=50))
