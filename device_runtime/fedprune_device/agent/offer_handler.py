@@ -24,6 +24,7 @@ from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.update_sender import UpdateSender
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.evaluation import metrics_text
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner, TrainedRound
 from fedprune_device.training.training_task import TrainingStoppedError
@@ -344,8 +345,7 @@ class OfferHandler:
             self._sender.announce_soon(now)
         else:
             self._secure.keep(offer, update, now)
-        metrics_text = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
-        _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, metrics_text)
+        _LOG.info("round %d of job %s: trained %s", offer.round, offer.job, metrics_text(update.metrics))
 
     def _round_failed(self, offer: messages.Offer, error: BaseException, now: float) -> None:
         if isinstance(error, DamagedBlobError) and self._damaged_blobs < _MAX_DAMAGED_BLOBS:

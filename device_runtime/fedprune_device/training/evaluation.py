@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.median import median
-from fedprune.core.metrics import LOSS, METRICS
+from fedprune.core.metrics import LOSS, METRICS, served_metrics
+from fedprune.core.text import amount, quantity
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment, Terms, loss_terms
@@ -140,3 +142,20 @@ def training_metrics(result: TrainingResult) -> dict[str, float]:
         "step_seconds": result.step_seconds,
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """What a training took and what its model scores, for people; the rest of a phrase that begins with `trained`."""
+    units = {
+        "train_seconds": ("s", "in "),
+        "step_seconds": ("s", "a step in "),
+        "peak_memory_bytes": ("bytes", "at most "),
+    }
+    costs = [how + amount(metrics[name], unit) for name, (unit, how) in units.items() if name in metrics]
+    scores = []
+    for name, value in served_metrics(metrics).items():
+        before = metrics.get(f"{name}_before")
+        change = "" if before is None else f" ({METRICS[name].value_text(before)} before)"
+        scores.append(METRICS[name].titled_value(value) + change)
+    test = f" on {quantity(int(metrics.get('samples_test', 0)), 'test sample')}" if scores else ""
+    return f"{', '.join(costs)}; {', '.join(scores) or 'no test samples'}{test}"

@@ -17,6 +17,7 @@ from fedprune.core.errors import StorageError
 from fedprune.wire.messages import Offer
 from fedprune_device.serving.predictor import GRAPH
 from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.evaluation import metrics_text
 from fedprune_device.training.round_runner import RoundRunner, TrainedRound
 
 _LOG = logging.getLogger("fedprune.device")
@@ -65,8 +66,8 @@ class OfflineTraining:
         """Note that a training is done, so that the next one waits for its time."""
         times = int(self._recorded_number("times")) + 1
         atomic_file.write_document(self._store.root / _RECORD_FILE, {"at": self._clock(), "times": times})
-        metrics = ", ".join(f"{k} {v:.4g}" for k, v in sorted(result.metrics.items()))
-        _LOG.info("trained offline; %s serves (%s)", "the new model" if serves else "the old model", metrics)
+        served = "the new model" if serves else "the old model"
+        _LOG.info("%s serves; trained offline %s", served, metrics_text(result.metrics))
 
     def _offer(self) -> Offer | None:
         """The last offer, from what serves instead of what was received; None where it can't be trained on."""

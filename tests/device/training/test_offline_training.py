@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -323,6 +324,7 @@ def test_what_validation_samples_call_worse_does_not_serve(
     with caplog.at_level("INFO"):
         assert at.goes_by(DAY)
     assert "the old model serves" in caplog.text
+    assert not re.search(r"_(seconds|bytes|before|after|test)\b", caplog.text), "names of metrics are no sentence"
     assert at.store.slots.current() == before
     assert not at.goes_by(DAY / 2)
     at.alone = at.handler_at(
