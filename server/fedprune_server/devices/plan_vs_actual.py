@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedprune.coordination import State
@@ -27,7 +28,7 @@ QUANTITIES: dict[str, tuple[str, str, str]] = {
 }
 
 # By metric: the predicted and the measured value, of which one may be missing.
-RoundComparison = dict[str, tuple[float | None, float | None]]
+RoundComparison = Mapping[str, tuple[float | None, float | None]]
 
 
 def compare_device(name: str, state: State | None, predicted: Mapping[str, Any] | None) -> RoundComparison:
@@ -37,15 +38,31 @@ def compare_device(name: str, state: State | None, predicted: Mapping[str, Any] 
     return {m: pair for m, pair in pairs.items() if pair != (None, None)}
 
 
-def compare_latest(state: State) -> dict[str, RoundComparison]:
+@dataclass(frozen=True)
+class LatestComparison:
+    """A device's latest measurements beside its predictions as rounds have corrected them, by its plan."""
+
+    corrected: RoundComparison
+    plan: Mapping[str, Any] | None = None
+
+    def text(self, metrics: Collection[str]) -> str:
+        """Some of the measurements, with the predictions that `status` shows beside them."""
+        # Only here, since reading a plan takes too long to be done for every board of a large fleet.
+        figures = None if self.plan is None else planned_figures(self.plan)
+        rows = {m: (_figure(figures, QUANTITIES[m][1]), self.corrected[m][1]) for m in metrics}
+        return comparison_text(rows, self.corrected)
+
+
+def compare_latest(state: State) -> dict[str, LatestComparison]:
     """Comparisons for the devices that counted in the latest round; empty for a device whose widths have changed."""
-    comparisons: dict[str, RoundComparison] = {}
+    comparisons: dict[str, LatestComparison] = {}
     for name, device_summary in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
         if device is None or device_summary["progress"] != Progress.FOLDED.value:
             continue  # a device whose update didn't count has measured nothing in this round
         is_unchanged = device.plan is not None and device_summary.get("widths") == list(device.widths)
-        comparisons[name] = compare_device(name, state, (device.plan or {}).get("prediction")) if is_unchanged else {}
+        rows = compare_device(name, state, (device.plan or {}).get("prediction")) if is_unchanged else {}
+        comparisons[name] = LatestComparison(rows, device.plan)
     return comparisons
 
 

@@ -10,9 +10,7 @@ from types import MappingProxyType
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.text import amount
 from fedprune.jobs.state import Progress
-from fedprune_server.devices.plan_vs_actual import QUANTITIES
 from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN
 from fedprune_server.monitoring.participation import Participation
 from fedprune_server.monitoring.round_times import RoundTimes
@@ -101,17 +99,15 @@ def _excluded_boards(snapshot: JobSnapshot) -> dict[str, str]:
 
 
 def prediction_excesses(snapshot: JobSnapshot, earlier: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """Boards whose time or memory exceeded the prediction by far in their latest round, and by how much.
+    """Boards whose time or memory exceeded the prediction by far in their latest round, with the figures of `status`.
 
     Boards in `earlier`, the result after the previous round, stay until half of the excess is gone.
     """
     excesses = {name: text for name, text in earlier.items() if name in snapshot.devices}
     for name, comparison in snapshot.comparisons.items():
         excesses.pop(name, None)
-        for metric, (expected, measured) in comparison.items():
-            limit = (1.0 + _EXCESS_LIMITS[metric]) / 2 if name in earlier else _EXCESS_LIMITS[metric]
-            if expected and measured and measured > limit * expected:
-                title, _, unit = QUANTITIES[metric]
-                text = f"{title} {amount(measured, unit)} instead of {amount(expected, unit)}"
-                excesses[name] = f"{excesses[name]}, {text}" if name in excesses else text
+        limits = {m: (1.0 + limit) / 2 if name in earlier else limit for m, limit in _EXCESS_LIMITS.items()}
+        pairs = comparison.corrected.items()
+        if exceeded := [m for m, (expected, taken) in pairs if expected and taken and taken > limits[m] * expected]:
+            excesses[name] = comparison.text(exceeded)
     return excesses

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fedprune.coordination import Phase
 from fedprune.jobs.state import Progress
-from fedprune_server.devices.plan_vs_actual import RoundComparison
+from fedprune_server.devices.plan_vs_actual import LatestComparison
 
 T = TypeVar("T")
 
@@ -177,7 +177,7 @@ class JobSnapshot:
     undelivered_devices: Mapping[str, str] = field(default_factory=dict)
     silent_devices: Mapping[str, str] = field(default_factory=dict)
     crashes: Mapping[str, str] = field(default_factory=dict)
-    comparisons: Mapping[str, RoundComparison] = field(default_factory=dict)
+    comparisons: Mapping[str, LatestComparison] = field(default_factory=dict)
     fleet: FleetSnapshot = field(default_factory=FleetSnapshot)
 
     @property

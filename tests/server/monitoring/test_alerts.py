@@ -21,9 +21,13 @@ from fedprune.coordination.commands import Finish, SendOffer
 from fedprune.coordination.events import Ticked
 from fedprune.core.lock_wait import call_wait_hook, wait_hook
 from fedprune.jobs.failure_kind import FailureKind
+from fedprune.model.recipe import Recipe
+from fedprune.planning.plan_search import PlanSearch
+from fedprune.planning.profile_store import find_profile
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.messages import Refusal
+from fedprune_server.devices.plan_vs_actual import LatestComparison, comparison_text
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.monitoring import monitor as monitor_module
@@ -41,7 +45,7 @@ from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Fleet, ToyDevice, Watcher
 from support.fakes.shown_jobs import TRAINING_SNAPSHOT, boards, show
-from support.fakes.tiny_job import JOB
+from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 32 * 10**9
 LEAVES = JobSnapshot(name="leaves", phase=Phase.TRAINING, round=3, rounds=9, min_devices=2, known_devices=2)
@@ -127,7 +131,7 @@ CASES: dict[str, tuple[Situation, str, str]] = {
         with_job(awaited_devices={"a": NOW + 500}, counted={"offline_since": {"a": NOW - 9}}), "round-waits", "warning",
     ),
     "a board off its plan": (
-        with_job(counted={"prediction_excesses": {"a": "memory 2 MB instead of 1 MB"}}), "prediction-off", "info",
+        with_job(counted={"prediction_excesses": {"a": "memory 2 MB (predicted 1 MB)"}}), "prediction-off", "info",
     ),
     "a disk that fills": (with_site(disk=(ROOM // 20, ROOM)), "disk", "warning"),
     "a disk that is full": (with_site(disk=(ROOM // 100, ROOM)), "disk", "critical"),
@@ -460,12 +464,15 @@ def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:
     assert [(kind, is_open) for _, kind, is_open in changes][:1] == [("no-progress", True)]
 
 
-def test_a_board_far_off_its_plan_is_found() -> None:
+def test_a_board_far_off_its_plan_is_found_and_shown_with_the_figures_of_status() -> None:
+    plan = PlanSearch(ARCHITECTURE, find_profile("raspberry-pi-5"), Recipe(), 100).search()
+
     def excess(before: Mapping[str, str], **measured: tuple[float, float]) -> dict[str, str]:
-        compared: dict[str, Any] = {"a": measured} if measured else {}
+        compared = {"a": LatestComparison(dict(measured), plan.to_dict())} if measured else {}
         return prediction_excesses(replace(TRAINING_SNAPSHOT, comparisons=compared, devices=boards("a")), before)
 
-    off = {"a": "memory 126.00 MB instead of 100.00 MB"}
+    memory = {"peak_memory_bytes": (float(plan.before_rounds.memory_bytes), 126e6)}
+    off = {"a": comparison_text(memory, {"peak_memory_bytes": (100e6, 126e6)})}
     assert excess({}, peak_memory_bytes=(100e6, 126e6), step_seconds=(1.0, 1.9)) == off
     assert excess({}, peak_memory_bytes=(100e6, 124e6)) == {}
     assert excess({"a": "memory", "gone": "memory"}) == {"a": "memory"}, "it has measured nothing since"

@@ -77,8 +77,8 @@ def _bad_predictions(job: WatchedJob, now: float) -> Alert:
     return Alert(
         "prediction-off", INFO, now,
         f"{quantity(len(job.prediction_excesses), 'board')} of job {job.snapshot.name} needed far more than "
-        f"planned: {figures}",
-        "a board that needs more memory than planned may be killed, and one that needs more time may be late",
+        f"predicted: {figures}",
+        "a board that needs more memory than predicted may be killed, and one that needs more time may be late",
         f"compare with {server_command(job.folder, 'status')}, which shows the predictions before the "
         "first round, too; see what else runs on the board, or give it less (docs/planner.md)",
         job=job.snapshot.name,
