@@ -94,7 +94,7 @@ def read_policy(path: Path | None) -> PrivacyPolicy | None:
     if path is None:
         return None
     body = read_toml(path, ConfigError)
-    validation.check_keys(("privacy",), body, str(path), "table")
+    validation.check_keys(("privacy",), body, str(path))
     table = body.get("privacy")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: [privacy]", expected="a table of settings, such as most_epsilon", got="none")

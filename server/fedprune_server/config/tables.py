@@ -31,7 +31,7 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
     """Check the tables of a `fleet.toml`, whose relative paths count from `folder`. If the job is `simulated`, it may
     limit what a server doesn't count. Raises `ConfigError` if a key is unknown or has a wrong value; its path is that
     in the tables."""
-    validation.check_keys((*TABLES, *_SIMULATION_TABLES), body, (), "table")
+    validation.check_keys((*TABLES, *_SIMULATION_TABLES), body, ())
     for table in body.keys() - set(_SIMULATION_TABLES):
         validation.check_mapping((table,), body[table])
     tables = {table: {} for table in TABLES} | anchor_paths(body, folder)

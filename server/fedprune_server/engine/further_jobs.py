@@ -45,10 +45,10 @@ def further_configs(first_config: ServerConfig, files: Sequence[Path]) -> list[S
 def _read_config(first_config: ServerConfig, path: Path) -> ServerConfig:
     layer = file_layer(path)
     with errors_with_origin([layer]):
-        check_keys([t for t in TABLES if t != "alerts"], layer.tables, (), "table of a further job")
+        check_keys([t for t in TABLES if t != "alerts"], layer.tables, (), " of a further job")
         if isinstance(layer.tables.get("server"), dict):
             allowed_keys = [key for key in JOB_KEYS if key in SERVER_KEYS]
-            check_keys(allowed_keys, layer.tables["server"], ("server",), "key of a further job")
+            check_keys(allowed_keys, layer.tables["server"], ("server",), " of a further job")
         config = parse_config(layer.tables, path.parent)
     return _with_server_settings(first_config, config, config.job.name)
 

@@ -49,6 +49,8 @@ def test_a_wrong_value_is_named_with_the_path_of_its_setting(table: str, key: st
     [
         ("[server]\nprt = 1\n", "server.prt: unknown key (did you mean 'port'?)"),
         ("[model]\n[sever]\n", "sever: unknown table (did you mean 'server'?)"),
+        ("rounds = 3\n", "rounds: unknown key"),
+        ("[job.recpe]\n", "job.recpe: unknown table (did you mean 'recipe'?)"),
         ("server = 3\n", "server: expected a table [server]"),
         ("[job]\nrecipe = 3\n", "job.recipe: "),
         ("[job]\nstrategy = 'fedprune'\n[job.options]\nfoo = 1\n", "job.options.foo: unknown to strategy 'fedprune'"),

@@ -155,15 +155,17 @@ def check_keys(
     allowed: Iterable[str],
     body: Mapping[str, Any],
     where: Subject,
-    noun: str = "key",
+    context: str = "",
     *,
     error: ErrorClass = ConfigError,
 ) -> None:
-    """Refuse a table with a key that isn't allowed; the error names the first one."""
+    """Refuse a table with a key or table that isn't allowed; the error names the first one. `context` is added to
+    "key"."""
     names = tuple(allowed)
     for key in body:
         if key not in names:
             expected = f"one of {', '.join(names)}"
+            noun = ("table" if isinstance(body[key], Mapping) else "key") + context
             if isinstance(where, str):
                 raise error(f"{where}: unknown {noun} {value_text(key)}{did_you_mean(key, names)}", expected=expected)
             raise error(f"unknown {noun}{did_you_mean(key, names)}", path=(*where, key), expected=expected)
@@ -183,5 +185,7 @@ def check_mapping(where: Subject, body: object) -> Mapping[Any, Any]:
         return body
     if isinstance(where, str):
         raise ConfigError(where, expected="a table of settings", got=value_text(body))
-    expected, hint = f"a table [{dotted_path(where)}]", "Its settings follow that line, each on one of its own."
-    raise ConfigError(where, expected=expected, got=value_text(body), hint=hint)
+    name = dotted_path(tuple(part for part in where if isinstance(part, str)))
+    header = f"[[{name}]]" if isinstance(where[-1], int) else f"[{name}]"
+    hint = "Its settings follow that line, each on one of its own."
+    raise ConfigError(where, expected=f"a table {header}", got=value_text(body), hint=hint)

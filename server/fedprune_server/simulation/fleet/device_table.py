@@ -127,12 +127,12 @@ def _expand_rows(rows: object, federation: Federation | None) -> Iterator[_Row]:
     needed = ("name", "profile", "data") if federation is None else ("profile",)
     needed_text = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
-        raise ConfigError(("devices",), expected=f"one table with {needed_text} per device")
+        expected = f"a table [[devices]] with {needed_text} per device"
+        raise ConfigError(("devices",), expected=expected, got=value_text(rows))
     name_count = 0
     for index, row in enumerate(rows):
         row_path: KeyPath = ("devices", index)
-        if not isinstance(row, Mapping):
-            raise ConfigError(row_path, expected=f"a table with {needed_text}", got=repr(row))
+        setting_checks.check_mapping(row_path, row)
         allowed_keys = _ROW_KEYS if federation is None else [k for k in _ROW_KEYS if k not in _DATA_KEYS]
         setting_checks.check_keys(allowed_keys, row, row_path)
         for key in needed:
@@ -186,9 +186,7 @@ def _links(value: object, path: KeyPath) -> list[LinkSettings]:
     tables = value if isinstance(value, list) and value else [value]
     links: list[LinkSettings] = []
     for table in tables:
-        if not isinstance(table, Mapping):
-            raise ConfigError(path, expected=f"a table with {', '.join(_LINK_KEYS)}", got=value_text(table))
-        setting_checks.check_keys(_LINK_KEYS, table, path)
+        setting_checks.check_keys(_LINK_KEYS, setting_checks.check_mapping(path, table), path)
         limits = {k: (0.0, 3600.0) if k == "latency_s" else (1e-6, 1e6) for k in table}
         links.append({k: setting_checks.check_number((*path, k), v, *limits[k]) for k, v in table.items()})
     return links
