@@ -39,10 +39,9 @@ def distances(model: Model, density: float, seed: int) -> Distances:
 @few
 @given(model=mixing_nets(), density=st.sampled_from([0.01, 0.3, 0.5, 0.8, 1.0]), seed=st.integers(0, 99))
 def test_gradients_of_mixed_channels_are_torchs(model: Model, density: float, seed: int) -> None:
-    # Every one has tanhs, and onnxruntime's is 3.6 times as far off as torch's: in a cut to one channel it is all.
     measured = distances(model, density, seed)
     assert measured.is_near, (measured.ours, measured.torch)
-    assert measured.excess(measured.worst_tensor) <= 2 * TENSOR, measured.worst_tensor
+    assert measured.excess(measured.worst_tensor) <= TENSOR, measured.worst_tensor
 
 
 @few

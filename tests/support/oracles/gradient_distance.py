@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fedprune.model import step_contract
 from fedprune.model.features import Features
@@ -42,9 +43,13 @@ What a flip costs is less, but in deep networks of few channels, for either engi
 """
 
 TENSOR = 4
-"""Times torch's distance, up to which a single tensor may be off: few numbers, in which luck doesn't average out.
+"""Times torch's distance, up to which a single tensor may be off: few numbers, in which luck doesn't average out."""
 
-onnxruntime's tanh is 3.6 times as far off as torch's (root mean square, from 1 to 9), and with it its slope 1 - y².
+TANH_STEP = 2.0**-24
+"""A step of float32 below 1, relative to 1: what a tanh may be off that is not rounded to the nearest number.
+
+torch's is; onnxruntime's is off by one step (root mean square), at most 4.2. Its slope 1 - y² is then off by
+2 y² / (1 - y²) steps, 150 where x is 2.9. In a cut to one channel a bias puts all numbers there, and on the same side.
 """
 
 TENSOR_FLOOR = 1e-6  # a relative distance of a single tensor that counts as none: few terms, which may cancel in part
@@ -66,6 +71,7 @@ class Distances:
         torch: The same of torch's float32.
         ours_each: Each tensor by itself.
         torch_each: The same of torch's float32.
+        step_each: What a step of all tanhs (`TANH_STEP`) makes each tensor; 0 without tanhs.
         sizes: Numbers of samples of the batches.
     """
 
@@ -73,6 +79,7 @@ class Distances:
     torch: list[float] = field(default_factory=list)
     ours_each: dict[str, list[float]] = field(default_factory=dict)
     torch_each: dict[str, list[float]] = field(default_factory=dict)
+    step_each: dict[str, list[float]] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
 
     @property
@@ -110,14 +117,16 @@ class Distances:
         )
 
     def excess(self, tensor: str) -> float:
-        """How many times as far off as torch's (or the floor) our gradient of a tensor is.
+        """How many times as far off as torch's (or the floor, or what a step of its tanhs makes) our gradient of a
+        tensor is.
 
         By medians of the batches in which nothing flipped; infinitely, where one isn't a number.
         """
         ours, torchs = self.ours_each[tensor], self.torch_each[tensor]
         if not all(map(math.isfinite, (*ours, *torchs))):
             return math.inf
-        return self._median(ours, self.ours) / max(TENSOR_FLOOR, self._median(torchs, self.torch))
+        step = self._median(self.step_each[tensor], self.ours)
+        return self._median(ours, self.ours) / max(TENSOR_FLOOR, self._median(torchs, self.torch), step)
 
     def _stayed(self, distance: float) -> bool:
         return distance <= FLIPS * max(1e-6, min(*self.ours, *self.torch))
@@ -151,6 +160,7 @@ class Trained:
         self.names = [t.name for t in model.architecture.trainable if t.name not in model.frozen]
         self.graph = training_graph(model, replace(features or Features(), gradients=True))
         self._session = OnnxSession(self.graph.to_bytes(), training=True)
+        self._has_tanh = any(n.op == "Tanh" for n in model.graph.nodes)
 
     def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
         """Our gradients of the loss at these tensors, of any width."""
@@ -168,17 +178,19 @@ class Trained:
         for x, y in samples:
             exact = torchs_gradients(net, tensors, self.names, x, y, torch.float64, self.loss)
             usual = torchs_gradients(net, tensors, self.names, x, y, torch.float32, self.loss)
-            self._add(distances, (self.gradients(tensors, x, y), exact), (usual, exact), len(x))
+            shifted = exact
+            if self._has_tanh:
+                with _ShiftedTanhs():
+                    shifted = torchs_gradients(net, tensors, self.names, x, y, torch.float64, self.loss)
+            self._add(distances, (self.gradients(tensors, x, y), usual, shifted), exact, len(x))
         return distances
 
-    def _add(self, distances: Distances, ours: tuple[Arrays, Arrays], torchs: tuple[Arrays, Arrays], size: int) -> None:
-        """One batch's distances, from gradients and their exact values."""
+    def _add(self, distances: Distances, results: tuple[Arrays, Arrays, Arrays], exact: Arrays, size: int) -> None:
+        """One batch's distances, from our gradients, torch's, those of tanhs that are a step off, and exact ones."""
         distances.sizes.append(size)
-        for (result, exact), far, each in (
-            (ours, distances.ours, distances.ours_each),
-            (torchs, distances.torch, distances.torch_each),
-        ):
-            exact_norm = norm(exact.values())
+        exact_norm = norm(exact.values())
+        kinds = distances.ours_each, distances.torch_each, distances.step_each
+        for result, far, each in zip(results, (distances.ours, distances.torch, []), kinds, strict=True):
             apart = {n: difference(result[n], exact[n]) for n in self.names}
             far.append(norm(apart.values()) / exact_norm)
             for n in self.names:
@@ -186,6 +198,30 @@ class Trained:
                 each.setdefault(n, []).append(
                     norm([apart[n]]) / (length if length > NOTHING * exact_norm else exact_norm)
                 )
+
+
+class _ShiftedTanh(torch.autograd.Function):
+    """A tanh that is a step off, and its slope as any engine computes it: 1 - y²."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(x) * (1 + TANH_STEP)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *dy: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        return dy[0] * (1 - y * y)
+
+
+class _ShiftedTanhs(TorchFunctionMode):
+    """Shifts all tanhs that torch computes in it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.tanh, torch.Tensor.tanh):
+            return _ShiftedTanh.apply(*args)
+        return func(*args, **(kwargs or {}))
 
 
 def torchs_gradients(
