@@ -48,7 +48,8 @@ class StepGraph:
     """A training graph written to the contract of `fedprune.model.step_contract`.
 
     With one thread the same inputs give the same bits. `session` replaces that of onnxruntime; `cuda` lets that compute
-    on an NVIDIA GPU. `subgraphs` are those of this graph that were cut before.
+    on an NVIDIA GPU. `subgraphs` are those of this graph that were cut before. With `keeps_arrays` the next training
+    writes into the arrays of the last one, and into its result: they are neither allocated nor bound again.
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay.
     `optimizer_states` are the optimiser's arrays, `updated_names` all that have a next value. `random_inputs`: the
@@ -66,8 +67,11 @@ class StepGraph:
         cuda: bool = False,
         base: Path | None = None,
         subgraphs: Subgraphs | None = None,
+        keeps_arrays: bool = False,
     ) -> None:
         self._graph = graph
+        self._keeps_arrays = keeps_arrays
+        self._arrays: dict[tuple[str, str], Array] = {}
         self._threads = threads
         self._cuda = cuda
         self._given = session
@@ -294,6 +298,15 @@ class StepGraph:
                 values.clear()
         return StepResult(loss, hits, values, gradient_arrays)
 
+    def empty_array(self, role: str, name: str, shape: tuple[int, ...]) -> Array:
+        """A float32 array for a training to write into. If arrays are kept, it is that of the last training."""
+        array = self._arrays.get((role, name))
+        if array is None or array.shape != shape:
+            array = np.empty(shape, np.float32)
+            if self._keeps_arrays:
+                self._arrays[role, name] = array
+        return array
+
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
         """Arrays where steps are computed; see `OnnxSession.place`."""
         return self._session.place(arrays, role)
@@ -319,7 +332,10 @@ class StepGraph:
             session.leave_gpu(error)
 
     def release(self) -> None:
-        """Unmap the frozen base, whose pages count as the process's memory; the next run maps it again."""
+        """Forget the arrays of a training, unless they are kept, and unmap the frozen base, whose pages count as the
+        process's memory; the next run maps it again."""
+        if not self._keeps_arrays:
+            self._session.release()
         self._base = {}
 
     def _mapped_base(self) -> dict[str, Array]:

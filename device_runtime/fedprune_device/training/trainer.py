@@ -48,6 +48,8 @@ class Trainer(StepGraph):
         except GpuLostError as error:  # a training depends on its arguments alone, so that it may begin again
             self.leave_gpu(error)
             return self._train(tensors, data, task, control)
+        finally:
+            self.release()
 
     def _train(
         self, tensors: Mapping[str, Array], data: LocalData, task: TrainingTask, control: TrainingControl
@@ -62,7 +64,6 @@ class Trainer(StepGraph):
             control.progress(number, steps)
             if run.stops_early(number) or control.enough():
                 break
-        self.release()
         return run.result(time.monotonic() - began)
 
     def calibrate(
@@ -127,7 +128,14 @@ class TrainerCache:
             self._loaded = None  # two loaded models are more than a small board has memory for
             if self._subgraphs[0] != sha256:
                 self._subgraphs = (sha256, Subgraphs())
-            trainer = Trainer(read(), threads=self.threads, cuda=self._cuda, base=base, subgraphs=self._subgraphs[1])
+            trainer = Trainer(
+                read(),
+                threads=self.threads,
+                cuda=self._cuda,
+                base=base,
+                subgraphs=self._subgraphs[1],
+                keeps_arrays=self._keep,
+            )
             self._loaded = (key, trainer)
         return self._loaded[1]
 

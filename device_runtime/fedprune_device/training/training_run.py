@@ -65,13 +65,13 @@ class TrainingRun:
         self._y = self._targets(data.y_train)
         self._constants = graph.constant_inputs(tensors, self._y, recipe, classes, task.mask)
         # Copies, because steps write into them.
-        self._state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}
-        for name in graph.optimizer_states:
-            self._state[name] = np.zeros_like(self._state[name.partition("::")[0]])
-        for name in task.moments.keys() & set(graph.optimizer_states):
-            np.copyto(self._state[name], task.moments[name])
+        start = {**tensors, **{n: task.moments.get(n, np.float32(0)) for n in graph.optimizer_states}}
+        shapes = {n: tensors[n.partition("::")[0]].shape for n in start}
+        self._state: dict[str, Array] = {n: graph.empty_array("state", n, shape) for n, shape in shapes.items()}
+        for name, value in start.items():
+            np.copyto(self._state[name], value)
         # A step's outputs are written here: among the activations in onnxruntime's arena they would make it grow.
-        self._spare = {n: np.empty_like(self._state[n]) for n in graph.updated_names}
+        self._spare = {n: graph.empty_array("next state", n, shapes[n]) for n in graph.updated_names}
         self._width_plans = self._all_width_plans(tensors)
         self._augmentation = graph.augmentation(recipe)
         if len(self._width_plans) == 1:  # narrower steps cut arrays, which the processor does

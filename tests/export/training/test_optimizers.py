@@ -18,7 +18,6 @@ import fedprune_export as fx
 from fedprune.model import step_contract
 from fedprune.model.features import OPTIMIZERS, Features
 from fedprune.model.recipe import Recipe
-from fedprune.runtime import session as sessions
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
@@ -297,13 +296,8 @@ class Scaled(Linear):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("bound_from", [0, 1 << 20])
-@pytest.mark.at_push(4)
-def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(
-    optimizer: str, bound_from: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(optimizer: str) -> None:
     """Two rounds of three steps with all samples each; between them the weights become others, but not the state."""
-    monkeypatch.setattr(sessions, "_MIN_BOUND_BYTES", bound_from)
     rng = np.random.default_rng(6)
     x, y = rng.standard_normal((12, 6)).astype(np.float32), rng.integers(0, 3, 12)
     model = fx.load(Scaled(6, 3))

@@ -31,6 +31,10 @@ _MIN_REPETITIONS = 3
 # Counted runs; if so many differ, as with images of all sizes, the counts start again instead of growing.
 _MAX_SIGNATURES = 64
 
+# Bound runs of one session. A trainer's steps alternate between two places of the state, and an epoch's last step may
+# have further outputs.
+_MAX_BOUND_RUNS = 4
+
 # onnxruntime's key of a run, and its value for a run that is neither recorded nor replayed.
 _GRAPH_ID_OPTION, _NO_GRAPH_ID = "gpu_graph_id", "-1"
 
@@ -109,7 +113,7 @@ class PlacedRuns:
                         raise
                     self._stop_recording()
             with GPU_GATE.use():
-                outputs = run_bound(self.session, names, feeds, into, self.unrecorded_options)
+                outputs = BoundRun(self.session, names, into).run(feeds, self.unrecorded_options)
             if self._can_record and all(isinstance(array, PlacedArray) for array in into.values()):
                 self._count_run(signature, feeds, outputs)
             return outputs
@@ -143,29 +147,61 @@ class PlacedRuns:
         return options
 
 
-def run_bound(
-    session: Any, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any], options: Sequence[Any] = ()
-) -> dict[str, Any]:
-    """Run a session of onnxruntime without copies: arrays are read and written where they are, on the CPU or a GPU.
-    Outputs without an array in `into` get a new one."""
-    binding = session.io_binding()
-    in_memory = {n: np.asarray(v, order="C") for n, v in feeds.items() if not isinstance(v, PlacedArray)}
-    for name, value in feeds.items():
-        if isinstance(value, PlacedArray):
-            binding.bind_ortvalue_input(name, value.value)
-        else:
-            binding.bind_cpu_input(name, in_memory[name])  # by address: it must live until the run is over
-    for name in names:
-        array = into.get(name)
-        if array is None:
+class BoundRun:
+    """Runs of a session of onnxruntime without copies: arrays are read and written where they are, on the CPU or a GPU.
+    Outputs without an array in `into` get a new one. What is bound stays so: a repetition binds only other feeds."""
+
+    def __init__(self, session: Any, names: Sequence[str], into: Mapping[str, Any]) -> None:
+        self._session, self._binding = session, session.io_binding()
+        # By address: they must live as long as they are bound.
+        self._inputs: dict[str, Any] = {}
+        self._outputs = dict(into)
+        self._new_names = [n for n in names if n not in into]
+        for name, array in into.items():
+            if isinstance(array, PlacedArray):
+                self._binding.bind_ortvalue_output(name, array.value)
+            else:
+                self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(self, feeds: Mapping[str, Any], options: Sequence[Any] = ()) -> dict[str, Any]:
+        binding, inputs = self._binding, self._inputs
+        for name, value in feeds.items():
+            array = value if isinstance(value, PlacedArray) else np.asarray(value, order="C")
+            if inputs.get(name) is not array:
+                inputs[name] = array
+                if isinstance(array, PlacedArray):
+                    binding.bind_ortvalue_input(name, array.value)
+                else:
+                    binding.bind_cpu_input(name, array)
+        for name in self._new_names:  # anew: else what the last run has returned would be written again
             binding.bind_output(name)
-        elif isinstance(array, PlacedArray):
-            binding.bind_ortvalue_output(name, array.value)
-        else:
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-    session.run_with_iobinding(binding, *options)
-    values = zip(names, binding.get_outputs(), strict=True)
-    return {n: into[n] if n in into else np.asarray(v.numpy()) for n, v in values}
+        self._session.run_with_iobinding(binding, *options)
+        values = binding.get_outputs_as_ortvaluevector()  # `get_outputs` wraps each of them
+        first = len(self._outputs)
+        return self._outputs | {n: np.asarray(values[first + i].numpy()) for i, n in enumerate(self._new_names)}
+
+
+class BoundRuns:
+    """Runs of a session on the CPU that write into given arrays. The last ones stay bound, because binding the arrays
+    of a small net takes as long as computing a step. Threads may run at once."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._runs: dict[Hashable, BoundRun] = {}
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Array]) -> dict[str, Any]:
+        key = tuple(names), tuple(feeds), tuple(into), tuple(map(id, into.values()))
+        # Taken out, so that no other thread has it, and that what fails isn't bound any more.
+        run = self._runs.pop(key, None) or BoundRun(self._session, names, into)
+        outputs = run.run(feeds)
+        if len(self._runs) >= _MAX_BOUND_RUNS:
+            self._runs.clear()
+        self._runs[key] = run
+        return outputs
+
+    def release(self) -> None:
+        """Forget all arrays."""
+        self._runs.clear()
 
 
 def _signature(names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> Hashable:

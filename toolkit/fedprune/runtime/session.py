@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
 from fedprune.runtime.gpu_gate import GPU_GATE
 from fedprune.runtime.missing_kernels import missing_kernels_reason, missing_provider_reason
-from fedprune.runtime.placed_runs import GpuLostError, PlacedArray, PlacedRuns, run_bound
+from fedprune.runtime.placed_runs import BoundRuns, GpuLostError, PlacedArray, PlacedRuns
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve_sessions
 
 Array = npt.NDArray[Any]
@@ -34,9 +34,6 @@ _LOGGED_CAUSES: set[str] = set()
 
 # Causes that hold addresses or sizes differ every time; after so many the log has said enough.
 _MAX_LOGGED_CAUSES = 20
-
-# Bytes of output arrays from which binding them takes less time than copying the outputs into them.
-_MIN_BOUND_BYTES = 1 << 20
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -107,6 +104,7 @@ class OnnxSession:
         self._session: Any = self._open_on_cuda(records=training and records) if cuda else None
         if self._session is None:
             self._session = self._open(_CPU)
+        self._bound = self._bound_runs()
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {
             i.name: (i.type, tuple(i.shape)) for i in self._session.get_inputs()
         }
@@ -137,6 +135,11 @@ class OnnxSession:
             self.leave_gpu(error)
             return dict(arrays)
 
+    def release(self) -> None:
+        """Forget the arrays of earlier runs, which otherwise stay bound."""
+        if self._bound is not None:
+            self._bound.release()
+
     def leave_gpu(self, error: Exception) -> None:
         """Compute on the CPU from now on, because of an error."""
         with self._lock:
@@ -166,7 +169,9 @@ class OnnxSession:
         names = list(outputs) if outputs is not None else list(self.outputs)
         runs, into, kept_feeds = self._placed, into or {}, kept_feeds or {}
         session = self._session if runs is None else runs.session  # another thread may replace it
-        placed = any(isinstance(v, PlacedArray) for v in (*feeds.values(), *into.values()))
+        # Only where a GPU has computed: to look at each array of a small step takes a tenth of its time.
+        had_gpu = runs is not None or bool(self.cpu_reason)
+        placed = had_gpu and any(isinstance(v, PlacedArray) for v in (*feeds.values(), *into.values()))
         if placed and runs is None:  # the GPU has failed since
             feeds, into = {n: np.asarray(v) for n, v in feeds.items()}, _host_arrays(into)
         _check_output_arrays(into, names)
@@ -179,8 +184,8 @@ class OnnxSession:
                     return runs.run(names, all_feeds, into)
                 with GPU_GATE.use():
                     values = session.run(names, all_feeds, *runs.unrecorded_options)
-            elif sum(array.nbytes for array in into.values()) >= _MIN_BOUND_BYTES and not _is_on_cuda(session):
-                return run_bound(session, names, all_feeds, into)
+            elif into and self._bound is not None:
+                return self._bound.run(names, all_feeds, into)
             else:
                 values = session.run(names, all_feeds)
         except Exception as error:
@@ -243,9 +248,14 @@ class OnnxSession:
                 self._leave_cuda(cpu_session, error)
         return values
 
+    def _bound_runs(self) -> BoundRuns | None:
+        """The bound runs of a session on the CPU of this process."""
+        return None if isinstance(self._session, RemoteSession) or self.provider != "cpu" else BoundRuns(self._session)
+
     def _leave_cuda(self, session: Any, error: Exception) -> None:
         self._log_no_cuda(missing_kernels_reason(error, onnxruntime_version()) or _first_line(error))
         self._session, self._placed = session, None
+        self._bound = self._bound_runs()
         del self._open
 
     def _log_no_cuda(self, reason: str) -> None:
