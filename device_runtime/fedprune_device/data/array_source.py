@@ -11,7 +11,7 @@ import numpy as np
 
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import DataError, StorageError, path_remedy
-from fedprune.core.imports import import_user_module
+from fedprune.core.imports import import_user_module, is_function
 from fedprune.core.text import first_few
 from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.input_type import FLOATS, InputType
@@ -172,11 +172,6 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
             f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{unreadable_reason(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error
-
-
-def is_function(source: str) -> bool:
-    """Whether a source names a class or a function. A name with a colon may be a file's: an existing file is one."""
-    return ":" in source and not source.endswith(".npz") and not path_exists(Path(source), file=True)
 
 
 def _load(source: str, seed: int, device: str, spool: Path | None) -> object:

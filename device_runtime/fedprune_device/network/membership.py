@@ -14,9 +14,9 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BrokerError, ConfigError, IdentityError
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_claim import JoinClaim
-from fedprune.security.tls import SYSTEM_AUTHORITIES, check_local_host
+from fedprune.security.tls import check_local_host
 from fedprune.wire.link import BrokerLink, tls_context
-from fedprune.wire.urls import BrokerUrl
+from fedprune.wire.urls import SYSTEM_AUTHORITIES, BrokerUrl
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.enrollment import enrol, join_urls, read_claim_file
 from fedprune_device.network.renewal import Renewal

@@ -11,7 +11,7 @@ from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ConfigError, path_remedy
 from fedprune.core.text import decode_text, quantity
 from fedprune.output.tables import progress
-from fedprune_flash.kit.board_settings import DEFAULT_SAMPLES_PATH, BoardSettings
+from fedprune_flash.kit.unit import DEFAULT_SAMPLES_PATH
 
 _CLAIM_VARIABLE = "FEDPRUNE_CLAIM"
 NO_CLAIM_NOTE = (
@@ -61,6 +61,7 @@ def add_kit_command(commands: argparse._SubParsersAction[CommandParser]) -> None
 
 def _kit(arguments: argparse.Namespace) -> None:
     from fedprune.security.keys import SigningKey, VerifyingKey
+    from fedprune_flash.kit.board_settings import BoardSettings
     from fedprune_flash.kit.kit import build_kit
     from fedprune_flash.kit.target import BoardTarget
 

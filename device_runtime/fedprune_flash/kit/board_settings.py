@@ -18,10 +18,7 @@ from fedprune.security.join_claim import JoinClaim
 from fedprune.security.tls import check_local_host
 from fedprune.wire.topics import check_device, check_topic_name
 from fedprune.wire.urls import BrokerUrl
-from fedprune_flash.kit.unit import HIDDEN_FOLDERS
-
-# The default place of a board's samples.
-DEFAULT_SAMPLES_PATH = "/srv/fedprune/samples.npz"
+from fedprune_flash.kit.unit import DEFAULT_SAMPLES_PATH, HIDDEN_FOLDERS
 
 MAX_AUTHORITIES_BYTES = 256 * 1024  # bytes: room for some hundred certificates
 

@@ -14,6 +14,9 @@ from string import Template
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import check_pattern
 
+# The default place of a board's samples.
+DEFAULT_SAMPLES_PATH = "/srv/fedprune/samples.npz"
+
 # Folders that the service doesn't see, or sees empty (ProtectHome, PrivateTmp).
 HIDDEN_FOLDERS = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # only names
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.core.errors import ConfigError, FedpruneError, value_text
-from fedprune.security.tls import SYSTEM_AUTHORITIES
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, MAX_PAYLOAD_BYTES, PACKET_OVERHEAD_BYTES
 from fedprune.wire.topics import check_topic_name
-from fedprune.wire.urls import BlobUrl
+from fedprune.wire.urls import SYSTEM_AUTHORITIES, BlobUrl
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.job_settings import JobSettings
 from fedprune_server.config.setting import setting

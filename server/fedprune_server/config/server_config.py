@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import ConfigError, value_text
-from fedprune.security.tls import SYSTEM_AUTHORITIES
+from fedprune.wire.urls import SYSTEM_AUTHORITIES
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.cluster_url import PROCESSES, check_cluster_url
 from fedprune_server.config.network_settings import (

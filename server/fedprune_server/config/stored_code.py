@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fedprune.core.errors import ConfigError, dotted_path, value_text
+from fedprune.core.imports import is_function
 from fedprune.jobs.job import Job
-from fedprune_device.data.array_source import is_function
 from fedprune_server.config.cluster_url import PROCESSES
 
 # Tables whose key `data` may be a function instead of a file.

@@ -11,8 +11,7 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, KeyPath, value_text
 from fedprune.jobs.job import Job
 from fedprune.model.lengths import Lengths
-from fedprune.security.tls import SYSTEM_AUTHORITIES
-from fedprune.strategies import compose
+from fedprune.wire.urls import SYSTEM_AUTHORITIES
 from fedprune_server.config.alert_settings import PATH_KEYS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.layers import SettingsLayer, errors_with_origin
@@ -107,6 +106,8 @@ def job_with_changes(job: Job, changes: Mapping[str, Any]) -> Job:
 
 def _build_config(build: Callable[[], ServerConfig]) -> ServerConfig:
     """A configuration whose job has a strategy. Raises `ConfigError`; its path begins at the tables."""
+    from fedprune.strategies import compose  # `run --help` needs none of them, and they take a while to import
+
     options: Mapping[str, Any] = {}
     try:
         config = build()

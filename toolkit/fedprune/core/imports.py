@@ -11,6 +11,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from fedprune.core.disk import path_exists
+
 
 def import_user_module(name: str) -> ModuleType:
     """Import a user's module from the current folder or the module path; raises any error of the module, or
@@ -34,6 +36,12 @@ def import_user_module(name: str) -> ModuleType:
                 del sys.modules[top_name]
                 raise
     return importlib.import_module(name)
+
+
+def is_function(source: str) -> bool:
+    """Whether samples are named by a class or a function. A name with a colon may be a file's: an existing file is
+    one."""
+    return ":" in source and not source.endswith(".npz") and not path_exists(Path(source), file=True)
 
 
 def program_code(code: str) -> str:

@@ -17,6 +17,7 @@ from cryptography import x509
 
 from fedprune.core.errors import ConfigError, IdentityError
 from fedprune.security.certificates import seconds_of
+from fedprune.wire.urls import SYSTEM_AUTHORITIES
 
 # OpenSSL's X509_V_FLAG_NO_CHECK_TIME (x509_vfy.h), since 1.1.0; Python has no name for it.
 NO_CHECK_TIME = 0x200000
@@ -59,10 +60,6 @@ def peer_name(connection: ssl.SSLSocket) -> str:
     subject: Any = (connection.getpeercert() or {}).get("subject", ())
     names = [value for name_part in subject for key, value in name_part if key == "commonName"]
     return str(names[0]) if len(names) == 1 else ""
-
-
-# In place of an authority's path: trust all authorities that the system trusts, for hosted brokers.
-SYSTEM_AUTHORITIES = Path("system")
 
 
 def pinned_context(

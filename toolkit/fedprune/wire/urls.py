@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fedprune.blobs.blob_ref import TABLE_SUFFIX
@@ -20,6 +21,9 @@ MAX_URL = 512
 
 # Characters of an address for one upload, which may hold a signature and a token.
 MAX_UPLOAD_URL = 4096
+
+# In place of an authority's path: trust all authorities that the system trusts, for hosted brokers.
+SYSTEM_AUTHORITIES = Path("system")
 
 # Hosts that may be reached without TLS: this machine.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
