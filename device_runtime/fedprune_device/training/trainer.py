@@ -95,7 +95,10 @@ class Trainer(StepGraph):
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self.optimizer_states}
         rows = np.arange(min(samples, len(y)))
-        batches = Batches(data.samples, recipe, normalised=self.has_batch_norm)
+        # Half of a micro-batch: nothing takes a step's outputs here, and beside all of its activations they would make
+        # onnxruntime's arena grow by up to an activation.
+        halves = recipe.with_micro_batches(2 * recipe.accumulate)
+        batches = Batches(data.samples, halves, normalised=self.has_batch_norm)
         micro_batches = [MicroBatch.of(data.x_train, y, p) for p in batches.micro_batches(rows)]
         steps = [micro_batches] if self.accumulates else [[micro_batch] for micro_batch in micro_batches]
         losses = [self.run_step(feeds, step, 1).loss for step in steps]
