@@ -253,6 +253,18 @@ def relu(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add_gradient(node.inputs[0], where_positive(tape, dy, y))
 
 
+def where_true(tape: Tape, condition: str, dy: str) -> str:
+    """Dy where a condition holds, else 0.
+
+    If dy is finite, this is its product with 0 or 1: onnxruntime's Where makes two further arrays of its output's size
+    (https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/providers/cpu/tensor/where_op.cc).
+    """
+    g = tape.graph
+    if tape.finite_slopes:
+        return g.emit("Mul", dy, g.emit("Cast", condition, attrs={"to": 1}))
+    return _mask_gradient(g, condition, dy)
+
+
 def where_positive(tape: Tape, dy: str, y: str) -> str:
     """Dy where y is above 0, else 0.
 
