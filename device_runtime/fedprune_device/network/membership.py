@@ -15,7 +15,7 @@ from fedprune.core.errors import BrokerError, ConfigError, IdentityError
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_claim import JoinClaim
 from fedprune.security.tls import check_local_host
-from fedprune.wire.link import BrokerLink, tls_context
+from fedprune.wire.link import BrokerLink, authorities_error, tls_context
 from fedprune.wire.urls import SYSTEM_AUTHORITIES, BrokerUrl
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.network.enrollment import enrol, join_urls, read_claim_file
@@ -82,7 +82,7 @@ class Membership:
             try:
                 context.load_verify_locations(cafile=str(self.options.ca))
             except OSError as error:
-                raise ConfigError(f"can't use the CA file {self.options.ca}: {error}") from error
+                raise authorities_error(self.options.ca, error) from error
         return context
 
     def renewal_task(self, link: BrokerLink) -> Renewal | None:

@@ -96,7 +96,9 @@ def test_files_of_other_kinds_are_called_by_their_kind(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "book.xlsx", "w") as book:
         book.writestr("xl/workbook.xml", "<?xml version='1.0'?>")
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"x": [1]}))
-    for name, kind in (("book.xlsx", "is a workbook: expected arrays"), ("x.pkl", "is a pickle")):
+    (tmp_path / "none.npz").touch()
+    kinds = {"book.xlsx": "is a workbook: expected arrays", "x.pkl": "is a pickle", "none.npz": "it is empty"}
+    for name, kind in kinds.items():
         with pytest.raises(DataError, match=kind) as caught:
             load_data(str(tmp_path / name))
         assert "magic" not in str(caught.value)

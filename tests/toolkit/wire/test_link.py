@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime as dt
 import gc
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -290,3 +291,12 @@ def test_a_connection_that_is_flooded_closes_for_a_while_and_names_the_topic(sta
             item = listener.get(1)
             if item == hello:
                 break
+
+
+def test_a_file_of_authorities_that_holds_none_is_named_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text("no certificate")
+    for path in (tmp_path / "key.pem", tmp_path, tmp_path / "missing.pem"):
+        with pytest.raises(ConfigError, match=re.escape(str(path))) as caught:
+            tls_context(path)
+        assert caught.value.hint
+        assert not any(word in str(caught.value) for word in ("_ssl", "Errno"))

@@ -63,6 +63,8 @@ def unreadable_reason(error: Exception) -> str:
     text = str(error)
     if "Object arrays" in text:
         return " (it holds objects, which are never unpickled)"
+    if "No data left" in text:  # numpy's error, only for a file of no bytes
+        return " (it is empty)"
     if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)) and "not a zip file" not in text:
         return " (it is damaged: what it holds contradicts its checksums or headers; copy it again)"
     # numpy takes a file that is neither a zip archive nor an array for a pickle, and advises to allow those.

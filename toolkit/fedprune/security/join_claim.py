@@ -68,7 +68,7 @@ class JoinClaim:
         compact = re.sub(r"[\s-]", "", code).upper()
         if not compact.startswith(CLAIM_PREFIX):
             beginning, hint = f"a text that begins with {CLAIM_PREFIX}-", "`fedprune-server claim` makes one."
-            raise JoinError("claim", expected=beginning, got="something else", hint=hint)
+            raise JoinError(f"{where} holds no claim", expected=beginning, got="something else", hint=hint)
         body = compact[len(CLAIM_PREFIX) :].translate(_LOOKALIKES)
         length = (CLAIM_ID_BYTES + CLAIM_SECRET_BYTES + PIN_BYTES + CLAIM_CHECK_BYTES) * 8 // 5
         try:

@@ -24,7 +24,7 @@ from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from fedprune.core.closeable import Closeable
-from fedprune.core.errors import BrokerError, ConfigError, FedpruneError
+from fedprune.core.errors import BrokerError, ConfigError, FedpruneError, path_remedy
 from fedprune.wire.connection_failure import REFUSED_CONNECTION, SILENT_END, connection_failure, connection_remedy
 from fedprune.wire.network_client import NetworkClient
 from fedprune.wire.queues import (
@@ -47,7 +47,15 @@ def tls_context(ca: Path | None = None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
     except OSError as error:
-        raise ConfigError(f"can't use the CA file {ca}: {error}") from error
+        raise authorities_error(ca, error) from error
+
+
+def authorities_error(ca: Path | None, error: OSError) -> ConfigError:
+    """The error about a file of authorities that OpenSSL can't use. Its own texts name its source, and no remedy."""
+    if isinstance(error, ssl.SSLError):
+        hint = "Is it the authority's certificate, and not a key? `--ca system` trusts the system's authorities."
+        return ConfigError(f"{ca} holds no certificate", expected="certificates in PEM form", got="none", hint=hint)
+    return ConfigError(f"can't read the CA file {ca}: {error.strerror}", hint=path_remedy(error))
 
 
 log = logging.getLogger(__name__)
