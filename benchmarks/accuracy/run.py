@@ -196,10 +196,11 @@ def run(
 
     def timed(simulation: Simulation) -> None:
         progress(simulation)
-        history = simulation.state.history
-        if protocol.until_s and history and simulation.clock >= protocol.until_s:
+        if not seen[0]:  # a device's training is progress, too
+            return
+        if protocol.until_s and simulation.clock >= protocol.until_s:
             raise _TimeIsUpError
-        found = simulation.notes[len(history)].measured.get("global", 0.0)
+        found = simulation.notes[seen[0]].measured.get("global", 0.0)
         if protocol.ends_at_target and found >= protocol.target:
             raise _TimeIsUpError
 

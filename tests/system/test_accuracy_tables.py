@@ -14,7 +14,10 @@ from benchmarks.accuracy import report, sets
 from benchmarks.accuracy import run as run_module
 from benchmarks.accuracy.protocol import FULL, SAME_LOSS
 from benchmarks.accuracy.protocols import PROTOCOLS
+from fedprune.model.recipe import Recipe
 from fedprune_server.simulation.datasets.samples import assemble_samples
+from fedprune_server.simulation.measure import ModelMeasure
+from support.fakes.digits_simulation import digits, digits_experiment
 from support.paths import ROOT
 
 pytestmark = pytest.mark.torch
@@ -78,6 +81,16 @@ def test_a_table_runs(accuracy, table, tmp_path):
 
 
 CIFAR = TABLES["cifar10-dirichlet"]
+
+
+def test_a_run_ends_with_the_round_that_reaches_its_target(monkeypatch, tmp_path):
+    """And not before the first one, although every device's training is progress."""
+    measure = ModelMeasure(digits().x, digits().y)
+    experiment = digits_experiment(rounds=3, recipe=Recipe(max_steps=1), measure=measure)
+    monkeypatch.setattr(run_module, "experiment_of", lambda *_, **__: experiment)
+    protocol = replace(CIFAR, ends_at_target=True, target=0.0)
+    result = run_module.run(protocol, CIFAR.methods[0], 0, tmp_path, quiet=True)
+    assert [row["round"] for row in result["rounds"]] == [1]
 
 
 def by_hand(method, sent, found, step=1.0):
