@@ -7,10 +7,12 @@ fix those that stay. Gradient rules write the forward pass and return the *pull*
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
+from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.sliding_window import Window, window
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import fixed_row
@@ -90,6 +92,10 @@ def max_pool(tape: Tape, node: Node) -> Pull:
     return pull
 
 
+# Float32 has every whole number up to this one.
+_MAX_EXACT_MARK = 2**24
+
+
 def tiled_gradient(tape: Tape, w: Window, x: str, y: str, dy: str) -> str:
     """The gradient of windows side by side, without the slow indices of MaxPool.
 
@@ -97,16 +103,37 @@ def tiled_gradient(tape: Tape, w: Window, x: str, y: str, dy: str) -> str:
     window wins. Exact, and much faster than pooling with indices.
     """
     g = tape.graph
-    marks = np.arange(math.prod(w.kernel), 0, -1, dtype=np.float32).reshape(w.kernel)
-    tiled = np.tile(marks, w.output)[None, None]
+    area = math.prod(w.sizes)
+    unpools = g.unit == CPU and area <= _MAX_EXACT_MARK  # CUDA has no kernel of MaxUnpool
     # Of a node's inputs onnxruntime computes the one that was written last first: this one only once marks are gone.
-    spread = _upsample(g, dy, w.kernel)
-    candidate = g.emit("Equal", x, _upsample(g, y, w.kernel))
-    # A product, because onnxruntime's Where makes two further arrays of its output's size.
-    mark = g.emit("Mul", g.emit("Cast", candidate, attrs={"to": 1}), g.constant(tiled, np.float32))
+    spread = "" if unpools else _upsample(g, dy, w.kernel)
+    # Marks that are indices count down over the whole map, others over each window.
+    marks = np.arange(area)[::-1].reshape(w.sizes) if unpools else _tiled_marks(w)
+    # Products, because onnxruntime's Where makes two further arrays of its output's size.
+    candidate = g.emit("Cast", g.emit("Equal", x, _upsample(g, y, w.kernel)), attrs={"to": 1})
+    mark = g.emit("Mul", candidate, g.constant(marks[None, None], np.float32))
     attrs = {"kernel_shape": list(w.kernel), "strides": list(w.strides)}
-    best = _upsample(g, g.emit("MaxPool", mark, attrs=attrs), w.kernel)
-    return where_true(tape, g.emit("Equal", mark, best), spread)
+    best = g.emit("MaxPool", mark, attrs=attrs)
+    if unpools:
+        return g.emit("MaxUnpool", dy, _flat_indices(g, best, area, len(w.sizes)), attrs=attrs)
+    return where_true(tape, g.emit("Equal", mark, _upsample(g, best, w.kernel)), spread)
+
+
+def _tiled_marks(w: Window) -> np.ndarray[Any, Any]:
+    return np.tile(np.arange(math.prod(w.kernel), 0, -1).reshape(w.kernel), w.output)
+
+
+def _flat_indices(g: Graph, marks: str, area: int, rank: int) -> str:
+    """Where in the whole input [N, C, ...] the elements are that have these marks: 0 on the last one of a map.
+
+    MaxUnpool writes wherever an index points, so none may lie outside: a window of NaN has no candidate, and mark 0.
+    """
+    shape = g.emit("Shape", marks, attrs={"end": 2})
+    first, step = g.constant(area - 1, np.int64), g.constant(area, np.int64)
+    elements = g.emit("Mul", g.emit("ReduceProd", shape, attrs={"keepdims": 0}), step)
+    last = g.emit("Range", first, elements, step)
+    last = g.emit("Reshape", last, g.emit("Concat", shape, g.ints(*[1] * rank), attrs={"axis": 0}))
+    return g.emit("Sub", last, g.emit("Cast", marks, attrs={"to": 7}))
 
 
 @gradient_rule("GlobalMaxPool")

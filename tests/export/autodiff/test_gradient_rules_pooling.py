@@ -86,6 +86,17 @@ def check_bits(nodes: list[Any], oracle: Any, x: np.ndarray[Any, Any]) -> None:
     np.testing.assert_array_equal(want, got["x::gradient"])
 
 
+def test_a_map_of_nan_leaves_the_gradients_of_other_maps_alone() -> None:
+    x = normal(2, 3, 4, 4)
+    x[0, 1], x[1, 2] = np.nan, np.nan  # the last one, too: what lies behind it is no memory of the gradient's
+    pool = node("MaxPool", "x", kernel_shape=[2, 2], strides=[2, 2])
+    dy = normal(2, 3, 2, 2, seed=9)
+    gradient = gradient_session([pool], {"x": x}, {"x": ("N", "c", 4, 4)}, {}).run({"x": x, "dy": dy})["x::gradient"]
+    finite = np.isfinite(x).all(axis=(2, 3))
+    want = reference(lambda x: F.max_pool2d(x, 2), {"x": np.nan_to_num(x)}, torch.float32, dy)["x::gradient"]
+    np.testing.assert_array_equal(want[finite], gradient[finite])
+
+
 def test_max_pool_with_dilation() -> None:
     oracle = lambda x: F.max_pool2d(x, 2, 1, 0, 2)  # noqa: E731
     pool = node("MaxPool", "x", kernel_shape=[2, 2], strides=[1, 1], dilations=[2, 2])
