@@ -60,10 +60,10 @@ class Direction:
     def input_projection(self, x: str, *, both: bool = True) -> str:
         """The gates' part that depends on the input, with its bias; `both` adds the recurrence's bias as well."""
         g = self.g
-        out = g.emit("MatMul", x, transpose_matrix(g, self.weight))
-        if not self.bias:
-            return out
-        return g.emit("Add", out, g.emit("Add", *self.bias) if both else self.bias[0])
+        bias = [g.emit("Add", *self.bias) if both else self.bias[0]] if self.bias else []
+        out = g.emit("Gemm", g.emit("Flatten", x, attrs={"axis": 2}), self.weight, *bias, attrs={"transB": 1})
+        shape = g.emit("Concat", g.emit("Shape", x, attrs={"end": 2}), g.ints(-1), attrs={"axis": 0})
+        return g.emit("Reshape", out, shape)
 
     def states_before(self, sequence: str, initial: str) -> str:
         """The states that each step started from: [T, N, H]."""
@@ -81,38 +81,45 @@ def transpose_matrix(g: Graph, matrix: str) -> str:
 
 
 def _lstm_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
-    """i, o, f = σ, g = tanh of the gates; c' = f · c + i · g; h' = o · tanh(c')."""
-    recurrence = transpose_matrix(direction.g, direction.recurrence)
+    """i, o, f = σ, n = tanh of the gates; c' = f · c + i · n; h' = o · tanh(c')."""
+    g = direction.g
+    recurrence = transpose_matrix(g, direction.recurrence)
+    lengths = g.emit("Mul", g.emit("Shape", direction.recurrence, attrs={"start": 1}), g.ints(3, 1))
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        gates = body.emit("Add", body.emit("MatMul", states[0], recurrence), slices[0])
-        preactivations = body.emit_many("Split", gates, outputs=4, attrs={"axis": 1})
-        # The letters name the values that the backward pass reads.
-        i, o, f, n = (body.emit("Tanh" if k == 3 else "Sigmoid", value) for k, value in enumerate(preactivations))
-        c = body.emit("Add", body.emit("Mul", f, states[1]), body.emit("Mul", i, n))
+        gates = body.emit("Gemm", states[0], recurrence, slices[0])
+        sigmoids, n = body.emit_many("Split", gates, lengths, outputs=2, attrs={"axis": 1})
+        sigmoids, n = body.emit("Sigmoid", sigmoids), body.emit("Tanh", n)
+        i, o, f = body.emit_many("Split", sigmoids, outputs=3, attrs={"axis": 1})
+        kept, added = body.emit("Mul", f, states[1]), body.emit("Mul", i, n)
+        c = body.emit("Add", kept, added)
         t = body.emit("Tanh", c)
-        h = body.emit("Mul", o, t)
-        return [h, c], [h, c, i, o, f, n, t]
+        return [body.emit("Mul", o, t), c], [sigmoids, n, t, kept, added]
 
-    last, sequences = direction.run_steps(direction.input_projection(x), step)
-    direction.forward_values = dict(zip("hciofnt", sequences, strict=True))
-    return sequences[0], last
+    # States that also went out step by step would be copied in each; h follows from what goes out.
+    last, (sigmoids, n, t, kept, added) = direction.run_steps(direction.input_projection(x), step)
+    i, o, f = g.emit_many("Split", sigmoids, outputs=3, attrs={"axis": 2})
+    h = g.emit("Mul", o, t)
+    direction.forward_values = {
+        **dict(zip("hiofnt", (h, i, o, f, n, t), strict=True)),
+        "sigmoids": sigmoids,
+        "kept": kept,
+        "added": added,
+    }
+    return h, last
 
 
 def _lstm_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """With dh = dy + (what comes back): dc = dh · o · (1 − t²) + (what comes back); all gates' gradients follow."""
     g, values = direction.g, direction.forward_values
-    previous_h, previous_c = (
-        direction.states_before(values["h"], direction.states[0]),
-        direction.states_before(values["c"], direction.states[1]),
-    )
+    previous_h = direction.states_before(values["h"], direction.states[0])
     h_to_c = g.emit("Mul", values["o"], _tanh_slope(g, values["t"]))
-    # What the gradients of c, h, c, c are multiplied by for the four gates.
+    # What the gradients of c, h, c, c are multiplied by for the four gates. y · (1 − y) of each sigmoid y is a factor,
+    # and what y multiplies is another: y · it was computed forward.
+    products = g.emit("Concat", values["added"], values["h"], values["kept"], attrs={"axis": 2})
     slopes = g.emit(
         "Concat",
-        g.emit("Mul", values["n"], _sigmoid_slope(g, values["i"])),
-        g.emit("Mul", values["t"], _sigmoid_slope(g, values["o"])),
-        g.emit("Mul", previous_c, _sigmoid_slope(g, values["f"])),
+        g.emit("Mul", products, g.emit("Sub", g.scalar(1), values["sigmoids"])),
         g.emit("Mul", values["i"], _tanh_slope(g, values["n"])),
         attrs={"axis": 2},
     )
@@ -135,9 +142,7 @@ def _gru_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
         (h,) = states
-        product = body.emit("MatMul", h, recurrence)
-        if direction.bias:
-            product = body.emit("Add", product, direction.bias[1])
+        product = body.emit("Gemm", h, recurrence, *direction.bias[1:])
         recurrent_gates = body.emit_many("Split", product, outputs=3, attrs={"axis": 1})
         input_gates = body.emit_many("Split", slices[0], outputs=3, attrs={"axis": 1})
         z, r = (
@@ -166,8 +171,7 @@ def _gru_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
         slope, z = slices[:2]
         dh = body.emit("Add", states[0], slices[2]) if dy else states[0]
         gates = body.emit("Mul", body.emit("Concat", dh, dh, dh, attrs={"axis": 1}), slope)
-        to_previous = body.emit("Add", body.emit("MatMul", gates, direction.recurrence), body.emit("Mul", dh, z))
-        return [to_previous], [dh, gates]
+        return [body.emit("Gemm", gates, direction.recurrence, body.emit("Mul", dh, z))], [dh, gates]
 
     states, (dh, gates) = scan(
         g, last, [slopes, values["z"], *([dy] if dy else [])], step, backwards=not direction.is_reversed
@@ -234,7 +238,7 @@ def _plain_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     recurrence = transpose_matrix(direction.g, direction.recurrence)
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        total = body.emit("Add", body.emit("MatMul", states[0], recurrence), slices[0])
+        total = body.emit("Gemm", states[0], recurrence, slices[0])
         h = body.emit(direction.activation, total)
         return [h], [h, total]
 
