@@ -169,7 +169,8 @@ class SavedRun:
             "now": vars(run.now),
             "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in run.queue.items()],
         }
-        write_atomically(self._folder / STATE_FILE, json.dumps(body).encode())
+        # Only metrics in the queue are no JSON type: those that have yet to be read.
+        write_atomically(self._folder / STATE_FILE, json.dumps(body, default=dict).encode())
         self._logged_position = logged
         self._saved_at = time.monotonic()
         self._save_s = self._saved_at - started_at

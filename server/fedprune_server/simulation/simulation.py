@@ -8,9 +8,10 @@ A run resumes after a kill from the files of `saved_run` and the blobs next to t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +41,7 @@ from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.lazy_metrics import LazyMetrics
 from fedprune_server.simulation.network_model import NEVER_CLOSES
 from fedprune_server.simulation.results.job_record import job_record
 from fedprune_server.simulation.results.record import Record
@@ -146,7 +148,8 @@ class Simulation:
             closing(DeviceRunner(self.store, Path(scratch), workers=workers, cuda=cuda)) as self._runner,
         ):
             if self._is_resumed:
-                self._delete_superseded()  # a kill may have come between the last save and its deletions
+                # A kill may have come between the last save and its deletions.
+                self._delete_superseded(self.store.names())
             else:
                 self._save()
             self._runner.state_digests = self._run.boards
@@ -160,32 +163,50 @@ class Simulation:
                 # then (`Experiment.is_extendable`).
                 self._carry_out_all(self.coordinator.extend(self._run.clock))
             while self.state.phase is not Phase.FINISHED:
+                if not self._run.queue or isinstance(self._run.next_item, TrainingEnd):
+                    self._complete_rounds(progress)
                 if not self._run.queue:
                     kinds = {device.excluded_by for device in self.state.devices.values()}
                     error = DivergedError if kinds == {FailureKind.DIVERGED} else PlanError
                     raise error("the simulation has come to a standstill", hint=standstill_reason(self.state, self.job))
                 if self._handle_item(self._run.pop()) and progress is not None:
                     progress(self)
+            self._complete_rounds(progress)
             self._save()
-            self._delete_superseded()
+            self._delete_superseded(self.store.names())
         return self.state.history
 
     def _handle_item(self, item: Item) -> bool:
-        """Handle an item of the queue, and save the state if that is due; returns whether there is progress to show."""
+        """Handle an item of the queue, and save the state if that is due; returns whether a training has ended."""
         event = self._coordinator_event(item)
         if event is None:
             return False
         finished_rounds = len(self.state.history)
         self._carry_out_all(self.coordinator.handle(event, self._run.clock))
-        round_ended = len(self.state.history) > finished_rounds
-        if round_ended:
+        if len(self.state.history) > finished_rounds:
             self._finish_round(self.state.history[-1]["round"])
-        is_progress = round_ended or isinstance(item, TrainingEnd)
-        if is_progress and self._folder.is_due(round_ended=round_ended):
+        if not isinstance(item, TrainingEnd):
+            return False
+        if self._folder.is_due(round_ended=False):
             self._save()
-            if round_ended:
-                self._delete_superseded()  # only now: until the new state is saved, a kill goes back to the old one
-        return is_progress
+        return True
+
+    def _complete_rounds(self, progress: Callable[[Simulation], None] | None) -> None:
+        """Evaluate and save the rounds that have ended, while other processes train for the next one."""
+        ended_rounds = self.state.history[self._completed_rounds :]
+        if not ended_rounds:
+            return
+        for row in ended_rounds:
+            row["metrics"] = dict(row["metrics"])
+            if self.experiment.checkpoints and row["round"] % self.experiment.checkpoints == 0:
+                self._folder.write_checkpoint(self.model, row["round"], self.store.read(row["model"]))
+        self._completed_rounds += len(ended_rounds)
+        if self._folder.is_due(round_ended=True):
+            self._save()
+            # Only now: until the new state is saved, a kill goes back to the old one.
+            self._delete_superseded(self._earlier_blobs)
+        if progress is not None:
+            progress(self)
 
     def trained_model(self) -> Model:
         """The global model, with the ranks by which the job cuts it."""
@@ -216,6 +237,8 @@ class Simulation:
         self._run, state = saved_run or (SimulationState(), self._first_state())
         self._transfers = Transfers(self.experiment.weather, self.job.seed, self.store, self._run)
         self.coordinator = make_coordinator(self.job, self.model.architecture, state, self.model.frozen)
+        # The rounds that are evaluated and saved, and the blobs that were there when the last one ended.
+        self._completed_rounds, self._earlier_blobs = len(state.history), list[str]()
         if saved_run is None:
             for name in sorted(self._devices):
                 self._schedule_birth(name, 0.0)
@@ -268,7 +291,9 @@ class Simulation:
 
     def _carry_out(self, command: do.Command) -> None:
         now = self._run.clock
-        if isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close, do.Evaluate)):
+        if isinstance(command, do.Evaluate):
+            self._run.push(now, on.Evaluated(command.round, LazyMetrics(partial(self._evaluate, command))))
+        elif isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close)):
             event = self._worker.execute(command)
             if isinstance(command, do.Close) and isinstance(event, on.Closed):
                 state = self.state
@@ -290,6 +315,10 @@ class Simulation:
         elif isinstance(command, do.WakeAt):
             self._run.push(command.at, on.Ticked())
         # Virtual devices need no acknowledgements, and the state shows the job's end.
+
+    def _evaluate(self, command: do.Evaluate) -> Mapping[str, float]:
+        event = self._worker.execute(command)
+        return event.metrics if isinstance(event, on.Evaluated) else {}
 
     def _pull(self, command: do.PullUpdate, now: float) -> None:
         run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
@@ -395,18 +424,16 @@ class Simulation:
         # A strategy may give other widths and recipes in every round; old entries would pile up.
         self._seconds.clear()
         self._run.finish_round(number)
-        every = self.experiment.checkpoints
-        if every and number % every == 0:
-            self._folder.write_checkpoint(self.model, number, self.store.read(self.state.model))
+        self._earlier_blobs = self.store.names()
 
     def _save(self) -> None:
         self._folder.save(self._run, self.state)
 
-    def _delete_superseded(self) -> None:
-        """Delete superseded blobs."""
-        # Processes write blobs that no state refers to yet: those of trainings ahead must not be swept.
-        trained_ahead = self._runner.await_started()
+    def _delete_superseded(self, names: Collection[str]) -> None:
+        """Delete those of these blobs that are superseded."""
+        # Processes write blobs that no state refers to yet: those of trainings ahead are not superseded.
+        trained_ahead = self._runner.trained_ahead()
         needed = self.state.references() | self._worker.graph_digests() | self._run.references() | trained_ahead
-        for name in list(self.store.names()):
+        for name in names:
             if name not in needed:
                 self.store.delete(name)

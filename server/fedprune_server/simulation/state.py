@@ -97,14 +97,19 @@ class SimulationState:
         if isinstance(item, _WORK_TYPES):
             self._work.setdefault(item.device, set()).add(number)
 
+    @property
+    def next_item(self) -> Item:
+        """The item that `pop` returns next. Raises `IndexError` if the queue is empty."""
+        # Cancelled items stay in the heap: removing one from its middle would cost a search.
+        while self._order[0][1] not in self.queue:
+            heapq.heappop(self._order)
+        return self.queue[self._order[0][1]][1]
+
     def pop(self) -> Item:
         """Advance to the next item and return it. Raises `IndexError` if the queue is empty."""
-        while True:
-            virtual_time, number = heapq.heappop(self._order)
-            # Cancelled items stay in the heap: removing one from its middle would cost a search.
-            if number in self.queue:
-                break
-        _, item = self.queue.pop(number)
+        item = self.next_item
+        virtual_time, number = heapq.heappop(self._order)
+        del self.queue[number]
         self.clock = virtual_time
         if isinstance(item, _WORK_TYPES):
             self._drop_number(item.device, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -225,9 +226,31 @@ def test_cancelled_trainings_are_dropped(store: BlobStore, tmp_path: Path) -> No
             runner.begin_ahead(*item)
         runner.cancel(cancelled[0].name)
         runner.cancel(of_another_round[0].name, round_number=7)  # of another round
-        trained_digests = runner.await_started()
+        trained_digests = trained_ahead(runner, 2)
         assert runner.train(*of_another_round).weights.sha256 in trained_digests
         assert runner.train(*cancelled).weights.sha256 not in trained_digests
+
+
+def trained_ahead(runner: DeviceRunner, count: int) -> set[str]:
+    """The digests of what processes have trained, when there are so many: of updates and of boards' states."""
+    deadline = time.monotonic() + 60
+    while len(digests := runner.trained_ahead()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return digests
+
+
+def test_what_was_trained_ahead_and_deleted_is_trained_again(store: BlobStore, tmp_path: Path) -> None:
+    """It may equal blobs of earlier rounds, which are deleted while processes train."""
+    [work] = training_work(store, RECIPE, boards()[:1])
+    with closing(DeviceRunner(store, tmp_path / "scratch", workers=2)) as runner:
+        runner.begin_ahead(*work)
+        digests = trained_ahead(runner, 2)
+        for digest in digests:
+            store.delete(digest)
+        weights = runner.train(*work).weights.sha256
+    assert digests == {weights, *runner.state_digests.values()}
+    assert all(map(store.has, digests))
 
 
 def test_samples_that_cannot_be_read_are_the_boards_refusal(store: BlobStore, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ A *part* is one device's work in a round (its task); a *contribution* is a store
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from msgspec import convert
@@ -285,7 +285,7 @@ class AsynchronousCoordinator(Coordinator):
         state.phase = Phase.EVALUATING
         return [self._evaluate_command()]
 
-    def _end_round(self, metrics: dict[str, float], now: float) -> Commands:
+    def _end_round(self, metrics: Mapping[str, float], now: float) -> Commands:
         state = self.state
         number = state.round
         fresh_names = set((state.closing or {}).get("fresh", ()))

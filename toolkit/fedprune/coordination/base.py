@@ -181,7 +181,7 @@ class Coordinator(ABC):
         """Note whose updates are in the next model, and have it evaluated; repeat the round if none is."""
 
     @abstractmethod
-    def _end_round(self, metrics: dict[str, float], now: float) -> Commands:
+    def _end_round(self, metrics: Mapping[str, float], now: float) -> Commands:
         """Add a round to the history, and begin the next one or finish."""
 
     @abstractmethod
@@ -274,7 +274,7 @@ class Coordinator(ABC):
     def _on_evaluated(self, event: on.Evaluated, now: float) -> Commands:
         if self.state.phase is not Phase.EVALUATING or event.round != self.state.round:
             return []
-        return self._end_round(dict(event.metrics), now)
+        return self._end_round(event.metrics, now)
 
     def _give_up(self, task: DeviceTask | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
         """Record that a device's part has failed, if it was awaited, and continue with the others."""

@@ -129,7 +129,7 @@ class MaskedCoordinator(SynchronousCoordinator):
         self.state.closing = {"cohorts": closing["cohorts"]} if closing.get("cohorts") else None  # for the summary
         return true_cohorts, self._note_suspects(true_cohorts, false_cohorts)
 
-    def _round_summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
+    def _round_summary(self, metrics: Mapping[str, float], now: float) -> dict[str, Any]:
         reports = (self.state.closing or {}).get("cohorts", ())
         return {**super()._round_summary(metrics, now), "notes": [cohort_sum_line(report) for report in reports]}
 

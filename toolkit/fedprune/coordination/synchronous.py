@@ -9,7 +9,7 @@ call `resume`.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -362,7 +362,7 @@ class SynchronousCoordinator(Coordinator):
         state.phase = Phase.EVALUATING
         return [self._evaluate_command()]
 
-    def _end_round(self, metrics: dict[str, float], now: float) -> Commands:
+    def _end_round(self, metrics: Mapping[str, float], now: float) -> Commands:
         state = self.state
         state.history.append(self._round_summary(metrics, now))
         state.closing = None
@@ -374,7 +374,7 @@ class SynchronousCoordinator(Coordinator):
         state.phase = Phase.WAITING
         return self._begin_next_round(now)
 
-    def _round_summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
+    def _round_summary(self, metrics: Mapping[str, float], now: float) -> dict[str, Any]:
         state = self.state
         return {
             "round": state.round,

@@ -88,12 +88,11 @@ class DeviceRunner:
         if device in self._started and round_number in (None, self._started[device][0]):
             self._started.pop(device)[1].cancel()
 
-    def await_started(self) -> set[str]:
-        """Wait for the trainings that have begun; returns the blobs of their outcomes."""
-        futures = [future for _, future in self._started.values()]
-        wait(futures)
+    def trained_ahead(self) -> set[str]:
+        """The blobs of trainings that processes have finished and `train` hasn't returned yet."""
+        futures = [future for _, future in self._started.values() if future.done()]
         results = [future.result() for future in futures if future.exception() is None]
-        return {blob for outcome, state in results for blob in (outcome.weights.sha256, state) if blob}
+        return set().union(*map(_blobs_of, results))
 
     def train(self, device: VirtualDevice, offer: dict[str, Any], round_number: int) -> Outcome:
         """Carry out an offer as a board does.
@@ -128,9 +127,13 @@ class DeviceRunner:
             self._begin_next()
         del self._started[device.name]
         try:
-            return future.result()
+            finished = future.result()
         except BrokenExecutor as error:
             raise WorkerKilledError from error
+        if all(map(self._store.has, _blobs_of(finished))):
+            return finished
+        # It came to blobs that were superseded, and have been deleted since then: it comes to the same ones again.
+        return self._await_training(device, offer, round_number)
 
     def _begin_next(self) -> None:
         """Begin trainings that wait, as long as processes are free for them."""
@@ -155,6 +158,11 @@ class DeviceRunner:
             future.set_exception(error)
         self._started[device.name] = round_number, future
         self._running.append(future)
+
+
+def _blobs_of(finished: FinishedTraining) -> set[str]:
+    outcome, state_digest = finished
+    return {outcome.weights.sha256} | ({state_digest} if state_digest else set())
 
 
 class _LocalRunner:
