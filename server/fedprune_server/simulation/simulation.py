@@ -8,6 +8,7 @@ A run resumes after a kill from the files of `saved_run` and the blobs next to t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -239,6 +240,8 @@ class Simulation:
         self.coordinator = make_coordinator(self.job, self.model.architecture, state, self.model.frozen)
         # The rounds that are evaluated and saved, and the blobs that were there when the last one ended.
         self._completed_rounds, self._earlier_blobs = len(state.history), list[str]()
+        # By device, an update that was added to the sums before its command came, and the result.
+        self._folded_ahead: dict[str, tuple[do.FoldUpdate, on.Event]] = {}
         if saved_run is None:
             for name in sorted(self._devices):
                 self._schedule_birth(name, 0.0)
@@ -293,7 +296,10 @@ class Simulation:
         now = self._run.clock
         if isinstance(command, do.Evaluate):
             self._run.push(now, on.Evaluated(command.round, LazyMetrics(partial(self._evaluate, command))))
-        elif isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close)):
+        elif isinstance(command, do.FoldUpdate):
+            folded = self._folded_ahead.pop(command.contribution.part.device, None)
+            self._run.push(now, folded[1] if folded and folded[0] == command else self._worker.execute(command))
+        elif isinstance(command, (do.Score, do.Extract, do.Close)):
             event = self._worker.execute(command)
             if isinstance(command, do.Close) and isinstance(event, on.Closed):
                 state = self.state
@@ -327,6 +333,18 @@ class Simulation:
             return
         arrives_at = self._transfers.upload(self._devices[device], command.round, ref)
         run.push(arrives_at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
+        self._fold_ahead(device, ref.sha256, arrives_at)
+
+    def _fold_ahead(self, device: str, weights: str, arrives_at: float) -> None:
+        """Add an update to the sums now, while other devices train, if it will be in time."""
+        # Only the Close command decides what counts. But it starts again with sums that hold anything else, so that
+        # nothing is added that may be dropped.
+        state, task = self.state, self.state.tasks[device]
+        ends_at = min(self._run.leaves[device], state.deadline or math.inf, task.deadline or math.inf)
+        is_synchronous = isinstance(self.coordinator, SynchronousCoordinator)
+        if self.experiment.workers > 1 and is_synchronous and not state.target_updates and arrives_at < ends_at:
+            command = self.coordinator.part_commands.fold_command(device, replace(task, weights=weights), task.weight)
+            self._folded_ahead[device] = command, self._worker.execute(command)
 
     def _offer(self, command: do.SendOffer, now: float) -> None:
         name, run, seed = command.device, self._run, self.job.seed

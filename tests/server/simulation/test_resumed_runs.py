@@ -179,7 +179,7 @@ run_harsh(sys.argv[1], progress)
 """
 
 
-def run_harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = None) -> Record:
+def run_harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = None, *, workers: int = 1) -> Record:
     """A run with everything in it that a kill could spoil."""
     experiment = digits_experiment(
         fleet=[replace(b, data=StoredData.of(lambda b=b: b.data)) for b in boards()],
@@ -193,8 +193,14 @@ def run_harsh(folder: str | Path, progress: Callable[[Simulation], None] | None 
         availability=Availability(100.0, 0.6, 0.9),
         measure=ModelMeasure(digits().x, digits().y, densities=(0.25,)),
         checkpoints=2,
+        workers=workers,
     )
     return simulate_in_folder(experiment, Path(folder), progress)
+
+
+def test_a_run_on_several_processes_ends_as_one_on_one(tmp_path: Path) -> None:
+    """They train, evaluate and add up in another order."""
+    assert run_harsh(tmp_path / "two", workers=2) == run_harsh(tmp_path / "one")
 
 
 def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path: Path) -> None:
