@@ -23,6 +23,7 @@ from fedprune.planning.profile_store import find_profile
 from fedprune.wire.messages import Offer
 from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.sequences import PaddedRows
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.evaluation import MACHINE_METRICS
@@ -30,6 +31,7 @@ from fedprune_device.training.round_runner import RoundRunner
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, TrainingWork, WorkerKilledError
+from fedprune_server.simulation.fleet.sample_file import SampleFile
 from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
 from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.simulation import Simulation
@@ -207,6 +209,34 @@ def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) ->
         assert str(pool_error.value) == str(own_error.value)
     finally:
         pooled.close()
+
+
+def test_samples_reach_another_process_as_they_are(tmp_path: Path) -> None:
+    x = np.asfortranarray(RNG.standard_normal((6, 9)).astype(np.float32))
+    rows = PaddedRows((2, 4), 1, 4)
+    data = LocalData(x, x, x[::2], x[::2], rows=rows)
+    file = SampleFile.write(tmp_path / "samples", data)
+    loaded = file.load()
+    file.path.unlink()
+
+    assert loaded.is_unlabelled
+    assert loaded.rows == rows
+    for name in ("x_train", "x_test", "y_test", "x_val", "y_val"):
+        array, expected = getattr(loaded, name), getattr(data, name)
+        assert (array.dtype, array.shape, array.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_samples_that_are_in_memory_are_written_once_and_others_deleted(
+    store: BlobStore, tmp_path: Path, stored: bool
+) -> None:
+    fleet, folder = boards(), tmp_path / "scratch"
+    if stored:
+        fleet = [replace(device, data=StoredData.of(device.load)) for device in fleet]
+    with closing(DeviceRunner(store, folder, workers=2)) as runner:
+        for number in (1, 2):
+            train_all(runner, training_work(store, Recipe(), fleet, number))
+        assert len([path for path in folder.iterdir() if path.is_file()]) == (0 if stored else len(fleet))
 
 
 def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal() -> None:

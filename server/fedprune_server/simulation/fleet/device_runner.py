@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, TrainingError
 from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_store import MemoryStateStore
 from fedprune_device.training.evaluation import MACHINE_METRICS
@@ -23,7 +25,8 @@ from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import TrainerCache
 from fedprune_server.executor.offer_entries import device_offer
 from fedprune_server.process.pools import ProcessPool
-from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
+from fedprune_server.simulation.fleet.sample_file import SampleFile
+from fedprune_server.simulation.fleet.virtual_device import Outcome, StoredData, VirtualDevice
 
 # Devices, in addition to those that train, whose samples are in memory: the processes go on with them while this one
 # folds an update.
@@ -58,8 +61,10 @@ class DeviceRunner:
 
     def __init__(self, store: BlobStore, folder: Path, *, workers: int = 1, cuda: bool = False) -> None:
         self.state_digests: dict[str, str] = {}
-        self._store = store
+        self._store, self._folder = store, folder
         self._workers = workers
+        self._sample_files: dict[str, tuple[LocalData, SampleFile]] = {}  # of samples in memory
+        self._file_numbers = count()
         self._waiting: dict[str, TrainingWork] = {}  # trainings that no process has begun yet
         self._started: dict[str, tuple[int, Future[FinishedTraining]]] = {}  # those that `train` hasn't returned yet
         self._running: list[Future[FinishedTraining]] = []  # those that occupy a process, also if they were cancelled
@@ -68,6 +73,7 @@ class DeviceRunner:
         if workers == 1:
             self._local = _LocalRunner(store, folder, cuda=cuda)
         else:
+            folder.mkdir(parents=True, exist_ok=True)
             self._pool = ProcessPool(workers, partial(_helper_runner, store, folder, cuda=cuda))
 
     def begin_ahead(self, device: VirtualDevice, offer: dict[str, Any], round_number: int) -> None:
@@ -103,7 +109,8 @@ class DeviceRunner:
             WorkerKilledError: A process was killed.
         """
         if self._local is not None:
-            outcome, state_digest = self._local.train(device, offer, round_number, self.state_digests.get(device.name))
+            state_digest = self.state_digests.get(device.name)
+            outcome, state_digest = self._local.train(device.name, device.load, offer, round_number, state_digest)
         else:
             outcome, state_digest = self._await_training(device, offer, round_number)
         if state_digest is not None:
@@ -146,18 +153,30 @@ class DeviceRunner:
         device, offer, round_number = work
         future = Future[FinishedTraining]()
         try:
-            # Samples are read here, because their loader need not be picklable, and no sooner than they are needed.
-            loaded_device = VirtualDevice(device.name, device.profile, device.load())
+            samples, state = self._sample_file(device), self.state_digests.get(device.name)
             if self._pool is not None:
-                future = self._pool.submit(
-                    _LocalRunner.train, loaded_device, offer, round_number, self.state_digests.get(device.name)
-                )
+                arguments = device.name, samples.load, offer, round_number, state
+                future = self._pool.submit(_LocalRunner.train, *arguments)
+            if isinstance(device.data, StoredData):
+                # What doesn't fit in memory may not fit twice on the disk either.
+                future.add_done_callback(lambda _: samples.path.unlink(missing_ok=True))
         except BrokenExecutor as error:
             raise WorkerKilledError from error
         except FedpruneError as error:  # of the samples: the board's answer
             future.set_exception(error)
         self._started[device.name] = round_number, future
         self._running.append(future)
+
+    def _sample_file(self, device: VirtualDevice) -> SampleFile:
+        """A device's samples for another process."""
+        data, file = self._sample_files.get(device.name, (None, None))
+        if file is not None and data is device.data:
+            return file
+        # Samples are read here, because their loader need not be picklable, and no sooner than they are needed.
+        file = SampleFile.write(self._folder / f"samples-{next(self._file_numbers)}", device.load())
+        if isinstance(device.data, LocalData):
+            self._sample_files[device.name] = device.data, file
+        return file
 
 
 def _blobs_of(finished: FinishedTraining) -> set[str]:
@@ -175,18 +194,20 @@ class _LocalRunner:
         self._trainer = TrainerCache(keep=True, cuda=cuda)
         self._checked_graphs: set[tuple[str, str]] = set()
 
-    def train(self, device: VirtualDevice, offer: dict[str, Any], round_: int, digest: str | None) -> FinishedTraining:
+    def train(
+        self, device: str, load: Callable[[], LocalData], offer: dict[str, Any], round_: int, digest: str | None
+    ) -> FinishedTraining:
         state = _BlobState(self._store, digest)
 
         def noise(offer: Offer) -> GaussianNoise:
             # Keyed noise, which a board never has: a simulation must give the same bits again.
-            return GaussianNoise.from_key(offer.seed, offer.round, device.name, offer.weights.sha256)
+            return GaussianNoise.from_key(offer.seed, offer.round, device, offer.weights.sha256)
 
         runner = RoundRunner(
-            device.name,
+            device,
             self._store,
             self._slots,
-            device.load(),
+            load(),
             self._trainer,
             state,
             noise=noise,
