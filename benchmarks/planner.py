@@ -11,6 +11,7 @@ are another page's: `benchmarks.latency`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -29,8 +30,13 @@ SAMPLES, TEST_SAMPLES, STEPS = 512, 128, 3
 BATCHES = 8, 32
 NETS = ("LeNet", "LeNet-5", "VGG11-BN", "ResNet20-BN", "ConcatNet", "Signals")
 TIMM = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "regnetx_002", "convnext_atto")
+POOLED = ("PooledNet", "OverlapNet", "PooledNet-5", "WidePooledNet")
+"""Convolutions of 96 × 96 pixels, ReLU and a pooling of the largest activation, without batch norm."""
+
 LARGE = (
     ("gru_net", 0, 1.0, (8, 32)),
+    ("PooledNet", 0, 1.0, (8, 32)),
+    ("OverlapNet", 0, 1.0, (8, 32)),
     ("mobilenetv2_100", 128, 1.0, (8, 32)),
     ("efficientnet_b0", 128, 0.5, (8, 32)),
     ("lcnet_035", 224, 1.0, (8, 32)),
@@ -43,6 +49,8 @@ LARGE = (
 on 64 samples."""
 
 HELD_OUT = (
+    ("PooledNet-5", 0, 1.0, (8, 32)),
+    ("WidePooledNet", 0, 1.0, (8, 32)),
     ("unet_bn", 0, 1.0, (8, 32)),
     ("lstm_net", 0, 1.0, (8, 32)),
     ("mnasnet_small", 96, 1.0, (8, 32)),
@@ -70,8 +78,24 @@ def nets() -> dict[str, Any]:
     signals.input_shape = (6, 128)  # type: ignore[assignment]
     made = (
         network("lenet"), shared.lenet(), shared.VGG11(width=1.0), shared.resnet20_bn(), shared.concat_net(), signals,
+        pooled_net((32, 64), 3), pooled_net((32, 64), 3, overlap=True), pooled_net((32, 64, 64), 5),
+        pooled_net((64, 64), 3),
     )  # fmt: skip
-    return dict(zip(NETS, made, strict=True))
+    return dict(zip((*NETS, *POOLED), made, strict=True))
+
+
+def pooled_net(channels: tuple[int, ...], kernel: int, *, overlap: bool = False) -> Any:
+    """Convolutions, each with a ReLU and a pooling that halves the image, and a linear layer."""
+    from torch import nn
+
+    image, layers = 96, []
+    for before, after in itertools.pairwise((3, *channels)):
+        pool = nn.MaxPool2d(3, 2, padding=1) if overlap else nn.MaxPool2d(2)
+        layers += [nn.Conv2d(before, after, kernel, padding=kernel // 2), nn.ReLU(), pool]
+        image //= 2
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * image**2, 10))
+    net.input_shape = (3, 96, 96)  # type: ignore[assignment]
+    return net
 
 
 def module_of(name: str, image: int) -> Any:
@@ -79,7 +103,7 @@ def module_of(name: str, image: int) -> Any:
     from support.nets import published_nets as zoo
     from support.nets import small_nets as shared
 
-    if name in NETS:
+    if name in (*NETS, *POOLED):
         return nets()[name]
     return zoo.timm_model(name, image) if image else getattr(shared, name)()
 

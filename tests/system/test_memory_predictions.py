@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from benchmarks import planner
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.state import JobDevice
 from fedprune.model.features import Features
@@ -49,24 +51,32 @@ def test_memory_of_the_demos_boards_is_predicted(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "nets"), [("rows", {"VGG11-BN", "convnext_atto"}), ("large", {"efficientnet_b0", "gru_net"})]
+    ("group", "nets"),
+    [("rows", {"VGG11-BN", "convnext_atto"}), ("large", {"efficientnet_b0", "gru_net", "PooledNet", "OverlapNet"})],
 )
 def test_memory_of_training_and_predicting_is_predicted(group: str, nets: set[str]) -> None:
     rows = json.loads(RESULTS.read_text())[group]
     assert {r["onnxruntime"] for r in rows} == {"1.31.1", "1.23.2"}
     assert nets <= {r["net"] for r in rows}
-    assert len({(r["net"], r["image"]) for r in rows}) == {"rows": 11, "large": 8}[group]
+    assert len({(r["net"], r["image"]) for r in rows}) == {"rows": 11, "large": 10}[group]
     for row in rows:
         assert LOW <= predicted_peak_bytes(row, rows) / row["peak_bytes"] - 1 <= HIGH, row
 
 
 def test_memory_of_training_nets_that_no_constant_was_fitted_to_is_predicted() -> None:
     rows = json.loads(RESULTS.read_text())["held_out"]
-    assert len({r["net"] for r in rows}) >= 5
-    errors = [predicted_peak_bytes(r, rows) / r["peak_bytes"] - 1 for r in rows if r["what"] == "training"]
-    assert max(errors) <= HIGH
-    assert min(errors) >= -0.07  # fasternet_t0 and resnet10t: docs/planner.md
-    assert sum(e >= LOW for e in errors) >= 0.9 * len(errors)
+    assert {"PooledNet-5", "WidePooledNet", "fasternet_t0"} <= {r["net"] for r in rows}
+    for row in rows:
+        if row["what"] == "training":
+            assert LOW <= predicted_peak_bytes(row, rows) / row["peak_bytes"] - 1 <= HIGH, row
+
+
+@pytest.mark.soak  # a round of a second and a half in a process of its own, beside what `RESULTS` has of it
+def test_memory_of_training_a_net_of_large_pooled_images_is_predicted() -> None:
+    case = next(case for case in planner.cases() if case["net"] == "PooledNet")
+    rows = planner.measure({**case, "batches": (32,)}, [sys.executable])
+    (row,) = (row for row in rows if row["what"] == "training")
+    assert LOW <= predicted_peak_bytes(row, rows) / row["peak_bytes"] - 1 <= HIGH, row
 
 
 def predicted_peak_bytes(row: dict[str, Any], rows: list[dict[str, Any]]) -> int:

@@ -49,18 +49,20 @@ FROZEN_COPIES = 2
 # Arrays of the size of the largest frozen weight while a layer reads it: transposed as stored, and dequantised.
 DEQUANTISED_COPIES = 1.5
 
-# Memory over size of all activations: the backward pass doesn't need all of them, and the allocator leaves gaps.
-ACTIVATION_COPIES = 0.69
+# Memory over size of the activations that the backward pass needs: it frees them from the last to the first, while its
+# gradients come. That of the other ones is free again before it begins, but the allocator leaves gaps.
+KEPT_COPIES, PASSING_COPIES = 0.8, 0.4
 
-# Memory of activations over size of those that the backward pass needs, where a base is frozen. Next to a frozen
-# layer's output are an adapter's and their sum, of which only the sum stays, and no nodes make a weight's gradient.
-KEPT_COPIES = 1.5
+# The same where a base is frozen, over size of those that the backward pass needs. Next to a frozen layer's output are
+# an adapter's and their sum, of which only the sum stays, and no nodes make a weight's gradient.
+FROZEN_KEPT_COPIES = 1.5
 
 # Memory over size of the lines that depthwise and grouped convolutions read (`unrolled_elements`).
-UNROLLED_COPIES = 1.26
+UNROLLED_COPIES = 1.0
 
-# Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer.
-TRANSIENT_COPIES = 1.94
+# Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer, and
+# what a pooling compares to find its maxima.
+TRANSIENT_COPIES = 2.5
 
 # Arrays of the size of the samples of a step (or of a part of it) that augmentation needs, and how many more with
 # noise. Measured with batches of 64 colour images of 224 × 224.
@@ -199,7 +201,8 @@ class Costs:
         extra_copies += features.gradients + features.accumulate
         copies = own_copies + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + extra_copies)
         frozen = self.base_bytes > 0
-        sample = KEPT_COPIES * self.kept_bytes if frozen else ACTIVATION_COPIES * self.activation_bytes
+        passing = PASSING_COPIES * (self.activation_bytes - self.kept_bytes)
+        sample = FROZEN_KEPT_COPIES * self.kept_bytes if frozen else KEPT_COPIES * self.kept_bytes + passing
         sample += UNROLLED_COPIES * self.unrolled_bytes + TRANSIENT_COPIES * self.largest_bytes
         base = self.base_bytes + int(DEQUANTISED_COPIES * self.dequantised_bytes)
         return MemoryBreakdown(
