@@ -19,6 +19,7 @@ from fedprune.core.text import quantity
 from fedprune.output.page import list_html, page_html, section_html, table_html
 from fedprune.runtime.bundle import TRAINING, open_bundle
 from fedprune_device.cli.column_names import name_columns
+from fedprune_device.data.array_assembly import name_arrays
 from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_drawings import draw_samples
@@ -130,7 +131,8 @@ def _write_page(
 
 
 def _write_arrays(out: Path, data: LocalData) -> None:
-    """Write the samples as a model takes them, and their labels as numbers, to an `.npz` file."""
+    """Write the samples as a model takes them, their labels as numbers, and the names of a table's columns to an `.npz`
+    file."""
     with storage_errors(f"can't write {out}"), zipfile.ZipFile(out, "w") as archive:
         for split in SPLITS:
             for kind in "x" if data.is_unlabelled else "xy":
@@ -144,6 +146,9 @@ def _write_arrays(out: Path, data: LocalData) -> None:
                     np.lib.format.write_array_header_1_0(entry, header)
                     for chunk in chunks(array):  # a board has no memory for all samples
                         entry.write(np.ascontiguousarray(chunk, array.dtype).tobytes())
+        for name, array in name_arrays(data).items():
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, array)
 
 
 def _first_lines(lines: Sequence[str]) -> list[str]:

@@ -7,14 +7,51 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.errors import DataError
+from fedprune.core.errors import DataError, shape_text
 from fedprune.core.rng import keyed_generator
-from fedprune_device.data.dataset import SPLITS, LocalData
+from fedprune_device.data.dataset import SPLITS, Channels, LocalData
 from fedprune_device.data.sample_checks import checked_samples
 from fedprune_device.data.sequences import LENGTHS, PaddedRows, describe_rows
 from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.spooled_arrays import join_arrays
 from fedprune_device.data.stored_array import Inputs, as_inputs, select_pairs, type_text
+
+# Arrays of texts that name the columns of a table of which x and y were made.
+_COLUMNS, _TARGET_COLUMNS = "columns", "target_columns"
+
+
+def name_arrays(data: LocalData) -> dict[str, Any]:
+    """The names of a table's columns as arrays, for a file of its samples: texts [C], [C, 1] or [1, C], which lie along
+    the axis of a sample along which the columns are. Empty for samples without names."""
+    if data.channels is None:
+        return {}
+    named = (
+        (_COLUMNS, data.channels.inputs, data.channels.input_axis, data.x_train),
+        (_TARGET_COLUMNS, data.channels.outputs, data.channels.output_axis, data.y_train),
+    )
+    return {
+        key: np.array(names).reshape([-1 if i == axis else 1 for i in range(max(1, array.ndim - 1))])
+        for key, names, axis, array in named
+        if names
+    }
+
+
+def read_channels(arrays: dict[str, Any], x: Inputs, y: Inputs | None = None) -> Channels | None:
+    """The names that `name_arrays` has written beside inputs and labels; None without any. Raises `DataError` if they
+    are not as many as the samples have columns."""
+    found: list[tuple[tuple[str, ...], int]] = []
+    for key, samples in ((_COLUMNS, x), (_TARGET_COLUMNS, y)):
+        if samples is None or key not in arrays or as_inputs(arrays[key]).dtype.kind != "U":
+            found.append(((), 0))
+            continue
+        names, shape = np.asarray(arrays[key]), samples.shape[1:] or (1,)
+        fits = [m in (1, n) for m, n in zip(names.shape, shape, strict=False)]
+        if len(names.shape) != len(shape) or not all(fits) or names.size != max(names.shape):
+            expected = f"names that lie along one axis of a sample, {shape_text(*shape)}"
+            raise DataError(f"array {key!r}", expected=expected, got=shape_text(*names.shape))
+        found.append((tuple(name.lower() for name in names.flat), int(np.argmax(names.shape))))
+    (inputs, input_axis), (outputs, output_axis) = found
+    return Channels(inputs, input_axis, outputs, output_axis) if inputs else None
 
 
 def as_mapping(returned: object) -> dict[str, Any]:
@@ -108,11 +145,12 @@ def assemble(content: object, spool: Path | None, seed: int = 0, device: str = "
         inputs = as_inputs(arrays[f"x_{split}"])
         return inputs, inputs if y is x else as_inputs(arrays[f"y_{split}"])
 
+    channels = read_channels(arrays, x, y)
     validation: Any = pair("val") if "x_val" in arrays else ()
     if "x_test" in arrays:
-        return LocalData(x, y, *pair("test"), *validation, rows=rows)
+        return LocalData(x, y, *pair("test"), *validation, rows=rows, channels=channels)
     x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its index in the source
     order = keyed_generator(seed, "split", device).permutation(len(y))
     test_count = int(len(y) * TEST_SHARE)
     train, test = (select_pairs(x, y, np.sort(i)) for i in (order[test_count:], order[:test_count]))
-    return LocalData(*train, *test, *validation, rows=rows)
+    return LocalData(*train, *test, *validation, rows=rows, channels=channels)

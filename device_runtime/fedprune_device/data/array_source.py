@@ -16,16 +16,16 @@ from fedprune.core.text import first_few
 from fedprune.core.zip_limits import check_members, unreadable_reason
 from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape
-from fedprune_device.data.array_assembly import as_mapping, assemble, pack_inputs
+from fedprune_device.data.array_assembly import as_mapping, assemble, pack_inputs, read_channels
 from fedprune_device.data.data_source import DataSource
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import Channels, LocalData
 from fedprune_device.data.other_files import OTHER_FORMS
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_inputs
 from fedprune_device.data.sequences import PaddedRows, pad_samples
 from fedprune_device.data.source_samples import MAX_SAMPLES, SourceSamples
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.spooled_arrays import archive_array
-from fedprune_device.data.stored_array import Inputs, StoredArray
+from fedprune_device.data.stored_array import Inputs, StoredArray, as_inputs
 
 _SOURCES = "arrays (.npz), a table (.csv, .tsv, .parquet), or a folder of files"
 
@@ -113,13 +113,16 @@ def _class_numbers(name: str, array: Any, class_names: tuple[str, ...], source: 
     return np.array([class_names.index(str(n)) for n in names])[indices].reshape(array.shape)
 
 
-def load_inputs(source: str, shape: Shape | None = None, *, input_type: InputType = FLOATS) -> Inputs:
-    """Read samples without labels; a source's labels are ignored, and `x_test` is preferred (`load_data`)."""
+def load_inputs(
+    source: str, shape: Shape | None = None, *, input_type: InputType = FLOATS
+) -> tuple[Inputs, Channels | None]:
+    """Read samples without labels, and the names of their columns; a source's labels are ignored, and `x_test` is
+    preferred (`load_data`)."""
     content = _load(source, 0, "", None)
     try:
         if isinstance(content, DataSource) and not isinstance(content, LocalData):
             content = SourceSamples(content, source, SplitShares(test=0), MAX_SAMPLES).snapshot()
-        array, rows = _inputs_and_rows(content)
+        array, rows, channels = _inputs_and_rows(content)
         x = checked_inputs(array if isinstance(array, StoredArray) else np.asarray(array), "unlabelled")
         check_type(x, input_type)
         if not len(x):
@@ -129,20 +132,21 @@ def load_inputs(source: str, shape: Shape | None = None, *, input_type: InputTyp
             check_shape(x, shape)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
-    return x
+    return x, channels
 
 
-def _inputs_and_rows(content: Any) -> tuple[Any, PaddedRows | None]:
-    """A source's array of inputs, and the layout of its rows where these are padded samples."""
+def _inputs_and_rows(content: Any) -> tuple[Any, PaddedRows | None, Channels | None]:
+    """A source's array of inputs, the layout of its rows where these are padded samples, and its columns' names."""
     if isinstance(content, np.ndarray):
-        return content, None
+        return content, None, None
     if isinstance(content, LocalData):
-        return content.x_test if len(content.x_test) else content.x_train, content.rows
+        return content.x_test if len(content.x_test) else content.x_train, content.rows, content.channels
     arrays, rows = pack_inputs(as_mapping(content), None)
     name = next((n for n in ("x_test", "x_train", "x") if n in arrays), None)
     if name is None:
         raise DataError("array 'x' is missing", got=", ".join(map(str, arrays)) or "nothing")
-    return arrays[name], rows
+    x = as_inputs(arrays[name])
+    return x, rows, read_channels(arrays, x)
 
 
 def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) -> dict[str, Inputs]:

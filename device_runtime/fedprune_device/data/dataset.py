@@ -52,7 +52,7 @@ class LocalData:
             without labels have their inputs as labels: then this is the same object as `x_train`.
         x_test: Inputs that are never trained on; may be empty. Their results are reported, and decide nothing.
         x_val: Inputs that are never trained on; training and fleet decide by their results. May be empty.
-        channels: The columns of a table that the samples are made of; None for arrays, which name none.
+        channels: The columns of a table that the samples are made of; None for arrays that name none.
         rows: How samples of different lengths are packed, if each input is a row of numbers with its length.
         spool: A folder for copies of large arrays, which are otherwise held in memory.
 
@@ -134,7 +134,7 @@ class LocalData:
             x, y = self._samples_of(split)
             padded = pad_samples(x, self.rows, shape) if len(x) else _NO_SAMPLES
             arrays += [padded, padded if y is x else pad_labels(y, padded, shape, targets, self.spool)]
-        return LocalData(*arrays)
+        return LocalData(*arrays, channels=self.channels)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -164,7 +164,9 @@ class LocalData:
             return self
         order = keyed_generator(seed, "validation", device).permutation(self.samples)
         train, val = (select_pairs(self.x_train, self.y_train, np.sort(i)) for i in (order[count:], order[:count]))
-        return LocalData(*train, self.x_test, self.y_test, *val, rows=self.rows, spool=self.spool)
+        return LocalData(
+            *train, self.x_test, self.y_test, *val, rows=self.rows, channels=self.channels, spool=self.spool
+        )
 
     def with_spooled_arrays(self, spool: Path) -> LocalData:
         """These samples with large arrays in temporary files in `spool`, which are deleted with this process."""
@@ -173,7 +175,7 @@ class LocalData:
             x, y = self._samples_of(split)
             spooled = spool_large(x, spool)
             arrays += [spooled, spooled if self.is_unlabelled else spool_large(y, spool)]
-        return LocalData(*arrays, rows=self.rows, spool=spool)
+        return LocalData(*arrays, rows=self.rows, channels=self.channels, spool=spool)
 
     def check(self, targets: Targets, shape: Shape | None = None, *, input_type: InputType | None = None) -> None:
         """Check labels and inputs against a model; raises `DataError`. In `shape`, names and None are any size."""

@@ -144,7 +144,8 @@ def _channels_of(x: Inputs, scaling: Sequence[str]) -> Channels:
     axis = next((axis for axis, size in enumerate(shape[:2]) if size == count), None)
     if axis is None and count > 1:
         expected = f"samples of {count} channels, as recipe.scaling has them"
-        raise DataError("samples to scale", expected=expected, got=shape_text(*shape))
+        hint = "Of a table, `fedprune-device data check --out FILE.npz` writes the columns' names, too."
+        raise DataError("samples to scale", expected=expected, got=shape_text(*shape), hint=hint)
     return Channels(tuple(map(str, range(count))), axis or 0)
 
 

@@ -165,7 +165,7 @@ def find_problems(summary: DataSummary, *, is_scaled: bool = False) -> list[str]
             c = wide[0]
             problems.append(
                 f"channel {c.name} has numbers from {c.lowest:g} to {c.highest:g}{_others_text(wide)}: scale them to "
-                "mean 0 and deviation 1, with the same two numbers on all boards"
+                "mean 0 and deviation 1, with the same two numbers on all boards, as the recipe's `scaling` does"
             )
         if constant := [c for c in ranges if c.lowest == c.highest]:
             problems.append(

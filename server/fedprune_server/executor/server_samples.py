@@ -13,10 +13,12 @@ from fedprune.model import step_contract
 from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, with_lengths
 from fedprune.model.recipe import Recipe
-from fedprune_device.data.array_source import load_data, load_inputs
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.array_source import is_function, load_data, load_inputs
+from fedprune_device.data.dataset import Channels, LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.scaling import scale_samples
+from fedprune_device.data.sources import is_sample_folder
+from fedprune_device.data.table_windows import is_table
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_step
 
@@ -39,6 +41,7 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> LabelledSample
     The source is a `.npz` file or `package.module:function`, as devices' data. Raises `DataError` if the data can't be
     read or doesn't fit the model.
     """
+    _check_kind(source)
     data = load_data(source)
     try:
         data = fit_data(data, model, recipe)
@@ -73,18 +76,32 @@ def load_calibration(source: str, model: Model, recipe: Recipe) -> npt.NDArray[A
 
     The source is one as for `load_evaluation`. Raises `DataError` if the samples can't be read or don't fit the model.
     """
-    x = load_inputs(source, _shape(model), input_type=_input_type(model))
-    return scale_arrays((_input_type(model).convert(np.asarray(x)), np.asarray(x)), recipe)[0]
+    _check_kind(source)
+    x, channels = load_inputs(source, _shape(model), input_type=_input_type(model))
+    return scale_arrays((_input_type(model).convert(np.asarray(x)), np.asarray(x)), recipe, channels)[0]
 
 
-def scale_arrays(samples: LabelledSamples, recipe: Recipe) -> LabelledSamples:
-    """The server's samples scaled as a recipe says: with `board` by their own mean and deviation. Raises `DataError`
-    as `scale_samples` does."""
+def scale_arrays(samples: LabelledSamples, recipe: Recipe, channels: Channels | None = None) -> LabelledSamples:
+    """The server's samples, made of these columns, scaled as a recipe says: with `board` by their own mean and
+    deviation. Raises `DataError` as `scale_samples` does."""
     if not recipe.scaling:
         return samples
     x, y = samples
-    data, _ = scale_samples(LocalData(x, y, x[:0], y[:0]), recipe)
+    data, _ = scale_samples(LocalData(x, y, x[:0], y[:0], channels=channels), recipe)
     return np.asarray(data.x_train), np.asarray(data.y_train)
+
+
+def _check_kind(source: str) -> None:
+    """Raises `DataError` for tables and folders: how they are read, only a board's options say."""
+    path = Path(source)
+    if not is_function(source) and (is_table(path) or is_sample_folder(path)):
+        raise DataError(
+            f"samples of the server {source!r}",
+            expected="an .npz file, or package.module:Class",
+            got="a table" if is_table(path) else "a folder of files",
+            hint="Write them as a board reads them: fedprune-device data check --data SOURCE --bundle DIR "
+            "--out FILE.npz, with the boards' options.",
+        )
 
 
 def _shape(model: Model) -> Shape:

@@ -167,4 +167,5 @@ def test_columns_are_called_by_their_names_where_nothing_leaves_the_board(
     assert "column 1 counts" in problem  # and nothing of the range of a column that the recipe scales
     assert "entry_id" in page.read_text()
     assert "channel 0" not in page.read_text()
-    assert check(bundle, source, "--columns", "heat") == ExitCode.OK
+    assert check(bundle, source, "--columns", "heat", "--out", str(tmp_path / "b.npz")) == ExitCode.OK
+    assert np.load(tmp_path / "b.npz")["columns"].tolist() == ["heat"]

@@ -52,7 +52,7 @@ def test_validation_samples_are_taken_from_those_that_would_be_trained_on(tmp_pa
 
 @pytest.mark.parametrize("arrays", [{"x": X}, {"x_train": X}, {"x": X, "y": Y[:3]}, {"x": X[:4], "x_test": X}])
 def test_inputs_need_no_labels(tmp_path: Path, arrays: dict[str, object]) -> None:
-    assert np.array_equal(load_inputs(save(tmp_path / "d.npz", **arrays), (2,)), X)
+    assert np.array_equal(load_inputs(save(tmp_path / "d.npz", **arrays), (2,))[0], X)
 
 
 def test_a_function_of_the_user_is_called_with_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_a_class_of_three_methods_is_a_boards_data(tmp_path: Path, monkeypatch: 
     assert len(data.y_train) + len(data.y_test) == 50
     assert source.effective_classes
     assert len(load_data("my_boards:Board", device="abc").y_test) == len(data.y_test) > 0
-    assert len(load_inputs("my_boards:Board")) == 50
+    assert len(load_inputs("my_boards:Board")[0]) == 50
 
 
 def test_new_samples_are_there_at_the_next_round_and_old_ones_keep_their_part() -> None:

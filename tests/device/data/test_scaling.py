@@ -14,6 +14,8 @@ from fedprune.model.input_type import FLOATS
 from fedprune.model.lengths import PADDING
 from fedprune.model.recipe import Recipe
 from fedprune_device.cli.main import main
+from fedprune_device.data.array_assembly import name_arrays
+from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.scaling import ChannelScale, Scaling, scale_entries, scale_samples
@@ -69,6 +71,23 @@ def test_a_job_gives_the_scale_by_the_names_of_columns_in_any_order_and_case(tmp
     assert scale_samples(raw, replace(MSE, scaling=scale_entries(scaling, raw)))[1] == scaling
     with pytest.raises(DataError, match="number 2"):
         scale_samples(raw, replace(MSE, scaling=("heat:20:2",)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("scaling", [("board",), ("target_load:-7:0.5", "hpa:1000:10", "heat:20:2")])
+def test_arrays_of_a_table_are_scaled_as_the_table(tmp_path: Path, first: bool, scaling: tuple[str, ...]) -> None:
+    shape, labels = ((2, 2), (1, 3)) if first else ((5, 2), (3, 1))
+    raw = table(tmp_path / "a.csv").snapshot(shape, Targets("mse", 1, labels))
+    parts = dict(zip(("x_train", "y_train", "x_test", "y_test"), splits(raw), strict=True))
+    np.savez(tmp_path / "a.npz", **parts, **name_arrays(raw))
+    read, recipe = load_data(str(tmp_path / "a.npz")), replace(MSE, scaling=scaling)
+    for found, expected in zip(*(splits(scale_samples(data, recipe)[0]) for data in (read, raw)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    parted = load_data(str(tmp_path / "a.npz"), validation_share=0.2, spool=tmp_path)
+    assert parted.channels == read.channels
+    np.savez(tmp_path / "b.npz", **parts, columns=np.array(["heat", "hpa"]))
+    with pytest.raises(DataError, match="columns"):
+        load_data(str(tmp_path / "b.npz"))
 
 
 def test_what_follows_a_window_is_scaled_as_the_window_and_classes_are_not(tmp_path: Path) -> None:

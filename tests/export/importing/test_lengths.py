@@ -192,7 +192,7 @@ def test_a_file_with_lengths_is_padded_to_the_bound(tmp_path: Path) -> None:
     assert rows.shape == (40, 5, MAX_LENGTH)
     expected = pad_to_bound(x, shape, lengths)
     assert sorted(r.tobytes() for r in rows) == sorted(r.tobytes() for r in expected)
-    assert np.array_equal(load_inputs(str(tmp_path / "d.npz"), shape), expected)
+    assert np.array_equal(load_inputs(str(tmp_path / "d.npz"), shape)[0], expected)
 
 
 @pytest.mark.parametrize(

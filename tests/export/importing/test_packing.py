@@ -95,7 +95,7 @@ def test_rows_hold_inputs_by_name_and_outputs_in_order(fusion: tuple[fx.Model, F
     assert "[n, 2, 2] are parts of one row of 7 numbers" in notes
     arrays = samples()
     np.savez(tmp_path / "own.npz", **arrays)
-    x = load_inputs(str(tmp_path / "own.npz"))
+    x, _ = load_inputs(str(tmp_path / "own.npz"))
     expected = torch.cat([o.flatten(1) for o in of_torch(module, arrays)], 1)
     for one in (model, import_onnx(model.graph.to_bytes(), "again")):
         outputs = OnnxSession(one.graph.to_bytes()).run({"x": np.asarray(x)}, ["logits"])["logits"]

@@ -162,6 +162,32 @@ def test_samples_of_the_server_are_scaled_as_those_of_boards(write):
     np.testing.assert_array_equal(own.devices[0].load().x_train, plain.devices[0].load().x_train)  # as measured
 
 
+def test_samples_of_the_server_keep_the_names_of_their_columns(write, tmp_path):
+    x, y = np.random.default_rng(0).random((2, 30, 2, 2)).astype("f4")[:, :, :, :2]
+    y = y[:, 0]  # what follows of one column: [30, 2]
+    (tmp_path / "table.onnx").write_bytes(window_model(2, 2, 2))
+    names = {"columns": [["heat"], ["damp"]], "target_columns": ["target_load"]}
+    np.savez(tmp_path / "server.npz", x=x, y=y, **names)
+    np.savez(tmp_path / "barn.npz", x=x, y=y, **names)
+    scales = "'damp:5:2', 'heat:1:4', 'target_load:3:0.5'"
+    recipe = f"max_steps = 1, loss = 'mse', scaling = [{scales}]"
+    head = HEAD.replace("model.onnx", "table.onnx").replace("max_steps = 1", recipe)
+    files = "[evaluation]\ndata = 'server.npz'\n[calibration]\ndata = 'server.npz'\n"
+    plan = read_fleet_plan(write(files + ROW, head))
+    expected = (y - 3) / 0.5
+    np.testing.assert_allclose(np.sort(plan.evaluation[1], 0), np.sort(expected, 0), rtol=1e-5)
+    np.testing.assert_allclose(plan.calibration, (x - [[1], [5]]) / [[4], [2]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["barn.csv", "photos"])
+def test_tables_and_folders_as_samples_of_the_server_name_the_command_that_writes_them(write, tmp_path, source):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "barn.csv").write_text("a,class\n1,0\n")
+    for table in ("evaluation", "calibration"):
+        with pytest.raises(FedpruneError, match="data check"):
+            read_fleet_plan(write(f"[{table}]\ndata = '{source}'\n" + ROW))
+
+
 def test_the_example_has_the_paper_s_links(write, tmp_path):
     np.savez(tmp_path / "data.npz", **np.load(tmp_path / "all.npz"))
     plan = read_fleet_plan(write((EXAMPLES / "pr_fl_links.toml").read_text(), head=""))
