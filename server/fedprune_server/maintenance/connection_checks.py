@@ -25,8 +25,8 @@ from fedprune_server.storage.s3.bucket import IN_FOLDER, Bucket
 def check_broker(site: CheckedSite) -> Iterator[Finding]:
     """Whether the broker answers, and accepts packets as large as are sent."""
     folder, settings = site.folder, site.settings
-    if not site.jobs and not settings:
-        return  # the settings, and with them the broker's address, couldn't be read
+    if not settings and not any(job.settings for job in site.jobs):
+        return  # the settings, and with them the broker's address: unreadable, or not stored yet by a first start
     if site.broker == EMBEDDED:
         if site.is_running:
             yield from _check_embedded_broker(site)

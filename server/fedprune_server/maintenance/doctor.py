@@ -128,6 +128,8 @@ def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
 def _database_finding(folder: Path, error: FedpruneError) -> Finding:
     if isinstance(error, (LostConnectionError, DatabaseLockedError, TooSlowError)):
         advice = "see that it runs, that this machine reaches it, and who has locked it; a server goes on by itself"
+        if isinstance(error, TooSlowError):
+            advice += "; on a busy machine let doctor wait longer (--timeout)"
     else:
         advice = f"{server_command(folder, 'check')}, or restore a backup"
     message = f"the database of {folder} can't be read: {error}"

@@ -296,6 +296,9 @@ def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path)
         embedded = {"broker": "embedded", "port": port}
         assert kinds(broker_findings(tmp_path, embedded)) == {"broker"}
         assert kinds(broker_findings(tmp_path, embedded, is_running=False)) == set()
+        beginning = StoredJob(tmp_path, {}, State(model=""), {}, is_running=True)  # it hasn't stored its settings yet
+        site = CheckedSite(folder=tmp_path, jobs=[beginning], is_running=True, timeout_s=1.0)
+        assert list(connection_checks.check_broker(site)) == []
         listening.listen()
         assert kinds(broker_findings(tmp_path, embedded)) == set()
         assert kinds(broker_findings(tmp_path, server, timeout_s=0.3)) == {"broker"}
@@ -384,6 +387,11 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [f["kind"] for f in findings].count("database") == 1
     assert {f["kind"] for f in findings} - {"database"} <= set(before)
+
+
+def test_a_database_that_is_read_too_slowly_may_be_on_a_busy_machine(folder: Path) -> None:
+    (finding,) = [f for f in doctor.diagnose(folder, timeout_s=0) if f.kind == "database"]
+    assert "--timeout" in finding.advice
 
 
 HOLDER = """
