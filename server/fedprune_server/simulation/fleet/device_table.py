@@ -185,8 +185,9 @@ def _links(value: object, path: KeyPath) -> list[LinkSettings]:
     """Links of a row's devices: one, or several in turn."""
     tables = value if isinstance(value, list) and value else [value]
     links: list[LinkSettings] = []
-    for table in tables:
-        setting_checks.check_keys(_LINK_KEYS, setting_checks.check_mapping(path, table), path)
+    for body in tables:
+        table = setting_checks.check_mapping(path, body)
+        setting_checks.check_keys(_LINK_KEYS, table, path)
         limits = {k: (0.0, 3600.0) if k == "latency_s" else (1e-6, 1e6) for k in table}
         links.append({k: setting_checks.check_number((*path, k), v, *limits[k]) for k, v in table.items()})
     return links
