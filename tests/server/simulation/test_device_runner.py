@@ -236,7 +236,7 @@ def test_samples_that_are_in_memory_are_written_once_and_others_deleted(
     with closing(DeviceRunner(store, folder, workers=2)) as runner:
         for number in (1, 2):
             train_all(runner, training_work(store, Recipe(), fleet, number))
-        assert len([path for path in folder.iterdir() if path.is_file()]) == (0 if stored else len(fleet))
+    assert len([path for path in folder.iterdir() if path.is_file()]) == (0 if stored else len(fleet))
 
 
 def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal() -> None:
