@@ -28,9 +28,9 @@ from fedprune_server.process.pools import ProcessPool
 from fedprune_server.simulation.fleet.sample_file import SampleFile
 from fedprune_server.simulation.fleet.virtual_device import Outcome, StoredData, VirtualDevice
 
-# Devices, in addition to those that train, whose samples are in memory: the processes go on with them while this one
-# folds an update.
-_SPARE_DEVICES = 2
+# Devices, in addition to those that train, whose samples and offers wait for a free process: the processes go on with
+# them while this one adds updates up, evaluates and saves.
+_SPARE_DEVICES = 8
 
 
 # A device, its offer, and the round.
