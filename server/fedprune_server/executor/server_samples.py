@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, ModelError
+from fedprune.core.imports import is_function
 from fedprune.model import step_contract
 from fedprune.model.input_type import InputType
 from fedprune.model.lengths import Shape, with_lengths
 from fedprune.model.recipe import Recipe
-from fedprune_device.data.array_source import is_function, load_data, load_inputs
+from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.dataset import Channels, LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.scaling import scale_samples

@@ -2,48 +2,79 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
-import pickle  # nosec B403  # what this process has made, and another gets by a pipe of the two
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.tensorfile import ALIGNMENT
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import SPLITS, LocalData
+
+_ARRAY_FIELDS = tuple(f"{kind}_{split}" for split in SPLITS for kind in ("x", "y"))
+
+
+@dataclass(frozen=True)
+class _ArrayInFile:
+    offset: int
+    shape: tuple[int, ...]
+    type: np.dtype[Any]
+    is_fortran: bool
+
+    @classmethod
+    def append(cls, array: npt.NDArray[Any], file: IO[bytes]) -> _ArrayInFile:
+        is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+        offset = file.seek(file.tell() + -file.tell() % ALIGNMENT)
+        file.write(np.ascontiguousarray(array.T if is_fortran else array).data)
+        return cls(offset, array.shape, array.dtype, is_fortran)
+
+    def map_array(self, pages: mmap.mmap) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any]
+        array = np.ndarray(self.shape, self.type, pages, self.offset, order="F" if self.is_fortran else "C")
+        return array
 
 
 @dataclass(frozen=True)
 class SampleFile:
-    """A device's samples, whose arrays are in a file. It can be pickled.
+    """A device's samples, whose arrays are in a file. It can be sent to another process.
 
     Attributes:
-        head: The samples' pickle without their arrays.
-        spans: Where each array begins and ends in the file.
+        arrays: Where the arrays are, by their fields. An array that is two fields is there once.
+        other: The samples without their arrays.
     """
 
     path: Path
-    head: bytes
-    spans: tuple[tuple[int, int], ...]
+    arrays: dict[str, _ArrayInFile]
+    other: LocalData
 
     @classmethod
     def write(cls, path: Path, data: LocalData) -> SampleFile:
         """Write samples into a file. Raises `StorageError` if the disk fails."""
-        buffers: list[pickle.PickleBuffer] = []
-        head = pickle.dumps(data, protocol=5, buffer_callback=buffers.append)
-        spans, end = [], 0
+        arrays: dict[str, _ArrayInFile] = {}
+        by_id: dict[int, _ArrayInFile] = {}
+        other = copy.copy(data)
         with storage_errors(f"can't write {path}"), path.open("wb") as file:
-            for buffer in buffers:
-                start = end + -end % ALIGNMENT
-                file.seek(start)
-                end = start + file.write(buffer.raw())
-                spans.append((start, end))
-            file.truncate(max(end, 1))  # an empty file can't be mapped
-        return cls(path, head, tuple(spans))
+            for name in _ARRAY_FIELDS:
+                array = getattr(data, name)
+                if isinstance(array, np.ndarray):  # others are on the disk already
+                    if id(array) not in by_id:
+                        by_id[id(array)] = _ArrayInFile.append(array, file)
+                    arrays[name] = by_id[id(array)]
+                    object.__setattr__(other, name, None)
+            file.truncate(max(file.tell(), 1))  # an empty file can't be mapped
+        return cls(path, arrays, other)
 
     def load(self) -> LocalData:
         """The samples, in pages of the file that are copied where they are written to. The file may be deleted then.
         Raises `StorageError` if it can't be read."""
         with storage_errors(f"can't read {self.path}"), self.path.open("rb") as file:
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        data: LocalData = pickle.loads(self.head, buffers=[view[a:b] for a, b in self.spans])  # noqa: S301  # nosec B301
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = {place: place.map_array(pages) for place in self.arrays.values()}
+        data = copy.copy(self.other)
+        for name, place in self.arrays.items():
+            object.__setattr__(data, name, mapped[place])
         return data
