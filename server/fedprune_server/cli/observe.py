@@ -17,6 +17,7 @@ from fedprune.output.tables import print_verdicts
 from fedprune_server.devices.crash_store import BoardCrash, frames_of, read_crashes
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.doctor import diagnose
+from fedprune_server.maintenance.finding import Severity
 from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND
 from fedprune_server.storage.open_database import open_database
 from fedprune_server.storage.storage import Storage
@@ -108,4 +109,4 @@ def run_doctor(arguments: argparse.Namespace) -> int:
             print_verdicts(str(finding))
         if not findings:
             print(f"{arguments.state}: nothing is wrong that could be seen from here")
-    return int(ExitCode.FINDINGS if any(f.is_wrong for f in findings) else ExitCode.OK)
+    return int(ExitCode.FINDINGS if any(f.severity is not Severity.NOTE for f in findings) else ExitCode.OK)

@@ -14,8 +14,8 @@ from fedprune.wire.topics import Topics
 from fedprune_server.config.network_settings import EMBEDDED, LOOPBACK_HOSTS, without_password
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.maintenance.checked_site import CheckedSite, run_within
-from fedprune_server.maintenance.finding import Finding, wrong_finding
+from fedprune_server.maintenance.checked_site import CheckedSite, TooSlowError, run_within
+from fedprune_server.maintenance.finding import Finding, unknown_finding, wrong_finding
 from fedprune_server.messaging.broker.revocations import NOTE_FILE, is_list_delivered
 from fedprune_server.messaging.second_server import ServerInstance, second_server_guard, server_text
 from fedprune_server.monitoring.alerts import server_command
@@ -130,9 +130,12 @@ def check_bucket(site: CheckedSite) -> Iterator[Finding]:
     try:
         run_within(site.timeout_s, lambda: next(Bucket(url).list(), None))
     except FedpruneError as error:
-        yield wrong_finding(
+        make, problem = wrong_finding, "can't be used"
+        if isinstance(error, TooSlowError):
+            make, problem = unknown_finding, "was not read"
+        yield make(
             "bucket",
-            f"the bucket {url} can't be used: {error}",
+            f"the bucket {url} {problem}: {error}",
             "rounds wait until it can, since that is where models and updates are",
             "see AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and the bucket's rights; docs/back-up.md#blobs-in-s3",
         )

@@ -28,7 +28,14 @@ from fedprune_server.executor.divergence import is_uncalibrated
 from fedprune_server.maintenance import connection_checks
 from fedprune_server.maintenance.backup_manifest import last_backup
 from fedprune_server.maintenance.checked_site import CheckedSite, TooSlowError, run_within
-from fedprune_server.maintenance.finding import Finding, alert_finding, note_finding, wrong_finding
+from fedprune_server.maintenance.finding import (
+    Finding,
+    Severity,
+    alert_finding,
+    note_finding,
+    unknown_finding,
+    wrong_finding,
+)
 from fedprune_server.maintenance.identity_check import check_identity, find_revoked_devices
 from fedprune_server.maintenance.job_checks import job_findings
 from fedprune_server.maintenance.stored_job import StoredJob
@@ -75,7 +82,7 @@ def diagnose(folder: Path, timeout_s: float = 5.0) -> list[Finding]:
     if "broker" in kinds:
         consequences.update(MISSING_BOARD_KINDS)  # without a broker no board can be there
     causes = [finding for finding in everything if finding.kind not in consequences]
-    return [f for f in causes if f.is_wrong] + [f for f in causes if not f.is_wrong]
+    return sorted(causes, key=lambda f: tuple(Severity).index(f.severity))
 
 
 def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
@@ -126,10 +133,12 @@ def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
 
 
 def _database_finding(folder: Path, error: FedpruneError) -> Finding:
-    if isinstance(error, (LostConnectionError, DatabaseLockedError, TooSlowError)):
+    if isinstance(error, TooSlowError):  # this process, too, may have had too little of the machine
+        message = f"the database of {folder} was not read: {error}"
+        advice = "let doctor wait longer (--timeout); if that doesn't help, see that the database runs"
+        return unknown_finding("database", message, "it holds all that the job is", advice)
+    if isinstance(error, (LostConnectionError, DatabaseLockedError)):
         advice = "see that it runs, that this machine reaches it, and who has locked it; a server goes on by itself"
-        if isinstance(error, TooSlowError):
-            advice += "; on a busy machine let doctor wait longer (--timeout)"
     else:
         advice = f"{server_command(folder, 'check')}, or restore a backup"
     message = f"the database of {folder} can't be read: {error}"

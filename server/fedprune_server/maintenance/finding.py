@@ -12,9 +12,10 @@ from fedprune_server.monitoring.alerts import INFO, Alert
 
 
 class Severity(str, Enum):
-    """How bad a finding is: a note can wait, what is wrong can't."""
+    """How bad a finding is: a note can wait, what is wrong can't; what is unknown wasn't looked at."""
 
     WRONG = "wrong"
+    UNKNOWN = "unknown"
     NOTE = "note"
 
 
@@ -67,6 +68,11 @@ class Finding:
 def wrong_finding(kind: str, what: str, why: str, advice: str) -> Finding:
     """A finding of `doctor` that needs action."""
     return Finding(Severity.WRONG, what, advice, kind=kind, why=why)
+
+
+def unknown_finding(kind: str, what: str, why: str, advice: str) -> Finding:
+    """What `doctor` couldn't look at in time; it may be right or wrong."""
+    return Finding(Severity.UNKNOWN, what, advice, kind=kind, why=why)
 
 
 def note_finding(kind: str, what: str, why: str, advice: str) -> Finding:

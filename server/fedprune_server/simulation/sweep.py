@@ -46,7 +46,9 @@ def read_sweep(path: Path) -> list[RunSpec]:
     validation.check_keys(_SWEEP_KEYS, body, str(path))
     config = body.get("config")
     if not isinstance(config, str) or not path_exists(path.parent / config, file=True):
-        raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=value_text(config))
+        got = value_text(config) if "config" in body else "nothing"
+        hint = f'Name it in the first line, as seen from {path.parent}: config = "fleet.toml".'
+        raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=got, hint=hint)
     rows = body.get("runs")
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
         raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")

@@ -139,7 +139,7 @@ class Storage(Closeable):
             is_used = has_database(folder)
         if not is_used:
             check_unowned(folder)  # such a folder has an identity, too: the device's
-        if not is_used and (folder / "identity").is_dir():
+        if not is_used and (folder / "identity/authority.key").exists():
             raise StorageError(
                 f"no job has begun in {folder}: it holds an identity alone",
                 hint=f"Begin one: fedprune-server run --state {folder} --model MODEL.",

@@ -48,6 +48,12 @@ def test_every_command_that_looks_at_a_folder_takes_it_from_the_environment(
     assert defaults() == dict.fromkeys(plain, Path("/srv/there"))
 
 
+def test_a_boards_unfinished_folder_is_no_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "identity").mkdir()
+    assert main(["status", "--state", str(tmp_path)]) == ExitCode.STORAGE
+    assert "is no server's state folder" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("command", ["status", "backup --to x", "init"])
 def test_a_boards_folder_is_called_one(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -35,7 +35,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance import connection_checks, doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
 from fedprune_server.maintenance.checked_site import CheckedSite
-from fedprune_server.maintenance.finding import Finding, alert_finding
+from fedprune_server.maintenance.finding import Finding, Severity, alert_finding
 from fedprune_server.maintenance.job_checks import job_findings
 from fedprune_server.maintenance.stored_job import StoredJob
 from fedprune_server.monitoring import site_facts as site_facts_module
@@ -391,6 +391,7 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
 
 def test_a_database_that_is_read_too_slowly_may_be_on_a_busy_machine(folder: Path) -> None:
     (finding,) = [f for f in doctor.diagnose(folder, timeout_s=0) if f.kind == "database"]
+    assert finding.severity is Severity.UNKNOWN
     assert "--timeout" in finding.advice
 
 

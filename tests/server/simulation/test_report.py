@@ -65,6 +65,13 @@ def test_record_comes_back_from_its_file(tmp_path):
     assert Record.load(tmp_path / "metrics.json") == run
 
 
+def test_what_is_no_text_is_no_record(tmp_path):
+    (tmp_path / "metrics.json").write_bytes(bytes(range(256)))
+    with pytest.raises(StorageError, match=r"metrics\.json is no run's record") as caught:
+        Record.load(tmp_path / "metrics.json")
+    assert caught.value.hint
+
+
 def test_cut_record_is_refused(tmp_path):
     text = record().to_json()
     for size in range(0, 500, 50):

@@ -158,6 +158,7 @@ def test_a_variant_s_mistake_is_named_before_the_first_run(
     ("old", "new", "what"),
     [
         ('config = "fleet.toml"', 'config = "none.toml"', "config"),
+        ('config = "fleet.toml"', "", "config: .*got nothing"),
         ("seeds = [3, 4]", "sseds = [1]", "sseds"),
         ("seeds = [3]", "seeds = 3", r"\[\[runs\]\] long: seeds"),
         ('name = "quarter"', 'name = "long"', "sweep.toml.*'long-3' twice"),

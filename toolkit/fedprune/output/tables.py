@@ -108,7 +108,7 @@ def _text(cell: Cell) -> str:
     return cell if isinstance(cell, str) else cell[0]
 
 
-_VERDICTS = {"PASS": GOOD, "FAIL": BAD, "wrong": BAD, "note": ATTENTION}
+_VERDICTS = {"PASS": GOOD, "FAIL": BAD, "wrong": BAD, "unknown": ATTENTION, "note": ATTENTION}
 
 
 def print_verdicts(text: str) -> None:

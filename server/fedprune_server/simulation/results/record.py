@@ -206,8 +206,12 @@ class Record:
     def load(cls, path: Path) -> Record:
         """Read a record's file. Raises `StorageError` if it can't be read or is damaged; the message names it."""
         with storage_errors(f"can't read {path}"):
-            text = path.read_text(encoding="utf-8", errors="replace")  # JSON has none of what is replaced
-        return cls.from_json(text, str(path))
+            raw = path.read_bytes()
+        try:
+            return cls.from_json(raw.decode(), str(path))
+        except UnicodeDecodeError:
+            hint = "Give the folder of a run, or its metrics.json."
+            raise StorageError(f"{path} is no run's record", expected="JSON", got="no text", hint=hint) from None
 
 
 def measured_moments(runs: Sequence[Record]) -> tuple[str, ...]:
