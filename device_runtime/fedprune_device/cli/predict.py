@@ -25,6 +25,7 @@ from fedprune.model.step_contract import LOGITS
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.cli.column_names import name_columns
+from fedprune_device.data.array_assembly import read_channels
 from fedprune_device.data.array_source import load_data, number_classes, read_arrays
 from fedprune_device.data.dataset import Channels
 from fedprune_device.data.folder_layout import layout_of
@@ -40,6 +41,7 @@ from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.prediction_text import (
     MapSummary,
     file_output_rows,
+    forecast_names,
     map_summary,
     position_rows,
     prediction_lines,
@@ -99,12 +101,13 @@ def predict(arguments: argparse.Namespace) -> None:
         outputs = predictor.predict(samples.x[:0])  # for their shape
         scaling = scaling_of(samples.x, outputs, recipe, samples.channels)
     logits = scaling.invert(adjustment(predictor.predict(scaling(samples.x))))
+    names = class_names or forecast_names(logits, loss, samples.channels)
     file_outputs = predictor.file_outputs(logits)
     if arguments.output is not None:
         _write_outputs(arguments.output, logits, file_outputs)
     own_rows = file_output_rows(file_outputs, len(logits))
     if arguments.json:
-        rows = _prediction_rows(logits, loss, arguments, class_names)
+        rows = _prediction_rows(logits, loss, arguments, names)
         print_json(
             [
                 {**row, "file_outputs": {name: _json_value(value) for name, value in own.items()}} if own else row
@@ -112,7 +115,7 @@ def predict(arguments: argparse.Namespace) -> None:
             ]
         )
     elif arguments.output is None:
-        for line, own in zip(prediction_lines(logits, loss, arguments.top, class_names), own_rows, strict=True):
+        for line, own in zip(prediction_lines(logits, loss, arguments.top, names), own_rows, strict=True):
             print("; ".join([line, *(f"{name} {_short_text(value)}" for name, value in own.items())]))
     if samples.y is not None and len(samples.y) and has_scores:
         print(quality_text(logits, samples.y, loss), file=sys.stderr)
@@ -257,6 +260,7 @@ def _arrays_of_split(arrays: Mapping[str, Inputs], split: str | None) -> _InputS
         y,
         "" if chosen_name == "x" else chosen_name,
         arrays.get(chosen_name.replace("x", LENGTHS, 1)),
+        read_channels(dict(arrays), arrays[chosen_name], arrays.get(names[chosen_name])),
     )
 
 

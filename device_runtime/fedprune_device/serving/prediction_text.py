@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fedprune.core.text import quantity
 from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, labels_of
+from fedprune_device.data.dataset import Channels
 from fedprune_device.data.labels import Targets, right_labels
 
 
@@ -28,6 +29,15 @@ def prediction_lines(outputs: npt.NDArray[np.float32], loss: str, top: int, name
     for i, row in enumerate(ranked_outputs(outputs, loss, top)):
         labels = [f"{names[c] if c < len(names) else c} " if outputs.shape[1] > 1 else "" for c in row]
         yield f"{i}: " + ", ".join(f"{name}{v:{digits}}" for name, v in zip(labels, row.values(), strict=True))
+
+
+def forecast_names(outputs: npt.NDArray[np.float32], loss: str, channels: Channels | None) -> tuple[str, ...]:
+    """The names of predicted numbers [n, K] by the columns that they are: one row of them, or K rows of one column.
+    Empty for other outputs."""
+    columns = channels.outputs if channels is not None and labels_of(loss) == "values" else ()
+    if len(columns) == 1:
+        return tuple(f"{columns[0]} +{step}" for step in range(1, outputs.shape[1] + 1))
+    return columns if len(columns) == outputs.shape[1] else ()
 
 
 def ranked_outputs(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, float]]:

@@ -32,9 +32,8 @@ pytestmark = pytest.mark.board
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture
-def state(tmp_path: Path, model: Path, weights: Tensors) -> Path:
-    root = tmp_path / "state"
+def serve(root: Path, model: Path, weights: Tensors, **settings: Any) -> Path:
+    """A board's folder in which a model of three outputs serves."""
     with DeviceStore(root) as store:
         raw = tensorfile.encode(weights)
         graph = model / "inference.onnx"
@@ -43,8 +42,13 @@ def state(tmp_path: Path, model: Path, weights: Tensors) -> Path:
             "inference.onnx": tensorfile.sha256_hex(graph.read_bytes()),
             "weights.safetensors": tensorfile.sha256_hex(raw),
         }
-        store.slots.install(ServingRecord("job", 1, 3, files, offset=(0.0, 50.0, 0.0)))
+        store.slots.install(ServingRecord("job", 1, 3, files, **settings))
     return root
+
+
+@pytest.fixture
+def state(tmp_path: Path, model: Path, weights: Tensors) -> Path:
+    return serve(tmp_path / "state", model, weights, offset=(0.0, 50.0, 0.0))
 
 
 def test_predictions_use_the_serving_model_and_its_offset(
@@ -105,6 +109,29 @@ def test_a_bundle_predicts_for_the_label_shares_of_given_data(
     assert main.main(["predict", *arguments, "--data", str(tmp_path / "own.npz")]) == ExitCode.OK
     plain = data.x_test @ weights["w"].T + weights["b"]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), plain + log_prior(data.y_train, 3), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [(["heat", "wind", "rain"], ["heat", "wind", "rain"]), (["heat"], ["heat +1", "heat +2", "heat +3"])],
+)
+def test_predicted_numbers_have_the_names_and_steps_of_their_columns(
+    tmp_path: Path,
+    model: Path,
+    weights: Tensors,
+    data: LocalData,
+    capsys: Capture,
+    columns: list[str],
+    expected: list[str],
+) -> None:
+    state = serve(tmp_path / "state", model, weights, loss="mse")
+    names = np.array([f"c{i}" for i in range(data.x_test.shape[1])])
+    y = np.zeros((len(data.x_test), 3), np.float32)
+    np.savez(tmp_path / "d.npz", x=data.x_test, y=y, columns=names, target_columns=np.array(columns))
+    command = ["predict", "--state", str(state), "--input", str(tmp_path / "d.npz")]
+    assert main.main([*command, "--json"]) == ExitCode.OK
+    outputs = json.loads(capsys.readouterr().out)[0]["outputs"]
+    assert [output["output"] for output in outputs] == expected
 
 
 def without_names(bundle: Path) -> Path:
