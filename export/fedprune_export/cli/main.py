@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedprune import __version__
 from fedprune.core.cli import Command, check_command, run_command, with_extra
 from fedprune.core.command_parser import CommandParser
+from fedprune.core.errors import UsageError
 
 # Commands other than the export, by the first word of the command line: their module and help text. The export has no
 # word of its own, so that `fedprune-export MODEL` needs none.
@@ -34,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export_parser(words: Sequence[str]) -> CommandParser:
     # An export needs --target; without it the first word is more likely a misspelt command than a model.
     if words and not any(word.startswith("--target") for word in words):
-        check_command(words[0], COMMANDS, "See `fedprune-export --help`.")
+        hint = "See `fedprune-export --help`."
+        check_command(words[0], COMMANDS, hint)
+        if re.fullmatch("[a-z][a-z-]*", words[0]) and not Path(words[0]).exists():
+            expected = f"a model, or one of {', '.join(COMMANDS)}"
+            raise UsageError(f"there is no command {words[0][:60]}", expected=expected, hint=hint)
     return build_parser()
 
 

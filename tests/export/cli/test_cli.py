@@ -147,6 +147,12 @@ def test_what_can_not_be_exported_is_one_line(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("word", ["verfy", "inspect"])
+def test_a_first_word_that_is_neither_command_nor_model_is_named(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word, "bundle"]) == ExitCode.USAGE
+    assert f"no command {word}" in one_line(capsys)
+
+
 def without(package: str, model: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """An export in a process that doesn't have a package."""
     words = [str(model), "--target", "raspberry-pi-5", "--out", str(out)]
