@@ -49,7 +49,8 @@ def read_claim_option(option: str, device: str) -> bytes:
         raw = decode_text(raw).encode()
     claim = raw.strip()
     code, _, name = claim.partition(b"@")
-    if not _CLAIM.fullmatch(re.sub(rb"[\s-]", b"", code).upper()):
+    # A name with white space is further lines, such as other boards' claims, which no message may show.
+    if not _CLAIM.fullmatch(re.sub(rb"[\s-]", b"", code).upper()) or len(name.split()) > 1:
         raise JoinError(
             f"the claim {option}",
             expected="FP1- and 7 groups of 8 characters",

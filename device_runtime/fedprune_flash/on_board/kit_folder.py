@@ -156,6 +156,8 @@ def _manifest(raw: bytes) -> dict[str, Any]:
         body = json.loads(raw)
         if body["version"] != KIT_VERSION or not isinstance(body["data"], str) or not body["fedprune"]:
             raise ValueError("another version")
+        if not isinstance(body["device"], str):
+            raise ValueError("no board")
         if not 0 < len(body["files"]) <= _MAX_FILES:
             raise ValueError("number of files")
         for row in [*body["files"], *filter(None, [body.get("claim")])]:

@@ -137,9 +137,10 @@ def test_a_claim_comes_from_a_file_unless_the_board_has_joined(make_kit: MakeKit
 def test_what_is_no_claim_is_refused_before_anything_is_written(make_kit: MakeKit, root: Path, tmp_path: Path) -> None:
     file = tmp_path / "attic.claim"
     kit = make_kit().folder
-    for text in (CLAIM[:-1], f"{CLAIM}@barn"):
+    for text in (CLAIM[:-1], f"{CLAIM}@barn", f"{CLAIM}@attic\n{CLAIM}@barn\n"):
         file.write_text(text)
         done = run(kit, root, "--claim", str(file))
+        assert CLAIM[:12] not in done.stderr
         assert (done.returncode, done.stderr.count("\n"), list(root.iterdir())) == (ExitCode.JOIN, 1, [])
 
 
