@@ -141,6 +141,18 @@ def test_arrays_are_let_go_when_they_are_no_longer_needed(small: Path) -> None:
     assert array() is None
 
 
+def test_large_arrays_are_let_go_after_each_run(small: Path) -> None:
+    """A board plans its memory for one batch and one sum of gradients."""
+    session = OnnxSession(small)
+    feeds = feeds_of(session, 200_000)
+    assert feeds["x"].nbytes > 2**22
+    into = {name: np.empty_like(value) for name, value in session.run(feeds).items()}
+    session.run(feeds, into=into)
+    array = weakref.ref(feeds.pop("x"))
+
+    assert array() is None
+
+
 def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
     code = (
         f"from pathlib import Path; from fedprune.runtime.session import OnnxSession; OnnxSession(Path({str(GRAPH)!r}))"

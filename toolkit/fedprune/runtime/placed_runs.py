@@ -35,6 +35,10 @@ _MAX_SIGNATURES = 64
 # have further outputs.
 _MAX_BOUND_RUNS = 4
 
+# Bytes of feeds up to which a run stays bound. It holds its batch and sums of gradients until its arrays are written
+# again, two steps later: more memory than planned for. Where feeds are larger, binding takes little beside computing.
+_MAX_BOUND_BYTES = 1 << 22
+
 # onnxruntime's key of a run, and its value for a run that is neither recorded nor replayed.
 _GRAPH_ID_OPTION, _NO_GRAPH_ID = "gpu_graph_id", "-1"
 
@@ -182,8 +186,8 @@ class BoundRun:
 
 
 class BoundRuns:
-    """Runs of a session on the CPU that write into given arrays. The last ones stay bound, because binding the arrays
-    of a small net takes as long as computing a step. Threads may run at once."""
+    """Runs of a session on the CPU that write into given arrays. The last ones with small feeds stay bound, because
+    binding the arrays of a small net takes as long as computing a step. Threads may run at once."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -192,7 +196,11 @@ class BoundRuns:
     def run(self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Array]) -> dict[str, Any]:
         key = tuple(names), tuple(feeds), tuple(into), tuple(map(id, into.values()))
         # Taken out, so that no other thread has it, and that what fails isn't bound any more.
-        run = self._runs.pop(key, None) or BoundRun(self._session, names, into)
+        run = self._runs.pop(key, None)
+        if run is None:
+            run = BoundRun(self._session, names, into)
+            if sum(np.asarray(value).nbytes for value in feeds.values()) > _MAX_BOUND_BYTES:
+                return run.run(feeds)
         outputs = run.run(feeds)
         if len(self._runs) >= _MAX_BOUND_RUNS:
             self._runs.clear()
