@@ -337,8 +337,8 @@ class Simulation:
 
     def _fold_ahead(self, device: str, weights: str, arrives_at: float) -> None:
         """Add an update to the sums now, while other devices train, if it will be in time."""
-        # Only the Close command decides what counts. But it starts again with sums that hold anything else, so that
-        # nothing is added that may be dropped.
+        # The Close command decides what counts, and begins sums again that hold anything else: an update that may still
+        # be dropped is not worth adding.
         state, task = self.state, self.state.tasks[device]
         ends_at = min(self._run.leaves[device], state.deadline or math.inf, task.deadline or math.inf)
         is_synchronous = isinstance(self.coordinator, SynchronousCoordinator)

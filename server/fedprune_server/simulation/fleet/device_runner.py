@@ -139,7 +139,8 @@ class DeviceRunner:
             raise WorkerKilledError from error
         if all(map(self._store.has, _blobs_of(finished))):
             return finished
-        # It came to blobs that were superseded, and have been deleted since then: it comes to the same ones again.
+        # It came to blobs that were superseded, and have been deleted since then: it comes to the same ones again. Once
+        # is enough, because this process deletes nothing while it waits here.
         return self._await_training(device, offer, round_number)
 
     def _begin_next(self) -> None:
