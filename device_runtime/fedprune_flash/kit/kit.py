@@ -132,12 +132,15 @@ def build_kit(
         raise ConfigError(
             "certificates of authorities", expected="given if and only if the board's settings have `authority`"
         )
+    # Before the wheels, which take a minute to fetch.
+    claim_text = None if claim is None else check_claim(claim, board.device)
+    authority_bytes = None if authorities is None else check_authorities(authorities)
     with storage_errors(f"can't write {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             kit_folder_path = Path(folder) / "kit"
             wheels = kit_folder_path / WHEELS_FOLDER
-            kit_folder_path.mkdir(mode=0o777 if claim is None else 0o700)
+            kit_folder_path.mkdir(mode=0o777 if claim_text is None else 0o700)
             wheels.mkdir()
             if wheel is None:
                 tell("building fedprune's wheel")
@@ -153,12 +156,12 @@ def build_kit(
             settings = {ENVIRONMENT_FILE: service_environment(board), SERVICE_NAME: service_unit(board, target)}
             for name, text in settings.items():
                 (kit_folder_path / name).write_text(text, encoding="utf-8")
-            if authorities is not None:
-                (kit_folder_path / AUTHORITY_FILE).write_bytes(check_authorities(authorities))
-            if claim is not None:
+            if authority_bytes is not None:
+                (kit_folder_path / AUTHORITY_FILE).write_bytes(authority_bytes)
+            if claim_text is not None:
                 # The permissions first: the secret must not be readable to others for a moment.
                 (kit_folder_path / CLAIM_FILE).touch(mode=0o600)
-                (kit_folder_path / CLAIM_FILE).write_text(check_claim(claim, board.device), encoding="ascii")
+                (kit_folder_path / CLAIM_FILE).write_text(claim_text, encoding="ascii")
             contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
             paths = [p for p in kit_folder_path.rglob("*") if p.is_file()]
             rows = [

@@ -63,9 +63,15 @@ def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
 
 
 @pytest.mark.parametrize("claim", ["with\0zero", "claim.txt", f"{CLAIM[:-1]}A", f"{CLAIM}@barn"])
-def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit, claim: str) -> None:
+def test_a_claim_is_refused_before_wheels_are_fetched(tmp_path: Path, make_kit: MakeKit, claim: str) -> None:
     with pytest.raises(ConfigError, match="claim"):
-        make_kit(claim=claim)
+        make_kit(claim=claim, wheel=tmp_path / "missing.whl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit) -> None:
+    with pytest.raises(KitError):
+        make_kit(wheel=tmp_path / "missing.whl")
     assert not list(tmp_path.iterdir())
 
 
