@@ -105,7 +105,8 @@ class Trainer(StepGraph):
         self.release()
         if self.accumulates:
             return losses[0]
-        return float(np.average(losses, weights=[self.divisor(micro_batch.y, feeds) for micro_batch in micro_batches]))
+        weights = [self.divisor(micro_batch.y, feeds) for micro_batch in micro_batches]
+        return float(np.average(losses, weights=weights)) if any(weights) else 0.0  # all labels may be ignored
 
 
 class TrainerCache:

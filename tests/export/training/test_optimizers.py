@@ -372,3 +372,11 @@ def test_rates_of_a_schedule_are_torchs(warmup: float) -> None:
         tensors = result.tensors
         expected = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
         assert error(tensors, expected) < 1e-6
+
+
+def test_the_loss_of_samples_whose_labels_are_all_ignored_is_0() -> None:
+    recipe, x = Recipe(batch_size=4, ignore_label=255), np.ones((8, 6), np.float32)
+    model = fx.load(Linear(6, 3))
+    trainer = Trainer(training_graph(model, recipe.features).to_bytes())
+    data = LocalData(x, np.full(8, 255), x[:0], np.zeros(0, np.int64))
+    assert trainer.loss(model.tensors, data, recipe, 3) == 0.0
