@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedprune.coordination import Phase, State
@@ -48,6 +50,7 @@ _PLAIN_ATTRIBUTES = (
 
 
 _CHECKPOINTS = "checkpoints"  # the folder of saved global models
+_SCRATCH = "scratch"  # the folder of files for the processes that train
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,22 @@ class SavedRun:
             raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=hint) from error
         self._logged_position = count, size
         return state, coordinator
+
+    @contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """A folder that is there as long as a run: in the run's own, where the next start removes what a kill left."""
+        if self._folder is None:
+            with TemporaryDirectory(prefix="fedprune-simulation-") as folder:
+                yield Path(folder)
+            return
+        path = self._folder / _SCRATCH
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            with storage_errors(f"can't write {path}"):
+                path.mkdir(parents=True, exist_ok=True)
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def lock(self) -> Iterator[bool]:

@@ -14,7 +14,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedprune.blobs.blob_ref import BlobRef
@@ -144,9 +143,9 @@ class Simulation:
         workers, cuda = self.experiment.workers, self.experiment.cuda
         with (
             self._lock_folder(),
-            TemporaryDirectory(prefix="fedprune-simulation-") as scratch,
+            self._folder.scratch_folder() as scratch,
             self._share_work(),
-            closing(DeviceRunner(self.store, Path(scratch), workers=workers, cuda=cuda)) as self._runner,
+            closing(DeviceRunner(self.store, scratch, workers=workers, cuda=cuda)) as self._runner,
         ):
             if self._is_resumed:
                 # A kill may have come between the last save and its deletions.

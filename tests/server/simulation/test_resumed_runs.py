@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -207,11 +208,16 @@ def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path: Path) -
     unkilled = run_harsh(tmp_path / "whole")
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(tests=[str(TESTS), str(TESTS / "server/simulation")]))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     for trainings in (2, 3):  # the second start is killed, too
         command = [sys.executable, str(script), str(tmp_path / "killed"), str(trainings)]
-        done = subprocess.run(command, timeout=120, check=False)
+        done = subprocess.run(command, timeout=120, check=False, env={**os.environ, "TMPDIR": str(temporary)})
         assert done.returncode == -signal.SIGKILL
+    assert not any(temporary.iterdir())  # what nobody would ever delete
     assert run_harsh(tmp_path / "killed") == unkilled
+    entries = [sorted(path.name for path in (tmp_path / run / "run").iterdir()) for run in ("killed", "whole")]
+    assert entries[0] == entries[1]
     for name in ("metrics.json", "run/config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     folders = [tmp_path / run / "run" / "checkpoints" for run in ("killed", "whole")]
