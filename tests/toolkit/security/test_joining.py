@@ -182,7 +182,11 @@ def test_a_claim_names_its_device_and_is_found_among_those_of_others() -> None:
     assert JoinClaim.parse(lines, device="Barn-2") == barn
     assert [JoinClaim.parse(c.text, device="attic") for c in (attic, anyone)] == [attic, anyone]
     assert JoinClaim.parse(barn.text.replace("-", " ", 7) + "\n") == barn
-    for text, device in ((barn.text, "attic"), (lines, "shed"), (lines, None), (f"{lines}\n{barn.text}", "Barn-2")):
+    double_line = f"{barn.text} {attic.text}"
+    for text, device in (
+        (barn.text, "attic"), (lines, "shed"), (lines, None), (f"{lines}\n{barn.text}", "Barn-2"),
+        (double_line, "Barn-2"), (double_line, None),
+    ):  # fmt: skip
         with pytest.raises(JoinError) as refusal:
             JoinClaim.parse(text, device=device)
         assert refusal.value.hint

@@ -69,6 +69,11 @@ class JoinClaim:
         if not compact.startswith(CLAIM_PREFIX):
             beginning, hint = f"a text that begins with {CLAIM_PREFIX}-", "`fedprune-server claim` makes one."
             raise JoinError(f"{where} holds no claim", expected=beginning, got="something else", hint=hint)
+        if len(name.split()) > 1:  # perhaps another claim, which no message may show
+            raise JoinError(
+                f"{where} holds more than a claim", expected="a line for each claim", got="more after its device",
+                hint="`fedprune-server claim --out FILE` writes such lines.",
+            )  # fmt: skip
         body = compact[len(CLAIM_PREFIX) :].translate(_LOOKALIKES)
         length = (CLAIM_ID_BYTES + CLAIM_SECRET_BYTES + PIN_BYTES + CLAIM_CHECK_BYTES) * 8 // 5
         try:
