@@ -274,8 +274,8 @@ class _NextSteps:
             log.info(
                 "the server keeps running, so that boards that connect later learn that the job is finished. "
                 "Ctrl-C ends it; with --until-finished it ends by itself. "
-                "For more rounds, start it again with a higher --rounds, or with a higher total, such as total_bytes, "
-                "if that has ended it."
+                "For more rounds, start it again with a higher --rounds. If a total of the job has ended it, such as "
+                "total_bytes, raise that."
             )
 
 

@@ -125,7 +125,7 @@ def request_action(store: RolloutStore, action: str, why: str) -> str:
 
 def _selected_boards(names: Collection[str] | None, members: list[str]) -> list[str]:
     if not members:
-        raise ConfigError("no board has joined yet", hint="Boards join with a claim (`fedprune-server claim`).")
+        raise ConfigError("no board is a member, or all are revoked", hint="Boards join by `fedprune-server claim`.")
     if names is None:
         return members
     unknown = sorted(set(names) - set(members))

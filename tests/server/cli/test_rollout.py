@@ -178,4 +178,4 @@ def test_a_server_without_identity_or_boards_rolls_nothing_out(
     with IdentityFolder(tmp_path / "new") as identity:
         own_release = make_release(tmp_path / "own", 1, key=identity.key)
     assert main(["rollout", "start", str(own_release), "--state", str(tmp_path / "new")]) == 14
-    assert "no board has joined yet" in capsys.readouterr().err
+    assert "no board is a member, or all are revoked" in capsys.readouterr().err
