@@ -21,6 +21,7 @@ from fedprune_export.importing.original import relative_distance
 from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, Quantisation, node_label
 from fedprune_export.importing.quantised.rewriter import Rewriter
 from fedprune_export.importing.quantised.roundings import Rounding
+from fedprune_export.importing.quantised.saturation import avoid_saturation
 from fedprune_export.importing.raw_file import BatchLayout
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.translation import upgrade_model
@@ -45,6 +46,7 @@ def prove(state: Rewriter, floats: onnx.ModelProto) -> None:
     model = state.write(probe)
     for value in model.graph.output:
         value.ClearField("type")  # of any type and shape
+    avoid_saturation(model.graph)
     session = OnnxSession(model.SerializeToString(), exact=True)
     for batch in _BATCHES if layout.size is None else (layout.size,):
         feeds = {
