@@ -36,4 +36,4 @@ def _write(g: LossGraphWriter, logits: str, outputs: Shape, terms: LossTerms) ->
     return LossParts(row, partial(g.emit, "Mul", slope))
 
 
-LOSS = Loss(labels="values", write=_write, copies=6.0, reads_logits=True, setting=_TEMPERATURE, can_mix=False)
+LOSS = Loss(labels="values", write=_write, copies=4.0, reads_logits=True, setting=_TEMPERATURE, can_mix=False)
