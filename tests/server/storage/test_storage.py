@@ -192,8 +192,10 @@ def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> No
         Storage.open_existing(tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "identity").mkdir()
+    (tmp_path / "identity/authority.key").touch()
     with pytest.raises(StorageError, match="identity"):
         Storage.open_existing(tmp_path)
+    (tmp_path / "identity/authority.key").unlink()  # a device has none
     DirectoryOwner("attic", "default").claim(tmp_path)
     with pytest.raises(StorageError, match="device"):
         Storage.open_existing(tmp_path)
