@@ -50,8 +50,7 @@ def _raise_weight(
     for place, tensor in zip((weight, zero), tensors, strict=True):
         values = np.zeros((), np.int8) if tensor is None else numpy_helper.to_array(tensor)
         # Their own names: others may read the same weights.
-        raised = numpy_helper.from_array(
-            (values.astype(np.int16) + 128).astype(np.uint8), f"{node.output[0]}/raised-{place}"
-        )
+        name = f"raised/{len(graph.initializer)}"
+        raised = numpy_helper.from_array((values.astype(np.int16) + 128).astype(np.uint8), name)
         graph.initializer.append(raised)
-        node.input[place] = raised.name
+        node.input[place] = name
