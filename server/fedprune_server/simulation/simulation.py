@@ -38,10 +38,10 @@ from fedprune_server.executor.final_ranks import final_ranks
 from fedprune_server.executor.helper_processes import with_helpers
 from fedprune_server.executor.worker import Worker
 from fedprune_server.monitoring.round_rows import RoundNotes
+from fedprune_server.observation.snapshot import LazyMapping
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.lazy_metrics import LazyMetrics
 from fedprune_server.simulation.network_model import NEVER_CLOSES
 from fedprune_server.simulation.results.job_record import job_record
 from fedprune_server.simulation.results.record import Record
@@ -294,7 +294,7 @@ class Simulation:
     def _carry_out(self, command: do.Command) -> None:
         now = self._run.clock
         if isinstance(command, do.Evaluate):
-            self._run.push(now, on.Evaluated(command.round, LazyMetrics(partial(self._evaluate, command))))
+            self._run.push(now, on.Evaluated(command.round, LazyMapping(partial(self._evaluate, command))))
         elif isinstance(command, do.FoldUpdate):
             folded = self._folded_ahead.pop(command.contribution.part.device, None)
             self._run.push(now, folded[1] if folded and folded[0] == command else self._worker.execute(command))
