@@ -34,9 +34,9 @@ class Calibration:
     or they have another shape than the model's input.
 
     Samples `x` are as the model takes them, in any order; of more than `MAX_SAMPLES`, evenly spaced ones are used
-    (`samples`). Statistics of parts that are frozen (`features`) stay as they are."""
+    (`samples`). Statistics of parts that are frozen (by the job's `features`) stay as they are."""
 
-    def __init__(self, model: Model, x: npt.NDArray[Any], features: Features | None = None) -> None:
+    def __init__(self, model: Model, x: npt.NDArray[Any], features: Features) -> None:
         shape = tuple(model.architecture.input_shape)
         if x.ndim == 0 or x.shape[1:] != shape or len(x) < 2:
             raise DataError("calibration samples", expected=shape_text("2 or more", *shape), got=shape_text(*x.shape))
@@ -44,33 +44,29 @@ class Calibration:
         rows = np.array(sorted(range(len(x)), key=lambda i: x[i].tobytes()))
         sample_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]
         self.samples = np.ascontiguousarray(x[sample_rows])
-        features = features or Features()
-        frozen_features = Features(frozen=features.frozen, trainable=features.trainable)
-        self._y: npt.NDArray[Any] = np.zeros(
-            (len(sample_rows), *frozen_features.target_shape(model.architecture.output_shape)), np.int64
-        )
-        frozen = frozen_tensors(model.architecture, frozen_features, model.frozen)
+        frozen = frozen_tensors(model.architecture, features, model.frozen)
         self._trained = [t.name for t in model.architecture.trainable if t.name not in frozen]
         self._statistics = [t.name for t in model.architecture.statistics if t.name not in frozen]
         graph = model.graph.copy()
         for node in graph.nodes:
             if node.op == "BatchNormalization":
                 node.attrs["momentum"] = 0.0  # nothing of the old statistics is kept, only the batch's are taken
-        batch_graph = training_graph(replace(model, graph=graph), frozen_features)
+        batch_graph = training_graph(replace(model, graph=graph), features.of_task)
+        labels = next(p for p in batch_graph.inputs if p.name == step_contract.Y)
+        self._y = np.zeros((len(sample_rows), *labels.shape[1:]), labels.dtype)
         self._session = OnnxSession(batch_graph.to_bytes(), training=True)
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """The same model with statistics of these samples; weights stay as they are, bit for bit. Raises `ModelError`
         if an operator fails."""
-        names = self._statistics
-        if not names:
+        if not self._statistics:
             return tensors
         feeds = dict(tensors) | {step_contract.momentum_name(n): np.zeros_like(tensors[n]) for n in self._trained}
         feeds |= {
             k: np.array(0, np.float32) for k in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
         }
         feeds |= {step_contract.X: self.samples, step_contract.Y: self._y}
-        feeds |= {n: np.zeros_like(tensors[n]) for n in names}
+        feeds |= {n: np.zeros_like(tensors[n]) for n in self._statistics}
         feeds |= RandomInputs.of(self._session.inputs, self._session.metadata).means(feeds, len(self.samples))
-        measured = self._session.run(feeds, [step_contract.next_name(n) for n in names])
-        return dict(tensors) | {n: measured[step_contract.next_name(n)] for n in names}
+        measured = self._session.run(feeds, [step_contract.next_name(n) for n in self._statistics])
+        return dict(tensors) | {n: measured[step_contract.next_name(n)] for n in self._statistics}

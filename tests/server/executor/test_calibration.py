@@ -21,7 +21,7 @@ def first_layer(tensors, x):
 
 def test_first_statistics_are_those_of_the_samples(model):
     x, _ = load_digits()
-    out = Calibration(model, x[:90])(model.tensors)
+    out = Calibration(model, x[:90], Features())(model.tensors)
     values = first_layer(model.tensors, x[:90])
     np.testing.assert_allclose(out["bn1.running_mean"], values.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     # The running variance is the unbiased one, as torch keeps it.
@@ -29,7 +29,7 @@ def test_first_statistics_are_those_of_the_samples(model):
 
 
 def test_weights_stay_bit_for_bit(model):
-    out = Calibration(model, load_digits()[0][:20])(model.tensors)
+    out = Calibration(model, load_digits()[0][:20], Features())(model.tensors)
     for spec in model.architecture.trainable:
         np.testing.assert_array_equal(out[spec.name], model.tensors[spec.name])
     assert list(out) == list(model.tensors)
@@ -42,7 +42,7 @@ def test_statistics_are_the_samples_whatever_share_a_step_keeps(model, keep):
         if node.op == "BatchNormalization":
             node.attrs["momentum"] = keep
     x = load_digits()[0][:50]
-    out, usual = (Calibration(m, x)(model.tensors) for m in (replace(model, graph=graph), model))
+    out, usual = (Calibration(m, x, Features())(model.tensors) for m in (replace(model, graph=graph), model))
     for spec in model.architecture.statistics:
         np.testing.assert_array_equal(out[spec.name], usual[spec.name])
 
@@ -50,7 +50,7 @@ def test_statistics_are_the_samples_whatever_share_a_step_keeps(model, keep):
 def test_frozen_statistics_stay_and_others_are_measured_behind_them(model):
     x = load_digits()[0][:50]
     out = Calibration(model, x, Features(frozen=("bn1.*", "conv1.*")))(model.tensors)
-    unfrozen = Calibration(model, x)(model.tensors)
+    unfrozen = Calibration(model, x, Features())(model.tensors)
     for name in model.tensors:
         assert (out[name].tobytes() == model.tensors[name].tobytes()) == ("bn1" in name or "running" not in name), name
     assert not np.array_equal(out["bn2.running_mean"], unfrozen["bn2.running_mean"])  # bn1 normalises by what is frozen
@@ -60,11 +60,11 @@ def test_frozen_statistics_stay_and_others_are_measured_behind_them(model):
 
 def test_order_of_the_samples_does_not_matter(model):
     x = load_digits()[0][:70]
-    forward, reversed_order = (Calibration(model, v)(model.tensors) for v in (x, x[::-1]))
+    forward, reversed_order = (Calibration(model, v, Features())(model.tensors) for v in (x, x[::-1]))
     assert all(forward[n].tobytes() == reversed_order[n].tobytes() for n in forward)
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 9, 8), (1, 1, 8, 8), ()])
 def test_samples_of_another_shape_are_refused(model, shape):
     with pytest.raises(DataError, match=r"\[2 or more, 1, 8, 8\]"):
-        Calibration(model, np.zeros(shape, np.float32))
+        Calibration(model, np.zeros(shape, np.float32), Features())

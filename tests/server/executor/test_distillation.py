@@ -123,7 +123,7 @@ def test_bits_depend_on_seed_and_round_alone(model: Model) -> None:
     assert not is_same(distil(model.tensors, order, 2), first_round)
     assert is_same(distil(model.tensors, order, 1), first_round)
     assert is_same(distiller(model, x[::-1], settings)(model.tensors, order, 1), first_round)
-    other_seed = Distiller(model, Calibration(model, x), settings, Recipe(), 1)
+    other_seed = Distiller(model, Calibration(model, x, Recipe().features), settings, Recipe(), 1)
     assert not is_same(other_seed(model.tensors, order, 1), first_round)
 
 

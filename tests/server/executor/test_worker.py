@@ -297,6 +297,6 @@ def test_a_round_ends_with_self_distillation_where_strategy_and_samples_allow_it
     assert len({distilled, measured, mean}) == 3
 
     new, old = (tensorfile.decode(plain.store.read(digest)) for digest in (distilled, measured))
-    norm = Calibration(model, federation.calibration)(new)
+    norm = Calibration(model, federation.calibration, RECIPE.features)(new)
     assert tensorfile.encode(norm) == tensorfile.encode(new)  # with its own statistics
     assert any((new[t.name] != old[t.name]).any() for t in model.architecture.trainable)

@@ -74,7 +74,7 @@ def test_statistics_are_measured_anew_at_a_submodel_s_widths():
     """Statistics of the given samples, computed by numpy, whatever the submodel had."""
     model = digits_net()
     submodel = Selection.of(model.architecture, widths_at(model.architecture, 0.5)).gather(model.tensors)
-    calibrate = Calibration(model, DATA.calibration)
+    calibrate = Calibration(model, DATA.calibration, Recipe().features)
     calibrated = calibrate(submodel)
     weight = submodel["conv1.weight"].astype(np.float64)
     x = np.pad(DATA.calibration.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))

@@ -68,6 +68,11 @@ class Features:
         return outputs[1:] if self.has_class_labels else outputs
 
     @property
+    def of_task(self) -> Features:
+        """The plainest step for the same loss, labels and tensors; for whoever wants its forward pass alone."""
+        return Features(loss=self.loss, ignore_label=self.ignore_label, frozen=self.frozen, trainable=self.trainable)
+
+    @property
     def has_class_labels(self) -> bool:
         """Whether labels of a built-in loss are whole numbers."""
         return labels_of(self.loss) == "classes"
