@@ -90,6 +90,7 @@ class AgentSettings:
     max_packet: int = DEFAULT_MAX_PACKET
     most_away_s: float = MAX_BOARD_AWAY_S
     engine: Callable[[], str] = lambda: ""
+    runtime: str = ""
     web: Callable[[], ssl.SSLContext] = tls_context
     installer: ReleaseInstaller | str = NO_LAUNCHER
     trial: ReleaseTrial | None = None
@@ -137,6 +138,7 @@ def build_agent(
             name,
             settings.probe,
             settings.engine,
+            runtime=settings.runtime,
             may_leave=settings.most_away_s > 0,
             private=lambda: store.privacy.is_private,
         ),
@@ -199,7 +201,6 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
     trial = _checked_trial(runtime, state / "serving")
     profile = _find_profile(config.profile)
     accelerator = board_tier(config.tier, config.engine_plan, profile)
-    settings = _configured_settings(config, profile, cuda=accelerator.cuda, guard=guard, trial=trial)
     address = LocalAddress.from_option(config.local, state)
     selector = None if address is None else accelerator.selector(state)
     stopping, status = threading.Event(), BoardStatus()
@@ -212,7 +213,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         crashes = CrashReports(state, withholds_text=lambda: store.privacy.is_private)
         stack.enter_context(crashes.watch_run())
         data = sample_options.open(state, stack) if fixed_data is None else fixed_data
-        runtime.check()  # in a child process, before this process loads onnxruntime: a broken one may end its process
+        version = runtime.check()  # in a child process before this one loads it: a broken onnxruntime ends its process
         # With an engine onnxruntime stays on the processor: the reference of its check must not share its faults.
         cuda = accelerator.cuda and selector is None
         stack.enter_context(
@@ -227,12 +228,22 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         probe = None if config.no_probe else _probe(config, runtime, data, cuda=accelerator.cuda)
         runtime.close()
         _LOG.info("board: %s", condition_text())
-        settings = replace(
-            settings,
+        settings = AgentSettings(
+            profile,
             probe=probe,
+            threads=config.threads,
+            cuda=accelerator.cuda,
+            guard=guard,
+            train_alone_s=3600 * config.train_alone,
+            precision=config.serve,
+            serve_job=config.serve_job or "",
+            max_packet=config.max_packet,
+            most_away_s=3600 * config.away,
             engine=lambda: "" if selector is None else selector.status,
+            runtime=version,
             web=member.web_context,
             installer=board_installer(member.identity),
+            trial=trial,
             crashes=crashes,
             status=status,
             stopping=stopping,
@@ -264,24 +275,6 @@ def _join_fleet(member: Membership, owner: DirectoryOwner, stopping: threading.E
     if member.identity is not None:
         owner.claim(member.options.state)
     return True
-
-
-def _configured_settings(
-    config: BoardConfig, profile: HardwareProfile | None, *, cuda: bool, guard: ThermalGuard, trial: ReleaseTrial | None
-) -> AgentSettings:
-    """The agent's settings that are known before the board's data is read."""
-    return AgentSettings(
-        profile,
-        threads=config.threads,
-        cuda=cuda,
-        guard=guard,
-        trial=trial,
-        train_alone_s=3600 * config.train_alone,
-        precision=config.serve,
-        serve_job=config.serve_job or "",
-        max_packet=config.max_packet,
-        most_away_s=3600 * config.away,
-    )
 
 
 def _checked_trial(runtime: RuntimeProcess, serving: Path) -> ReleaseTrial | None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from fedprune import __version__
 from fedprune.core.text import one_line
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.runtime.session import onnxruntime_version
 from fedprune.updates import CODECS
 from fedprune.wire.fleet_messages import RECONNECT_ABILITY
 from fedprune.wire.messages import PUT_ABILITY, Birth, Offer, UpdateAnnouncement
@@ -28,8 +27,9 @@ _MAX_ENGINE_LENGTH = 150  # characters of the predicting engine's description, s
 class BirthBuilder:
     """Builds births, and notices when the last one is outdated. `engine` describes the engine that predicts.
 
-    `may_leave`: whether the server may send the board away for a time. `private`: whether births must leave out
-    whatever is measured on samples.
+    `runtime` is onnxruntime's version, given because an idle board saves the memory of loading it. `may_leave`: whether
+    the server may send the board away for a time. `private`: whether births must leave out whatever is measured on
+    samples.
     """
 
     def __init__(
@@ -40,12 +40,13 @@ class BirthBuilder:
         probe: ProbeReport | None = None,
         engine: Callable[[], str] = lambda: "",
         *,
+        runtime: str = "",
         may_leave: bool = True,
         private: Callable[[], bool] = lambda: False,
     ) -> None:
         self._connection, self._data, self._engine, self._is_private = connection, data, engine, private
         self._abilities = (PUT_ABILITY, RECONNECT_ABILITY) if may_leave else (PUT_ABILITY,)
-        self._profile_name, self._probe = profile_name, probe
+        self._profile_name, self._probe, self._runtime = profile_name, probe, runtime
         slot = running_slot_text()
         self._slot = f", {slot}" if slot else ""
         self._last_content = 0, ""
@@ -57,7 +58,7 @@ class BirthBuilder:
         samples, engine = self._last_content = self._data.samples, self._engine()
         self._last_birth_at = now
         engine_text = f", predicts with {one_line(engine, _MAX_ENGINE_LENGTH)}" if engine else ""
-        versions = f"onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
+        versions = f"onnxruntime {self._runtime}, Python {platform.python_version()}"
         software = f"fedprune {__version__}, {versions}{self._slot}{engine_text}"
         return Birth(
             device=self._connection.device,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,10 @@ from support.fakes.inbox import Inbox
 pytestmark = pytest.mark.board
 
 
-def births(profile: str, engine: Callable[[], str] = lambda: "", **private: Callable[[], bool]) -> BirthBuilder:
+def births(profile: str, engine: Callable[[], str] = lambda: "", **options: Any) -> BirthBuilder:
     data: Any = SimpleNamespace(samples=3, effective_classes=2)
     link: Any = None
-    return BirthBuilder(BoardConnection(link, MessageChannel("d", "site")), data, profile, None, engine, **private)
+    return BirthBuilder(BoardConnection(link, MessageChannel("d", "site")), data, profile, None, engine, **options)
 
 
 def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
@@ -32,6 +33,11 @@ def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
     assert greeting.is_outdated(BIRTH_INTERVAL_S)
     greeting.build(1, None, BIRTH_INTERVAL_S)
     assert not greeting.is_outdated(3 * BIRTH_INTERVAL_S)
+
+
+def test_an_idle_board_s_births_load_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # an import would fail
+    assert "onnxruntime 1.23.2, Python" in births("jetson-thor", runtime="1.23.2").build(1, None, 0.0).software
 
 
 @pytest.mark.parametrize(("samples", "reason"), [(0, "no samples to train on"), (3, "the broker drops")])

@@ -182,33 +182,38 @@ class Architecture:
         axes = {n.output_axis for n in self.layers if name and n.weight == name}
         return tuple(sorted(axes)) if axes else tuple(range(len(self.by_name[name].axes)))
 
-    def members(self, group: int) -> tuple[str, ...]:
-        """The axes that a group's channels are on, as text such as `conv3.weight[0]`."""
-        return tuple(f"{t.name}[{i}]" for t in self.tensors for i, a in enumerate(t.axes) if group in a.groups)
+    @cached_property
+    def _group_axes(self) -> tuple[tuple[tuple[TensorSpec, int], ...], ...]:
+        """By group, the tensors and axes that its channels are on."""
+        # An index: a page about a model of a thousand layers asks for each group, and each has few tensors.
+        axes: list[list[tuple[TensorSpec, int]]] = [[] for _ in self.groups]
+        for spec in self.tensors:
+            for i, axis in enumerate(spec.axes):
+                for group in axis.groups:
+                    axes[group].append((spec, i))
+        return tuple(map(tuple, axes))
 
-    def summary(self, group: int) -> tuple[str, ...]:
-        """The same as `members`, in short: `bn3.*` if all tensors `bn3.…` are vectors along the group."""
+    @cached_property
+    def _families(self) -> dict[str, list[TensorSpec]]:
+        """Tensors by their names up to the last dot."""
         families: dict[str, list[TensorSpec]] = {}
         for spec in self.tensors:
             families.setdefault(spec.name.rpartition(".")[0], []).append(spec)
-        members: list[str] = []
-        for spec in self.tensors:
-            prefix = spec.name.rpartition(".")[0]
-            family = families[prefix]
-            if (
-                prefix
-                and len(family) > 1
-                and all(len(member.axes) == 1 and group in member.axes[0].groups for member in family)
-            ):
-                members += [f"{prefix}.*"] if spec is family[0] else []
-            else:
-                members += [f"{spec.name}[{i}]" for i, a in enumerate(spec.axes) if group in a.groups]
-        return tuple(members)
+        return families
 
-    def describe(self) -> str:
-        return "\n".join(
-            f"{g.name}: {g.size} channels: {', '.join(self.summary(i))}" for i, g in enumerate(self.groups)
-        )
+    def members(self, group: int) -> tuple[str, ...]:
+        """The axes that a group's channels are on, as text such as `conv3.weight[0]`."""
+        return tuple(f"{spec.name}[{axis}]" for spec, axis in self._group_axes[group])
+
+    def summary(self, group: int) -> tuple[str, ...]:
+        """The same as `members`, in short: `bn3.*` if all tensors `bn3.…` are vectors along the group."""
+        members: dict[str, None] = {}
+        for spec, axis in self._group_axes[group]:
+            prefix = spec.name.rpartition(".")[0]
+            family = self._families[prefix] if prefix else []
+            vectors = len(family) > 1 and all(len(t.axes) == 1 and group in t.axes[0].groups for t in family)
+            members[f"{prefix}.*" if vectors else f"{spec.name}[{axis}]"] = None
+        return tuple(members)
 
     @cached_property
     def digest(self) -> str:
