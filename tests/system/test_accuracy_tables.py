@@ -69,7 +69,7 @@ def check(run, protocol, folder, rounds=1):
     assert row["up"] > 0
     assert row["macs"] > 0
     assert row["at"] > 0
-    assert [p.name for p in folder.iterdir()] == [f"{protocol.reference}-0.json"]  # and nothing of its state
+    assert [*folder.iterdir()] == [run.result_path(method, 0, folder)]  # and nothing of its state
     return result
 
 

@@ -174,6 +174,8 @@ def _hand_over(folder: Path) -> None:
     """Give all to the plain user who builds."""
     if os.geteuid() == 0:
         user = pwd.getpwnam("nobody")
+        for parent in folder.parents:  # pytest's are for their owner alone, which is root here
+            parent.chmod(parent.stat().st_mode | 0o001)
         for path in (folder, *folder.rglob("*")):
             os.lchown(path, user.pw_uid, user.pw_gid)
 
