@@ -1,6 +1,7 @@
 """What the push ring weighs: how many tests a folder has, which are slow, and why some take long.
 
-    python tests/support/push_ring.py check            compares tests/push_ring.json with the tests that there are
+    python tests/support/push_ring.py check            compares tests/push_ring.json with the tests that there are, and
+                                                       names rings of tests/rings.json that nobody has run for long
     FEDPRUNE_RECORD=build/ring.json make test-dev      notes what each test takes, on a machine with nothing else to do
     python tests/support/push_ring.py record build/ring.json    writes tests/push_ring.json anew from it
 
@@ -20,6 +21,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ SLOW_CPU_S, SLOW_WALL_S = 0.12, 2.0
 
 # A test that takes more of a processor says why in the record: it is paid for at every push.
 LONG_S = 5.0
+
+# After so many days without a whole run of a ring that no push runs, `check` says so. Its dates are written by hand.
+RINGS, MAX_RING_AGE_DAYS = ROOT / "tests" / "rings.json", 14
 
 # How far a folder may grow before its record has to be made anew, by somebody who looks at the sum.
 GROWTH, SMALL_FOLDER = 1.05, 15
@@ -108,6 +113,12 @@ def differences(record: dict[str, Any], tests: list[str]) -> list[str]:
     return lines
 
 
+def outdated_rings(rings: dict[str, dict[str, str]], today: date) -> list[str]:
+    """A line for each ring whose last whole run was long ago."""
+    ages = {name: (today - date.fromisoformat(run["date"])).days for name, run in rings.items()}
+    return [f"{name}: last run whole {age} days ago" for name, age in ages.items() if age > MAX_RING_AGE_DAYS]
+
+
 def slow_tests() -> frozenset[str]:
     """Names of the tests that the record calls slow."""
     return frozenset(json.loads(RECORD.read_text())["slow"]) if RECORD.exists() else frozenset()
@@ -140,6 +151,8 @@ def new_record(measurements: list[dict[str, Any]], before: dict[str, Any]) -> di
 def main(arguments: list[str]) -> int:
     before = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     if arguments == ["check"]:
+        for line in outdated_rings(json.loads(RINGS.read_text()), date.today()):
+            print(f"warning: {line}")
         lines = differences(before, collected_tests())
         for line in lines:
             print(line)

@@ -1,10 +1,12 @@
-"""The prices of lines: what breaks a room's figure, a kind's total, or the rule that totals only fall."""
+"""What `make check` counts: lines of rooms within totals that only fall, and days since a ring ran whole."""
 
 from __future__ import annotations
 
 import copy
+from datetime import date
 from pathlib import Path
 
+from support.push_ring import outdated_rings
 from support.room_lines import KINDS, differences, new_record, room_lines
 
 
@@ -47,3 +49,8 @@ def test_lines_move_between_rooms_within_a_total_that_only_falls(tmp_path: Path)
     larger["product"]["fedprune_server/web"] -= 1
     assert [d.split(":")[0] for d in differences(record, larger)] == ["fedprune/core", "fedprune_server/web"]
     assert differences(new_record(record, larger), larger, record) == []
+
+
+def test_a_ring_that_nobody_has_run_for_long_is_named() -> None:
+    rings = {"soak": {"date": "2026-11-01"}, "acceptance": {"date": "2026-11-02"}}
+    assert [line.split(":")[0] for line in outdated_rings(rings, date(2026, 11, 16))] == ["soak"]
