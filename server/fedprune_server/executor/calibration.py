@@ -53,7 +53,7 @@ class Calibration:
                 node.attrs["momentum"] = 0.0  # nothing of the old statistics is kept, only the batch's are taken
         batch_graph = training_graph(replace(model, graph=graph), features.of_task)
         labels = next(p for p in batch_graph.inputs if p.name == step_contract.Y)
-        self._y = np.zeros((len(sample_rows), *labels.shape[1:]), labels.dtype)
+        self._y = np.zeros((len(sample_rows), *(d for d in labels.shape[1:] if isinstance(d, int))), labels.dtype)
         self._session = OnnxSession(batch_graph.to_bytes(), training=True)
 
     def __call__(self, tensors: Tensors) -> Tensors:
