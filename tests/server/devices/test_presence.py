@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.wire.messages import Alive, Hello
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_server.devices.presence import HELLO_ANSWER_S, MAX_SILENCE_S, Presence
+from fedprune_server.messaging.transport import DroppedMessage
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB, NAMES
 
@@ -115,3 +117,28 @@ def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
     waiting.air.lost.append(waiting.air.devices["a"].topics.broadcast())
     _, online, _ = run_with_silent_board(waiting)
     assert online == {"a": True, "b": True}
+
+
+def test_a_flood_that_is_dropped_makes_no_other_board_seem_silent(waiting: Fleet) -> None:
+    """Their answers wait behind the flood, and haven't been read yet."""
+    air, daemon = waiting.air, waiting.daemon()
+    get, online = air.get, list[int]()
+
+    def slow_get(timeout: float | None = 0.0) -> Any:
+        item = get(timeout)
+        online.append(len(daemon.connected))
+        air.now += isinstance(item, DroppedMessage)  # more than a turn takes messages in, so that each ends with one
+        return item
+
+    def idle() -> None:
+        if online:
+            daemon.stop()
+        elif len(daemon.connected) == len(NAMES):
+            flood = [DroppedMessage()] * int(2 * HELLO_ANSWER_S)
+            air.inbox.extend([ConnectionDown(""), ConnectionUp(), *flood])  # type: ignore[list-item]
+            air.get = slow_get  # type: ignore[method-assign]
+
+    air.on_idle = idle
+    daemon.run()
+    assert air.now > HELLO_ANSWER_S
+    assert min(online) == len(NAMES)

@@ -12,6 +12,8 @@ from fedprune.coordination import Phase
 from fedprune.wire.messages import Finished
 from fedprune_server.devices.shutdown import MAX_WAIT_S, MIN_WAIT_S, GracefulShutdown
 from support.fakes.fleet import NAMES, Fleet, ToyDevice
+from support.fakes.several_jobs import SeveralJobs, rename_job
+from support.fakes.tiny_job import JOB
 
 
 def shutdown_of(online: dict[str, bool], now: float) -> GracefulShutdown:
@@ -94,3 +96,24 @@ def test_a_device_that_is_away_as_the_job_ends_is_told_when_it_returns(tmp_path:
     daemon.run(until_finished=True)
     assert any(isinstance(m, Finished) for m in late.heard)
     assert ended[0] + 8 <= fleet.air.now < ended[0] + MAX_WAIT_S
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["the server runs", "it was killed at the end"])
+def test_a_device_that_is_away_as_the_last_of_several_jobs_ends_is_told_of_all(tmp_path: Path, killed: bool) -> None:
+    several = SeveralJobs(tmp_path, [rename_job(JOB, "one", rounds=1), rename_job(JOB, "two")], "abc")
+    air, late = several.air, several.air.devices["a"]
+    if killed:
+        several.run()
+        several.restart()
+        air.devices.pop(late.name)
+    late.heard.clear()
+    host = several.host()
+
+    def last_update(topic: str, payload: bytes) -> bool:
+        parts = (b'"accepted"', b'"job":"two"', b'"round":3')
+        return all(part in payload for part in parts) and topic.split("/")[3] == late.name
+
+    ended = returning(air, late, host, last_update)
+    host.run(until_finished=True)
+    assert {m.job for m in late.heard if isinstance(m, Finished)} == {"one", "two"}
+    assert ended[0] + 8 <= air.now < ended[0] + MAX_WAIT_S

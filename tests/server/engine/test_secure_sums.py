@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import events as on
@@ -21,7 +23,7 @@ from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import SecureSumSession
 from fedprune.secure_aggregation.shamir import SHARE_BYTES
 from fedprune.strategies import compose
-from fedprune.wire.messages import Refusal, SecureStep, TrainingDone, UpdateAnnouncement, parse_message
+from fedprune.wire.messages import Cancelled, Refusal, SecureStep, TrainingDone, UpdateAnnouncement, parse_message
 from fedprune_export.pruning.model import Model
 from fedprune_server.cli.status import job_status
 from fedprune_server.cli.status_text import status_text
@@ -401,3 +403,23 @@ def test_only_the_vector_that_a_board_has_announced_is_added(model: Model, tmp_p
     assert len(accepted) >= 2
     assert counted_devices(state) == [list(NAMES)]
     assert state.model == plain(tmp_path, model, rounds=1).model
+
+
+@pytest.mark.parametrize("change", [{"round": 9}, {"weights": BlobRef("0" * 64, 7, "0" * 64)}], ids=["another round's", "plain"])
+def test_an_update_that_no_sum_can_take_is_cancelled_with_the_reason(
+    model: Model, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Without an answer the board would repeat it for ever."""
+    fleet = SecureFleet(tmp_path, model, NAMES, secure_aggregation=True, rounds=1)
+    board, reasons = fleet.board("c"), list[str]()
+
+    def announce(message: SecureStep) -> SecureStep:
+        if message.step == "delivery":
+            at = message.job, message.round, message.attempt
+            update = UpdateAnnouncement("c", *at, "1" * 64, BlobRef("0" * 64, 8, "0" * 64), 10, 5, {})
+            board.say(structs.replace(update, **change))
+        return message
+
+    board.spoil = announce
+    fleet.run()
+    assert [bool(m.reason) for m in board.heard if isinstance(m, Cancelled)] == [True]

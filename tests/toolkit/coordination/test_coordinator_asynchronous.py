@@ -258,3 +258,10 @@ def test_rankings_and_evaluations_can_be_rare() -> None:
     assert scored == [1, 4, 7]
     assert evaluated == [4, 7]
     assert [bool(h["metrics"]) for h in shell.state.history] == [False, False, False, True, False, False, True]
+
+
+def test_devices_take_turns_where_few_may_work_at_a_time() -> None:
+    shell = Shell(job_of(arrivals=1, concurrent=1, rounds=len(NAMES)))
+    shell.come()
+    shell.run()
+    assert sorted(device for device, _, _ in shell.offered[: len(NAMES)]) == list(NAMES)
