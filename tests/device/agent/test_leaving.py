@@ -10,6 +10,8 @@ from fedprune.wire.fleet_messages import Reconnect
 from fedprune.wire.messages import Birth, RoundProgress, UpdateAnnouncement
 from support.fakes.agent_fleet import TOPICS
 from support.fakes.agent_harness import LONG, Bench
+from support.fakes.release_site import ReleaseServer
+from support.fakes.runtime_releases import make_release, set_up
 
 pytestmark = pytest.mark.board
 
@@ -53,6 +55,25 @@ def test_a_board_that_trains_stays_and_delivers(bench: Bench) -> None:
     assert server.link.left == []
     assert len(server.of(Birth)) == birth_counts[0] + 1
     assert server.of(UpdateAnnouncement)
+
+
+def test_a_board_whose_release_is_under_way_stays(bench: Bench, tmp_path: Path) -> None:
+    first, second = (make_release(tmp_path / f"release-{n}", n) for n in (1, 2))
+    installer = set_up(tmp_path / "slots", first)
+    offer = ReleaseServer(tmp_path / "releases", second).offer(second)  # its files never come
+    server = bench.server
+
+    def react(message: Any) -> None:
+        if isinstance(message, Birth) and len(server.of(Birth)) == 1:
+            server.say(offer)
+            server.say(Reconnect(0.0, 3600.0))
+        elif isinstance(message, Birth):
+            bench.agent.stop()
+
+    server.react, server.ends = react, False
+    server.watch = lambda: bench.agent.stop() if server.link.left else None
+    bench.run(until_finished=False, installer=installer)
+    assert server.link.left == []
 
 
 def test_only_a_message_to_this_board_counts(bench: Bench) -> None:

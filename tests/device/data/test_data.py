@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
+from fedprune.planning.costs import MAX_SAMPLES_IN_MEMORY
 from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, class_presence, class_weights, log_prior
@@ -90,6 +91,16 @@ def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, object
     with pytest.raises(DataError, match=text) as caught:
         load_data(source)
     assert source in str(caught.value)
+
+
+@pytest.mark.parametrize("width", [2, MAX_SAMPLES_IN_MEMORY // 4 // 8], ids=["in memory", "on the disk"])
+def test_a_bad_sample_is_named_by_its_place_in_the_file(tmp_path: Path, width: int) -> None:
+    x = np.ones((9, width), np.float32)
+    x[7, 1] = np.inf
+    source = save(tmp_path / "d.npz", x=x, y=Y[:9])
+    for device in "abc":  # whichever split it falls into
+        with pytest.raises(DataError, match="sample 7, which has an infinity"):
+            load_data(source, device=device)
 
 
 def test_files_of_other_kinds_are_called_by_their_kind(tmp_path: Path) -> None:

@@ -184,3 +184,11 @@ def test_labels_are_not_needed_for_predictions(tmp_path: Path) -> None:
 def test_a_line_that_is_no_box_is_one_clear_error(text: str, error: str) -> None:
     with pytest.raises(DataError, match=error):
         yolo_boxes(text.encode())
+
+
+def test_new_boxes_of_an_image_are_read_at_the_next_round(tmp_path: Path) -> None:
+    put(tmp_path, "images/a.png", picture(0))
+    samples = folder(tmp_path)
+    for boxes in (1, 3, 2):
+        put(tmp_path, "labels/a.txt", b"1 .5 .5 .25 .5\n" * boxes)
+        assert (np.asarray(samples.snapshot(SHAPE, BOXES).y_train)[0, :, 0] >= 0).sum() == boxes

@@ -127,3 +127,11 @@ def test_samples_that_are_damaged_on_the_disk_are_refused(tmp_path: Path) -> Non
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"not an \.npz file"):
         load_data(str(path))
+
+
+def test_only_chosen_samples_cost_memory(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    many = StoredArray(tmp_path / "x", None, 0, np.dtype(np.float32), (10**12, 0))  # row numbers alone would be 8 TB
+    assert many[:3].shape == many[[0, 5, -1]].shape == (3, 0)
+    with pytest.raises(IndexError):
+        many[[10**12]]

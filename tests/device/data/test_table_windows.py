@@ -227,6 +227,14 @@ def test_a_quote_that_nothing_closes_is_refused(tmp_path: Path, begin: str) -> N
         rows_in(tmp_path / "a.csv", begin + "1,2\n" * 250_000)
 
 
+@pytest.mark.parametrize("rows_before", [0, 1, 100_000], ids=["the names", "the first row", "a late row"])
+def test_a_table_in_another_encoding_is_an_error_of_ours_wherever_that_shows(tmp_path: Path, rows_before: int) -> None:
+    body = b"t,a\n1,2\n" + b"1,2\n" * rows_before + b"1,\xb0C\n"
+    with pytest.raises(DataError, match="UTF-8") as caught:
+        rows_in(tmp_path / "a.csv", body if rows_before else b"t,\xb0C\n1,2\n")
+    assert str(tmp_path / "a.csv") in str(caught.value)
+
+
 def test_rows_are_checked_as_they_are_read(tmp_path: Path) -> None:
     """A row that is too wide ends the reading: a file of such rows must not fill a board's memory first."""
     too_long_for_any_reader = "1" * 2**21

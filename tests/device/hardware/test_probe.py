@@ -201,3 +201,8 @@ def test_a_peak_can_begin_again_and_a_process_knows_what_it_takes() -> None:
     assert 15e6 < rise < 30e6
     assert 30e6 < first < 200e6
     assert abs(second - first) < 5e6
+
+
+def test_a_missing_interpreter_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="nothing"):
+        check_runtime(str(tmp_path / "nothing"))

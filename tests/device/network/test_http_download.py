@@ -138,6 +138,21 @@ def test_a_cut_connection_is_resumed_where_it_ended(store: BlobStore, web: WebPl
     assert web.asked[-1][1] == f"bytes={8 * LEAF_BYTES}-{len(BLOB) - 1}"  # leaves are taken eight at a time
 
 
+@pytest.mark.parametrize(("batches", "is_enough"), [(4, True), (9, False)])
+def test_a_connection_that_is_cut_again_and_again_is_resumed_some_times_and_then_left(
+    store: BlobStore, web: WebPlace, batches: int, is_enough: bool
+) -> None:
+    blob = np.random.default_rng(1).bytes(8 * batches * LEAF_BYTES)  # leaves are taken eight at a time
+    ref = BlobStore(web.root, durable=False).put(blob)
+    web.behave = lambda h, data: not h.path.endswith(".leaves") and not h.give(data, until=8 * LEAF_BYTES + 5)
+    fetch = run_fetch(store, web.url, ref)
+    assert (fetch.failure == "") is store.has(ref.sha256) is is_enough
+    web.behave = lambda h, data: False
+    assert run_fetch(store, web.url, ref).failure == ""
+    assert fetch.received_bytes + web.sent >= len(blob)
+    assert store.read(ref.sha256) == blob
+
+
 BAD: dict[str, tuple[Callable[[Handler, bytes], object], str]] = {
     "redirected": (lambda h, data: h.say(302, b"", Location="http://127.0.0.1:1/x"), "redirects .* not followed"),
     "for ever": (lambda h, data: h.say(200, b"", **{"Content-Length": str(2**60)}), f"'{2**60}' bytes, and not"),

@@ -220,7 +220,12 @@ def test_a_pending_update_without_its_weights_is_given_up_for_its_offer(tmp_path
 
 @pytest.mark.parametrize(
     ("times", "numbers"),
-    [((0.0, 0.0, 0.0), (1, 2, 3)), ((5.0, 5.0, 2.0), (5000, 5001, 5002)), ((5.0, 7.5, 9.0), (5000, 7500, 9000))],
+    [
+        ((0.0, 0.0, 0.0), (1, 2, 3)),
+        ((5.0, 5.0, 2.0), (5000, 5001, 5002)),
+        ((5.0, 7.5, 9.0), (5000, 7500, 9000)),
+        ((1e300, 1e300, 9.0), (2**53, 2**53 + 1, 2**53 + 2)),  # a clock far in the future leaves numbers for later
+    ],
 )
 def test_session_numbers_grow_over_restarts(tmp_path: Path, times: tuple[float, ...], numbers: tuple[int, ...]) -> None:
     sessions = []
