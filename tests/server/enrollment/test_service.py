@@ -526,3 +526,13 @@ def test_a_full_disk_keeps_the_server_s_old_certificate_in_use(
         identity.tls_context()
     assert ends(identity) == before
     assert "no new certificate for the server yet: full" in caplog.text
+
+
+def test_a_half_written_request_is_made_anew(tmp_path: Path) -> None:
+    device = board(tmp_path / "board")
+    first = device.request()
+    assert device.request() == first
+    (tmp_path / "board" / "request.json").write_bytes(first.to_bytes()[:50])
+    second = device.request()
+    assert second != first
+    assert device.request() == second

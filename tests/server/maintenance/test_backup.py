@@ -417,3 +417,16 @@ def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, final
     with pytest.raises(ConfigError, match="holds a job already"):
         restore(tmp_path / "two", tmp_path / "other", url)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.postgresql
+def test_a_restore_to_postgresql_that_is_killed_can_be_done_again(tmp_path: Path, postgres: Postgres) -> None:
+    here, new = tmp_path / "state", tmp_path / "new"
+    play_job(here, events=7)
+    back_up(here, tmp_path / "one", ignore_progress)
+    url, at = postgres.database(), 1
+    while dying(lambda: restore(tmp_path / "one", new, url), at):
+        shutil.rmtree(new, ignore_errors=True)
+        at += 5
+    assert at > 10
+    assert rows(new) == rows(here)

@@ -249,12 +249,26 @@ def test_amqtt_takes_the_place_of_a_mosquitto_that_does_not_start(
     assert "(it has no rights); amqtt" in caplog.text
 
 
-def test_a_program_that_runs_and_never_answers_is_no_broker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "refused"), TimeoutError("timed out")])
+def test_a_program_that_runs_and_never_answers_is_no_broker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def connect(*_: object, **__: object) -> socket.socket:
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", connect)
     silent = Mosquitto(str(script(tmp_path / "bin", "exec sleep 600")), "2.9")
     broker = EmbeddedBroker(port=0, candidates=[silent])
     with pytest.raises(BrokerError, match=r"Mosquitto 2\.9"):
         broker.start(timeout=0.1)
     assert not broker.is_alive
+
+
+@pytest.mark.parametrize("port", [0, 18_839])
+def test_an_address_that_is_not_ours_is_named_and_is_no_port_that_is_taken(port: int) -> None:
+    with pytest.raises(BrokerError, match=r"192\.0\.2\.1") as caught:
+        EmbeddedBroker("192.0.2.1", port).start()
+    assert not isinstance(caught.value, PortTakenError)
 
 
 def test_an_extra_that_is_missing_is_named() -> None:

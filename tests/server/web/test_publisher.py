@@ -227,6 +227,25 @@ def test_what_could_not_be_written_is_published_once_it_can(tmp_path: Path, capl
     assert (console.view.devices().total, console.view.is_complete) == (3, True)
 
 
+def test_lines_of_the_log_outlive_a_disk_that_fails(tmp_path: Path) -> None:
+    _, console = watched_server(Fleet(tmp_path, JOB))
+    write, log = console.writer.write, logging.getLogger("fedprune.server.trial")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("the disk is full")
+
+    log.addHandler(console.publisher.tap)
+    try:
+        for text in ("before", "meanwhile", "after"):
+            log.warning(text)
+            console.writer.write = fail if text == "meanwhile" else write  # type: ignore[method-assign]
+            console.flush()
+    finally:
+        log.removeHandler(console.publisher.tap)
+    texts = [line["text"] for line in console.view.lines().items]
+    assert [text for text in texts[::-1] if text in ("before", "meanwhile", "after")] == ["before", "meanwhile", "after"]
+
+
 def test_no_reader_and_no_hanging_console_holds_up_the_server(tmp_path: Path) -> None:
     _, _, console = run_job(tmp_path)
     reader = sqlite3.connect(f"file:{tmp_path / STATUS_FILE}?mode=ro", uri=True, isolation_level=None)
