@@ -159,6 +159,14 @@ def test_what_a_source_does_wrong_is_said_by_its_name(source: Source, text: str)
     assert "mine:Source" in str(caught.value)
 
 
+@pytest.mark.parametrize("returned", [np.zeros((100, 2), "f4"), None, {}, {"y": np.zeros(100, "i8")}])
+def test_a_source_that_returns_no_dict_of_its_arrays_is_an_error_of_ours(returned: Any) -> None:
+    source: Any = Source()
+    source.read = lambda indices: returned
+    with pytest.raises(DataError, match="a dict with x, y"):
+        SourceSamples(source, "s", SplitShares(0), 99999).snapshot()
+
+
 def test_an_error_of_a_source_names_its_method() -> None:
     source: Any = Source()
     source.read = lambda indices: 1 / 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from fedprune.releases.release import Release
 from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import (
@@ -29,6 +31,7 @@ from fedprune.wire.fleet_messages import (
 from fedprune_device.launcher.launcher import run_slots
 from fedprune_device.launcher.state import STABLE
 from fedprune_device.network.connection import BoardConnection, MessageChannel
+from fedprune_device.releases.installer import ReleaseInstaller, ReleaseSource
 from fedprune_device.releases.release_agent import (
     NO_IDENTITY,
     NO_LAUNCHER,
@@ -38,6 +41,7 @@ from fedprune_device.releases.release_agent import (
 from support.fakes.release_site import SHARED, Board, ReleaseServer
 from support.fakes.runtime_releases import make_release, make_wheel, set_up
 from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power
+from support.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.board
 
@@ -157,6 +161,39 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
     assert (state.phase, it.ran) == (STABLE, [])
     assert state.outcome.reason == "withdrawn: too many failed"
     assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
+
+
+def test_a_release_that_is_withdrawn_while_it_is_unpacked_is_dropped_only_then(
+    board: Make, releases: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that unpacks still reads the files."""
+    it, begun, may_go_on = board(releases[2]), threading.Event(), threading.Event()
+    stage, file_counts = ReleaseInstaller.stage, list[int]()
+
+    def stage_slowly(installer: ReleaseInstaller, release: ReleaseSource) -> Release:
+        begun.set()
+        assert may_go_on.wait(PATIENCE_S)
+        return stage(installer, release)
+
+    def files() -> int:
+        return sum(path.is_file() for path in (it.home.root / "incoming").rglob("*"))
+
+    def meanwhile() -> bool:
+        if begun.is_set() and not may_go_on.is_set():
+            if not file_counts:
+                it.server.next = lambda: None  # type: ignore[method-assign]
+                it.server.say(ReleaseWithdrawn(2, "too many failed"))
+            file_counts.append(files())
+            if len(file_counts) == 20:
+                may_go_on.set()
+        return may_go_on.is_set() and it.home.load().outcome is not None
+
+    monkeypatch.setattr(ReleaseInstaller, "stage", stage_slowly)
+    it.until = meanwhile
+    it.serve()
+    assert set(file_counts) == {file_counts[0]} != {0}
+    state = it.home.load()
+    assert (state.phase, state.outcome.reason, files()) == (STABLE, "withdrawn: too many failed", 0)
 
 
 def refusal_reason(it: Board) -> str:

@@ -142,7 +142,7 @@ def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(
     board: ReleaseInstaller, tmp_path: Path
 ) -> None:
     folder = source(make_release(tmp_path / "two", 2))
-    board.stage(folder)
+    release = board.stage(folder)
     state = board.home.load()
     assert (state.phase, state.stable, state.highest) == (STAGED, "a", 2)
     assert board.home.checked_record("b").version == 2
@@ -151,7 +151,7 @@ def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(
         {"VERSION = 2"},
     )
     assert (board.home.root / "b" / "library" / "__init__.py").is_file(), "what lies under purelib goes to the root"
-    board.stage(folder)
+    assert board.stage(folder) == release
     board.arm(2, 60)
     board.arm(9, 90)
     state = board.home.load()

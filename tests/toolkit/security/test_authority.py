@@ -161,6 +161,17 @@ def test_the_time_floor_only_rises_survives_a_restart_and_stays_below_the_certif
     assert TrustedTime(path, lambda: BUILD_TIME + 4 * DAY).floor == BUILD_TIME + 4 * DAY
 
 
+def test_the_time_floor_is_written_once_a_day_at_most(tmp_path: Path) -> None:
+    path, contents = tmp_path / "time", set[bytes]()
+    time = TrustedTime(path, lambda: 2**40)
+    for hour in range(5 * 24):
+        if hour % 60 == 0:  # a restart
+            time = TrustedTime(path, lambda: 2**40)
+        time.note_time(BUILD_TIME + hour * 3600)
+        contents |= {path.read_bytes()} if path.exists() else set()
+    assert len(contents) == 4
+
+
 @pytest.mark.parametrize("content", [b"", b'{"floor": "x"}'])
 def test_a_damaged_time_counts_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "time").write_bytes(content)
