@@ -15,7 +15,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
-from fedprune_export.importing import PARAMETERS_KEY, import_onnx, load
+from fedprune_export.importing import PARAMETERS_KEY, import_onnx, load, metadata
 from fedprune_export.importing.inlining import MAX_NODES
 from fedprune_export.importing.metadata import TIED_KEY, write_properties
 
@@ -82,6 +82,23 @@ def test_an_attack_is_one_error(make: Callable[[], bytes], message: str) -> None
         import_onnx(make(), "net")
     assert message in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+READERS: dict[str, tuple[Callable[[dict[str, str]], object], list[str]]] = {
+    metadata.UNUSED_KEY: (metadata.unused_parameters, ['{"a": "b"}', '["a", 5]', '["\\u001b[2J"]']),
+    metadata.TRAINING_NOTES_KEY: (metadata.training_notes, ['{"a": "b"}', '["a", 5]', '["\\u001b[2J"]']),
+    metadata.NAMES_KEY: (metadata.original_names, ['["a"]', '{"a": ["b"]}', '{"a": "\\r"}', '{"\\u001b[2J": "a"}']),
+    TIED_KEY: (metadata.tied_names, ['["a"]', '{"a": "b"}', '{"a": [5]}', '{"a": ["\\r"]}', '{"\\r": ["a"]}']),
+    metadata.ACTIVATION_RANGES_KEY: (metadata.activation_ranges, ['["a"]', '{"a": [1]}', '{"a": [2, 1]}']),
+}
+
+
+@pytest.mark.parametrize(("key", "text"), [(key, text) for key, (_, texts) in READERS.items() for text in texts])
+def test_metadata_that_is_something_else_is_one_error(key: str, text: str) -> None:
+    for value in ("5", "{", text):
+        with pytest.raises(ModelError) as caught:
+            READERS[key][0]({key: value})
+        assert str(caught.value).isprintable()
 
 
 HUGE = 2**40

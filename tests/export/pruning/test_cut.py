@@ -101,10 +101,13 @@ def _number_of_channels(graph: Graph, value: str, how: str) -> str:
         measured = graph.emit("Size", value)
     else:
         measured = graph.emit("ReduceMax", graph.emit("Shape", value), attrs={"keepdims": 0})
+    if how == "product":  # of sizes of two values, one after the other
+        other = graph.emit("ReduceMax", graph.emit("Shape", "image"), attrs={"keepdims": 0})
+        measured = graph.emit("Mul", other, measured)
     return graph.emit("Cast", measured, attrs={"to": 1})
 
 
-@pytest.mark.parametrize("how", ["largest", "size"])
+@pytest.mark.parametrize("how", ["largest", "size", "product"])
 def test_channels_stay_where_the_graph_computes_with_their_number(how: str) -> None:
     def build(graph: Graph, rng: np.random.Generator) -> str:
         value = graph.emit("Relu", _conv(graph, rng, "image", "first", (16, 3, 3, 3)))

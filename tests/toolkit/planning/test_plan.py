@@ -342,6 +342,14 @@ def test_what_rounds_taught_is_in_all_times_and_can_be_taken_out() -> None:
         assert getattr(taught.before_rounds, name) == pytest.approx(value) or name == "memory"
 
 
+def test_a_transfer_goes_each_way_at_its_speed_and_waits_for_two_round_trips() -> None:
+    link = {"down_bytes_s": 3e6, "up_bytes_s": 5e5, "latency_s": 0.25}
+    prediction = predict_costs(NET, NET.sizes, board(link=link), RECIPE, 500, codecs=("int8", None))
+    assert prediction.up_bytes < prediction.down_bytes
+    expected = prediction.down_bytes / 3e6 + prediction.up_bytes / 5e5 + 2 * 2 * 0.25
+    assert prediction.transfer_s == pytest.approx(expected)
+
+
 def test_a_correction_is_learnt_from_what_was_measured() -> None:
     learnt = Correction().corrected_by(FULL, Correction(), {"step_seconds": 1.5 * FULL.step_s})
     assert learnt.step == pytest.approx(1.5)
