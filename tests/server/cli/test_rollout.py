@@ -179,3 +179,15 @@ def test_a_server_without_identity_or_boards_rolls_nothing_out(
         own_release = make_release(tmp_path / "own", 1, key=identity.key)
     assert main(["rollout", "start", str(own_release), "--state", str(tmp_path / "new")]) == 14
     assert "no board is a member, or all are revoked" in capsys.readouterr().err
+
+
+def test_boards_that_left_the_fleet_are_named_and_counted_apart(state: Path, release: Path, read: Read) -> None:
+    read("start", release, "--groups", "100%")
+    with IdentityFolder(state) as identity:
+        identity.revoke("board-3")
+        with RolloutStore(state) as store:
+            RolloutCoordinator(store, lambda *_: None, identity.store.members).on_connection_change(True)
+    text, boards = read("status"), json.loads(read("status", "--json"))["boards"]
+    assert "0 updated, 19 updating, 0 failed, 0 pending, of 19" in text
+    assert [line.split()[-1] for line in text.splitlines() if "left the fleet" in line] == ["board-3"]
+    assert [name for name, board in boards.items() if board["fate"] == "gone"] == ["board-3"]

@@ -141,6 +141,10 @@ def test_devices_train_in_their_windows_only(build):
         begin, end = availability.next_window(3, name, trained_at)
         assert begin <= trained_at < end
     assert simulation.clock > 40
+    online = {name: device.online for name, device in simulation.state.devices.items()}
+    begins = {name: availability.next_window(3, name, simulation.clock)[0] for name in online}
+    assert online == {name: begin <= simulation.clock for name, begin in begins.items()}
+    assert set(online.values()) == {True, False}
 
 
 def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build):

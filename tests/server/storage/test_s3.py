@@ -249,6 +249,16 @@ def test_what_was_used_lately_stays_unless_the_disk_is_full(url: str, tmp_path: 
     assert not BlobStore.has(store, ref.sha256)
 
 
+def test_a_blob_that_the_disk_has_no_room_for_is_not_fetched(url: str, tmp_path: Path) -> None:
+    ref = BucketStore(tmp_path / "one", url).put(b"x" * 100)
+    store = BucketStore(tmp_path / "two", url)
+    store.bucket = watched = Watched(url)
+    store.reserve = 2**60
+    with pytest.raises(StorageFullError):
+        store.fetch(ref.sha256)
+    assert watched.read == []
+
+
 def test_what_the_bucket_does_not_have_is_never_let_go_of(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url, cache=10)
     only = BlobStore(tmp_path).put(b"an update that has just arrived").sha256
