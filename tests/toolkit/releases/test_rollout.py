@@ -66,6 +66,17 @@ def test_a_board_that_says_nothing_has_failed_at_its_deadline() -> None:
     assert rollout.phase is RolloutPhase.STOPPED
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_board_of_an_earlier_stage_that_goes_back_after_all_stops_the_rollout(paused: bool) -> None:
+    rollout = Rollout.for_boards(plan(Stage(0.5), Stage(1)), ["a", "b"])
+    first = given_by(rollout.tick(0))[0]
+    second = given_by(rollout.report_success(first, 1))[0]
+    if paused:
+        rollout.pause("wait", 2)
+    assert rollout.report_failure(first, "it went back", 3) == [Withdraw(second)]
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.STOPPED, {first: "it went back"})
+
+
 def test_boards_that_come_later_are_in_the_last_stage() -> None:
     rollout = Rollout.for_boards(plan(Stage(0.5), Stage(1)), ["a", "b"])
     first = given_by(rollout.tick(0))[0]
@@ -79,7 +90,7 @@ def test_boards_that_leave_count_neither_way() -> None:
     rollout = Rollout.for_boards(plan(Stage(1, success=1, errors=0)), ["a", "b", "c"])
     rollout.tick(0)
     rollout.report_success("a", 1)
-    assert given_by(rollout.remove_boards(["b", "stranger"], 2)) == []
+    assert given_by(rollout.remove_boards(["a", "b", "stranger"], 2)) == []
     assert (rollout.phase, rollout.failures()) == (RolloutPhase.RUNNING, {})
     rollout.report_success("b", 3)
     assert rollout.boards["b"].fate is Fate.GONE
@@ -192,7 +203,7 @@ def test_a_board_that_is_on_its_way_gets_more_time_but_never_beyond_its_stage() 
     rollout.tick(0)
     for now in range(50, 1000, 50):
         assert wake(rollout.report_progress(NAMES[0], now, 100)) == min(now + 100, 1000)
-    rollout.report_progress(NAMES[0], 1000, 100)
+    rollout.report_success(NAMES[0], 1000)
     assert rollout.failures() == {NAMES[0]: "its stage's time is over"}
     rollout.report_progress(NAMES[0], 1001, 100)
     assert rollout.phase is RolloutPhase.STOPPED
@@ -224,6 +235,17 @@ def test_a_paused_rollout_gives_nothing_further_and_what_is_under_way_ends() -> 
     assert rollout.failures() == {}
     assert sorted(given_by(rollout.resume(10**6))) == sorted({"a", "b", "c", "d", "e"} - set(first))
     assert (rollout.phase, rollout.why) == (RolloutPhase.RUNNING, "")
+
+
+def test_a_board_that_joins_the_last_stage_during_a_pause_has_its_time_afterwards() -> None:
+    rollout = Rollout.for_boards(plan(Stage(1, seconds=100), board_seconds=60), ["a"])
+    rollout.tick(0)
+    rollout.pause("wait", 1)
+    rollout.add_board("late", 2)
+    rollout.report_success("a", 3)
+    assert rollout.phase is RolloutPhase.PAUSED
+    commands = rollout.resume(1000)
+    assert (given_by(commands), wake(commands)) == (["late"], 1060)
 
 
 steps = st.lists(
