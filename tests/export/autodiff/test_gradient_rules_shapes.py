@@ -147,9 +147,9 @@ for _repeats in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
     _oracle, _options = partial(torch.Tensor.repeat, repeats=_repeats), {"sums": True, "narrow": {"c": 2}}
     one(f"Tile {_repeats}", "Tile", _oracle, normal(3, 5, 4), ("N", "c", 4), {"r": ints(*_repeats)}, **_options)
 
-for _op, _width in product(("Expand", "ConstantOfShape"), ("c", 6)):  # states of zeros, as long as there are channels
+for _op in ("Expand", "ConstantOfShape"):  # states of zeros, as long as there are channels
     row(
-        f"zeros by {_op} of {_width}",
+        f"zeros by {_op}",
         [
             node("Shape", "x", out="shape"),
             node("Slice", "shape", "from", "to", out="n"),
@@ -160,11 +160,19 @@ for _op, _width in product(("Expand", "ConstantOfShape"), ("c", 6)):  # states o
         ],
         lambda x, w: (x * 0) @ w + x,
         {"x": normal(3, 6), "w": normal(6, 6, seed=1)},
-        {"x": ("N", _width), "w": (_width, _width)},
+        {"x": ("N", "c"), "w": ("c", "c")},
         {"from": ints(0), "to": ints(1), "six": ints(6), "zero": floats(0)},
-        values={"h": ("N", "c")} if _width == "c" else {},  # without it the target is all that says the shape
+        values={"h": ("N", "c")},
         narrow={"c": 4},
     )
+row(
+    "zeros of a shape that is given",
+    [node("ConstantOfShape", "s", out="h"), node("MatMul", "h", "w", out="m"), node("Add", "m", "x")],
+    lambda x, w: (x * 0) @ w + x,
+    {"x": normal(3, 6), "w": normal(6, 6, seed=1)},
+    {"x": ("N", 6), "w": (6, 6)},
+    {"s": ints(1, 6)},
+)
 
 
 # -- reshapes of channels, and by the batch ---------------------------------------------------------------------------
