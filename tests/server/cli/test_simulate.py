@@ -14,51 +14,23 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.output.extras import install_command
 from fedprune_server.cli.simulate import main
-from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.fleet.demo_fleet import demo_plan
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.tables import TAIL_ROUNDS
+from support.fakes.digits_simulation import YARD, write_yard, yard_config
 from support.fakes.opened_job import read_config
 from support.paths import ROOT
 
 DOCS = ROOT / "docs" / "simulate.md"
-NAMES = ("barn", "dock")
-CONFIG = """
-[job]
-name = "yard"
-rounds = 2
-density = 0.25
-seed = 5
-recipe = { max_steps = 2, logit_adjustment = true }
-
-[model]
-path = "model.onnx"
-
-[evaluation]
-data = "server.npz"
-
-[[devices]]
-name = "barn"
-profile = "raspberry-pi-zero-2w"
-data = "barn.npz"
-
-[[devices]]
-name = "dock"
-profile = "jetson-orin-nano"
-data = "dock.npz"
-"""
+CONFIG = yard_config("seed = 5\nrecipe = { max_steps = 2, logit_adjustment = true }")
 
 
 @pytest.fixture
 def config(tmp_path):
     """Writes a configuration beside model and data, and gives its path."""
-    data = deal_digits(NAMES, seed=5)
-    (tmp_path / "model.onnx").write_bytes(digits_model())
-    np.savez(tmp_path / "server.npz", x=data.x, y=data.y)
-    for name in NAMES:
-        write_device_data(tmp_path / f"{name}.npz", data.devices[name])
+    write_yard(tmp_path)
 
     def write(text=CONFIG):
         (tmp_path / "fleet.toml").write_text(text)
@@ -71,7 +43,7 @@ def test_a_configuration_becomes_a_report(config, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["--config", config(), "--out", str(out)]) == ExitCode.OK
     record = Record.load(out / "metrics.json")
-    assert [d.name for d in record.devices] == list(NAMES)
+    assert [d.name for d in record.devices] == list(YARD)
     assert len(record.rounds) == 2
     assert record.last.accuracy is not None
     assert f"{record.final(TAIL_ROUNDS)[1]:.1%}" in capsys.readouterr().out

@@ -258,10 +258,14 @@ def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path:
     assert rows(restore(backup, tmp_path / "last")) == after
 
 
-def test_a_restore_that_is_killed_leaves_nothing_in_the_way(state: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("database", ["file", pytest.param("postgres", marks=pytest.mark.postgresql)])
+def test_a_restore_that_is_killed_leaves_nothing_in_the_way(
+    state: Path, tmp_path: Path, database: str, request: pytest.FixtureRequest
+) -> None:
     backup, new, at = tmp_path / "backup", tmp_path / "place" / "new", 1
+    url = None if database == "file" else request.getfixturevalue(database).database()
     back_up(state, backup, ignore_progress)
-    while dying(lambda: restore(backup, new), at):
+    while dying(lambda: restore(backup, new, url), at):
         if new.exists():
             assert rows(new) == rows(state)
             shutil.rmtree(new)
@@ -417,16 +421,3 @@ def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, final
     with pytest.raises(ConfigError, match="holds a job already"):
         restore(tmp_path / "two", tmp_path / "other", url)
     assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.postgresql
-def test_a_restore_to_postgresql_that_is_killed_can_be_done_again(tmp_path: Path, postgres: Postgres) -> None:
-    here, new = tmp_path / "state", tmp_path / "new"
-    play_job(here, events=7)
-    back_up(here, tmp_path / "one", ignore_progress)
-    url, at = postgres.database(), 1
-    while dying(lambda: restore(tmp_path / "one", new, url), at):
-        shutil.rmtree(new, ignore_errors=True)
-        at += 5
-    assert at > 10
-    assert rows(new) == rows(here)

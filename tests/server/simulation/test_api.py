@@ -17,11 +17,11 @@ from fedprune.core.errors import ConfigError
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_server import simulate
 from fedprune_server.cli.simulate import main
-from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.rows import COST_COLUMNS
 from fedprune_server.simulation.starter import STARTER_BOARDS, write_starter
+from support.fakes.digits_simulation import write_digits
 from support.paths import ROOT
 
 FLEET: dict[str, Any] = {
@@ -51,9 +51,7 @@ def test_the_page_s_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Tables whose files are in the current folder."""
     monkeypatch.chdir(tmp_path)
-    x, y = load_digits()
-    np.savez("digits.npz", x=x[:400], y=y[:400])
-    Path("model.onnx").write_bytes(digits_model())
+    write_digits(tmp_path)
     return FLEET
 
 

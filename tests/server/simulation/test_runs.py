@@ -5,42 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError, StorageError
 from fedprune_server.cli.simulate import main
-from fedprune_server.simulation.digits import deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.runs import RunSpec, RunStatus, do_runs
 from fedprune_server.simulation.sweep import read_sweep
+from support.fakes.digits_simulation import write_yard, yard_config
 from support.fakes.run_works import draw_numbers
 
 RUNS = [RunSpec(f"run-{i}", {"seed": i}) for i in range(3)]
 WRONG = [RunSpec(f"wrong-{kind}", {"seed": 0, "fail": kind}) for kind in ("refused", "broken", "killed")]
-CONFIG = """
-[job]
-name = "yard"
-rounds = 2
-density = 0.25
-recipe = { max_steps = 2 }
-
-[model]
-path = "model.onnx"
-
-[evaluation]
-data = "server.npz"
-
-[[devices]]
-name = "barn"
-profile = "raspberry-pi-zero-2w"
-data = "barn.npz"
-
-[[devices]]
-name = "dock"
-profile = "jetson-orin-nano"
-data = "dock.npz"
-"""
+CONFIG = yard_config("recipe = { max_steps = 2 }")
 SWEEP = """
 config = "fleet.toml"
 seeds = [3, 4]
@@ -93,11 +70,7 @@ def test_ray_is_missed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Path:
-    data = deal_digits(("barn", "dock"), seed=5)
-    (tmp_path / "model.onnx").write_bytes(digits_model())
-    np.savez(tmp_path / "server.npz", x=data.x, y=data.y)
-    for name in ("barn", "dock"):
-        write_device_data(tmp_path / f"{name}.npz", data.devices[name])
+    write_yard(tmp_path)
     (tmp_path / "fleet.toml").write_text(CONFIG)
     return tmp_path
 

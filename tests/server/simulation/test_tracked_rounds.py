@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedprune.coordination import State, SynchronousCoordinator
@@ -26,7 +25,7 @@ from fedprune_server.config.track_targets import TrackTarget
 from fedprune_server.monitoring import tracking
 from fedprune_server.monitoring.job_tracker import JobTracker
 from fedprune_server.observation.observer import RoundEnded
-from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.results import run_folder
 from fedprune_server.simulation.results.record import Record
@@ -35,6 +34,7 @@ from fedprune_server.simulation.results.tracked_rounds import track_rounds
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.trackers.tools.tensorboard import TensorBoardTracker
 from fedprune_server.trackers.tracker import TrackedRun, Tracker
+from support.fakes.digits_simulation import write_digits
 from support.fakes.fleet import Watcher
 from support.fakes.shown_jobs import show
 from support.fakes.stored_job import TO_THE_SECOND_ROUND
@@ -111,9 +111,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> FakeTool:
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Tables whose files are in the current folder."""
     monkeypatch.chdir(tmp_path)
-    x, y = load_digits()
-    np.savez("digits.npz", x=x[:400], y=y[:400])
-    Path("model.onnx").write_bytes(digits_model())
+    write_digits(tmp_path)
     return FLEET
 
 

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
+from hypothesis import strategies as st
+
 from fedprune.aggregation.fixed_point import Range
 from fedprune.coordination import State, make_coordinator
 from fedprune.coordination import commands as do
@@ -108,6 +110,21 @@ class Shell(ABC):
         self.wakes.clear()
         self.carry_out(self.coordinator.resume(self.now))
         self.arrive()
+
+    def feed_in_any_order(self, data: st.DataObject) -> None:
+        """Feed what waits in a drawn order, some of it twice, with up to four crashes."""
+        crashes = 0
+        for _ in range(400):
+            if not self.inbox:
+                return
+            action = data.draw(st.sampled_from(["next", "next", "next", "twice", "crash"]))
+            event = self.inbox.pop(data.draw(st.integers(0, len(self.inbox) - 1)))
+            if action == "crash" and crashes < 4:
+                crashes += 1
+                self.crash()
+                continue
+            for _ in range(2 if action == "twice" else 1):
+                self.feed(event)
 
     def run_silently(self) -> None:
         """Run while no device says that it has an update."""

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedprune.blobs.blob_store import BlobStore
@@ -18,7 +19,7 @@ from fedprune.planning.profile_store import find_profile
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.digits import Digits, deal_digits, digits_model
+from fedprune_server.simulation.digits import Digits, deal_digits, digits_model, load_digits, write_device_data
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 from fedprune_server.simulation.saved_run import SAVE_PACE, SavePace
@@ -39,6 +40,53 @@ def digits_net() -> Model:
 @cache
 def digits(names: Sequence[str] = KINDS) -> Digits:
     return deal_digits(names, seed=1)
+
+
+def write_digits(folder: Path) -> None:
+    """Write the digits' network and 400 digits beside a fleet's file."""
+    (folder / "model.onnx").write_bytes(digits_model())
+    x, y = load_digits()
+    np.savez(folder / "digits.npz", x=x[:400], y=y[:400])
+
+
+YARD = ("barn", "dock")
+"""Two boards, each with its own file."""
+
+
+def yard_config(settings: str) -> str:
+    """A fleet's file of these boards; `settings` are further lines of its job."""
+    return f"""
+[job]
+name = "yard"
+rounds = 2
+density = 0.25
+{settings}
+
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "server.npz"
+
+[[devices]]
+name = "barn"
+profile = "raspberry-pi-zero-2w"
+data = "barn.npz"
+
+[[devices]]
+name = "dock"
+profile = "jetson-orin-nano"
+data = "dock.npz"
+"""
+
+
+def write_yard(folder: Path) -> None:
+    """Write the files that `yard_config` names."""
+    data = deal_digits(YARD, seed=5)
+    (folder / "model.onnx").write_bytes(digits_model())
+    np.savez(folder / "server.npz", x=data.x, y=data.y)
+    for name in YARD:
+        write_device_data(folder / f"{name}.npz", data.devices[name])
 
 
 def boards(names: Sequence[str] = KINDS, kind: str = "") -> list[VirtualDevice]:

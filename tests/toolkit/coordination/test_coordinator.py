@@ -12,7 +12,7 @@ from fedprune.coordination import Phase, State, make_coordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import DeviceTask
+from fedprune.jobs.state import DeviceTask, Progress
 from support.fakes.coordinator_shell import digest
 from support.fakes.synchronous_shell import Shell
 from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
@@ -38,19 +38,7 @@ def test_order_duplicates_and_crashes_change_nothing(data: st.DataObject) -> Non
     expected = reference()
     shell = Shell()
     shell.arrive()
-    crashes = 0
-    for _ in range(400):
-        if not shell.inbox:
-            break
-        action = data.draw(st.sampled_from(["next", "next", "next", "twice", "crash"]))
-        event = shell.inbox.pop(data.draw(st.integers(0, len(shell.inbox) - 1)))
-        if action == "crash" and crashes < 4:
-            crashes += 1
-            shell.crash()
-            continue
-        shell.feed(event)
-        if action == "twice":
-            shell.feed(event)
+    shell.feed_in_any_order(data)
     shell.run()
 
     assert finished_history(shell) == expected
@@ -76,6 +64,7 @@ def test_a_round_that_all_refuse_starts_again_long_before_its_deadline() -> None
     shell.arrive()
     while shell.state.deadline is None:
         shell.feed(shell.inbox.pop(0))
+    assert {task.progress for task in shell.state.tasks.values()} == {Progress.OFFERED}  # it counts from the last offer
     shell.inbox.clear()
     for name in NAMES:
         assert {t.attempt for t in shell.state.tasks.values()} == {1}

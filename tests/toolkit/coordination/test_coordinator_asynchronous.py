@@ -35,19 +35,7 @@ def reference(job: Job) -> list[tuple[int, str]]:
 def test_where_all_are_awaited_order_duplicates_and_crashes_change_nothing(data: st.DataObject) -> None:
     shell = Shell(ALL)
     shell.come()
-    crashes = 0
-    for _ in range(300):
-        if not shell.inbox:
-            break
-        action = data.draw(st.sampled_from(["next", "next", "next", "twice", "crash"]))
-        event = shell.inbox.pop(data.draw(st.integers(0, len(shell.inbox) - 1)))
-        if action == "crash" and crashes < 4:
-            crashes += 1
-            shell.crash()
-            continue
-        shell.feed(event)
-        if action == "twice":
-            shell.feed(event)
+    shell.feed_in_any_order(data)
     shell.run()
     assert history(shell) == reference(ALL)
 
