@@ -240,21 +240,15 @@ def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
     ("kind", "failing"),
     [(FailureKind.OTHER, {"a"}), (FailureKind.LEFT_OUT, set()), (FailureKind.FALSE_SUM, set())],
 )
-def test_a_board_that_others_keep_from_counting_is_not_failing(kind: FailureKind, failing: set[str]) -> None:
+def test_a_board_that_others_keep_from_counting_or_the_job_never_planned_for_is_not_failing(
+    kind: FailureKind, failing: set[str]
+) -> None:
     watch = Participation(TRAINING_SNAPSHOT, 2, {}, lambda: NOW)
     device_part = {"progress": "refused", "reason": "it didn't count", "kind": kind.value}
+    devices = {**boards("a"), **boards("b", takes_part=False)}
     for number in (1, 2, 3):
-        show(watch, RoundEnded({"round": number, "devices": {"a": device_part}}), devices=boards("a"))
+        show(watch, RoundEnded({"round": number, "devices": dict.fromkeys("abc", device_part)}), devices=devices)
     assert watch.absences().keys() == failing
-
-
-def test_a_board_that_the_job_never_planned_for_is_not_failing() -> None:
-    watch = Participation(TRAINING_SNAPSHOT, 2, {}, lambda: NOW)
-    device_part = {"progress": "refused", "reason": "no disk", "kind": FailureKind.OTHER.value}
-    known = {**boards("a"), **boards("b", takes_part=False)}
-    for number in (1, 2, 3):
-        show(watch, RoundEnded({"round": number, "devices": dict.fromkeys("abc", device_part)}), devices=known)
-    assert watch.absences().keys() == {"a"}
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:

@@ -253,3 +253,31 @@ def test_devices_take_turns_where_few_may_work_at_a_time() -> None:
     shell.come()
     shell.run()
     assert sorted(device for device, _, _ in shell.offered[: len(NAMES)]) == list(NAMES)
+
+
+def test_a_refusal_is_told_in_one_round_and_tried_again_when_its_time_is_over() -> None:
+    shell = Shell(job_of(arrivals=1, rounds=6))
+    shell.come()
+    shell.until(on.UpdateAnnounced, "c")
+    shell.feed(on.OfferRefused("c", 1, 1, "no room"))
+    shell.run()
+    assert shell.now < 100
+    assert [summary["round"] for summary in shell.state.history if "c" in summary["devices"]] == [1]
+
+
+def test_work_on_a_model_that_is_too_old_is_stopped() -> None:
+    shell = Shell(job_of(arrivals=1, rounds=5, max_staleness=1))
+    shell.come()
+    shell.until(on.UpdateAnnounced, "c")
+    shell.run()
+    assert [(name, number) for name, number, _ in shell.cancellations] == [("c", 1)]
+    assert ("c", 3, 1) in shell.offered
+
+
+def test_who_is_late_and_is_asked_for_the_same_again_is_not_cancelled() -> None:
+    shell = Shell(ALL)
+    shell.come()
+    shell.until(on.UpdateAnnounced, "c")
+    shell.run()
+    assert [offer for offer in shell.offered if offer[0] == "c"][:2] == [("c", 1, 1), ("c", 1, 2)]
+    assert shell.cancellations == []
