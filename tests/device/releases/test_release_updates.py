@@ -41,7 +41,7 @@ from fedprune_device.releases.release_agent import (
 from support.fakes.release_site import SHARED, Board, ReleaseServer
 from support.fakes.runtime_releases import make_release, make_wheel, set_up
 from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power
-from support.waiting import PATIENCE_S
+from support.waiting import until
 
 pytestmark = pytest.mark.board
 
@@ -167,32 +167,28 @@ def test_a_release_that_is_withdrawn_while_it_is_unpacked_is_dropped_only_then(
     board: Make, releases: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread that unpacks still reads the files."""
-    it, begun, may_go_on = board(releases[2]), threading.Event(), threading.Event()
-    stage, file_counts, turns_after = ReleaseInstaller.stage, list[int](), count()
-
-    def stage_slowly(installer: ReleaseInstaller, release: ReleaseSource) -> Release:
-        begun.set()
-        assert may_go_on.wait(PATIENCE_S)
-        return stage(installer, release)
+    it, stage, file_counts, turns_after = board(releases[2]), ReleaseInstaller.stage, list[int](), count()
 
     def files() -> int:
         return sum(path.is_file() for path in (it.home.root / "incoming").rglob("*"))
 
-    def meanwhile() -> bool:
-        if begun.is_set() and not may_go_on.is_set():
-            if not file_counts:
-                it.server.next = lambda: None  # type: ignore[method-assign]
-                it.server.say(ReleaseWithdrawn(2, "too many failed"))
-            file_counts.append(files())
-            if len(file_counts) == 20:
-                may_go_on.set()
-        has_ended = may_go_on.is_set() and "fedprune-staging" not in {thread.name for thread in threading.enumerate()}
-        return has_ended and next(turns_after) > 2
+    def stage_slowly(installer: ReleaseInstaller, release: ReleaseSource) -> Release:
+        file_counts.append(files())
+        it.server.next = lambda: None  # type: ignore[method-assign]
+        it.server.say(ReleaseWithdrawn(2, "too many failed"))
+        said_at = it.now
+        until(lambda: it.now > said_at + 4)  # the agent's loop has turned many times
+        file_counts.append(files())
+        return stage(installer, release)
+
+    def is_over() -> bool:
+        is_unpacked = file_counts[1:] and "fedprune-staging" not in {thread.name for thread in threading.enumerate()}
+        return bool(is_unpacked) and next(turns_after) > 2
 
     monkeypatch.setattr(ReleaseInstaller, "stage", stage_slowly)
-    it.until = meanwhile
+    it.until = is_over
     it.serve()
-    assert set(file_counts) == {file_counts[0]} != {0}
+    assert file_counts[0] == file_counts[1] > 0
     state = it.home.load()
     assert (state.phase, state.outcome.reason, files()) == (STABLE, "withdrawn: too many failed", 0)
 

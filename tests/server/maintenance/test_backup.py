@@ -258,14 +258,10 @@ def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path:
     assert rows(restore(backup, tmp_path / "last")) == after
 
 
-@pytest.mark.parametrize("database", ["file", pytest.param("postgres", marks=pytest.mark.postgresql)])
-def test_a_restore_that_is_killed_leaves_nothing_in_the_way(
-    state: Path, tmp_path: Path, database: str, request: pytest.FixtureRequest
-) -> None:
-    backup, new, at = tmp_path / "backup", tmp_path / "place" / "new", 1
-    url = None if database == "file" else request.getfixturevalue(database).database()
+def check_restores_that_are_killed(state: Path, folder: Path, database: str | None = None) -> None:
+    backup, new, at = folder / "backup", folder / "place" / "new", 1
     back_up(state, backup, ignore_progress)
-    while dying(lambda: restore(backup, new, url), at):
+    while dying(lambda: restore(backup, new, database), at):
         if new.exists():
             assert rows(new) == rows(state)
             shutil.rmtree(new)
@@ -273,6 +269,17 @@ def test_a_restore_that_is_killed_leaves_nothing_in_the_way(
     assert at > 20
     assert rows(new) == rows(state)
     assert [p.name for p in new.parent.iterdir()] == ["new"]
+
+
+def test_a_restore_that_is_killed_leaves_nothing_in_the_way(state: Path, tmp_path: Path) -> None:
+    check_restores_that_are_killed(state, tmp_path)
+
+
+@pytest.mark.postgresql
+def test_a_restore_to_postgresql_that_is_killed_can_be_done_again(
+    state: Path, tmp_path: Path, postgres: Postgres
+) -> None:
+    check_restores_that_are_killed(state, tmp_path, postgres.database())
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -265,19 +265,16 @@ def test_a_refusal_is_told_in_one_round_and_tried_again_when_its_time_is_over() 
     assert [summary["round"] for summary in shell.state.history if "c" in summary["devices"]] == [1]
 
 
-def test_work_on_a_model_that_is_too_old_is_stopped() -> None:
-    shell = Shell(job_of(arrivals=1, rounds=5, max_staleness=1))
+@pytest.mark.parametrize(
+    ("job", "cancelled", "offer"),
+    [(job_of(arrivals=1, rounds=5, max_staleness=1), [("c", 1)], ("c", 3, 1)), (ALL, [], ("c", 1, 2))],
+)
+def test_late_work_is_stopped_if_the_model_has_moved_too_far_and_else_asked_for_again(
+    job: Job, cancelled: list[tuple[str, int]], offer: tuple[str, int, int]
+) -> None:
+    shell = Shell(job)
     shell.come()
     shell.until(on.UpdateAnnounced, "c")
     shell.run()
-    assert [(name, number) for name, number, _ in shell.cancellations] == [("c", 1)]
-    assert ("c", 3, 1) in shell.offered
-
-
-def test_who_is_late_and_is_asked_for_the_same_again_is_not_cancelled() -> None:
-    shell = Shell(ALL)
-    shell.come()
-    shell.until(on.UpdateAnnounced, "c")
-    shell.run()
-    assert [offer for offer in shell.offered if offer[0] == "c"][:2] == [("c", 1, 1), ("c", 1, 2)]
-    assert shell.cancellations == []
+    assert [(name, number) for name, number, _ in shell.cancellations] == cancelled
+    assert offer in shell.offered
