@@ -93,9 +93,8 @@ def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, object
     assert source in str(caught.value)
 
 
-@pytest.mark.parametrize("width", [2, MAX_SAMPLES_IN_MEMORY // 4 // 8], ids=["in memory", "on the disk"])
-def test_a_bad_sample_is_named_by_its_place_in_the_file(tmp_path: Path, width: int) -> None:
-    x = np.ones((9, width), np.float32)
+def test_a_bad_sample_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
+    x = np.ones((9, MAX_SAMPLES_IN_MEMORY // 4 // 8), np.float32)  # more than is held in memory
     x[7, 1] = np.inf
     source = save(tmp_path / "d.npz", x=x, y=Y[:9])
     for device in "abc":  # whichever split it falls into

@@ -125,8 +125,7 @@ def test_the_best_is_taken_that_all_boards_can_train(advise):
 def test_advice_names_what_is_within_noise_of_what_it_takes(advise):
     curves = {"fedavg": [(0.5,), (0.5,)], "fedavg-int8": [(0.9,), (0.8,)], "fedprune": [(0.85,), (0.86,)]}
     advice = advise(WIDE, curves, rounds=1, sent={"fedprune": 5})["advice"]
-    assert re.findall(r"fed[\w-]+", advice["reason"]) == [advice["taken"]["variant"], "fedavg-int8"]
-    assert advice["taken"]["variant"] == "fedprune"
+    assert re.findall(r"fed[\w-]+", advice["reason"]) == ["fedprune", "fedavg-int8"]
 
 
 @pytest.mark.parametrize(("rounds", "doubts"), [(4, 0), (12, 1)])

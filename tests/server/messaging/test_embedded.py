@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -253,10 +254,7 @@ def test_amqtt_takes_the_place_of_a_mosquitto_that_does_not_start(
 def test_a_program_that_runs_and_never_answers_is_no_broker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    def connect(*_: object, **__: object) -> socket.socket:
-        raise error
-
-    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(socket, "create_connection", Mock(side_effect=error))
     silent = Mosquitto(str(script(tmp_path / "bin", "exec sleep 600")), "2.9")
     broker = EmbeddedBroker(port=0, candidates=[silent])
     with pytest.raises(BrokerError, match=r"Mosquitto 2\.9"):

@@ -50,7 +50,6 @@ def write_digits(folder: Path) -> None:
 
 
 YARD = ("barn", "dock")
-"""Two boards, each with its own file."""
 
 
 def yard_config(settings: str) -> str:
