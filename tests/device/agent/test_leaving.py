@@ -60,7 +60,6 @@ def test_a_board_that_trains_stays_and_delivers(bench: Bench) -> None:
 
 def test_a_board_whose_release_is_under_way_stays(bench: Bench, tmp_path: Path) -> None:
     first, second = (make_release(tmp_path / f"release-{n}", n) for n in (1, 2))
-    installer = set_up(tmp_path / "slots", first)
     offer = ReleaseServer(tmp_path / "releases", second).offer(second)  # its files never come
     server = bench.server
 
@@ -73,7 +72,7 @@ def test_a_board_whose_release_is_under_way_stays(bench: Bench, tmp_path: Path) 
 
     server.react, server.ends = react, False
     server.watch = lambda: bench.agent.stop() if server.link.left else None
-    bench.run(until_finished=False, installer=installer)
+    bench.run(until_finished=False, installer=set_up(tmp_path / "slots", first))
     assert server.link.left == []
 
 
