@@ -91,7 +91,8 @@ class Endpoints:
             handle_sample = self._show_sample if request.method == "GET" else self._change_sample
             return handle_sample(request, match[1])
         if name == "/v1/samples/unlabelled":
-            return self._list_unlabelled(request)
+            limit = _check_whole_number("most", request.query.get("most", "100"), 1, MAX_LISTED)
+            return LocalAnswer({"samples": self._readable_samples().unlabelled_names(limit)})
         if request.method == "POST":
             return self._predict(request) if name == "/v1/predict" else self._add_sample(request)
         answers = {"/v1/samples": self._count_samples, "/v1/status": self._status_answer, "/v1/health": self._health}
@@ -165,10 +166,6 @@ class Endpoints:
             with self._decoder:
                 return LocalAnswer(self._pixels.png(x), kind="image/png")
         return LocalAnswer(npy_bytes(x), kind=NPY)
-
-    def _list_unlabelled(self, request: Request) -> LocalAnswer:
-        limit = _check_whole_number("most", request.query.get("most", "100"), 1, MAX_LISTED)
-        return LocalAnswer({"samples": self._readable_samples().unlabelled_names(limit)})
 
     def _readable_samples(self) -> SampleStore:
         if not self._allows_reading:

@@ -108,7 +108,10 @@ class LiveModel(Closeable):
     def poll(self) -> None:
         with self._poll_lock:
             self._load_new_model()
-            self._use_engine()
+            # Let an engine answer in place of onnxruntime, once one is built.
+            session, model = None if self._selector is None else self._selector.turn(), self._loaded
+            if session is not None and model is not None:
+                self._loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=session), model.record)
 
     def _load_new_model(self) -> None:
         try:
@@ -133,12 +136,6 @@ class LiveModel(Closeable):
             self._loaded_pointer = pointer
         except FedpruneError as error:
             _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause_s, error)
-
-    def _use_engine(self) -> None:
-        """Let an engine answer in place of onnxruntime, once one is built."""
-        session, model = None if self._selector is None else self._selector.turn(), self._loaded
-        if session is not None and model is not None:
-            self._loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=session), model.record)
 
     def _follow(self) -> None:
         while not self._stopping.wait(_POLL_INTERVAL_S):

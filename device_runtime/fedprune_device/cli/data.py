@@ -111,7 +111,10 @@ def check_data(arguments: argparse.Namespace) -> int:
                 if arguments.out.suffix == ".npz":
                     _write_arrays(arguments.out, data)
                 else:
-                    _write_page(arguments.out, report, data, targets, names, options)
+                    out = arguments.out
+                    page = report.html(draw_samples(data, targets, names, options.pixels))
+                    with storage_errors(f"can't write {out}"):
+                        out.write_text(page, encoding="utf-8")
     finally:
         _LOGGER.removeHandler(warnings)
     if arguments.json:
@@ -120,14 +123,6 @@ def check_data(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(report.lines()))
     return int(ExitCode.FINDINGS if report.problems else ExitCode.OK)
-
-
-def _write_page(
-    out: Path, report: _Report, data: LocalData, targets: Targets, names: Sequence[str], options: SampleOptions
-) -> None:
-    page = report.html(draw_samples(data, targets, names, options.pixels))
-    with storage_errors(f"can't write {out}"):
-        out.write_text(page, encoding="utf-8")
 
 
 def _write_arrays(out: Path, data: LocalData) -> None:

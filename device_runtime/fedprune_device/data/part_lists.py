@@ -61,7 +61,10 @@ def yolo_part_lists(root: Path, parts_by_name: Mapping[Path, str | None], settin
     notes, twice, depths = [], set[Path](), _depths(root, parts_by_name)
     for part in PARTS:
         for text in settings.paths.get(part, ()):
-            path = _find_end(root, text)
+            # The file or folder in `root` at the longest end of a path.
+            names = _names(text)
+            candidates = (root.joinpath(*names[i:]) for i in range(len(names)))
+            path = next((path for path in candidates if path.exists()), None)
             if path is None:
                 notes.append(f"data.yaml names a path for {part} that is not there")
             elif path.is_file():
@@ -99,13 +102,6 @@ def _depths(root: Path, folders: Iterable[Path]) -> set[int]:
 
 def _part_of_folder(folder: Path, part_of_home: Mapping[Path, str]) -> str | None:
     return next((part_of_home[home] for home in (folder, *folder.parents) if home in part_of_home), None)
-
-
-def _find_end(root: Path, text: str) -> Path | None:
-    """The file or folder in `root` at the longest end of a path."""
-    names = _names(text)
-    candidates = (root.joinpath(*names[i:]) for i in range(len(names)))
-    return next((path for path in candidates if path.exists()), None)
 
 
 def _names(text: str) -> list[str]:

@@ -311,7 +311,11 @@ class SampleStore(Closeable):
         for record, position in self._log.replay():
             name = record.name.hex()
             if record.kind == Kind.COUNTS:
-                self._restore_counts(record)
+                try:
+                    for label, seen_count in counts_in(record).items():
+                        self._reservoir.set_seen_count(label, seen_count)
+                except ValueError as error:
+                    _LOG.warning("counts of samples are damaged (%s)", error)
                 continue
             is_known = name in self._reservoir
             if is_known:
@@ -361,13 +365,6 @@ class SampleStore(Closeable):
     def _write_counts(self) -> None:
         self._declined = 0
         self._log.write_counts()
-
-    def _restore_counts(self, record: LogRecord) -> None:
-        try:
-            for label, seen_count in counts_in(record).items():
-                self._reservoir.set_seen_count(label, seen_count)
-        except ValueError as error:
-            _LOG.warning("counts of samples are damaged (%s)", error)
 
     def _drop_damaged(self, name: str) -> None:
         _LOG.warning("sample %s is damaged: going on without it", name)

@@ -53,15 +53,11 @@ def main() -> int:
     return int(ExitCode.OK)
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process with its parent: otherwise it would write to a folder that the next agent empties."""
-    set_parent_death_signal(signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was asked
-        raise EngineError("the process that requested an engine has ended")
-
-
 def _build_and_test(request: BuildRequest) -> dict[str, Any]:
-    _end_with_parent(request.parent)
+    # End this process with its parent: otherwise it would write to a folder that the next agent empties.
+    set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != request.parent:  # it ended before the kernel was asked
+        raise EngineError("the process that requested an engine has ended")
     tensorrt = bindings.find_tensorrt()
     plan, folder = EnginePlan.from_json(request.plan.encode()), request.folder
     graph = folder / plan.graph

@@ -50,7 +50,11 @@ class BoardPrivacyBudget:
         Raises `PrivacyError` if it is less private than the owner asks for, or what was spent is no longer known."""
         if self.policy is None and not recipe.update_clip:
             return
-        self._check_readable()
+        if self._damage:
+            raise PrivacyError(
+                f"what this board has spent of its privacy is not known: {self._damage}",
+                hint=f"Restore {self._path.name}; without it the board would begin again at 0.",
+            )
         if self.policy is not None:
             self.policy.check(recipe, self.cost)
         if recipe.update_clip and not self._is_marked:
@@ -76,13 +80,6 @@ class BoardPrivacyBudget:
         limit = f" of {policy.most_epsilon:g}" if policy.most_epsilon else ""
         updates = f"{self.draws} update{'' if self.draws == 1 else 's'} with noise"
         return f"ε {epsilon_for(self.cost, budget_delta):.4g}{limit} at δ {budget_delta:g}, for {updates}"
-
-    def _check_readable(self) -> None:
-        if self._damage:
-            raise PrivacyError(
-                f"what this board has spent of its privacy is not known: {self._damage}",
-                hint=f"Restore {self._path.name}; without it the board would begin again at 0.",
-            )
 
     def _restore(self, body: dict[str, Any] | None) -> None:
         if body is None:

@@ -83,9 +83,16 @@ class DeviceStore(Closeable):
             self.local_states = FolderStateStore(root / "own")
             self.local_states.prepare()
             self.privacy = BoardPrivacyBudget(root)
-            self.session = _session_number(self._read("session.json"))
+            body = self._read("session.json")
+            number = (body or {}).get("number", 0)
+            self.session = number if is_whole(number) else 0
             self.task = self._load_task()
-            self._switch_to_job()
+            # Load the board's local state of the current job, even if a crash interrupted a change of jobs.
+            try:
+                if self.task is not None:
+                    self.local_states.switch_to_job(self.task.offer.job)
+            except StorageError as error:  # a full disk must not keep a board from starting; the next offer reports it
+                _LOG.warning("%s", error)
             self.pending = self._load_pending()
             self._lock_stack = stack.pop_all()
 
@@ -218,14 +225,6 @@ class DeviceStore(Closeable):
             unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
         return sorted((unfinished | set(self.blobs.names())) - needed)
 
-    def _switch_to_job(self) -> None:
-        """Load the board's local state of the current job, even if a crash interrupted a change of jobs."""
-        try:
-            if self.task is not None:
-                self.local_states.switch_to_job(self.task.offer.job)
-        except StorageError as error:  # a full disk must not keep a board from starting; the next offer reports it
-            _LOG.warning("%s", error)
-
     def _write_task(self, task: AcceptedOffer) -> None:
         body = {"message": _message_body(task.offer), "done": task.done, "donor": task.donor}
         atomic_file.write_document(self.root / "offer.json", body)
@@ -275,8 +274,3 @@ class DeviceStore(Closeable):
 def _message_body(message: Offer | messages.UpdateAnnouncement) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(message.to_bytes())
     return body
-
-
-def _session_number(body: dict[str, Any] | None) -> int:
-    number = (body or {}).get("number", 0)
-    return number if is_whole(number) else 0

@@ -106,7 +106,8 @@ class Installation:
             print("already: a release from the server is installed; it is newer than the kit's and stays", flush=True)
         if not system.is_other_root and system.owner is None:
             self._report_step("make the system user fedprune")
-            self._add_user()
+            options = ("--system", "--no-create-home", "--home-dir", STATE_FOLDER, "--shell", "/usr/sbin/nologin")
+            run_command_line(["useradd", *options, SERVICE_USER])
             runtime = self.runtime  # whose files are that user's
         if not runtime.is_laid_out:
             self._report_step(f"lay out {RUNTIME_FOLDER}: launcher.pyz, slots a and b")
@@ -139,15 +140,13 @@ class Installation:
             self._enable_service()
         if self.start and (self._has_changed or not system.control.is_up):
             self._report_step(f"start {SERVICE_NAME}")
-            self._start_service()
+            self.system.control.call_systemctl("reset-failed", SERVICE_NAME, must=False)
+            # At a first boot the network that the service waits for comes later than this.
+            self.system.control.call_systemctl("restart", "--no-block", SERVICE_NAME)
 
     def _report_step(self, what: str) -> None:
         print(f"now: {what}", flush=True)
         self._has_changed = True
-
-    def _add_user(self) -> None:
-        options = ("--system", "--no-create-home", "--home-dir", STATE_FOLDER, "--shell", "/usr/sbin/nologin")
-        run_command_line(["useradd", *options, SERVICE_USER])
 
     def restart_service(self) -> None:
         """After a failure: start the service again if it was stopped here, with the slot that is whole."""
@@ -188,8 +187,3 @@ class Installation:
         sync_slot_folder(system.link.parent)
         if self.start:
             system.control.call_systemctl("daemon-reload")
-
-    def _start_service(self) -> None:
-        self.system.control.call_systemctl("reset-failed", SERVICE_NAME, must=False)
-        # At a first boot the network that the service waits for comes later than this.
-        self.system.control.call_systemctl("restart", "--no-block", SERVICE_NAME)

@@ -40,18 +40,15 @@ def scatter_picks(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, s
         size: How many indices the axis had before.
     """
     if np.array_equal(picked, np.arange(picked[0], picked[0] + len(picked))):
-        return _pad_run(tape.graph, dy, len(shape), axis, picked, size)
+        # The gradient of neighbours that were picked once each, in their order: zeros stand before and behind it.
+        rank = len(shape)
+        pads = [0] * (2 * rank)
+        pads[axis], pads[rank + axis] = int(picked[0]), size - int(picked[-1]) - 1
+        return tape.graph.emit("Pad", dy, tape.graph.ints(*pads)) if any(pads) else dy
     uses = np.bincount(picked, minlength=size)
     if uses.max() > _MAX_GATHERS:
         return _multiply_by_picks(tape.graph, dy, len(shape), axis, picked, size)
     return _sum_gathers(tape.graph, dy, len(shape), axis, picked, uses)
-
-
-def _pad_run(g: Graph, dy: str, rank: int, axis: int, picked: Array, size: int) -> str:
-    """The gradient of neighbours that were picked once each, in their order: zeros stand before and behind it."""
-    pads = [0] * (2 * rank)
-    pads[axis], pads[rank + axis] = int(picked[0]), size - int(picked[-1]) - 1
-    return g.emit("Pad", dy, g.ints(*pads)) if any(pads) else dy
 
 
 def _multiply_by_picks(g: Graph, dy: str, rank: int, axis: int, picked: Array, size: int) -> str:

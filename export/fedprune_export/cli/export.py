@@ -143,7 +143,13 @@ def export_command(arguments: argparse.Namespace) -> int:
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
         model = options.read_model(arguments, recipe=boards.recipe)
-        data = _read_data(arguments, model, boards.recipe)
+        # The samples of --data; the number of class names is checked, too, where outputs belong to classes.
+        from fedprune_export.checks import labelled_file
+
+        classes = model.architecture.classes
+        if model.loss is None and arguments.class_names and len(arguments.class_names) != classes:
+            raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
+        data = arguments.data and labelled_file.load_scored_data(arguments.data, model, boards.recipe)
         tell("deriving the training step")
         # Before the boards: a model that can't be trained fails once, and not for each board.
         fx.training_step(model, boards.recipe.features)
@@ -192,16 +198,6 @@ def _bundle_folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
     for folder, target in zip(folders, targets, strict=True):
         check_bundle_folder(folder, target)
     return folders
-
-
-def _read_data(arguments: argparse.Namespace, model: fx.Model, recipe: Recipe) -> fx.LabelledData | None:
-    """The samples of --data; the number of class names is checked, too, where outputs belong to classes."""
-    from fedprune_export.checks import labelled_file
-
-    classes = model.architecture.classes
-    if model.loss is None and arguments.class_names and len(arguments.class_names) != classes:
-        raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
-    return arguments.data and labelled_file.load_scored_data(arguments.data, model, recipe)
 
 
 def _export(

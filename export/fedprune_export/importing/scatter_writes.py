@@ -62,7 +62,9 @@ def rewrite_scatter_writes(graph: Graph, trace: Trace, constants: Container[str]
         if write is None:
             graph.nodes.append(node)
         elif write.indices is None:
-            _write_everything(graph, node)
+            operator = _REDUCTIONS[node.attrs.get("reduction", "none")]
+            inputs = node.inputs[::2] if operator else node.inputs[2:]
+            graph.emit(operator or "Identity", *inputs, out=node.outputs[0])
         else:
             _write_pieces(graph, node, write, makers, trace)
             count += 1
@@ -136,12 +138,6 @@ def _is_along(values: Array, numbers: Array, axis: int | None) -> bool:
         return bool((values == numbers).all())
     shape = [-1 if i == axis else 1 for i in range(values.ndim)]
     return values.shape[axis] == numbers.size and bool((values == numbers.reshape(shape)).all())
-
-
-def _write_everything(graph: Graph, node: Node) -> None:
-    operator = _REDUCTIONS[node.attrs.get("reduction", "none")]
-    inputs = node.inputs[::2] if operator else node.inputs[2:]
-    graph.emit(operator or "Identity", *inputs, out=node.outputs[0])
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:

@@ -37,7 +37,9 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     torch = torch_package()
     if not isinstance(module, torch.nn.Module):
         raise ModelError("what is to be narrowed", expected="a torch module", got=type(module).__name__)
-    names = _tensor_names(module)
+    # The first name of every parameter and buffer.
+    names = {("parameter", id(value)): name for name, value in module.named_parameters()}
+    names = names | {("buffer", id(value)): name for name, value in module.named_buffers()}
     tensors = {_author_name(n, set(names.values())): v for n, v in tensors.items()}
     unknown = sorted(set(tensors) - set(names.values()))
     if unknown:
@@ -71,12 +73,6 @@ def _author_name(name: str, author_names: AbstractSet[str]) -> str:
     """The module's own name of a tensor: the import appends `_` to reserved names, such as `lr`."""
     stripped = name.rstrip("_")
     return stripped if name not in author_names and stripped in author_names & RESERVED_NAMES else name
-
-
-def _tensor_names(module: Any) -> dict[tuple[str, int], str]:
-    """The first name of every parameter and buffer."""
-    names = {("parameter", id(value)): name for name, value in module.named_parameters()}
-    return names | {("buffer", id(value)): name for name, value in module.named_buffers()}
 
 
 def _layer_shapes(

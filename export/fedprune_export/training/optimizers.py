@@ -80,7 +80,11 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[TrainedTensor], featur
     fit = _FittedScalars(g)
     gradients = [_objective(g, tape, tensor, features, fit) for tensor in tensors]
     if features.clip:
-        share = _clip_factor(g, gradients)
+        # min(1, clip_norm / (norm + 1e-6)), with the norm of all gradients together.
+        squares = [g.emit("ReduceSumSquare", x, attrs={"keepdims": 0}) for x in gradients]
+        norm = g.emit("Sqrt", g.emit("Sum", *squares))
+        share = g.emit("Div", step_contract.CLIP_NORM, g.emit("Add", norm, g.scalar(_CLIP_EPSILON)))
+        share = g.emit("Min", share, g.scalar(1))
         gradients = [g.emit("Mul", x, fit(share, tensor)) for x, tensor in zip(gradients, tensors, strict=True)]
     update = _UPDATES[features.optimizer](g, fit)
     for tensor, gradient in zip(tensors, gradients, strict=True):
@@ -136,14 +140,6 @@ def _objective(g: Graph, tape: Tape, tensor: TrainedTensor, features: Features, 
         gradient = g.emit("Identity", gradient, out=step_contract.gradient_name(name))
         g.add_output(step_contract.gradient_name(name), shape)
     return gradient
-
-
-def _clip_factor(g: Graph, gradients: Sequence[str]) -> str:
-    """min(1, clip_norm / (norm + 1e-6)), with the norm of all gradients together."""
-    squares = [g.emit("ReduceSumSquare", x, attrs={"keepdims": 0}) for x in gradients]
-    norm = g.emit("Sqrt", g.emit("Sum", *squares))
-    share = g.emit("Div", step_contract.CLIP_NORM, g.emit("Add", norm, g.scalar(_CLIP_EPSILON)))
-    return g.emit("Min", share, g.scalar(1))
 
 
 # Takes a tensor, its gradient, its mask (or "") and a name; writes the next state, and the next tensor by this name.

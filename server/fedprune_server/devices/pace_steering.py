@@ -89,17 +89,14 @@ class VisitPlan:
         `now` is the wall clock, in seconds: meetings are at the same times for all boards."""
         rng = keyed_generator(seed, *key, "away")
         if self.needs_meetings:
-            return self._until_meeting_s(boards, now, rng)
+            # Meetings begin at multiples of `period_s`; the board skips a random number of them.
+            skipped_meetings = int(rng.geometric(min(1.0, self.expected_at_meeting / max(1, boards)))) - 1
+            skipped_meetings %= max(1, int(MAX_BOARD_AWAY_S / self.period_s))
+            arrival = rng.random() * _ARRIVAL_SHARE * self.demand.stay_s
+            next_meeting_s = (skipped_meetings + 1) * self.period_s - now % self.period_s
+            return max(1.0, min(MAX_BOARD_AWAY_S, next_meeting_s + arrival))
         mean = self.demand.stay_s * max(1.0, boards / self.target - 1)
         return max(1.0, float(mean * rng.exponential()) % MAX_BOARD_AWAY_S)  # truncated, and exponential below that
-
-    def _until_meeting_s(self, boards: int, now: float, rng: np.random.Generator) -> float:
-        """Meetings begin at multiples of `period_s`; the board skips a random number of them."""
-        skipped_meetings = int(rng.geometric(min(1.0, self.expected_at_meeting / max(1, boards)))) - 1
-        skipped_meetings %= max(1, int(MAX_BOARD_AWAY_S / self.period_s))
-        arrival = rng.random() * _ARRIVAL_SHARE * self.demand.stay_s
-        next_meeting_s = (skipped_meetings + 1) * self.period_s - now % self.period_s
-        return max(1.0, min(MAX_BOARD_AWAY_S, next_meeting_s + arrival))
 
 
 class PaceSteering:

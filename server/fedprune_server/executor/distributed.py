@@ -129,7 +129,11 @@ class DistributedWorker:
             self._expected.clear()  # hanging helpers are waited for once, not for each of their tasks
             return None
         except Exception as error:  # noqa: BLE001 - a helper may fail or be killed in any way
-            self._complain(error)
+            # Log why helpers fail, once per cause: the worker does their work itself.
+            text = f"{type(error).__name__}: {error_reason(error)}"
+            if text != self._last_complaint and not isinstance(error, FedpruneError):
+                self._last_complaint = text
+                log.warning("a helper process failed, and its work is done by the server itself: %s", text)
             return None
         if isinstance(answer, pool_tasks.ExtractedBatch):
             self._worker.store.note_objects(answer.objects)
@@ -138,13 +142,6 @@ class DistributedWorker:
             self._worker.limits.note_lengths(self._worker.updates.round_update(command.contribution), answer.lengths)
             answer = answer.event
         return answer if isinstance(answer, on.Extracted | on.Folded | on.UpdateRejected) else None
-
-    def _complain(self, error: Exception) -> None:
-        """Log why helpers fail, once per cause: the worker does their work itself."""
-        text = f"{type(error).__name__}: {error_reason(error)}"
-        if text != self._last_complaint and not isinstance(error, FedpruneError):
-            self._last_complaint = text
-            log.warning("a helper process failed, and its work is done by the server itself: %s", text)
 
     def graph_digests(self) -> set[str]:
         return self._worker.graph_digests()

@@ -73,7 +73,14 @@ class MaskedSums(RoundCloser):
         # Only int8's steps depend on how far the model moved.
         if not self._is_int8 or result.model is None:
             return result
-        deltas = _largest_deltas(round_.scene.model, result.model)
+        # By tensor, the largest change of an element.
+        model_before = round_.scene.model
+        deltas = {
+            name: np.array(
+                [np.max(np.abs(result.model[name].astype(np.float64) - model_before[name]), initial=0.0)], np.float32
+            )
+            for name in model_before
+        }
         return replace(result, memories={**result.memories, _LARGEST_DELTAS: deltas})
 
     def _cohort_sums(self, round_: Round, cohort_sum: do.CohortSum, cohort: Sequence[do.Contribution]) -> PartialSums:
@@ -112,13 +119,3 @@ def _tensor_step(span: Range, deltas: Mapping[str, Any], name: str) -> int | Non
         return None
     low, high = TensorGrid.step_range(span)
     return min(max(step_exponent(_MAX_DELTA_RATIO * float(deltas[name][0])), low), high)
-
-
-def _largest_deltas(model_before: Tensors, model_after: Tensors) -> Tensors:
-    """By tensor, the largest change of an element."""
-    return {
-        name: np.array(
-            [np.max(np.abs(model_after[name].astype(np.float64) - model_before[name]), initial=0.0)], np.float32
-        )
-        for name in model_before
-    }

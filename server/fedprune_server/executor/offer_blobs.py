@@ -72,7 +72,12 @@ class OfferBlobs:
             "inference": self._graph_ref(widths, round_, lambda: inference_model(self._model, widths)),
             "recipe": recipe.to_offer(),
         }
-        shapes = self._update_shapes(packed, recipe)
+        # Shapes of the tensors in the update that answers these weights.
+        withheld_names = self.withheld_names(recipe)
+        shapes = {n: v.shape for n, v in packed.items() if n not in withheld_names}
+        if recipe.report_squares:
+            shapes |= {step_contract.squares_name(n): shape for n, shape in shapes.items() if n in self._trained}
+        shapes = shapes
         body[UPDATE_SIZE] = file_bytes(shapes)
         update_codec = None if coding.update is None else updates.Codec.parse(coding.update)
         if update_codec is not None:
@@ -178,11 +183,3 @@ class OfferBlobs:
         tensors: Tensors = tensorfile.decode(self._store.read(digest))
         tensors = relocate(tensors, relocation_blob, 2**40) if relocation_blob else tensors
         return tensors if {n: v.shape for n, v in tensors.items()} == {n: v.shape for n, v in packed.items()} else None
-
-    def _update_shapes(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors in the update that answers these weights."""
-        withheld_names = self.withheld_names(recipe)
-        shapes = {n: v.shape for n, v in packed.items() if n not in withheld_names}
-        if recipe.report_squares:
-            shapes |= {step_contract.squares_name(n): shape for n, shape in shapes.items() if n in self._trained}
-        return shapes

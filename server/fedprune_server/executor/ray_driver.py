@@ -48,7 +48,10 @@ def run_driver(parent: int, address: str, settings: WorkerSpec, probe: str, conn
     a text; `lost` and the reason if the cluster can't be used.
     """
     end_with_parent(parent)
-    _silence_output()
+    # Redirect the output of this process: Ray's own log is in Ray's folder.
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
     try:
         _Cluster(address, settings, probe, connection).run()
     except (EOFError, BrokenPipeError):
@@ -194,10 +197,3 @@ def _do_task(settings: list[Any], token: str, task: Task, arguments: tuple[Any, 
         spec: WorkerSpec = ray.get(settings[0])
         _worker = token, spec.worker()
     return task(_worker[1], *arguments)
-
-
-def _silence_output() -> None:
-    """Redirect the output of this process: Ray's own log is in Ray's folder."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)

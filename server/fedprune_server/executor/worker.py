@@ -144,7 +144,12 @@ class Worker:
             case do.Extract():
                 return self.offers.make(command)
             case do.FoldUpdate():
-                return self._receive_update(command)
+                contribution = command.contribution
+                failure = self.round_of(command).add_update(self.updates.round_update(contribution))
+                if failure is not None:
+                    identity = contribution.part.device, contribution.basis.round, contribution.part.attempt
+                    return on.UpdateRejected(*identity, failure.reason, failure.kind)
+                return on.Folded(contribution.part.device, contribution.basis.round, contribution.part.attempt)
             case do.Close():
                 return self._close(command)
             case do.Evaluate():
@@ -175,14 +180,6 @@ class Worker:
             scene = replace(self.updates.scene(command.round, command.model, command.memory), core=core)
             self._round = key, Round(self.strategy, scene, self.limits)
         return self._round[1]
-
-    def _receive_update(self, command: do.FoldUpdate) -> on.Folded | on.UpdateRejected:
-        contribution = command.contribution
-        failure = self.round_of(command).add_update(self.updates.round_update(contribution))
-        if failure is not None:
-            identity = contribution.part.device, contribution.basis.round, contribution.part.attempt
-            return on.UpdateRejected(*identity, failure.reason, failure.kind)
-        return on.Folded(contribution.part.device, contribution.basis.round, contribution.part.attempt)
 
     def _close(self, command: do.Close) -> on.Closed:
         result = self._closer.close(command)

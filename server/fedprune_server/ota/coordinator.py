@@ -153,27 +153,21 @@ class RolloutCoordinator:
             orders = self._store.requests()
             if orders != self._last_requests:
                 self._last_requests = orders
-                self._apply_requests()
+                # Take in what the command line has written. The last rollout replaces the others.
+                for latest in self._store.entries_under_way():
+                    is_new = self._entry is None or self._entry.number != latest.number
+                    if not is_new or self._start_rollout(latest):
+                        self._apply_request(latest, fresh=is_new)
             # What looks at every board has its time once a second: the loop turns far more often.
             if self._entry is not None and self._members is not None:
                 members = self._members()
                 self.drop_boards([board for board in self._entry.rollout.boards if board not in members])
             if self._entry is not None:
-                self._repeat_offers(self._entry, now)
+                for device in self._entry.rollout.busy_boards:
+                    if now >= self._last_contact_at.get(device, 0.0) + _OFFER_INTERVAL_S:
+                        self._send_offer(self._entry, device)
         if self._entry is not None and self._now() >= self._wake_at:
             self._take_step(self._entry, lambda r, at: r.tick(at))
-
-    def _repeat_offers(self, entry: RolloutEntry, now: float) -> None:
-        for device in entry.rollout.busy_boards:
-            if now >= self._last_contact_at.get(device, 0.0) + _OFFER_INTERVAL_S:
-                self._send_offer(entry, device)
-
-    def _apply_requests(self) -> None:
-        """Take in what the command line has written. The last rollout replaces the others."""
-        for latest in self._store.entries_under_way():
-            is_new = self._entry is None or self._entry.number != latest.number
-            if not is_new or self._start_rollout(latest):
-                self._apply_request(latest, fresh=is_new)
 
     def _start_rollout(self, entry: RolloutEntry) -> bool:
         """Start to run a rollout; False if it can't go on."""

@@ -102,7 +102,14 @@ def start_rollout(
         store.check_free(release.number, manifest.decode())  # so that no board is downloading what is deleted here
         entries = store.entries()
         before = earlier_rollout(entries, release, boards)
-        leaves = _store_files(store, folder, release, files_to_keep(entries, before))
+        # Store a release's files for the server, and delete all others but `others`; returns the digests of their leaf
+        # tables, in order.
+        further_digests = files_to_keep(entries, before)
+        kept_digests = {f.sha256 for f in release.files} | further_digests
+        for digest in store.blobs.names():
+            if digest not in kept_digests:
+                store.blobs.delete(digest)
+        leaves = tuple(store.blobs.put((folder / FILES / f.sha256).read_bytes()).leaves for f in release.files)
         offer = ReleaseOffer(
             release.number, manifest.decode(), signature.hex(), leaves, terms.attempts, terms.deadline_s
         )
@@ -134,17 +141,6 @@ def _selected_boards(names: Collection[str] | None, members: list[str]) -> list[
             "--devices", expected="names of boards, as `fedprune-server devices` shows them", got=", ".join(unknown)
         )
     return list(names)
-
-
-def _store_files(store: RolloutStore, folder: Path, release: Release, further_digests: set[str]) -> tuple[str, ...]:
-    """Store a release's files for the server, and delete all others but `others`; returns the digests of their leaf
-    tables, in order.
-    """
-    kept_digests = {f.sha256 for f in release.files} | further_digests
-    for digest in store.blobs.names():
-        if digest not in kept_digests:
-            store.blobs.delete(digest)
-    return tuple(store.blobs.put((folder / FILES / f.sha256).read_bytes()).leaves for f in release.files)
 
 
 def take_back(

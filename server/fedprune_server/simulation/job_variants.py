@@ -81,7 +81,11 @@ def choose_variants(path: Path, plan: FleetPlan) -> tuple[list[Variant], dict[st
         # A strategy without a core is trained at full width everywhere, to have something to compare with; what boards
         # can't hold is said beside it.
         if strategy.core is None:
-            misfit = _misfit_reason(devices)
+            # Why boards can't train the whole model; empty if all can.
+            narrow = [name for name, device in devices.items() if device.excluded or device.density < 1]
+            bounds = sorted({device.plan["bound"] for device in devices.values() if device.plan} - {NOTHING_BINDS})
+            limits = f" ({', '.join(bounds)})" if bounds else ""
+            misfit = f"too much for {first_few(narrow, max_names=3)}{limits}" if narrow else ""
             variants.append(Variant(name, {**changes, **_NO_LIMITS} if misfit else changes, misfit))
         elif (training := _training_key(strategy, devices, trained_before=trained_before)) not in trainings:
             trainings.add(training)
@@ -99,14 +103,6 @@ def _planned_devices(job: Job, strategy: Strategy, plan: FleetPlan) -> dict[str,
     for name, device in devices.items():
         planner.plan(name, device)
     return devices
-
-
-def _misfit_reason(devices: Mapping[str, JobDevice]) -> str:
-    """Why boards can't train the whole model; empty if all can."""
-    narrow = [name for name, device in devices.items() if device.excluded or device.density < 1]
-    bounds = sorted({device.plan["bound"] for device in devices.values() if device.plan} - {NOTHING_BINDS})
-    limits = f" ({', '.join(bounds)})" if bounds else ""
-    return f"too much for {first_few(narrow, max_names=3)}{limits}" if narrow else ""
 
 
 def _training_key(strategy: Strategy, devices: Mapping[str, JobDevice], *, trained_before: bool) -> object:

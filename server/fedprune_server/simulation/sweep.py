@@ -82,7 +82,13 @@ def _variant_runs(number: int, row: object, default_seeds: Sequence[int], config
     for key, value in changes.items():
         if not isinstance(value, Mapping):
             raise ConfigError(f"{label}: {key}", expected="a table of fleet.toml, such as job", got=value_text(value))
-    _check_changes(config, changes, label)
+    # Read the `fleet.toml` with a variant's changes. An error that the changes cause names the sweep's file.
+    try:
+        read_fleet_tables(config, changes)
+    except FedpruneError as error:
+        read_fleet_tables(config)
+        subject = error.what.removeprefix(f"{config}: ")
+        raise error.with_subject(f"{label}: {subject}") from error
     seeds = _checked_seeds(row["seeds"], f"{label}: seeds") if "seeds" in row else default_seeds
     settings = {"config": str(config), "changes": changes}
     return [RunSpec(f"{row['name']}-{s}", {**settings, "seed": s}) for s in seeds]
@@ -91,16 +97,6 @@ def _variant_runs(number: int, row: object, default_seeds: Sequence[int], config
 def variant_name(run: RunSpec) -> str:
     """The name of a run's variant."""
     return run.name.removesuffix(f"-{run.settings['seed']}")
-
-
-def _check_changes(config: Path, changes: Mapping[str, Any], label: str) -> None:
-    """Read the `fleet.toml` with a variant's changes. An error that the changes cause names the sweep's file."""
-    try:
-        read_fleet_tables(config, changes)
-    except FedpruneError as error:
-        read_fleet_tables(config)
-        subject = error.what.removeprefix(f"{config}: ")
-        raise error.with_subject(f"{label}: {subject}") from error
 
 
 def _checked_seeds(value: object, label: str) -> list[int]:

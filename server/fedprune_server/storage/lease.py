@@ -184,7 +184,12 @@ class Lease:
         """Renew the lease until the end, and stop the server if another one has it."""
         while not self._closed.wait(RENEWAL_INTERVAL_S):
             try:
-                self._renew_once()
+                with self._database.transaction() as connection:
+                    row = _read_row(connection)
+                    if row.token != self._token:
+                        self._is_lost = True
+                        raise self._lost_error()
+                    _write_row(connection, _LeaseRow(row.holder, row.token, _database_time(connection) + LEASE_S))
             # The server's transactions decide for how long the database may be away.
             except (LostConnectionError, DatabaseLockedError):  # noqa: PERF203 - each turn waits anyway
                 continue
@@ -193,14 +198,6 @@ class Lease:
                 if self._is_lost:
                     self._stopping.set()
                     return
-
-    def _renew_once(self) -> None:
-        with self._database.transaction() as connection:
-            row = _read_row(connection)
-            if row.token != self._token:
-                self._is_lost = True
-                raise self._lost_error()
-            _write_row(connection, _LeaseRow(row.holder, row.token, _database_time(connection) + LEASE_S))
 
     def _busy_error(self) -> BusyError:
         holder = self._last_row.holder.rpartition(":")[0] if self._last_row else "another server"

@@ -45,7 +45,10 @@ def _read_only_engine(url: sql.URL) -> sql.Engine:
 
 def read_only_uri(path: Path) -> str:
     """The URI for reading a file, also on a read-only disk. Raises `StorageError` if changes would be missed."""
-    _roll_back(path)
+    # Undo a transaction that a crash cut off before the file was switched to a log (WAL): a reader can't undo it.
+    if path.with_name(path.name + "-journal").exists() and os.access(path, os.W_OK, effective_ids=True):
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=SQLITE_RETRY_S)) as connection:
+            connection.execute("SELECT 1 FROM sqlite_master").fetchone()
     uri = f"file:{urllib.parse.quote(str(path))}?mode=ro"
     log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
     if os.access(path.parent, os.W_OK, effective_ids=True) or not path.exists() or (log.exists() and index.exists()):
@@ -58,13 +61,6 @@ def read_only_uri(path: Path) -> str:
     # Without `immutable` SQLite would create the log and its index. It is right here: without a log no process has the
     # file open.
     return f"{uri}&immutable=1"
-
-
-def _roll_back(path: Path) -> None:
-    """Undo a transaction that a crash cut off before the file was switched to a log (WAL): a reader can't undo it."""
-    if path.with_name(path.name + "-journal").exists() and os.access(path, os.W_OK, effective_ids=True):
-        with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=SQLITE_RETRY_S)) as connection:
-            connection.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
 def _tune_sqlite(connection: sqlite3.Connection, record: object) -> None:

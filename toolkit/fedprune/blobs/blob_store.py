@@ -72,7 +72,13 @@ class BlobStore(BlobFolder):
         super().__init__(root, max_size, reserve, durable=durable)
         self._verified_states: dict[str, tuple[int, int, int]] = {}
         if sweep:
-            self._remove_dead_files()
+            # Remove the temporary files of processes that have ended.
+            for path in (self.root / "tmp").iterdir():
+                name = path.name.split("-")[0]
+                pid = name.split(".")[0]
+                # With its start time a process is known even in a container, whose server always gets the same id.
+                if pid.isdigit() and name != process_name(pid):
+                    path.unlink(missing_ok=True)
 
     def put(self, data: bytes | memoryview) -> BlobRef:
         """Store these bytes, unless the store has them already. Raises `StorageFullError` if the disk is full, or the
@@ -269,15 +275,6 @@ class BlobStore(BlobFolder):
     def _table_path(self, sha256: str) -> Path:
         path = self.path(sha256)
         return path.with_name(path.name + TABLE_SUFFIX)
-
-    def _remove_dead_files(self) -> None:
-        """Remove the temporary files of processes that have ended."""
-        for path in (self.root / "tmp").iterdir():
-            name = path.name.split("-")[0]
-            pid = name.split(".")[0]
-            # With its start time a process is known even in a container, whose server always gets the same id.
-            if pid.isdigit() and name != process_name(pid):
-                path.unlink(missing_ok=True)
 
 
 def _open_shared(root: Path, *, durable: bool) -> BlobStore:

@@ -93,7 +93,11 @@ class NodePart:
         for name, sent in self.tensors.items():
             if name not in tensors:
                 raise ConfigError(f"the reply lacks tensor {name}", expected=f"float32 {sent.shape}")
-            array = _float32_values(tensors[name])
+            # An array, or the values of a torch tensor on any device.
+            value = tensors[name]
+            if hasattr(value, "detach"):
+                value = value.detach().cpu().numpy()
+            array = np.ascontiguousarray(value, dtype=np.float32)
             if array.shape != sent.shape:
                 raise ConfigError(f"shape of {name} in the reply", expected=sent.shape, got=array.shape)
             arrays[name] = Array(array)
@@ -129,10 +133,3 @@ def answer(
     body = {"format": FORMAT, "density": density, "profile": profile, "samples": samples}
     record = ConfigRecord({k: v for k, v in body.items() if v is not None})
     return Message(RecordDict({RECORD_NAME: record}), reply_to=message)
-
-
-def _float32_values(value: Any) -> npt.NDArray[np.float32]:
-    """An array, or the values of a torch tensor on any device."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    return np.ascontiguousarray(value, dtype=np.float32)

@@ -212,15 +212,13 @@ class FedpruneStrategy(FedAvg):
                 records[id(tensors)] = self._array_record(tensors)
             body = self._message_body(node, task)
             if kind == MessageType.TRAIN and self._training is not None:
-                body["graph"] = self._training_graph(task.recipe.features)
+                features = task.recipe.features
+                if features.key not in self._graphs and self._training is not None:
+                    self._graphs[features.key] = self._training(features)
+                body["graph"] = self._graphs[features.key]
             content = {self.arrayrecord_key: records[id(tensors)], self.configrecord_key: config, RECORD_NAME: body}
             messages.append(Message(RecordDict(content), int(node), kind, group_id=group))
         return messages
-
-    def _training_graph(self, features: Features) -> bytes:
-        if features.key not in self._graphs and self._training is not None:
-            self._graphs[features.key] = self._training(features)
-        return self._graphs[features.key]
 
     def _message_body(self, node: str, task: NodeTask) -> ConfigRecord:
         turn = task.cut.turn

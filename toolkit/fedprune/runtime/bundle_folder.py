@@ -98,7 +98,12 @@ def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
                 check_bundle_folder(folder, target)  # under the lock: no other export can end in between
                 _move_into_place(folder)
                 _remove_leftovers(folder)
-                _check_replaceable(folder, files)
+                # Refuse a folder in the place of a file, which a rename can't replace.
+                for name in files:
+                    if (folder / name).is_dir():
+                        raise BundleError(
+                            f"{folder / name} is a folder", expected="a file of a bundle", hint="Give another --out."
+                        )
                 _write_complete(folder, files)
                 _move_into_place(folder)
                 with suppress(OSError):  # the next export deletes what is left
@@ -158,13 +163,6 @@ def _exclusive_access(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):  # the next export deletes it
                 lock.unlink(missing_ok=True)
-
-
-def _check_replaceable(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Refuse a folder in the place of a file, which a rename can't replace."""
-    for name in files:
-        if (folder / name).is_dir():
-            raise BundleError(f"{folder / name} is a folder", expected="a file of a bundle", hint="Give another --out.")
 
 
 def _write_complete(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -147,7 +147,10 @@ class DeviceIdentity:
         try:
             admission = check_answer(answer, pending, pin)
         except JoinError:
-            self._drop_request()
+            with storage_errors(f"can't write {self.folder}"):
+                for name in (_REQUEST_FILE, _NEW_TLS_KEY_FILE):
+                    (self.folder / name).unlink(missing_ok=True)
+                flush_folder(self.folder)
             raise
         if admission is None:
             return None
@@ -244,12 +247,6 @@ class DeviceIdentity:
         if not isinstance(request, JoinRequest) or not is_own_key or request.key != self.key.verifying_key.hex:
             return None
         return request if (request.site, request.device) == (self.site, self.device) else None
-
-    def _drop_request(self) -> None:
-        with storage_errors(f"can't write {self.folder}"):
-            for name in (_REQUEST_FILE, _NEW_TLS_KEY_FILE):
-                (self.folder / name).unlink(missing_ok=True)
-            flush_folder(self.folder)
 
     def _check_certificate_name(self) -> None:
         """Refuse the files of another device, as a copy of its folder has them: brokers and servers know it by them.

@@ -61,7 +61,12 @@ class NetworkClient(paho.Client):
         sock_events = events.get(sock.fileno(), 0)
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         if waiting or sock_events & ~select.POLLOUT:  # errors and the end are read, too
-            code = self._read_packets()
+            code = self.loop_read()
+            for _ in range(_MAX_READS):
+                if code != MQTTErrorCode.MQTT_ERR_SUCCESS or not self._received:
+                    break
+                code = self.loop_read()
+            code = code
         # Once woken also without a packet: only `loop_write` lets the next message wake the loop again, and the last
         # turn may have written the packet before its publisher woke the loop.
         if code == MQTTErrorCode.MQTT_ERR_SUCCESS and (was_woken or sock_events & select.POLLOUT or self.want_write()):
@@ -72,14 +77,6 @@ class NetworkClient(paho.Client):
         """Close what wakes the loop, which doesn't run any more."""
         self._wake_receiver.close()
         self._wake_sender.close()
-
-    def _read_packets(self) -> MQTTErrorCode:
-        code = self.loop_read()
-        for _ in range(_MAX_READS):
-            if code != MQTTErrorCode.MQTT_ERR_SUCCESS or not self._received:
-                break
-            code = self.loop_read()
-        return code
 
     def _sock_recv(self, bufsize: int) -> bytes:
         # A later paho that doesn't call this reads as before.

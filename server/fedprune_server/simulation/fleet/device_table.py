@@ -144,19 +144,15 @@ def _expand_rows(rows: object, federation: Federation | None) -> Iterator[_Row]:
         data = "" if federation is not None else _checked_text(row["data"], (*row_path, "data"))
         links = _links(row.get("link", {}), (*row_path, "link"))
         share = setting_checks.check_number((*row_path, "validation"), row.get("validation", 0.0), 0, 0.9)
-        table = _table_options(row, row_path)
+        missing = setting_checks.check_word((*row_path, "missing"), row.get("missing", MISSING[0]), MISSING)
+        step = row.get("step")
+        if step is not None:
+            step = setting_checks.check_number((*row_path, "step"), step, 1e-9, 1e9)
+        columns = setting_checks.check_texts((*row_path, "columns"), row.get("columns", []))
+        table = TableOptions(missing, step, columns)
         for i, name in enumerate(names):
             yield _Row(row_path, name, profiles[i % len(profiles)], data, links[i % len(links)], share, table)
         name_count += len(names)
-
-
-def _table_options(row: Mapping[str, Any], row_path: KeyPath) -> TableOptions:
-    missing = setting_checks.check_word((*row_path, "missing"), row.get("missing", MISSING[0]), MISSING)
-    step = row.get("step")
-    if step is not None:
-        step = setting_checks.check_number((*row_path, "step"), step, 1e-9, 1e9)
-    columns = setting_checks.check_texts((*row_path, "columns"), row.get("columns", []))
-    return TableOptions(missing, step, columns)
 
 
 def _names(

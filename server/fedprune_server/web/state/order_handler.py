@@ -86,7 +86,12 @@ class OrderHandler:
             log.info("%s, as %s ordered", text, order.operator)
             return text
         name = order.device or ""
-        runner = self._runner_with(name)
+        # The job that has a device, or had it last; the first job if none had it.
+        device = name
+        runner = self._runners[self._publisher.job_of(device) or next(iter(self._runners))]
+        if device not in runner.state.devices and not runner.registry.is_admitted(device):
+            raise ProtocolError(f"no such device takes part: {device}")
+        runner = runner
         if order.kind == "look":
             self._publisher.queue(device_details(runner, name, self._clock()), board_crashes(self._folder, name))
             return name
@@ -99,13 +104,6 @@ class OrderHandler:
         if job not in self._runners:
             raise ProtocolError("no such job", expected=", ".join(self._runners), got=job)
         return self._runners[job]
-
-    def _runner_with(self, device: str) -> JobRunner:
-        """The job that has a device, or had it last; the first job if none had it."""
-        runner = self._runners[self._publisher.job_of(device) or next(iter(self._runners))]
-        if device not in runner.state.devices and not runner.registry.is_admitted(device):
-            raise ProtocolError(f"no such device takes part: {device}")
-        return runner
 
     def _add_coverage(self, runner: JobRunner) -> None:
         """Publish a job's coverage soon, unless it was a moment ago."""
