@@ -21,7 +21,6 @@ from fedprune.runtime.bundle import TRAINING, open_bundle
 from fedprune_device.cli.column_names import name_columns
 from fedprune_device.data.array_assembly import name_arrays
 from fedprune_device.data.dataset import SPLITS, LocalData
-from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_drawings import draw_samples
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import chunks

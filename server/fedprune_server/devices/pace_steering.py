@@ -22,8 +22,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from fedprune.core.rng import keyed_generator
 from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
 

@@ -20,7 +20,7 @@ from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Selection
 from fedprune.secure_aggregation.grid import CohortGrid, step_exponent
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.vector_form import SECURE_FIELD, MaskedForm, TensorGrid

@@ -308,17 +308,9 @@ class BrokerLink(Closeable):
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         try:
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
-                # Let Linux acknowledge the next packet at once: a broker that gathers small packets (Nagle) waits for
-                # that.
-                with suppress(OSError, AttributeError):
-                    client.socket().setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                _acknowledge_promptly(client.socket())
                 code = client.run_once(_POLL_S)
-                with self._state:
-                    size_before = self._unsent.payload_bytes
-                    if self._unsent.remove_sent():
-                        if size_before >= LOW_WATER > self._unsent.payload_bytes:
-                            self._inbox.wake()
-                        self._state.notify_all()
+                self._remove_sent()
                 was_up = was_up or self._is_up
                 if not was_up and time.monotonic() > self._last_answer_at + client.connect_timeout + _ANSWER_TIMEOUT_S:
                     return self._failure or "it accepts connections but doesn't answer an MQTT CONNECT"
@@ -434,9 +426,23 @@ class BrokerLink(Closeable):
         elif self.dropped_count == 1 and not self._pause_s:
             log.warning("inbox of %s is full: messages are dropped", self.client_id)
 
+    def _remove_sent(self) -> None:
+        with self._state:
+            size_before = self._unsent.payload_bytes
+            if self._unsent.remove_sent():
+                if size_before >= LOW_WATER > self._unsent.payload_bytes:
+                    self._inbox.wake()
+                self._state.notify_all()
+
 
 def send_promptly(sock: Any) -> None:
     """Send small packets at once, and keep little in the kernel, where no message can overtake it."""
     for option, value in (("TCP_NODELAY", 1), ("TCP_NOTSENT_LOWAT", _KERNEL_BYTES)):
         with suppress(OSError, AttributeError):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _acknowledge_promptly(sock: Any) -> None:
+    """Let Linux acknowledge the next packet at once: a broker that gathers small packets (Nagle) waits for that."""
+    with suppress(OSError, AttributeError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
