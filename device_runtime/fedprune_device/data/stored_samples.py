@@ -55,17 +55,13 @@ def encode_sample(x: Array) -> bytes:
     code = _TYPES.index(kind if kind in _TYPES else "<i8")
     if code == _TYPES.index("<i8"):
         InputType(np.dtype(np.int64)).check_range(x)
-    return _sample_head(code, x) + x.astype(_TYPES[code]).tobytes()
+    return struct.pack(f"<BB{x.ndim}I", code, x.ndim, *x.shape) + x.astype(_TYPES[code]).tobytes()
 
 
 def sample_outline(payload: bytes) -> Array:
     """An array of a sample's type and shape that takes no memory; its numbers are the last bytes of the payload."""
     rank = payload[1]
     return np.broadcast_to(np.zeros((), _TYPES[payload[0]]), struct.unpack_from(f"<{rank}I", payload, 2))
-
-
-def _sample_head(code: int, x: Array) -> bytes:
-    return struct.pack(f"<BB{x.ndim}I", code, x.ndim, *x.shape)
 
 
 def select_one_kind(samples: list[StoredSample], shape: Shape | None) -> list[StoredSample]:
