@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprune.aggregation.fold import Fold
 from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
@@ -18,12 +22,15 @@ from fedprune.model.element_mask import apply_mask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies.allocation import Fixed, Tiers
+from fedprune.strategies.methods.fedavg import FedAvg, fedavg
 from fedprune.strategies.methods.heterofl import LEVELS, FedRolex
 from fedprune.strategies.methods.history import History
 from fedprune.strategies.methods.robust import RobustAggregator
 from fedprune.strategies.methods.subflot import SubFlot
 from fedprune.strategies.presets import PRESETS, compose
-from fedprune.strategies.values import Cut, PastUpdate, Submodel, Turn
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Cut, NewMemory, PastUpdate, RoundClosing, Scene, Submodel, Turn, UpdateReport
+from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_reports import scene
 from support.fakes.strategy_rounds import identical
 from support.fakes.tiny_job import ARCHITECTURE
@@ -161,3 +168,58 @@ def test_fedprox_pulls_and_fedavg_does_not() -> None:
     assert compose(job("fedprox", mu=0.3)).recipe(recipe, turn()).proximal == 0.3
     assert compose(job("fedavg")).recipe(recipe, turn()) == recipe
     assert compose(job("fedavg", lr_decay=0.5)).recipe(recipe, turn(round_=3)).lr == 0.025
+
+
+# The presets that secure aggregation and shared noise go with, by docs/secure-aggregation.md and docs/privacy.md.
+SUMS_ONLY = {"fedavg", "fedper", "fedprox", "fedprune", "heterofl", "fedrolex", "plain"}
+OVERRIDES: dict[str, tuple[Callable[..., Any], bool]] = {
+    "begin": (lambda self, architecture, model: model, True),
+    "rank": (lambda self, scene: Strategy.rank(self, scene), True),
+    "extract": (lambda self, cut: Strategy.extract(self, cut), True),
+    "recipe": (lambda self, recipe, turn: replace(recipe, report_squares=True), False),
+    "reconstruct": (lambda self, report: report.trained, False),
+}
+
+
+class Counting(FedAvg):
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
+        return {"rounds": {"count": np.array([scene.round], np.float32)}}
+
+
+class Reading(FedAvg):
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
+        return {"steps": {r.device: np.array([r.steps], np.float32) for r in reports()}}
+
+
+class Closing(FedAvg):
+    def close(self, fold: Fold, scene: Scene, rate: float, updates: Any) -> RoundClosing:
+        return self.aggregator.close(fold, scene, rate, updates)
+
+
+class Passing(FedAvg):
+    def close(self, fold: Fold, scene: Scene, rate: float, updates: Any) -> RoundClosing:
+        return super().close(fold, scene, rate, updates)
+
+
+def subclass(kind: type[FedAvg]) -> Callable[[Job], Strategy]:
+    return lambda job: kind(**vars(fedavg(replace(job, strategy="fedavg"))) | {"name": job.strategy})
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "goes"),
+    [(name, preset, name in SUMS_ONLY) for name, preset in sorted(PRESETS.items())]
+    + [(name, subclass(type(name, (FedAvg,), {name: method})), goes) for name, (method, goes) in OVERRIDES.items()]
+    + [
+        (kind.__name__, subclass(kind), goes)
+        for kind, goes in {Counting: True, Passing: True, Reading: False, Closing: False}.items()
+    ],
+)
+@pytest.mark.parametrize("settings", [{"secure_aggregation": True}, {"privacy": Privacy(2.0, 1.5, "shared", 9)}])
+def test_only_strategies_whose_methods_see_sums_go_with_secure_sums(
+    name: str, preset: Callable[[Job], Strategy], goes: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, name, preset)
+    options = {"label_rows": False} if name in ("heterofl", "fedrolex") else {}
+    private_job = Job(strategy=name, options=options, **settings)
+    with contextlib.nullcontext() if goes else pytest.raises(ConfigError, match=f"strategy {name}|squared gradients"):
+        compose(private_job)

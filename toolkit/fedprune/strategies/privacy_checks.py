@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Collection
 
 from fedprune.core.errors import ConfigError
@@ -30,6 +33,7 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
             got="one that also uses what boards measure on their samples, which no noise covers",
             hint="fedprune, fedavg and heterofl are some that can be private.",
         )
+    strategy.planned_recipe(job, "", (), 1.0, 1)  # raises if a `recipe` of its own asks for what no noise covers
     if not job.privacy.is_local and (reader := _single_update_reader(job, strategy, (PLAIN,))):
         raise ConfigError(
             f"{SHARED!r} with strategy {job.strategy}",
@@ -49,7 +53,8 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
     reader = _single_update_reader(job, strategy, (PLAIN, "int8"))
     if not reader and (job.compression_of or job.compression_down not in (AUTO, PLAIN)):
         reader = "compression_of or compression_down, by which boards differ"
-    if not reader and (job.recipe.mask != "none" or job.recipe.report_squares):
+    recipe = strategy.planned_recipe(job, "", (), 1.0, 1)
+    if not reader and (recipe.mask != "none" or recipe.report_squares):
         reader = "a recipe with element masks or squared gradients, which boards have of their own"
     if reader:
         raise ConfigError(
@@ -70,6 +75,10 @@ def _single_update_reader(job: Job, strategy: Strategy, allowed: Collection[str]
     readers = {
         "a composition of your own, which may read anything": ":" in job.strategy,
         "a strategy that uses single updates": strategy.inputs != "sum",
+        # A subclass inherits `inputs`, so that its methods have the last word.
+        "a `reconstruct` of its own, which rewrites single updates": not strategy.has_plain_reconstruction,
+        "a `learn` of its own, which reads single updates": _reads_reports(type(strategy), "learn"),
+        "a `close` of its own, which reads single updates": _reads_reports(type(strategy), "close"),
         "a schedule on which updates are released one by one": strategy.schedule is not None
         and strategy.schedule.asynchronous,
         "a robust mean, which compares single updates": "robust" in job.options,
@@ -83,3 +92,23 @@ def _single_update_reader(job: Job, strategy: Strategy, allowed: Collection[str]
         "updates that are kept for the next rounds": strategy.keeps_past,
     }
     return next((reader for reader, applies in readers.items() if applies), "")
+
+
+def _reads_reports(kind: type[Strategy], name: str) -> bool:
+    """Whether a class's `learn` or `close` uses its last parameter, `reports`, other than to call the method that it
+    overrides. A method whose source can't be read counts as one that does."""
+    overrides = [c.__dict__[name] for c in kind.__mro__ if name in c.__dict__ and c is not Strategy]
+    try:
+        trees = [ast.parse(textwrap.dedent(inspect.getsource(override))) for override in overrides]
+    except (OSError, TypeError, SyntaxError):
+        return True
+    for tree in trees:
+        function = next((n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)), None)
+        if function is None or function.args.vararg or function.args.kwarg:
+            return True
+        calls = (n for n in ast.walk(function) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"super().{name}")
+        passed_on = {n for call in calls for n in ast.walk(call)}
+        names = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and n not in passed_on}
+        if function.args.args[-1].arg in names:
+            return True
+    return False
