@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import open_own_file, storage_errors
 
 _Entry = tuple[int, int, str]
 
@@ -44,7 +44,8 @@ class FileIndex:
         with storage_errors(f"can't write {self._path}"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             target = self._path.with_suffix(".new") if rewrites else self._path
-            with target.open("w" if rewrites else "a", encoding="ascii") as file:
+            flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if rewrites else os.O_APPEND)
+            with os.fdopen(open_own_file(target, flags), "w", encoding="ascii") as file:
                 file.write(("" if rewrites or self._ends_with_newline else "\n") + "".join(lines))
             if rewrites:
                 target.replace(self._path)

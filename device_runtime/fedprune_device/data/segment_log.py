@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from fedprune.core.disk import flush_folder, storage_errors, write_all
+from fedprune.core.disk import flush_folder, open_own_file, storage_errors, write_all
 from fedprune_device.data.stored_array import OpenFiles
 
 _LOG = logging.getLogger("fedprune.device")
@@ -201,13 +201,13 @@ class SegmentLog:
         self.close()
         number = self._last_segment + 1
         path = self.path(number)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._descriptor = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         flush_folder(self._root)
         self._last_segment, self._sizes[number], self._torn = number, 0, False
 
     def _open_last(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self.path(self._last_segment), os.O_RDWR | os.O_CLOEXEC)
+            self._descriptor = open_own_file(self.path(self._last_segment), os.O_RDWR)
         return self._descriptor
 
     def _head(self, record: LogRecord) -> bytes:

@@ -88,7 +88,7 @@ class SlotStore:
     @contextmanager
     def lock_state(self) -> Iterator[None]:
         """Lock the state while it is read and written; other processes wait."""
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

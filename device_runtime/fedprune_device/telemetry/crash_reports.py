@@ -21,6 +21,7 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.core import atomic_file
+from fedprune.core.disk import open_own_file
 from fedprune.core.errors import BrokerError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import MAX_CRASH_TEXT
 from fedprune_device.hardware.readings import memory, temperature_c
@@ -98,7 +99,8 @@ class CrashReports:
         enabled = faulthandler.is_enabled()
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                fault = stack.enter_context((self._folder / FAULT_FILE).open("wb"))
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                fault = stack.enter_context(os.fdopen(open_own_file(self._folder / FAULT_FILE, flags), "wb"))
                 faulthandler.enable(fault)
             threading.excepthook = hook
             try:

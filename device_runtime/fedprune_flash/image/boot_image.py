@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from fedprune.core.atomic_file import atomic_write
 from fedprune.core.errors import ImageError, KitError, UsageError
@@ -75,12 +76,12 @@ def open_image(
     packing_of(source)
     with ExitStack() as stack:
         if out is None:
-            partial = Path(stack.enter_context(tempfile.NamedTemporaryFile()).name)
+            file: IO[bytes] = stack.enter_context(tempfile.NamedTemporaryFile())
         else:
-            partial = stack.enter_context(atomic_write(out, private=private))
-        with partial.open("w+b") as file:
-            unpack_image(source, file, advance)
-        yield partial
+            file = stack.enter_context(atomic_write(out, private=private))
+        unpack_image(source, file, advance)
+        file.flush()
+        yield Path(file.name)
 
 
 def examine_image(image: Path, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:

@@ -7,7 +7,7 @@ import lzma
 import os
 import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, cast
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ImageError, error_reason, path_remedy
@@ -46,7 +46,7 @@ def packing_of(source: Path) -> str:
     return next((name for magic, name in _PACKINGS.items() if head.startswith(magic)), "")
 
 
-def unpack_image(source: Path, out: BinaryIO, advance: AdvanceBar = ignore_progress) -> int:
+def unpack_image(source: Path, out: IO[bytes], advance: AdvanceBar = ignore_progress) -> int:
     """Copy an image, unpacked, into an empty file; runs of zeros take no space. Returns its size in bytes.
 
     `advance` is called with the bytes of the source that were read since the last call. Raises `ImageError` if it isn't
@@ -73,13 +73,13 @@ def unpack_image(source: Path, out: BinaryIO, advance: AdvanceBar = ignore_progr
     return size
 
 
-def _unpacked_stream(raw: BinaryIO, kind: str) -> BinaryIO:
+def _unpacked_stream(raw: IO[bytes], kind: str) -> IO[bytes]:
     if kind == "xz":
-        return cast("BinaryIO", lzma.LZMAFile(raw))
-    return cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if kind == "gzip" else raw
+        return cast("IO[bytes]", lzma.LZMAFile(raw))
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if kind == "gzip" else raw
 
 
-def _read_block(stream: BinaryIO, source: Path) -> bytes:
+def _read_block(stream: IO[bytes], source: Path) -> bytes:
     try:
         return stream.read(_READ_BYTES)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:

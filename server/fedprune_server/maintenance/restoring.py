@@ -105,7 +105,7 @@ class Backup:
             yield path
 
     def _extract(self, entry: BackupEntry, path: Path) -> None:
-        with atomic_write(path, private=entry.is_private) as partial, partial.open("wb") as file:
+        with atomic_write(path, private=entry.is_private) as file:
             self._copy(entry, file.write)
 
     def _copy(self, entry: BackupEntry, write: Callable[[bytes], object] = len) -> None:

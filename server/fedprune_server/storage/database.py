@@ -238,10 +238,10 @@ def copy_sqlite(source: Path, target: Path) -> None:
     can read it. Raises `StorageError` if a file can't be read or written.
     """
     with (
-        atomic_write(target, private=True) as partial,
+        atomic_write(target, private=True) as file,
         translate_errors(str(source)),
         closing(sqlite3.connect(read_only_uri(source), uri=True, timeout=SQLITE_RETRY_S)) as reader,
-        closing(sqlite3.connect(partial)) as writer,
+        closing(sqlite3.connect(file.name)) as writer,
     ):
         reader.backup(writer)
         writer.execute("PRAGMA journal_mode=DELETE")  # one file, without a log

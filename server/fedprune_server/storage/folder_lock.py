@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors, write_all
+from fedprune.core.disk import open_own_file, storage_errors, write_all
 from fedprune.core.errors import StorageError
 
 log = logging.getLogger("fedprune.server")
@@ -48,7 +48,7 @@ def run_id(folder: Path) -> str:
 def _take_lock(path: Path, *, standby: bool) -> int:
     """Lock the folder's file; returns its descriptor, which holds the lock until it is closed."""
     with storage_errors(f"can't use state folder {path}"):
-        descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_own_file(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + (math.inf if standby else _LOCK_PATIENCE_S)
     has_logged = False
     try:

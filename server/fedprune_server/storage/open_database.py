@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import open_own_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.security.private_file import share_owner
 from fedprune_server.storage.database import COMMIT_ROW, Database
@@ -28,8 +28,10 @@ def private_url(folder: Path, database: str | None) -> str:
                 # A claim that root makes before the server's first start must not lock the server out.
                 share_owner(path, folder)
             except FileExistsError:
-                if path.stat().st_mode & 0o077:
-                    path.chmod(0o600)
+                descriptor = open_own_file(path, os.O_RDWR)
+                if os.fstat(descriptor).st_mode & 0o077:
+                    os.fchmod(descriptor, 0o600)
+                os.close(descriptor)
     return url
 
 

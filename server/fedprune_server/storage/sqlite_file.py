@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedprune.core.closeable import Closeable
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import open_own_file, storage_errors
 from fedprune.core.errors import BusyError, StorageError, StorageFullError
 from fedprune.core.lock_holders import file_lock_holders
 from fedprune.core.lock_wait import LockWait
@@ -57,7 +57,7 @@ class SqliteFile(Closeable):
         self.path, self._hint = path, hint
         with self.errors(), storage_errors(f"can't use {path}"):
             # Created with this mode, not changed to it later: at no moment could others open it.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.close(open_own_file(path, os.O_RDWR | os.O_CREAT))
             self.connection = _connect(path, "rw", busy_timeout_s)
             try:
                 if wal:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.closeable import Closeable
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import open_own_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.sqlite_file import FILE_BUSY_TIMEOUT_S, ReaderPool, SqliteFile, connect_reader
 
@@ -70,7 +70,7 @@ class ConsoleDatabase(Closeable):
         self.path = path
         with storage_errors(f"can't open {path}"):
             # Made with its mode, not changed to it: there is no moment in which others could open it.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            os.close(open_own_file(path, os.O_RDWR | os.O_CREAT))
             if path.stat().st_mode & 0o077:
                 hint = f"See who may have read it, then: chmod 600 {path}"
                 raise StorageError(f"{path} can be read by other users", hint=hint)

@@ -25,7 +25,7 @@ from fedprune.blobs.blob_ref import (
     read_table_file,
     table_file,
 )
-from fedprune.core.disk import flush_folder, make_private_folder, storage_errors, write_all
+from fedprune.core.disk import flush_folder, make_private_folder, open_own_file, storage_errors, write_all
 from fedprune.core.errors import ProtocolError, StorageError, StorageFullError
 from fedprune.core.validation import is_digest
 
@@ -178,7 +178,7 @@ class PartialBlob:
         # pulled again.
         if self.ref.leaf_count > 1:
             with storage_errors(f"can't write {self._table_path}"):
-                descriptor = os.open(self._table_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                descriptor = open_own_file(self._table_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 try:
                     write_all(descriptor, table_file(table))
                 finally:
@@ -334,7 +334,7 @@ class PartialBlob:
 
     def _open_file(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self._data_path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._descriptor = open_own_file(self._data_path, os.O_RDWR | os.O_CREAT)
         return self._descriptor
 
     def __del__(self) -> None:

@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from fedprune.core.disk import flush_file, flush_folder, storage_errors
+from fedprune.core.disk import flush_folder, storage_errors
 from fedprune.core.errors import StorageError
 
 # A file is written as `.name.partial` beside its path: a rename is atomic only within one disk. The name is fixed, so
@@ -20,25 +20,32 @@ from fedprune.core.errors import StorageError
 _PARTIAL_SUFFIX = ".partial"
 
 
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
+
+
 @contextmanager
-def atomic_write(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[Path]:
-    """Write a file atomically; yields the path to write to.
+def atomic_write(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[BinaryIO]:
+    """Write a file atomically; yields the new file, whose `name` is its path until then.
 
     Args:
         path: The old file stays until the block ends; also if the block fails or the disk is full.
         private: Let only this user read the file, from its first byte on.
         sync: Make the write survive a power cut, too.
     """
-    partial = path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
+    partial = _partial_path(path)
+    mode = 0o600 if private else 0o666  # less the umask
     with storage_errors(f"can't write {path}"):
         try:
-            if private:
-                partial.unlink(missing_ok=True)  # a leftover may have been opened by another user
-                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            yield partial
-            if sync:
-                # The content before the name: else a power cut can leave the new name with an empty file.
-                flush_file(partial)
+            # A leftover may have been opened by another user, or be that user's link to a file of ours. Exclusive, and
+            # written through this descriptor alone, the new file is nobody else's.
+            partial.unlink(missing_ok=True)
+            with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                yield file
+                if sync:
+                    # The content before the name: else a power cut can leave the new name with an empty file.
+                    file.flush()
+                    os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:
             # Suppressed, so that the error of the write is raised and not that of the clean-up.
@@ -51,13 +58,14 @@ def atomic_write(path: Path, *, private: bool = False, sync: bool = True) -> Ite
 
 def write_atomically(path: Path, data: bytes | memoryview, *, private: bool = False, sync: bool = True) -> None:
     """Replace a file's content as `atomic_write` does."""
-    with atomic_write(path, private=private, sync=sync) as partial:
-        partial.write_bytes(data)
+    with atomic_write(path, private=private, sync=sync) as file:
+        file.write(data)
 
 
 def link_or_copy(source: Path, path: Path, *, sync: bool = True) -> None:
     """Give a file that never changes a second path: a hard link where the disk has them, else an atomic copy."""
-    with atomic_write(path, sync=False) as partial:
+    partial = _partial_path(path)
+    with storage_errors(f"can't write {path}"):
         partial.unlink(missing_ok=True)
         try:
             os.link(source, partial)
@@ -65,11 +73,11 @@ def link_or_copy(source: Path, path: Path, *, sync: bool = True) -> None:
             # No copy could succeed after these either; FAT, some network disks and containers refuse links alone.
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
                 raise
-            shutil.copyfile(source, partial)
-            if sync:
-                flush_file(partial)
-    if sync:
-        with storage_errors(f"can't write {path}"):
+            with atomic_write(path, sync=sync) as file, source.open("rb") as original:
+                shutil.copyfileobj(original, file, 2**20)
+            return
+        partial.replace(path)
+        if sync:
             flush_folder(path.parent)
 
 

@@ -32,12 +32,27 @@ def path_exists(path: Path, *, file: bool = False) -> bool:
 def open_file(path: Path | str) -> BinaryIO:
     """A regular file, or a link to one, open for reading; a pipe or device is refused with an `OSError` without
     blocking."""
+    return os.fdopen(_open_regular(path, os.O_RDONLY), "rb")
+
+
+def open_own_file(path: Path, flags: int, mode: int = 0o600) -> int:
+    """A descriptor of a regular file of this program. A link, too, is refused with an `OSError`: root may run a command
+    in the folder of a service's user, who could put a link to any file of root there."""
+    try:
+        return _open_regular(path, flags | os.O_NOFOLLOW, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.EINVAL, "a link, where a file is expected; see who made it", str(path)) from error
+
+
+def _open_regular(path: Path | str, flags: int, mode: int = 0o600) -> int:
     # Non-blocking: opening a pipe that nobody writes to would wait forever. Regular files ignore the flag.
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
+    return descriptor
 
 
 def read_file(path: Path | str, max_bytes: int = MAX_READ_BYTES) -> bytes:
@@ -75,7 +90,7 @@ def file_lock(path: Path, busy_message: str, hint: str) -> Iterator[None]:
     another process holds it."""
     # flock and not fcntl's record locks: those are lost as soon as any code of this process closes the file.
     with storage_errors(f"can't open {path}"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_own_file(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +110,7 @@ def has_lock_holder(path: Path) -> bool:
     opened."""
     with storage_errors(f"can't open {path}"):
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_own_file(path, os.O_RDONLY)
         except FileNotFoundError:
             return False
     try:

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from fedprune.core.atomic_file import atomic_write, write_atomically
-from fedprune.core.disk import make_private_folder, storage_errors
+from fedprune.core.disk import make_private_folder, open_own_file, storage_errors
 from fedprune.core.errors import IdentityError, StorageError, path_remedy
 
 # Bytes of a file with a secret: a key in PEM has some 200, a password less.
@@ -23,9 +23,9 @@ def write_private(path: Path, data: bytes) -> None:
 
 def write_public(path: Path, data: bytes) -> None:
     """Write a public file atomically with mode 0644 under any umask: root may write it for a service's user."""
-    with atomic_write(path) as partial:
-        partial.write_bytes(data)
-        partial.chmod(0o644)
+    with atomic_write(path) as file:
+        file.write(data)
+        os.fchmod(file.fileno(), 0o644)
 
 
 def share_owner(path: Path, reference: Path) -> None:
@@ -38,10 +38,10 @@ def share_owner(path: Path, reference: Path) -> None:
         return
     with storage_errors(f"can't write {path}"):
         owner = reference.lstat()
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_own_file(path, os.O_RDONLY)
         try:
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid != 0:
+            if status.st_nlink != 1 or status.st_uid != 0:
                 raise StorageError(f"{path} was replaced while it was written")
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
         finally:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.atomic_file import atomic_write
+from fedprune.core.atomic_file import write_atomically
 from fedprune_server.monitoring.round_rows import COMMON_COLUMNS, WideRows
 from fedprune_server.simulation.results.record import Record
 
@@ -55,7 +56,8 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
         for row in round_rows(record)
     ]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
