@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import open_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError, value_text
 from fedprune.core.validation import is_digest
 from fedprune_device.launcher.slot_store import SlotStore
@@ -44,7 +44,7 @@ def _server_key(option: str) -> Any:
                 got=value_text(option),
                 hint="`fedprune-server release` shows them; the fingerprint that `init` shows is shorter.",
             )
-        with storage_errors(f"can't read the server's key {path}"), path.open("rb") as file:
+        with storage_errors(f"can't read the server's key {path}"), open_file(path) as file:
             text = file.read(_MAX_KEY_FILE_BYTES).decode("ascii", "replace").strip()
         subject = f"the server's key {path}"
     return VerifyingKey.from_hex(text, subject, error=ConfigError)

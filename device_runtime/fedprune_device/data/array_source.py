@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.disk import path_exists
+from fedprune.core.disk import open_file, path_exists
 from fedprune.core.errors import DataError, StorageError, path_remedy
 from fedprune.core.imports import import_user_module, is_function
 from fedprune.core.text import first_few
@@ -154,7 +154,7 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
     `.npy` file, whose array is called x. Large uncompressed arrays stay in the file; compressed ones are copied to the
     folder `spool`, or held in memory without one. Raises `DataError` if it isn't such a file."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             check_members(file, str(path), DataError)
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.ndarray):

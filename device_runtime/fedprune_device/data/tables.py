@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import open_file, storage_errors
 from fedprune.core.errors import DataError, error_reason
 from fedprune.core.text import encoding_of
 from fedprune_device.data.csv_tables import open_csv
@@ -33,7 +33,7 @@ def open_table(path: Path, class_names: tuple[str, ...], options: TableOptions =
                 with open_parquet(path, class_names, options) as table:
                     yield table
             else:
-                with path.open("rb") as start:
+                with open_file(path) as start:
                     encoding = encoding_of(start.read(2))
                 with path.open(encoding=encoding, newline="") as file:
                     yield open_csv(file, class_names, options)

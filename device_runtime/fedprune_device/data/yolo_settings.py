@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import open_file, storage_errors
 from fedprune.core.errors import ConfigError
 from fedprune_device.data.folder_listing import files_in
 
@@ -69,7 +69,7 @@ def yaml_files(folder: Path) -> list[Path]:
 
 def read_text(path: Path) -> str:
     """The beginning of a text file, of at most `MAX_BYTES`; raises `StorageError`."""
-    with storage_errors(f"can't read {path}"), path.open("rb") as file:
+    with storage_errors(f"can't read {path}"), open_file(path) as file:
         return file.read(MAX_BYTES).decode("utf-8-sig", errors="replace")
 
 

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import IO, cast
 
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import open_file, storage_errors
 from fedprune.core.errors import ImageError, error_reason, path_remedy
 from fedprune.output.tables import AdvanceBar, ignore_progress
 
@@ -31,7 +31,7 @@ _UNSUPPORTED_FILES = {
 def packing_of(source: Path) -> str:
     """The packing of an image: `xz`, `gzip`, or empty. Raises `ImageError` if it isn't an image."""
     try:
-        with source.open("rb") as file:
+        with open_file(source) as file:
             head = file.read(_ISO_MAGIC_OFFSET + 5)
     except OSError as error:
         raise ImageError(f"can't read {source}: {error.strerror}", hint=path_remedy(error)) from error
@@ -54,7 +54,7 @@ def unpack_image(source: Path, out: IO[bytes], advance: AdvanceBar = ignore_prog
     """
     kind = packing_of(source)
     size = read_bytes = 0
-    with source.open("rb") as raw:
+    with open_file(source) as raw:
         stream = _unpacked_stream(raw, kind)
         while piece := _read_block(stream, source):
             size += len(piece)

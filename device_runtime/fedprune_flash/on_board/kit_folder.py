@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.disk import open_file
 from fedprune.core.errors import KitError, path_remedy, value_text
 from fedprune_device.launcher.ed25519 import verify_signature
 from fedprune_device.launcher.slot_store import SIGNATURE_PREFIX, digest_and_size, sync_slot_folder
@@ -128,7 +129,7 @@ class KitFolder:
 
     def read(self, name: str) -> bytes:
         try:
-            with (self.folder / name).open("rb") as file:
+            with open_file(self.folder / name) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size <= _MAX_READ_BYTES:
                     return file.read()

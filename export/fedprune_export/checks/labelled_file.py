@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.disk import open_file
 from fedprune.core.errors import DataError, ModelError, path_remedy, shape_text
-from fedprune.core.zip_limits import check_members, unreadable_reason
+from fedprune.core.zip_limits import check_members, plain_array, unreadable_reason
 from fedprune.model.architecture import Architecture
 from fedprune.model.features import labels_of
 from fedprune.model.input_type import InputType
@@ -154,13 +155,13 @@ def _load_arrays(path: Path) -> dict[str, Array]:
     if path.is_dir():
         raise DataError(f"{path} is a folder", expected="an .npz file with x and y", hint=_BOARD_FILES_HINT)
     try:
-        with path.open("rb") as raw:
+        with open_file(path) as raw:
             check_members(raw, str(path), DataError)
             arrays = np.load(raw, allow_pickle=False)
             if not hasattr(arrays, "files"):
                 raise DataError(f"{path} is no .npz file", hint="Write it with numpy.savez(path, x=..., y=...).")
             with arrays as file:
-                return {n: file[n] for n in file.files}
+                return {n: plain_array(n, file[n]) for n in file.files}
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error)) from error
     except DataError:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.disk import open_file
 from fedprune.core.errors import ConfigError, DataError, ModelError
 from fedprune.core.imports import is_function
 from fedprune.model import step_contract
@@ -115,7 +116,7 @@ def _input_type(model: Model) -> InputType:
 
 def _has_test_split(path: Path) -> bool:
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with open_file(path) as raw, np.load(raw, allow_pickle=False) as file:
             return "x_test" in file.files
     except Exception:  # noqa: BLE001 - a damaged file raises anything; the reader of the samples reports it
         return False

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore, MissingBlobError
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import file_digest, file_lock, make_private_folder, storage_errors
+from fedprune.core.disk import file_digest, file_lock, make_private_folder, open_file, read_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import AdvanceBar
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
@@ -120,8 +120,8 @@ class _BackupContent:
                 raise StateChangedError(error.what, hint=_RETRY_HINT) from error
         path = self._sources[entry.path]
         try:
-            with storage_errors(f"can't read {path}", missing=True):
-                data = path.read_bytes()
+            with storage_errors(f"can't read {path}", missing=True), open_file(path) as file:
+                data = file.read()
         except FileNotFoundError as error:
             raise StateChangedError(f"blob {path.name} is missing", hint=_RETRY_HINT) from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -220,4 +220,4 @@ def _prune(target: Path, kept_places: set[str]) -> None:
 
 def _read_file(path: Path) -> bytes:
     with storage_errors(f"can't read {path}"):
-        return path.read_bytes()
+        return read_file(path)

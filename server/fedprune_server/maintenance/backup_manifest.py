@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import read_file
 from fedprune.core.errors import StorageError, value_text
 from fedprune.core.records import Digest, decode_record, encode_record, number_range, pattern_text
 from fedprune.core.validation import MAX_INT, is_digest, is_number
@@ -127,7 +128,7 @@ def record_backup(folder: Path, now: float | None = None) -> None:
 def last_backup(folder: Path) -> float | None:
     """When the last backup was made, in seconds since 1970; None if unknown."""
     try:
-        at = json.loads((folder / BACKED_UP).read_bytes())["at"]
+        at = json.loads(read_file(folder / BACKED_UP))["at"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return float(at) if is_number(at) else None
@@ -142,7 +143,7 @@ def record_restore(folder: Path, manifest: BackupManifest) -> None:
 def restore_text(folder: Path) -> str:
     """A sentence on the backup from which a folder was restored, and when; empty if it wasn't."""
     with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        body = json.loads((folder / RESTORED).read_bytes())
+        body = json.loads(read_file(folder / RESTORED))
         at, backup_at = _local_minute(body["at"]), _local_minute(body["backup_at"])
         origin = body["origin"]
         source = "" if not origin else f" of {origin if str(origin).isprintable() else value_text(origin)}"

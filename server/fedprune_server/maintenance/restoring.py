@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from fedprune.core.atomic_file import atomic_write
-from fedprune.core.disk import file_lock, flush_folder, make_private_folder, storage_errors
+from fedprune.core.disk import file_lock, flush_folder, make_private_folder, open_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import AdvanceBar
 from fedprune.security.epoch_file import EpochFile
@@ -130,7 +130,7 @@ def check_target(target: Path) -> None:
 
 @contextmanager
 def _open_file(path: Path, limit: int) -> Iterator[IO[bytes]]:
-    with storage_errors(f"can't read {path}"), path.open("rb") as file:
+    with storage_errors(f"can't read {path}"), open_file(path) as file:
         if os.fstat(file.fileno()).st_size > limit:
             raise StorageError(f"{path} is damaged: it is too long", hint=_DAMAGE_HINT)
         yield file

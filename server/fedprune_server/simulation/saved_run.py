@@ -20,7 +20,7 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import file_lock, storage_errors
+from fedprune.core.disk import file_lock, open_file, read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
@@ -229,7 +229,7 @@ def _save_identity(folder: Path) -> tuple[int, ...] | None:
 
 def _read_json(path: Path, content: str) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except (OSError, ValueError) as error:
         raise StorageError(f"can't read the {content} in {path} ({error})", hint=_restart_hint(path.parent)) from error
 
@@ -259,7 +259,7 @@ def _finished_rounds(path: Path, count: int, length: int) -> tuple[list[dict[str
     if not count:
         return [], {}
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             lines = file.read(length).decode().splitlines()
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}", hint=_restart_hint(path.parent)) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.database import parse_database_url
 
@@ -45,7 +45,7 @@ def stored_url(folder: Path) -> str | None:
     path = folder / URL_FILE
     with storage_errors(f"can't read {path}", missing=True):
         try:
-            raw = path.read_bytes()
+            raw = read_file(path)
         except FileNotFoundError:
             return None
     try:

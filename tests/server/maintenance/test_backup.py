@@ -21,7 +21,7 @@ from fedprune.output.tables import ignore_progress
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.backup import back_up
-from fedprune_server.maintenance.backup_manifest import CONSOLE, BackupEntry, BackupManifest
+from fedprune_server.maintenance.backup_manifest import CONSOLE, NAME, BackupEntry, BackupManifest
 from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.restoring import Backup
 from fedprune_server.maintenance.state_check import check_state
@@ -428,3 +428,14 @@ def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, final
     with pytest.raises(ConfigError, match="holds a job already"):
         restore(tmp_path / "two", tmp_path / "other", url)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", [NAME, "blobs/??/*"])
+def test_a_pipe_in_a_backup_is_refused(job_in_round_two: Path, tmp_path: Path, name: str) -> None:
+    back_up(job_in_round_two, tmp_path / "backup", ignore_progress)
+    path = next((tmp_path / "backup").glob(name))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match=f"{path.name}: not a regular file"):
+        restore(tmp_path / "backup", tmp_path / "new")

@@ -1,6 +1,7 @@
 """Files of data sets: what others write is read exactly, and what is damaged or dangerous is refused."""
 
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedprune.core.errors import ConfigError, DataError
+from fedprune_device.data.array_source import read_arrays
 from fedprune_device.data.image_decoding import Pixels
+from fedprune_export.checks.labelled_file import read_labelled_data
 from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_files import read_image_folder
@@ -18,6 +21,7 @@ from fedprune_server.simulation.datasets.npz_files import npz_arrays, read_npz
 from fedprune_server.simulation.datasets.preparation import Preparation
 from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 from support.fakes.sample_files import image_file
+from support.fakes.tiny_job import ARCHITECTURE
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
 
@@ -77,6 +81,21 @@ def test_npz_arrays_are_what_numpy_reads(tmp_path, save, order):
         assert read[name].dtype == array.dtype
         assert np.array_equal(read[name], array)
     assert isinstance(read["big"], np.memmap) == (save is np.savez)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("read", [npz_arrays, read_arrays, lambda path: read_labelled_data(path, ARCHITECTURE, "f4")])
+@pytest.mark.parametrize("member", ["no array", "pipe"])
+def test_a_pipe_and_a_member_that_is_no_array_are_refused_in_one_sentence(tmp_path, read, member):
+    path = tmp_path / "a.npz"
+    if member == "pipe":
+        os.mkfifo(path)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", "no array")
+            archive.writestr("y.npy", "no array")
+    with pytest.raises(DataError, match=r"a\.npz.*(no array|not a regular file)"):
+        read(path)
 
 
 def test_an_npz_with_objects_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedprune.core.disk import flush_folder, storage_errors
+from fedprune.core.disk import flush_folder, open_file, read_file, storage_errors
 from fedprune.core.errors import StorageError
 
 # A file is written as `.name.partial` beside its path: a rename is atomic only within one disk. The name is fixed, so
@@ -73,7 +73,7 @@ def link_or_copy(source: Path, path: Path, *, sync: bool = True) -> None:
             # No copy could succeed after these either; FAT, some network disks and containers refuse links alone.
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
                 raise
-            with atomic_write(path, sync=sync) as file, source.open("rb") as original:
+            with atomic_write(path, sync=sync) as file, open_file(source) as original:
                 shutil.copyfileobj(original, file, 2**20)
             return
         partial.replace(path)
@@ -107,7 +107,7 @@ def read_document(path: Path) -> dict[str, Any] | None:
     """Read a document that `write_document` wrote; None if it does not exist. Raises `StorageError` if it is damaged or
     can't be read."""
     try:
-        raw = path.read_bytes()
+        raw = read_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -135,7 +135,7 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int = 0) -> Non
 def file_digest(path: Path) -> str:
     """The sha256 of a file as hex, read in chunks. Raises `OSError` if it can't be read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
 
 from fedprune.core.errors import FedpruneError
 
@@ -55,6 +58,13 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, max_bytes: in
         content = source.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise refuse(f"{member.filename[:200]!r}", expected=f"at most {max_bytes} bytes", got="more")
+    return content
+
+
+def plain_array(name: str, content: object) -> npt.NDArray[Any]:
+    """A member of an archive of arrays; numpy returns the bytes of one that is no array. Raises `ValueError` then."""
+    if not isinstance(content, np.ndarray):
+        raise ValueError(f"{name[:80]!r} in it is no array")
     return content
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from fedprune.core import records
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import file_digest, storage_errors
+from fedprune.core.disk import file_digest, open_file, read_file, storage_errors
 from fedprune.core.errors import ReleaseError, SignatureError
 from fedprune.core.records import Digest, item_count, number_range, pattern_text, printable_text
 from fedprune.core.text import one_line
@@ -155,7 +155,7 @@ def write_release(
         files = []
         for wheel in sorted(wheels, key=lambda w: w.name):
             file = ReleaseFile(wheel.name, file_digest(wheel), wheel.stat().st_size)
-            write_atomically(folder / FILES / file.sha256, wheel.read_bytes())
+            write_atomically(folder / FILES / file.sha256, read_file(wheel))
             files.append(file)
     return _write_manifest(folder, make_release(tuple(files)), key)
 
@@ -172,7 +172,7 @@ def rewrite_release(
     with storage_errors(f"can't make a release in {folder}"):
         (folder / FILES).mkdir(parents=True, exist_ok=True)
         for file in earlier.files:
-            write_atomically(folder / FILES / file.sha256, (old / FILES / file.sha256).read_bytes())
+            write_atomically(folder / FILES / file.sha256, read_file(old / FILES / file.sha256))
     release = replace(earlier, number=number, version=version or earlier.version, created=created)
     return _write_manifest(folder, release, key)
 
@@ -186,5 +186,5 @@ def _write_manifest(folder: Path, release: Release, key: SigningKey) -> Release:
 
 
 def _read_limited(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(limit + 1)

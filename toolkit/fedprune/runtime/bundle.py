@@ -127,8 +127,8 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
     precisions = tuple(p for p in PRECISIONS if graph_file(p) in body["files"])
     for name in (*FILES, *(n for p in precisions for n in files_of(p))):
         _check_file(folder / name, body["files"].get(name))
-    architecture = Architecture.from_json((folder / ARCHITECTURE).read_bytes())
-    selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
+    architecture = Architecture.from_json(read_file(folder / ARCHITECTURE))
+    selection = Selection.from_json(read_file(folder / SUBMODEL), architecture)
     if selection.digest != body["selection"]:
         raise BundleError(f"{folder}: the manifest names another selection", expected=body["selection"])
     _check_agreement(folder / MANIFEST, body, selection)
@@ -159,7 +159,7 @@ def _load_engine_plan(folder: Path, files: Mapping[str, Any]) -> EnginePlan | No
         return None
     _check_file(path, files[path.name])
     try:
-        plan = EnginePlan.from_json(path.read_bytes(), str(path))
+        plan = EnginePlan.from_json(read_file(path), str(path))
     except ConfigError as error:
         raise BundleError(str(error), hint="Export the bundle again.") from error
     _check_file(folder / plan.graph, files.get(plan.graph))

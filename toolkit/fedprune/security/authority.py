@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedprune.core.disk import make_private_folder, storage_errors
+from fedprune.core.disk import make_private_folder, read_file, storage_errors
 from fedprune.core.errors import IdentityError
 from fedprune.security.certificates import (
     EPOCH,
@@ -147,7 +147,7 @@ class Authority:
         """Whether the list on the disk is this authority's and has exactly these certificates (revocation times by
         serial number)."""
         try:
-            crl = x509.load_pem_x509_crl(self.crl_path.read_bytes())
+            crl = x509.load_pem_x509_crl(read_file(self.crl_path))
             is_genuine = crl.is_signature_valid(self._signer.key.public_key())
         except (OSError, ValueError, UnsupportedAlgorithm):
             return False

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedprune.core.disk import read_file
 from fedprune.core.errors import IdentityError, ProtocolError, path_remedy, value_text
 from fedprune.security.private_file import read_private, write_private
 
@@ -121,7 +122,7 @@ def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
 def load_certificate(path: Path, what: str) -> x509.Certificate:
     """Read a certificate from a file. Raises `IdentityError` if the file is missing or holds no certificate."""
     try:
-        return read_certificate(path.read_bytes(), f"{what} {path}")
+        return read_certificate(read_file(path), f"{what} {path}")
     except OSError as error:
         raise IdentityError(f"{what}: can't read {path} ({error.strerror})", hint=path_remedy(error)) from error
     except ProtocolError as error:

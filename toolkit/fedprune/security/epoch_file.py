@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedprune.core.atomic_file import write_atomically
+from fedprune.core.disk import read_file
 from fedprune.core.errors import StorageError, path_remedy
 from fedprune.core.validation import is_whole
 from fedprune.security.signed_envelope import MAX_EPOCH
@@ -68,7 +69,7 @@ class EpochFile:
 
 def _read_epoch(path: Path) -> int:
     try:
-        raw = path.read_bytes()
+        raw = read_file(path)
     except FileNotFoundError:
         return 0
     except OSError as error:

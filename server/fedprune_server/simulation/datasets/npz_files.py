@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
+from fedprune.core.disk import open_file
 from fedprune.core.errors import DataError, path_remedy
-from fedprune.core.zip_limits import check_sizes, unreadable_reason
+from fedprune.core.zip_limits import check_sizes, plain_array, unreadable_reason
 from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 
 Array = npt.NDArray[Any]
@@ -82,14 +83,14 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
     """
     try:
         arrays: dict[str, Array] = {}
-        with path.open("rb") as raw, zipfile.ZipFile(raw) as archive, np.load(path, allow_pickle=False) as file:
+        with open_file(path) as raw, zipfile.ZipFile(raw) as archive, np.load(path, allow_pickle=False) as file:
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 if names is not None and name not in names:
                     continue
                 check_sizes([member], f"{path}: {name[:80]}", DataError)
                 mapped = _map_array(path, raw, member) if member.filename.endswith(".npy") else None
-                arrays[name] = file[name] if mapped is None else mapped
+                arrays[name] = plain_array(name, file[name]) if mapped is None else mapped
         return arrays
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error)) from error

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from fedprune.core import records
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.metrics import AVERAGED_SUFFIX, METRICS, TRAINED_SUFFIX, Metric
 from fedprune.core.text import quantity
@@ -206,7 +206,7 @@ class Record:
     def load(cls, path: Path) -> Record:
         """Read a record's file. Raises `StorageError` if it can't be read or is damaged; the message names it."""
         with storage_errors(f"can't read {path}"):
-            raw = path.read_bytes()
+            raw = read_file(path)
         try:
             return cls.from_json(raw.decode(), str(path))
         except UnicodeDecodeError:
