@@ -18,7 +18,7 @@ from fedprune.model.recipe import judging_metric
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.status_text import DEFAULT_ROUNDS, NOT_BEGUN, status_text
 from fedprune_server.devices.plan_vs_actual import compare_device, planned_figures, training_processor
-from fedprune_server.devices.quarantine import read_quarantine_rows
+from fedprune_server.devices.quarantine import STRANGERS, read_quarantine_rows
 from fedprune_server.executor.accountant import privacy_spending
 from fedprune_server.maintenance.identity_check import find_revoked_devices
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
@@ -111,6 +111,7 @@ def job_status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "best": None if state is None else _score_fields(state.best_round(judge), judge),
         "latest": _score_fields(latest, judge),
         "devices": _device_rows(rows, identity or folder, state, running=running),
+        "strangers": read_quarantine_rows(identity or folder).get(STRANGERS),
         **({"privacy": costs} if (costs := privacy_spending(Privacy.from_dict(job["privacy"]), state)) else {}),
     }
 

@@ -45,6 +45,11 @@ def status_text(body: dict[str, Any], rounds: int = DEFAULT_ROUNDS) -> str:
         lines.append(_privacy_text(body["privacy"]))
     for device in body["devices"]:
         lines += _device_lines(device, body.get("privacy", {}).get("epsilon", {}).get(device["name"]))
+    if strangers := body.get("strangers"):
+        lines.append(
+            f"  strangers: {strangers['bad']} messages that are in a member's name and not its own, or make no sense; "
+            f"{strangers['dropped']} dropped unread. Check who uses your broker"
+        )
     latest_rounds = history[-rounds:]
     if len(latest_rounds) < len(history):
         lines.append(f"  the last {len(latest_rounds)} of {quantity(len(history), 'round')}:")

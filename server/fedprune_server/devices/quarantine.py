@@ -7,8 +7,9 @@ or reconnects together with ten thousand others spends few points, whatever its 
 points back. A device without points, or one that sends malformed updates, is quarantined: its messages are
 dropped unread, for a minute at first and twice as long each time.
 
-The accounting takes the same few steps for every message and keeps records of members only. Unknown names share one
-allowance, because a stranger can choose any number of names.
+The accounting takes the same few steps for every message and keeps records of members only. Strangers share one
+allowance: unknown names, because a stranger can choose any number of them, and messages in a member's name that the
+member has not signed. Nothing unsigned is charged to a member whose key is known.
 """
 
 from __future__ import annotations
@@ -72,8 +73,15 @@ FIRST_QUARANTINE_S, MAX_QUARANTINE_S = 60.0, 3600.0
 # Seconds without a quarantine after which the next one lasts `FIRST_QUARANTINE_S` again.
 FORGIVEN_AFTER_S = 24 * 3600.0
 
-# Maximum points that all unknown devices have together, and that they regain in a second.
+# Maximum points that all strangers have together, and that they regain in a second.
 MAX_STRANGER_POINTS, STRANGER_POINTS_PER_S = 100_000.0, 1000.0
+
+# Seconds after a forged message for which strangers pay for what comes in its device's name before it is read. So a
+# flood costs no more signature checks than strangers have points.
+FORGERY_S = 60.0
+
+# The strangers' row among those of devices; no device has this name.
+STRANGERS = ""
 
 _SAVE_INTERVAL_S, _WARNING_INTERVAL_S = 10.0, 600.0
 
@@ -116,6 +124,7 @@ class _Ledger:
     strikes: int = 0
     past_quarantines: int = 0
     quarantined_until: float = 0.0
+    forged_until: float = 0.0
     reason: str = ""
     counts: UnusedMessages = field(default_factory=UnusedMessages)
 
@@ -146,11 +155,12 @@ class Quarantine:
         """Give devices an allowance each. The caller limits their number."""
         self._known.update(devices)
 
-    def charge_message(self, device: str, size: int, *, chunk: bool = False) -> bool:
-        """Charge a device for a message, or for a chunk of a blob; returns whether the server may read it."""
+    def charge_message(self, device: str, size: int, *, chunk: bool = False, is_verified: bool = True) -> bool:
+        """Charge a device for a message, or for a chunk of a blob; returns whether the server may read it. One that
+        isn't `is_verified` is only in the device's name: a chunk, or a message whose signature isn't checked yet."""
         ledger, now = self._ledger(device), self._clock()
         if ledger is None:
-            return self._charge_strangers(MESSAGE_COST + size / BYTES_PER_POINT, now)
+            return self._charge_strangers(size, now)
         if now < ledger.quarantined_until:
             ledger.counts.dropped += 1
             self._has_changed = True
@@ -160,14 +170,26 @@ class Quarantine:
             ledger.credit -= requested
             if requested == size:
                 return True
-            ledger.counts.unasked += 1
+            ledger.counts.unasked += is_verified
             size -= requested
+        if not is_verified:
+            return (not chunk and now >= ledger.forged_until) or self._charge_strangers(size, now)
         cost = MESSAGE_COST + size / BYTES_PER_POINT
         is_paid = self._charge(
             device, ledger, cost, now, "chunks that the server didn't ask for" if chunk else "too many messages"
         )
         ledger.counts.dropped += not is_paid
         return is_paid
+
+    def note_forgery(self, device: str, size: int) -> None:
+        """Charge strangers for a message in a member's name that isn't genuine, or that has come before."""
+        ledger, now = self._ledger(device), self._clock()
+        self._strangers.counts.bad += 1
+        self._has_changed = True
+        if ledger is not None:
+            if now >= ledger.forged_until:  # else they have paid before it was read
+                self._charge_strangers(size, now)
+            ledger.forged_until = now + FORGERY_S
 
     def should_ignore(self, topic: str) -> bool:
         """Whether messages of a topic are dropped unread; may be called from any thread."""
@@ -217,7 +239,8 @@ class Quarantine:
             ledger.counts.bad += 1
             self._charge(device, ledger, INVALID_MESSAGE_COST, self._clock(), "messages that make no sense")
         else:
-            self._charge_strangers(INVALID_MESSAGE_COST, self._clock())
+            self._strangers.counts.bad += 1
+            self._charge_strangers(int(INVALID_MESSAGE_COST * BYTES_PER_POINT), self._clock())
 
     def note_rejected_update(self, device: str, kind: str, reason: str) -> None:
         """Note that a device's update was rejected. Only `FailureKind.MALFORMED` counts.
@@ -273,7 +296,7 @@ class Quarantine:
         return True
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Unused messages and quarantine of each device, for JSON."""
+        """Unused messages and quarantine of each device, and of strangers together, for JSON."""
         now, wall = self._clock(), self._wall()
         return {
             device: {
@@ -281,7 +304,7 @@ class Quarantine:
                 "until": wall + ledger.quarantined_until - now if ledger.quarantined_until > now else None,
                 "reason": ledger.reason,
             }
-            for device, ledger in sorted(self._ledgers.items())
+            for device, ledger in sorted([(STRANGERS, self._strangers), *self._ledgers.items()])
             if ledger.counts != UnusedMessages()
         }
 
@@ -340,20 +363,21 @@ class Quarantine:
             device, seconds, ledger.counts.times, reason,
         )  # fmt: skip
 
-    def _charge_strangers(self, cost: float, now: float) -> bool:
-        """Charge the allowance that all unknown names share; returns whether the message is paid."""
-        ledger = self._strangers
+    def _charge_strangers(self, size: int, now: float) -> bool:
+        """Charge the allowance that all strangers share for a message; returns whether it is paid."""
+        ledger, cost = self._strangers, MESSAGE_COST + size / BYTES_PER_POINT
         ledger.points = min(MAX_STRANGER_POINTS, ledger.points + (now - ledger.refilled_at) * STRANGER_POINTS_PER_S)
         ledger.refilled_at = now
         if ledger.points >= cost:
             ledger.points -= cost
             return True
         ledger.counts.dropped += 1
+        self._has_changed = True
         if now >= self._next_warning_at:
             self._next_warning_at = now + _WARNING_INTERVAL_S
             log.warning(
-                "unknown devices send too much: %d of their messages have been dropped unread. Check who uses your "
-                "broker",
+                "unknown devices, or clients in members' names, send too much: %d of their messages have been dropped "
+                "unread. Check who uses your broker",
                 ledger.counts.dropped,
             )
         return False

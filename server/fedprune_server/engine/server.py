@@ -26,7 +26,7 @@ from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.topics import NO_JOB
 from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence
-from fedprune_server.devices.quarantine import Quarantined, Released
+from fedprune_server.devices.quarantine import STRANGERS, Quarantined, Released
 from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
 from fedprune_server.engine.device_scheduler import DeviceScheduler
 from fedprune_server.engine.job_runner import JobRunner
@@ -279,7 +279,8 @@ class Server:
         self._complaints.note_rejection(topic, error, device if self.main_runner.registry.is_admitted(device) else "")
         # A board of a newer version may send messages of kinds that this server doesn't know.
         if not isinstance(error, UnknownMessageError):
-            self._site.quarantine.charge_invalid(device)
+            # Chunks are not signed: anyone may have sent one.
+            self._site.quarantine.charge_invalid(STRANGERS if topic.endswith("/blob") else device)
 
     def _pass_on(self, envelope: Envelope) -> None:
         """Note the sign of life in a message, and pass the message on to the jobs that it concerns."""

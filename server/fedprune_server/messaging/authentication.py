@@ -26,7 +26,7 @@ from fedprune.wire.messages import Birth, Death, Hello, parse_message
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
-from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.devices.quarantine import STRANGERS, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.messaging import transport
@@ -164,8 +164,9 @@ class AuthenticatedLink(transport.Relay):
                     "--claim FILE` on the board."
                 )
                 raise SignatureError(f"{device} is not a member", hint=hint)
-            opened_item = item if channel != "up" else (topic, self._open_message(device, topic, payload))
-            self._opened_items.append((device, opened_item))
+            body = payload if channel != "up" else self._open_message(device, topic, payload)
+            if body is not None:
+                self._opened_items.append((device, (topic, body)))
         except ProtocolError as error:
             self._complaints.note_rejection(topic, error, device if device in self._members else "")
 
@@ -208,13 +209,20 @@ class AuthenticatedLink(transport.Relay):
             if answer.status == APPROVED:
                 self._next_poll_at, self._members_version = self._clock(), None  # the new member may send at once
 
-    def _open_message(self, device: str, topic: str, payload: bytes) -> bytes:
-        """The content of a signed message. Raises `SignatureError` if it isn't the device's, or is replayed."""
+    def _open_message(self, device: str, topic: str, payload: bytes) -> bytes | None:
+        """The content of a signed message; None if its device has sent too much. Raises `ProtocolError` if it isn't the
+        device's, or is replayed: then strangers are charged for it, as the device may not have sent it."""
         opener = self._opener(device)
         previous_epoch = opener.epoch(topic)
         try:
             body = opener.open(topic, payload)
-        except StaleEpochError as error:
+        except ProtocolError as error:
+            # A will, and what was under way as this server started, are of an earlier epoch and honest.
+            is_stale = isinstance(error, StaleEpochError)
+            if not (is_stale and self._quarantine.charge_message(STRANGERS, len(payload))):
+                self._quarantine.note_forgery(device, len(payload))
+            if not isinstance(error, StaleEpochError):
+                raise
             # A will was signed when its connection began, so its epoch is old. A repeated will has no effect: it names
             # its connection, and only the will of the latest connection counts.
             body = unseal(opener.key, topic, payload).body
@@ -224,6 +232,8 @@ class AuthenticatedLink(transport.Relay):
                 self._repeat_hello(device)
                 raise
             return body
+        if not self._quarantine.charge_message(device, len(payload)):
+            return None
         may_be_birth = Birth.kind.encode() in body or b"\\" in body  # which may stand for any letter
         if may_be_birth and topic == self._topics.up(device) and isinstance(birth := parse_message(body), Birth):
             self._sealer.begin_epoch(self._topics.down(device))

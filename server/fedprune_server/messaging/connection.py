@@ -103,7 +103,9 @@ def open_connection(config: ServerConfig, identity: IdentityFolder | None) -> It
             inbox, wake = Inbox[Event](JOIN_INBOX_BYTES), link.wake
             joins = BrokerLink(url, _random_id(), tls=tls, inbox=inbox, pause_s=JOIN_FLOOD_PAUSE_S, wake=wake)
             stack.callback(joins.close)
-            wire = AuthenticatedLink(RateLimitedLink(link, quarantine), identity, joins=joins, quarantine=quarantine)
+            wire = AuthenticatedLink(
+                RateLimitedLink(link, quarantine, is_signed=True), identity, joins=joins, quarantine=quarantine
+            )
         stack.callback(link.close)
         yield ServerConnection(wire, link, joins, broker, site, quarantine, url)
 

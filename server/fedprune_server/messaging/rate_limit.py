@@ -7,12 +7,12 @@ from fedprune_server.messaging.transport import DroppedMessage, Item, Relay, Wir
 
 
 class RateLimitedLink(Relay):
-    """A connection without the messages that a quarantine drops. Signatures are checked behind it, because each check
-    costs as much as dropping a dozen messages here."""
+    """A connection without the messages that a quarantine drops. Signatures are checked behind it, if messages are
+    signed, because each check costs as much as dropping a dozen messages here; then its sender is charged behind it."""
 
-    def __init__(self, link: Wire, quarantine: Quarantine) -> None:
+    def __init__(self, link: Wire, quarantine: Quarantine, *, is_signed: bool = False) -> None:
         super().__init__(link)
-        self._quarantine = quarantine
+        self._quarantine, self._is_signed = quarantine, is_signed
 
     def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
         event = self._quarantine.next_event()
@@ -20,8 +20,9 @@ class RateLimitedLink(Relay):
             return event
         item = self._link.get(timeout)
         if isinstance(item, tuple):
-            topic, payload = item
-            if not self._quarantine.charge_message(_device_level(topic), len(payload), chunk=topic.endswith("/blob")):
+            device, is_chunk = _device_level(item[0]), item[0].endswith("/blob")
+            is_verified = not self._is_signed
+            if not self._quarantine.charge_message(device, len(item[1]), chunk=is_chunk, is_verified=is_verified):
                 return DroppedMessage()
         return item
 

@@ -168,8 +168,8 @@ class Uploads:
             return []
         try:
             requests = upload.pull.on_chunk(chunk, now)
-        except ProtocolError as error:
-            return self._fail_upload(device, str(error), now)
+        except ProtocolError as error:  # not malformed: chunks aren't signed, and anyone may have damaged them
+            return self._fail_upload(device, str(error), now, FailureKind.OTHER)
         if upload.pull.is_done:
             return self._end_upload(device, ArrivedUpdate(device, upload.round, upload.attempt, upload.ref.sha256), now)
         leaves = upload.pull.progress[0]

@@ -29,9 +29,16 @@ from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_device.network import signed_channel as device_side
 from fedprune_device.network.connection import BoardConnection, ReceivedMessage
-from fedprune_server.devices.quarantine import MAX_POINTS, Quarantine
+from fedprune_server.devices import quarantine as quarantine_module
+from fedprune_server.devices.quarantine import (
+    BYTES_PER_POINT,
+    MAX_POINTS,
+    STRANGERS,
+    Quarantine,
+)
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging import authentication as server_side
+from fedprune_server.messaging.rate_limit import RateLimitedLink
 from fedprune_server.messaging.transport import DeviceRevoked, DuplicateIdentity
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from support.faults.failing_disk import fault
@@ -568,14 +575,43 @@ def test_a_renewal_that_names_another_key_of_the_server_is_not_taken(lab: Lab) -
     assert pi.admit(genuine, pi.pin) is not None
 
 
-def test_members_are_known_before_they_announce_themselves(lab: Lab) -> None:
+def test_members_are_known_before_they_announce_themselves_and_pay_for_what_they_have_signed(lab: Lab) -> None:
     quarantine = Quarantine(lambda: lab.now + 1)
-    server = lab.new_server()
-    server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, quarantine=quarantine)
-    server.link.get()
-    forged = (TOPICS.up("pi-1"), b"unsigned")
-    for _ in range(int(MAX_POINTS)):
-        if quarantine.charge_message("pi-1", 100):
-            server.receive(forged)
+    server, pi = lab.new_server(), lab.boards["pi-1"]
+    guarded = RateLimitedLink(server.end, quarantine, is_signed=True)
+    server.link = server_side.AuthenticatedLink(guarded, lab.identity, lambda: lab.now, quarantine=quarantine)
+    progress = RoundProgress("pi-1", "job", 1, 1, "train", 1, 10)
+    server.receive(*(pi.say(progress) for _ in range(int(MAX_POINTS))))
     assert [*quarantine.sentences()] == ["pi-1"]
     assert quarantine.charge_message("pi-2", 100)
+
+
+@pytest.mark.parametrize("kind", ["unsigned", "another board's", "said again", "an unwanted chunk"])
+def test_what_a_member_has_not_signed_is_charged_to_strangers(
+    lab: Lab, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood in a member's name doesn't quarantine it; it is bounded, and costs other members nothing."""
+    monkeypatch.setattr(quarantine_module, "MAX_STRANGER_POINTS", points := 4.0 * MAX_POINTS)
+    quarantine = Quarantine(lambda: lab.now + 1)
+    server, pi, other = lab.new_server(), lab.boards["pi-1"], lab.boards["pi-2"]
+    guarded = RateLimitedLink(server.end, quarantine, is_signed=True)
+    server.link = server_side.AuthenticatedLink(guarded, lab.identity, lambda: lab.now, quarantine=quarantine)
+    genuine = pi.say(RoundProgress("pi-1", "job", 1, 1, "train", 1, 10))
+    forged = {
+        "unsigned": (TOPICS.up("pi-1"), b"FPS\x01" + bytes(200)),
+        "another board's": (TOPICS.up("pi-1"), other.say(RoundProgress("pi-2", "job", 1, 1, "train", 1, 10))[1]),
+        "said again": genuine,
+        "an unwanted chunk": (TOPICS.up_blob("pi-1"), bytes(32768)),
+    }[kind]
+    server.receive(genuine)
+    flood = int(1.5 * points / (1 + len(forged[1]) / BYTES_PER_POINT))
+    read = len(server.receive(*[forged] * flood))
+
+    assert read <= (flood if kind == "an unwanted chunk" else 0)
+    assert not quarantine.sentences()
+    rows = quarantine.rows()
+    assert rows.keys() == {STRANGERS}
+    assert 0.3 * flood < rows[STRANGERS]["dropped"] < 0.5 * flood
+    assert len(server.receive(other.say(RoundProgress("pi-2", "job", 1, 1, "train", 2, 10)))) == 1
+    lab.now += 61
+    assert len(server.receive(pi.say(RoundProgress("pi-1", "job", 1, 1, "train", 2, 10)))) == 1

@@ -37,7 +37,7 @@ class RejectedMessageLog:
             for name, count in sorted(self._counts.items()):
                 if count > MAX_LOGGED:
                     self._log.warning(
-                        "ignored %d more bad messages%s", count - MAX_LOGGED, f" of {name}" if name else ""
+                        "ignored %d more bad messages%s", count - MAX_LOGGED, f" on topics of {name}" if name else ""
                     )
             self._counts.clear()
             self._since = now
@@ -46,5 +46,5 @@ class RejectedMessageLog:
             return
         self._log.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
         if self._counts[sender] == MAX_LOGGED:
-            of_sender = f" of {sender}" if sender else ""
+            of_sender = f" on topics of {sender}" if sender else ""
             self._log.warning("further bad messages%s are counted for an hour, and not shown", of_sender)
