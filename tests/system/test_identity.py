@@ -127,7 +127,8 @@ class Mallory:
             self._link.publish(topic, raw)
 
 
-@pytest.mark.parametrize("site", ["embedded"], indirect=True)
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("site", ["mosquitto"], indirect=True)
 def test_a_hostile_broker_can_delay_a_run_but_not_change_a_bit_of_it(
     site: Site, material: Path, tmp_path: Path
 ) -> None:
@@ -138,9 +139,11 @@ def test_a_hostile_broker_can_delay_a_run_but_not_change_a_bit_of_it(
         expected = models(calm)
     finally:
         calm.stop_all()
+    broker_url = site.open_broker()
+    site.start("broker")
     site.start("server")
-    site.wait_for(lambda: listens(site.port), "the broker listens")
-    mallory = Mallory(site.url, SigningKey.make())
+    site.wait_for(lambda: listens(site.join_port), "the broker listens")
+    mallory = Mallory(broker_url, SigningKey.make())
 
     def noticed() -> bool:
         return all("ignored a message" in (site.folder / f"{name}.log").read_text() for name in ("server", *DEVICES))

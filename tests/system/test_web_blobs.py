@@ -70,14 +70,15 @@ class Ear:
 @contextmanager
 def site(material: Path, folder: Path, settings: str) -> Iterator[Site]:
     folder.mkdir()
-    with Site(material, folder, f"{CONFIG}{settings}\n", DEVICES, 60, secure=True) as made:
+    with Site(material, folder, f"{CONFIG}{settings}\n", DEVICES, 60, mosquitto=True, secure=True) as made:
         yield made
 
 
 def ran(made: Site) -> tuple[list[str], int, int]:
     """Models of the rounds, bytes that boards got from the web, and bytes of chunks that they got over MQTT."""
+    ear_url = made.open_broker()
     made.start_all()
-    ear = Ear(made.url)
+    ear = Ear(ear_url)
     try:
         models = [r["model"] for r in made.finish().history]
     finally:

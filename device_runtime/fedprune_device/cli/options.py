@@ -57,7 +57,7 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
         "--join",
         metavar="URL",
         default=os.environ.get(JOIN_VARIABLE),
-        help=f"address for joining, also ${JOIN_VARIABLE} (default: port 8884 of the broker's host, then the broker)",
+        help=f"address for joining, also ${JOIN_VARIABLE} (default: the port after the broker's, then the broker)",
     )
     parser.add_argument(
         "--ca",

@@ -31,20 +31,18 @@ from fedprune.wire.urls import BrokerUrl
 
 _LOG = logging.getLogger("fedprune.device")
 
-JOIN_PORT = 8884  # of brokers that `fedprune-server broker-config` sets up, in addition to 8883 for members
-
-_MEMBER_PORT = 8883
 _REQUEST_INTERVAL_S = 5.0  # between two requests without an answer
 _APPROVAL_INTERVAL_S = 20.0  # while an operator's approval is awaited, which takes minutes at least
 
 
 def join_urls(broker: str) -> list[str]:
-    """URLs at which a board may ask to join, likeliest first; raises `ConfigError` if `broker` isn't a URL."""
+    """URLs at which a board may ask to join, likeliest first: brokers that fedprune sets up have a listener for it on
+    the port after that for members, such as 8884 and 8883. Raises `ConfigError` if `broker` isn't a URL."""
     url = BrokerUrl.parse(broker)
-    if not url.tls or url.port != _MEMBER_PORT:
+    if not url.tls:
         return [broker]
     scheme, _, rest = broker.rstrip("/").partition("://")
-    return [f"{scheme}://{rest.removesuffix(f':{_MEMBER_PORT}')}:{JOIN_PORT}", broker]
+    return [f"{scheme}://{rest.removesuffix(f':{url.port}')}:{url.port + 1}", broker]
 
 
 class ForeignAnswerError(JoinError):

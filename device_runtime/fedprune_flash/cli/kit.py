@@ -25,7 +25,7 @@ def add_kit_command(commands: argparse._SubParsersAction[CommandParser]) -> None
     kit.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     kit.add_argument("--server", required=True, metavar="URL", help="mqtts://host[:port], no password")
     kit.add_argument(
-        "--join", default="", metavar="URL", help="address for joining (default: the server's host, port 8884)"
+        "--join", default="", metavar="URL", help="address for joining (default: the port after the server's)"
     )
     kit.add_argument(
         "--device",

@@ -35,7 +35,7 @@ class BoardSettings:
 
     `server` is `mqtts://host[:port]` without user and password; `mqtt://` is for trials on this machine alone. `data`
     is an absolute path on the board, or `package.module:function`. `authority`: whether the kit brings certificates
-    of other authorities of the broker. `join` is where the board joins, if not at the broker's host, port 8884. Raises
+    of other authorities of the broker. `join` is where the board joins, if not at the port after the broker's. Raises
     `ConfigError`.
     """
 

@@ -151,10 +151,11 @@ def _embedded_broker(config: BrokerSettings, identity: IdentityFolder | None) ->
     hosts = listener_names(config.host)
     if config.host not in LOOPBACK_HOSTS:
         log.warning(
-            "the embedded broker encrypts, but whoever reaches %s may connect: it can't change what is said, but read "
-            "models, and crowd the broker. See docs/run-a-fleet.md.",
+            "the embedded broker is for trials: whoever reaches %s may ask to join, and crowd it. See "
+            "docs/run-a-fleet.md.",
             config.host,
         )
         log.info("boards reach it as one of: %s", ", ".join(hosts))
     port = _TLS_PORT if config.port is None else config.port
-    return EmbeddedBroker(config.host, port, TlsFiles(*identity.listener_files("broker", hosts)))
+    identity.update_revocations()  # Mosquitto reads the list when it starts
+    return EmbeddedBroker(config.host, port, TlsFiles(*identity.listener_files("broker", hosts), identity.site))

@@ -22,7 +22,7 @@ from fedprune.security.keys import grouped_digits
 from fedprune.wire.link import BrokerLink
 from fedprune_device.cli.main import main
 from fedprune_device.network import enrollment
-from fedprune_device.network.enrollment import enrol
+from fedprune_device.network.enrollment import enrol, join_urls
 from fedprune_device.network.renewal import Renewal
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.server_config import ServerConfig
@@ -43,9 +43,9 @@ class Server:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.identity = stack.enter_context(IdentityFolder.make(folder, "lab"))
         broker = stack.enter_context(
-            EmbeddedBroker(port=0, tls=TlsFiles(*self.identity.listener_files("broker", ["127.0.0.1"])))
+            EmbeddedBroker(port=0, tls=TlsFiles(*self.identity.listener_files("broker", ["127.0.0.1"]), "lab"))
         )
-        self.url = broker.url
+        self.url, self.join_url = broker.url, join_urls(broker.url)[0]
         link = BrokerLink(broker.url, "server", tls=self.identity.tls_context)
         stack.callback(link.close)
         link.subscribe(["fedprune/1/lab/+/-/join"])
@@ -152,7 +152,7 @@ def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: P
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
     messages: list[str] = []
     with pytest.raises(JoinError, match="didn't count"):
-        enrol(board, [server.url], JoinClaim.parse(claim.text), patience_s=3, report=messages.append)
+        enrol(board, [server.join_url], JoinClaim.parse(claim.text), patience_s=3, report=messages.append)
     assert not board.has_joined
     assert any("doesn't count" in line for line in messages)
 
@@ -162,7 +162,7 @@ def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(serve
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
     messages: list[str] = []
     assert enrol(
-        board, [closed, server.url], server.identity.make_claim(None, 3600), patience_s=30, report=messages.append
+        board, [closed, server.join_url], server.identity.make_claim(None, 3600), patience_s=30, report=messages.append
     )
     assert board.has_joined
     assert messages == []  # what failed first is no news where the next one answers
@@ -178,7 +178,7 @@ def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(serve
 
 def test_a_certificate_is_renewed_over_the_same_broker_and_works(server: Server, tmp_path: Path) -> None:
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    enrol(board, [server.url], server.identity.make_claim(None, 3600), patience_s=30)
+    enrol(board, [server.join_url], server.identity.make_claim(None, 3600), patience_s=30)
     before = (tmp_path / "board" / "device.pem").read_bytes()
     Renewal(board, [server.url], lambda: True).renew(30)
     after = (tmp_path / "board" / "device.pem").read_bytes()
@@ -234,7 +234,7 @@ def test_a_stranger_hears_no_password_whoever_asks(server: Server, tmp_path: Pat
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
     claim, authority = server.identity.make_claim(None, 3600), None
     if who == "member":
-        enrol(board, [server.url], claim, patience_s=30)
+        enrol(board, [server.join_url], claim, patience_s=30)
     if who == "with an authority":
         authority = server.identity.path / "authority.pem"
     stranger = Stranger(tmp_path / "stranger")

@@ -9,8 +9,9 @@ import shlex
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.messaging.broker.broker_files import BrokerAddress, filled_template, write_broker
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.broker.programs import Amqtt, TlsFiles
+from fedprune_server.messaging.broker.programs import find_mosquitto as find_program
 from fedprune_server.messaging.broker.revocations import list_delivery
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.waiting import attempts, until
@@ -186,6 +190,93 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_
         assert device.all(len(down)) == [(topic, b"2") for topic in down]
         server.publish(LAB.servers(), b"3")
         assert server.all(1) == [(LAB.servers(), b"3")]
+
+
+READERS_AND_WRITERS = {
+    **{LAB.up(name, job): ({"server"}, {name}) for name in ("pi-1", "pi-2") for job in ("-", "job")},
+    **{LAB.up_blob(name): ({"server"}, {name}) for name in ("pi-1", "pi-2")},
+    **{LAB.down(name, job): ({name}, {"server"}) for name in ("pi-1", "pi-2") for job in ("-", "job")},
+    **{LAB.down_blob(name): ({name}, {"server"}) for name in ("pi-1", "pi-2")},
+    **{
+        LAB.join_request(32 * d): ({"server"}, {who})
+        for d, who in zip("123", ("pi-1", "pi-2", "stranger"), strict=True)
+    },
+    **{
+        LAB.join_answer(32 * d): ({who}, {"server"}) for d, who in zip("123", ("pi-1", "pi-2", "stranger"), strict=True)
+    },
+    LAB.broadcast(): ({"pi-1", "pi-2", "server"}, {"server"}),
+    LAB.servers(): ({"server"}, {"server"}),
+    Topics("other").up("pi-1"): (set(), set()),
+    "elsewhere": (set(), set()),
+}
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("kind", ["broker-config", "mosquitto", "amqtt"])
+def test_every_broker_that_we_set_up_lets_the_same_clients_reach_the_same_topics(
+    site: Site, pi_1: DeviceIdentity, pi_2: DeviceIdentity, kind: str
+) -> None:
+    with ExitStack() as stack:
+        ports = site.broker.port, site.broker.join_port
+        if kind != "broker-config":
+            tls = TlsFiles(*site.identity.listener_files("broker", ["127.0.0.1"]), "lab")
+            program = {"mosquitto": find_program(), "amqtt": Amqtt()}[kind]
+            assert program is not None
+            port = stack.enter_context(EmbeddedBroker(port=0, tls=tls, candidates=[program])).port
+            ports = port, port + 1
+        unnamed = pinned_context(site.folder / "state" / "identity" / "authority.pem", None, None, time.time)
+        contexts = {
+            "server": (site.identity.tls_context(), "0" * 32), "pi-1": (pi_1.tls_context(), "1" * 32),
+            "pi-2": (pi_2.tls_context(), "2" * 32), "stranger": (unnamed, "3" * 32),
+        }  # fmt: skip
+        clients = {}
+        for name, (context, client_id) in contexts.items():
+            clients[name] = client = Client(context, [*READERS_AND_WRITERS], client_id, "")
+            stack.callback(client.close)
+            client.connect(ports[name == "stranger"])
+        for name, client in clients.items():
+            for topic in READERS_AND_WRITERS:
+                client.publish(topic, name.encode())
+        got = {(topic, publisher.decode(), reader) for reader, c in clients.items() for topic, publisher in c.all()}
+
+    assert got == {
+        (topic, writer, reader)
+        for topic, (readers, writers) in READERS_AND_WRITERS.items()
+        for writer in writers
+        for reader in readers
+    }
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("kind", ["mosquitto", "amqtt", "insecure mosquitto", "insecure amqtt"])
+def test_a_stranger_leaves_next_to_nothing_at_the_embedded_broker(site: Site, kind: str) -> None:
+    """30 MiB as retained messages under ever new topics."""
+    with ExitStack() as stack:
+        tls = TlsFiles(*site.identity.listener_files("broker", ["127.0.0.1"]), "lab")
+        program = Amqtt() if "amqtt" in kind else find_program()
+        assert program is not None
+        is_plain = "insecure" in kind
+        broker = stack.enter_context(EmbeddedBroker(port=0, tls=None if is_plain else tls, candidates=[program]))
+        stranger = paho.Client(CallbackAPIVersion.VERSION2, "stranger")
+        if not is_plain:
+            stranger.tls_set_context(unpinned_context())
+        stranger.connect("127.0.0.1", broker.port + (not is_plain))
+        stranger.loop_start()
+        kibibytes = [resident_kib(broker.pid)]
+        for blocks in (10, 30):
+            for number in range(blocks):
+                with suppress(RuntimeError, ValueError):  # the broker may hang up
+                    stranger.publish(f"x/{blocks}/{number}", bytes(2**20), 1, retain=True).wait_for_publish(5)
+            kibibytes.append(resident_kib(broker.pid))
+        stranger.disconnect()
+        stranger.loop_stop()
+        # The first megabytes are buffers.
+        assert kibibytes[2] - kibibytes[1] < 1024
+
+
+def resident_kib(pid: int | None) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
 @pytest.mark.mosquitto
@@ -411,7 +502,7 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
 )
 def test_what_would_say_something_else_in_a_configuration_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(IdentityError):
-        BrokerAddress(**{"hosts": ("b",), "port": 8883, "join_port": 8884, "folder": Path("/a"), **wrong})  # type: ignore[arg-type]
+        BrokerAddress(**{"hosts": ("b",), "port": 8883, "join_port": 8884, "folder": Path("/a"), **wrong}).check()  # type: ignore[arg-type]
 
 
 @pytest.mark.mosquitto

@@ -86,16 +86,17 @@ def test_a_will_is_delivered(broker: EmbeddedBroker) -> None:
 
 
 def test_with_a_certificate_it_encrypts(program: Program, tmp_path: Path) -> None:
+    lab = Topics("lab")
     with IdentityFolder.make(tmp_path / "the state", "lab") as identity:
-        tls = TlsFiles(*identity.listener_files("broker", ["127.0.0.1"]))
+        tls = TlsFiles(*identity.listener_files("broker", ["127.0.0.1"]), "lab")
         with EmbeddedBroker(port=0, tls=tls, candidates=[program]) as broker:
             assert broker.url.startswith("mqtts://")
             with closing(BrokerLink(broker.url, "a", tls=identity.tls_context)) as link:
-                link.subscribe(["x"])
+                link.subscribe([lab.servers()])
                 link.start()
                 assert link.get(30) == ConnectionUp()
-                link.publish("x", b"123")
-                assert link.get(30) == ("x", b"123")
+                link.publish(lab.servers(), b"123")
+                assert link.get(30) == (lab.servers(), b"123")
 
 
 def test_it_restarts_on_the_same_port_and_links_come_back_with_their_subscriptions(broker: EmbeddedBroker) -> None:

@@ -52,7 +52,8 @@ def free_port() -> int:
     """A port that nobody listens on, and that nobody else gets before it is listened on.
 
     It is none of those that the kernel gives to whoever asks for any, or connects to somebody: between this call and
-    the moment when the port is used it might do so. Of tests that run at the same time each port is one process's.
+    the moment when the port is used it might do so. Of tests that run at the same time each port is one process's, and
+    so is the next one, where an embedded broker lets boards join.
     """
     try:
         end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -60,7 +61,7 @@ def free_port() -> int:
         end = 32_768
     first, end = (10_240, end) if end > 12_000 else (10_240, 65_536)
     while True:
-        port, claim = random.SystemRandom().randrange(first, end), socket.socket(socket.AF_UNIX)
+        port, claim = random.SystemRandom().randrange(first, end, 2), socket.socket(socket.AF_UNIX)
         try:
             claim.bind(f"\0fedprune-test-port-{port}")
             with socket.socket() as probe:

@@ -138,7 +138,8 @@ class Site:
         self.amqtt = amqtt
         self.secure = secure
         self.state = folder / "server"
-        self.port, self.join_port = free_port(), free_port()
+        self.port = free_port()
+        self.join_port = self.port + 1
         self.board_ports: dict[str, int] = {}
         """Where boards find the broker that don't find it at its own port."""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -171,6 +172,13 @@ class Site:
         with (self.folder / "mosquitto.conf").open("a") as file:
             file.write("user root\n")  # what starts it here can't give its files to another user
 
+    def open_broker(self) -> str:
+        """Let every client do anything at Mosquitto, as a hostile broker would; returns where one without a certificate
+        connects."""
+        (self.folder / "acl").write_text("pattern readwrite #\n")
+        (self.folder / "acl-join").write_text("topic readwrite #\n")
+        return self._url(self.join_port)
+
     def __enter__(self: _Site) -> _Site:
         return self
 
@@ -202,8 +210,7 @@ class Site:
             start = [*python[:1], "-c", AMQTT_ONLY] if self.amqtt else python
             return [*start, "fedprune_server.cli.main", *run, *where, *security]
         if self.secure:
-            join = self.join_port if self.mosquitto else self.port
-            security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{join}"]
+            security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{self.join_port}"]
         url = self._url(self.board_ports.get(name, self.port))
         start = [*python[:1], "-c", HOLDING_PROGRAM, str(self.holds)] if self.may_hold else python
         return [

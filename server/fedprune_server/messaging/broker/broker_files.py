@@ -27,7 +27,9 @@ from fedprune.core.errors import IdentityError
 from fedprune.security.certificates import make_request, make_tls_key, pem_of, tls_key_pem
 from fedprune_server.enrollment.pki import IdentityFolder
 
-TEMPLATES = {"mosquitto": ("mosquitto.conf", "acl", "acl-join"), "emqx": ("emqx.conf", "acl.conf")}
+# Who may publish and subscribe what, in Mosquitto's form: with a certificate, and without.
+RULES_FILES = ("acl", "acl-join")
+TEMPLATES = {"mosquitto": ("mosquitto.conf", *RULES_FILES), "emqx": ("emqx.conf", "acl.conf")}
 BROKER_KEY_FILE = "broker.key"
 
 
@@ -49,7 +51,8 @@ class BrokerAddress:
     folder: Path
     bind: str = ""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `IdentityError` for what would say something else in a configuration file."""
         folder = str(self.folder)
         # Both texts are pasted into configuration files, whose quoting differs from broker to broker.
         if any(c.isspace() or not c.isprintable() or c in '"\\' for c in folder):
@@ -65,6 +68,7 @@ def write_broker(identity: IdentityFolder, kind: str, broker: BrokerAddress, out
 
     The broker's private key has mode 0600.
     """
+    broker.check()
     with storage_errors(f"can't write {out}"):
         out.mkdir(parents=True, exist_ok=True)
     key = make_tls_key()

@@ -1,8 +1,8 @@
 """The embedded broker: Mosquitto or amqtt in a child process, for a quick start and for tests.
 
-It needs no configuration and has no access control: any client that reaches it can read its messages and flood it.
-With a certificate it encrypts; without, it belongs on the loopback interface. A fleet in the field belongs on a broker
-of its own with the fleet's rules (`broker_files`).
+It needs no configuration. With an identity it has the limits and access rules of a fleet's broker (`broker_files`): one
+port for members, and the next one for boards that join. Without, any client that reaches it can read its messages and
+flood it, so that it belongs on the loopback interface.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ class EmbeddedBroker:
         return f"{'mqtt' if self._tls is None else 'mqtts'}://{host}:{self.port}"
 
     @property
+    def _ports(self) -> tuple[int, ...]:
+        """Its ports; the last one is open to clients without a certificate."""
+        return (self.port,) if self._tls is None else (self.port, self.port + 1)
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
@@ -139,26 +144,31 @@ class EmbeddedBroker:
             if self._takes_any_port:
                 self.port = _bindable_port(self.host, 0)
             problem = ""
-            if _bindable_port(self.host, self.port):
+            if self._has_free_ports():
                 self._spawn(program)
                 problem = self._wait_for_mqtt(timeout)
                 if not problem:
                     return ""
                 self.stop()
-                if _bindable_port(self.host, self.port):
+                if self._has_free_ports():
                     return problem
             if attempt == _PORT_ATTEMPTS if self._takes_any_port else time.monotonic() > patience_ends_at:
                 break
             # Another process took the port between our check and the broker's start, or is just leaving it.
             time.sleep(0.0 if self._takes_any_port else _PAUSE_S)
         raise PortTakenError(
-            f"embedded broker: port {self.port} of {self.host} is taken",
+            f"embedded broker: port {' or '.join(map(str, self._ports))} of {self.host} is taken",
             hint="Use the broker that listens there (--broker URL), or another port.",
         )
+
+    def _has_free_ports(self) -> bool:
+        return all(_bindable_port(self.host, port) for port in self._ports)
 
     def _spawn(self, program: Program) -> None:
         """Start the process on a thread that lives as long as the process: with a parent-death signal, Linux ends a
         child when the thread that has started it ends."""
+        if self._tls is not None:
+            self._tls.write_rules(self.host, self.port)
         arguments, input_bytes = program.command(self.host, self.port, self._tls)
         self._errors = errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
         started: Future[subprocess.Popen[bytes]] = Future()
@@ -197,7 +207,7 @@ class EmbeddedBroker:
         while self.is_alive and time.monotonic() < deadline:
             try:
                 with ExitStack() as stack:
-                    connection = stack.enter_context(socket.create_connection((host, self.port), timeout=2))
+                    connection = stack.enter_context(socket.create_connection((host, self._ports[-1]), timeout=2))
                     if self._tls is not None:  # unverified: only whether it answers is of interest here
                         connection = stack.enter_context(unpinned_context().wrap_socket(connection))
                     connection.sendall(_CONNECT_PACKET)
@@ -221,8 +231,8 @@ def _bindable_port(host: str, port: int) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
+        except (OSError, OverflowError) as error:  # the latter for the port after the last one
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
                 return 0
             raise BrokerError(f"embedded broker: can't listen on {host}:{port} ({error_reason(error)})") from error
         return int(probe.getsockname()[1])

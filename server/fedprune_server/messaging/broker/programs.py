@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.imports import module_code
 from fedprune.output.extras import install_command
+from fedprune_server.messaging.broker.broker_files import RULES_FILES, BrokerAddress, filled_template
 
 # Folders in which systems install Mosquitto, and which not every user's PATH names.
 _SYSTEM_PATH = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
@@ -21,33 +23,27 @@ _MIN_VERSION = (2, 0)
 _VERSION_TIMEOUT_S = 10.0
 
 
-# Mosquitto's configuration for a trial, with a fleet's limits (`templates/mosquitto.conf`).
-_TRIAL_CONFIG = """\
 # Started by root, Mosquitto would give up root's rights before it reads its key; for others `user` has no effect.
 # docs/run-a-fleet.md advises against root.
-user root
-log_dest stderr
-log_type error
-set_tcp_nodelay true
-max_packet_size 2000000
-message_size_limit 2000000
-max_queued_messages 1000
-max_queued_bytes 67108864
-persistence false
-persistent_client_expiration 1h
-max_qos 1
-allow_anonymous true
-"""
+_TRIAL_SETTINGS = "user root\nlog_dest stderr\nlog_type error\n"
 
 
 @dataclass(frozen=True)
 class TlsFiles:
     """A broker's files for TLS (PEM): its certificate with those of its authorities, the key of that certificate, and
-    the authority of the clients' certificates; a client needn't have one."""
+    the authority of the clients' certificates. The fleet's access rules for `site` are written beside them."""
 
     certificate: Path
     key: Path
     authority: Path
+    site: str
+
+    def write_rules(self, host: str, port: int) -> list[Path]:
+        """Write the access rules for members and for boards that join; returns their paths."""
+        address = BrokerAddress((), port, port + 1, self.authority.parent, host)
+        for name in RULES_FILES:
+            write_atomically(self.authority.parent / name, filled_template(name, self.site, address).encode())
+        return [self.authority.parent / name for name in RULES_FILES]
 
 
 class Command(NamedTuple):
@@ -65,7 +61,7 @@ class Program(Protocol):
         """The hint for a broker that doesn't start."""
 
     def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
-        """The command that listens on an address and a port."""
+        """The command that listens on an address and a port; with `tls` also on the next port, for boards that join."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +76,13 @@ class Mosquitto:
         return f"Mosquitto {self.version}"
 
     def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
-        # Options of a listener come after its line.
-        lines = f"listener {port} {host}".rstrip() + f"\n{_TRIAL_CONFIG}"
-        if tls is not None:
-            lines += f"certfile {tls.certificate}\nkeyfile {tls.key}\ntls_version tlsv1.2\n"
-        return Command([self.path, "-c", "/dev/stdin"], lines.encode())
+        folder, site = (Path(), "") if tls is None else (tls.authority.parent, tls.site)
+        config = filled_template("mosquitto.conf", site, BrokerAddress((), port, port + 1, folder, host))
+        if tls is None:
+            limits = config.partition("\nlistener ")[0]
+            # Options of a listener come after its line.
+            config = f"{limits}\n{f'listener {port} {host}'.rstrip()}\nmax_qos 1\nallow_anonymous true\n"
+        return Command([self.path, "-c", "/dev/stdin"], (_TRIAL_SETTINGS + config).encode())
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,7 @@ class Amqtt:
         words = [sys.executable, "-W", "ignore", "-c", code, f"{host}:{port}"]
         if tls is not None:
             words += ["--tls", str(tls.certificate), str(tls.key), str(tls.authority)]
+            words += ["--join", f"{host}:{port + 1}", "--rules", *(str(tls.authority.parent / n) for n in RULES_FILES)]
         return Command(words)
 
 
