@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import claims
-from fedprune_server.simulation.results.tables import final_rows, result_table
+from fedprune_server.simulation.results.tables import final_rows, result_table, tail_note
 
 RESULTS = "benchmarks/results/demo.json"
 IMAGE = "docs/images/demo-curves.svg"
@@ -52,7 +52,7 @@ def files(root: Path) -> dict[str, str]:
     text = (root / PAGE).read_text(encoding="utf-8")
     head, _, rest = text.partition(_BEGIN)
     verdicts = [f"- {claim}" for claim in claims(fleet, reference)]
-    block = "\n".join(["", result_table(final_rows((fleet, reference))).to_markdown(), "", *verdicts, "", ""])
+    block = "\n".join(["", result_table(final_rows((fleet, reference))).to_markdown(), "", tail_note((fleet, reference)), "", *verdicts, "", ""])
     return {IMAGE: drawing((fleet, reference)), PAGE: head + _BEGIN + block + _END + rest.partition(_END)[2]}
 
 

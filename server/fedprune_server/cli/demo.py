@@ -51,7 +51,7 @@ from fedprune_server.simulation.fleet.demo_fleet import (
 from fedprune_server.simulation.results.job_record import job_record
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import claims, closing_text, write_report
-from fedprune_server.simulation.results.tables import final_rows, print_rows
+from fedprune_server.simulation.results.tables import print_results
 
 log = logging.getLogger("fedprune.server")
 
@@ -167,7 +167,7 @@ def _finish(folder: DemoFolder, fleet: Record, reference: Record, began: float) 
     with progress("writing the report"):
         report = write_report(folder.root, fleet, reference, judged=not unjudged)
     print()
-    print_rows(final_rows([fleet, reference]))
+    print_results([fleet, reference])
     print_verdicts(f"\n{closing_text(fleet, reference, judged=not unjudged)}")
     if unjudged:
         print(f"\n{unjudged}")

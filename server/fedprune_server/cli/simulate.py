@@ -176,7 +176,7 @@ def _run(options: argparse.Namespace) -> None:
         from fedprune_server.simulation.fleet.demo_fleet import demo_plan, too_few_rounds
         from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
         from fedprune_server.simulation.results.report import claims, closing_text
-        from fedprune_server.simulation.results.tables import final_figures, final_rows, print_rows
+        from fedprune_server.simulation.results.tables import final_figures, print_results
 
         out = _run_folder(options.out)
         if options.track is not None:  # before the model is read, which may take long
@@ -206,7 +206,7 @@ def _run(options: argparse.Namespace) -> None:
             }
         )
         return
-    print_rows(final_rows([run.record] if run.reference is None else [run.record, run.reference]))
+    print_results([run.record] if run.reference is None else [run.record, run.reference])
     if text := closing_text(run.record, run.reference, judged=judged):
         print_verdicts(f"\n{text}")
     if unjudged:

@@ -46,7 +46,9 @@ def test_a_configuration_becomes_a_report(config, tmp_path, capsys):
     assert [d.name for d in record.devices] == list(YARD)
     assert len(record.rounds) == 2
     assert record.last.accuracy is not None
-    assert f"{record.final(TAIL_ROUNDS)[1]:.1%}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{record.final(TAIL_ROUNDS)[1]:.1%}" in printed
+    assert "means over the last 2 rounds" in printed
     assert (out / "report.html").is_file()
     assert (out / "metrics.json").stat().st_size > 1000
 
@@ -70,6 +72,7 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     assert results["report"] == str(out / "report.html")
     assert results["claims"] == []
     assert (results["run"]["run"], results["run"]["rounds"], results["run"]["model"]) == ("yard", 2, run.last.model)
+    assert results["run"]["mean_rounds"] == 2
     assert results["run"]["bytes_up"] == run.last.up < results["reference"]["bytes_up"] == reference.last.up
     assert results["run"]["global_accuracy"] == pytest.approx(sum(r.accuracy for r in run.rounds) / 2)
 

@@ -169,8 +169,10 @@ def print_comparison(
 ) -> None:
     """Print the tables: fitted to a terminal, as Markdown elsewhere."""
     for number, (title, rows) in enumerate(_comparison_tables(runs, targets, variants).items()):
-        if number:
-            print(f"\n{title}")
+        if not number:
+            tables.print_results(runs)
+            continue
+        print(f"\n{title}")
         tables.print_rows(rows)
 
 

@@ -13,7 +13,7 @@ from fedprune.output.document import Block, Table
 from fedprune.output.tables import Column
 from fedprune_export.bundles.hub_repository import ModelCard
 from fedprune_server.simulation.results.record import DeviceRow, Record
-from fedprune_server.simulation.results.tables import final_rows, result_table
+from fedprune_server.simulation.results.tables import final_rows, result_table, tail_note
 
 
 def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as the hub calls it
@@ -22,7 +22,7 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
     measured = {name: value for name, value in run.last.metrics.items() if math.isfinite(value)}
     about = (
         f"The metrics at the head of this page are those of the model after round {run.last.round}, on the server's "
-        f"samples. Local {run.measure} is that of the boards' own models on their own test data."
+        f"samples. {tail_note([run])} Local {run.measure} is that of the boards' own models on their own test data."
     )
     limits = "To be written by the publisher of the model: what it is for, and what it must not be used for."
     sections: dict[str, Sequence[Block]] = {

@@ -42,11 +42,12 @@ def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
     metric = run.metric
     limit = MAX_LOST_POINTS / 100 if metric.is_share else MAX_LOSS_EXCESS
     side = "below" if metric.higher_is_better else "above"
+    rounds = quantity(min(TAIL_ROUNDS, len(run.rounds)), "round")
     allowed = f"{MAX_LOST_POINTS:.0f} points {side}" if metric.is_share else f"{MAX_LOSS_EXCESS:.0%} {side}"
     shares = [_ratio(run.last.down, reference.last.down), _ratio(run.last.up, reference.last.up)]
     return (
         Claim(
-            f"mean local and global {run.measure} at most {allowed} {reference.title}",
+            f"local and global {run.measure}, as means over the last {rounds}, at most {allowed} {reference.title}",
             f"local {_shortfall_text(run, losses[0])}, global {_shortfall_text(run, losses[1])}",
             all(d <= limit for d in losses),  # NaN compares false: a claim about something unmeasured fails
         ),

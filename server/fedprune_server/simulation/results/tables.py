@@ -53,6 +53,7 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
         "run": run.title,
         "model": run.last.model,
         "rounds": len(run.rounds),
+        "mean_rounds": min(TAIL_ROUNDS, len(run.rounds)),  # the last ones, over which the measures below are means
         "ended_early": run.ended_early or None,
         "seconds": run.last.elapsed_s,
         "bytes_down": run.last.down,
@@ -113,7 +114,8 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
 def tail_note(runs: Sequence[Record]) -> str:
     """A sentence on the rounds of the means in `final_rows`."""
     rounds = quantity(min(TAIL_ROUNDS, max(len(run.rounds) for run in runs)), "round")
-    return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}."
+    best = ", except the best, which is that of one round" if any(len(run.rounds) > 1 for run in runs) else ""
+    return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}{best}."
 
 
 def tera_macs_text(macs: float | None) -> str:
@@ -136,6 +138,12 @@ def limited_text(run: Record) -> str:
     """Number of updates that limits changed, of all; a dash where updates weren't counted."""
     limited, updates = run.count_limited
     return f"{limited:,} of {updates:,}" if updates else "–"
+
+
+def print_results(runs: Sequence[Record]) -> None:
+    """Print the table of final results, and over how many rounds its means are."""
+    print_rows(final_rows(runs))
+    print(f"\n{tail_note(runs)}")
 
 
 def print_rows(rows: Sequence[tuple[str, ...]]) -> None:
