@@ -68,7 +68,7 @@ class SnapshotMaker:
             is_paused=state.paused,
             model=state.model,
             now=self._clock(),
-            closes_at=state.deadline,
+            closes_at=None if state.paused else state.deadline,
             history=state.history,
             parts_by_progress=state.tasks.counts,
             parameters=registry.model_parameters,

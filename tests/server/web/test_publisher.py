@@ -263,6 +263,8 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
     fleet = Fleet(tmp_path / "watched", JOB)
 
     def act(snapshot: JobSnapshot, what: object) -> None:
+        if snapshot.is_paused:
+            assert snapshot.closes_at is None, "a deadline that doesn't pass is shown"
         if fleet.air.now > 120.0 and len(numbers) == 1:
             assert daemon.main_runner.state.phase is Phase.WAITING
             assert daemon.main_runner.state.paused

@@ -106,7 +106,7 @@ class Coordinator(ABC):
             case on.Evaluated():
                 return self._on_evaluated(event, now)
             case on.Ticked():
-                return self._on_ticked(event, now)
+                return [] if self.state.paused else self._on_ticked(event, now)
             case on.Paused():
                 return self._on_paused(event, now)
             case on.Resumed():
@@ -126,6 +126,7 @@ class Coordinator(ABC):
         if state.phase is Phase.FINISHED and not self._is_last_round():
             state.phase = Phase.WAITING
         state.wake_times = []
+        state.paused_at = now if state.paused else None
         match state.phase:
             case Phase.CLOSING:
                 return [self._close_command()]
@@ -241,8 +242,16 @@ class Coordinator(ABC):
         return commands + self._begin_pending(now) if event.is_last_of_batch else commands
 
     def _on_paused(self, event: on.Paused, now: float) -> Commands:
-        was_paused, self.state.paused = self.state.paused, event.paused
-        return self._begin_pending(now) if was_paused and not event.paused else []
+        """Stop the round's clock; when the job is resumed, boards have as much time left as before."""
+        state = self.state
+        if state.paused is event.paused:
+            return []
+        paused_s = 0.0 if state.paused_at is None else now - state.paused_at
+        state.paused, state.paused_at = event.paused, now if event.paused else None
+        if event.paused:
+            return []
+        state.shift_deadlines(paused_s)
+        return [*self._begin_pending(now), *([] if state.deadline is None else [do.WakeAt(state.deadline)])]
 
     def _on_scored(self, event: on.Scored, now: float) -> Commands:
         state = self.state

@@ -277,7 +277,8 @@ class State:
         architecture: Digest of the architecture that rankings and widths belong to; empty if the caller doesn't store
             it.
         private: Whether boards add noise to what they hand in, and have done so from the first round.
-        paused: Whether the operator has paused the job: nothing new begins.
+        paused: Whether the operator has paused the job: nothing new begins, and no deadline passes.
+        paused_at: When the pause began, on the shell's clock.
         spent_under: Privacy settings under which one more release would exceed the budget; None until that happens.
         suspects: With secure aggregation, groups of devices of which one has spoilt a sum (`coordination.suspects`).
         at_fault: Devices that spoil sums; they are not asked again.
@@ -314,6 +315,7 @@ class State:
     architecture: str = ""
     private: bool = False
     paused: bool = False
+    paused_at: float | None = None
     spent_under: dict[str, Any] | None = None
     suspects: list[list[str]] = field(default_factory=list)
     at_fault: list[str] = field(default_factory=list)
@@ -378,6 +380,14 @@ class State:
         if task is None or (self.round_of(task), task.attempt) != (round_, attempt):
             return None
         return task
+
+    def shift_deadlines(self, seconds: float) -> None:
+        """Move all that is due by the length of a pause; the shell must be asked to wake up anew."""
+        self.deadline = None if self.deadline is None else self.deadline + seconds
+        self.opened_at = None if self.opened_at is None else self.opened_at + seconds
+        for task in self.tasks.values():
+            task.deadline = None if task.deadline is None else task.deadline + seconds
+        self.wake_times = []
 
     def awaits(self, task: DeviceTask) -> bool:
         """Whether a part may still bring something: in this phase of a round or, in an asynchronous job, in any."""
