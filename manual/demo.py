@@ -52,7 +52,8 @@ def files(root: Path) -> dict[str, str]:
     text = (root / PAGE).read_text(encoding="utf-8")
     head, _, rest = text.partition(_BEGIN)
     verdicts = [f"- {claim}" for claim in claims(fleet, reference)]
-    block = "\n".join(["", result_table(final_rows((fleet, reference))).to_markdown(), "", tail_note((fleet, reference)), "", *verdicts, "", ""])
+    table, note = result_table(final_rows((fleet, reference))).to_markdown(), tail_note((fleet, reference))
+    block = "\n".join(["", table, "", note, "", *verdicts, "", ""])
     return {IMAGE: drawing((fleet, reference)), PAGE: head + _BEGIN + block + _END + rest.partition(_END)[2]}
 
 
