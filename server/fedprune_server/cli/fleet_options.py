@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedprune.core.cli import add_json_option, imported_command, positive_hours, positive_integer
 from fedprune.releases.rollout_plan import CAREFUL_STAGES
-from fedprune_server.cli.state_option import add_database, add_state, name_type
+from fedprune_server.cli.state_option import add_board_list, add_database, add_state, name_type
 from fedprune_server.web.auth.roles import ROLES
 
 # Actions of `identity`.
@@ -46,16 +46,7 @@ def add_identity(identity: argparse.ArgumentParser) -> None:
 def add_claim(claim: argparse.ArgumentParser) -> None:
     add_state(claim)
     add_database(claim)
-    claim.add_argument(
-        "--device",
-        dest="devices",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=name_type("device"),
-        metavar="NAME",
-        help="make a claim for each of these devices, which ends in its name (default: for any name that is free)",
-    )
+    add_board_list(claim, "make a claim for each of these, which ends in its name (default: for any name that is free)")
     claim.add_argument("--count", type=positive_integer, default=1, metavar="N", help="how many (default: 1)")
     claim.add_argument("--hours", type=positive_hours, default=72, metavar="H", help="how long they last (default: 72)")
     claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
@@ -214,9 +205,7 @@ def _add_start(start: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that each of these starts has to become healthy (default: 600)",
     )
-    start.add_argument(
-        "--devices", metavar="NAMES", help="only these boards, separated by commas (default: all members)"
-    )
+    add_board_list(start, "only these boards (default: all members)")
     start.add_argument("--seed", type=int, default=0, help="changes which boards are in the early stages")
     start.set_defaults(function=imported_command("fedprune_server.cli.rollout", "run_start"))
 

@@ -108,15 +108,16 @@ def run_claim(arguments: argparse.Namespace) -> None:
     _check_hours(arguments.hours)
     if arguments.count > _MAX_CLAIMS:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
-    devices: list[str | None] = arguments.devices or [None] * arguments.count
-    if arguments.count > 1 and arguments.devices:
+    names: list[str] = arguments.devices or []
+    devices: list[str | None] = [*names] or [None] * arguments.count
+    if arguments.count > 1 and names:
         raise UsageError("--count and --device", expected="one of them", got="both", hint="A name is one device's.")
-    if len(set(arguments.devices)) < len(arguments.devices):
-        raise UsageError("--device", expected="every name once", got=", ".join(arguments.devices))
+    if len(set(names)) < len(names):
+        raise UsageError("--device", expected="every name once", got=", ".join(names))
     with _open_identity(arguments) as identity, _open_claims_file(arguments.out) as file:
         for device in devices:
             print(identity.make_claim(device, math.ceil(3600 * arguments.hours)).text, file=file)
-    _print_claims(arguments, ", ".join(arguments.devices) or "any name that is free", len(devices))
+    _print_claims(arguments, ", ".join(names) or "any name that is free", len(devices))
 
 
 def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> None:

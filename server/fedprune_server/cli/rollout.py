@@ -35,11 +35,11 @@ _MAX_NAMES_SHOWN = 20
 def run_start(arguments: argparse.Namespace) -> None:
     if arguments.attempts > MAX_TRIAL_ATTEMPTS or not 1 <= arguments.deadline <= MAX_TRIAL_S:
         raise UsageError("a trial", expected=f"up to {MAX_TRIAL_ATTEMPTS} attempts of 1 to {MAX_TRIAL_S:g} s each")
-    names = None if arguments.devices is None else [n.strip() for n in arguments.devices.split(",") if n.strip()]
     seconds = {"board_seconds": 60 * arguments.patience, "stage_seconds": 3600 * arguments.hours}
     shares, deadline_s = arguments.groups or (), arguments.deadline
     terms = options_of(RolloutTerms, arguments, shares=shares, deadline_s=deadline_s, **seconds)
-    started = start_rollout(arguments.state, arguments.release, terms, names, database=chosen_database(arguments))
+    database = chosen_database(arguments)
+    started = start_rollout(arguments.state, arguments.release, terms, arguments.devices, database=database)
     release, rollout = started.release, started.rollout
     chosen = "all members" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")

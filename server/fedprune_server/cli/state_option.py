@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fedprune.core.errors import ProtocolError
 
@@ -30,6 +31,24 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
         "a function of your own that the job's settings name: without this it isn't called; may be given several times"
     )
     parser.add_argument("--allow", action="append", default=[], metavar="package.module:function", help=text)
+
+
+def add_board_list(parser: argparse.ArgumentParser, text: str) -> None:
+    """The option that lists boards, alike wherever boards are listed: `--device a b`, `--devices a,b`."""
+    parser.add_argument(
+        "--device", "--devices", dest="devices", nargs="+", action=_AddNames, metavar="NAME",
+        help=f"{text}; spaces or commas separate names, and --device is the same option",
+    )  # fmt: skip
+
+
+class _AddNames(argparse.Action):
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
+        words = [word.strip() for value in values for word in value.split(",")]
+        names = [word for word in words if word] or [""]  # none at all is no list either
+        try:
+            setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), *map(name_type("device"), names)])
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
 
 
 def name_type(what: str) -> Callable[[str], str]:

@@ -15,7 +15,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_claim import JoinClaim
-from fedprune_server.cli.main import main
+from fedprune_server.cli.main import build_parser, main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.storage.folder_lock import folder_lock
@@ -62,6 +62,12 @@ def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: P
     assert asks(state, tmp_path / "2", "cellar", claims[3])[1] == "refused"
     assert asks(state, tmp_path / "3", "attic", claims[3])[1] == "approved"
     assert statuses_by_device(state, capsys) == {"attic": ["approved"], "pi-1": ["approved"]}
+
+
+@pytest.mark.parametrize("words", ["--device attic shed", "--devices attic,shed", "--device=attic, --devices shed"])
+@pytest.mark.parametrize("command", ["claim", "rollout start release"])
+def test_boards_are_listed_alike_wherever_they_are_listed(command: str, words: str) -> None:
+    assert build_parser().parse_args([*command.split(), *words.split()]).devices == ["attic", "shed"]
 
 
 @pytest.mark.parametrize("source", ["file", "init"])
