@@ -22,6 +22,7 @@ from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET
 from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
 from fedprune.wire.link import tls_context
+from fedprune.wire.messages import BoardWarning
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.births import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
@@ -59,6 +60,7 @@ from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reporter import CrashReporter
 from fedprune_device.telemetry.crash_reports import CrashReports
+from fedprune_device.telemetry.warning_log import WarningLog
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import TrainerCache
@@ -95,6 +97,7 @@ class AgentSettings:
     installer: ReleaseInstaller | str = NO_LAUNCHER
     trial: ReleaseTrial | None = None
     crashes: CrashReports | None = None
+    warnings: Callable[[], tuple[BoardWarning, ...]] = tuple
     status: BoardStatus | None = None
     stopping: threading.Event | None = None
 
@@ -141,6 +144,7 @@ def build_agent(
             runtime=settings.runtime,
             may_leave=settings.most_away_s > 0,
             private=lambda: store.privacy.is_private,
+            warnings=settings.warnings,
         ),
         uplink,
         sender,
@@ -211,6 +215,8 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         fixed_data = None if sample_options.data == LOCAL else sample_options.open(state, stack)
         store = _open_store(stack, state, owner, policy)
         crashes = CrashReports(state, withholds_text=lambda: store.privacy.is_private)
+        warnings = WarningLog(withholds_text=lambda: store.privacy.is_private)
+        stack.enter_context(warnings.watch_log())  # before the last crash is looked for, which is a warning
         stack.enter_context(crashes.watch_run())
         data = sample_options.open(state, stack) if fixed_data is None else fixed_data
         version = runtime.check()  # in a child process before this one loads it: a broken onnxruntime ends its process
@@ -245,6 +251,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
             installer=board_installer(member.identity),
             trial=trial,
             crashes=crashes,
+            warnings=warnings.report,
             status=status,
             stopping=stopping,
         )

@@ -13,13 +13,14 @@ from fedprune.core.text import one_line
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.updates import CODECS
 from fedprune.wire.fleet_messages import RECONNECT_ABILITY
-from fedprune.wire.messages import PUT_ABILITY, Birth, Offer, UpdateAnnouncement
+from fedprune.wire.messages import PUT_ABILITY, Birth, BoardWarning, Offer, UpdateAnnouncement
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.launcher.slot_store import running_slot_text
 from fedprune_device.network.connection import BoardConnection
 
 # Births are for what changes rarely: a source whose samples grow by the second must not send one for each.
-BIRTH_INTERVAL_S = 60.0
+# New warnings wait for longer: what a whole fleet warns of must not make its server slower still.
+BIRTH_INTERVAL_S, WARNINGS_INTERVAL_S = 60.0, 600.0
 _MAX_SOFTWARE_LENGTH = 256  # characters that the protocol takes for the description of the software
 _MAX_ENGINE_LENGTH = 150  # characters of the predicting engine's description, so that the versions before it always fit
 
@@ -43,8 +44,10 @@ class BirthBuilder:
         runtime: str = "",
         may_leave: bool = True,
         private: Callable[[], bool] = lambda: False,
+        warnings: Callable[[], tuple[BoardWarning, ...]] = tuple,
     ) -> None:
         self._connection, self._data, self._engine, self._is_private = connection, data, engine, private
+        self._warnings, self._sent_texts = warnings, frozenset[str]()
         self._abilities = (PUT_ABILITY, RECONNECT_ABILITY) if may_leave else (PUT_ABILITY,)
         self._profile_name, self._probe, self._runtime = profile_name, probe, runtime
         slot = running_slot_text()
@@ -56,7 +59,8 @@ class BirthBuilder:
         """The birth of connection `session`. `work` is the offer in progress, or the update that is still to be sent:
         the server need not offer it again."""
         samples, engine = self._last_content = self._data.samples, self._engine()
-        self._last_birth_at = now
+        self._last_birth_at, warnings = now, self._warnings()
+        self._sent_texts = _texts_of(warnings)
         engine_text = f", predicts with {one_line(engine, _MAX_ENGINE_LENGTH)}" if engine else ""
         versions = f"onnxruntime {self._runtime}, Python {platform.python_version()}"
         software = f"fedprune {__version__}, {versions}{self._slot}{engine_text}"
@@ -72,9 +76,16 @@ class BirthBuilder:
             answer_s=round(self._connection.response_time.slowest_s, 3) or None,
             abilities=self._abilities,
             effective_classes=None if self._is_private() else self._data.effective_classes,
+            warnings=warnings,
         )
 
     def is_outdated(self, now: float) -> bool:
         """Whether the last birth no longer holds; checked once a minute."""
-        content = self._data.samples, self._engine()
-        return now >= self._last_birth_at + BIRTH_INTERVAL_S and content != self._last_content
+        content, age_s = (self._data.samples, self._engine()), now - self._last_birth_at
+        if age_s >= WARNINGS_INTERVAL_S and not _texts_of(self._warnings()) <= self._sent_texts:
+            return True
+        return age_s >= BIRTH_INTERVAL_S and content != self._last_content
+
+
+def _texts_of(warnings: tuple[BoardWarning, ...]) -> frozenset[str]:
+    return frozenset(warning["text"] for warning in warnings)

@@ -14,6 +14,7 @@ from fedprune_server.web.auth.roles import ROLES
 
 # Actions of `identity`.
 REPLACE, CERTIFICATE = "replace", "certificate"
+DEVICE_ACTIONS = ("list", "approve", "revoke", REPLACE)
 
 
 def add_init(init: argparse.ArgumentParser) -> None:
@@ -58,8 +59,9 @@ def add_devices(devices: argparse.ArgumentParser) -> None:
     add_database(devices)
     add_json_option(devices, "the list as JSON, for programs")
     devices.add_argument(
-        "action", nargs="?", default="list", choices=("list", "approve", "revoke", "replace"), metavar="ACTION",
-        help="list (default), approve, revoke, or replace: revoke it and make a claim for a board of the same name",
+        "action", nargs="?", default="list", metavar="ACTION",
+        help="list (default), approve, revoke, or replace: revoke it and make a claim for a board of the same name; "
+        "a device's name alone shows it and the last warnings of its log",
     )  # fmt: skip
     devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
     devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")

@@ -19,8 +19,9 @@ from fedprune.core.errors import IdentityError, JoinError, UsageError, did_you_m
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey, grouped_digits
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.cli.fleet_options import CERTIFICATE, REPLACE
+from fedprune_server.cli.fleet_options import CERTIFICATE, DEVICE_ACTIONS, REPLACE
 from fedprune_server.cli.state_option import chosen_database
+from fedprune_server.devices.crash_store import board_time, read_warnings
 from fedprune_server.enrollment.approval import approve, revocation_message, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import BROKER_KEY_FILE, BrokerAddress, write_broker
@@ -150,6 +151,11 @@ def _open_claims_file(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def run_devices(arguments: argparse.Namespace) -> None:
+    if arguments.action not in DEVICE_ACTIONS:  # `devices NAME` shows one
+        if arguments.device is not None:
+            actions = ", ".join(DEVICE_ACTIONS)
+            raise UsageError("devices: ACTION", expected=f"one of {actions}", got=arguments.action)
+        arguments.action, arguments.device = "list", arguments.action
     with _open_identity(arguments) as identity:
         if arguments.action == "list":
             _list(identity, arguments)
@@ -176,13 +182,14 @@ def _replace(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
 
 def _list(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
     ends, devices = identity.store.certificate_ends(), identity.store.devices()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "device": d.device,
             "status": d.status,
             "key": VerifyingKey.from_hex(d.key).fingerprint,
             "asked": d.asked,
             "certificate_ends": ends.get(d.device),
+            **({} if arguments.device is None else {"warnings": read_warnings(arguments.state, d.device)}),
         }
         for d in devices
         if arguments.device in (None, d.device)
@@ -195,6 +202,8 @@ def _list(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
         return
     for row in rows:
         print(f"{row['device']:<24} {row['status']:<9} {row['key']}")
+    for warning in rows[0].get("warnings", ()) if rows else ():
+        print(f"  warned at {board_time(warning['at'])} of its clock: {warning['text']}")
     if not rows:
         print("no device has asked yet")
 

@@ -1,4 +1,4 @@
-"""Crash reports of boards on the server's disk, with limits per board and in all.
+"""Crash reports and last warnings of boards on the server's disk, with limits per board and in all.
 
 They have a file of their own, because boards belong to the fleet and not to a job, and because its loss costs nothing
 but these reports. The server collects reports and writes them a few times a second at most. A board keeps its report
@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune.output.log_lines import log_context
 from fedprune.wire.fleet_messages import CrashReport, CrashStored
+from fedprune.wire.messages import MAX_WARNING_TEXT, MAX_WARNINGS, BoardWarning
 from fedprune_server.storage.sqlite_file import LOOP_BUSY_TIMEOUT_S, SqliteFile, connect_reader, sqlite_errors
 
 log = logging.getLogger("fedprune.server")
@@ -32,6 +33,7 @@ CRASH_FILE = "crashes.db"
 # Maximum number of kept crashes: of one board, which may also send no more in an hour, and of all boards. A board that
 # crashes in a loop must not push out the reports of the others.
 MAX_CRASHES_PER_BOARD, MAX_CRASHES = 10, 10_000
+MAX_ALL_WARNINGS = 100_000
 
 # Maximum number of crashes that wait to be written: it bounds memory while the disk is slow. Others are dropped here,
 # and their boards send them again.
@@ -43,19 +45,24 @@ _HOUR_S = 3600.0
 # any time.
 _LATEST_TIME_S = 253_402_214_400
 
-_FORMAT = 1
-_HINT = "It may be deleted: it holds boards' crash reports alone."
+_FORMAT = 2
+_HINT = "It may be deleted: it holds boards' crash reports and warnings alone."
 _TABLE = """
 CREATE TABLE IF NOT EXISTS crashes (
     id INTEGER PRIMARY KEY AUTOINCREMENT, device TEXT NOT NULL, number INTEGER NOT NULL, at REAL NOT NULL,
-    received REAL NOT NULL, text TEXT NOT NULL, body TEXT NOT NULL, UNIQUE (device, number))
+    received REAL NOT NULL, text TEXT NOT NULL, body TEXT NOT NULL, UNIQUE (device, number));
+CREATE TABLE IF NOT EXISTS warnings (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, device TEXT NOT NULL, at REAL NOT NULL, text TEXT NOT NULL,
+    UNIQUE (device, text))
 """
+_INSERT_WARNING = "INSERT OR REPLACE INTO warnings (device, at, text) VALUES (?,?,?)"
 _INSERT = "INSERT OR IGNORE INTO crashes (device, number, at, received, text, body) VALUES (?,?,?,?,?,?)"
 _TRIM = """
 DELETE FROM crashes WHERE device = ? AND id <= (
     SELECT id FROM crashes WHERE device = ? ORDER BY id DESC LIMIT 1 OFFSET ?)
 """
 _TRIM_ALL = "DELETE FROM crashes WHERE id <= (SELECT id FROM crashes ORDER BY id DESC LIMIT 1 OFFSET ?)"
+_TRIM_WARNINGS, _TRIM_ALL_WARNINGS = (statement.replace("crashes", "warnings") for statement in (_TRIM, _TRIM_ALL))
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,7 @@ class BoardCrash:
         return dict(vars(self))
 
     def __str__(self) -> str:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(self.at, _LATEST_TIME_S)))  # on the board's clock
-        return f"{stamp} {self.device}: {self.text}"
+        return f"{board_time(self.at)} {self.device}: {self.text}"
 
 
 class CrashStore(Closeable):
@@ -100,6 +106,8 @@ class CrashStore(Closeable):
         self._clock, self._monotonic = clock, monotonic
         self._waiting: deque[tuple[Any, ...]] = deque()
         self._acknowledgements: dict[str, int] = {}
+        self._new_warnings: dict[str, list[tuple[str, int, str]]] = {}
+        self._last_warnings: dict[str, int] = {}  # hashes of what boards sent last: many births repeat it
         self._hourly_counts: dict[str, tuple[float, int]] = {}
         self._complained = False
         self._file = SqliteFile(folder / CRASH_FILE, _TABLE, _FORMAT, _HINT, busy_timeout_s=LOOP_BUSY_TIMEOUT_S)
@@ -128,17 +136,24 @@ class CrashStore(Closeable):
         if self._has_quota(message.device):
             self._waiting.append((message.device, message.number, message.at, now, text, json.dumps(body)))
 
+    def note_warnings(self, device: str, warnings: Sequence[BoardWarning]) -> None:
+        """Note the last warnings of a board, to be saved with crashes. Those of its earlier runs stay beside them."""
+        rows = [(device, w["at"], one_line(w["text"], MAX_WARNING_TEXT)) for w in warnings]
+        if rows and self._last_warnings.get(device) != hash(tuple(rows)):
+            self._last_warnings[device], self._new_warnings[device] = hash(tuple(rows)), rows
+
     def save(self) -> dict[str, CrashStored]:
         """Save new crashes; returns the acknowledgements by board. If the disk fails, boards send them again."""
-        if not self._acknowledgements:
+        if not self._acknowledgements and not self._new_warnings:
             return {}
-        rows, answers = list(self._waiting), self._acknowledgements
+        rows, answers, warnings = list(self._waiting), self._acknowledgements, self._new_warnings
         self._waiting.clear()
-        self._acknowledgements = {}
+        self._acknowledgements, self._new_warnings = {}, {}
         try:
-            crashes = self._write(rows) if rows else []
+            crashes = self._write(rows, warnings) if rows or warnings else []
         except StorageError as error:
             self._hourly_counts.clear()  # a crash that is sent again must not count twice
+            self._last_warnings.clear()  # the next birth brings them again
             if not self._complained:  # logged once per failure of the disk, not with every report
                 self._complained = True
                 log.warning("%s: boards' crash reports are not kept", error)
@@ -158,7 +173,9 @@ class CrashStore(Closeable):
         self._hourly_counts[device] = hour_began_at, count + 1
         return count < MAX_CRASHES_PER_BOARD
 
-    def _write(self, rows: list[tuple[Any, ...]]) -> list[BoardCrash]:
+    def _write(
+        self, rows: list[tuple[Any, ...]], warnings: Mapping[str, list[tuple[str, int, str]]]
+    ) -> list[BoardCrash]:
         with self._file.transaction() as connection:
             last_id = connection.execute("SELECT max(id) FROM crashes").fetchone()[0] or 0
             connection.executemany(_INSERT, rows)
@@ -166,6 +183,10 @@ class CrashStore(Closeable):
             for device in {crash.device for crash in crashes}:
                 connection.execute(_TRIM, (device, device, MAX_CRASHES_PER_BOARD))
             connection.execute(_TRIM_ALL, (MAX_CRASHES,))
+            for device, device_rows in warnings.items():
+                connection.executemany(_INSERT_WARNING, device_rows)
+                connection.execute(_TRIM_WARNINGS, (device, device, MAX_WARNINGS))
+            connection.execute(_TRIM_ALL_WARNINGS, (MAX_ALL_WARNINGS,))
         return crashes
 
 
@@ -174,16 +195,30 @@ _SELECT = "SELECT id, device, at, received, text, body FROM crashes"
 
 def read_crashes(folder: Path, device: str | None = None, limit: int = 1000) -> list[BoardCrash]:
     """The latest `limit` crashes of all boards or of one, oldest first."""
-    path = folder / CRASH_FILE
-    if not path.is_file():
-        return []
     where = "" if device is None else "WHERE device = ?"
     values = [limit] if device is None else [device, limit]
+    rows = _read_rows(folder / CRASH_FILE, f"{_SELECT} {where} ORDER BY id DESC LIMIT ?", values)
+    return [_crash_of_row(r) for r in reversed(rows)]
+
+
+def read_warnings(folder: Path, device: str) -> list[BoardWarning]:
+    """The last warnings that a board has reported, oldest first."""
+    rows = _read_rows(folder / CRASH_FILE, "SELECT at, text FROM warnings WHERE device = ? ORDER BY id", [device])
+    return [{"at": int(at), "text": text} for at, text in rows]
+
+
+def board_time(at: float) -> str:
+    """A time on a board's clock, which may show any."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(at, _LATEST_TIME_S)))
+
+
+def _read_rows(path: Path, query: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
+    if not path.is_file():
+        return []
     with sqlite_errors(path, _HINT), closing(connect_reader(path)) as connection:
         if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
             return []  # another process has just created the file, without tables yet
-        rows = connection.execute(f"{_SELECT} {where} ORDER BY id DESC LIMIT ?", values).fetchall()
-    return [_crash_of_row(r) for r in reversed(rows)]
+        return connection.execute(query, values).fetchall()
 
 
 def frames_of(crash: BoardCrash) -> list[str]:

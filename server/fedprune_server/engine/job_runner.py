@@ -232,6 +232,7 @@ class JobRunner:
         have."""
         self.registry.admit(birth.device, one_line(birth.software), size)
         self.registry.note_start(birth.device)
+        self._messages.note_warnings(birth)
         profile = one_line(birth.profile, 64)
         self.registry.note_birth(
             birth.device, birth.session, profile, birth.samples, self._monotonic(), connected=connected

@@ -162,6 +162,10 @@ class MessageHandler:
         self._registry.note_disconnect(device)
         return on.DeviceDied(device, session, self._registry[device].last_message_at)
 
+    def note_warnings(self, birth: Birth) -> None:
+        if self._crashes is not None:
+            self._crashes.note_warnings(birth.device, birth.warnings)
+
     def save_crashes(self) -> None:
         """Save the crashes that boards reported, and acknowledge them."""
         for device, acknowledgement in ({} if self._crashes is None else self._crashes.save()).items():

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.messages import Birth, parse_message
-from fedprune_device.agent.births import BIRTH_INTERVAL_S, BirthBuilder
+from fedprune.wire.messages import Birth, BoardWarning, parse_message
+from fedprune_device.agent.births import BIRTH_INTERVAL_S, WARNINGS_INTERVAL_S, BirthBuilder
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.network.connection import ANSWER_TIMEOUT_S, BoardConnection, MessageChannel
 from support.fakes.inbox import Inbox
@@ -38,6 +38,16 @@ def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
 def test_an_idle_board_s_births_load_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # an import would fail
     assert "onnxruntime 1.23.2, Python" in births("jetson-thor", runtime="1.23.2").build(1, None, 0.0).software
+
+
+def test_new_warnings_are_in_a_later_birth_and_repeated_ones_cause_none() -> None:
+    warnings: list[BoardWarning] = [{"at": 1, "text": "hot"}]
+    greeting = births("raspberry-pi-5", warnings=lambda: tuple(warnings))
+    assert [w["text"] for w in greeting.build(1, None, 0.0).warnings] == ["hot"]
+    warnings[0] = {"at": 2, "text": "hot"}
+    assert not greeting.is_outdated(WARNINGS_INTERVAL_S)
+    warnings.append({"at": 3, "text": "the disk is full"})
+    assert [greeting.is_outdated(WARNINGS_INTERVAL_S + late) for late in (-1, 0)] == [False, True]
 
 
 @pytest.mark.parametrize(("samples", "reason"), [(0, "no samples to train on"), (3, "the broker drops")])

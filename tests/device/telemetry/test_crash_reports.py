@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import BrokerError, ConfigError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, CrashReport, CrashStored
-from fedprune.wire.messages import parse_message
+from fedprune.wire.messages import MAX_WARNING_TEXT, MAX_WARNINGS, Birth, parse_message
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.privacy.redaction import OTHER_MODULE, module_of, module_of_file, redact
 from fedprune_device.telemetry.crash_reporter import CrashReporter
 from fedprune_device.telemetry.crash_reports import CrashReports
+from fedprune_device.telemetry.warning_log import WarningLog
 
 pytestmark = pytest.mark.board
 
@@ -67,6 +69,26 @@ def test_a_private_text_is_one_short_printable_line(text: str, limit: int) -> No
     assert len(line) <= limit
     assert line.isprintable()
     CrashReport("pi", 1, 1, "error", line, (), "fedprune", "")
+
+
+def test_the_last_warnings_are_few_short_lines_without_what_is_private() -> None:
+    private, log = [False], logging.getLogger("fedprune.device")
+    warnings = WarningLog(lambda: private[0])
+    with warnings.watch_log():
+        for number in range(2 * MAX_WARNINGS):
+            log.warning("row %d of /home/anna/clinic.csv\x1b[2J%s", number, "!" * MAX_WARNING_TEXT)
+        log.info("all is well")
+        for _ in range(2):
+            log.error("unexpected", exc_info=ValueError("/home/anna"))
+    log.warning("after the end")
+    report = warnings.report()
+    assert Birth("pi", 1, "", 1, "", warnings=report).warnings == report
+    assert [w["text"].split()[1] for w in report[:-1]] == [str(n) for n in range(MAX_WARNINGS + 1, 2 * MAX_WARNINGS)]
+    assert report[-1]["text"].startswith("unexpected: ValueError")
+    assert not [w for w in report if "anna" in w["text"] or not w["text"].isprintable()]
+    private[0] = True
+    assert not [w for w in warnings.report() if "row" in w["text"] or "unexpected" in w["text"]]
+    assert OTHER_MODULE in warnings.report()[-1]["text"]  # where it is in the program may be said
 
 
 def test_modules_of_others_are_not_named() -> None:

@@ -16,6 +16,7 @@ from fedprune.core.errors import ExitCode
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_claim import JoinClaim
 from fedprune_server.cli.main import build_parser, main
+from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.storage.folder_lock import folder_lock
@@ -62,6 +63,14 @@ def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: P
     assert asks(state, tmp_path / "2", "cellar", claims[3])[1] == "refused"
     assert asks(state, tmp_path / "3", "attic", claims[3])[1] == "approved"
     assert statuses_by_device(state, capsys) == {"attic": ["approved"], "pi-1": ["approved"]}
+    with CrashStore(Path(state)) as store:
+        store.note_warnings("attic", [{"at": 9, "text": "the disk is full\x1b[2J"}])
+        store.save()
+    assert main(["devices", "attic", "--state", state]) == ExitCode.OK
+    row, warning = capsys.readouterr().out.splitlines()
+    assert (row.split()[0], warning.isprintable(), "the disk is full" in warning) == ("attic", True, True)
+    assert main(["devices", "attic", "--json", "--state", state]) == ExitCode.OK
+    assert [w["at"] for w in json.loads(capsys.readouterr().out)[0]["warnings"]] == [9]
 
 
 @pytest.mark.parametrize("words", ["--device attic shed", "--devices attic,shed", "--device=attic, --devices shed"])
@@ -209,6 +218,8 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, capsys: Captur
         (["claim", "--device", "fedprune-server"], ExitCode.JOIN, "no device may be called 'fedprune-server'"),
         (["devices", "approve", "nobody", "--key", "0000-0000"], ExitCode.JOIN, "no such device waits"),
         (["broker-config", "mosquitto", "--host", "a b", "--out", "{out}"], ExitCode.IDENTITY, "host of a broker"),
+        (["devices", "aprove", "x"], ExitCode.USAGE, "approve"),
+        (["devices", "nobody"], ExitCode.JOIN, "no device nobody"),
         (["init"], ExitCode.IDENTITY, "has an identity already"),
     ],
 )

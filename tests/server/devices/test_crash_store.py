@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from fedprune.wire.fleet_messages import CrashReport, CrashStored
+from fedprune.wire.messages import MAX_WARNINGS
 from fedprune_server.devices.crash_store import (
     CRASH_FILE,
     MAX_CRASHES,
@@ -14,6 +15,7 @@ from fedprune_server.devices.crash_store import (
     CrashStore,
     frames_of,
     read_crashes,
+    read_warnings,
 )
 
 
@@ -70,6 +72,20 @@ def test_nothing_that_steers_a_terminal_is_kept(tmp_path: Path) -> None:
     (row,) = read_crashes(tmp_path)
     assert row.text.isprintable()
     assert "\n" not in str(row)
+
+
+def test_warnings_of_earlier_runs_stay_until_newer_ones_fill_their_room(tmp_path: Path) -> None:
+    for run in range(3):
+        texts = [f"{run} {number}\x1b[2J" for number in range(MAX_WARNINGS // 2)]
+        with CrashStore(tmp_path) as store:
+            for _ in range(2):  # births repeat them
+                store.note_warnings("a", [{"at": 2**60, "text": text} for text in ["always", *texts]])
+                assert store.save() == {}
+            store.note_warnings("a", [])  # of a new run
+    kept = [w["text"] for w in read_warnings(tmp_path, "a")]
+    numbers = range(MAX_WARNINGS // 2)
+    assert kept == [*(f"1 {n} [2J" for n in numbers[1:]), "always", *(f"2 {n} [2J" for n in numbers)]
+    assert read_warnings(tmp_path, "b") == []
 
 
 def test_the_loop_goes_on_while_another_program_locks_the_file(tmp_path: Path) -> None:

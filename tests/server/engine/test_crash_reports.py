@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedprune.wire.fleet_messages import CrashReport, CrashStored
-from fedprune_server.devices.crash_store import CrashStore, read_crashes
+from fedprune_server.devices.crash_store import CrashStore, read_crashes, read_warnings
 from fedprune_server.monitoring.metrics import Metrics
 from fedprune_server.observation.snapshot import JobSnapshot
 from support.fakes.fleet import Fleet, ToyDevice, Watcher
@@ -42,12 +42,14 @@ def test_a_crash_is_stored_and_acknowledged(tmp_path: Path, several: bool) -> No
     jobs = [rename_job(JOB, "one", rounds=1), rename_job(JOB, "two", rounds=1)]
     fleet: Any = SeveralJobs(tmp_path / "several", jobs, "abc") if several else Fleet(tmp_path / "alone", JOB)
     crashes_once(fleet.air.devices["a"])
+    fleet.air.devices["b"].warnings = ({"at": 4, "text": "hot"},)
     with CrashStore(tmp_path) as crashes:
         if several:
             fleet.run(fleet.host(crashes=crashes))
         else:
             fleet.run(crashes=crashes)
     assert [(r.device, r.text) for r in read_crashes(tmp_path)] == [("a", "no memory")]
+    assert read_warnings(tmp_path, "b") == [{"at": 4, "text": "hot"}]
     assert answers(fleet.air.devices["a"]) == {7}
     assert answers(fleet.air.devices["b"]) == set()
 

@@ -101,19 +101,23 @@ def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
     with CrashStore(tmp_path) as crashes:
         for number in range(1, 16):
             crashes.add(crash(number, text=f"{number} {HOSTILE}"))
+        crashes.note_warnings("a", [{"at": 5, "text": "1"}, {"at": 2**60, "text": HOSTILE}])
         crashes.save()
     with closing(sqlite3.connect(tmp_path / CRASHES)) as file, file:  # what is on the disk may be another's doing
         file.execute("UPDATE crashes SET text = ?, at = -1, received = -1 WHERE number = 1", (f"1 {STEERS * 100}",))
+        file.execute("UPDATE warnings SET text = ? WHERE text = '1'", (STEERS,))
     writer, view = StatusWriter(tmp_path / STATUS_FILE), FleetView(tmp_path / STATUS_FILE)
     write(writer, board_crashes(tmp_path, "a"), board_crashes(tmp_path, "nobody"))
     published = view.crashes("a")
     assert published is not None
     assert [c["text"].split()[0] for c in published["crashes"]] == [str(n) for n in range(10, 0, -1)]
     texts = [t for c in published["crashes"] for t in (c["text"], c["cause"], c["release"], c["slot"], *c["frames"])]
+    texts += [w["text"] for w in published["warnings"]]
+    assert len(published["warnings"]) == 2
     assert all(t.isprintable() for t in texts)
     (worst,) = {(c["uptime_s"], c["temperature_c"], c["memory_available"]) for c in published["crashes"]}
     assert worst == (None, None, 2**63 - 1)
-    assert view.crashes("nobody") == {"name": "nobody", "crashes": []}
+    assert view.crashes("nobody") == {"name": "nobody", "crashes": [], "warnings": []}
 
 
 def test_crashes_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
@@ -129,7 +133,8 @@ def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
     write(here.writer, here.fleet.details("board-0006"), here.fleet.crashes("board-0006"))
     page, table = (here.browser("viewer").get(path).body.decode() for path in ("/devices/board-0006", "/fleet"))
     assert "MemoryError: &lt;i&gt;no room&lt;/i&gt; for 12 MB" in page
-    assert "<i>no room" not in page
+    assert "the disk of &lt;i&gt;barn&lt;/i&gt; is full" in page
+    assert "<i>" not in page
     kept = {k: v for k, v in here.fleet.details("board-0006").widths[0].items() if k != "group"}
     assert make_channel_map("g", **kept).words in page
     assert '5/a <span class="mark work">trial</span>' in table

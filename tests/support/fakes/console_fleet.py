@@ -173,7 +173,7 @@ class ConsoleFleet:
             "temperature_c": 61.5, "memory_available": 21_000_000, "memory_total": 512_000_000,
             "frames": ("fedprune_device.training.trainer:212 in step", "numpy"),
         }  # fmt: skip
-        return BoardCrashes(device, (crash,))
+        return BoardCrashes(device, (crash,), ({"at": self._now - 60, "text": "the disk of <i>barn</i> is full"},))
 
     def coverage(self, job: str) -> ChannelCoverage:
         groups = []

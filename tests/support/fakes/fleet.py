@@ -25,6 +25,7 @@ from fedprune.wire.messages import (
     Birth,
     BlobNotFound,
     BlobRequest,
+    BoardWarning,
     Cancelled,
     Death,
     Finished,
@@ -136,6 +137,7 @@ class ToyDevice:
         self.heard: list[object] = []
         self.silent = False
         self.abilities: tuple[str, ...] = ()
+        self.warnings: tuple[BoardWarning, ...] = ()
         self.profile = "raspberry-pi-5"
         self.samples = 10
         self.upload: Callable[[UploadRequest, bytes], str | None] = lambda request, body: "it can't"
@@ -146,7 +148,17 @@ class ToyDevice:
         self.air.to_server(self.topics.up(self.name), message.to_bytes())  # type: ignore[attr-defined]
 
     def send_birth(self) -> None:
-        self.say(Birth(self.name, self.session, self.profile, self.samples, "test", abilities=self.abilities))
+        self.say(
+            Birth(
+                self.name,
+                self.session,
+                self.profile,
+                self.samples,
+                "test",
+                abilities=self.abilities,
+                warnings=self.warnings,
+            )
+        )
 
     def hear(self, topic: str, payload: bytes) -> None:
         if self.topics.parse(topic).channel == "down/blob":

@@ -47,7 +47,8 @@ class JobsDevice(ToyDevice):
         assignment = None
         if self.offer is not None and (self.pulls or self.pending is not None):
             assignment = {"job": self.offer.job, "round": self.offer.round, "attempt": self.offer.attempt}
-        self.say(Birth(self.name, self.session, self.profile, 10, "test", held=assignment, abilities=self.abilities))
+        more = {"held": assignment, "abilities": self.abilities, "warnings": self.warnings}
+        self.say(Birth(self.name, self.session, self.profile, 10, "test", **more))
 
     def hear(self, topic: str, payload: bytes) -> None:
         pending = self.pending

@@ -150,6 +150,17 @@ class Assignment(TypedDict):
 
 
 MAX_TROUBLE_LENGTH = 500
+# Of a birth: warnings, and characters of each. Ten thousand boards may announce themselves at once.
+MAX_WARNINGS, MAX_WARNING_TEXT = 8, 300
+
+
+class BoardWarning(TypedDict):
+    """A warning or error of a board's log."""
+
+    at: Count
+    """Time of its last line in seconds since 1970, by the board's clock."""
+    text: Annotated[str, printable_text(MAX_WARNING_TEXT)]
+    """What it says, without private data of the board's owner."""
 
 
 class Birth(CheckedMessage, frozen=True, tag="birth"):
@@ -179,6 +190,8 @@ class Birth(CheckedMessage, frozen=True, tag="birth"):
     effective_classes: Annotated[int, number_range(1, 2**24)] | None = None
     """How many evenly shared classes its training labels are worth: exp of their entropy, rounded. None where samples
     have no class, where it isn't known before a round, and of a board with privacy."""
+    warnings: Annotated[tuple[BoardWarning, ...], item_count(MAX_WARNINGS)] = ()
+    """The last warnings of this run's log, the latest last."""
 
     def check(self) -> None:
         if self.probe is not None:

@@ -14,7 +14,14 @@ from fedprune.core.text import one_line
 from fedprune.core.validation import is_whole
 from fedprune.jobs.state import DeviceTask, JobDevice, outcome
 from fedprune.model.selection import Selection
-from fedprune_server.devices.crash_store import MAX_CRASHES_PER_BOARD, BoardCrash, frames_of, read_crashes
+from fedprune.wire.messages import MAX_WARNING_TEXT, BoardWarning
+from fedprune_server.devices.crash_store import (
+    MAX_CRASHES_PER_BOARD,
+    BoardCrash,
+    frames_of,
+    read_crashes,
+    read_warnings,
+)
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compare_device, predicted_figures
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.web.state.records import BoardCrashes, ChannelCoverage, DeviceDetails
@@ -176,12 +183,17 @@ def _read_ranks(runner: JobRunner, ranking: str | None) -> tuple[Any, ...] | Non
 
 
 def board_crashes(folder: Path, device: str) -> BoardCrashes:
-    """A board's latest crashes in a state folder; none if they can't be read, which `doctor` reports."""
+    """A board's latest crashes and warnings in a state folder; none if they can't be read, which `doctor` reports."""
     try:
         crashes = read_crashes(folder, device, limit=MAX_CRASHES_PER_BOARD)[::-1]
+        warnings = read_warnings(folder, device)[::-1]
     except StorageError:
-        crashes = []
-    return BoardCrashes(device, tuple(map(_crash_row, crashes)))
+        crashes, warnings = [], []
+    return BoardCrashes(device, tuple(map(_crash_row, crashes)), tuple(map(_warning_row, warnings)))
+
+
+def _warning_row(warning: BoardWarning) -> dict[str, Any]:
+    return {"at": max(0.0, warning["at"]), "text": one_line(warning["text"], MAX_WARNING_TEXT)}
 
 
 def _crash_row(crash: BoardCrash) -> dict[str, Any]:

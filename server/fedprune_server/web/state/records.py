@@ -111,10 +111,11 @@ class DeviceDetails(StatusRecord, kind="device", scope="name"):
 
 @dataclass(frozen=True)
 class BoardCrashes(StatusRecord, kind="crashes", scope="name"):
-    """A board's latest crashes, newest first."""
+    """A board's latest crashes and last warnings, newest first."""
 
     name: str
     crashes: tuple[Row, ...]
+    warnings: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
