@@ -108,9 +108,13 @@ class SensorConfig:
 
     @property
     def subscriptions(self) -> tuple[str, ...]:
-        """The topics to subscribe to, each once."""
+        """The topics to subscribe to, each once, with those of names with a slash, which are counted."""
         filters = [f for source in self.sources for f in (source.topic, *source.availability)]
-        return tuple(dict.fromkeys(f.text for f in filters))
+        texts = [f.subscription for f in filters]
+        texts += [f.one_level_deeper.text for f in filters[: len(self.sources)] if f.one_level_deeper is not None]
+        # Of overlapping subscriptions brokers may send a message once for each.
+        wide = [text.removesuffix("#") for text in texts if text.endswith("#")]
+        return tuple(dict.fromkeys(t for t in texts if not any(t.startswith(w) and t != f"{w}#" for w in wide)))
 
 
 def read_sensor_config(file: Path) -> SensorConfig:

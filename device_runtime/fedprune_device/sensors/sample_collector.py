@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,18 +80,24 @@ class SampleCollector:
         unless their device is offline.
         """
         payload = Payload(body)
+        is_matched = False
         for source in self._sources:
-            device = source.settings.topic.captures(topic)
-            if device is not None:
+            device, is_availability = source.settings.topic.captures(topic), False
+            for availability in source.settings.availability:
+                if (devices := availability.captures(topic)) is not None:
+                    self._note_availability(source, availability.text, devices, payload)
+                    is_availability = True
+            is_matched |= is_availability or device is not None
+            # With # a topic stands for those of availability, too.
+            if device is not None and not (is_availability and "#" in source.settings.topic.text):
                 if is_retained and source.settings.max_age_s < math.inf:
                     self._drops.add("retained messages, whose age nobody knows", source.settings.name)
                 elif is_retained and source.is_offline(device):
                     self._drops.add("retained messages of devices that are offline", source.settings.name)
                 else:
                     self._take_value(source, device, payload, now, is_retained=is_retained)
-            for availability in source.settings.availability:
-                if (devices := availability.captures(topic)) is not None:
-                    self._note_availability(source, availability.text, devices, payload)
+        if not is_matched:
+            self._count_missed_name(topic, payload)
 
     def collect(self, now: float, steps: int) -> list[SensorSample]:
         """Add a row for each device, and return the samples that are complete with it: `steps` rows each."""
@@ -118,6 +125,18 @@ class SampleCollector:
             self._drops.add("rows of samples that a gap ended", number=count)
         for rows in self._rows.values():
             rows.clear()
+
+    def _count_missed_name(self, topic: str, payload: Payload) -> None:
+        """Count a value of a device whose name has a slash, where + stands for names without one."""
+        for channel in self._channels:
+            deeper = channel.settings.topic.one_level_deeper
+            if deeper is not None and deeper.captures(topic) is not None:
+                with suppress(ReadingError):
+                    number_of(payload.value(channel.settings.path), channel.settings.values)
+                    hint = (
+                        f"values of names with a slash: topic = {channel.settings.topic.text[:-1] + '#'!r} takes them"
+                    )
+                    self._drops.add(hint, channel.settings.name)
 
     def _take_value(self, source: _Source, device: Device, payload: Payload, now: float, *, is_retained: bool) -> None:
         settings = source.settings

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paho.mqtt.client import topic_matches_sub
 
 from fedprune.core.errors import ConfigError
 from fedprune_device.sensors.config import read_sensor_config
@@ -253,6 +254,25 @@ def test_the_recipe_of_zigbee2mqtt_reads_what_it_publishes() -> None:
     assert home.row() == []
 
 
+def test_devices_whose_names_have_slashes_are_counted_and_taken_as_the_log_says(tmp_path: Path) -> None:
+    recipe = (RECIPES / "zigbee2mqtt.toml").read_text()
+    (tmp_path / "narrow.toml").write_text(recipe.replace("zigbee2mqtt/#", "zigbee2mqtt/+"))
+    narrow, body = Sensors(tmp_path / "narrow.toml"), {"humidity": 44, "temperature": 27, "last_seen": 1.7e9}
+    topics = ["zigbee2mqtt/kitchen/window", "zigbee2mqtt/kitchen/window/availability", "zigbee2mqtt/bridge/devices"]
+    narrow.send(topics[0], body)
+    narrow.send(topics[2], [{"friendly_name": "kitchen/window"}])
+    (text,) = narrow.drops.take().split("; ")
+    assert text.startswith("2 values")
+    (tmp_path / "wide.toml").write_text(recipe.replace('"zigbee2mqtt/#"', text.split(" = ")[1].split(" takes")[0]))
+    wide = Sensors(tmp_path / "wide.toml")
+    wide.send(topics[0], body)
+    assert (narrow.row(), wide.row()) == ([], [[27.0, 44.0]])
+    wide.send(topics[1], {"state": "offline"})
+    assert wide.row() == []
+    for topic, home in [(topics[0], narrow), *((topic, wide) for topic in topics)]:
+        assert sum(topic_matches_sub(subscription, topic) for subscription in home.config.subscriptions) == 1
+
+
 @pytest.mark.parametrize("recipe", ["zigbee2mqtt", "esphome"])
 def test_a_label_that_is_added_to_a_recipe_as_it_shows_has_neither_time_nor_availability_of_the_channels(
     tmp_path: Path, recipe: str
@@ -316,7 +336,7 @@ def test_the_recipe_of_esphome_reads_what_it_publishes() -> None:
         ("topic = 'a'\nchannels = [{path = 't'}]", "max_age"),
         ("topic = 'a'\nmax_age = 0\nchannels = [{path = 't'}]", "max_age"),
         ("topic = 'a/b+'\nmax_age = 1\nchannels = [{path = 't'}]", "topic"),
-        ("topic = 'a/#/b'\nmax_age = 1\nchannels = [{path = 't'}]", "topic"),
+        ("topic = 'a/#/b/#'\nmax_age = 1\nchannels = [{path = 't'}]", "topic"),
         ("topic = 'a'\nmax_age = 1\nchannels = [{path = 't', rnage = [0, 1]}]", "rnage"),
         ("topic = 'a'\nmax_age = 1\nchannels = [{path = 't', range = [1, 0]}]", "range"),
         ("topic = 'a'\nmax_age = 1\nchannels = [{path = 't'}, {path = 't'}]", "names"),
