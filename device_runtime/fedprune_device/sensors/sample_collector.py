@@ -133,10 +133,8 @@ class SampleCollector:
             if deeper is not None and deeper.captures(topic) is not None:
                 with suppress(ReadingError):
                     number_of(payload.value(channel.settings.path), channel.settings.values)
-                    hint = (
-                        f"values of names with a slash: topic = {channel.settings.topic.text[:-1] + '#'!r} takes them"
-                    )
-                    self._drops.add(hint, channel.settings.name)
+                    wide = channel.settings.topic.text[:-1] + "#"
+                    self._drops.add(f"values of names with a slash: topic = {wide!r} takes them", channel.settings.name)
 
     def _take_value(self, source: _Source, device: Device, payload: Payload, now: float, *, is_retained: bool) -> None:
         settings = source.settings

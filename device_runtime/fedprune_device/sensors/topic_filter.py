@@ -19,7 +19,7 @@ class TopicFilter:
 
     @classmethod
     def parse(cls, text: object, what: Subject) -> TopicFilter:
-        """Raises `ConfigError`, which names `what`, if it is no filter of MQTT 3.1.1 (4.7), but for # before the end."""
+        """Raises `ConfigError`, which names `what`, if it is no filter of MQTT 3.1.1 (4.7) with # anywhere."""
         expected = "an MQTT topic, with + or # only as a whole level, and # only once"
         if not isinstance(text, str) or not 0 < len(text.encode(errors="replace")) <= _MAX_LENGTH:
             raise ConfigError(what, expected=expected, got=value_text(text))

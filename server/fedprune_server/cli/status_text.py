@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import Phase
@@ -14,7 +14,7 @@ from fedprune.jobs.state import Progress, outcome
 from fedprune.model.recipe import judging_metric
 from fedprune.planning.width_plan import NOTHING_BINDS
 from fedprune_server.devices.plan_vs_actual import comparison_text
-from fedprune_server.monitoring.alerts import INFO
+from fedprune_server.monitoring.alerts import INFO, server_command
 from fedprune_server.monitoring.display import board_texts, metric_texts
 
 # The phase of a job that was never started.
@@ -101,11 +101,12 @@ def _phase_text(body: dict[str, Any]) -> str:
 
 def _stopped_text(body: dict[str, Any]) -> str:
     since = "" if body["heard_at"] is None else f"; the last event was at {_local_time(body['heard_at'])}"
-    command = f"fedprune-server run --state {shlex.quote(body['server'])}"
+    folder = Path(body["server"])
     if not body["job"]:
-        return f"  no server is running{since}; to start a job: {command} --model MODEL"
+        command = server_command(folder, "run", options=("--model", "MODEL"))
+        return f"  no server is running{since}; to start a job: {command}"
     is_finished = body["phase"] == Phase.FINISHED.value
-    end = "" if is_finished else f"; to go on: {command}"
+    end = "" if is_finished else f"; to go on: {server_command(folder, 'run')}"
     return f"  no server is running{since}{end}"
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +30,9 @@ MAX_NAMES_SHOWN = 5
 
 # Part of many texts: the reason why a board fails is often only in its own log.
 BOARD_LOG_COMMAND = "journalctl -u fedprune -n 50"
+
+# Where systemd looks for units first, second and so on.
+UNIT_FOLDERS = tuple(map(Path, ("/etc/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system")))
 
 # Kinds of alerts that a missing broker explains: `doctor` leaves them out then.
 MISSING_BOARD_KINDS = ("no-devices", "too-few-devices")
@@ -102,9 +108,26 @@ def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[
 
 def server_command(folder: Path, *words: object, options: Sequence[object] = ()) -> str:
     """A `fedprune-server` command line for a state folder, quoted for a shell; `options` follow the folder."""
+    if words == ("run",) and (unit := service_unit(folder.absolute())):
+        added = shlex.join(map(str, options))
+        change = f"add {added} to its command by `systemctl edit --full {unit}`, then " if added else ""
+        return f"{change}systemctl restart {unit}"
     return f"fedprune-server {shlex.join(map(str, (*words, '--state', folder, *options)))}"
+
+
+@lru_cache(maxsize=64)
+def service_unit(folder: Path) -> str:
+    """The systemd unit that runs the server of a state folder; empty without one."""
+    for path in (path for units in UNIT_FOLDERS for path in sorted(units.glob("*.service"))):
+        with suppress(OSError, ValueError):
+            for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+                words = shlex.split(line.partition("ExecStart=")[2].replace("--state=", "--state "))
+                if "run" in words and ("--state", str(folder)) in pairwise(words):
+                    return shlex.quote(path.name)
+    return ""
 
 
 def restart_advice(folder: Path, *options: object) -> str:
     """Advice to start a running server again with other options of `fedprune-server run`."""
-    return f"stop the server, then {server_command(folder, 'run', options=options)}"
+    stop = "" if service_unit(folder.absolute()) else "stop the server, then "
+    return f"{stop}{server_command(folder, 'run', options=options)}"

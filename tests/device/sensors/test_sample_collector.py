@@ -265,8 +265,9 @@ def test_devices_whose_names_have_slashes_are_counted_and_taken_as_the_log_says(
     assert text.startswith("2 values")
     (tmp_path / "wide.toml").write_text(recipe.replace('"zigbee2mqtt/#"', text.split(" = ")[1].split(" takes")[0]))
     wide = Sensors(tmp_path / "wide.toml")
+    wide.send(topics[1], {"state": "online"}, retained=True)
     wide.send(topics[0], body)
-    assert (narrow.row(), wide.row()) == ([], [[27.0, 44.0]])
+    assert (narrow.row(), wide.row(), wide.drops.take()) == ([], [[27.0, 44.0]], "")
     wide.send(topics[1], {"state": "offline"})
     assert wide.row() == []
     for topic, home in [(topics[0], narrow), *((topic, wide) for topic in topics)]:

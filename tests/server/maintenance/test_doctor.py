@@ -38,6 +38,7 @@ from fedprune_server.maintenance.checked_site import CheckedSite
 from fedprune_server.maintenance.finding import Finding, Severity, alert_finding
 from fedprune_server.maintenance.job_checks import job_findings
 from fedprune_server.maintenance.stored_job import StoredJob
+from fedprune_server.monitoring import alerts
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.alerts import Alert
@@ -45,6 +46,7 @@ from fedprune_server.monitoring.monitor_record import ALERTS_FILE
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation
 from fedprune_server.storage.storage import Storage
+from support.paths import ROOT
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.waiting import until
 
@@ -122,6 +124,27 @@ def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
     findings = found_in(SICK[kind])
     assert [a.kind for a in findings] == [kind]
     assert all(findings[0].to_dict().values())
+
+
+@pytest.mark.parametrize("kind", ["server-not-running", "deadline-too-short"])
+def test_what_a_unit_runs_is_started_again_by_its_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    service = (ROOT / "deploy" / "systemd" / "fedprune-server.service").read_text()
+    state = tmp_path / "a state"
+    (tmp_path / "leaves.service").write_text(service.replace("--state /var/lib/fedprune", f"--state '{state}'"))
+    monkeypatch.setattr(alerts, "UNIT_FOLDERS", (tmp_path,))
+    (tmp_path / "systemctl").write_text(f'#!/bin/sh -e\nfor unit; do :; done\ncd {tmp_path}; ls "$unit"; echo "$1"\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    (finding,) = found_in(replace(SICK[kind], folder=state))
+    *changes, start = finding.advice.split(", then ")
+    commands = [text.split("`")[1] for text in changes] + [start]
+    shell = ["sh", "-c", f"PATH={tmp_path}:$PATH; eval $0"]
+    answers = [subprocess.run([*shell, c], capture_output=True, check=True) for c in commands]
+    assert [a.stdout.split()[-1] for a in answers] == [b"edit", b"restart"][-len(commands) :]
+    assert "fedprune-server run" not in finding.advice
+    (finding,) = found_in(replace(SICK[kind], folder=tmp_path / "another"))
+    assert "fedprune-server run" in finding.advice
 
 
 def job_of_scores(
