@@ -53,9 +53,9 @@ class Site:
         write_broker(self.identity, "mosquitto", self.broker, self.broker.folder)
         with (self.broker.folder / "mosquitto.conf").open("a") as file:
             file.write("user root\n")  # what starts it here can't give its files to another user
-        self.process = subprocess.Popen(
-            [self.binary, "-v", "-c", self.broker.folder / "mosquitto.conf"], stdout=self.log, stderr=subprocess.STDOUT
-        )
+        main = self.folder / "debian.conf"
+        main.write_text(f"log_dest file {self.folder / 'rotated.log'}\ninclude_dir {self.broker.folder}\n")
+        self.process = subprocess.Popen([self.binary, "-c", main], stdout=self.log, stderr=subprocess.STDOUT)
         for _ in attempts("mosquitto's start"):
             if listens(self.broker.port) and listens(self.broker.join_port):
                 break
@@ -280,6 +280,14 @@ def test_certificates_of_others_none_and_ones_that_are_over_are_refused(
     assert site.refuses(with_certificate(broker))
     assert site.refuses(pinned_context(ca, None, None, floor))
     assert site.refuses(unpinned_context())
+
+
+@pytest.mark.mosquitto
+def test_debians_log_file_stays_empty_so_that_nothing_rotates_it(site: Site, pi_1: DeviceIdentity) -> None:
+    with site.client(pi_1.tls_context(), [], client_id="to-be-logged"):
+        until(lambda: "to-be-logged" in (site.folder / "log").read_text())
+    log = site.folder / "rotated.log"
+    assert not log.exists() or not log.read_text()
 
 
 @pytest.mark.mosquitto
