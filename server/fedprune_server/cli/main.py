@@ -88,7 +88,7 @@ def build_parser(arguments: Sequence[str] | None = None) -> CommandParser:
         extra = "console" if name in _CONSOLE_COMMANDS else "server"
         if arguments is None or name in arguments:
             with_extra(extra, _option_adder(name, command))(argparse.Namespace())
-        command.set_defaults(run=with_extra(extra, _run))
+        command.set_defaults(run=with_extra(extra, lambda arguments: arguments.function(arguments)))
     return parser
 
 
@@ -98,11 +98,6 @@ def _option_adder(name: str, parser: argparse.ArgumentParser) -> Command:
         getattr(module, f"add_{name.replace('-', '_')}")(parser)
 
     return add_options
-
-
-def _run(arguments: argparse.Namespace) -> int | None:
-    function: Command = arguments.function
-    return function(arguments)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def job_status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     stored_names = {row["name"] for row in rows}
     rows = [row | {"excluded": outsiders[n]["excluded"] if (n := row["name"]) in outsiders else row["excluded"]}
             for row in rows]  # fmt: skip
-    rows += [_unplanned_row(name, body) for name, body in outsiders.items() if name not in stored_names]
+    defaults = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
+    nothing: dict[str, Any] = {"widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
+    rows += [{**defaults, **b, "name": n, **nothing} for n, b in outsiders.items() if n not in stored_names]
     for row in rows:
         times = last_messages.get(row["name"]), outsiders.get(row["name"], {}).get("seen_at")
         row["seen_at"] = max((at for at in times if at is not None), default=None)
@@ -159,11 +161,6 @@ def _open_alerts(folder: Path, recorded: MonitorRecord, *, running: bool) -> lis
     alerts = [*evaluate_alerts(situation, now), *recorded.current_alerts]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
     return [{key: getattr(alert, key) for key in keys} for alert in alerts]
-
-
-def _unplanned_row(name: str, body: dict[str, Any]) -> dict[str, Any]:
-    defaults = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
-    return {**defaults, **body, "name": name, "widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
 
 
 def _last_part_fields(name: str, state: State | None) -> dict[str, Any]:

@@ -160,8 +160,9 @@ class CrashStore(Closeable):
             return {}
         self._complained = False
         for crash in crashes:
+            own_code = [f" ({f['module']}:{f['line']})" for f in crash.body["frames"] if f["line"]]
             with log_context(device=crash.device):
-                log.warning("device %s crashed: %s%s", crash.device, crash.text, _crash_location(crash.body))
+                log.warning("device %s crashed: %s%s", crash.device, crash.text, "".join(own_code[:1]))
         return {device: CrashStored(number) for device, number in sorted(answers.items())}
 
     def _has_quota(self, device: str) -> bool:
@@ -235,8 +236,3 @@ def _crash_of_row(values: tuple[Any, ...]) -> BoardCrash:
         return BoardCrash(number, device, at, received, text, json.loads(body))
     except (ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"a row of boards' crashes is damaged ({error})", hint=f"Delete {CRASH_FILE}.") from error
-
-
-def _crash_location(body: Mapping[str, Any]) -> str:
-    own_code = [f for f in body["frames"] if f["line"]]
-    return f" ({own_code[0]['module']}:{own_code[0]['line']})" if own_code else ""

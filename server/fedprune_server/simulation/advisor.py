@@ -190,10 +190,7 @@ def advice_rows(trials: Sequence[VariantRuns], rounds: int) -> list[tuple[str, .
     for row in advice_figures(trials, rounds):
         scores = (score_text(row[f"{side}_{measure}"], metric) for side in sides)
         share = "–" if row["macs_share"] is None else f"{row['macs_share']:.0%}"
-        costs = (share, f"{row['bytes'] / 1e6:,.2f}", _duration_text(row["hours"]))
+        duration = f"{row['hours']:.3g} h" if row["hours"] >= 1 else f"{60 * row['hours']:.3g} min"
+        costs = (share, f"{row['bytes'] / 1e6:,.2f}", duration)
         rows.append((row["variant"], *scores, *costs, row["why_not"]))
     return rows
-
-
-def _duration_text(hours: float) -> str:
-    return f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.3g} min"

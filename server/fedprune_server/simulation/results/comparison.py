@@ -46,8 +46,10 @@ def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
             raise StorageError(f"the run in {path} measures {run.measure}", expected=runs[0][1].measure)
     titles = [run.title for _, run in runs]
     return tuple(
-        run if titles.count(run.title) == 1 else replace(run, title=f"{_folder_name(path)} ({run.title})")
-        for path, run in runs
+        run
+        if titles.count(run.title) == 1
+        else replace(run, title=f"{(p.parent if p.suffix == '.json' else p).name or p} ({run.title})")
+        for p, run in runs
     )
 
 
@@ -223,7 +225,3 @@ def _common_facts(runs: Sequence[Record]) -> dict[str, str]:
     facts_of_runs = [run.facts() for run in runs]
     values = {key: list(dict.fromkeys(f[key] for f in facts_of_runs if f[key])) for key in facts_of_runs[0]}
     return {k: ", ".join(v) if len(v) <= _MAX_VALUES else f"{len(v)} different" for k, v in values.items()}
-
-
-def _folder_name(path: Path) -> str:
-    return (path if path.suffix != ".json" else path.parent).name or str(path)

@@ -24,11 +24,13 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
         f"The metrics at the head of this page are those of the model after round {run.last.round}, on the server's "
         f"samples. {tail_note([run])} Local {run.measure} is that of the boards' own models on their own test data."
     )
+    rows = final_rows([run])
+    seconds = rows[0].index("seconds")  # a server's have no beginning
     limits = "To be written by the publisher of the model: what it is for, and what it must not be used for."
     sections: dict[str, Sequence[Block]] = {
         "Accuracy": [
             about,
-            result_table(_without_seconds(final_rows([run]))),
+            result_table([(*row[:seconds], *row[seconds + 1 :]) for row in rows]),
         ],
         "Plan": [_boards(run.devices)],
         "Data": [_data(run)],
@@ -42,11 +44,6 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
         facts=run.facts(),
         sections=sections,
     )
-
-
-def _without_seconds(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    column = rows[0].index("seconds")  # a server's have no beginning
-    return [(*row[:column], *row[column + 1 :]) for row in rows]
 
 
 def _boards(devices: Sequence[DeviceRow]) -> Table:

@@ -88,6 +88,10 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     best = (f"best global {kind} (round)",) if any(len(run.rounds) > 1 for run in runs) else ()
     rows = [(*head, *best, *(f"local {m.partition('_')[2]}" for m in own_metrics), *names, *privacy_columns, *limits)]
     for run in runs:
+        best_round, (limited, updates) = run.best, run.count_limited
+        best_text = (
+            "–" if best_round is None else score_text(best_round.metrics[kind], metric) + f" ({best_round.round})"
+        )
         figures: dict[str, Any] = final_figures(run) | {
             key: last_mean(run.own_means(key), TAIL_ROUNDS) for key in own_metrics
         }
@@ -97,15 +101,15 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 run.title,
-                rounds_text(run),
+                f"{len(run.rounds)} of {run.job['rounds']}" if run.ended_early else str(len(run.rounds)),
                 f"{figures['seconds']:,.0f}",
                 *(f"{figures[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
                 tera_macs_text(figures["training_macs"]),
                 *measures[:2],
-                *(_best_score_text(run) for _ in best),
+                *(best_text for _ in best),
                 *measures[2:],
                 *("–" if (cost := figures.get(key)) is None else f"{cost:.3g}" for key in privacy_columns),
-                *(limited_text(run) for _ in limits),
+                *(f"{limited:,} of {updates:,}" if updates else "–" for _ in limits),
             )
         )
     return rows
@@ -120,24 +124,6 @@ def tail_note(runs: Sequence[Record]) -> str:
 
 def tera_macs_text(macs: float | None) -> str:
     return f"{macs / 1e12:.3g}" if macs else "–"
-
-
-def _best_score_text(run: Record) -> str:
-    """The best global model's score, and its round."""
-    best = run.best
-    return "–" if best is None else f"{score_text(best.metrics[run.measure], run.metric)} ({best.round})"
-
-
-def rounds_text(run: Record) -> str:
-    """Number of a run's rounds, and those of its job where it ended early."""
-    round_count = str(len(run.rounds))
-    return f"{round_count} of {run.job['rounds']}" if run.ended_early else round_count
-
-
-def limited_text(run: Record) -> str:
-    """Number of updates that limits changed, of all; a dash where updates weren't counted."""
-    limited, updates = run.count_limited
-    return f"{limited:,} of {updates:,}" if updates else "–"
 
 
 def print_results(runs: Sequence[Record]) -> None:

@@ -14,7 +14,7 @@ from fedprune.core.text import one_line
 from fedprune.core.validation import is_whole
 from fedprune.jobs.state import DeviceTask, JobDevice, outcome
 from fedprune.model.selection import Selection
-from fedprune.wire.messages import MAX_WARNING_TEXT, BoardWarning
+from fedprune.wire.messages import MAX_WARNING_TEXT
 from fedprune_server.devices.crash_store import (
     MAX_CRASHES_PER_BOARD,
     BoardCrash,
@@ -189,11 +189,11 @@ def board_crashes(folder: Path, device: str) -> BoardCrashes:
         warnings = read_warnings(folder, device)[::-1]
     except StorageError:
         crashes, warnings = [], []
-    return BoardCrashes(device, tuple(map(_crash_row, crashes)), tuple(map(_warning_row, warnings)))
-
-
-def _warning_row(warning: BoardWarning) -> dict[str, Any]:
-    return {"at": max(0.0, warning["at"]), "text": one_line(warning["text"], MAX_WARNING_TEXT)}
+    return BoardCrashes(
+        device,
+        tuple(map(_crash_row, crashes)),
+        tuple({"at": max(0.0, w["at"]), "text": one_line(w["text"], MAX_WARNING_TEXT)} for w in warnings),
+    )
 
 
 def _crash_row(crash: BoardCrash) -> dict[str, Any]:

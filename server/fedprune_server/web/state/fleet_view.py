@@ -7,7 +7,6 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +210,5 @@ class FleetView(Closeable):
         return read_page(page, size, lambda: self._rows(f"SELECT count(*) {clause}", *values)[0][0], read)
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        with self._errors():
+        with sqlite_errors(self._path, "Start the server again: it makes the file again."):
             return self._readers.rows(query, values)
-
-    def _errors(self) -> AbstractContextManager[None]:
-        return sqlite_errors(self._path, "Start the server again: it makes the file again.")

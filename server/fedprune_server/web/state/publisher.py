@@ -60,7 +60,7 @@ class StatusPublisher:
         self._poller = poller or MembershipPoller()
         self._alerts = alerts or AlertBook()
         self._clock, self._monotonic = clock, monotonic
-        self.tap = LogTap(self._is_device)
+        self.tap = LogTap(lambda device: device in self._published_hashes or device in self._pending)
         self._faults: list[str] = []  # what can't be written as JSON, for the error that `publish` raises at its end
         self._quarantined: set[str] = set()
         self._last_job_of: dict[str, str] = {}  # of devices, which no job may have now
@@ -179,10 +179,6 @@ class StatusPublisher:
             if self._open_alerts.get(key) != alert:
                 self._open_alerts[key] = alert
                 self.queue(_alert_status(alert))
-
-    def _is_device(self, device: str) -> bool:
-        """Whether a device of this name is published, or about to be."""
-        return device in self._published_hashes or device in self._pending
 
     def _add_changed(self, name: str, record: StatusRecord) -> None:
         if self._statuses.get(name) != record:
