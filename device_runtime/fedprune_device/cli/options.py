@@ -12,11 +12,11 @@ from pathlib import Path
 
 from fedprune.core.cli import byte_count, positive_integer
 from fedprune.core.errors import ProtocolError
+from fedprune.planning.costs import TEST_SHARE
 from fedprune.planning.profile import TIERS
 from fedprune.wire.topics import EVERYONE, check_device, check_topic_name, to_name
 from fedprune_device.api.address import SOCKET
 from fedprune_device.data.colours import COLOUR_FORM, WHITE, Colour, parse_colour
-from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.table_options import MISSING
 
 BROKER_VARIABLE, JOIN_VARIABLE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN"

@@ -9,10 +9,10 @@ import numpy as np
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.core.rng import keyed_generator
+from fedprune.planning.costs import TEST_SHARE
 from fedprune_device.data.dataset import SPLITS, Channels, LocalData
 from fedprune_device.data.sample_checks import checked_samples
 from fedprune_device.data.sequences import LENGTHS, PaddedRows, describe_rows
-from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.spooled_arrays import join_arrays
 from fedprune_device.data.stored_array import Inputs, as_inputs, select_pairs, type_text
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from fedprune.core import atomic_file
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError
+from fedprune.planning.costs import TEST_SHARE
 
 _FORMAT = "fedprune.samples/1"
-TEST_SHARE = 0.2  # share of the samples that is set aside if a source has no test split of its own
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import logging
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice
 from fedprune.model.architecture import Architecture
+from fedprune.planning.correction import Correction
 from fedprune.planning.costs import costs_at
 from fedprune.planning.width_plan import WidthPlan
 from fedprune_server.devices.contacts import Contact
@@ -23,6 +24,7 @@ class PlanLog:
     def __init__(self, job: Job, architecture: Architecture, model_parameters: int, prefix: str) -> None:
         self._job, self._architecture, self._model_parameters = job, architecture, model_parameters
         self._prefix = prefix
+        self._doubted = set[str]()
         self._descriptions: dict[int, tuple[str, str]] = {}  # first line and warning of a logged plan, by its hash
 
     def introduce(self, name: str, contact: Contact, device: JobDevice) -> None:
@@ -47,6 +49,13 @@ class PlanLog:
         if warning := self._descriptions[plan_hash][1]:
             log.warning("%sdevice %s: %s", self._prefix, name, warning)
 
+    def warn_of_doubt(self, name: str, device: JobDevice) -> None:
+        """Log once that a device's rounds are far from what it measured of itself."""
+        doubt = Correction(**device.correction).doubt
+        if doubt and name not in self._doubted:
+            log.warning("%sdevice %s: %s; it is planned by its rounds", self._prefix, name, doubt)
+            self._doubted.add(name)
+
     def _log_plan(self, device: JobDevice) -> tuple[str, str]:
         """Log a plan for the first time. Returns its first line and warning, for other devices with this plan."""
         if device.plan is None:
@@ -58,7 +67,8 @@ class PlanLog:
             warning = ""
         else:
             plan = WidthPlan.from_dict(device.plan)
-            lines, warning = plan.describe(self._model_parameters).splitlines(), plan.warning
+            lines = plan.describe(self._model_parameters).splitlines()
+            warning = "; ".join(filter(None, (plan.doubt, plan.warning)))
             lines[0] = f"{lines[0]}, {plan.unbound_line() or f'bound by {plan.bound}'}"
         log.info("  %s", lines[0])
         for line in lines[1:]:  # for everyday use `status` and the console's page of the board have them

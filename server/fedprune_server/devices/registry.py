@@ -71,7 +71,7 @@ class DeviceRegistry:
         self._clock = clock
         self._contacts = {name: Contact(bytes_down=down, bytes_up=up) for name, (down, up) in traffic.items()}
         self.total_traffic = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
-        self._plan_log = PlanLog(job, architecture, self.model_parameters, prefix)
+        self.plan_log = PlanLog(job, architecture, self.model_parameters, prefix)
         self.parameters_at = lru_cache(_MAX_CACHED_WIDTHS)(partial(submodel_parameters, architecture))
         self.unsaved_traffic: dict[str, tuple[int, int]] = {}
         self.prefix = prefix
@@ -225,7 +225,7 @@ class DeviceRegistry:
         contact = self[name]
         contact.problem = ""
         self.unplanned_devices.pop(name, None)
-        self._plan_log.introduce(name, contact, self._state.devices[name])
+        self.plan_log.introduce(name, contact, self._state.devices[name])
 
     def is_excluded(self, device: str) -> bool:
         """Whether a device is known to be unable to take part."""

@@ -366,7 +366,9 @@ class JobRunner:
         self._note_event(event)
         self._messages.report_to_quarantine(event)
         self._journal.note_event(event)
-        if isinstance(event, on.UpdateRejected):
+        if isinstance(event, on.Folded):
+            self.registry.plan_log.warn_of_doubt(event.device, self.state.devices[event.device])
+        elif isinstance(event, on.UpdateRejected):
             kinds = [task.kind for task in self.state.tasks.values()]
             divergence.warn_of_rejection(event, self.job, self.registry.prefix, kinds)
 

@@ -11,6 +11,7 @@ from fedprune.coordination import Phase
 from fedprune.core.text import first_few, one_line, quantity
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
+from fedprune.planning.correction import Correction
 from fedprune_server.executor.divergence import diagnose_history
 from fedprune_server.maintenance.finding import Finding, note_finding, wrong_finding
 from fedprune_server.maintenance.stall import STALL_ROUNDS, stall_cause, stall_scores
@@ -22,6 +23,9 @@ _RECENT_ROUNDS = 3
 
 # Share of a round's devices that may be late before the deadline is to blame: fewer are slow for reasons of their own.
 _MAX_LATE_SHARE = 0.5
+
+# What a plan predicts of a round's time, in seconds.
+_PLANNED_TIMES = ("train_s", "evaluate_s", "transfer_s")
 
 # Strategies whose submodels are the first channels of one ranking, so that widths say which channels are trained.
 _NESTED_STRATEGIES = frozenset(
@@ -64,8 +68,9 @@ def _check_exclusions(job: StoredJob) -> Iterator[Finding]:
 
 def _check_deadline(job: StoredJob) -> Iterator[Finding]:
     limit = float(job.job_settings.get("deadline_s", math.inf))
-    predicted = {n: _predicted_seconds(d.plan) for n, d in job.state.devices.items() if not d.excluded}
-    slow = {n: seconds for n, seconds in predicted.items() if seconds is not None and seconds > limit}
+    plans = {n: d.plan for n, d in job.state.devices.items() if d.plan is not None and not d.excluded}
+    predicted = {n: sum(float(p["prediction"][key]) for key in _PLANNED_TIMES) for n, p in plans.items()}
+    slow = {n: seconds for n, seconds in predicted.items() if seconds > limit}
     if slow:
         slowest = max(slow, key=lambda n: slow[n])
         yield wrong_finding(
@@ -137,6 +142,15 @@ def _check_outliers(job: StoredJob) -> Iterator[Finding]:
             f"look at its samples and, on the board, at its log ({BOARD_LOG_COMMAND}); if it is not to be "
             f"trusted: {server_command(job.folder, 'devices', 'revoke', name)}",
         )
+    devices = sorted(job.state.devices.items())
+    doubts = [(n, Correction(**d.correction).doubt or (d.plan or {}).get("doubt", "")) for n, d in devices]
+    for name, doubt in [(name, doubt) for name, doubt in doubts if doubt][:MAX_NAMES_SHOWN]:
+        yield note_finding(
+            "doubtful-claim",
+            f"device {name} of job {job.name}: {doubt}",
+            "how much of the model it trains goes by its rounds, and before the first by its own measurements",
+            f"compare {server_command(job.folder, 'status')} with its log, on the board: {BOARD_LOG_COMMAND}",
+        )
 
 
 def _check_coverage(job: StoredJob) -> Iterator[Finding]:
@@ -185,13 +199,6 @@ def _check_stall(job: StoredJob) -> Iterator[Finding]:
         "further rounds like these cost time and bytes, and change nothing",
         cause.advice.format(status=status, lr=job.job_settings.get("recipe", {}).get("lr")),
     )
-
-
-def _predicted_seconds(plan: Mapping[str, Any] | None) -> float | None:
-    """Seconds that a round takes by a device's plan; None if the plan predicts no times."""
-    prediction = (plan or {}).get("prediction", {})
-    seconds = [prediction.get(k) for k in ("train_s", "transfer_s")]
-    return sum(map(float, seconds)) if all(isinstance(v, (int, float)) for v in seconds) else None
 
 
 def _is_late(device_part: Mapping[str, Any]) -> bool:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError
 from fedprune.core.rng import keyed_generator
+from fedprune.planning.costs import TEST_SHARE
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.splits import TEST_SHARE
 
 CLASS_COUNT = 10
 ALPHA = 0.5  # concentration of the Dirichlet shares: the smaller, the more uneven the split

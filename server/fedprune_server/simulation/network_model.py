@@ -116,7 +116,7 @@ class Weather:
         rate = speed * self.link_factor(seed, number, device, direction)
         limit = self.server_rate(seed, number, direction)
         arrived, free = transfer_end(now, free, size, rate, limit)
-        return arrived + link.latency_s, free
+        return arrived + link.delay_s, free
 
     def _round_factor(self, sigma: float, seed: int, number: int, name: str, quantity: str) -> float:
         if not sigma:

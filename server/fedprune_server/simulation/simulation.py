@@ -375,7 +375,7 @@ class Simulation:
         widths, recipe = tuple(offer["widths"]), Recipe.from_dict(offer["recipe"])
         key = id(device.profile), device.samples, widths, recipe
         if key not in self._seconds:
-            self._seconds[key] = device.train_s(self.model.architecture, widths, recipe)
+            self._seconds[key] = device.computing_s(self.model.architecture, widths, recipe)
         return self._seconds[key]
 
     def _train(self, item: TrainingEnd) -> on.Event:

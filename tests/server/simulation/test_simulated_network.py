@@ -2,16 +2,25 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
+from fedprune.planning.cost_prediction import predict_costs
+from fedprune.planning.profile_store import find_profile, profile_names
+from fedprune.planning.width_plan import TIME_MARGIN, WidthPlan
+from fedprune.strategies import compose
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.device_table import with_link
+from fedprune_server.simulation.fleet.virtual_device import Outcome, StoredData
 from fedprune_server.simulation.network_model import Availability, Weather, transfer_end
-from support.fakes.digits_simulation import boards, digits_simulation, noting
+from support.fakes.digits_simulation import boards, digits_net, digits_simulation, noting
 
 DEVICES = [f"d{i}" for i in range(400)]
 
@@ -114,11 +123,11 @@ def test_the_virtual_clock_follows_the_weather(build):
     simulation = build(fleet=[zero], rounds=1, weather=weather)
     (row,) = simulation.run()
     link, sent = zero.profile.link, simulation.record().last
-    trained = zero.train_s(
+    trained = zero.computing_s(
         simulation.model.architecture, tuple(row["devices"][zero.name]["widths"]), simulation.job.recipe
     )
     down, up = (weather.link_factor(3, 1, zero.name, direction) for direction in ("down", "up"))
-    expected = sent.down / (link.down_bytes_s * down) + sent.up / (link.up_bytes_s * up) + 2 * link.latency_s
+    expected = sent.down / (link.down_bytes_s * down) + sent.up / (link.up_bytes_s * up) + 4 * link.latency_s
     assert simulation.clock == pytest.approx(expected + trained / weather.compute_factor(3, 1, zero.name))
 
 
@@ -163,3 +172,30 @@ def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build):
     assert [h["devices"][device.name]["progress"] for h in history] == ["folded"] * 3
     assert len(trained) == 1 + 3  # never again only because an upload was cut off
     assert late.record().last.up > 3 * size  # what was cut off was sent twice
+
+
+def test_what_is_planned_by_time_is_in_time_on_every_board_and_slow_links_too(tmp_path, monkeypatch):
+    """Every board has as many samples as make the whole model too slow, and sends back what it was sent."""
+
+    def send_back(_, device, offer, number):
+        return Outcome(BlobRef.from_dict(offer["weights"]), device.samples, 1, {})
+
+    monkeypatch.setattr(DeviceRunner, "train", send_back)
+    settings = {"strategy": "fedprune", "deadline_s": 20.0, "rounds": 2, "compression": "none"}
+    settings["compression_down"] = "int8"
+    job, net, fleet = Job(**settings), digits_net().architecture, []
+    recipe = compose(job).planned_recipe(job, "", net.sizes, 1.0, 64)
+    for name in profile_names():
+        for link in ({}, {"down_mb_s": 0.03, "up_mb_s": 0.03, "latency_s": 0.2}):
+            profile, samples = with_link(find_profile(name), link), 64
+            costs = partial(predict_costs, net, net.sizes, profile, recipe, codecs=(None, "int8"))
+            while TIME_MARGIN * costs(samples).round_s <= job.deadline_s:
+                samples = math.ceil(1.01 * samples)
+            fleet.append(replace(boards()[0], name=f"{name}-{len(link)}", profile=profile))
+            fleet[-1] = replace(fleet[-1], data=StoredData(samples, fleet[-1].name, fleet[-1].load))
+    simulation = digits_simulation(tmp_path, fleet=fleet, **settings)
+    history = simulation.run()
+    assert {WidthPlan.from_dict(device.plan).bound for device in simulation.state.devices.values()} == {"time"}
+    parts = [(row["round"], name, part["kind"]) for row in history for name, part in row["devices"].items()]
+    assert len(parts) == 2 * len(fleet)
+    assert [part for part in parts if part[2]] == []

@@ -22,7 +22,7 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.width_plan import MEMORY, WidthPlan
 from fedprune.strategies import compose
 from support.fakes.coordinator_shell import digest
-from support.fakes.tiny_job import ARCHITECTURE, JOB
+from support.fakes.tiny_job import ARCHITECTURE, JOB, WIDE
 
 pytestmark = pytest.mark.board
 
@@ -64,15 +64,15 @@ def test_a_rounds_own_times_correct_a_plan_that_was_far_off() -> None:
     assert State.from_json(coordinator.state.to_json()).devices["a"] == device
 
 
-WIDE = Axis((Segment(0, 0, 64),))
+WIDE_AXIS = Axis((Segment(0, 0, 64),))
 LARGE = replace(
     ARCHITECTURE,
     groups=(ChannelGroup("g0", 64),),
     tensors=(
-        TensorSpec("w", TensorKind.WEIGHT, (WIDE, Axis.fixed(4))),
-        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(3), WIDE)),
+        TensorSpec("w", TensorKind.WEIGHT, (WIDE_AXIS, Axis.fixed(4))),
+        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(3), WIDE_AXIS)),
     ),
-    activations=(Activation("h", WIDE, 2**13, True),),
+    activations=(Activation("h", WIDE_AXIS, 2**13, True),),
 )
 """A net whose activations take most of its memory."""
 
@@ -121,6 +121,27 @@ def test_plans_settle_within_the_memory_whatever_the_prediction_misses(
     for device, share in zip(devices, shares, strict=True):
         assert (device.widths, device.accumulate) not in overrun
         overrun += [(device.widths, device.accumulate)] * (share > 1)
+
+
+def test_a_board_whose_rounds_contradict_its_own_measurements_is_planned_by_the_servers_clock() -> None:
+    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, latency=typical_table(1e4))
+    deadline_s = 1.2 * predict_costs(WIDE, widths_at(WIDE, 0.5), PI, JOB.recipe, 10, probe=probe).round_s
+    planner = WidthPlanner(job := replace(JOB, density=0.0, deadline_s=deadline_s), compose(job), WIDE)
+    device = JobDevice(1, True, PI.to_dict(), probe.to_dict(), 10)
+    planner.plan("a", device)
+    widths, plan = device.widths, WidthPlan.from_dict(device.plan)
+    assert "its profile promises" in plan.doubt
+    for attempt, seconds in (
+        (2, 1e-3),
+        (1, deadline_s),
+        (1, None),
+    ):  # an earlier attempt's work; as slow as it says; unknown
+        planner.learn("a", device, DeviceTask(attempt, widths, steps=plan.prediction.steps, seconds=seconds))
+        assert device.widths == widths
+    assert Correction(**device.correction).doubt == ""
+    planner.learn("a", device, DeviceTask(1, widths, steps=plan.prediction.steps, seconds=1e-3))
+    assert device.widths > widths
+    assert "rounds show" in Correction(**device.correction).doubt
 
 
 def test_a_board_that_no_width_fits_trains_the_narrowest_with_a_warning() -> None:

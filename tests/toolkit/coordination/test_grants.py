@@ -15,6 +15,7 @@ from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.plan_search import PlanSearch
+from fedprune.planning.width_plan import TIME_MARGIN
 from fedprune.strategies import compose
 from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET
@@ -166,8 +167,8 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
 
     def works(spare: float) -> int:
         free = PlanSearch(NET, PI, recipe, 10, densities=(0.25,)).search()
-        seconds = free.prediction.transfer_s + spare * free.prediction.train_s
-        plan = PlanSearch(NET, PI, recipe, 10, densities=(0.25,), deadline_s=seconds).search()
+        seconds = free.prediction.round_s + (spare - 1) * free.prediction.train_s
+        plan = PlanSearch(NET, PI, recipe, 10, densities=(0.25,), deadline_s=TIME_MARGIN * seconds).search()
         state.devices["a"].plan = PackedJson(plan.to_dict())
         return round_grants(state, 1)["a"].work
 

@@ -7,6 +7,7 @@ corrections are equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -88,8 +89,11 @@ class WidthPlanner:
 
     def plan_again(self, name: str, former: JobDevice | None, device: JobDevice) -> None:
         """Plan a device that announced itself, keeping what still holds of its former plan and correction."""
-        if former is not None and former.profile == device.profile and _has_same_latency(former, device):
-            device.correction = former.correction
+        if former is not None and former.profile == device.profile:
+            # What rounds taught belongs to the measurement that it corrects.
+            latencies = ((probe or {}).get("latency") for probe in (former.probe, device.probe))
+            if former.probe == device.probe or next(latencies) == next(latencies):
+                device.correction = former.correction
         inputs = (device.profile, device.probe, device.samples, device.codecs)
         former_inputs = None if former is None else (former.profile, former.probe, former.samples, former.codecs)
         if former is not None and former.widths and former_inputs == inputs:
@@ -108,7 +112,12 @@ class WidthPlanner:
         former_correction, expected = former_plan.correction, former_plan.prediction
         if device.widths != task.widths:
             expected = self._prediction_for_task(name, device, task, former_plan)
-        correction = Correction(**device.correction).corrected_by(expected, former_correction, task.metrics, limit)
+        # A device that is asked again may have trained before: only the first attempt's time is that of its steps.
+        is_clocked = task.seconds is not None and task.seconds > 0 and task.steps and task.attempt == 1
+        clocked_step_s = (task.seconds or 0.0) / task.steps if is_clocked else math.inf
+        correction = Correction(**device.correction).corrected_by(
+            expected, former_correction, task.metrics, limit, clocked_step_s
+        )
         device.correction = vars(correction)
         peak_memory = task.metrics.get("peak_memory_bytes", 0.0)
         exceeds_memory = peak_memory > limit and correction != former_correction
@@ -224,10 +233,3 @@ class PlannedWidths(Allocator):
 
     def learn(self, fleet: Fleet, name: str, task: DeviceTask, seconds: float | None) -> None:
         self._planner.learn(name, fleet.state.devices[name], task)
-
-
-def _has_same_latency(former: JobDevice, device: JobDevice) -> bool:
-    """Whether the measurement that a correction belongs to is the same."""
-    if former.probe == device.probe:
-        return True
-    return (former.probe or {}).get("latency") == (device.probe or {}).get("latency")

@@ -9,8 +9,13 @@ from dataclasses import dataclass, replace
 from fedprune.planning.costs import MemoryBreakdown
 from fedprune.planning.prediction import Prediction
 
-# How far a measured time may correct a predicted one: beyond that something else is wrong.
+# How far a time that a board reports may correct a predicted one: beyond that something else is wrong, unless the
+# server's own clock bears it out.
 TIME_CORRECTION_BOUNDS = 0.2, 5.0
+
+# How many times more or less a board's steps may take by one source than by another before it is named: profiles'
+# efficiency is an estimate, and off by less on all boards that were measured.
+MAX_CLAIM_FACTOR = 10.0
 
 # Limits of the correction of memory, which a faulty measurement must not turn into a plan that ends the process.
 # The first: the smallest corrected prediction, as a share of the uncorrected one.
@@ -47,20 +52,30 @@ class Correction:
     overrun_at: float = 0.0
 
     def corrected_by(
-        self, prediction: Prediction, applied: Correction, measured: Mapping[str, float], capacity: float = math.inf
+        self,
+        prediction: Prediction,
+        applied: Correction,
+        measured: Mapping[str, float],
+        capacity: float = math.inf,
+        clocked_step_s: float = math.inf,
     ) -> Correction:
         """The correction after another round, whose prediction had the correction `applied`.
 
         Args:
             measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as the board measured them.
             capacity: Bytes of memory that training may take.
+            clocked_step_s: The most that a step took by the server's clock, in seconds: the round's time over its
+                steps. No step takes longer, whatever the board, its probe and its profile say.
         """
         low, high = TIME_CORRECTION_BOUNDS
         correction = self
-        for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
+        times = (("step", prediction.step_s, clocked_step_s), ("latency", prediction.latency_s, math.inf))
+        for name, predicted, clocked_s in times:
             seconds = measured.get(f"{name}_seconds", 0.0)
-            if seconds > 0 and predicted > 0:
-                factor = min(high, max(low, getattr(applied, name) * seconds / predicted))
+            if predicted > 0 and (seconds > 0 or math.isfinite(clocked_s)):
+                unit = getattr(applied, name) / predicted
+                reported = max(low, seconds * unit) if seconds > 0 else 1.0
+                factor = min(reported, clocked_s * unit if math.isfinite(clocked_s) else high)
                 correction = replace(correction, **{name: factor})
         peak = measured.get("peak_memory_bytes", 0.0)
         return correction._corrected_by_peak(prediction.memory, peak, capacity) if peak > 0 else correction
@@ -78,6 +93,11 @@ class Correction:
             return self
         smaller_has_fitted = 0 < self.memory_at < memory_at
         return replace(self if smaller_has_fitted else with_round, overrun=excess, overrun_at=memory_at)
+
+    @property
+    def doubt(self) -> str:
+        """How far the board's rounds are from what it measured of itself or its profile promises; empty if near."""
+        return doubt_text(self.step, "its rounds show", "predicted by its own measurements, or its profile without any")
 
     def without_times(self) -> Correction:
         """The correction of memory only."""
@@ -107,3 +127,10 @@ class Correction:
 
 # Nothing was measured yet.
 NO_CORRECTION = Correction()
+
+
+def doubt_text(factor: float, source: str, other_source: str) -> str:
+    """A clause on steps that take `factor` times as long by one source as by another; empty if they are near."""
+    if 1 / MAX_CLAIM_FACTOR <= factor <= MAX_CLAIM_FACTOR:
+        return ""
+    return f"{source} that its steps take {factor:.2g} times as long as {other_source}"

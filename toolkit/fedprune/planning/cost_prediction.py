@@ -20,6 +20,7 @@ from fedprune.planning.costs import (
     AUGMENT_COPIES,
     FLOAT,
     NOISE_COPIES,
+    TEST_SHARE,
     Costs,
     MemoryBreakdown,
     costs_at,
@@ -61,10 +62,14 @@ def predict_costs(
     table, bandwidth = latency_table(profile, probe), memory_bandwidth(profile, probe)
     step_s = correction.step * _step_seconds(architecture, widths, recipe, samples, table, bandwidth)
     latency_s = correction.latency * float(table.latency_seconds(architecture, widths)[0])
+    tested = round(samples * TEST_SHARE / (1 - TEST_SHARE))
+    batch_s = float(table.latency_seconds(architecture, widths, recipe.batch_size)[0])
+    evaluate_s = (2 + (recipe.average > 0)) * correction.latency * batch_s * tested / recipe.batch_size
     link, power = profile.link, profile.power
     first_bytes, down_bytes, up_bytes = _transfer_bytes(architecture, widths, costs.wire_bytes, recipe, codecs)
-    # Two transfers, each announced and acknowledged: a round trip before, one after.
-    transfer_s = down_bytes / link.down_bytes_s + up_bytes / link.up_bytes_s + 4 * link.latency_s
+    graph_bytes = costs.graph_bytes + (costs.parameters // 8 if recipe.features.element_mask else 0)
+    longest_down_bytes = max(first_bytes, down_bytes) + graph_bytes
+    transfer_s = longest_down_bytes / link.down_bytes_s + up_bytes / link.up_bytes_s + 2 * link.delay_s
     # Without both figures nothing is said of energy: a guess would limit or exclude boards.
     watts = None
     if power is not None and power.load_w is not None and power.idle_w is not None:
@@ -81,12 +86,14 @@ def predict_costs(
         step_s=step_s,
         steps=steps,
         train_s=steps * step_s,
+        evaluate_s=evaluate_s,
         transfer_s=transfer_s,
         latency_s=latency_s,
         step_j=None if watts is None else watts * step_s,
         train_j=None if watts is None else watts * steps * step_s,
         latency_j=None if watts is None else watts * latency_s,
         memory=memory,
+        graph_bytes=graph_bytes,
         first_bytes=first_bytes,
         down_bytes=down_bytes,
         up_bytes=up_bytes,

@@ -104,6 +104,9 @@ TRAINING_GRAPH_BYTES = 4_000
 # Bytes of graphs on the disk per activation of the model, rounded up from those of the tests' nets.
 INFERENCE_GRAPH_BYTES = 500
 
+# Share of its samples that a board sets aside for tests where their source has no test split of its own.
+TEST_SHARE = 0.2
+
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
@@ -175,6 +178,11 @@ class Costs:
     @property
     def parameter_bytes(self) -> int:
         return FLOAT * self.parameters
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes of what a board is sent beside weights in its first round: its two graphs and the frozen base."""
+        return (TRAINING_GRAPH_BYTES + INFERENCE_GRAPH_BYTES) * self.values + self.base_bytes
 
     def training_memory(
         self,

@@ -109,9 +109,9 @@ class LatencyTable:
         """Times of training steps, [n]; `widths` are [n, groups] or [groups]."""
         return np.maximum(_MIN_SECONDS, workload(architecture).training(widths, batch) @ _vector_of(self.training))
 
-    def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike) -> Numbers:
-        """Times of predictions of one sample, as `step_seconds` gives them."""
-        work = workload(architecture).inference(widths, 1, self.block)
+    def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int = 1) -> Numbers:
+        """Times of predictions of `batch` samples at once, as `step_seconds` gives them."""
+        work = workload(architecture).inference(widths, batch, self.block)
         return np.maximum(_MIN_SECONDS, work @ _vector_of(self.inference))
 
     def to_dict(self) -> dict[str, Any]:

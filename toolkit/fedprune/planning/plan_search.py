@@ -12,7 +12,7 @@ from fedprune.core.text import amount
 from fedprune.model.architecture import Architecture, widths_at, widths_at_least
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import frozen_tensors
-from fedprune.planning.correction import NO_CORRECTION, Correction
+from fedprune.planning.correction import NO_CORRECTION, Correction, doubt_text
 from fedprune.planning.cost_prediction import (
     latency_table,
     memory_bandwidth,
@@ -34,6 +34,7 @@ from fedprune.planning.width_plan import (
     NOTHING_BINDS,
     STORAGE,
     TIME,
+    TIME_MARGIN,
     PlanLimit,
     WidthPlan,
     memory_terms,
@@ -176,6 +177,7 @@ class PlanSearch:
         other_limits = [m.describe() for m in narrowest.limits if not m.fits and m is not worst]
         others_text = f"It also breaks {'; '.join(other_limits)}. " if other_limits else ""
         memory_text = f"Memory is for: {memory_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""
+        doubt = self._doubt()
         remedies = self._remedies(narrowest) or "No setting of the recipe or the board frees enough."
         return PlanError(
             f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
@@ -183,8 +185,20 @@ class PlanSearch:
             else f"{name} at density {max(self.densities):.3g} doesn't fit {target}: it breaks {worst.name}",
             expected=f"at most {amount(worst.limit, worst.unit)}",
             got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
-            hint=f"{others_text}{memory_text}{remedies} {_HINT_OF_LIMIT[worst.name]}{self._processor_hint()}",
+            hint=f"{others_text}{memory_text}{remedies} {_HINT_OF_LIMIT[worst.name]}{self._processor_hint()}"
+            + (doubt and f" But {doubt}: see what else runs there."),
         )
+
+    def _doubt(self) -> str:
+        """How far the board's measurements of itself are from what its profile promises; empty if they are near."""
+        # A generic profile promises nothing.
+        if self.probe is None or not self.profile.identify:
+            return ""
+        widths = self.architecture.sizes
+        costs = self.architecture, widths, self.profile, self._requested_recipe(widths), self.samples
+        without_times = replace(self.probe, latency=None, train_rate=None, infer_rate=None)
+        claimed, promised = (predict_costs(*costs, probe=probe).step_s for probe in (self.probe, without_times))
+        return doubt_text(claimed / promised, "its own measurements say", "its profile promises")
 
     def _processor_hint(self) -> str:
         """A sentence if the model fits the board's processor, but not its GPU; empty otherwise."""
@@ -254,7 +268,7 @@ class PlanSearch:
     def _limits_of(self, prediction: Prediction) -> tuple[PlanLimit, ...]:
         limits = [PlanLimit(MEMORY, prediction.memory_bytes, self.available_bytes, "bytes")]
         if self.deadline_s is not None:
-            limits.append(PlanLimit(TIME, prediction.round_s, self.deadline_s, "s"))
+            limits.append(PlanLimit(TIME, TIME_MARGIN * prediction.round_s, self.deadline_s, "s"))
         limits.append(PlanLimit(LINK, prediction.round_bytes, self.profile.link.bytes_per_round, "bytes"))
         if self.byte_budget is not None:
             limits.append(PlanLimit(BYTES, prediction.round_bytes, self.byte_budget, "bytes"))
@@ -305,6 +319,7 @@ class PlanSearch:
             limits=candidate.limits,
             bound=bound,
             correction=self.correction,
+            doubt=self._doubt(),
             accumulate=candidate.recipe.accumulate,
             notes=(*self._gpu_notes(candidate), *self._split_notes(candidate), *notes),
             warning=" ".join(filter(None, (warning, self._unlimited_energy_warning(candidate.prediction)))),

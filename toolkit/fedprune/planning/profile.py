@@ -91,6 +91,11 @@ class LinkFigures:
     latency_s: Annotated[float, number_range(0, 3600)]
     bytes_per_round: Annotated[int, number_range(1, 2**50)]
 
+    @property
+    def delay_s(self) -> float:
+        """Seconds of a transfer beside those of its bytes: it is announced before and acknowledged after."""
+        return 2 * self.latency_s
+
 
 @dataclass(frozen=True)
 class PowerFigures:

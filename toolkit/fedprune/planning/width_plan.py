@@ -22,6 +22,10 @@ LINK = "link"
 BYTES = "bytes"
 ENERGY = "energy"
 STORAGE = "storage"
+# How many times a round's predicted time its deadline must leave, since times vary from round to round: about the error
+# of a step once a round has corrected it (docs/planner.md#how-far-predictions-are-off).
+TIME_MARGIN = 1.05
+
 LIMIT_NAMES = (MEMORY, TIME, LINK, BYTES, ENERGY, STORAGE)
 
 
@@ -61,6 +65,7 @@ class WidthPlan:
         warning: That little of the model is left, and which settings would keep all of it; that even the narrowest
             takes too much memory; or that energy can't be limited. Empty without a warning.
         correction: What the board's rounds taught; it is in all times and in the memory.
+        doubt: How far the board's measurements of itself are from what its profile promises; empty if they are near.
     """
 
     widths: tuple[int, ...]
@@ -72,6 +77,7 @@ class WidthPlan:
     accumulate: int = 1
     notes: tuple[str, ...] = ()
     warning: str = ""
+    doubt: str = ""
 
     @property
     def before_rounds(self) -> Prediction:
@@ -82,6 +88,7 @@ class WidthPlan:
             step_s=p.step_s / c.step,
             train_s=p.train_s / c.step,
             latency_s=p.latency_s / c.latency,
+            evaluate_s=p.evaluate_s / c.latency,
             memory_bytes=p.memory.uncorrected,
             step_j=None if p.step_j is None else p.step_j / c.step,
             train_j=None if p.train_j is None else p.train_j / c.step,
@@ -96,8 +103,8 @@ class WidthPlan:
         """The number of times that a round's training fits the limits of time and energy, if a step costs `share` of
         the planned one; infinite without limits."""
         p = self.prediction
-        used = {TIME: p.train_s * share, ENERGY: (p.train_j or 0.0) * share}
-        reserved = {TIME: p.transfer_s, ENERGY: 0.0}
+        used = {TIME: TIME_MARGIN * p.train_s * share, ENERGY: (p.train_j or 0.0) * share}
+        reserved = {TIME: TIME_MARGIN * (p.round_s - p.train_s), ENERGY: 0.0}
         repeats = [(m.limit - reserved[m.name]) / used[m.name] for m in self.limits if used.get(m.name)]
         return min(repeats, default=math.inf)
 
@@ -131,9 +138,10 @@ class WidthPlan:
             weights_text = (
                 f"keeps {p.parameters / full_parameters:.0%} of the weights: {weights_text} of {full_parameters:,}"
             )
+        step_text, tests_text = amount(p.step_s, "s"), amount(p.evaluate_s, "s")
         lines = [
             f"density {self.density:.3g} ({weights_text} parameters, {p.forward_macs:,} MACs per sample)",
-            f"a round: {p.steps} steps of {amount(p.step_s, 's')}, {amount(p.transfer_s, 's')} on the link",
+            f"a round: {p.steps} steps of {step_text}, {tests_text} of tests, {amount(p.transfer_s, 's')} on the link",
             f"a prediction: {amount(p.latency_s, 's')}{self._energy_text()}",
         ]
         if self.correction != NO_CORRECTION:

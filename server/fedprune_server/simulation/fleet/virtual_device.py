@@ -80,9 +80,9 @@ class VirtualDevice:
         """Its samples. Raises `DataError` if they can't be read."""
         return self.data.load() if isinstance(self.data, StoredData) else self.data
 
-    def train_s(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> float:
-        """Seconds that the planner expects the training of a round to take."""
-        return predict_costs(architecture, widths, self.profile, recipe, self.samples).train_s
+    def computing_s(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> float:
+        """Seconds that the planner expects a round to take between its transfers."""
+        return predict_costs(architecture, widths, self.profile, recipe, self.samples).computing_s
 
 
 def samples_digest(data: LocalData) -> str:

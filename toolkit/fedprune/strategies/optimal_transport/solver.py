@@ -41,7 +41,10 @@ def exact_plan(cost: Cost) -> Coupling:
         return Coupling.in_order(n, m)
     if (cheapest := _cheapest_plan(cost)) is not None:
         return cheapest
-    cost = _scale_to_range(cost, largest)
+    # Unusually large or small costs times a power of two, which leaves the plan as it is. The squares of costs from
+    # 1e17 overflow float32, and POT takes differences of 1e-14 for rounding.
+    if abs(exponent := int(np.frexp(largest)[1])) > _USUAL_EXPONENT:
+        cost = np.ldexp(cost, -exponent)
     # Equally many channels are an assignment problem, for which scipy has a faster solver.
     if n == m and cost.size <= 3 * SMALL_PAIRS:
         rows, columns = load_assignment_solver()(cost)
@@ -64,13 +67,6 @@ def _cheapest_plan(cost: Cost) -> Coupling | None:
             rows, columns = np.nonzero(is_least)
             return Coupling.of(n, m, rows, columns, np.ones(m))
     return None
-
-
-def _scale_to_range(cost: Cost, largest: float) -> Cost:
-    """Unusually large or small costs times a power of two, which leaves the plan as it is. The squares of costs from
-    1e17 overflow float32, and POT takes differences of 1e-14 for rounding."""
-    exponent = int(np.frexp(largest)[1])
-    return cost if abs(exponent) <= _USUAL_EXPONENT else np.ldexp(cost, -exponent)
 
 
 def _dense_plan(cost: Cost) -> Coupling:
