@@ -24,9 +24,6 @@ _RECENT_ROUNDS = 3
 # Share of a round's devices that may be late before the deadline is to blame: fewer are slow for reasons of their own.
 _MAX_LATE_SHARE = 0.5
 
-# What a plan predicts of a round's time, in seconds.
-_PLANNED_TIMES = ("train_s", "evaluate_s", "transfer_s")
-
 # Strategies whose submodels are the first channels of one ranking, so that widths say which channels are trained.
 _NESTED_STRATEGIES = frozenset(
     {"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fedasync", "fedfix", "fedbuff", "fedper"}
@@ -57,7 +54,10 @@ def _check_exclusions(job: StoredJob) -> Iterator[Finding]:
     reasons = {n: d.excluded for n, d in job.state.devices.items() if d.excluded}
     reasons |= {n: str(b.get("excluded", "")) for n, b in job.unplanned_devices.items()}
     reasons = {n: reason for n, reason in reasons.items() if n not in job.boards_with_alerts}
-    for reason, names in _names_by_reason(reasons).items():
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        names_by_reason.setdefault(reason, []).append(name)
+    for reason, names in sorted(names_by_reason.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN]:
         yield note_finding(
             "excluded-devices",
             f"{quantity(len(names), 'device')} of job {job.name} are excluded ({first_few(names)}): {reason}",
@@ -68,37 +68,19 @@ def _check_exclusions(job: StoredJob) -> Iterator[Finding]:
 
 def _check_deadline(job: StoredJob) -> Iterator[Finding]:
     limit = float(job.job_settings.get("deadline_s", math.inf))
-    plans = {n: d.plan for n, d in job.state.devices.items() if d.plan is not None and not d.excluded}
-    predicted = {n: sum(float(p["prediction"][key]) for key in _PLANNED_TIMES) for n, p in plans.items()}
-    slow = {n: seconds for n, seconds in predicted.items() if seconds > limit}
-    if slow:
-        slowest = max(slow, key=lambda n: slow[n])
-        yield wrong_finding(
-            "deadline-too-short",
-            f"the deadline of job {job.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
-            f"their plans: {first_few(sorted(slow))}, {slowest} {slow[slowest]:.0f} s",
-            "their updates come too late, and after a few such rounds they are excluded",
-            _longer_deadline_advice(job, 1.5 * slow[slowest]),
-        )
-        return
     for row in job.state.history[-1:]:
         late = sorted(n for n, device_part in row["devices"].items() if _is_late(device_part))
         if len(row["devices"]) > 1 and len(late) >= _MAX_LATE_SHARE * len(row["devices"]):
+            # `run` with options continues the stored job with a changed setting; a running server is stopped before.
+            options = ("--deadline", math.ceil(2 * limit))
+            advice = server_command(job.folder, "run", options=options)
             yield wrong_finding(
                 "deadline-too-short",
                 f"in round {row['round']} of job {job.name} {len(late)} of {len(row['devices'])} devices were late "
                 f"for the deadline of {limit:g} s: {first_few(late)}",
                 "what they trained didn't count",
-                _longer_deadline_advice(job, 2 * limit),
+                restart_advice(job.folder, *options) if job.is_running else advice,
             )
-
-
-def _longer_deadline_advice(job: StoredJob, seconds: float) -> str:
-    # `run` with options continues the stored job with a changed setting; a running server has to be stopped first.
-    options = ("--deadline", math.ceil(seconds))
-    if job.is_running:
-        return restart_advice(job.folder, *options)
-    return server_command(job.folder, "run", options=options)
 
 
 def _check_refusals(job: StoredJob) -> Iterator[Finding]:
@@ -205,10 +187,3 @@ def _is_late(device_part: Mapping[str, Any]) -> bool:
     if device_part["progress"] == Progress.FOLDED.value:
         return False
     return device_part.get("kind") == FailureKind.LATE or not device_part["reason"]
-
-
-def _names_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    names_by_reason: dict[str, list[str]] = {}
-    for name, reason in sorted(reasons.items()):
-        names_by_reason.setdefault(reason, []).append(name)
-    return dict(sorted(names_by_reason.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN])

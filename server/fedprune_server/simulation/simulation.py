@@ -184,7 +184,11 @@ class Simulation:
         finished_rounds = len(self.state.history)
         self._carry_out_all(self.coordinator.handle(event, self._run.clock))
         if len(self.state.history) > finished_rounds:
-            self._finish_round(self.state.history[-1]["round"])
+            self._stalls.on_progress()
+            # A strategy may give other widths and recipes in every round; old entries would pile up.
+            self._seconds.clear()
+            self._run.finish_round(self.state.history[-1]["round"])
+            self._earlier_blobs = self.store.names()
         if not isinstance(item, TrainingEnd):
             return False
         if self._folder.is_due(round_ended=False):
@@ -435,13 +439,6 @@ class Simulation:
         """Drop a device's queued work and its training ahead, of one round or of all."""
         self._run.drop_work(device, number)
         self._runner.cancel(device, number)
-
-    def _finish_round(self, number: int) -> None:
-        self._stalls.on_progress()
-        # A strategy may give other widths and recipes in every round; old entries would pile up.
-        self._seconds.clear()
-        self._run.finish_round(number)
-        self._earlier_blobs = self.store.names()
 
     def _save(self) -> None:
         self._folder.save(self._run, self.state)

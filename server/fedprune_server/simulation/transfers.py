@@ -85,16 +85,12 @@ class Transfers:
         """Bytes of the leaves that a device's new weights share with its last ones: a board copies them."""
         if weights.sha256 in held_digests or downloads.get(weights.sha256) != weights.size:
             return 0
-        previous_table, table = self._run.tables.get(name), self._table_of(weights.sha256)
+        if self._last_table[0] != weights.sha256:
+            self._last_table = weights.sha256, self._store.put(self._store.table(weights.sha256)).sha256
+        previous_table, table = self._run.tables.get(name), self._last_table[1]
         self._run.tables[name] = table
         previous_leaves = set() if previous_table is None else set(self._leaves_of(previous_table))
         return sum(weights.leaf_size(i) for i, d in enumerate(self._leaves_of(table)) if d in previous_leaves)
-
-    def _table_of(self, weights: str) -> str:
-        """The digest of the blob with the leaf table of some weights."""
-        if self._last_table[0] != weights:
-            self._last_table = weights, self._store.put(self._store.table(weights)).sha256
-        return self._last_table[1]
 
     def _leaves_of(self, table: str) -> list[bytes]:
         """The leaves in a stored leaf table."""

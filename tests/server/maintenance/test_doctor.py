@@ -85,17 +85,13 @@ def with_state(**values: Any) -> StoredJob:
     return replace(HEALTHY, state=replace(HEALTHY.state, **values))
 
 
-def plan(seconds: float) -> dict[str, Any]:
-    return {"prediction": {"train_s": seconds, "evaluate_s": 0.0, "transfer_s": 1.0}}
-
-
 SICK: dict[str, StoredJob] = {
     "server-not-running": replace(HEALTHY, is_running=False),
     "paused": with_state(paused=True),
     "no-devices": with_state(devices={}, history=[]),
     "too-few-devices": with_state(phase=Phase.WAITING, devices={"a": board(), "b": board(online=False)}),
     "excluded-devices": replace(HEALTHY, unplanned_devices={"odd": {"excluded": "no profile"}}),
-    "deadline-too-short": with_state(devices={"a": board(plan=plan(5000.0)), "b": board()}),
+    "deadline-too-short": with_state(history=[row(1, {"a": ("folded", "", ""), "b": ("refused", "x", "late")})]),
     "doubtful-claim": with_state(devices={"a": board(correction={"step": 0.01}), "b": board()}),
     "all-updates-refused": with_state(history=[row(1, {"a": ("refused", "tensor w has a wrong shape", "malformed")})]),
     "outlying-device": with_state(history=[row(1, {"a": ("folded", "x", ""), "b": ("folded", "", "")})]),

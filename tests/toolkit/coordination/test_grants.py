@@ -175,7 +175,43 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
     assert (works(1.01), works(2.01), works(100.0)) == (1, 2, 3)
 
 
-def test_a_board_without_widths_or_excluded_does_not_count_for_the_core() -> None:
-    state = fleet(FLEET | {"e": 0.1, "f": 0.1})
-    state.devices["e"].excluded, state.devices["f"].widths = "it spoils", ()
-    assert densities(round_grants(state, 1))[:4] == [0.5, 0.5, 0.5, 0.25]
+def test_a_board_without_widths_excluded_or_gone_does_not_count_for_the_core() -> None:
+    state = fleet(FLEET | dict.fromkeys("efgh", 0.1))
+    assert densities(round_grants(state, 6))[:4] == [0.1, 0.1, 0.1, 0.1]
+    devices = state.devices
+    devices["e"].excluded, devices["f"].widths = "it spoils", ()
+    devices["g"].online = devices["h"].online = False
+    devices["h"].last_counted_round = 2
+    assert densities(round_grants(State.from_json(state.to_json()), 6))[:4] == [0.5, 0.5, 0.5, 0.25]
+    devices["g"].last_counted_round = devices["h"].last_counted_round = 3
+    assert densities(round_grants(state, 6))[:4] == [0.25, 0.25, 0.25, 0.25], "they are away for a moment"
+
+
+def few_narrow(narrow: int, density: float) -> State:
+    return fleet({f"board-{i}": density if i < narrow else 1.0 for i in range(10)})
+
+
+@pytest.mark.parametrize(("narrow", "density", "core"), [(3, 0.07, 1.0), (3, 0.5, 0.5), (2, 0.5, 1.0), (5, 0.07, 0.07)])
+def test_few_boards_that_can_hold_little_narrow_the_core_to_half_at_most(
+    narrow: int, density: float, core: float
+) -> None:
+    grants = round_grants(few_narrow(narrow, density), 1)
+    assert densities(grants) == [density] * narrow + [core] * (10 - narrow)
+    assert [g.core for g in grants.values()] == [density >= core / 2] * narrow + [True] * (10 - narrow)
+    assert [g.core for g in round_grants(few_narrow(narrow, density), 9).values()] == [g.core for g in grants.values()]
+
+
+@pytest.mark.parametrize(("narrow", "is_mixed"), [(0, False), (1, False), (3, False), (5, True)])
+def test_few_boards_that_can_hold_little_leave_the_others_to_plain_training(narrow: int, is_mixed: bool) -> None:
+    grants = begin_grants(Job(strategy="fedprune", rounds=10), state := few_narrow(narrow, 0.07))
+    assert {grants.grant_of(device).mixed for device in state.devices.values()} == {is_mixed}
+
+
+def test_a_board_without_time_for_whole_steps_trains_as_it_was_planned_and_the_others_do_not() -> None:
+    state, job = few_narrow(1, 0.25), Job(strategy="fedprune", rounds=10)
+    free = PlanSearch(NET, PI, job.recipe, 10, densities=(0.25,)).search().prediction
+    seconds = TIME_MARGIN * (free.round_s + 0.9 * free.train_s)
+    plan = PlanSearch(NET, PI, job.recipe, 10, densities=(0.25,), deadline_s=seconds).search()
+    state.devices["board-0"].plan = PackedJson(plan.to_dict())
+    grants = begin_grants(job, state)
+    assert [grants.grant_of(device).mixed for device in state.devices.values()] == [True] + [False] * 9

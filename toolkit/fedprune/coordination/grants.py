@@ -39,6 +39,10 @@ MAX_EPOCHS = 10_000
 # shorter steps of ordered dropout: whole ones take longer, but less than this many times.
 MIN_REPEATS_FOR_WHOLE_STEPS = 2.0
 
+# How many rounds a board that is away may have left out, of those that ask it, and still counts for the fleet's widths:
+# links drop for a round or two, while boards that are gone for good must not decide what the others train.
+MAX_ROUNDS_AWAY = 3
+
 
 class Grant(NamedTuple):
     """A device's part of the model in a round.
@@ -96,7 +100,13 @@ class Grants:
         if self._core is None:
             return Grant(device.widths, device.density)
         widths, density = self._narrow_to_core(device.widths, device.density)
-        return Grant(widths, density, self._work_of(device, widths), self._state.mixed, self._has_core)
+        if self._has_core and density < self._core.min_median_share * self._state.core_density:
+            # Large steps and many epochs of the few boards far narrower than the core would undo what others learn.
+            return Grant(widths, density, mixed=False)
+        # The plan of a board that lacks the time for whole steps holds for ordered dropout alone.
+        is_short_of_time = not (self._core.is_unconditional or self._has_time_for_whole_steps(device, widths))
+        mixed, has_core = self._state.mixed or is_short_of_time, self._has_core and not is_short_of_time
+        return Grant(widths, density, self._work_of(device, widths), mixed, has_core)
 
     @property
     def core(self) -> Widths:
@@ -108,11 +118,12 @@ class Grants:
         if self._core is None:
             return ""
         if self.core:
-            core_share = f"{self._state.core_density:.3g} of the model's channels"
-            boards = f"{self._core.board_share:.0%} of them"
-            return f"boards share a core: they train at most {core_share}, which {boards} can hold"
+            core_density, devices = self._state.core_density, self._present_devices
+            share = sum(d.density >= core_density for d in devices) / max(1, len(devices))
+            core_share = f"{core_density:.3g} of the model's channels"
+            return f"boards share a core: they train at most {core_share}, which {share:.0%} of them can hold"
         if not self._state.mixed:
-            return "all boards train the same width: no ordered dropout and no mixed samples by default"
+            return "most boards train the same width: no ordered dropout and no mixed samples by default"
         return "each board trains all that it can hold" if self._has_core else ""
 
     @property
@@ -130,8 +141,11 @@ class Grants:
         return core.is_shared_in(state.round, self._job.rounds, spent_share_after_round(self._job, state))
 
     @property
-    def _planned_devices(self) -> list[JobDevice]:
-        return [d for d in self._state.devices.values() if d.widths and not d.excluded]
+    def _present_devices(self) -> list[JobDevice]:
+        """The devices that decide what the fleet trains: connected, or with an update that counted lately."""
+        first_round = max(1.0, self._state.round - MAX_ROUNDS_AWAY / self._job.participation)
+        devices = (d for d in self._state.devices.values() if d.widths and not d.excluded)
+        return [d for d in devices if d.online or d.last_counted_round >= first_round]
 
     def _decide_for_fleet(self) -> None:
         """Decide, by what the fleet's devices can hold, on the core and whether boards train different widths."""
@@ -139,38 +153,53 @@ class Grants:
         state.core_widths, state.core_density, state.mixed, state.longest_s = [], 1.0, True, 0.0
         if self._core is None:
             return
-        devices = self._planned_devices
+        devices = self._present_devices
+        if not devices:
+            return
         width_counts = Counter((d.density, d.widths) for d in devices)
-        if self._is_shared and width_counts:
-            state.core_density, core = self._core.choose_core(width_counts)
+        state.core_density, core = self._core.choose_core(width_counts)
+        if self._is_shared:
             state.core_widths = list(core)
         trained = {self._narrow_to_core(widths, density)[0] for density, widths in width_counts}
-        trains_alike = len(trained) == 1 and self._sees_fleet
-        state.mixed = not (trains_alike and self._fit_whole_steps(devices))
+        # Without a core the few boards that are narrower than all others are no reason to train these in another way.
+        trains_alike = len(trained) == 1 if self._has_core else core == max(width_counts)[1]
+        state.mixed = not (
+            trains_alike and self._sees_fleet and self._have_time_for_whole_steps(devices, state.core_density)
+        )
         if self._has_core:
-            state.longest_s = self._slowest_round_s(devices)
+            min_density = self._core.min_density(width_counts)
+            # As in FedAvg. It limits the work of narrower boards: where steps of a small net take as long at any width,
+            # more of them would make rounds longer than FedAvg's.
+            state.longest_s = max(
+                self._training_s(d, self._architecture.sizes) for d in devices if d.density >= min_density
+            )
 
     def _suits_core(self, core: SharedCore) -> bool:
-        """Whether a core is better than ordered dropout for classifiers. It is where boards are nearly as wide as each
-        other, or labels are even: where the median board's labels are worth at least the share `min_evenness` of all
-        classes, or of as many as the board has samples. Boards that don't report that count as worth none."""
-        devices = self._planned_devices
-        if self._job.privacy.is_on or self._asks_alike or not self._sees_fleet:
+        """Whether a core is better than ordered dropout for classifiers. It is where the core is nearly as wide as the
+        widest board, or labels are even: where the median board's labels are worth at least the share `min_evenness` of
+        all classes, or of as many as the board has samples. Boards that don't report that count as worth none."""
+        devices = self._present_devices
+        if self._job.privacy.is_on or self._asks_alike or not self._sees_fleet or not devices:
             return False
         width_counts = Counter((d.density, d.widths) for d in devices)
-        # Boards of one width hold all that any holds: there is nothing beside a core.
-        if len(width_counts) < 2 or not self._fit_whole_steps(devices):
+        density, widths = core.choose_core(width_counts)
+        widest_density, widest = max(width_counts)
+        # Where most boards hold all that any holds, there is nothing beside a core.
+        if widths == widest or not self._have_time_for_whole_steps(devices, density):
             return False
-        (narrowest, _), (widest, _) = min(width_counts), max(width_counts)
-        if core.min_nearness and narrowest >= core.min_nearness * widest - 1e-9:
+        if core.min_nearness and density >= core.min_nearness * widest_density - 1e-9:
             return True
         classes = self._architecture.classes
         shares = [(d.effective_classes or 0) / max(1, min(classes, d.samples)) for d in devices]
         return statistics.median(shares) >= core.min_evenness
 
-    def _fit_whole_steps(self, devices: Iterable[JobDevice]) -> bool:
-        """Whether all boards have time for steps as wide as themselves."""
-        return all(self._planned_repeats(d, d.widths) >= MIN_REPEATS_FOR_WHOLE_STEPS for d in devices)
+    def _have_time_for_whole_steps(self, devices: Iterable[JobDevice], core_density: float) -> bool:
+        """Whether most boards that can hold the core have time for steps as wide as themselves."""
+        have_time = [self._has_time_for_whole_steps(d, d.widths) for d in devices if d.density >= core_density]
+        return self._core is not None and sum(have_time) >= self._core.board_share * len(have_time) - 1e-9
+
+    def _has_time_for_whole_steps(self, device: JobDevice, widths: Widths) -> bool:
+        return self._planned_repeats(device, widths) >= MIN_REPEATS_FOR_WHOLE_STEPS
 
     def _narrow_to_core(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The smaller of what a device can hold and the core, group by group."""
@@ -205,14 +234,6 @@ class Grants:
                 share = self._prediction(device, widths).train_s / self._prediction(device, device.widths).train_s
             self._repeats_by_plan[key] = WidthPlan.from_dict(device.plan).repeats(share)
         return self._repeats_by_plan[key]
-
-    def _slowest_round_s(self, devices: Iterable[JobDevice]) -> float:
-        """Seconds that a round of the whole model would take the slowest board, as in FedAvg.
-
-        It limits the work of narrower boards: where steps of a small net take as long at any width, more of them would
-        make rounds longer than FedAvg's.
-        """
-        return max((self._training_s(d, self._architecture.sizes) for d in devices), default=0.0)
 
     def _training_s(self, device: JobDevice, widths: Widths) -> float:
         """Seconds of the recipe's training at these widths on a board of the device's kind, by its profile; 0 where

@@ -107,7 +107,9 @@ class WidthPlanner:
         # A round in other parts of a batch says nothing of the memory that this plan takes.
         if device.plan is None or device.accumulate != task.accumulate:
             return
-        former_plan = self._read_plan(device.plan)
+        if device.plan not in self._plans_by_body:  # devices share plans
+            self._plans_by_body[device.plan] = WidthPlan.from_dict(device.plan)
+        former_plan = self._plans_by_body[device.plan]
         limit = former_plan.limit_of(MEMORY).limit
         former_correction, expected = former_plan.correction, former_plan.prediction
         if device.widths != task.widths:
@@ -149,12 +151,6 @@ class WidthPlanner:
                 frozen=self.frozen,
             )
         return self._predictions[key]
-
-    def _read_plan(self, body: Mapping[str, Any]) -> WidthPlan:
-        """A plan read from its JSON, which devices share."""
-        if body not in self._plans_by_body:
-            self._plans_by_body[body] = WidthPlan.from_dict(body)
-        return self._plans_by_body[body]
 
     def _assign(self, device: JobDevice, shared_plan: _SharedPlan) -> None:
         """Set a device's plan, widths and density; the strategy's allocator and scaling go by the density, too."""

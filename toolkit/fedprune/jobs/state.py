@@ -292,7 +292,7 @@ class State:
             and where the strategy doesn't ask.
         core_widths: The widths that the fleet shares in the present round; empty where each board trains all that it
             can hold.
-        core_density: The share of the model that these are.
+        core_density: The share of the model that these are, or would be if the fleet shared them.
         mixed: Whether boards of the fleet train different widths in the present round.
         longest_s: How long the whole model would take the slowest board in a round, in seconds; 0 where nobody asks.
     """

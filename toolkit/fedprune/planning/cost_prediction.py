@@ -110,8 +110,10 @@ def _step_seconds(
 ) -> float:
     """Mean time of a full training step over the widths at which the recipe trains."""
     # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
-    trained_widths = np.array(_trained_widths(architecture, widths, recipe))
-    step_s = 0.0
+    step_s, trained_widths = 0.0, np.array([widths])
+    if recipe.ordered_dropout:  # some steps are narrower, all equally often
+        axes = TensorAxes(architecture.sizes, {t.name: t.axes for t in architecture.tensors})
+        trained_widths = np.array(axes.step_widths(widths, recipe.ordered_dropout))
     for size, count in Counter(recipe.micro_batch_sizes(samples)).items():
         times = np.maximum(
             table.step_seconds(architecture, trained_widths, size),
@@ -144,14 +146,6 @@ def _transfer_bytes(
     return sizes[whole_codec], sizes[down_codec], update_bytes
 
 
-def _trained_widths(architecture: Architecture, widths: Sequence[int], recipe: Recipe) -> list[tuple[int, ...]]:
-    """The widths at which steps train, all equally often. With ordered dropout some are narrower."""
-    if not recipe.ordered_dropout:
-        return [tuple(widths)]
-    axes = TensorAxes(architecture.sizes, {t.name: t.axes for t in architecture.tensors})
-    return axes.step_widths(widths, recipe.ordered_dropout)
-
-
 def memory_use(
     architecture: Architecture,
     widths: Sequence[int],
@@ -164,7 +158,11 @@ def memory_use(
     correction: Correction = NO_CORRECTION,
 ) -> MemoryBreakdown:
     """Peak memory of a training process; arguments are those of `predict_costs`, and the costs at these widths."""
-    trained = _trained_share(architecture, widths, recipe, costs.parameters, frozen)
+    trained, features = 1.0, recipe.features
+    if features.frozen or features.trainable or frozen:
+        moved_tensors = trained_tensors(architecture, features, frozen)
+        moved = sum(math.prod(architecture.shape(t.name, widths)) for t in moved_tensors)
+        trained = moved / max(1, costs.parameters)
     batch, process = recipe.micro_batch_sizes(samples)[0], None if probe is None else probe.process_bytes
     memory = costs.training_memory(batch, recipe.features, samples, trained, recipe.extra_copies, process)
     # Where labels are numbers, they are held as they were read, and as float32; one class per sample hardly counts.
@@ -176,16 +174,6 @@ def memory_use(
     augmented = int(FLOAT * batch * math.prod(architecture.input_shape) * copies)
     memory = replace(memory, samples=memory.samples + labels, activations=memory.activations + losses + augmented)
     return replace(memory, learnt=correction.memory_beyond(memory))
-
-
-def _trained_share(
-    architecture: Architecture, widths: Sequence[int], recipe: Recipe, parameters: int, frozen: Collection[str]
-) -> float:
-    features = recipe.features
-    if not (features.frozen or features.trainable or frozen):
-        return 1.0
-    moved_tensors = trained_tensors(architecture, features, frozen)
-    return sum(math.prod(architecture.shape(t.name, widths)) for t in moved_tensors) / max(1, parameters)
 
 
 def training_unit(profile: HardwareProfile, probe: ProbeReport | None) -> str:

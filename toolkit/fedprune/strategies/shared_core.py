@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections import Counter
 from dataclasses import dataclass
 
 from fedprune.core.settings import bounded, check_fields
@@ -19,6 +20,8 @@ class SharedCore:
 
     Attributes:
         board_share: The share of boards that can hold the core; the others train what they can hold.
+        min_median_share: The share of the median board's density that the core has at least: a minority of boards that
+            can hold little, or say so, doesn't narrow the model for all.
         until_share: The share of the job, by its rounds and its totals, after which each board trains all that it can
             hold; 0 for no core.
         max_work: How many times boards repeat the recipe's epochs at most: narrow models have time for more of them.
@@ -29,6 +32,7 @@ class SharedCore:
     """
 
     board_share: float = bounded(0.75, 0, 1, above=True)
+    min_median_share: float = bounded(0.5, 0, 1)
     until_share: float = bounded(0.8, 0, 1)
     max_work: int = bounded(4, 1, 100)
     min_evenness: float = bounded(0.0, 0, 1)
@@ -50,13 +54,17 @@ class SharedCore:
             math.ceil(self.until_share * rounds - 1e-9), rounds - 1
         )
 
-    def choose_core(self, counts: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
+    def choose_core(self, counts: Counter[tuple[float, tuple[int, ...]]]) -> tuple[float, tuple[int, ...]]:
         """The core, as its share of the model and its widths. `counts` says how many boards can hold each share and
         widths."""
-        needed_boards, boards = self.board_share * sum(counts.values()) - 1e-9, 0
+        min_density, needed_boards, boards = self.min_density(counts), self.board_share * counts.total() - 1e-9, 0
         # Widest first: the core is the largest submodel that enough boards can hold.
-        for core in sorted(counts, reverse=True):
+        for core in sorted((key for key in counts if key[0] >= min_density), reverse=True):
             boards += counts[core]
             if boards >= needed_boards:
                 break
         return core
+
+    def min_density(self, counts: Counter[tuple[float, tuple[int, ...]]]) -> float:
+        """The least share of the model that the core may be."""
+        return self.min_median_share * statistics.median_low(density for density, _ in counts.elements())

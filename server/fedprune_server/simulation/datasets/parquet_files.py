@@ -67,7 +67,12 @@ def read_parquet(path: Path, columns: ParquetColumns, decoding: Decoding) -> Sam
     splits = [split for split in splits if split.column_chunks]
     if not splits:
         raise DataError(f"{path} holds no rows", expected="at least one sample")
-    xs = _inputs_of_splits(splits, columns.x, decoding)
+    if len(columns.x) == 1 and all(split.features.get(columns.x[0], {}).get("_type") == "Audio" for split in splits):
+        # Recordings have one length in all splits.
+        recordings = [_recordings(split.column(columns.x[0]), columns.x[0]) for split in splits]
+        xs = [*decode_recordings(recordings, decoding)]
+    else:
+        xs = [_inputs(split, columns.x, decoding) for split in splits]
     ys, names = _labels(splits, columns.y)
     owners = None if not columns.owner else [_owners(split, columns.owner) for split in splits]
     return assemble_samples(
@@ -146,13 +151,6 @@ def _features(path: Path, schema: pa.Schema, columns: ParquetColumns) -> dict[st
             f"{path}: the schema's metadata", expected="features of datasets", got=error_reason(error)
         ) from error
     return {n: features[n] for n in columns.names if isinstance(features, dict) and isinstance(features.get(n), dict)}
-
-
-def _inputs_of_splits(splits: Sequence[_Split], names: Sequence[str], decoding: Decoding) -> list[Array]:
-    """The inputs of each split. Recordings have one length in all of them."""
-    if len(names) == 1 and all(split.features.get(names[0], {}).get("_type") == "Audio" for split in splits):
-        return [*decode_recordings([_recordings(split.column(names[0]), names[0]) for split in splits], decoding)]
-    return [_inputs(split, names, decoding) for split in splits]
 
 
 def _recordings(column: pa.Array, name: str) -> list[tuple[str, bytes]]:

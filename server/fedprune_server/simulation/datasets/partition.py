@@ -59,7 +59,11 @@ def dirichlet(
             # Keyed by class, so that a class is dealt alike whichever other classes there are.
             rng = keyed_generator(seed, "dirichlet", attempt, int(label))
             pool = rng.permutation(rows[row_labels == label])
-            pieces = np.split(pool, _cut_points(len(pool), _dirichlet_shares(rng, devices, alpha)))
+            shares = rng.dirichlet(np.full(devices, alpha, np.float64))
+            # With a tiny alpha every gamma draw may underflow; one device takes all then, as in the limit.
+            if not np.isfinite(shares).all() or shares.sum() <= 0:
+                shares = np.eye(devices)[rng.integers(devices)]
+            pieces = np.split(pool, _cut_points(len(pool), shares))
             for device, piece in enumerate(pieces):
                 pieces_by_device[device].append(piece)
         hands = [np.concatenate(p) for p in pieces_by_device]
@@ -173,12 +177,6 @@ def _sort_hands(hands: Sequence[Rows]) -> list[Rows]:
 
 def _equal_shares(count: int) -> npt.NDArray[np.float64]:
     return np.full(count, 1.0 / count)
-
-
-def _dirichlet_shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray[np.float64]:
-    shares = rng.dirichlet(np.full(devices, alpha, np.float64))
-    # With a tiny alpha every gamma draw may underflow; one device takes all then, as in the limit.
-    return shares if np.isfinite(shares).all() and shares.sum() > 0 else np.eye(devices)[rng.integers(devices)]
 
 
 def _cut_points(total: int, shares: npt.NDArray[np.float64], min_items: int = 0) -> npt.NDArray[np.int64]:

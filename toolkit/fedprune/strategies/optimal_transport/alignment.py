@@ -160,7 +160,10 @@ class _Alignment:
 
     def _solve(self, step: LayerStep) -> tuple[Floats, dict[int, Coupling]]:
         """Solve for the plans of a layer; returns its weight with transported inputs, and the plans."""
-        inner = self._transport_inputs(step)
+        inner = self.source[step.name]
+        for i in step.inputs:
+            plans_of_input = self._reader_plans(step.axes[i].groups)
+            inner = self._transport(inner, i, step.axes[i], plans_of_input, buffer_name=f"input {i}")
         plans: dict[int, Coupling] = {}
         for group in step.planned_groups:
             squared = self._distances(step, inner, group)
@@ -194,13 +197,6 @@ class _Alignment:
                 target_rows = channel_rows(self.target[spec.name], axes[0], self._blocks_of(axis, source=False), group)
                 return exact_plan(np.sqrt(squared_distances(source_rows, target_rows)))
         return Coupling.in_order(self.source_selection.widths[group], self.target_selection.widths[group])
-
-    def _transport_inputs(self, step: LayerStep) -> Floats:
-        value = self.source[step.name]
-        for i in step.inputs:
-            axis = step.axes[i]
-            value = self._transport(value, i, axis, self._reader_plans(axis.groups), buffer_name=f"input {i}")
-        return value
 
     def _transport_outputs(self, step: LayerStep, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
         for i in step.outputs:

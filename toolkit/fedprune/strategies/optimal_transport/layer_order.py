@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from fedprune.model.architecture import Architecture, Axis, LayerRow
+from fedprune.model.architecture import Architecture, Axis
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,12 @@ def layer_steps(architecture: Architecture) -> list[LayerStep]:
         axes = architecture.by_name[layer.weight].axes
         outputs = architecture.output_axes(layer.weight)
         inputs = tuple(i for i, a in enumerate(axes) if i not in outputs and a.groups)
-        written_groups = axes[outputs[0]].groups if len(outputs) == 1 else ()
-        weight_steps.append(
-            LayerStep(layer.weight, axes, outputs, inputs, () if _is_depthwise(layer, inputs) else written_groups)
-        )
+        shared_groups = groups_on(layer.input_volume.axes) & groups_on(layer.output_volume.axes)
+        # A layer that works on each channel by itself passes on its inputs' plan, and has none of its own.
+        is_depthwise = layer.groups > 1 and not inputs and bool(shared_groups)
+        planned_groups = axes[outputs[0]].groups if len(outputs) == 1 and not is_depthwise else ()
+        weight_steps.append(LayerStep(layer.weight, axes, outputs, inputs, planned_groups))
     return weight_steps
-
-
-def _is_depthwise(layer: LayerRow, inputs: Sequence[int]) -> bool:
-    """Whether a layer works on each channel by itself: it then passes on its inputs' plan, and has none of its own."""
-    shared_groups = groups_on(layer.input_volume.axes) & groups_on(layer.output_volume.axes)
-    return layer.groups > 1 and not inputs and bool(shared_groups)
 
 
 def groups_on(axes: Iterable[Axis]) -> set[int]:
