@@ -67,8 +67,8 @@ def predict_costs(
     evaluate_s = (2 + (recipe.average > 0)) * correction.latency * batch_s * tested / recipe.batch_size
     link, power = profile.link, profile.power
     first_bytes, down_bytes, up_bytes = _transfer_bytes(architecture, widths, costs.wire_bytes, recipe, codecs)
-    graph_bytes = costs.graph_bytes + (costs.parameters // 8 if recipe.features.element_mask else 0)
-    longest_down_bytes = max(first_bytes, down_bytes) + graph_bytes
+    mask_bytes = costs.parameters // 8 if recipe.features.element_mask else 0
+    longest_down_bytes = max(first_bytes, down_bytes) + costs.graph_bytes + mask_bytes
     transfer_s = longest_down_bytes / link.down_bytes_s + up_bytes / link.up_bytes_s + 2 * link.delay_s
     # Without both figures nothing is said of energy: a guess would limit or exclude boards.
     watts = None
@@ -93,7 +93,6 @@ def predict_costs(
         train_j=None if watts is None else watts * steps * step_s,
         latency_j=None if watts is None else watts * latency_s,
         memory=memory,
-        graph_bytes=graph_bytes,
         first_bytes=first_bytes,
         down_bytes=down_bytes,
         up_bytes=up_bytes,

@@ -14,7 +14,6 @@ class Prediction:
     Attributes:
         forward_macs: MACs of one sample's forward pass; `training_macs` those of its training step.
         wire_bytes: Size of its weights file.
-        graph_bytes: Bytes of graphs and the frozen base, which are sent once, and again where recipe or widths change.
         first_bytes: The most bytes of weights that are sent whole, to a board that has no earlier weights to which a
             difference could be sent.
         down_bytes: The most bytes of weights that are sent in every other round.
@@ -48,7 +47,6 @@ class Prediction:
     train_j: float | None = None
     latency_j: float | None = None
     evaluate_s: float = 0.0
-    graph_bytes: int = 0
     first_bytes: int = 0
     down_bytes: int = 0
     up_bytes: int = 0
