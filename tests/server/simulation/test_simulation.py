@@ -80,7 +80,7 @@ def test_a_hostile_board_counts_for_no_more_by_what_it_says_of_itself(build):
         )
 
     hostile = replace(hostile, data=replace(true_data, samples=claimed * true_data.samples), tamper=tamper)
-    settings = {"rounds": 1, "recipe": Recipe(max_steps=1)}
+    settings = {"rounds": 1, "recipe": Recipe(max_steps=1), "deadline_s": 10**6}  # its tests take long
     attacked, quiet = build("a", fleet=[hostile, *honest_others], **settings), build("b", fleet=honest, **settings)
     attacked.run(), quiet.run()
     assert attacked.state.model != quiet.state.model
