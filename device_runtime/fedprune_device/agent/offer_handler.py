@@ -108,6 +108,7 @@ class OfferHandler:
             return
         if task is not None and not task.done and task.offer == offer:
             self._resend_now(now)  # a pending update should be announced at once
+            self._uplink.repeat_progress()
             return
         if offer in self._recent_offers:
             return  # it came late, or twice

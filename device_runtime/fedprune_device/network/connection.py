@@ -7,6 +7,7 @@ birth: an announcement of itself.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from fedprune.wire.topics import NO_JOB, Topics
 
 _LOG = logging.getLogger("fedprune.device")
 
-# Seconds for which a server may be busy before it answers an announcement; it asks each board for its log at once.
-ANSWER_TIMEOUT_S = 25.0
+# Seconds without an answer to an announcement after which the server is slow, and after which something may be broken.
+SLOW_ANSWER_S, ANSWER_TIMEOUT_S = 25.0, 120.0
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,6 @@ class MessageChannel:
     def signing_key(self) -> SigningKey:
         """The key by which other boards know this one in a secure sum; without an identity, one of this process."""
         return SigningKey.make()
-
-    @property
-    def ignored_reason(self) -> str:
-        """Why a server that is online may ignore this board, as a clause that ends with a comma; empty if unknown."""
-        return ""
 
     @property
     def is_birth_due(self) -> bool:
@@ -81,14 +77,17 @@ class BoardConnection:
         self.clock = clock
         self.channel = channel
         self._complaints = RejectedMessageLog(_LOG, clock)
-        self._announced_at: float | None = None  # None once the server has answered, or its silence was logged
+        self._announced_at: float | None = None  # by the connection's first birth
         self._is_answered = self._has_heard_server = False
-        self._has_samples = True  # by the birth whose answer is awaited
+        self._has_samples = True  # by the latest birth
+        self._next_complaint_s = SLOW_ANSWER_S  # after the first birth
 
     def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> bool:
         topic = self.topics.up(self.device, job)
-        if isinstance(message, Birth) and self._announced_at is None and not self._is_answered:
-            self._announced_at, self._has_samples = self.clock(), message.samples > 0
+        if isinstance(message, Birth):
+            self._has_samples = message.samples > 0
+            if self._announced_at is None:
+                self._announced_at, self._next_complaint_s = self.clock(), SLOW_ANSWER_S
         return self.link.publish(topic, self.channel.seal(topic, message), qos)
 
     def send_chunk(self, chunk: bytes, job: str) -> bool:
@@ -113,7 +112,7 @@ class BoardConnection:
             if address.channel == "down":
                 message = self.channel.open(topic, payload)
                 if address.device == self.device:
-                    self._announced_at, self._is_answered = None, True
+                    self._is_answered = True
                 self._has_heard_server = True
                 return ReceivedMessage(message, (address.device, address.job) == (self.device, NO_JOB))
         except (ProtocolError, StorageError) as error:
@@ -121,18 +120,22 @@ class BoardConnection:
         return None
 
     def _log_missing_answer(self) -> None:
-        """Log once per connection that the server doesn't answer this board's announcement. Nothing else shows it: a
-        broker also acknowledges messages that its access rules drop, and doesn't tell a revoked board."""
-        if self._announced_at is None or self.clock() - self._announced_at < ANSWER_TIMEOUT_S:
+        """Log on each connection that the server doesn't answer this board's announcement, first as slow. Nothing else
+        shows it: a broker also acknowledges messages that its access rules drop."""
+        if self._announced_at is None or self.clock() - self._announced_at < self._next_complaint_s:
             return
-        self._announced_at, self._is_answered = None, True
-        advice, reason = dropping_broker_message("what it sends or is sent"), self.channel.ignored_reason
-        if not self._has_samples:
+        is_first, self._next_complaint_s = self._next_complaint_s < ANSWER_TIMEOUT_S, ANSWER_TIMEOUT_S
+        if not is_first:
+            self._next_complaint_s = math.inf
+        state = "is there, and" if self._has_heard_server else "is off or slow: it"
+        if is_first and not self._has_samples:
             _LOG.warning(
                 "the server offers this board no model while it has no samples to train on: add some "
                 "(docs/local-interface.md#before-the-first-model)"
             )
-        elif self._has_heard_server:
-            _LOG.warning("the server is there, and doesn't answer this board: %s", advice)
-        else:
-            _LOG.warning("the server doesn't answer this board: it is off, %sor %s", reason, advice)
+        elif is_first and not self._is_answered:
+            _LOG.info("the server %s has not answered this board for %.0f s", state, SLOW_ANSWER_S)
+        elif not self._is_answered and self._has_samples:
+            advice = dropping_broker_message("what this board sends or is sent")
+            text = "the server %s has not answered this board for %.0f s; or %s (docs/runbook.md#a-board-is-silent)"
+            _LOG.warning(text, state, ANSWER_TIMEOUT_S, advice)

@@ -161,8 +161,9 @@ def join_first(
         _print_to_stderr(f"{options.device} is a member of site {options.site}, with key {fingerprint}")
     elif options.claim is not None:
         _print_to_stderr(
-            f"{options.device} is a member already, so that --claim {options.claim} is ignored. If it was revoked, "
-            "let it join again: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
+            f"{options.device} is a member already, so that --claim {options.claim} is ignored. Only if "
+            f"`fedprune-server devices list {options.device}` shows it as revoked, let it join again: fedprune-device "
+            "join --new-key --claim FILE, with the same --broker and --state"
         )
     with storage_errors(f"can't delete {stored_claim}"):
         stored_claim.unlink(missing_ok=True)  # it is used up, or not needed

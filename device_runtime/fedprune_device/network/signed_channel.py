@@ -68,13 +68,6 @@ class SignedChannel(MessageChannel):
             self._on_hello(topic, message)
         return message
 
-    @property
-    def ignored_reason(self) -> str:
-        return (
-            "this board was revoked (`fedprune-server devices` says so; then let it join again: fedprune-device join "
-            "--new-key --claim FILE, with the same --broker and --state), "
-        )
-
     def _on_hello(self, topic: str, hello: Hello) -> None:
         if topic == self.topics.down(self.device):
             # With a hello to this board only, the server asks for a new epoch. A block of epochs is skipped: a copy of

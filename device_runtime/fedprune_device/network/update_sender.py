@@ -65,7 +65,7 @@ class UpdateSender:
             return
         if self._lost_uploads.note_request(request, now):
             advice = dropping_broker_message("what this board sends")
-            _LOG.warning("the server asks for the same piece of the update again and again: %s", advice)
+            _LOG.warning("the server asks for the same piece of the update again and again: it is slow, or %s", advice)
         request = replace(request, number=None)  # two requests for the same pieces are answered once
         if (pending, request) not in self._requests and len(self._requests) < _MAX_REQUESTS:
             self._requests.append((pending, request))

@@ -50,7 +50,7 @@ class Uplink:
         for request in requests:
             if self._lost_downloads.note_request(request, self._connection.clock()):
                 advice = dropping_broker_message("what the server sends")
-                _LOG.warning("no piece of blob %s comes: %s", request.sha256[:12], advice)
+                _LOG.warning("no piece of blob %s comes: the server is slow, or %s", request.sha256[:12], advice)
             self.send(with_request_number(request), job)
 
     def report_progress(self, offer: Offer, status: tuple[str, int, int], now: float) -> None:
@@ -65,6 +65,11 @@ class Uplink:
             offer.job,
             qos=0,
         )
+
+    def repeat_progress(self) -> None:
+        """Let the next report of progress be sent, though nothing may have changed: the server repeats its offer to a
+        board of which it sees nothing."""
+        self._last_progress, self._next_progress_at = None, 0.0
 
     def send_alive(self, session: int, now: float) -> None:
         """Send a sign of life after minutes of silence."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,8 +19,10 @@ class Contact:
         bytes_down: Payload bytes to the device, over all starts of the server.
         bytes_up: Payload bytes from it.
         progress: Its last report on its current part.
-        offered_at: Time of its last offer; None once its update has arrived.
-        heard_at: Time of its last sign of working on its offer.
+        sent_part: Round and attempt of the last offer that was really sent to it.
+        offered_at: Time at which that was first sent; None once its update has arrived.
+        sent_at: Time at which it was last sent, in seconds of listening (`ListeningClock`).
+        heard_at: Time of its last sign of working on that offer; at first, of the sending. In seconds of listening.
         part_seconds: Time from its last offer until its update arrived.
         metrics: Scores of the model that it serves, on its own test samples, as last reported.
         introduced: Hash of the plan with which it was last logged.
@@ -34,8 +35,10 @@ class Contact:
     bytes_up: int = 0
     progress: RoundProgress | None = None
     software: str = ""
+    sent_part: tuple[int, int] | None = None
     offered_at: float | None = None
-    heard_at: float = -math.inf
+    sent_at: float = 0.0
+    heard_at: float = 0.0
     part_seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=lambda: _NO_METRICS)
     introduced: int = 0

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
-from fedprune.wire.lost_pieces import dropping_broker_message
 from fedprune.wire.messages import RoundProgress
 from fedprune_server.devices.clone_detection import CloneDetector
 from fedprune_server.devices.contacts import Contact
@@ -28,6 +27,10 @@ log = logging.getLogger("fedprune.server")
 
 # Submodels whose numbers of parameters are cached: devices of equal widths share them.
 _MAX_CACHED_WIDTHS = 4096
+
+# Seconds without an answer to an offer after which a board is slow: it answers each repetition of the offer, and a
+# machine under load takes some seconds for that.
+SLOW_S = 60.0
 
 # The phase of a board's part before it has everything that it was offered.
 _DOWNLOAD = "download"
@@ -41,6 +44,7 @@ class DeviceRegistry:
         traffic: Payload bytes to and from each device before this start of the server.
         limit: Maximum number of devices, ever: names cost a stranger nothing, but memory and disk here.
         unplanned_devices: Devices that couldn't be planned for before this start of the server.
+        listening: Seconds in which the server could hear its boards (`ListeningClock`).
 
     Attributes:
         parameters_at: Number of a submodel's parameters, by its widths.
@@ -62,13 +66,14 @@ class DeviceRegistry:
         limit: int = 1000,
         unplanned_devices: Mapping[str, Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.time,
+        listening: Callable[[], float] = time.monotonic,
         *,
         prefix: str = "",
     ) -> None:
         self.model_parameters = costs_at(architecture, architecture.sizes).parameters
         self._state = state
         self._limit = limit
-        self._clock = clock
+        self._clock, self._listening = clock, listening
         self._contacts = {name: Contact(bytes_down=down, bytes_up=up) for name, (down, up) in traffic.items()}
         self.total_traffic = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
         self.plan_log = PlanLog(job, architecture, self.model_parameters, prefix)
@@ -76,9 +81,8 @@ class DeviceRegistry:
         self.unsaved_traffic: dict[str, tuple[int, int]] = {}
         self.prefix = prefix
         self.clones = CloneDetector()
-        self.transfers = TransferWatch(self._contacts)
+        self.transfers = TransferWatch(self._contacts, listening)
         self.crashes: dict[str, str] = {}
-        self._silent_since_offer = set[str]()  # devices of which nothing has come since their offer
         self.unplanned_devices: dict[str, dict[str, Any]] = {}
         for name, body in (unplanned_devices or {}).items():
             self.unplanned_devices[name] = {**body, "online": False}
@@ -90,7 +94,6 @@ class DeviceRegistry:
 
     def admit(self, device: str, software: str, size: int) -> None:
         """Admit a device that announces itself. Raises `ProtocolError` if it is new, and there are too many already."""
-        self._silent_since_offer.discard(device)
         if device not in self._contacts:
             if len(self._contacts) >= self._limit:
                 raise ProtocolError(
@@ -124,7 +127,6 @@ class DeviceRegistry:
 
     def note_message(self, device: str) -> None:
         """Note a message of an admitted device, whose bytes may be counted in another job."""
-        self._silent_since_offer.discard(device)
         if device in self._contacts:
             self._contacts[device].last_message_at = self._clock()
 
@@ -140,14 +142,19 @@ class DeviceRegistry:
             self.unsaved_traffic[device] = (contact.bytes_down, contact.bytes_up)
             self.total_traffic = self.total_traffic[0] + bytes_down, self.total_traffic[1] + bytes_up
 
-    def note_offer(self, device: str, now: float) -> None:
+    def note_offer(self, device: str, sent_part: tuple[int, int], now: float) -> None:
+        """Note that an offer, by its round and attempt, has been sent. Its time counts from the first sending; `now` is
+        monotonic."""
         contact = self[device]
-        contact.offered_at, contact.progress, contact.heard_at = now, None, now
+        contact.sent_at = self._listening()
+        if contact.sent_part != sent_part:
+            contact.sent_part, contact.heard_at = sent_part, contact.sent_at
+            contact.offered_at, contact.progress = now, None
 
-    def note_activity(self, device: str, now: float, progress: RoundProgress | None = None) -> None:
+    def note_activity(self, device: str, progress: RoundProgress | None = None) -> None:
         """Note a sign that a device works on its offer."""
         contact = self[device]
-        contact.heard_at, contact.progress = now, progress or contact.progress
+        contact.heard_at, contact.progress = self._listening(), progress or contact.progress
         if progress is not None and progress.phase != _DOWNLOAD:
             self.transfers.note_complete_download(device)
         if progress is not None and progress.temperature_c is not None:
@@ -158,27 +165,34 @@ class DeviceRegistry:
         if is_number(temperature_c, -100.0, 300.0):
             self[device].temperature_c = float(temperature_c)
 
-    def take_silent(self, now: float, patience_s: float) -> list[str]:
-        """Connected devices with an offer that have shown no sign of working on it for `patience_s`.
+    def take_silent(self, patience_s: float) -> list[str]:
+        """Connected devices that haven't answered their offer for `patience_s`, each once in that time."""
+        now = self._listening()
+        due = (name for name in self.silences(patience_s) if now - self[name].sent_at >= patience_s)
+        names = sorted(name for name in due if self._state.devices[name].online)
+        for name in names:
+            self[name].sent_at = now  # it is sent again at the end of this turn, unless the connection is busy
+        return names
 
-        Each is named again only after another `patience_s`.
+    def silences(self, min_s: float = SLOW_S) -> dict[str, float]:
+        """Seconds since the offers to devices that haven't answered them for `min_s`, disconnected ones included.
+
+        Only what was sent is judged: between the coordinator's decision and the sending, an earlier offer may be the
+        last one that the device knows.
         """
-        state = self._state
-        names = []
+        now, state, silences = self._listening(), self._state, dict[str, float]()
         for name, task in state.tasks.items():
-            if task.progress is not Progress.OFFERED or now - self[name].heard_at < patience_s:
+            if task.progress is not Progress.OFFERED or name not in state.devices:
                 continue
-            device = state.devices.get(name)
-            if state.awaits(task) and device is not None and device.online:
-                self[name].heard_at = now
-                names.append(name)
-                self._silent_since_offer.add(name)
-        return sorted(names)
+            contact = self[name]
+            is_sent = contact.sent_part == (state.round_of(task), task.attempt) and state.awaits(task)
+            if is_sent and now - contact.heard_at >= min_s:
+                silences[name] = now - contact.heard_at
+        return silences
 
-    def silence_reasons(self) -> dict[str, str]:
-        """Texts about devices of which nothing has come since their offer, disconnected ones included."""
-        beginning = "was offered a round, and nothing has come of it since: its program hangs, or "
-        return dict.fromkeys(self._silent_since_offer, beginning + dropping_broker_message("what it sends or is sent"))
+    def unreached(self, number: int, names: Iterable[str]) -> frozenset[str]:
+        """Those devices of a round that were sent no offer of it."""
+        return frozenset(name for name in names if (self[name].sent_part or (0, 0))[0] != number)
 
     def note_delivery(self, device: str, now: float) -> None:
         """Note that a device's update has arrived."""
@@ -190,6 +204,8 @@ class DeviceRegistry:
 
     def note_birth(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
         """Note an admitted device's birth."""
+        if not connected:  # its offer is sent again, and nothing from before counts
+            self[device].heard_at = self._listening()
         self.transfers.forget(device)
         self.clones.note_birth(device, session, (profile, samples), connected, now)
 

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from fedprune.wire.lost_pieces import LostPieces, dropping_broker_message
 from fedprune.wire.messages import BlobRequest
 
 
 class TransferWatch:
-    """The transfers under way to and from `admitted` devices: a stranger may use any number of names."""
+    """The transfers under way to and from `admitted` devices: a stranger may use any number of names. Times are in
+    seconds of `listening`: pieces that wait in the server are not lost."""
 
-    def __init__(self, admitted: Container[str]) -> None:
-        self._admitted = admitted
+    def __init__(self, admitted: Container[str], listening: Callable[[], float]) -> None:
+        self._admitted, self._listening = admitted, listening
         self._lost_downloads = defaultdict[str, LostPieces](LostPieces)
         self._lost_uploads = defaultdict[str, LostPieces](LostPieces)
 
-    def note_download_request(self, device: str, request: BlobRequest, now: float) -> None:
-        """Note that a device requests pieces of a blob, which it is sent."""
+    def note_download_request(self, device: str, request: BlobRequest) -> None:
+        """Note that a device requests pieces of a blob of which none waits to be sent to it."""
         if device in self._admitted:
-            self._lost_downloads[device].note_request(request, now)
+            self._lost_downloads[device].note_request(request, self._listening())
 
-    def note_upload_request(self, device: str, request: BlobRequest, now: float) -> None:
+    def note_upload_request(self, device: str, request: BlobRequest) -> None:
         """Note that pieces of its update are requested from a device."""
         if device in self._admitted:
-            self._lost_uploads[device].note_request(request, now)
+            self._lost_uploads[device].note_request(request, self._listening())
 
     def drop_reasons(self) -> dict[str, str]:
         """Texts about devices whose pieces of blobs, sent or requested, seem to be dropped by the broker."""

@@ -67,7 +67,7 @@ class CommandDispatcher:
         job, device = self._job.name, command.device
         match command:
             case do.SendOffer():
-                return self.offer(command, is_repetition=command.was_announced)
+                return self.offer(command)
             case do.PullUpdate():
                 return self._pull(command)
             case do.Acknowledge():
@@ -81,8 +81,8 @@ class CommandDispatcher:
                 self._outbox.send(device, Finished(job), job)
         return []
 
-    def offer(self, command: do.SendOffer, *, is_repetition: bool = False) -> list[on.Event]:
-        """Offer a device its part of the round. Its time counts from the first offer, not from a repetition."""
+    def offer(self, command: do.SendOffer) -> list[on.Event]:
+        """Offer a device its part of the round. Its time counts once the offer is really sent (`Outbox.deliver`)."""
         job = self._job.name
         if command.device in self.revoked:  # revoked while the executor was making its offer
             return [
@@ -93,18 +93,15 @@ class CommandDispatcher:
             self._outbox.send(command.device, Offer.from_dict(device_offer(command.offer) | round_fields), job)
         except ProtocolError as error:  # the offer is longer than a message may be, so the device can't take part
             return [on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error)))]
-        if not is_repetition:
-            self._registry.note_offer(command.device, self._monotonic())
         return []
 
-    def repeat_offers(self, now: float) -> list[on.Event]:
-        """Repeat the offers to devices that have shown no sign of them; `now` is monotonic."""
+    def repeat_offers(self) -> list[on.Event]:
+        """Repeat the offers to devices that have shown no sign of them."""
         events: list[on.Event] = []
-        for device in self._registry.take_silent(now, _OFFER_REPEAT_S):
+        for device in self._registry.take_silent(_OFFER_REPEAT_S):
             task = self._state.tasks[device]
             if task.offer is not None:
-                command = do.SendOffer(device, self._state.round_of(task), task.attempt, task.offer)
-                events += self.offer(command, is_repetition=True)
+                events += self.offer(do.SendOffer(device, self._state.round_of(task), task.attempt, task.offer))
         return events
 
     def drop_unawaited_uploads(self, *, all_devices: bool) -> list[str]:

@@ -81,7 +81,9 @@ class JobRunner:
         max_devices: int = 1000,
     ) -> None:
         self.job, self.state = job.job, job.state
-        self._monotonic, self._steady_clock = site.monotonic, SteadyClock(site.clock, site.monotonic)
+        self._monotonic = site.monotonic
+        # No board's deadline passes while the server stands still.
+        self._steady_clock = SteadyClock(site.clock, lambda: site.monotonic() - site.listening.lost_s)
         self._logged_grants = ""
         self._coordinator = make_coordinator(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS_SCHEDULE
@@ -89,7 +91,7 @@ class JobRunner:
             self._executor = BackgroundExecutor(job.worker)
         self.registry = DeviceRegistry(
             job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.unplanned_devices(),
-            site.clock, prefix=job.prefix,
+            site.clock, site.listening, prefix=job.prefix,
         )  # fmt: skip
         self._bucket_sync = BucketSync(job.store)
         self._make_transfers(job, site, services)
@@ -404,7 +406,8 @@ class JobRunner:
             self._note_event(TurnSaved(seconds))
         for summary in self._journal.take_finished_rounds():
             # A copy: the state drops the devices' parts of earlier rounds.
-            self._note_event(RoundEnded(dict(summary), *self.registry.total_traffic))
+            unreached = self.registry.unreached(summary["round"], summary["devices"])
+            self._note_event(RoundEnded(dict(summary), *self.registry.total_traffic, unreached))
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         """Carry out commands whose events are saved. Heavy ones are only handed to the executor's thread."""
@@ -464,7 +467,7 @@ class JobRunner:
         # saved before the crashes are acknowledged.
         self._database.flush()
         self._messages.save_crashes()
-        for event in self._dispatcher.repeat_offers(now):
+        for event in self._dispatcher.repeat_offers():
             self._handle(event)
         self.outbox.send_requests(self._uploads.on_tick(now))
         self._collect_uploads()

@@ -103,7 +103,7 @@ class MessageHandler:
             case Chunk() as chunk:
                 self._outbox.send_requests(self._uploads.on_chunk(device, chunk, now))
             case BlobRequest() as want:
-                self._registry.note_activity(device, now)
+                self._registry.note_activity(device)
                 self._outbox.serve_request(device, want, self.fetchable_digests(device))
             case ReleaseReport() as report:
                 if self._rollouts is not None:
@@ -118,7 +118,7 @@ class MessageHandler:
             case UploadResult() as result:
                 self._outbox.send_requests(self._uploads.on_upload_result(device, result, now))
             case SecureStep() as step:
-                self._registry.note_activity(device, now)
+                self._registry.note_activity(device)
                 if step.job == self._job.name:
                     self._channel.on_secure_step(device, step)
             case RoundProgress() | Refusal() | TrainingDone() | UpdateAnnouncement() as report:
@@ -214,9 +214,9 @@ class MessageHandler:
         self, device: str, message: RoundProgress | Refusal | TrainingDone | UpdateAnnouncement
     ) -> on.Event | None:
         """The event of a device's report on its part in a round."""
+        if self._state.task_at(device, message.round, message.attempt) is not None:
+            self._registry.note_activity(device, message if isinstance(message, RoundProgress) else None)
         if isinstance(message, RoundProgress):
-            if self._state.task_at(device, message.round, message.attempt) is not None:
-                self._registry.note_activity(device, self._monotonic(), message)
             return None
         if isinstance(message, Refusal):
             reason = one_line(message.reason)

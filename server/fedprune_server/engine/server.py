@@ -94,7 +94,7 @@ class Server:
             if self._has_several_jobs
             else SingleJobScheduler(self.main_runner, self._connected)
         )
-        self._next_greeting_at = self._last_tick_at = self._caught_up_at = 0.0
+        self._next_greeting_at = self._last_tick_at = 0.0
         self._next_birth_request_at: dict[str, float] = {}
         self._needs_assignment = True
         self._shutdown: GracefulShutdown | None = None
@@ -166,6 +166,7 @@ class Server:
         """Handle the messages that have come, let every job save and act on their events, and assign free devices."""
         clock, runners = self._site.monotonic, self.runners.values()
         item = self._link.get(min(runner.max_wait_s for runner in runners))
+        self._site.listening.begin_turn()
         taking_ends_at = clock() + transport.MAX_TURN_S
         for runner in runners:
             runner.begin_turn()
@@ -175,8 +176,8 @@ class Server:
             if clock() > taking_ends_at:
                 break
             item = self._link.get()
-        if item is None:
-            self._caught_up_at = clock()
+        if item is None and self._link.connected:
+            self._site.listening.note_all_read()
         now = clock()
         if now - self._last_tick_at >= _TICK_INTERVAL_S:
             self._last_tick_at = now
@@ -233,7 +234,8 @@ class Server:
                 log.info("connected to the broker")
                 self._greet(now)
                 # Boards that have lost the broker, too, come back one after the other.
-                self._presence.on_broker_connect(now + self._steering.spread_s, self._connected)
+                expected_at = self._site.listening() + self._steering.spread_s
+                self._presence.on_broker_connect(expected_at, self._connected)
                 for runner in self.runners.values():
                     runner.on_connection_change(True)
             case ConnectionDown():
@@ -301,7 +303,7 @@ class Server:
                 self._request_birth(device)  # the will is of one connection, and the device may have opened another one
         else:
             if device in self._connected:
-                self._presence.note_message(device, self._site.monotonic())
+                self._presence.note_message(device, self._site.listening())
             elif isinstance(body, Alive) or any(device in runner.state.devices for runner in self.runners.values()):
                 # A birth that was lost between two brokers of a cluster isn't repeated by itself.
                 self._request_birth(device)
@@ -345,11 +347,10 @@ class Server:
         if previous_birth is not None and birth.session < previous_birth.session:
             return  # of an earlier connection, delivered late
         self._connected[device] = birth
-        self._presence.note_message(device, self._site.monotonic())
-        can_leave = RECONNECT_ABILITY in birth.abilities
-        self._steering.on_connect(device, self._site.monotonic(), able=can_leave)
-        if can_leave and self._steering.spread_s >= 1:
-            self.main_runner.outbox.send(device, Reconnect(self._steering.spread_s))
+        self._presence.note_message(device, self._site.listening())
+        self._steering.on_connect(device, self._site.monotonic(), able=RECONNECT_ABILITY in birth.abilities)
+        # Every birth is answered, so that a board which then waits for work knows that it was heard.
+        self.main_runner.outbox.send(device, Reconnect(self._steering.spread_s))
         self._needs_assignment = True
         if birth.held:
             self.runners.get(birth.held["job"], self.main_runner).cancel_part(device, birth.held)
@@ -392,9 +393,9 @@ class Server:
     def _tick(self, now: float) -> None:
         """Do the work that is due twice a second: look for silent devices, steer connections, greet."""
         self._supervisor.tick()
-        for device in self._presence.take_silent(now):
+        for device in self._presence.take_silent(self._site.listening()):
             self.main_runner.outbox.send(device, Hello(int(self._site.clock())))
-        if missing := self._presence.take_gone(self._caught_up_at):
+        if missing := self._presence.take_gone(self._site.listening()):
             rest = " ..." if len(missing) > _MAX_LOGGED_NAMES else ""
             names = ", ".join(sorted(missing)[:_MAX_LOGGED_NAMES]) + rest
             log.info("%d devices don't answer and are taken for gone: %s", len(missing), names)

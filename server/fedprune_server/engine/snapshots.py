@@ -85,7 +85,7 @@ class SnapshotMaker:
             revoked_devices=LazyMapping(lambda: dict.fromkeys(self._revoked_devices(), True)),
             cloned_devices=LazyMapping(registry.clones.suspicions),
             undelivered_devices=LazyMapping(registry.transfers.drop_reasons),
-            silent_devices=LazyMapping(registry.silence_reasons),
+            silent_devices=LazyMapping(registry.silences),
             crashes=registry.crashes,
             comparisons=LazyMapping(lambda: compare_latest(state)),
             fleet=fleet,

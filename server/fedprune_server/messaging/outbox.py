@@ -21,7 +21,8 @@ from fedprune_server.transfer.uploads import DeviceRequests
 # Few, so that messages never wait long behind chunks; the next turn follows at once while chunks can be sent.
 _CHUNKS_PER_TURN = 4
 
-# Messages that a device answers, for which it is credited points: its answers must not count as a flood.
+# Messages that a device answers, for which it is credited points: its answers must not count as a flood. A `Reconnect`
+# that sends no device away is itself the answer to a birth.
 _ANSWERED_MESSAGES = (Hello, Offer, SecureStep, Reconnect, ReleaseOffer)
 
 
@@ -43,7 +44,8 @@ class Outbox:
         self._is_duplicate = SeenRequests().is_duplicate
         self._is_coming = is_coming
         self._registry, self._downloads = registry, downloads
-        self._queue: deque[tuple[str, str, bytes]] = deque()
+        # Device, topic, payload, and of an offer its round and attempt.
+        self._queue: deque[tuple[str, str, bytes, tuple[int, int] | None]] = deque()
 
     @property
     def has_unsent(self) -> bool:
@@ -71,9 +73,10 @@ class Outbox:
                 hint="Raise the broker's limit and max_packet in [server].",
             )
         topic = self._topics.down(device, job) if job else self._topics.down(device)
-        if isinstance(message, _ANSWERED_MESSAGES):
+        if isinstance(message, _ANSWERED_MESSAGES) and not (isinstance(message, Reconnect) and message.away_s is None):
             self._quarantine.credit_message(device)
-        self._queue.append((device, topic, payload))
+        offered_part = (message.round, message.attempt) if isinstance(message, Offer) else None
+        self._queue.append((device, topic, payload, offered_part))
 
     def deliver(self) -> None:
         """Send as many of the queued messages as the connection accepts.
@@ -82,9 +85,11 @@ class Outbox:
         dropped, too, so that they don't block the queue.
         """
         while self._queue:
-            device, topic, payload = self._queue[0]
+            device, topic, payload, offered_part = self._queue[0]
             if self._link.publish(topic, payload):
                 self._registry.count_sent(device, len(payload))
+                if offered_part is not None:
+                    self._registry.note_offer(device, offered_part, self._clock())
             elif self._link.connected and not self._link.room:
                 return  # the connection is busy: the rest follows in a later turn
             self._queue.popleft()
@@ -97,23 +102,23 @@ class Outbox:
         for device, request in requests:
             if isinstance(request, BlobRequest):
                 self._quarantine.credit_leaves(device, request.count)
-                self._registry.transfers.note_upload_request(device, request, self._clock())
+                self._registry.transfers.note_upload_request(device, request)
             self._quarantine.credit_message(device)
             topic, payload = self._topics.down(device), with_request_number(request).to_bytes()
             # Behind messages that are queued already, so that their order stays.
             if not self._queue and self._link.publish(topic, payload):
                 self._registry.count_sent(device, len(payload))
             else:
-                self._queue.append((device, topic, payload))
+                self._queue.append((device, topic, payload, None))
 
     def serve_request(self, device: str, request: BlobRequest, allowed_digests: AbstractSet[str]) -> None:
         """Queue the pieces of a blob that a device requests, if it may fetch that blob."""
         if self._is_duplicate(device, request):
             return
         if request.sha256 in allowed_digests:
-            self._registry.transfers.note_download_request(device, request, self._clock())
             self._quarantine.charge_request(device, request.sha256, self._downloads.leaf_count(request.sha256))
-            self._downloads.add(device, request)
+            if self._downloads.add(device, request):
+                self._registry.transfers.note_download_request(device, request)
         else:
             self.send(device, BlobNotFound(request.sha256))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET
@@ -15,6 +16,10 @@ from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
 # Seconds for which messages are handled before their events are saved, in one transaction, and answered: a transaction
 # takes milliseconds, so that a turn for each message would be many times slower.
 MAX_TURN_S = 0.02
+
+# A turn waits for a tenth of a second and works for some milliseconds. Of a longer one this much counts as listening:
+# in the rest the server stood still, suspended or by its disk, and could have heard nobody.
+MAX_TURN_LENGTH_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,33 @@ class Wire(Protocol):
         """Wait until what was published is sent."""
 
 
+class ListeningClock:
+    """Counts the seconds in which a server could hear its boards, so that its own lateness is no silence of theirs.
+
+    Time counts once all messages that had come are read, and while the connection is up.
+
+    Attributes:
+        lost_s: Seconds in which the server stood still.
+    """
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic, self._turned_at = monotonic, monotonic()
+        self._listened_s = self._turn_s = self.lost_s = 0.0
+
+    def __call__(self) -> float:
+        return self._listened_s
+
+    def begin_turn(self) -> None:
+        now = self._monotonic()
+        self._turn_s = min(now - self._turned_at, MAX_TURN_LENGTH_S)
+        self.lost_s += now - self._turned_at - self._turn_s
+        self._turned_at = now
+
+    def note_all_read(self) -> None:
+        """Count the time since the turn before: no message of it is unread."""
+        self._listened_s, self._turn_s = self._listened_s + self._turn_s, 0.0
+
+
 @dataclass(frozen=True)
 class SiteLink:
     """The server's connection to its site, as the runners of all jobs share it.
@@ -85,6 +117,10 @@ class SiteLink:
     max_packet: int = DEFAULT_MAX_PACKET
     clock: Callable[[], float] = time.time
     monotonic: Callable[[], float] = time.monotonic
+
+    @cached_property
+    def listening(self) -> ListeningClock:
+        return ListeningClock(self.monotonic)
 
 
 class Relay:

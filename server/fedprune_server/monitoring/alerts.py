@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 from fedprune.core.records import number_range, word_of
-from fedprune.core.text import sentences
+from fedprune.core.text import first_few, sentences
 from fedprune_server.monitoring.situation import Situation
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
@@ -27,6 +29,9 @@ MAX_ALERTS_OF_KIND = 500
 
 # How many names a text lists at most: nobody reads a line with more.
 MAX_NAMES_SHOWN = 5
+
+# How many different reasons one message has for alerts of one kind.
+MAX_REASONS_SHOWN = 3
 
 # Part of many texts: the reason why a board fails is often only in its own log.
 BOARD_LOG_COMMAND = "journalctl -u fedprune -n 50"
@@ -75,6 +80,25 @@ class Alert:
     def text(self) -> str:
         """The problem and the advice, as sentences."""
         return sentences(self.what, f"To do: {self.todo}")
+
+
+def fold_alerts(alerts: Iterable[Alert]) -> list[Alert]:
+    """One alert for all boards of a kind and severity, as it is delivered: a broker that fails is one message, not one
+    for each board. It has the first names, one board for each of the first reasons, and the first board's advice."""
+    groups = defaultdict[tuple[str, str], list[Alert]](list)
+    for alert in alerts:
+        groups[alert.kind if alert.device else alert.key, alert.severity].append(alert)
+    return [group[0] if len(group) == 1 else _fold(group) for group in groups.values()]
+
+
+def _fold(group: Sequence[Alert]) -> Alert:
+    names = [alert.device or "" for alert in group]
+    # Reasons that differ in a time or a number only are one reason.
+    reasons = dict[str, str]()
+    for alert in group:
+        reasons.setdefault(re.sub(r"\d+", "", alert.what.replace(alert.device or "", "")), alert.what)
+    what = f"{len(group)} boards ({first_few(names)}): {first_few(list(reasons.values()), '; ', MAX_REASONS_SHOWN)}"
+    return replace(group[0], what=what, since=min(alert.since for alert in group), job=None, device=None)
 
 
 # A rule yields the alerts that a situation justifies at a time in seconds since 1970. It has no state, so that the

@@ -18,9 +18,17 @@ from fedprune.core.atomic_file import write_atomically
 from fedprune.core.errors import FedpruneError, error_reason
 from fedprune.core.lock_wait import wait_reason
 from fedprune.core.records import encode_record
-from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
+from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
-from fedprune_server.monitoring.alerts import COUNTED_KINDS, CRITICAL, HANG_THRESHOLD_S, INFO, WARNING, Alert
+from fedprune_server.monitoring.alerts import (
+    COUNTED_KINDS,
+    CRITICAL,
+    HANG_THRESHOLD_S,
+    INFO,
+    WARNING,
+    Alert,
+    fold_alerts,
+)
 from fedprune_server.monitoring.job_watch import JobWatch
 from fedprune_server.monitoring.monitor_record import ALERTS_FILE, MonitorRecord, read_monitor_record
 from fedprune_server.monitoring.participation import AWAY, Participation, find_absent_boards
@@ -173,8 +181,10 @@ class Monitor:
             alerts = [*self._carried_alerts(situation.jobs), *alerts]
         closing = self.book.closing_keys
         changes = self.book.update(alerts, now, unix_now)
-        for change in changes:
-            _log_change(change)
+        for alert in fold_alerts(change.alert for change in changes if change.closed_at is None):
+            log.log(_LOG_LEVELS[alert.severity], "alert: %s", alert.text)
+        for alert in fold_alerts(change.alert for change in changes if change.closed_at is not None):
+            log.info("the alert is over: %s", alert.what)
         if changes or self.book.closing_keys != closing:
             self._wake.set()
 
@@ -240,11 +250,3 @@ class Monitor:
             self._next_log_at = now + _LOG_INTERVAL_S
             text = error if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error_reason(error)}"
             log.error("alerts can't be worked out or written: %s", text)
-
-
-def _log_change(change: AlertChange) -> None:
-    alert = change.alert
-    if change.closed_at is None:
-        log.log(_LOG_LEVELS[alert.severity], "alert: %s", alert.text)
-    else:
-        log.info("the alert is over: %s", alert.what)

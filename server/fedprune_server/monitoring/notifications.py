@@ -16,7 +16,7 @@ from itertools import count
 
 from fedprune.core.errors import error_reason
 from fedprune_server.config.alert_settings import OFF, AlertSettings
-from fedprune_server.monitoring.alerts import ALERT_LEVELS, Alert
+from fedprune_server.monitoring.alerts import ALERT_LEVELS, Alert, fold_alerts
 from fedprune_server.monitoring.notification_channels import (
     OPENED,
     RESOLVED,
@@ -83,7 +83,7 @@ class NotificationSchedule:
             del self._notified[alert.key]
         events = [(OPENED, unnotified), (RESOLVED, resolved if self._settings.resolved else [])]
         messages = [
-            Message(event, unix_now, self._site, tuple(sorted(alerts, key=lambda a: (-_rank(a), a.since))))
+            Message(event, unix_now, self._site, tuple(sorted(fold_alerts(alerts), key=lambda a: (-_rank(a), a.since))))
             for event, alerts in events
             if alerts
         ]

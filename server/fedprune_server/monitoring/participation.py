@@ -15,11 +15,16 @@ from typing import Any
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
+from fedprune.wire.lost_pieces import dropping_broker_message
 from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import AWAITED_PROGRESS, FleetSnapshot, JobSnapshot
 
 QUARANTINE, CLONED, EXCLUDED = "quarantine", "device-cloned", "device-excluded"
 UNDELIVERED, FAILING, AWAY = "broker-drops", "device-failing", "device-away"
+
+# A board that hasn't answered its offer for `registry.SLOW_S` is slow. After this many seconds, in which the offer was
+# sent four times more, it is broken.
+BROKEN_S = 120.0
 
 # A board is named after so many rounds in a row without an update that counts: a single one may be bad luck.
 FAILED_ROUNDS = 2
@@ -45,11 +50,13 @@ class Absence:
         kind: The alert's.
         reason: A sentence whose subject is the board.
         since: When that began, in seconds since 1970.
+        is_slow: Whether the board may only be slow, so that this is a note.
     """
 
     kind: str
     reason: str
     since: float
+    is_slow: bool = False
 
 
 def format_minute(moment: float) -> str:
@@ -94,9 +101,9 @@ class Participation:
         match event.payload:
             case DevicesChanged(names):
                 self._changed_devices |= names
-            case RoundEnded(summary):
+            case RoundEnded() as end:
                 self.update()
-                self._end_round(summary)
+                self._end_round(end)
 
     def update(self) -> None:
         """Update the devices that have changed since the last call. Call it before `absences`."""
@@ -117,7 +124,7 @@ class Participation:
             else:
                 self._exclusions.pop(name, None)
 
-    def _end_round(self, summary: Mapping[str, Any]) -> None:
+    def _end_round(self, end: RoundEnded) -> None:
         for name in self._rounds_away:
             if self._is_connected(name):
                 self._rounds_away[name], self.away_since[name] = 0, self._clock()
@@ -125,13 +132,13 @@ class Participation:
                 self._rounds_away[name] += 1
         if self._away_rounds:
             self._absent_boards = {name for name, count in self._rounds_away.items() if count >= self._away_rounds}
-        for name, device_part in summary["devices"].items():
-            self._count_failure(name, device_part, summary["round"])
+        for name, device_part in end.summary["devices"].items():
+            self._count_failure(name, device_part, end.summary["round"], is_reached=name not in end.unreached)
 
     def _is_connected(self, name: str) -> bool:
         return name in self._snapshot.fleet.connected_devices
 
-    def _count_failure(self, name: str, device_part: Mapping[str, Any], number: int) -> None:
+    def _count_failure(self, name: str, device_part: Mapping[str, Any], number: int, *, is_reached: bool) -> None:
         kind = device_part.get("kind", "")
         if device_part["progress"] == Progress.FOLDED.value:
             self._failures.pop(name, None)
@@ -139,6 +146,8 @@ class Participation:
         is_late = not device_part["reason"] or kind == FailureKind.LATE
         if kind in _BLAMELESS_FAILURES or (is_late and self._snapshot.closes_early):
             return
+        if is_late and not is_reached and not self._is_offline(name):
+            return  # the server was late: it has not sent the offer
         if not is_late:
             alert_kind, reason = FAILING, one_line(device_part["reason"], _MAX_REASON_LENGTH)
         elif self._is_offline(name):
@@ -190,13 +199,29 @@ class Participation:
                 since = self.away_since[name]
                 sentence = f"has not been connected since {format_minute(since)}, and rounds end without it"
                 absences.setdefault(name, Absence(AWAY, sentence, since))
-        for name, reason in snapshot.silent_devices.items():
-            absences.setdefault(name, self._failure_absence(name, FAILING, reason, self._clock()))
         for name, (count, kind, reason, since) in self._failures.items():
             if count >= FAILED_ROUNDS and _takes_part(snapshot, name):
                 sentence = f"sends no update that counts: {reason}"
                 absences.setdefault(name, self._failure_absence(name, kind, sentence, since))
+        for name, silence_s in snapshot.silent_devices.items():
+            absence = self._silence(name, silence_s)
+            if absence is not None:
+                absences.setdefault(name, absence)
         return absences
+
+    def _silence(self, name: str, silence_s: float) -> Absence | None:
+        """A board that hasn't answered its offer for so long; None for one at another job, or offline too soon."""
+        since, is_offline = self._clock() - silence_s, self._is_offline(name)
+        if is_offline:  # it is judged by the time in which it could have answered
+            silence_s = self.away_since[name] - since
+        is_slow = silence_s < BROKEN_S
+        if not self._snapshot.devices[name].online and (is_slow or not is_offline):
+            return None
+        sentence = f"has answered no offer since {format_minute(since)}, though it was repeated: it is slow"
+        if is_slow:
+            return Absence(FAILING, sentence, since, is_slow=True)
+        sentence += ", its program hangs, or " + dropping_broker_message("what it sends or is sent")
+        return self._failure_absence(name, FAILING, sentence, since)
 
     def _failure_absence(self, name: str, kind: str, reason: str, since: float) -> Absence:
         """A board whose parts come to nothing. While it is offline, its connection is what has to be mended."""

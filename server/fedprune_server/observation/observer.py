@@ -43,11 +43,12 @@ class TurnSaved:
 @dataclass(frozen=True, slots=True)
 class RoundEnded:
     """A round has finished, with its entry in the job's history, and the payload bytes to and from all devices by then,
-    over all starts of the server."""
+    over all starts of the server. `unreached` are devices of the round that were sent no offer of it."""
 
     summary: Mapping[str, Any]
     bytes_down: int = 0
     bytes_up: int = 0
+    unreached: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

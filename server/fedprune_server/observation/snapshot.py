@@ -140,7 +140,7 @@ class JobSnapshot:
         revoked_devices: Devices that are no longer members; a look at it may read the database.
         cloned_devices: Names that seem to be two boards, and the reason.
         undelivered_devices: Devices whose messages the broker seems to drop, in words.
-        silent_devices: Devices of which nothing has come since their offer, in words.
+        silent_devices: Seconds since the offers to devices that should have answered them long ago.
         crashes: How devices' programs ended last, until an update of theirs arrives.
         comparisons: Predictions and measurements of the devices that counted in the latest round.
     """
@@ -175,7 +175,7 @@ class JobSnapshot:
     revoked_devices: Collection[str] = ()
     cloned_devices: Mapping[str, str] = field(default_factory=dict)
     undelivered_devices: Mapping[str, str] = field(default_factory=dict)
-    silent_devices: Mapping[str, str] = field(default_factory=dict)
+    silent_devices: Mapping[str, float] = field(default_factory=dict)
     crashes: Mapping[str, str] = field(default_factory=dict)
     comparisons: Mapping[str, LatestComparison] = field(default_factory=dict)
     fleet: FleetSnapshot = field(default_factory=FleetSnapshot)

@@ -58,17 +58,19 @@ class Downloads:
         """Whether a chunk or an answer is still to be sent."""
         return bool(self._queued) or bool(self._answers)
 
-    def add(self, device: str, request: BlobRequest) -> None:
-        """Queue a request, unless it is queued already. A device also repeats a request while its answer waits for a
-        slow connection: leaves that this answer will still send aren't queued a second time."""
+    def add(self, device: str, request: BlobRequest) -> bool:
+        """Queue a request, unless it is queued already; returns whether it was. A device also repeats a request while
+        its answer waits for a slow connection: leaves that this answer will still send aren't queued a second time."""
         request = replace(request, number=None)  # the same pieces, asked for again
         current = self._answers.get(device)
         uncovered = request if current is None else current.uncovered_part(request)
         if uncovered is None:
-            return
+            return False
         waiting = self._queued.setdefault(device, deque())
-        if uncovered not in waiting and len(waiting) < MAX_QUEUED_REQUESTS:
+        is_new = uncovered not in waiting and len(waiting) < MAX_QUEUED_REQUESTS
+        if is_new:
             waiting.append(uncovered)
+        return is_new
 
     def leaf_count(self, sha256: str) -> int:
         """Number of a blob's leaves; 0 if the blob isn't here."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from fedprune.wire.fleet_messages import Reconnect
 from fedprune.wire.messages import Birth, BoardWarning, parse_message
 from fedprune_device.agent.births import BIRTH_INTERVAL_S, WARNINGS_INTERVAL_S, BirthBuilder
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
-from fedprune_device.network.connection import ANSWER_TIMEOUT_S, BoardConnection, MessageChannel
+from fedprune_device.network.connection import ANSWER_TIMEOUT_S, SLOW_ANSWER_S, BoardConnection, MessageChannel
 from support.fakes.inbox import Inbox
 
 pytestmark = pytest.mark.board
@@ -50,17 +52,31 @@ def test_new_warnings_are_in_a_later_birth_and_repeated_ones_cause_none() -> Non
     assert [greeting.is_outdated(WARNINGS_INTERVAL_S + late) for late in (-1, 0)] == [False, True]
 
 
-@pytest.mark.parametrize(("samples", "reason"), [(0, "no samples to train on"), (3, "the broker drops")])
+@pytest.mark.parametrize(
+    ("samples", "answered", "reasons"),
+    [
+        (0, True, ["no samples to train on"]),
+        (0, False, ["no samples to train on"]),
+        (3, True, []),
+        (3, False, ["slow", "the broker drops"]),
+    ],
+)
 def test_a_board_that_gets_no_answer_says_why_that_may_be(
-    caplog: pytest.LogCaptureFixture, samples: int, reason: str
+    caplog: pytest.LogCaptureFixture, samples: int, answered: bool, reasons: list[str]
 ) -> None:
+    """A slow server comes before a broken broker, and nothing that destroys an identity follows from silence."""
+    caplog.set_level(logging.INFO, "fedprune.device")
     link: Any = Inbox()
     now = [0.0]
     connection = BoardConnection(link, MessageChannel("d", "site"), lambda: now[0])
     connection.send(Birth("d", 1, "raspberry-pi-5", samples, "fedprune"))
-    for now[0] in (1.0, ANSWER_TIMEOUT_S, 3 * ANSWER_TIMEOUT_S):
+    if answered:
+        link.waiting.append((connection.topics.down("d"), Reconnect(0.0).to_bytes()))
+    for now[0] in (1.0, SLOW_ANSWER_S, ANSWER_TIMEOUT_S, 3 * ANSWER_TIMEOUT_S):
         connection.receive()
-    assert [reason in record.getMessage() for record in caplog.records] == [True]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [reason in line for reason, line in zip(reasons, lines, strict=True)] == [True] * len(reasons)
+    assert not any("new-key" in line or "revoked" in line for line in lines)
 
 
 def test_a_private_board_does_not_say_how_even_its_labels_are() -> None:

@@ -78,7 +78,7 @@ def run_with_silent_board(fleet: Fleet, speaks_after: float | None = None) -> tu
     def idle() -> None:
         if daemon.is_busy:
             return
-        fleet.air.now += 20.0
+        fleet.air.now += 5.0
         now = fleet.air.now
         if now > 100:
             ghost.hear = (lambda topic, payload: None) if not back(now) else hear  # type: ignore[method-assign]

@@ -23,12 +23,13 @@ def test_the_bytes_of_all_devices_are_summed_as_they_come() -> None:
 @pytest.mark.parametrize("end", ["gone", "born"])
 def test_pieces_of_a_transfer_that_is_over_are_not_missed(end: str) -> None:
     state = State(model="m" * 64, devices={"a": JobDevice(1, True, {"name": "pi"}, None, 10)})  # type: ignore[arg-type]
-    registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)})
+    now = [0.0]
+    registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)}, listening=lambda: now[0])
     registry.admit("a", "test", 0)
     want = BlobRequest("b" * 64, "data", 0, 1)
-    for now in (0.0, 5.0, 15.0):
-        registry.transfers.note_upload_request("a", want, now)
-        registry.transfers.note_download_request("a", want, now)
+    for now[0] in (0.0, 5.0, 75.0):
+        registry.transfers.note_upload_request("a", want)
+        registry.transfers.note_download_request("a", want)
     assert registry.transfers.drop_reasons().keys() == {"a"}
     if end == "gone":
         registry.note_disconnect("a")
@@ -37,18 +38,19 @@ def test_pieces_of_a_transfer_that_is_over_are_not_missed(end: str) -> None:
     assert registry.transfers.drop_reasons() == {}
 
 
-@pytest.mark.parametrize("message", ["counted", "counted in another job"])
-def test_a_board_that_says_anything_is_no_longer_one_of_which_nothing_came(message: str) -> None:
+@pytest.mark.parametrize("sent", ["this offer", "the offer before", "nothing"])
+def test_a_board_is_silent_only_since_the_offer_that_it_was_really_sent(sent: str) -> None:
     state = State(model="m" * 64, devices={"a": JobDevice(1, True, {"name": "pi"}, None, 10)})  # type: ignore[arg-type]
-    state.phase, state.tasks["a"] = Phase.TRAINING, DeviceTask(1, (3,), progress=Progress.OFFERED)
-    registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)})
+    state.phase, state.round = Phase.TRAINING, 4
+    state.tasks["a"] = DeviceTask(1, (3,), progress=Progress.OFFERED)
+    now = [0.0]
+    registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)}, listening=lambda: now[0])
     registry.admit("a", "test", 0)
-    registry.note_offer("a", 0.0)
-    assert registry.take_silent(100.0, patience_s=60.0) == list(registry.silence_reasons()) == ["a"]
-
-    if message == "counted":
-        registry.count_received("a", 5)
-    else:
-        registry.note_message("a")
-
-    assert registry.silence_reasons() == {}
+    if sent != "nothing":
+        registry.note_offer("a", (4 if sent == "this offer" else 3, 1), 0.0)
+    now[0] = 100.0
+    silent = ["a"] if sent == "this offer" else []
+    assert registry.take_silent(60.0) == list(registry.silences()) == silent
+    assert registry.unreached(4, ["a"]) == (frozenset() if silent else {"a"})
+    registry.note_activity("a")
+    assert registry.silences() == {}

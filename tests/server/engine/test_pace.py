@@ -124,7 +124,7 @@ def test_a_message_of_a_board_that_was_to_leave_brings_its_birth(make: Callable[
     """The request to leave may get lost; the board's next sign of life shows that it is there."""
     fleet = make()
     boards, daemon, missed = fleet.air.devices, fleet.daemon(connected=10), set[str]()
-    fleet.air.lost += [boards[n].topics.down(n) for n in NAMES]
+    fleet.air.lost += 2 * [boards[n].topics.down(n) for n in NAMES]  # the answer to the birth, too
     fleet.later(20.0, lambda: missed.update(n for n in NAMES if n not in daemon.connected))
     fleet.later(21.0, lambda: [boards[n].say(Alive(n, 1)) for n in missed])
     fleet.run_daemon(daemon)

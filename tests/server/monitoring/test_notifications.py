@@ -109,14 +109,20 @@ def test_what_is_not_severe_enough_is_not_told_and_its_end_neither() -> None:
 
 def test_many_alerts_are_one_message_and_the_critical_one_waits_for_nothing() -> None:
     due = NotificationSchedule(AlertSettings(), "lab")
-    waiting = [alert("devices-wait", "warning", device=f"d{i}") for i in range(60)]
+    waiting = [alert("devices-wait", "warning", what=f"d{i} waits", device=f"d{i}") for i in range(60)]
+    ends = [alert("certificate", "warning", subject=f"{i}.pem") for i in range(30)]
     (first,) = due.due_messages(waiting[:1], 0.0, NOON)
     assert [due.due_messages(waiting[:n], float(n), NOON) for n in range(2, 29)] == [[]] * 27
-    (urgent,) = due.due_messages([*waiting, alert()], 29.0, NOON)
-    assert [len(first.alerts), len(urgent.alerts), urgent.alerts[0].severity] == [1, 60, "critical"]
+    (urgent,) = due.due_messages([*waiting, *ends, alert()], 29.0, NOON)
+    (boards,) = [a for a in urgent.alerts if a.kind == "devices-wait"]
+    assert (first.alerts[0].what, first.alerts[0].device) == ("d0 waits", "d0")
+    assert (boards.what, boards.device) == ("59 boards (d1, d2, d3, d4, d5 and 54 more): d1 waits", None)
+    assert urgent.alerts[0].severity == "critical"
     body = json.loads(urgent.to_bytes())
-    assert (body["count"], len(body["alerts"])) == (60, MAX_ALERTS_LISTED)
-    assert "and 40 more" in urgent.text
+    assert (body["count"], len(body["alerts"])) == (32, MAX_ALERTS_LISTED)
+    assert "and 12 more" in urgent.text
+    (ended,) = due.due_messages([], 60.0, NOON)
+    assert "60 boards" in next(a.what for a in ended.alerts if a.kind == "devices-wait")
 
 
 def test_a_restarted_server_does_not_tell_again_but_tells_the_end() -> None:

@@ -1,4 +1,4 @@
-"""What a broker drops between server and boards is named on the server within half a minute, with the board."""
+"""What a broker drops between server and boards is named on the server, with the board, once nobody is only slow."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def alerts_until(end: float, fleet: Fleet) -> dict[str, tuple[set[str | None], f
         if daemon.is_busy:
             time.sleep(0.0005)  # the worker's thread is real
             return
-        for alert in monitor.book.open_alerts:
+        for alert in (alert for alert in monitor.book.open_alerts if alert.severity == "warning"):
             alerts_by_kind.setdefault(alert.kind, (set(), air.now))[0].add(alert.device)
         air.now += 0.5
         for device in air.devices.values():
@@ -118,17 +118,17 @@ def silence_a_after_its_birth(air: Dropping) -> None:
         (silence_a_after_its_birth, "device-failing", {"a"}),
     ],
 )
-def test_a_board_whose_messages_are_dropped_is_named_within_half_a_minute(
+def test_a_board_whose_messages_are_dropped_is_named_within_its_first_round(  # which has 1,000 s
     tmp_path: Path, spoil: Callable[[Dropping], None], kind: str, names: set[str]
 ) -> None:
-    alerts = alerts_after(tmp_path, spoil, 40.0)
+    alerts = alerts_after(tmp_path, spoil, 150.0)
     assert alerts.keys() == {kind}
     assert alerts[kind][0] == names
-    assert alerts[kind][1] <= 30
+    assert 60 <= alerts[kind][1] <= 125
 
 
 def test_a_broker_that_drops_nothing_is_not_accused(tmp_path: Path) -> None:
-    assert alerts_after(tmp_path, lambda air: None, 40.0) == {}
+    assert alerts_after(tmp_path, lambda air: None, 150.0) == {}
 
 
 def test_a_broker_is_not_accused_of_a_board_that_was_gone_when_the_server_came_back(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.lost_pieces import LostPieces
+from fedprune.wire.lost_pieces import STUCK_S, LostPieces
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.transfer import Pull
 
@@ -20,7 +20,7 @@ LONGEST = 5_000
 
 
 def transfer(folder: Path, size: int, *, passes: int, from_s: float = 0.0) -> tuple[list[float], bool]:
-    """When pieces counted as lost in 60 s of a transfer, and whether it ended.
+    """When pieces counted as lost in 120 s of a transfer, and whether it ended.
 
     Args:
         passes: The broker drops longer messages.
@@ -31,7 +31,7 @@ def transfer(folder: Path, size: int, *, passes: int, from_s: float = 0.0) -> tu
     pull, sender, pieces = Pull(ref, target.partial(ref)), BlobSender(source), LostPieces()
     noticed: list[float] = []
     wants = pull.start(0.0)
-    for now in (n / 2 for n in range(120)):
+    for now in (n / 2 for n in range(240)):
         follow_ups: list[BlobRequest] = []
         for want in wants:
             noticed += [now] if pieces.note_request(want, now) else []
@@ -43,18 +43,18 @@ def transfer(folder: Path, size: int, *, passes: int, from_s: float = 0.0) -> tu
     return noticed, pull.is_done
 
 
-def test_pieces_that_are_longer_than_the_broker_allows_are_noticed_within_twenty_seconds(tmp_path: Path) -> None:
+def test_pieces_that_are_longer_than_the_broker_allows_are_noticed_once_they_are_not_only_slow(tmp_path: Path) -> None:
     noticed, done = transfer(tmp_path, 3_000_000, passes=LONGEST)
     assert not done
     assert len(noticed) == 1
-    assert noticed[0] <= 20
+    assert STUCK_S <= noticed[0] <= 80
 
 
 def test_a_broker_that_begins_to_drop_in_the_middle_is_noticed_as_soon(tmp_path: Path) -> None:
     noticed, done = transfer(tmp_path, 30_000_000, passes=LONGEST, from_s=1.0)
     assert not done
     assert noticed
-    assert noticed[0] <= 21
+    assert STUCK_S <= noticed[0] <= 81
 
 
 def test_a_transfer_that_works_is_not_noticed(tmp_path: Path) -> None:

@@ -182,7 +182,8 @@ MAX_BOARD_AWAY_S = 7 * 86_400.0
 
 
 class Reconnect(CheckedMessage, frozen=True, tag="reconnect"):
-    """How a board connects again. Only for boards with the ability `reconnect`."""
+    """How a board connects again; also the answer to each birth. Only a board with the ability `reconnect` is sent
+    away."""
 
     spread_s: Annotated[float, number_range(0.0, 3600.0)]
     """After a lost connection, each attempt comes after a random pause of up to this many seconds, or more."""

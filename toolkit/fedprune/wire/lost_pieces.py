@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from fedprune.wire.messages import BlobRequest
 
 # Requests for the same piece, and the seconds between the first and the last of them, after which it counts as dropped.
-# `Pull` repeats after 5 and 15 s, so that this is noticed within 20 s.
-STUCK_REQUESTS, STUCK_S = 3, 10.0
+# `Pull` repeats after 5, 15, 35 and 75 s, so that this is noticed within 80 s; sooner the other side may only be slow.
+STUCK_REQUESTS, STUCK_S = 3, 60.0
 
 # Blobs whose requests are remembered: an offer names three, and a few more with lower precisions.
 _MAX_BLOBS = 8

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fedprune_server.monitoring import participation
 from fedprune_server.monitoring.alerts import (
     BOARD_LOG_COMMAND,
+    INFO,
     MAX_ALERTS_OF_KIND,
     WARNING,
     Alert,
@@ -22,7 +23,7 @@ from fedprune_server.monitoring.situation import Situation
 @alert_rule(participation.CLONED, WARNING, counted=True)
 @alert_rule(participation.EXCLUDED, WARNING)
 @alert_rule(participation.UNDELIVERED, WARNING, counted=True)
-@alert_rule(participation.FAILING, WARNING, counted=True)
+@alert_rule(participation.FAILING, WARNING, INFO, counted=True)
 @alert_rule(participation.AWAY, WARNING)
 def absent_boards(situation: Situation, now: float) -> Iterator[Alert]:
     """An alert for each board that no longer takes part, with the reason."""
@@ -31,7 +32,8 @@ def absent_boards(situation: Situation, now: float) -> Iterator[Alert]:
         count[absence.kind] += 1
         if count[absence.kind] <= MAX_ALERTS_OF_KIND:
             why, todo = _remedy(situation, name, absence)
-            yield Alert(absence.kind, WARNING, absence.since, f"{name} {absence.reason}", why, todo, device=name)
+            severity = INFO if absence.is_slow else WARNING
+            yield Alert(absence.kind, severity, absence.since, f"{name} {absence.reason}", why, todo, device=name)
 
 
 def _remedy(situation: Situation, name: str, absence: Absence) -> tuple[str, str]:

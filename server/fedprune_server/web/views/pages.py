@@ -199,7 +199,7 @@ class _PageRoutes:
             total=sum(counts["online"].values()),
             at_work=sum(counts["state"].get(s, 0) for s in presentation.WORKING_STATES),
             jobs=presentation.job_rows(self._view.jobs),
-            alerts=self._view.alerts(size=OVERVIEW_ROWS, gone=False, notes=False).items,
+            alerts=presentation.fold_alert_rows(self._view.alerts(size=ROWS_PER_PAGE, gone=False, notes=False).items),
             waiting=self._view.devices(size=OVERVIEW_ROWS, only={"status": "waiting"}).items,
             log=self._view.lines(size=OVERVIEW_ROWS).items,
         )
@@ -274,8 +274,8 @@ class _PageRoutes:
         return self._pages.draw(
             request,
             "alerts",
-            open=self._view.alerts(size=ROWS_PER_PAGE, gone=False).items,
-            over=[a for a in all_alerts if a["gone_at"] is not None],
+            open=presentation.fold_alert_rows(self._view.alerts(size=ROWS_PER_PAGE, gone=False).items),
+            over=presentation.fold_alert_rows([a for a in all_alerts if a["gone_at"] is not None]),
             log=self._view.lines(page=page_number(request), size=ROWS_PER_PAGE, q=q, only=only),
             levels=[(text, text) for text in LOG_LEVELS],
             level=level,

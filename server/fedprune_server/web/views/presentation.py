@@ -54,6 +54,14 @@ def job_rows(jobs: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def fold_alert_rows(rows: Sequence[Row]) -> list[Row]:
+    """One row for the alerts of one kind and severity about boards: the first, with the names of the others."""
+    groups = dict[Any, list[Row]]()
+    for row in rows:
+        groups.setdefault((row["alert"], row["severity"]) if row["device"] else row["id"], []).append(row)
+    return [{**first, "others": [row["device"] for row in others]} for first, *others in groups.values()]
+
+
 def plan_row(body: Row | None) -> Row | None:
     """A plan's density, its binding limit, and each limit's need, value and used share."""
     if body is None:
