@@ -201,8 +201,9 @@ class Board:
 
     def _offered(self, offer: Offer) -> None:
         known = self._offer
-        if known is not None and (known.round, known.attempt) == (offer.round, offer.attempt):
+        if known is not None and (known.job, known.round, known.attempt) == (offer.job, offer.round, offer.attempt):
             self.hurry()
+            self._report()  # it comes again because the server has seen nothing of it
             return
         shelf, now = self._works.shelf, time.monotonic()
         self._offer, self._update = offer, None
@@ -227,10 +228,15 @@ class Board:
                 self._train()
 
     def _train(self) -> None:
+        if self._offer is not None:
+            self._report()
+            self._works.later(self.train_s, self._trained, self._offer)
+
+    def _report(self) -> None:
         offer = self._offer
         if offer is not None:
-            self._say(RoundProgress(self.name, offer.job, offer.round, offer.attempt, "train", 0, 1), offer.job, qos=0)
-            self._works.later(self.train_s, self._trained, offer)
+            phase = "download" if self._pulls else "train"
+            self._say(RoundProgress(self.name, offer.job, offer.round, offer.attempt, phase, 0, 1), offer.job, qos=0)
 
     def _trained(self, offer: Offer) -> None:
         if self._offer is not offer:

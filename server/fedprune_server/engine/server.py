@@ -176,7 +176,7 @@ class Server:
             if clock() > taking_ends_at:
                 break
             item = self._link.get()
-        if item is None and self._link.connected:
+        if item is None and self._link.connected and self._link.room:
             self._site.listening.note_all_read()
         now = clock()
         if now - self._last_tick_at >= _TICK_INTERVAL_S:

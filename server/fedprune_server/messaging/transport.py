@@ -76,7 +76,7 @@ class Wire(Protocol):
 class ListeningClock:
     """Counts the seconds in which a server could hear its boards, so that its own lateness is no silence of theirs.
 
-    Time counts once all messages that had come are read, and while the connection is up.
+    Time counts once all messages that had come are read, and while the connection is up and takes what is sent.
 
     Attributes:
         lost_s: Seconds in which the server stood still.

@@ -237,17 +237,24 @@ def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "failing"),
-    [(FailureKind.OTHER, {"a"}), (FailureKind.LEFT_OUT, set()), (FailureKind.FALSE_SUM, set())],
+    ("kind", "unreached", "failing"),
+    [
+        (FailureKind.OTHER, "", {"a"}),
+        (FailureKind.LEFT_OUT, "", set()),
+        (FailureKind.FALSE_SUM, "", set()),
+        (FailureKind.LATE, "", {"a"}),
+        (FailureKind.LATE, "a", set()),  # the server was late itself, and has not sent the offer
+    ],
 )
 def test_a_board_that_others_keep_from_counting_or_the_job_never_planned_for_is_not_failing(
-    kind: FailureKind, failing: set[str]
+    kind: FailureKind, unreached: str, failing: set[str]
 ) -> None:
     watch = Participation(TRAINING_SNAPSHOT, 2, {}, lambda: NOW)
     device_part = {"progress": "refused", "reason": "it didn't count", "kind": kind.value}
     devices = {**boards("a"), **boards("b", takes_part=False)}
     for number in (1, 2, 3):
-        show(watch, RoundEnded({"round": number, "devices": dict.fromkeys("abc", device_part)}), devices=devices)
+        summary = {"round": number, "devices": dict.fromkeys("abc", device_part)}
+        show(watch, RoundEnded(summary, unreached=frozenset(unreached)), devices=devices)
     assert watch.absences().keys() == failing
 
 

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from fedprune.jobs.state import Progress
+from fedprune.wire.messages import Offer, RoundProgress
+from fedprune_server.engine import job_runner
 from fedprune_server.monitoring.monitor import Monitor
-from support.fakes.fleet import Air, Fleet, ToyDevice
-from support.fakes.tiny_job import JOB
+from fedprune_server.observation.observer import RoundEnded
+from fedprune_server.observation.snapshot import JobSnapshot
+from support.fakes.fleet import Air, Fleet, ToyDevice, Watcher, counted_devices
+from support.fakes.tiny_job import JOB, NAMES
 
 LONGEST = 5_000
 
@@ -144,3 +148,75 @@ def test_a_broker_is_not_accused_of_a_board_that_was_gone_when_the_server_came_b
     del air.devices["a"]
     fleet.restart()
     assert "broker-drops" not in alerts_until(air.now + 120, fleet)
+
+
+class Diligent(Asking):
+    """A board that says nothing for the ten seconds in which it trains."""
+
+    def __init__(self, name: str, folder: Path, air: Air) -> None:
+        super().__init__(name, folder, air)
+        self.offers: list[tuple[int, int]] = []
+        self.busy_until = 0.0
+        self.next_offer: Offer | None = None
+
+    def take(self, offer: Offer) -> None:
+        if (offer.round, offer.attempt) in self.offers:  # a board answers a repeated offer by its progress
+            self.say(RoundProgress(self.name, offer.job, offer.round, offer.attempt, "train", 0, 1))
+        self.offers.append((offer.round, offer.attempt))
+        self.busy_until, self.next_offer = self.air.now + 10.0, offer
+
+    def turn(self) -> None:
+        super().turn()
+        if self.next_offer is not None and self.air.now >= self.busy_until:
+            offer, self.next_offer = self.next_offer, None
+            super().take(offer)
+
+
+@pytest.mark.parametrize("event", ["pause", "restart", "suspended", "busy connection"])
+def test_a_healthy_fleet_is_named_by_no_alert_and_gets_each_offer_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    """With a tick in every turn, between the coordinator's decision to offer and the sending, too."""
+    monkeypatch.setattr(job_runner, "_TICK_INTERVAL_S", 0.0)
+    fleet = Fleet(tmp_path, replace(JOB, rounds=5, deadline_s=300.0), ())
+    air, boards = fleet.air, [Diligent(name, tmp_path / "devices", fleet.air) for name in NAMES]
+    air.devices.update({board.name: board for board in boards})
+    monitor = Monitor(tmp_path, {}, {JOB.name: tmp_path}, clock=lambda: air.now, monotonic=lambda: air.now)
+    alerts: set[str] = set()
+    happened_at: list[float] = []
+
+    def note(snapshot: JobSnapshot, what: object) -> None:
+        alerts.update(alert.what for alert in monitor.book.open_alerts)
+        if isinstance(what, RoundEnded) and what.summary["round"] == 2:
+            happened_at.append(air.now)
+            if event == "pause":
+                daemon.main_runner.pause(True)
+            elif event == "restart":
+                daemon.stop()
+
+    def idle() -> None:
+        if daemon.main_runner.is_computing or (daemon.is_busy and not air.full):
+            time.sleep(0.0005)
+            return
+        air.now += 0.5
+        if happened_at and air.now > happened_at[0] + 150.0:
+            daemon.main_runner.pause(False)
+        is_busy = event == "busy connection" and bool(happened_at) and air.now < happened_at[0] + 200.0
+        air.room, air.full = not is_busy, is_busy
+        if event == "suspended" and happened_at and air.now < 500.0 and boards[0].next_offer is not None:
+            air.now += 900.0
+        for board in boards:
+            board.turn()
+
+    air.on_idle = idle
+    daemon = fleet.daemon(observers=[Watcher(note), monitor])
+    daemon.run(until_finished=True)
+    if event == "restart":
+        air.now += 100.0
+        fleet.restart()
+        daemon = fleet.daemon(observers=[Watcher(note), monitor])
+        daemon.run(until_finished=True)
+    assert alerts == set()
+    assert counted_devices(daemon.main_runner.state) == [list(NAMES)] * 5
+    if event != "busy connection":  # which loses pieces of the model
+        assert [board.offers for board in boards] == [[(number, 1) for number in range(1, 6)]] * len(boards)

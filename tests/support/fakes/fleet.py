@@ -245,6 +245,8 @@ class Air:
         self.connected = True
         self.unsent = 0
         self.room = True
+        self.full = False
+        """Whether nothing is taken to be sent."""
         self.shut: set[str] = set()
         """Devices to which nothing is sent, as they aren't let in any more."""
         self.devices: dict[str, ToyDevice] = {}
@@ -260,7 +262,7 @@ class Air:
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         name = topic.split("/")[3]
-        if name in self.shut:
+        if self.full or name in self.shut:
             return False
         if topic in self.lost:
             self.lost.remove(topic)
