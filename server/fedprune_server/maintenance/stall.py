@@ -12,7 +12,7 @@ from typing import Any
 
 from fedprune.core.metrics import METRICS, Metric
 from fedprune.model.recipe import judging_metric
-from fedprune_server.monitoring.round_scores import round_scores
+from fedprune_server.monitoring.round_rows import round_scores
 
 # Evaluated rounds without a better global model that make a stall: of few boards, single rounds vary by chance.
 STALL_ROUNDS = 5

@@ -16,8 +16,8 @@ from fedprune.core.metrics import ACCURACY, METRICS, primary_metric
 from fedprune.core.text import quantity, round_text
 from fedprune.output.log_lines import OneLineFormatter
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fit_table
-from fedprune_server.monitoring.round_scores import round_scores
-from fedprune_server.monitoring.round_times import RoundTimes
+from fedprune_server.monitoring.job_watch import RoundTimes
+from fedprune_server.monitoring.round_rows import round_scores
 from fedprune_server.observation.observer import Observer, RoundEnded, ServerEnding, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 
 from fedprune.coordination import Phase
@@ -13,10 +15,12 @@ from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress
 from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN
 from fedprune_server.monitoring.participation import Participation
-from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.situation import WatchedJob
 from fedprune_server.observation.observer import RoundEnded, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import JobSnapshot
+
+# Enough that seven rounds that stall change nothing, and few enough to follow a fleet that becomes slower.
+_RECENT_ROUNDS = 15
 
 # Ticks come at a deadline, which floats may put a little before it.
 _ROUNDING_S = 1e-3
@@ -24,6 +28,27 @@ _ROUNDING_S = 1e-3
 # The ratio of measurement to prediction that is an alert. Time may double while another program runs on a board; memory
 # doesn't depend on other programs, and a board that needs more than it has is killed.
 _EXCESS_LIMITS = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.25}
+
+
+class RoundTimes:
+    """Seconds from the end of each round to the next one's."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, float] | None = None
+        self._seconds: deque[float] = deque(maxlen=_RECENT_ROUNDS)
+
+    def note_end(self, number: int, now: float) -> None:
+        """Note the end of a round. The first one gives no time, because its beginning wasn't seen."""
+        if self._last is not None and number > self._last[0] and now >= self._last[1]:  # unless a clock was set back
+            self._seconds.append((now - self._last[1]) / (number - self._last[0]))
+        self._last = number, now
+
+    def usual_s(self) -> float | None:
+        """Seconds of a usual round; None before two have ended.
+
+        The median, because one round that waits for its deadline takes as long as hundreds of others.
+        """
+        return median(self._seconds) if self._seconds else None
 
 
 class JobWatch:

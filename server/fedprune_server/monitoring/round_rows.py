@@ -5,12 +5,13 @@ entry of a job's history, RoundNotes  --make_round_row-->  RoundRow  --WideRows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune.coordination.job_end import EPSILON_NEXT
-from fedprune.core.metrics import METRICS, served_metric
+from fedprune.core.metrics import METRICS, TRAINED_SUFFIX, served_metric
 from fedprune_device.training.evaluation import MACHINE_METRICS
 from fedprune_server.executor.accountant import EPSILON
 
@@ -126,6 +127,32 @@ def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: floa
         limited=notes.limited,
         coverage=notes.coverage,
     )
+
+
+@dataclass(frozen=True)
+class RoundScores:
+    """A round's scores by one metric; NaN where nothing was measured.
+
+    Attributes:
+        global_model: The new global model's score on the server's samples.
+        received: The mean score of the models that boards received, each on its board's own test samples.
+        trained: The mean score of the models that the same boards made of these by training.
+    """
+
+    global_model: float
+    received: float
+    trained: float
+
+
+def round_scores(entry: Mapping[str, Any], metric: str) -> RoundScores:
+    """The scores of a round in a job's history, by the metric of this name."""
+    # "folded": added to the round's sum of updates.
+    folded = [device.get("metrics", {}) for device in entry["devices"].values() if device["progress"] == "folded"]
+    before, after = f"{metric}_before", f"{metric}_{TRAINED_SUFFIX}"
+    # Means over the same boards, so that their difference is what training changed.
+    pairs = [(m[before], m[after]) for m in folded if before in m and after in m] or [(math.nan, math.nan)]
+    received, trained = (math.fsum(scores) / len(pairs) for scores in zip(*pairs, strict=True))
+    return RoundScores(entry["metrics"].get(metric, math.nan), received, trained)
 
 
 # Columns that every round has, in the order of the table; measurements follow, which differ between jobs.

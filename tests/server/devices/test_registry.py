@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
 from fedprune.jobs.state import DeviceTask, JobDevice, Phase, Progress
-from fedprune.wire.messages import BlobRequest
+from fedprune.wire.blob_sender import BlobSender
+from fedprune.wire.messages import BlobRequest, Offer
+from fedprune.wire.topics import Topics
 from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.transfer.downloads import Downloads
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 
@@ -54,3 +63,14 @@ def test_a_board_is_silent_only_since_the_offer_that_it_was_really_sent(sent: st
     assert registry.unreached(4, ["a"]) == (frozenset() if silent else {"a"})
     registry.note_activity("a")
     assert registry.silences() == {}
+
+
+def test_an_offer_that_waits_for_the_connection_is_not_sent() -> None:
+    registry = DeviceRegistry(JOB, ARCHITECTURE, State(model="m" * 64), {"a": (0, 0)})
+    link: Any = SimpleNamespace(publish=lambda *_: link.room, connected=True, room=False)
+    outbox = Outbox(SiteLink(link, Topics("default")), registry, Downloads(BlobSender()))
+    ref = BlobRef("b" * 64, 1, "c" * 64)
+    outbox.send("a", Offer("job", 4, 1, 0, "d" * 64, "e" * 64, (1,), 2, ref, ref, ref, {}), "job")
+    for link.room, unreached in ((False, {"a"}), (True, set())):
+        outbox.deliver()
+        assert registry.unreached(4, ["a"]) == unreached

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.jobs.state import Progress
+from fedprune.wire.lost_pieces import STUCK_S
 from fedprune.wire.messages import Offer, RoundProgress
 from fedprune_server.engine import job_runner
 from fedprune_server.monitoring.monitor import Monitor
+from fedprune_server.monitoring.participation import BROKEN_S
 from fedprune_server.observation.observer import RoundEnded
 from fedprune_server.observation.snapshot import JobSnapshot
 from support.fakes.fleet import Air, Fleet, ToyDevice, Watcher, counted_devices
@@ -115,20 +117,20 @@ def silence_a_after_its_birth(air: Dropping) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind", "names"),
+    ("spoil", "kind", "names", "after"),
     [
-        (limit_down, "broker-drops", {"a", "b", "c"}),
-        (limit_up, "broker-drops", {"a", "b", "c"}),
-        (silence_a_after_its_birth, "device-failing", {"a"}),
+        (limit_down, "broker-drops", {"a", "b", "c"}, STUCK_S),
+        (limit_up, "broker-drops", {"a", "b", "c"}, STUCK_S),
+        (silence_a_after_its_birth, "device-failing", {"a"}, BROKEN_S),
     ],
 )
 def test_a_board_whose_messages_are_dropped_is_named_within_its_first_round(  # which has 1,000 s
-    tmp_path: Path, spoil: Callable[[Dropping], None], kind: str, names: set[str]
+    tmp_path: Path, spoil: Callable[[Dropping], None], kind: str, names: set[str], after: float
 ) -> None:
     alerts = alerts_after(tmp_path, spoil, 150.0)
     assert alerts.keys() == {kind}
     assert alerts[kind][0] == names
-    assert 60 <= alerts[kind][1] <= 125
+    assert after <= alerts[kind][1] <= after + 20
 
 
 def test_a_broker_that_drops_nothing_is_not_accused(tmp_path: Path) -> None:
