@@ -56,6 +56,7 @@ FAULTS = {
     "gone": ("device-away", "not been connected"),
     "lost": ("device-away", "not been connected"),
     "full": ("device-failing", "no room"),
+    "hung": ("device-failing", "late"),
 }
 """The kind of the alert and a word of its reason, by board."""
 
@@ -98,6 +99,7 @@ def break_boards(fleet: Fleet) -> None:
     corrupt.die()  # its program ends, starts again, and can't read its samples
     corrupt.session += 1
     corrupt.say(Birth("corrupt", corrupt.session, corrupt.profile, 0, "test", trouble="yard.npz is not an archive"))
+    devices["hung"].silent = True
     devices["full"] = FullBoard("full", fleet.folder / "devices", air)
     copy, original = ToyDevice("copied", fleet.folder / "copy", air), devices["copied"]
     copy.session = original.session + 1
