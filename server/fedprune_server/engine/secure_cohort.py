@@ -54,6 +54,8 @@ class Cohort:
         pending_work: Tasks of the thread, in its order, with the device that each concerns; an empty name for the sum
             itself.
         step_began_at: The time at which the step began; 0 until the next turn.
+        answer_s: By device and name of a step, what its answers took.
+        silent_devices: By device that has let the time of a step pass while it was connected, the step's name.
         total_digest: Digest of the sum, once it is stored.
         failure: The reason why there is no sum; empty if there is one.
         has_false_shares: Whether a board's false shares are that reason.
@@ -73,6 +75,8 @@ class Cohort:
     missed_steps: dict[str, str] = field(default_factory=dict)
     pending_work: deque[tuple[str, Future[Any]]] = field(default_factory=deque)
     step_began_at: float = 0.0
+    answer_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    silent_devices: dict[str, str] = field(default_factory=dict)
     total_digest: str = ""
     failure: str = ""
     has_false_shares: bool = False
@@ -84,8 +88,9 @@ class Cohort:
     def is_over(self) -> bool:
         return bool(self.total_digest or self.failure)
 
-    def answer(self, device: str) -> None:
+    def answer(self, device: str, now: float) -> None:
         self.answered.add(device)
+        self.answer_s.setdefault(device, {})[self.step_name] = max(0.0, now - (self.step_began_at or now))
         self.awaited.discard(device)
 
     def drop(self, device: str, reason: str) -> None:
@@ -95,9 +100,13 @@ class Cohort:
 
     def note_missed_step(self, devices: Iterable[str]) -> None:
         for device in devices:
-            self.missed_steps.setdefault(device, _STEP_NAMES[self.step])
+            self.missed_steps.setdefault(device, self.step_name)
 
-    def add_answer(self, device: str, step: str, content: bytes) -> None:
+    @property
+    def step_name(self) -> str:
+        return _STEP_NAMES[self.step]
+
+    def add_answer(self, device: str, step: str, content: bytes, now: float) -> None:
         """Add a device's answer. Raises `ProtocolError` or `SignatureError`."""
         if step == "keys":
             self.identity_keys.setdefault(device, VerifyingKey(content[:KEY_BYTES]))
@@ -106,7 +115,7 @@ class Cohort:
             self.collector.add_shares(device, content)
         else:
             self.collector.add_unmasking(device, content)
-        self.answer(device)
+        self.answer(device, now)
 
     def rosters(self) -> dict[str, bytes]:
         """Each device's neighbours: their identity keys, and the collector's roster."""

@@ -14,6 +14,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.masked import cohort_sum_line
+from fedprune.coordination.patience import Patience
 from fedprune.core.errors import FedpruneError, ProtocolError, SignatureError
 from fedprune.core.text import one_line
 from fedprune.secure_aggregation.session import task_digest
@@ -51,6 +52,7 @@ class MaskedChannel(UpdateChannel):
         self._reports: list[dict[str, Any]] = []
         self._acceptances: dict[str, Accepted] = {}
         self._device_by_digest: dict[str, str] = {}
+        self._patience = Patience(self._job.deadline_s)
         self._thread = ThreadPoolExecutor(1, "fedprune-masks")
 
     @property
@@ -102,7 +104,7 @@ class MaskedChannel(UpdateChannel):
             self._resend_step(device, message.round)
             return
         try:
-            cohort.add_answer(device, message.step, message.content)
+            cohort.add_answer(device, message.step, message.content, self._traffic.monotonic())
         except (ProtocolError, SignatureError) as error:
             self._drop_device(cohort, device, one_line(str(error)))
 
@@ -157,7 +159,7 @@ class MaskedChannel(UpdateChannel):
         elif event.weights != cohort.announced_digests.get(event.device):
             return False
         elif event.device not in cohort.answered:
-            cohort.answer(event.device)
+            cohort.answer(event.device, self._traffic.monotonic())
             accepted = Accepted(self._job.name, event.round, event.attempt, event.weights)
             cohort.acceptances[event.device] = accepted
             future = self._thread.submit(self._add_vector, cohort, event.device, event.weights)
@@ -174,7 +176,8 @@ class MaskedChannel(UpdateChannel):
         """End each step whose answers are all in, or whose time is up. Returns the round's sums once all have ended.
 
         No step waits for devices that are offline, except the step of keys, which waits `_RECONNECT_S`: after a restart
-        the server begins before devices have connected again. Each step has the job's deadline.
+        the server begins before devices have connected again. How long it waits for the others, the job's patience
+        says (`fedprune.coordination.patience`), and while none has answered, the job's deadline.
         """
         if not self._cohorts and not self._drop_reasons:
             return None
@@ -183,6 +186,8 @@ class MaskedChannel(UpdateChannel):
         if not all(cohort.is_over for cohort in self._cohorts):
             return None
         sums: list[dict[str, Any]] = []
+        silent: dict[str, str] = {}
+        answer_s: dict[str, dict[str, float]] = {}
         for cohort in self._cohorts:
             if cohort.total_digest:
                 devices = cohort.collector.boards
@@ -192,8 +197,11 @@ class MaskedChannel(UpdateChannel):
             report = cohort.report()
             log.info("round %d: %s", self._round, cohort_sum_line(report))
             self._reports.append(report)
+            silent |= cohort.silent_devices
+            answer_s |= cohort.answer_s
         false_cohorts = [list(cohort.collector.boards) for cohort in self._cohorts if cohort.has_false_shares]
-        event = on.Unmasked(self._round, sums, dict(sorted(self._drop_reasons.items())), self._reports, false_cohorts)
+        dropped = dict(sorted(self._drop_reasons.items()))
+        event = on.Unmasked(self._round, sums, dropped, self._reports, false_cohorts, silent, answer_s)
         self._cohorts, self._cohort_by_device, self._drop_reasons = [], {}, {}
         for device in self._acceptances:
             self._resend_step(device, self._round)
@@ -209,12 +217,14 @@ class MaskedChannel(UpdateChannel):
         if cohort.is_over or cohort.pending_work:
             return
         is_reconnecting = cohort.step == "session" and now < cohort.step_began_at + _RECONNECT_S
-        has_time_left = now < cohort.step_began_at + self._job.deadline_s
-        # A set's order is random, so the search meets a device that is online early, if many are.
-        is_waiting = is_reconnecting or any(self._state.devices[name].online for name in cohort.awaited)
+        # A set's order is random, so the search meets a device that is waited for early, if many are.
+        is_waiting = is_reconnecting or any(self._waits_for(name, cohort, now) for name in cohort.awaited)
         has_enough = cohort.step == "survivors" and cohort.collector.is_ready
-        if has_time_left and cohort.awaited and is_waiting and not has_enough:
+        if cohort.awaited and is_waiting and not has_enough:
             return
+        if cohort.answered and not has_enough:
+            silent = [name for name in cohort.awaited if self._state.devices[name].online]
+            cohort.silent_devices |= dict.fromkeys(silent, cohort.step_name)
         cohort.note_missed_step(cohort.messages.keys() - cohort.answered)
         try:
             match cohort.step:
@@ -228,6 +238,15 @@ class MaskedChannel(UpdateChannel):
                     cohort.pending_work.append(("", self._thread.submit(self._unmask, cohort)))
         except ProtocolError as error:
             cohort.fail(error)
+
+    def _waits_for(self, device: str, cohort: Cohort, now: float) -> bool:
+        """Whether a step still waits for a device's answer."""
+        job_device, limit_s = self._state.devices[device], self._job.deadline_s
+        # A vector that is announced waits for its turn, by no fault of the device.
+        is_uploading = cohort.step == "delivery" and device in cohort.announced_digests
+        if cohort.answered and not is_uploading:
+            limit_s = self._patience.limit_s(job_device, cohort.step_name)
+        return job_device.online and now < cohort.step_began_at + limit_s
 
     def _begin_step(self, cohort: Cohort, step: str, messages: Mapping[str, bytes]) -> None:
         """Begin a step by sending its message to each device."""

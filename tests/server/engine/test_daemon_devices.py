@@ -177,7 +177,7 @@ def test_a_device_that_died_while_the_server_was_away_is_asked_no_more(fleet: Fl
 
     ghost.hear = vanish  # type: ignore[method-assign]
     state = fleet.run()
-    assert not state.devices["c"].online
+    assert state.devices["c"].failures
     assert sorted(state.history[2]["devices"]) == ["a", "b"]
 
 
@@ -193,3 +193,17 @@ def test_what_an_earlier_start_could_not_do_says_nothing_of_a_board_that_runs(fl
     state = fleet.run()
     assert counted_devices(state) == [["a", "b", "c"]] * JOB.rounds
     assert fleet.storage.unplanned_devices() == {}
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_a_board_that_never_brings_an_update_costs_one_wait_and_is_excluded_by_name(
+    tmp_path: Path, is_silent: bool
+) -> None:
+    healthy, faulty = (Fleet(tmp_path / at, replace(JOB, rounds=12, deadline_s=600)) for at in ("healthy", "faulty"))
+    healthy.run()
+    faulty.air.devices["c"].silent = is_silent
+    faulty.worker.poison = set() if is_silent else {"c"}
+    state = faulty.run()
+    assert counted_devices(state) == [["a", "b"]] * 12
+    assert [name for name, device in state.devices.items() if device.excluded] == ["c"]
+    assert faulty.air.now <= 4 * healthy.air.now

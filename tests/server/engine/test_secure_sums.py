@@ -367,7 +367,7 @@ def test_a_running_job_may_begin_to_mask(model: Model, tmp_path: Path) -> None:
 
     def idle() -> None:
         fleet.air.now += 0.0 if daemon.is_busy else 0.5
-        if fleet.air.now > 5:
+        if fleet.air.now > 2:
             raise KeyboardInterrupt
 
     fleet.air.on_idle = idle
@@ -423,3 +423,19 @@ def test_an_update_that_no_sum_can_take_is_cancelled(model: Model, tmp_path: Pat
     board.spoil = announce
     fleet.run()
     assert [bool(m.reason) for m in board.heard if isinstance(m, Cancelled)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("count", "stalling", "step"),
+    [(4, "d", "survivors"), (4, "d", "roster"), (6, "ef", "delivery"), (6, "f", "session")],
+)
+def test_boards_that_stall_at_a_step_are_excluded_by_name_and_the_job_goes_on(
+    model: Model, tmp_path: Path, count: int, stalling: str, step: str
+) -> None:
+    fleet = SecureFleet(tmp_path, model, tuple("abcdef"[:count]), secure_aggregation=True, rounds=3, deadline_s=500.0)
+    for name in stalling:
+        fleet.board(name).skips = step
+    state = fleet.run()
+    assert {name for name, device in state.devices.items() if device.excluded} == set(stalling)
+    assert counted_devices(state)[-1] == sorted(set("abcdef"[:count]) - set(stalling))
+    assert fleet.air.now < 100  # no step lasts until the deadline

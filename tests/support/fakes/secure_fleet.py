@@ -60,6 +60,8 @@ class MaskingBoard(ToyDevice):
         """Its last update, not masked."""
         self.stops_at = ""
         """The step of a sum, or `vector`, at which the board stops answering, or `trained`."""
+        self.skips = ""
+        """The step of a sum that the board never answers, though it answers everything else."""
         self.spoil_vector: Callable[[bytes], bytes] | None = None
         """Changes the masked vector that it hands in."""
         self.spoil: Callable[[SecureStep], SecureStep] = lambda message: message
@@ -77,7 +79,7 @@ class MaskingBoard(ToyDevice):
             self.heard.append(message)
             if message.step == self.stops_at:
                 self.silent = True
-            if not self.silent:
+            if not self.silent and message.step != self.skips:
                 self.step(self.spoil(message))
             return
         if self.silent and message is not None:

@@ -88,7 +88,7 @@ def test_a_kept_update_that_no_longer_fits_is_forgotten() -> None:
             shell.tick()
     assert {c.part.device for c in shell.closes[-1].contributions} == {"a", "b", "c"}
     assert shell.state.devices["a"].buffer is None
-    assert shell.state.devices["a"].failures == 0
+    assert shell.state.devices["a"].failures == 1  # it was silent; the kept update is no failure
     assert shell.state.devices["b"].buffer is not None
 
 

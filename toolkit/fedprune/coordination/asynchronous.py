@@ -10,6 +10,7 @@ A *part* is one device's work in a round (its task); a *contribution* is a store
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from msgspec import convert
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.availability import DeviceIndex
-from fedprune.coordination.base import Commands, Coordinator
+from fedprune.coordination.base import ANSWERED, Commands, Coordinator
 from fedprune.coordination.job_end import spent_total_reason
 from fedprune.coordination.staleness import UpdateWeights, plain_json
 from fedprune.coordination.stragglers import DEADLINE_PASSED
@@ -69,7 +70,7 @@ class AsynchronousCoordinator(Coordinator):
 
     def _open_if_able(self, now: float) -> Commands:
         state = self.state
-        return [] if state.paused or state.devices.count(True) < self.job.devices else self._open_round(now)
+        return [] if state.paused or state.devices.count(True) < self._min_devices else self._open_round(now)
 
     def _open_round(self, now: float) -> Commands:
         state = self.state
@@ -146,7 +147,7 @@ class AsynchronousCoordinator(Coordinator):
         if task is None:
             return []
         self.state.devices[event.device].last_offered_round = event.round
-        return [self._send_offer(task, event, now, now + self.job.deadline_s)]
+        return [self._send_offer(task, event, now)]
 
     # Updates come in.
 
@@ -189,22 +190,35 @@ class AsynchronousCoordinator(Coordinator):
         if state.wake_times and now < min(state.wake_times):
             return [do.WakeAt(min(state.wake_times))]  # a clock was set back
         state.wake_times = [at for at in state.wake_times if at > now]
-        late_attempts: dict[str, tuple[int, int]] = {}
+        late_tasks: list[tuple[str, int, DeviceTask]] = []
         for name in self._device_index.late_devices(now):
             task = state.tasks[name]
-            task.deadline = None
-            if task.progress is not Progress.REFUSED:
-                late_attempts[name] = (state.round_of(task), task.attempt)
-                task.refuse(DEADLINE_PASSED, FailureKind.LATE)
+            ends_at, task.deadline = (task.offered_at or 0.0) + self.job.deadline_s, None
+            if task.progress is Progress.REFUSED:
+                continue
+            if self._is_heard_since(task):
+                self._note_silence(name, task, now)
+            elif now < ends_at:
+                task.deadline = ends_at
+                continue
+            late_tasks.append((name, state.round_of(task), task))
+            task.refuse(DEADLINE_PASSED, FailureKind.LATE)
+        self._readmit_due_devices(now)
         commands = self._continue_round(now)
         # A device that is asked for the same again gets an offer instead of a cancellation: it continues.
         names_asked_again = {c.part.device for c in commands if isinstance(c, do.Extract)}
-        cancels: Commands = [
-            do.Cancel(name, number, attempt, DEADLINE_PASSED)
-            for name, (number, attempt) in late_attempts.items()
+        ends: Commands = [
+            self._late_command(name, number, task)
+            for name, number, task in late_tasks
             if name not in names_asked_again or number != state.round
         ]
-        return cancels + commands
+        return ends + commands
+
+    def _is_heard_since(self, task: DeviceTask) -> bool:
+        """Whether another device has answered since a part was offered. If none has, the fault may be the server's or
+        the broker's."""
+        ended_at = self.state.history[-1]["at"] if self.state.history else -math.inf
+        return ended_at > (task.offered_at or 0.0) or bool(self.state.tasks.count(*ANSWERED))
 
     def _request_wake(self, now: float) -> Commands:
         """Ask for the next time at which something is due, unless an earlier one is asked for already."""
@@ -212,6 +226,7 @@ class AsynchronousCoordinator(Coordinator):
         if state.phase is Phase.FINISHED:
             return []
         times = [self._device_index.next_deadline, state.deadline if state.phase is Phase.TRAINING else None]
+        times.append(self._next_readmission())
         due_at = min((at for at in times if at is not None), default=None)
         if due_at is None or any(at <= due_at for at in state.wake_times):
             return []

@@ -17,7 +17,7 @@ from fedprune.jobs.state import DeviceTask, Progress, State
 WORKING_PROGRESS = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 
 
-class _NumberQueue:
+class NumberQueue:
     """Names in the order of a number that each has.
 
     It is a heap. A pair whose name has another number by now, or none, is dropped when it comes to the front: to find
@@ -71,7 +71,7 @@ class DeviceIndex:
     ) -> None:
         self._state, self._may_be_offered, self._queue_number = state, may_be_offered, queue_number
         self._changed = (state.devices.watch(), state.tasks.watch())
-        self._idle_queue, self._deadline_queue = _NumberQueue(), _NumberQueue()
+        self._idle_queue, self._deadline_queue = NumberQueue(), NumberQueue()
         self._arrival_of_device: dict[str, float] = {}
         self._sorted_arrivals: list[float] = []
         self._absent_devices, self._unchecked_devices, self._failed_devices = set[str](), set[str](), set[str]()
@@ -151,7 +151,11 @@ class DeviceIndex:
             is_waiting = task is not None and task.deadline is not None
             is_away = not device.online and progress in (None, Progress.REFUSED)
             is_idle = (
-                device.online and progress in (None, Progress.REFUSED) and not is_waiting and self._may_be_offered(name)
+                device.online
+                and device.silent_since is None
+                and progress in (None, Progress.REFUSED)
+                and not is_waiting
+                and self._may_be_offered(name)
             )
         turn = 0.0 if self._queue_number is None or not is_idle else self._queue_number(name)
         self._idle_queue.put(name, turn if is_idle else None)

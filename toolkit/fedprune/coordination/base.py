@@ -16,16 +16,19 @@ from fedprune.coordination import events as on
 from fedprune.coordination.grants import Grants
 from fedprune.coordination.job_end import EPSILON_NEXT, early_end_reason, spent_total_reason
 from fedprune.coordination.part_commands import PartCommands
+from fedprune.coordination.patience import MAX_FAILURES, ROUND, Patience, answers_of_earlier_connections, note_answer
 from fedprune.coordination.privacy_budget import JobPrivacyBudget
 from fedprune.coordination.ready_devices import ReadyDevices
-from fedprune.coordination.stragglers import BEFORE_OFFER
+from fedprune.coordination.round_prediction import predict_round
+from fedprune.coordination.stragglers import BEFORE_OFFER, DEADLINE_PASSED
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, FedpruneError
 from fedprune.core.metrics import credible_metrics
 from fedprune.jobs.change_tracking import TrackedDict
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS_SCHEDULE
-from fedprune.jobs.state import DeviceTask, JobDevice, Phase, Progress, State
+from fedprune.jobs.state import FAILED, DeviceTask, JobDevice, Phase, Progress, State
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
@@ -34,9 +37,8 @@ from fedprune.updates.codecs import CODECS
 
 Commands = list[do.Command]
 
-# Offers refused or updates rejected in a row after which a device is left out until it connects again. One that fails
-# always would otherwise be offered every round, and make others wait for it.
-MAX_FAILURES = 3
+# Progress of parts that show that the fleet is heard.
+ANSWERED = (Progress.PULLING, Progress.STORED, Progress.FOLDED)
 
 
 class Coordinator(ABC):
@@ -65,6 +67,7 @@ class Coordinator(ABC):
         self.privacy_budget = JobPrivacyBudget(state, job.privacy)
         self._shared_codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
         self._ready_devices = ReadyDevices(state, self.privacy_budget.may_be_offered)
+        self._patience = Patience(job.deadline_s)
         if self.strategy.exploration_rounds and self.schedule.asynchronous:
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
@@ -95,7 +98,7 @@ class Coordinator(ABC):
             case on.OfferRefused():
                 # One whose update is being pulled has lost it, and can't make another.
                 task = self._awaited_task(event, Progress.OFFERED) or self._awaited_task(event, Progress.PULLING)
-                return self._give_up(task, event, now)
+                return self._give_up(task, event, now) + self._take_late_answer(event.device, now, is_update=False)
             case on.Folded():
                 return self._on_folded(event, now)
             case on.Closed():
@@ -216,20 +219,98 @@ class Coordinator(ABC):
             if task.progress in (Progress.STORED, Progress.FOLDED):
                 return [self._settle_announcement(event, task)]
             if task.progress is Progress.REFUSED:
-                return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
+                cancel = do.Cancel(event.device, event.round, event.attempt, task.reason)
+                return [cancel, *self._take_late_answer(event.device, now)]
             if not is_late:
-                return [self._pull_command(event, task)]
+                return [self._pull_command(event, task, now)]
         if task is not None and is_of_round and task.progress in BEFORE_OFFER:
             return []  # the offer that it gets in a moment says whether this update still counts
         reason = "the round is over" if is_late or task is None else "another offer took this one's place"
-        return [do.Cancel(event.device, event.round, event.attempt, reason)]
+        cancel = do.Cancel(event.device, event.round, event.attempt, reason)
+        return [cancel, *self._take_late_answer(event.device, now)]
 
-    def _send_offer(self, task: DeviceTask, event: on.Extracted, now: float, deadline: float | None) -> do.SendOffer:
-        """Offer a part that is ready."""
+    def _send_offer(self, task: DeviceTask, event: on.Extracted, now: float) -> do.SendOffer:
+        """Offer a part that is ready, and give it the time that its device may take."""
         self.privacy_budget.count_offer(event.device)
-        task.offer, task.progress = event.offer, Progress.OFFERED
-        task.offered_at, task.deadline = now, deadline
+        task.offer, task.progress, task.offered_at = event.offer, Progress.OFFERED, now
+        device = self.state.devices[event.device]
+        task.deadline = now + self._patience.limit_s(
+            device, ROUND, lambda: self._predicted_s(event.device, device, task), training_size(task)
+        )
         return do.SendOffer(event.device, event.round, event.attempt, event.offer)
+
+    def _predicted_s(self, name: str, device: JobDevice, task: DeviceTask) -> float | None:
+        """Seconds that a round is predicted to take a device; None where nothing is known of its kind."""
+        if device.predicted_s is not None:
+            return device.predicted_s
+        size = task.widths, task.density, task.samples
+        try:
+            return predict_round(self.job, self.strategy, self.architecture, name, device, *size).round_s
+        except FedpruneError:
+            return None
+
+    # Silence.
+
+    def _note_silence(self, name: str, task: DeviceTask, now: float) -> None:
+        """Count a wait for a device's answer that was in vain; `task` is the part.
+
+        Until the job's deadline it isn't asked again: another offer would have it drop the work that it may be at.
+        """
+        device = self.state.devices[name]
+        if not device.online or task.progress is not Progress.OFFERED:
+            return
+        waited_s = self.job.deadline_s if task.offered_at is None else now - task.offered_at
+        if waited_s < self.job.deadline_s:
+            device.silent_since, device.asked_again_at = task.offered_at, now - waited_s + self.job.deadline_s
+        self._count_silence(device, waited_s, now)
+
+    def _late_command(self, name: str, number: int, task: DeviceTask) -> do.SendOffer | do.Cancel:
+        """The end of a part that was awaited too long. Until the job's deadline the device gets its offer once more:
+        it may have missed it, or be at work, and its answer shows how long it takes."""
+        if self.state.devices[name].silent_since is None or task.offer is None:
+            return do.Cancel(name, number, task.attempt, DEADLINE_PASSED)
+        return do.SendOffer(name, number, task.attempt, task.offer)
+
+    def _count_silence(self, device: JobDevice, waited_s: float, now: float) -> None:
+        self._count_failure(device, FailureKind.LATE, f"no answer to an offer within {waited_s:.3g} s", now)
+
+    def _count_failure(
+        self, device: JobDevice, kind: str, reason: str, now: float | None = None, allowed: int = MAX_FAILURES
+    ) -> None:
+        """Count a failure; exclude the device after `allowed` in a row: where `now` is given, for a time."""
+        device.failures += 1
+        # The kind is that of the last failure: an operator can act on that one.
+        if device.failures >= allowed:
+            device.excluded_by = str(FailureKind(kind).value)
+            device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
+            device.asked_again_at = None if now is None else now + self._patience.exclusion_s(device)
+
+    def _take_late_answer(self, name: str, now: float, *, is_update: bool = True) -> Commands:
+        """Ask a device again that was silent, and has answered. The next wait for it is as long as its answer took."""
+        device = self.state.devices.get(name)
+        if device is None or device.silent_since is None:
+            return []
+        if is_update and (seconds := now - device.silent_since) < self.job.deadline_s:
+            note_answer(device, ROUND, seconds)
+            device.failures = 0
+        device.readmit()
+        return self._begin_pending(now)
+
+    def _readmit_due_devices(self, now: float) -> None:
+        """Ask devices again that were silent, and whose time is over."""
+        for name in self._ready_devices.silent_devices():
+            if (self.state.devices[name].asked_again_at or 0.0) <= now:
+                self.state.devices[name].readmit()
+
+    def _next_readmission(self) -> float | None:
+        """When a device is asked again that was silent."""
+        names = self._ready_devices.silent_devices()
+        return min((self.state.devices[name].asked_again_at or 0.0 for name in names), default=None)
+
+    @property
+    def _min_devices(self) -> int:
+        """Devices with which a round begins; those that have failed or are silent must not stop the job."""
+        return max(1, self.job.devices - self.state.devices.count(FAILED))
 
     def _on_device_born(self, event: on.DeviceBorn, now: float) -> Commands:
         """Add or renew a device, and give it what it has missed; with enough devices a job begins."""
@@ -326,10 +407,17 @@ class Coordinator(ABC):
             device.past, device.last_counted_round, device.held = former.past, former.last_counted_round, former.held
             device.last_offered_round, device.missed_rounds = former.last_offered_round, former.missed_rounds
             device.allocation, device.buffer, device.releases = former.allocation, former.buffer, former.releases
-            if former.session == event.session:
-                device.failures = former.failures  # it worked for another job, and has not connected again
+            device.failures, device.answer_s = former.failures, former.answer_s
+            if former.session != event.session:
+                # One more failure excludes it again: it may end with each offer, and connect again.
+                device.failures = min(former.failures, MAX_FAILURES - 1)
+                device.answer_s = answers_of_earlier_connections(former)
         state.devices[event.device] = device
         self.allocator.admit(self.fleet, event.device, former)
+        if former is not None and former.online and former.session == event.session:  # it has not connected again
+            device.silent_since, device.asked_again_at = former.silent_since, former.asked_again_at
+            if former.excluded_by:
+                device.excluded, device.excluded_by = former.excluded, former.excluded_by
         return True
 
     def _resume_part(self, name: str, former: JobDevice | None) -> Commands:
@@ -348,9 +436,16 @@ class Coordinator(ABC):
             return [do.PullUpdate(name, number, task.attempt, task.update)]
         return [do.SendOffer(name, number, task.attempt, task.offer, is_announced)]
 
-    def _pull_command(self, event: on.UpdateAnnounced, task: DeviceTask) -> do.PullUpdate:
+    def _note_answer(self, name: str, task: DeviceTask, now: float) -> None:
+        """Remember what an answer took. The rest takes the server's time, too: a transfer waits for its turn."""
+        if task.progress is Progress.OFFERED and task.offered_at is not None:
+            note_answer(self.state.devices[name], ROUND, now - task.offered_at, training_size(task))
+            task.deadline = task.offered_at + self.job.deadline_s
+
+    def _pull_command(self, event: on.UpdateAnnounced, task: DeviceTask, now: float) -> do.PullUpdate:
         """Pull what a device announces; another update than before replaces that one, which the device has no more."""
         if task.progress is Progress.OFFERED or task.update != event.weights:
+            self._note_answer(event.device, task, now)
             task.progress, task.update = Progress.PULLING, event.weights
             task.steps, task.metrics = counted_steps(event, task), credible_metrics(event.metrics)
         return do.PullUpdate(event.device, event.round, event.attempt, event.weights)
@@ -380,8 +475,12 @@ class Coordinator(ABC):
     def _mark_all_offline(self) -> None:
         """After a restart, mark devices as offline until they announce themselves, and allocate their shares again."""
         for name, device in self.state.devices.items():
+            exclusion = device.excluded, device.excluded_by
             device.online, device.excluded, device.excluded_by = False, "", ""
+            device.silent_since = device.asked_again_at = None  # on the clock of the shell that has ended
             self.allocator.admit(self.fleet, name, None)
+            if exclusion[1]:  # until it announces itself: the job goes on without it meanwhile
+                device.excluded, device.excluded_by = exclusion
 
     def _new_task(self, device: JobDevice, attempt: int, **settings: Any) -> DeviceTask:
         """A device's part of the present round."""
@@ -413,14 +512,9 @@ class Coordinator(ABC):
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     def _record_failure(self, task: DeviceTask, event: on.UpdateRejected | on.OfferRefused) -> None:
-        """Record that a device's part came to nothing; exclude the device after `MAX_FAILURES` in a row."""
-        device = self.state.devices[event.device]
-        device.failures += 1
+        """Record that a device's part came to nothing."""
         task.refuse(event.reason, event.kind)
-        # The kind is that of the last failure: an operator can act on that one.
-        if device.failures >= MAX_FAILURES:
-            device.excluded_by = task.kind
-            device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {event.reason}"
+        self._count_failure(self.state.devices[event.device], task.kind, event.reason)
 
     def _finish_budget_spent(self, number: int) -> Commands:
         """End a job of which no device may be asked once more; its result is the model of its last round."""
@@ -475,6 +569,11 @@ def is_based_on_offer(event: on.UpdateAnnounced, task: DeviceTask) -> bool:
     """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
     # Round and attempt begin at 1 again in a job that was started anew, so that they can't tell the runs apart.
     return task.offer is not None and event.base == task.offer["weights"]["sha256"]
+
+
+def training_size(task: DeviceTask) -> float:
+    """How much a part trains, in a unit that is the same for all parts: computations grow with the square of widths."""
+    return task.work * max(1, task.samples) * task.density**2
 
 
 def counted_steps(event: on.UpdateAnnounced, task: DeviceTask) -> int:

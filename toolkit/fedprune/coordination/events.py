@@ -94,6 +94,8 @@ class Unmasked:
         cohorts: How the sum of each cohort went: its number of `boards`, how many were `summed` and, by step of the
             protocol, those `lost` at it.
         false: The devices of each sum that came to nothing by the fault of one of them.
+        silent: By device that was silent at a step while it was connected, which step.
+        answer_s: By device and step, what its answers took, in seconds.
     """
 
     round: int
@@ -101,6 +103,8 @@ class Unmasked:
     dropped: dict[str, str] = field(default_factory=dict)
     cohorts: list[dict[str, Any]] = field(default_factory=list)
     false: list[list[str]] = field(default_factory=list)
+    silent: dict[str, str] = field(default_factory=dict)
+    answer_s: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

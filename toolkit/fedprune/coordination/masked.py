@@ -15,6 +15,7 @@ from msgspec import convert
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, counted_steps, is_based_on_offer
+from fedprune.coordination.patience import MAX_SUM_FAILURES, note_answer
 from fedprune.coordination.stragglers import BEFORE_OFFER
 from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.coordination.synchronous import SynchronousCoordinator
@@ -45,10 +46,10 @@ class MaskedCoordinator(SynchronousCoordinator):
             self._exclude_at_fault(event.device)
         return admitted
 
-    @property
-    def _min_devices(self) -> int:
-        # A board that spoils sums is out for good: that must not stop the job.
-        return max(1, super()._min_devices - len(self.state.at_fault))
+    def _mark_all_offline(self) -> None:
+        super()._mark_all_offline()
+        for name in self.state.at_fault:
+            self._exclude_at_fault(name)
 
     def _is_continued_from(self, offer: Mapping[str, Any]) -> bool:
         return super()._is_continued_from(offer) or MaskedForm.from_json(offer[SECURE_FIELD]).has_codes
@@ -63,16 +64,22 @@ class MaskedCoordinator(SynchronousCoordinator):
         ):
             if task is not None and event.round == state.round and task.progress in BEFORE_OFFER:
                 return []  # the offer that it gets in a moment says whether this update still counts
-            return [do.Cancel(event.device, event.round, event.attempt, "the round is over")]
+            cancel = do.Cancel(event.device, event.round, event.attempt, "the round is over")
+            return [cancel, *self._take_late_answer(event.device, now)]
         if task.progress is Progress.FOLDED and state.phase in (Phase.TRAINING, Phase.CLOSING):
             return []  # the shell tells it what is next
         if task.progress is not Progress.OFFERED or state.phase is not Phase.TRAINING:
-            return [do.Cancel(event.device, event.round, event.attempt, task.reason or "the round is over")]
+            cancel = do.Cancel(event.device, event.round, event.attempt, task.reason or "the round is over")
+            return [cancel, *self._take_late_answer(event.device, now)]
+        self._note_answer(event.device, task, now)
         task.seconds = None if task.offered_at is None else now - task.offered_at
         task.steps, task.metrics = counted_steps(event, task), credible_metrics(event.metrics)
         # Its update is not here, but settled: it is in the round's sum unless the device drops out of that.
         task.progress = Progress.STORED
-        return self._on_folded(on.Folded(event.device, event.round, event.attempt), now)
+        device, failures = self.state.devices[event.device], self.state.devices[event.device].failures
+        commands = self._on_folded(on.Folded(event.device, event.round, event.attempt), now)
+        device.failures = failures  # until its update is in a sum
+        return commands
 
     def _close_command(self) -> do.Close | do.SumMasked:
         """The command that sums the masked updates or, once their sums are known, closes the round."""
@@ -112,8 +119,16 @@ class MaskedCoordinator(SynchronousCoordinator):
         absent = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
         for name in event.dropped.keys() & state.tasks.keys():
             state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in absent else FailureKind.OTHER)
+        for name in event.answer_s.keys() & state.devices.keys():
+            for step, seconds in event.answer_s[name].items():
+                note_answer(state.devices[name], step, seconds)
+        for name in [name for cohort_sum in event.sums for name in cohort_sum["devices"]]:
+            state.devices[name].failures *= name in event.silent
+        for name, step in sorted(event.silent.items()):
+            reason = f"no answer at the step of {step} of a secure sum"
+            self._count_failure(state.devices[name], FailureKind.LOST, reason, now, MAX_SUM_FAILURES)
         if not event.sums:
-            retry_at_once = self._note_suspects((), event.false)
+            retry_at_once = self._note_suspects((), event.false) or bool(event.silent)
             return self._repeat_round(now) if retry_at_once else self._restart_after_unusable_updates(now)
         state.closing = {"sums": event.sums, "cohorts": event.cohorts, "false": event.false}
         return [self._close_command()]

@@ -29,6 +29,12 @@ class ReadyDevices:
         self._changed = state.devices.watch()
         self._names: list[str] = []
         self._ready = np.zeros(0, bool)
+        self._silent_devices = set[str]()
+
+    def silent_devices(self) -> list[str]:
+        """Names of devices that were silent, and are asked again at a time, sorted."""
+        self._refresh()
+        return sorted(self._silent_devices)
 
     def places(self) -> Integers:
         """Places of the devices that are ready, rising."""
@@ -54,8 +60,11 @@ class ReadyDevices:
         self._changed.clear()
 
     def _update_place(self, place: int, device: JobDevice | None) -> None:
-        can_start = device is not None and device.online and not device.excluded
-        self._ready[place] = can_start and self._may_be_offered(self._names[place])
+        name = self._names[place]
+        is_silent = device is not None and device.asked_again_at is not None
+        (self._silent_devices.add if is_silent else self._silent_devices.discard)(name)
+        can_start = device is not None and device.online and not device.excluded and device.silent_since is None
+        self._ready[place] = can_start and self._may_be_offered(name)
 
     def _place(self, name: str) -> int | None:
         place = bisect_left(self._names, name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from fedprune.coordination.availability import NumberQueue
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import DeviceTask, Progress, State
 
@@ -26,6 +27,9 @@ DEADLINE_PASSED = "the deadline has passed"
 # The device has not been offered its part yet.
 BEFORE_OFFER = (Progress.QUEUED, Progress.EXTRACTING)
 
+# The device has its offer, and its update isn't here.
+_AWAITED = (Progress.OFFERED, Progress.PULLING)
+
 
 class Stragglers:
     """Finds the devices that a round no longer waits for, from the job's state."""
@@ -34,16 +38,24 @@ class Stragglers:
         self._state = state
         self._changed = state.tasks.watch()
         self._waited_for = set[str]()
+        self._moved, self._deadlines = state.tasks.watch(), NumberQueue()
 
-    def late_tasks(self, now: float, *, is_over: bool) -> list[tuple[str, DeviceTask]]:
-        """Parts of devices whose deadline has passed; `is_over` says that the round's own deadline has."""
+    def late_tasks(self, now: float) -> list[tuple[str, DeviceTask]]:
+        """Parts of devices whose deadline has passed."""
         return [
             (name, task)
             for name, task in sorted(self._state.tasks.items())
-            if not task.progress.is_over
-            and task.progress is not Progress.STORED
-            and (is_over or (task.deadline is not None and task.deadline <= now))
+            if task.progress in _AWAITED and task.deadline is not None and task.deadline <= now
         ]
+
+    def latest_deadline(self) -> float | None:
+        """The latest deadline of a part that is under way; only changed parts are looked at."""
+        for name in self._moved:
+            task = self._state.tasks.get(name)
+            is_awaited = task is not None and task.progress in _AWAITED
+            self._deadlines.put(name, -task.deadline if task is not None and is_awaited and task.deadline else None)
+        self._moved.clear()
+        return next((-self._deadlines.numbers[name] for name in self._deadlines.first(1)), None)
 
     def unneeded_tasks(self, counts: Counter[Progress]) -> list[tuple[str, DeviceTask]]:
         """The parts that a round needs no longer, as enough updates are in; `counts` are the parts by progress.

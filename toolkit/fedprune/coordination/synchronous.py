@@ -17,7 +17,7 @@ import numpy as np
 from fedprune.aggregation.fixed_point import weight_in_round
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.base import Commands, Coordinator
+from fedprune.coordination.base import ANSWERED, Commands, Coordinator
 from fedprune.coordination.ready_devices import Integers
 from fedprune.coordination.stragglers import (
     BEFORE_OFFER,
@@ -60,7 +60,7 @@ class SynchronousCoordinator(Coordinator):
         self._wait_queue: WaitQueue | None = None
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        return super().handle(event, now) + self._request_next_look(now)
+        return super().handle(event, now) + self._adjust_deadline(now) + self._request_next_look(now)
 
     def _resume_round(self, now: float) -> Commands:
         state = self.state
@@ -99,24 +99,35 @@ class SynchronousCoordinator(Coordinator):
             return []
         if finish := self._finish_if_over():
             return finish
-        if state.paused or state.devices.count(True) < self._min_devices:
+        if state.paused:
             return []
+        self._readmit_due_devices(now)
+        if state.devices.count(True) < self._min_devices:
+            return self._request_readmission()
         if self.privacy_budget.no_device_may_be_offered():
             return self._finish_budget_spent(state.round)
         ready = self._ready_devices.places()
-        if not len(ready):  # those that are here have spent their budget of privacy, and the others are away
-            return []
+        if not len(ready):  # those that are here are silent or have spent their budget of privacy; others are away
+            return self._request_readmission()
         self._begin_round(now)
+        self._count_silent_rounds(now)
         state.tasks = self._new_tasks(self._draw_devices(ready, state.round, attempt=1), attempt=1)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
         state.deadline = None
         return self._score_command()
 
-    @property
-    def _min_devices(self) -> int:
-        """Devices with which a round begins."""
-        return self.job.devices
+    def _count_silent_rounds(self, now: float) -> None:
+        """For devices that still haven't answered an earlier offer, the round is one more without them."""
+        for name in self._ready_devices.silent_devices():
+            device = self.state.devices[name]
+            if device.silent_since is not None and not device.excluded:
+                self._count_silence(device, now - device.silent_since, now)
+
+    def _request_readmission(self) -> Commands:
+        """Ask to be woken when a device is asked again that was silent."""
+        readmission = self._next_readmission()
+        return [] if readmission is None else [do.WakeAt(readmission)]
 
     def _draw_devices(self, ready: Integers, number: int, attempt: int) -> list[str]:
         """Names of the devices that round `number` asks: a keyed share of those that are ready; sorted."""
@@ -195,8 +206,7 @@ class SynchronousCoordinator(Coordinator):
         task = self._awaited_task(event, Progress.EXTRACTING)
         if task is None:
             return []
-        deadline = now + self.job.deadline_s if self.job.in_flight else None
-        return [self._send_offer(task, event, now, deadline), *self._start_deadline(now)]
+        return [self._send_offer(task, event, now), *self._start_deadline(now)]
 
     def _start_deadline(self, now: float) -> Commands:
         """Set the round's deadline once all parts have been offered: a slow extraction must not cost devices time."""
@@ -205,6 +215,18 @@ class SynchronousCoordinator(Coordinator):
             return []
         state.deadline = now + self.job.deadline_s
         return [do.WakeAt(state.deadline)]
+
+    def _adjust_deadline(self, now: float) -> Commands:
+        """Have the round wait as long as the most patient of its waits. While no device has answered, the fault may be
+        the server's or the broker's: until then the job's deadline counts."""
+        state = self.state
+        if state.phase is not Phase.TRAINING or state.deadline is None or not state.tasks.count(*ANSWERED):
+            return []
+        deadline = self._stragglers.latest_deadline()
+        if deadline is None or deadline == state.deadline:
+            return []
+        state.deadline = deadline
+        return [do.WakeAt(deadline)]
 
     # Updates come in.
 
@@ -230,19 +252,25 @@ class SynchronousCoordinator(Coordinator):
 
     def _on_ticked(self, event: on.Ticked, now: float) -> Commands:
         state = self.state
+        if state.phase is Phase.WAITING:
+            return self._begin_next_round(now)
         if state.phase is not Phase.TRAINING:
             return []
         is_over = state.deadline is not None and now >= state.deadline
         if not is_over and not self.job.in_flight:
             return [] if state.deadline is None else [do.WakeAt(state.deadline)]  # a clock was set back
-        late_tasks, number = self._stragglers.late_tasks(now, is_over=is_over), state.round
+        is_heard = bool(state.tasks.count(*ANSWERED))
+        late_tasks, number = self._stragglers.late_tasks(now), state.round
+        if not is_over and not is_heard:
+            late_tasks = [(n, t) for n, t in late_tasks if (t.offered_at or 0.0) + self.job.deadline_s <= now]
         for name, task in late_tasks:
+            if is_heard:
+                self._note_silence(name, task, now)
             self._stragglers.stop_waiting(name, task, DEADLINE_PASSED)
         commands = self._continue_round(now)
         # A device that is asked again gets an offer instead of a cancellation: the same work continues.
         asked_again = {n for n, t in state.tasks.items() if t.progress in BEFORE_OFFER}
-        cancels = (do.Cancel(n, number, t.attempt, DEADLINE_PASSED) for n, t in late_tasks if n not in asked_again)
-        return [*cancels, *commands]
+        return [*(self._late_command(n, number, t) for n, t in late_tasks if n not in asked_again), *commands]
 
     def _request_next_look(self, now: float) -> Commands:
         """Ask to be woken for the next look at deadlines of single devices, unless that was asked for."""
@@ -304,6 +332,8 @@ class SynchronousCoordinator(Coordinator):
         """
         state = self.state
         state.deadline = None
+        self._readmit_due_devices(now)
+        self._count_silent_rounds(now)
         ready = self._ready_devices.places()
         former_devices, attempt = set(state.tasks), 1 + max((t.attempt for t in state.tasks.values()), default=0)
         is_able = len(ready) >= self._min_devices and not state.paused
@@ -314,7 +344,7 @@ class SynchronousCoordinator(Coordinator):
             state.phase = Phase.WAITING
             if self.privacy_budget.no_device_may_be_offered():
                 return self._finish_budget_spent(state.round)
-            return self._finish_if_over()
+            return self._finish_if_over() or self._request_readmission()
         state.tasks = self._new_tasks(asked, attempt)
         # The ranking was made for these devices, and still fits them.
         if set(state.tasks) == former_devices:

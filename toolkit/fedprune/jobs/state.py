@@ -33,6 +33,9 @@ _KEPT_BY_NEXT_ATTEMPT = (
     "widths", "density", "samples", "weight", "last_counted_round", "work", "mixed", "core", "accumulate",
 )  # fmt: skip
 
+# Counts devices that are not asked because they failed.
+FAILED = "failed"
+
 # Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place.
 _EMPTY: dict[str, Any] = {}
 
@@ -82,7 +85,10 @@ class JobDevice(TrackedEntry):
         widths: Kept channels per group; empty without a plan.
         excluded: Why it takes no part; empty if it does.
         excluded_by: The kind of the failure behind `excluded`; empty if there was none.
-        failures: Offers in a row that it refused, or that brought an update that didn't count.
+        failures: Offers in a row that it refused or didn't answer, or that brought an update that didn't count.
+        answer_s: What its last answers took, by kind (`fedprune.coordination.patience`).
+        silent_since: When it was offered the part that it hasn't answered, while it isn't asked because of that.
+        asked_again_at: When it is asked again though it hasn't answered; None unless it was silent.
         correction: What its rounds taught about its predicted times (`fedprune.planning.correction.Correction`).
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
             channels that they keep.
@@ -111,6 +117,9 @@ class JobDevice(TrackedEntry):
     excluded: str = ""
     excluded_by: str = ""
     failures: int = 0
+    answer_s: dict[str, float] = field(default_factory=lambda: _EMPTY)
+    silent_since: float | None = None
+    asked_again_at: float | None = None
     correction: dict[str, float] = field(default_factory=lambda: _EMPTY)
     density: float = 1.0
     past: dict[str, Any] | None = None
@@ -152,9 +161,23 @@ class JobDevice(TrackedEntry):
         return TrackedEntry.to_dict(self) | packed  # a dataclass with slots doesn't know itself as `super`
 
     @property
-    def count_kind(self) -> bool:
-        """Devices are counted by whether they could take part in a round now."""
-        return self.online and not self.excluded
+    def count_kind(self) -> bool | str:
+        """Devices are counted by whether they could take part in a round now; those that failed or are silent apart."""
+        has_failed = self.silent_since is not None or (self.excluded and self.excluded_by)
+        return FAILED if has_failed else self.online and not self.excluded
+
+    @property
+    def predicted_s(self) -> float | None:
+        """Seconds that a round takes by its plan; None if there is none, or it predicts no times."""
+        prediction = (self.plan or {}).get("prediction", {})
+        seconds = [prediction.get(k) for k in ("train_s", "transfer_s")]
+        return sum(map(float, seconds)) if all(isinstance(v, (int, float)) for v in seconds) else None
+
+    def readmit(self) -> None:
+        """Ask it again, after it was silent."""
+        if self.asked_again_at is not None:
+            self.excluded, self.excluded_by = "", ""
+        self.silent_since = self.asked_again_at = None
 
     @property
     def accumulate(self) -> int:
