@@ -67,7 +67,8 @@ class Coordinator(ABC):
         self.privacy_budget = JobPrivacyBudget(state, job.privacy)
         self._shared_codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
         self._ready_devices = ReadyDevices(state, self.privacy_budget.may_be_offered)
-        self._patience = Patience(job.deadline_s)
+        slowest_s = max((d.answer_s.get(ROUND, 0.0) for d in state.devices.values()), default=0.0)
+        self._patience = Patience(job.deadline_s, slowest_s)
         if self.strategy.exploration_rounds and self.schedule.asynchronous:
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
@@ -440,6 +441,7 @@ class Coordinator(ABC):
         """Remember what an answer took. The rest takes the server's time, too: a transfer waits for its turn."""
         if task.progress is Progress.OFFERED and task.offered_at is not None:
             note_answer(self.state.devices[name], ROUND, now - task.offered_at, training_size(task))
+            self._patience.slowest_s = max(self._patience.slowest_s, now - task.offered_at)
             task.deadline = task.offered_at + self.job.deadline_s
 
     def _pull_command(self, event: on.UpdateAnnounced, task: DeviceTask, now: float) -> do.PullUpdate:

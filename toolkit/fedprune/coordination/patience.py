@@ -42,10 +42,14 @@ _MAX_DOUBLINGS = 8
 
 
 class Patience:
-    """Waits of at most `deadline_s`. It has no clock: times are seconds on the caller's."""
+    """Waits of at most `deadline_s`. It has no clock: times are seconds on the caller's.
 
-    def __init__(self, deadline_s: float) -> None:
+    `slowest_s` is what the slowest device took for a round: it shows where predictions are too short for all.
+    """
+
+    def __init__(self, deadline_s: float, slowest_s: float = 0.0) -> None:
         self._deadline_s = deadline_s
+        self.slowest_s = slowest_s
 
     def limit_s(
         self, device: JobDevice, kind: str, predict: Callable[[], float | None] = lambda: None, size: float = 1.0
@@ -59,7 +63,8 @@ class Patience:
             seconds = _FACTOR * growth * answers.get(kind, round_s or 0.0)
         else:
             expected_s = predict() if round_s is None else round_s
-            seconds = self._deadline_s if expected_s is None else _UNMEASURED_FACTOR * expected_s
+            seconds = _UNMEASURED_FACTOR * expected_s if expected_s is not None else self._deadline_s
+            seconds = max(seconds, _FACTOR * self.slowest_s)
         return min(self._deadline_s, max(_FLOOR_S, seconds) * 2.0 ** min(device.failures, _MAX_DOUBLINGS))
 
     def exclusion_s(self, device: JobDevice) -> float:
