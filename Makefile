@@ -109,13 +109,15 @@ audit: $(DEV)/installed
 	$(DEV)/bin/pip-audit --no-deps --disable-pip --strict --requirement constraints.txt --requirement deploy/constraints.txt --progress-spinner off
 
 # What is in a release: wheel and sdist, the same bytes wherever the same commit is built, what their extras install
-# (CycloneDX), and the digests of all of them.
+# (CycloneDX), and the digests of all of them. Wheel and sdist are hashed, in the memory of this shell, before anything that no hash
+# covers is fetched for the list; a change of them afterwards ends this.
 release: $(TOOLS)/installed
 	rm -rf build/release dist/fedprune-* && mkdir -p build/release dist
 	git archive HEAD | tar -x -C build/release
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(TOOLS)/bin/python -m build --no-isolation --outdir dist build/release
-	@$(MAKE) --no-print-directory sbom
-	cd dist && sha256sum fedprune-* >SHA256SUMS && cat SHA256SUMS
+	digests=$$(cd dist && sha256sum fedprune-*) && $(MAKE) --no-print-directory sbom && cd dist && \
+		printf '%s\n' "$$digests" | sha256sum --check --strict && \
+		{ printf '%s\n' "$$digests"; sha256sum fedprune-$(VERSION).cdx.json; } >SHA256SUMS && cat SHA256SUMS
 	@echo "dist/ has release $(VERSION); nothing is uploaded. docs/release.md says how a maintainer publishes it, by one tag."
 
 # Two releases of the latest commit, byte by byte, then its wheel and demo in bare Debian userlands: needs mmdebstrap. Some
@@ -132,14 +134,15 @@ image-check: $(DEV)/installed
 notes:
 	@sed -n '/^## $(VERSION)\b/,/:$$/{/^## /d;/:$$/d;p}' CHANGELOG.md
 
-# Of an environment with these extras, which is installed for it.
+# Of the packages of these extras, which are unpacked for it. None of their code runs: no source archive is built, and no Python starts
+# with their folder, whose .pth files it would execute; cyclonedx-py asks a script for the path.
 sbom: $(TOOLS)/installed
-	$(PYTHON) -m venv --clear --without-pip build/sbom
+	rm -rf build/sbom && mkdir -p build/sbom dist
 	$(TOOLS)/bin/python -m build --wheel --no-isolation --outdir build/sbom .
-	$(TOOLS)/bin/pip --python build/sbom/bin/python install -q --no-compile -c deploy/constraints.txt "$$(echo build/sbom/fedprune-*.whl)[$(EXTRAS)]"
-	mkdir -p dist
+	$(TOOLS)/bin/pip install -q --no-compile --only-binary :all: --target build/sbom/packages -c deploy/constraints.txt "$$(echo build/sbom/fedprune-*.whl)[$(EXTRAS)]"
+	printf '#!/bin/sh\necho '"'"'["%s"]'"'"'\n' "$(CURDIR)/build/sbom/packages" >build/sbom/path && chmod +x build/sbom/path
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
-		--output-reproducible --of JSON --output-file dist/fedprune-$(VERSION).cdx.json build/sbom/bin/python
+		--output-reproducible --of JSON --output-file dist/fedprune-$(VERSION).cdx.json build/sbom/path
 
 # The files that lock what is installed, after every change of pyproject.toml's requirements or of constraints.txt: what releases are built
 # with, an image of the server and a board's wheels, with sha256, and the versions of all extras. Versions stay where they can; to take

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,3 +144,40 @@ def test_the_image_of_a_server_has_the_versions_that_a_release_lists() -> None:
 def test_a_release_lists_every_extra_of_users() -> None:
     extras = parse_toml((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(makefile_extras()) == extras.keys() - NOT_LISTED
+
+
+TOOL = """#!/bin/sh
+case "$0 $*" in
+*/python*)
+    while [ "$1" != --outdir ]; do shift; done
+    touch "$2/fedprune-1-py3-none-any.whl" "$2/fedprune-1.tar.gz" ;;
+*/pip*) test -z "$CHANGES" || echo "$CHANGES" >>dist/fedprune-1-py3-none-any.whl ;;
+*) while [ "$1" != --output-file ]; do shift; done; echo listed >"$2" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("changes", ["", "x"])
+def test_a_release_whose_wheel_changes_while_packages_are_fetched_for_its_list_is_none(
+    tmp_path: Path, changes: str
+) -> None:
+    (tmp_path / "deploy/locks").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "deploy/locks/build.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    (tmp_path / "tools/bin").mkdir(parents=True)
+    for name in ("python", "pip", "cyclonedx-py"):
+        (tmp_path / "tools/bin" / name).write_text(TOOL)
+        (tmp_path / "tools/bin" / name).chmod(0o755)
+    (tmp_path / "tools/installed").touch()
+    environment = {**os.environ, "CHANGES": changes}
+    done = subprocess.run(
+        ["make", "release", "TOOLS=tools"], cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    sums = tmp_path / "dist/SHA256SUMS"
+    assert (done.returncode == 0, sums.exists()) == ((False, False) if changes else (True, True)), done.stderr
+    if not changes:
+        subprocess.run(["sha256sum", "--check", "--strict", sums.name], cwd=sums.parent, check=True)
+        assert len(sums.read_text().splitlines()) == 3
