@@ -49,7 +49,7 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PidFile none
 LogLevel ERROR
-SetEnv PATH={path}
+SetEnv PATH={path} PYTHONPATH={folder}/python
 Subsystem sftp internal-sftp
 """
 
@@ -118,7 +118,7 @@ class Boards:
         login = {
             "ansible_host": "127.0.0.1",
             "ansible_ssh_private_key_file": str(self.folder / "user"),
-            "ansible_ssh_common_args": f"-o UserKnownHostsFile={self.folder / 'known_hosts'} -o IdentitiesOnly=yes",
+            "ansible_ssh_extra_args": f"-o UserKnownHostsFile={self.folder / 'known_hosts'} -o IdentitiesOnly=yes",
             "ansible_become": False,
             "ansible_python_interpreter": sys.executable,
         }
