@@ -104,7 +104,9 @@ def check_data(arguments: argparse.Namespace) -> int:
                 raise DataError(f"{arguments.data}: {error}") from error
             summary = summarise(data, targets, names)
             scaled = bool(bundle.recipe.scaling)
-            problems = [*_first_lines(warnings.lines), *find_problems(summary, is_scaled=scaled)]
+            more = len(warnings.lines) - _MAX_LINES
+            more_lines = [f"and {more} more of such lines"] if more > 0 else []
+            problems = [*warnings.lines[:_MAX_LINES], *more_lines, *find_problems(summary, is_scaled=scaled)]
             report = _Report(arguments.data, summary, problems, [*source.notes, *find_notes(summary)])
             if arguments.out is not None:
                 if arguments.out.suffix == ".npz":
@@ -143,11 +145,6 @@ def _write_arrays(out: Path, data: LocalData) -> None:
         for name, array in name_arrays(data).items():
             with archive.open(f"{name}.npy", "w") as entry:
                 np.lib.format.write_array(entry, array)
-
-
-def _first_lines(lines: Sequence[str]) -> list[str]:
-    more = len(lines) - _MAX_LINES
-    return [*lines[:_MAX_LINES], *([f"and {more} more of such lines"] if more > 0 else [])]
 
 
 def _range_rows(name: str, ranges: Sequence[ChannelRange]) -> list[tuple[str, ...]]:

@@ -194,13 +194,6 @@ def add_tier_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_accelerator_options(parser: argparse.ArgumentParser) -> None:
-    add_tier_option(parser)
-    parser.add_argument(
-        "--engine-plan", type=Path, metavar="FILE", help="how TensorRT engines are built: an engine.json"
-    )
-
-
 def add_policy_option(parser: argparse.ArgumentParser) -> None:
     policy_file = os.environ.get(PRIVACY_VARIABLE)
     parser.add_argument(

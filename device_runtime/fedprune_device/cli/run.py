@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
@@ -42,7 +43,8 @@ def add_run(commands: Any) -> None:
         metavar="NAME",
         help="a hardware profile's name or file (default: the profile that fits this board)",
     )
-    options.add_accelerator_options(run)
+    options.add_tier_option(run)
+    run.add_argument("--engine-plan", type=Path, metavar="FILE", help="how TensorRT engines are built: an engine.json")
     options.add_threads_option(run)
     _add_board_options(run)
     options.add_local_options(run)
@@ -105,7 +107,7 @@ def _add_serving_options(run: argparse.ArgumentParser) -> None:
 def _add_connection_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--away",
-        type=_parse_away,
+        type=lambda text: 0.0 if float(text) == 0 else _parse_hours(text),
         default=MAX_BOARD_AWAY_S / 3600,
         metavar="HOURS",
         help="stay disconnected for at most HOURS hours when the server has no work; 0: never (default: as long as the "
@@ -146,10 +148,6 @@ def _run(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[options.log_handler()])
     member, samples = cli.options_of(MembershipOptions, arguments), cli.options_of(SampleOptions, arguments)
     run_board(cli.options_of(BoardConfig, arguments, membership=member, samples=samples))
-
-
-def _parse_away(text: str) -> float:
-    return 0.0 if float(text) == 0 else _parse_hours(text)
 
 
 def _parse_hours(text: str) -> float:

@@ -1,5 +1,8 @@
 """The launcher: starts one of two installed releases, and goes back to the other when a new one fails.
 
+Only `run`, the service, tries a release and changes the state; one is locked from its choice of a slot to its end.
+Other commands start what is stable.
+
 `releases.installer.launcher_archive` packs this module and those that it imports into one file next to the slots. It
 imports the standard library alone, so that no update can break it. A trial's attempt is counted on the disk before the
 release is started, so that a crash, a hang or a power cut uses it up.
@@ -14,8 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -71,65 +74,82 @@ class SlotExit:
     was_stopped: bool = False
 
 
-def choose_slot(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
-    """Choose the slot to start. An attempt of a trial is counted on the disk when this returns.
+Run = Callable[[str, SlotRecord, LauncherState | None], SlotExit]
+
+
+def choose_slot(home: SlotStore, locks: ExitStack) -> tuple[str, SlotRecord, LauncherState]:
+    """Choose the service's slot, which `locks` keep as it is. An attempt of a trial is counted on the disk by then.
 
     The state's phase is `TRIAL` if the slot is on trial. Raises `DamagedError` if nothing can be started.
     """
     with home.lock_state():
-        state = home.load()
-        if state is None:
-            state = home.recovered_state()
-            home.save(state)
+        state = home.load() or home.save(home.recovered_state())
         if state.phase == TRIAL and state.left <= 0:
             trouble = f" ({state.trouble})" if state.trouble else ""
-            state = _save_state(home, state.roll_back(_NO_MESSAGE + trouble))
+            state = home.save(state.roll_back(_NO_MESSAGE + trouble))
         if state.phase == TRIAL:
             try:
-                record = home.checked_record(state.other_slot)
-                return state.other_slot, record, _save_state(home, state.use_attempt())
+                record = locks.enter_context(home.use_slot(state.other_slot))
+                return state.other_slot, record, home.save(state.use_attempt())
             except DamagedError as error:
-                state = _save_state(home, state.roll_back(f"not what was staged: {error}"))
+                state = home.save(state.roll_back(f"not what was staged: {error}"))
         if state.phase == STAGED:
             lapsed = state.left <= 0
-            state = state.roll_back("staged, but not begun in time") if lapsed else state.use_attempt()
-            state = _save_state(home, state)
-        try:
-            return state.stable, home.checked_record(state.stable), state
-        except DamagedError as error:
-            reason = str(error)
-        try:
-            record = home.checked_record(state.other_slot)
-        except DamagedError:
-            if home.key() is not None:
-                raise DamagedError(reason) from None  # only what the server has signed is started
-            # A damaged slot may still run: trying it is better than a board that stays offline.
-            return state.stable, home.record(state.stable), state
-        version = state.highest
-        with suppress(DamagedError):
-            version = home.record(state.stable).version
-        state = _save_state(home, state.fall_back(version, f"{reason}; version {record.version} serves"))
-        return state.stable, record, state
+            state = home.save(state.roll_back("staged, but not begun in time") if lapsed else state.use_attempt())
+        slot, record, reason = _intact_slot(home, state, locks)
+        if slot != state.stable:
+            version = state.highest
+            with suppress(DamagedError):
+                version = home.record(state.stable).version
+            state = home.save(state.fall_back(version, f"{reason}; version {record.version} serves"))
+        return slot, record, state
 
 
-def run_slots(home: SlotStore, run: Callable[[str, SlotRecord, LauncherState | None], SlotExit]) -> int:
-    """Start the slot that `choose_slot` chooses, and after a failed trial the next one; returns the exit code.
+def _intact_slot(home: SlotStore, state: LauncherState, locks: ExitStack) -> tuple[str, SlotRecord, str]:
+    """The stable slot, or if it is damaged the other one, with the reason. Nothing is written."""
+    try:
+        return state.stable, locks.enter_context(home.use_slot(state.stable)), ""
+    except DamagedError as error:
+        reason = str(error)
+    try:
+        return state.other_slot, locks.enter_context(home.use_slot(state.other_slot)), reason
+    except DamagedError:
+        if home.key() is not None:
+            raise DamagedError(reason) from None  # only what the server has signed is started
+    # A damaged slot may still run: trying it is better than a board that stays offline.
+    return state.stable, locks.enter_context(home.use_slot(state.stable, damaged=True)), reason
+
+
+def launch(home: SlotStore, arguments: Sequence[str], run: Run) -> int:
+    """Start the service, or another command of the runtime; returns the exit code.
 
     `run` starts a slot and returns when it has ended; a slot on trial gets the state, whose deadline it keeps.
     """
-    while True:
-        slot, record, state = choose_slot(home)
-        on_trial = state.phase == TRIAL
-        slot_exit = run(slot, record, state if on_trial else None)
-        if not on_trial:
-            return slot_exit.code
-        with home.lock_state():
-            after = home.load()
-            if after is not None and after.phase == TRIAL and after.highest == state.highest:
-                trouble = after.trouble if after.sequence > state.sequence else ""
-                home.save(after.fail_attempt(f"{slot_exit.reason} ({trouble})" if trouble else slot_exit.reason))
-        if slot_exit.was_stopped or (after is not None and after.outcome == UpdateOutcome(state.highest, COMMITTED)):
-            return slot_exit.code
+    if arguments[:1] == ["run"] and not {"-h", "--help"} & set(arguments):
+        return run_service(home, run)
+    with ExitStack() as locks:
+        slot, record, _ = _intact_slot(home, home.load() or home.recovered_state(), locks)
+        return run(slot, record, None).code
+
+
+def run_service(home: SlotStore, run: Run) -> int:
+    """Start the slot that `choose_slot` chooses, and after a failed trial the next one, until `run` has ended."""
+    with home.lock_service():
+        while True:
+            with ExitStack() as locks:
+                slot, record, state = choose_slot(home, locks)
+                on_trial = state.phase == TRIAL
+                slot_exit = run(slot, record, state if on_trial else None)
+            if not on_trial:
+                return slot_exit.code
+            with home.lock_state():
+                after = home.load()
+                if after is not None and after.phase == TRIAL and after.highest == state.highest:
+                    trouble = after.trouble if after.sequence > state.sequence else ""
+                    home.save(after.fail_attempt(f"{slot_exit.reason} ({trouble})" if trouble else slot_exit.reason))
+            committed = UpdateOutcome(state.highest, COMMITTED)
+            if slot_exit.was_stopped or (after is not None and after.outcome == committed):
+                return slot_exit.code
 
 
 class SlotRunner:
@@ -157,7 +177,8 @@ class SlotRunner:
         command[2] = _END_WITH_LAUNCHER_CODE.format(launcher=os.getpid()) + _START_CODE
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
         old_handlers = {number: signal.signal(number, self._on_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
+        # It inherits the locks, and no other files.
+        self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, close_fds=False)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
         stderr_tail = StderrTail(child.stderr)
         deadline = time.monotonic() + state.seconds
         while child.poll() is None and time.monotonic() < deadline and not self._stop_signal:
@@ -224,15 +245,13 @@ def main() -> int:
         if home.key() is None:
             warning = f"{home.root} has no {KEY_FILE}: slots are checked for damage, not for who made them"
             print(warning, file=sys.stderr)
-        return run_slots(home, SlotRunner(home, sys.argv[1:]))
+        return launch(home, sys.argv[1:], SlotRunner(home, sys.argv[1:]))
+    except BlockingIOError as error:
+        print(f"error: {error.strerror}", file=sys.stderr)
+        return 31
     except (DamagedError, OSError) as error:
         print(f"error: {flat_line(str(error))}. Install the runtime again.", file=sys.stderr)
         return 31
-
-
-def _save_state(home: SlotStore, state: LauncherState) -> LauncherState:
-    home.save(state)
-    return replace(state, sequence=state.sequence + 1)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,6 @@ def status_line(text: str) -> str:
     return "STATUS=" + " ".join(text.split())
 
 
-def extension_line(seconds: float) -> str:
-    """An assignment that extends the time for a start by these seconds."""
-    return f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"
-
-
 @contextmanager
 def extend_start(
     description: str, tell: Callable[[str], object] = notify, interval_s: float = _EXTEND_INTERVAL_S
@@ -51,7 +46,7 @@ def extend_start(
     The manager isn't told that the service is ready, because its watchdog would begin to count. After the body the
     start has nearly `START_TIMEOUT_S` seconds again.
     """
-    text = f"{status_line(description)}\n{extension_line(START_TIMEOUT_S)}"
+    text = f"{status_line(description)}\nEXTEND_TIMEOUT_USEC={int(START_TIMEOUT_S * 1e6)}"
     with repeat_call(lambda: tell(text), interval_s, "fedprune-starting"):
         yield
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class SlotStore:
     a, b              the slots
     state/state.json  the state, with a checksum; state/copy.json is a second copy
     state/a.json      the record of slot a, written last and removed first; likewise state/b.json
+    state/*lock       files for locks on the state and the service; a slot's lock is one on its folder
     incoming/         files of the next release (`releases.installer`)
     """
 
@@ -79,21 +80,37 @@ class SlotStore:
             key = bytes.fromhex(path.read_text(encoding="ascii").strip())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{path} holds no key") from error
+        except (OSError, ValueError):
+            key = b""
         if len(key) != _KEY_BYTES:
             raise DamagedError(f"{path} holds no key")
         return key
 
-    @contextmanager
-    def lock_state(self) -> Iterator[None]:
+    def lock_state(self) -> AbstractContextManager[None]:
         """Lock the state while it is read and written; other processes wait."""
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        return _hold_lock(self.folder / "lock", fcntl.LOCK_EX)
+
+    def lock_service(self) -> AbstractContextManager[None]:
+        """Be the only one that chooses the service's slot, and runs it; `BlockingIOError` if another process does."""
+        path = self.folder / "service.lock"
+        return _hold_lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB, "another process runs the service")
+
+    def lock_slot(self, slot: str, operation: int = fcntl.LOCK_EX) -> AbstractContextManager[None]:
+        """Keep processes from running from a slot that is written, and with `LOCK_SH` from writing one that runs.
+
+        Raises `BlockingIOError` if another process does.
+        """
+        return _hold_lock(self.root / slot, operation | fcntl.LOCK_NB, f"a process runs from slot {slot}", folder=True)
+
+    @contextmanager
+    def use_slot(self, slot: str, *, damaged: bool = False) -> Iterator[SlotRecord]:
+        """A record of a slot that stays as it is meanwhile, `damaged` without a check. Raises `DamagedError`."""
+        with ExitStack() as locks:
+            try:
+                locks.enter_context(self.lock_slot(slot, fcntl.LOCK_SH))
+            except OSError as error:
+                raise DamagedError(f"slot {slot} is missing, or being written ({error.strerror})") from error
+            yield self.record(slot) if damaged else self.checked_record(slot)
 
     def load(self) -> LauncherState | None:
         states = []
@@ -102,12 +119,13 @@ class SlotStore:
                 states.append(LauncherState.from_document(_read_document(self.folder / name)))
         return max(states, key=lambda s: s.sequence, default=None)
 
-    def save(self, state: LauncherState) -> None:
-        """Write both copies of a state; after a power cut the old or the new one counts."""
+    def save(self, state: LauncherState) -> LauncherState:
+        """Write both copies of a state, and return it as written; after a power cut the old or the new one counts."""
         state = replace(state, sequence=state.sequence + 1)
         # One after the other, each synced: a power cut damages at most one of them.
         for name in ("copy.json", "state.json"):
             _write_document(self.folder / name, asdict(state))
+        return state
 
     def record(self, slot: str) -> SlotRecord:
         """The record of a slot; raises `DamagedError` if nothing is installed there, or the record is damaged."""
@@ -116,17 +134,10 @@ class SlotStore:
             files = {str(path): (str(sha256), int(size)) for path, (sha256, size) in body["files"].items()}
             system_modules = body.get("system")
             system = None if system_modules is None else tuple(map(str, system_modules))
-            manifest_and_signature = str(body.get("manifest", "")), str(body.get("signature", ""))
+            proof = str(body.get("manifest", "")), str(body.get("signature", ""))
             wheels = {str(sha256): tuple(map(str, paths)) for sha256, paths in body.get("wheels", {}).items()}
-            record = SlotRecord(
-                int(body["version"]),
-                str(body["name"]),
-                str(body["entry"]),
-                files,
-                system,
-                *manifest_and_signature,
-                wheels,
-            )
+            names = str(body["name"]), str(body["entry"])
+            record = SlotRecord(int(body["version"]), *names, files, system, *proof, wheels)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error
         if not _ENTRY.fullmatch(record.entry):
@@ -253,6 +264,26 @@ def write_file(path: Path, data: bytes, mode: int = 0o644, owner: Owner | None =
         os.close(descriptor)
     new_path.replace(path)
     sync_slot_folder(path.parent)
+
+
+@contextmanager
+def _hold_lock(path: Path, operation: int, busy_message: str = "", *, folder: bool = False) -> Iterator[None]:
+    """Lock a file or folder, and no target of a link, while the body runs.
+
+    A lock that isn't waited for is held by the programs, too, that this process becomes or starts: until they all end.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT
+    # For this user alone: whoever can open a file can lock it, and keep the service from starting.
+    descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    try:
+        os.set_inheritable(descriptor, bool(operation & fcntl.LOCK_NB))
+        try:
+            fcntl.flock(descriptor, operation)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, busy_message, str(path)) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write_document(path: Path, body: Any) -> None:

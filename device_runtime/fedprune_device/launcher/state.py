@@ -83,10 +83,6 @@ class LauncherState:
         """Note that an attempt failed; after the last one the trial is rolled back."""
         return self.roll_back(reason) if self.left <= 0 else replace(self, trouble=flat_line(reason))
 
-    def with_trouble(self, trouble: str) -> LauncherState:
-        """Note a reason that is reported if the attempt ends without a message."""
-        return replace(self, trouble=flat_line(trouble))
-
     def fall_back(self, version: int, reason: str) -> LauncherState:
         outcome = UpdateOutcome(version, ROLLED_BACK, flat_line(reason))
         return LauncherState(self.other_slot, highest=self.highest, outcome=outcome)

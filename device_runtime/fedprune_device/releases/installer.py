@@ -61,10 +61,12 @@ class ReleaseInstaller:
     """Installs releases. Methods raise `StorageError` if the disk fails, and `StorageFullError` if there is no room.
 
     The server's `key` must have signed them. `keep` are packages of the board's own Python that no release may hide.
+    `running_slot` is the service's, where this process is the service.
     """
 
-    def __init__(self, root: Path, key: VerifyingKey, *, keep: Collection[str] = ()) -> None:
+    def __init__(self, root: Path, key: VerifyingKey, *, keep: Collection[str] = (), running_slot: str = "") -> None:
         self.home = SlotStore(root)
+        self.running_slot = running_slot
         self._incoming = root / "incoming"
         self._key = key
         self._keep = frozenset(keep)
@@ -80,7 +82,7 @@ class ReleaseInstaller:
 
         Only `stage` checks the board's own packages, because that takes long.
         """
-        release, state = self._open_release(source), self._load_state()
+        release, state = verified_release(source.manifest, source.signature, self._key), self._load_state()
         self._check_launcher()
         check_release(release, state.highest)
         with storage_errors(f"can't read {self.home.root}"):
@@ -123,7 +125,7 @@ class ReleaseInstaller:
         with self._lock_updates(), storage_errors(f"can't write {self.home.root}"):
             state = self._load_state()
             if state.phase != STABLE:
-                release = self._open_release(source)
+                release = verified_release(source.manifest, source.signature, self._key)
                 if release.number == state.highest:
                     return release
                 if state.phase == TRIAL:
@@ -166,9 +168,6 @@ class ReleaseInstaller:
             self.home.save(state)
             return state
 
-    def _open_release(self, source: ReleaseSource) -> Release:
-        return verified_release(source.manifest, source.signature, self._key)
-
     def _check_launcher(self) -> None:
         """Make sure that the launcher would start what the server's key has signed."""
         try:
@@ -184,7 +183,7 @@ class ReleaseInstaller:
             )
 
     def _install(self, source: ReleaseSource, state: LauncherState) -> Release:
-        release, slot = self._open_release(source), state.other_slot
+        release, slot = verified_release(source.manifest, source.signature, self._key), state.other_slot
         self._check_launcher()
         check_release(release, state.highest)
         check_packages_on_board(release)
@@ -212,7 +211,10 @@ class ReleaseInstaller:
                 release.number, release.version, release.entry, files, release.system, *manifest_and_signature, paths
             )
 
-        install_wheels(self.home, slot, wheels, make_record)
+        with self.home.lock_slot(slot):
+            if self._load_state().stable == slot:  # the other one was found damaged meanwhile
+                raise StorageError(f"slot {slot} serves now", hint="Restart the service, and try it again.")
+            install_wheels(self.home, slot, wheels, make_record)
         return release
 
     def _check_room(self, release: Release, slot: str, download_bytes: int = 0) -> None:

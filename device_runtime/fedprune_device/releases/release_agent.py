@@ -51,12 +51,13 @@ def board_installer(
     identity: DeviceIdentity | None, environment: Mapping[str, str] = os.environ
 ) -> ReleaseInstaller | str:
     """The installer of releases on this board, or the reason without one. The server of `identity` must sign them."""
-    root = environment.get("FEDPRUNE_ROOT", "")
-    if not root or not environment.get("FEDPRUNE_SLOT"):
+    root, slot = environment.get("FEDPRUNE_ROOT", ""), environment.get("FEDPRUNE_SLOT", "")
+    if not root or not slot:
         return NO_LAUNCHER
     if identity is None:
         return NO_IDENTITY
-    return ReleaseInstaller(Path(root), identity.server, keep=JETPACK_PACKAGES if TEGRA_RELEASE.exists() else ())
+    keep = JETPACK_PACKAGES if TEGRA_RELEASE.exists() else ()
+    return ReleaseInstaller(Path(root), identity.server, keep=keep, running_slot=slot)
 
 
 class ReleaseAgent:
@@ -92,9 +93,10 @@ class ReleaseAgent:
         self._report_errors(self._report_all)
 
     def on_chunk(self, chunk: Chunk) -> bool:
-        if self._download is None or not self._download.wants(chunk.sha256):
+        download = self._download
+        if download is None or not download.wants(chunk.sha256):
             return False
-        self._report_errors(lambda: self._take_chunk(chunk))
+        self._report_errors(lambda: self._send_requests(download.on_chunk(chunk, self._clock())))
         return True
 
     def on_blob_not_found(self, sha256: str) -> bool:
@@ -150,10 +152,6 @@ class ReleaseAgent:
         )  # fmt: skip
         self._send_requests(self._download.start(self._clock()))
         self._report_progress()
-
-    def _take_chunk(self, chunk: Chunk) -> None:
-        if self._download is not None:
-            self._send_requests(self._download.on_chunk(chunk, self._clock()))
 
     def _on_withdrawn(self, message: ReleaseWithdrawn) -> None:
         if isinstance(self._installer, str) or self._is_leaving:
@@ -267,20 +265,19 @@ class ReleaseAgent:
             self._report(number, state, reason)
 
     def _release_state(self, installer: ReleaseInstaller, number: int) -> tuple[str | None, str]:
-        """A release's state and its reason, from the launcher's state; None if the launcher doesn't know it."""
+        """A release's state and its reason; None if this board doesn't know it. What runs is never rolled back."""
         launcher_state = installer.home.load()
         if launcher_state is None:
             return REFUSED, "the launcher's state is damaged; a restart mends it"
         if launcher_state.phase != on_disk.STABLE and launcher_state.highest == number:
             return {on_disk.STAGED: STAGED, on_disk.TRIAL: TRIAL}[launcher_state.phase], launcher_state.trouble
-        if launcher_state.outcome is not None and launcher_state.outcome.version == number:
-            is_committed = launcher_state.outcome.result == on_disk.COMMITTED
-            return (COMMITTED if is_committed else ROLLED_BACK), launcher_state.outcome.reason
-        try:
-            is_running = installer.home.record(launcher_state.stable).version == number
-        except on_disk.DamagedError:
-            is_running = False
-        return (COMMITTED, "") if is_running else (None, "")
+        with suppress(on_disk.DamagedError):
+            if installer.home.record(installer.running_slot).version == number:
+                return COMMITTED, ""
+        outcome = launcher_state.outcome
+        if outcome is not None and (outcome.version, outcome.result) == (number, on_disk.ROLLED_BACK):
+            return ROLLED_BACK, outcome.reason
+        return None, ""
 
     def _report_progress(self) -> None:
         if self._download is None or self._offer is None:

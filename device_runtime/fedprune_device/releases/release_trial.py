@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fedprune.core.disk import storage_errors
@@ -51,7 +52,8 @@ class ReleaseTrial:
             reason = str(error)
             self._change_state(lambda s: s.roll_back(reason))
             raise
-        self._change_state(lambda s: s.with_trouble("its checks passed, but it had not reached the broker"))
+        # Reported if the attempt ends without a message.
+        self._change_state(lambda s: replace(s, trouble="its checks passed, but it had not reached the broker"))
 
     def commit(self) -> None:
         """Keep the release, which is healthy: its slot becomes the stable one."""
@@ -67,9 +69,10 @@ class ReleaseTrial:
             check_packages(self._home.root / self._slot, system)
 
     def _change_state(self, change: Callable[[LauncherState], LauncherState]) -> None:
+        current = TRIAL, self.number, self._slot
         with storage_errors(f"can't write {self._home.folder}"), self._home.lock_state():
             state = self._home.load()
-            if state is not None and state.phase == TRIAL and state.highest == self.number:
+            if state is not None and (state.phase, state.highest, state.other_slot) == current:
                 self._home.save(change(state))
 
 

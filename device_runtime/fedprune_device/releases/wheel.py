@@ -89,16 +89,12 @@ class InstalledWheel(WheelFiles):
     def _source(self, path: str) -> BinaryIO | None:
         """A file of the slot, open; None if there is none at this path."""
         try:
-            return open(self._slot / path, "rb", opener=_open_no_link)
+            # Links are not followed: a slot has none, and they could lead anywhere.
+            return open(self._slot / path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
         except OSError as error:
             if error.errno not in _NO_FILE_ERRORS:
                 raise
             return None
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    """A descriptor. Links are not followed: a slot has none, and they could lead anywhere."""
-    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 class Wheel(WheelFiles):

@@ -105,7 +105,7 @@ def _kit(arguments: argparse.Namespace) -> None:
         print(f"It is signed with key {VerifyingKey.from_hex(kit.signed_by).fingerprint}.")
     else:
         print("It is not signed: a board can't tell who made it (--signing-key).")
-    print(f"On the board: sudo python3 {kit.folder.name}/install.pyz{'' if kit.signed_by else ' --unsigned'}")
+    print(f"On the board: sudo python3 -I {kit.folder.name}/install.pyz{'' if kit.signed_by else ' --unsigned'}")
 
 
 def read_bytes(path: Path) -> bytes:

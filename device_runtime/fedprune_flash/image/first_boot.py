@@ -48,7 +48,7 @@ _GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,games,input,gpio,spi,i2c
 _STARTER = """\
 #!/bin/sh
 # Installs fedprune from the kit next to this file; logs to /var/log/fedprune-install.log.
-cd "$(dirname "$0")/fedprune" && exec python3 install.pyz{options} "$@" >>/var/log/fedprune-install.log 2>&1
+cd "$(dirname "$0")/fedprune" && exec python3 -I install.pyz{options} "$@" >>/var/log/fedprune-install.log 2>&1
 """
 
 _FIRSTRUN = """\

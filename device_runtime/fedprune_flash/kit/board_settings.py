@@ -52,7 +52,9 @@ class BoardSettings:
             _check_server("join", self.join)
         check_device(self.device, error=ConfigError)
         check_topic_name(self.site, "site", error=ConfigError)
-        if not isinstance(self.data, str) or not (_is_path(self.data) or _FUNCTION.fullmatch(self.data)):
+        if not isinstance(self.data, str) or not (
+            (_PATH.fullmatch(self.data) and ".." not in self.data.split("/")) or _FUNCTION.fullmatch(self.data)
+        ):
             raise ConfigError(
                 "data of the board", expected="an absolute path or package.module:function", got=value_text(self.data)
             )
@@ -116,7 +118,3 @@ def _hidden_folder(data: str) -> str:
     """The folder hidden from the service that contains this path; empty if it is visible."""
     path_parts = tuple(name for name in data.split("/") if name not in ("", ".")) if data.startswith("/") else ()
     return next((f for f in HIDDEN_FOLDERS if path_parts[: f.count("/")] == tuple(f.split("/")[1:])), "")
-
-
-def _is_path(text: str) -> bool:
-    return bool(_PATH.fullmatch(text)) and ".." not in text.split("/")

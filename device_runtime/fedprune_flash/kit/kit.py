@@ -153,7 +153,9 @@ def build_kit(
             wheelhouse.check_wheelhouse(sorted(wheels.iterdir()), target)
             (kit_folder_path / INSTALLER_FILE).write_bytes(installer_archive())
             (kit_folder_path / LAUNCHER_FILE).write_bytes(launcher_archive())
-            settings = {ENVIRONMENT_FILE: service_environment(board), SERVICE_NAME: service_unit(board, target)}
+            variables = {"BROKER": board.server, "JOIN": board.join, "SITE": board.site, "DEVICE": board.device}
+            environment = "".join(f"FEDPRUNE_{name}={value}\n" for name, value in variables.items() if value)
+            settings = {ENVIRONMENT_FILE: environment, SERVICE_NAME: service_unit(board, target)}
             for name, text in settings.items():
                 (kit_folder_path / name).write_text(text, encoding="utf-8")
             if authority_bytes is not None:
@@ -232,11 +234,6 @@ def service_unit(board: BoardSettings, target: BoardTarget) -> str:
     # Without samples the agent would be restarted again and again.
     condition = board.data if board.data.startswith("/") else ""
     return unit_text(command, jetson=target.jetson, condition=condition)
-
-
-def service_environment(board: BoardSettings) -> str:
-    rows = {"BROKER": board.server, "JOIN": board.join, "SITE": board.site, "DEVICE": board.device}
-    return "".join(f"FEDPRUNE_{name}={value}\n" for name, value in rows.items() if value)
 
 
 INSTALLER_FILE = "install.pyz"

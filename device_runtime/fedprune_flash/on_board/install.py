@@ -1,7 +1,7 @@
 """Install fedprune on this board from the kit that this file is in, without a network.
 
-    sudo python3 install.pyz             install, or continue after a power cut; a second run changes nothing
-    sudo python3 install.pyz --remove    undo it; the board's state stays in /var/lib/fedprune, unless --purge
+    sudo python3 -I install.pyz             install, or continue after a power cut; a second run changes nothing
+    sudo python3 -I install.pyz --remove    undo it; the board's state stays in /var/lib/fedprune, unless --purge
 
 It runs on Python 3.10 or newer and imports only the standard library.
 """

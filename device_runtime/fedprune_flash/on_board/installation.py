@@ -134,7 +134,10 @@ class Installation:
             self._report_step(
                 f"hand the claim over to {STATE_FOLDER}/claim{', and delete it here' if self.claim is None else ''}"
             )
-            self._hand_over()
+            claim = self.kit.read(CLAIM_FILE) if self.kit.has_claim else self.claim
+            if claim is not None:
+                write_file(self._state / "claim", claim, 0o400, self.system.owner)
+            self.kit.overwrite_claim()
         if not has_content(system.unit, self.kit.read(SERVICE_NAME), 0o644) or not system.link.is_symlink():
             self._report_step(f"write and enable {SERVICE_NAME}")
             self._enable_service()
@@ -170,12 +173,6 @@ class Installation:
         """Whether a claim must be handed over or deleted: the kit's, or a given one if the board has not joined."""
         joined = os.path.lexists(self.system.path_of(_JOINED_FILE))
         return self.kit.has_claim or self.kit.has_spent_claim or (self.claim is not None and not joined)
-
-    def _hand_over(self) -> None:
-        claim = self.kit.read(CLAIM_FILE) if self.kit.has_claim else self.claim
-        if claim is not None:
-            write_file(self._state / "claim", claim, 0o400, self.system.owner)
-        self.kit.overwrite_claim()
 
     def _enable_service(self) -> None:
         system = self.system

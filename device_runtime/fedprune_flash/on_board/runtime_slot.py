@@ -74,9 +74,8 @@ class RuntimeSlot:
         """Whether a release of the server's is installed, so that the kit's runtime is left out."""
         state = self._state()
         with suppress(DamagedError):
-            if state is None:
-                return False
-            return self.slot_store.checked_record(state.stable, key=self._key).version > KIT_RELEASE_NUMBER
+            record = None if state is None else self.slot_store.checked_record(state.stable, key=self._key)
+            return record is not None and record.version > KIT_RELEASE_NUMBER
         return False
 
     def check(self) -> None:
@@ -100,20 +99,21 @@ class RuntimeSlot:
         The server's key is written once the slot is whole, so that a board always has a slot that its key has signed.
         Raises `ReleaseError` if a wheel is damaged, `RuntimeUnavailableError` if the runtime doesn't load here.
         """
-        store, state = self.slot_store, self._state()
+        store = self.slot_store
         # The service's user may write here: root must follow none of its links.
         for path in store.folder.iterdir():
             if path.is_symlink() or path.name.endswith(".new"):
                 path.unlink()
-        slot = self._free_slot()
-        store.drop_record(slot)
-        # The service's user must not write there meanwhile: checked files could be replaced.
-        give_to_owner([store.root / slot], (os.geteuid(), os.getegid()))
-        install_wheels(store, slot, self._wheels(), lambda files: self._tested_record(slot, files), self._key)
-        if self._key is not None:
-            write_file(store.root / KEY_FILE, self._key.hex().encode())
-        with store.lock_state():
-            store.save(LauncherState(slot, highest=0 if state is None else state.highest))
+        with store.lock_service(), store.lock_slot(slot := self._free_slot()):
+            state = self._state()
+            store.drop_record(slot)
+            # The service's user must not write there meanwhile: checked files could be replaced.
+            give_to_owner([store.root / slot], (os.geteuid(), os.getegid()))
+            install_wheels(store, slot, self._wheels(), lambda files: self._tested_record(slot, files), self._key)
+            if self._key is not None:
+                write_file(store.root / KEY_FILE, self._key.hex().encode())
+            with store.lock_state():
+                store.save(LauncherState(slot, highest=0 if state is None else state.highest))
 
     def _wheels(self) -> list[Wheel]:
         return [Wheel(path, path.name) for path in self._kit.wheels]

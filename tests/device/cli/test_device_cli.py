@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def test_one_process_checks_a_release_on_trial_and_measures(
     board = set_up(tmp_path / "board", make_release(tmp_path / "1", 1))
     board.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
     board.arm()
-    choose_slot(board.home)
+    choose_slot(board.home, ExitStack())
     monkeypatch.setenv("FEDPRUNE_ROOT", str(board.home.root))
     for slot, asked in (("b", ["check_model", "check", "probe"]), ("a", ["check", "probe"])):
         monkeypatch.setenv("FEDPRUNE_SLOT", slot)

@@ -33,7 +33,7 @@ def main():
     home = SlotStore(Path(os.environ["FEDPRUNE_ROOT"]))
     with home.lock_state():
         state = home.load()
-        if state.phase == "trial":
+        if state.phase == "trial" and state.other_slot == os.environ["FEDPRUNE_SLOT"]:
             home.save(state.commit())
     print("version", VERSION, sys.argv[1:], flush=True)
     return 7
@@ -56,14 +56,14 @@ def board(tmp_path: Path) -> ReleaseInstaller:
     return set_up(tmp_path / "board", make_release(tmp_path / "one", 1, app=HEALTHY))
 
 
-def start(board: ReleaseInstaller) -> subprocess.Popen[str]:
+def start(board: ReleaseInstaller, *arguments: str) -> subprocess.Popen[str]:
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
-    command = [sys.executable, str(board.home.root / LAUNCHER_FILE), "run", "--patient"]
+    command = [sys.executable, str(board.home.root / LAUNCHER_FILE), *(arguments or ("run", "--patient"))]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def boot(board: ReleaseInstaller) -> tuple[str, int]:
-    process = start(board)
+def boot(board: ReleaseInstaller, *arguments: str) -> tuple[str, int]:
+    process = start(board, *arguments)
     out, err = process.communicate(timeout=60)
     return out.strip() or err.strip().splitlines()[-1], process.returncode
 
@@ -97,6 +97,36 @@ def test_a_release_that_is_no_good_is_rolled_back_by_itself(
     assert boot(board) == ("version 1 ['run', '--patient']", 7)
     state = board.home.load()
     assert state.outcome == UpdateOutcome(2, ROLLED_BACK, reason)
+
+
+@pytest.mark.parametrize("arguments", ["slots", "predict --top 1", "--help", "run --help"])
+def test_another_command_runs_what_is_stable_and_leaves_the_trial_to_the_service(
+    board: ReleaseInstaller, tmp_path: Path, arguments: str
+) -> None:
+    update(board, tmp_path, HEALTHY, attempts=1, seconds=60)
+    before = [path.read_bytes() for path in sorted(board.home.folder.iterdir())]
+    for _ in range(2):
+        assert boot(board, *arguments.split()) == (f"version 1 {arguments.split()}", 7)
+    assert [path.read_bytes() for path in sorted(board.home.folder.iterdir())] == before
+    assert boot(board) == ("version 2 ['run', '--patient']", 7)
+
+
+@pytest.mark.parametrize("slot", ["a", "b"])
+def test_one_service_runs_and_nobody_writes_its_slot(tmp_path: Path, slot: str) -> None:
+    board = set_up(tmp_path / "board", make_release(tmp_path / "one", 1, app=WAITS))
+    if slot == "b":
+        update(board, tmp_path, WAITS, seconds=600)
+    process = start(board)
+    assert process.stdout.readline().startswith("version")
+    before = board.home.load()
+    assert boot(board) == ("error: another process runs the service", 31)
+    with pytest.raises(BlockingIOError, match=f"a process runs from slot {slot}"), board.home.lock_slot(slot):
+        pass
+    assert board.home.load() == before
+    process.kill()
+    process.communicate()
+    with board.home.lock_slot(slot):
+        pass
 
 
 def take_over(board: ReleaseInstaller, slot: str, **changes: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
-from fedprune_device.launcher.launcher import SlotExit, run_slots
+from fedprune_device.launcher.launcher import SlotExit, run_service
 from fedprune_device.launcher.slot_store import KEY_FILE, SlotRecord, SlotStore
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, DamagedError, LauncherState, UpdateOutcome
 from fedprune_device.releases.installer import ReleaseInstaller
@@ -60,7 +60,7 @@ class Board:
         for _ in range(40):
             if self.idle:
                 return
-            run_slots(self.home, self.run)
+            run_service(self.home, self.run)
         raise AssertionError("the board never comes to rest")
 
     def run_on_fast_disk(self) -> None:
@@ -186,7 +186,7 @@ def test_a_release_that_power_cuts_never_let_finish_is_given_up_with_a_reason(
 
     for _ in range(ATTEMPTS):
         with pytest.raises(CutError):
-            run_slots(board.home, cut)
+            run_service(board.home, cut)
     board.run_on_fast_disk()
     state = board.settled_state()
     assert board.ran == [1]
@@ -248,7 +248,7 @@ def test_a_damaged_slot_is_still_tried_where_there_is_no_other(fresh: Path, tmp_
     home = SlotStore(copy_of(fresh, tmp_path / "board"))
     (home.root / "a" / "app" / "part.py").write_text("VERSION = 9\n")
     with pytest.raises(DamagedError, match=r"part\.py is damaged"):
-        run_slots(home, lambda *_: SlotExit("", 0))  # with the server's key nothing is started that it hasn't signed
+        run_service(home, lambda *_: SlotExit("", 0))  # with the server's key nothing is started that it hasn't signed
     (home.root / KEY_FILE).unlink()
     ran = []
 
@@ -256,7 +256,7 @@ def test_a_damaged_slot_is_still_tried_where_there_is_no_other(fresh: Path, tmp_
         ran.append((slot, record.version, state))
         return SlotExit("", 0)
 
-    assert run_slots(home, run) == 0
+    assert run_service(home, run) == 0
     assert ran == [("a", 1, None)]
 
 

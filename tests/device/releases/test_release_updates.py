@@ -28,7 +28,7 @@ from fedprune.wire.fleet_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune_device.launcher.launcher import run_slots
+from fedprune_device.launcher.launcher import run_service
 from fedprune_device.launcher.state import STABLE
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.releases.installer import ReleaseInstaller, ReleaseSource
@@ -83,6 +83,13 @@ def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releas
     ended = it.server.final_report(3)
     assert "exit code 1" in ended.reason
     assert it.ran == [1, 3, 3, 3, 1, 4], "a release that went back is not tried again, a higher one is"
+
+
+def test_what_runs_is_reported_whatever_the_state_says(board: Make) -> None:
+    it = board()
+    it.home.save(replace(it.home.load().roll_back("by somebody else"), stable="b"))
+    it.serve(slot="a")
+    assert states(it, 1) == [COMMITTED]
 
 
 def test_an_offer_of_what_the_board_knows_is_answered_from_its_disk(board: Make, releases: dict[int, Path]) -> None:
@@ -140,7 +147,7 @@ def test_what_was_pulled_before_a_restart_is_not_pulled_again(board: Make, tmp_p
     it.server.mangle, it.until = let_one_chunk_through, lambda: cut and not it.server.inbox
     while not it.server.done:
         lives, cut = lives + 1, False
-        run_slots(it.home, it.run)
+        run_service(it.home, it.run)
         assert lives < 100
     assert lives > 5
     assert len(leaves) == len(set(leaves)) > 30, "no leaf comes twice"

@@ -30,6 +30,7 @@ from fedprune.releases.release import (
 )
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES
+from fedprune_device.launcher.launcher import SlotExit, launch
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_checks import packages_on_board
@@ -168,6 +169,23 @@ def test_a_newer_release_takes_the_place_of_a_staged_one(board: ReleaseInstaller
     with pytest.raises(ReleaseError, match="above 3") as caught:
         board.stage(source(tmp_path / "two"))
     assert caught.value.exit_code == ExitCode.RELEASE
+
+
+def test_a_slot_that_serves_since_the_other_was_found_damaged_is_not_written(
+    board: ReleaseInstaller, tmp_path: Path
+) -> None:
+    board.stage(source(make_release(tmp_path / "two", 2)))
+    board.home.save(board.home.load().commit())
+    release = source(make_release(tmp_path / "three", 3))
+
+    def fall_back(sha256: str) -> Path:
+        (board.home.root / "b/app/part.py").write_text("VERSION = 9\n")
+        launch(board.home, ["run"], lambda *_: SlotExit("", 0))
+        return release.path(sha256)
+
+    with pytest.raises(StorageError, match="slot a serves now"):
+        board.stage(replace(release, path=fall_back))
+    assert board.home.checked_record(board.home.load().stable).version == 1
 
 
 def unchanged(board: ReleaseInstaller) -> bool:

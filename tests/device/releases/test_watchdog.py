@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
 
 
 def test_a_release_stays_a_turn_after_the_broker_was_reached(board: ReleaseInstaller) -> None:
-    choose_slot(board.home)
+    choose_slot(board.home, ExitStack())
     trial = trial_of(board)
     assert trial is not None
     texts: list[str] = []
@@ -135,7 +136,7 @@ def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) 
     board = set_up(tmp_path / "board", make_release(tmp_path / "1", 1))
     board.stage(source(make_release(tmp_path / "3", 3, system=OUTSIDE[1:])))
     board.arm()
-    choose_slot(board.home)
+    choose_slot(board.home, ExitStack())
     trial = trial_of(board)
     with pytest.raises(RuntimeUnavailableError):
         trial.check(trial.check_packages)

@@ -17,7 +17,7 @@ from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ROLLED_BACK, Releas
 from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse_message
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune_device.launcher.launcher import SlotExit, run_slots
+from fedprune_device.launcher.launcher import SlotExit, run_service
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import STABLE, LauncherState
 from fedprune_device.network.connection import BoardConnection, MessageChannel, ReceivedMessage
@@ -124,7 +124,7 @@ class Board:
     def run_until_idle(self, starts: int = 40) -> None:
         """Start the service until its server has nothing more to offer."""
         for _ in range(starts):
-            run_slots(self.home, self.run)
+            run_service(self.home, self.run)
             if self.server.done or self.until():
                 return
         raise AssertionError(f"the board never comes to rest: {self.server.reports[-3:]}")
@@ -142,14 +142,15 @@ class Board:
                 trial.check(lambda: (self.health if record.version == self.crashes else healthy)(None))
             except FedpruneError:
                 return SlotExit("ended with exit code 51")
-        self.serve(trial)
+        self.serve(trial, slot)
         return SlotExit("restarted", 0)
 
-    def serve(self, trial: ReleaseTrial | None = None) -> None:
+    def serve(self, trial: ReleaseTrial | None = None, slot: str = "a") -> None:
         """The process: the agent's loop, as far as releases go."""
         self.server.connect()
         connection = BoardConnection(self.server, MessageChannel("d", "site"))
-        releases = ReleaseAgent(connection, ReleaseInstaller(self.home.root, PUBLIC), clock=lambda: self.now)
+        installer = ReleaseInstaller(self.home.root, PUBLIC, running_slot=slot)
+        releases = ReleaseAgent(connection, installer, clock=lambda: self.now)
         heart = Watchdog(trial, tell=lambda _: None, interval=0, clock=lambda: self.now)
         for _ in range(100_000):
             heart.turn()

@@ -52,9 +52,10 @@ class Power:
         names: What each of them was.
     """
 
-    def __init__(self, at: int, kind: str) -> None:
+    def __init__(self, at: int, kind: str, gap: Callable[[], object]) -> None:
         self.at = at
         self.kind = kind
+        self.gap = gap
         self.count = 0
         self.names: list[str] = []
         self.is_off = False
@@ -67,6 +68,8 @@ class Power:
             return function(*arguments, **named)
         if self.is_off:
             raise CutError
+        if name not in ("fsync", "sync"):
+            self.gap()
         self.count += 1
         self.names.append(name)
         self._inside = True
@@ -147,9 +150,12 @@ def _back(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def power(at: int = 0, kind: str = "before") -> Iterator[Power]:
-    """The `at`-th operation is where the power fails; every later one fails, too. With 0 it never does."""
-    supply = Power(at, kind)
+def power(at: int = 0, kind: str = "before", gap: Callable[[], object] = lambda: None) -> Iterator[Power]:
+    """The `at`-th operation is where the power fails; every later one fails, too. With 0 it never does.
+
+    `gap` is called before each operation but syncs, and may do what another process does there.
+    """
+    supply = Power(at, kind, gap)
     names = ("write", "pwrite", "ftruncate", "fsync", "sync", "replace", "rename", "unlink", "mkdir", "rmdir")
     patched = [(os, n) for n in names] + [(Path, n) for n in ("replace", "rename", "unlink", "mkdir", "rmdir")]
     real_open = os.open
