@@ -9,7 +9,6 @@ from types import NoneType
 from fedprune.core.validation import check_instance, check_texts
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
-from fedprune.runtime.bundle import TRAINING
 from fedprune.runtime.bundle_folder import is_bundle, write_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.strategies.importance.scoring import channel_scores, rank_channels
@@ -75,10 +74,14 @@ def export(
     step = training_step(model, recipe.features, plan.unit)
     files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset)
     error = check_parity(model, selection, files)
-    try_step(model, recipe, files, TRAINING)
+    try_step(model, recipe, files)
     trials = PrecisionTrials(model, selection.widths, files, data).run_all(precisions) if precisions else ()
     for trial in trials:
         files |= trial.files
+    accuracy = None
+    if data is not None:
+        before = data.score_of(model.graph) if data.full_score is None else data.full_score
+        accuracy = Accuracy(data.score_name, len(data.x), before, data.score_of(cut(model, selection)))
     report = Report(
         model=model,
         plan=plan,
@@ -86,7 +89,7 @@ def export(
         scorer=ranked_by,
         sizes={n: len(raw) for n, raw in files.items()},
         parity=error,
-        accuracy=None if data is None else _accuracy(model, selection, data),
+        accuracy=accuracy,
         trials=trials,
         folder=folder,
         step_notes=unreached_notes(step.metadata),
@@ -97,8 +100,3 @@ def export(
         files[tensorrt_config.ENGINE_PLAN_FILE] = EnginePlan().to_json().encode()
     write_bundle(folder, files, selection, recipe, profile.name, class_names or model.class_names)
     return report
-
-
-def _accuracy(model: Model, selection: Selection, data: LabelledData) -> Accuracy:
-    before = data.score_of(model.graph) if data.full_score is None else data.full_score
-    return Accuracy(data.score_name, len(data.x), before, data.score_of(cut(model, selection)))

@@ -113,11 +113,8 @@ class DenseConvolution:
             flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
             product = g.emit("MatMul", rows, flat)
             products.append(self.tape.sum_leading(product, (self.batch,)))
-        return self._kernel_from_taps(products)
-
-    def _kernel_from_taps(self, products: list[str]) -> str:
-        """A row of outputs · inputs per kernel element as the kernel's gradient."""
-        g, gradient = self.g, products[0]
+        # A row of outputs · inputs per kernel element.
+        gradient = products[0]
         if len(products) > 1:
             gradient = g.emit("Transpose", g.emit("Concat", *products, attrs={"axis": 0}), attrs={"perm": [1, 0]})
         return g.emit("Reshape", gradient, self.tape.shape_of(self.kernel))

@@ -175,7 +175,12 @@ class DepthwiseConvolution:
     def split_into_lines(self, value: str, side: LineLayout) -> str:
         """[N, C, ...] as [C, N, lines, elements]; forward and gradients share the node."""
         if value not in self._lines:
-            self._lines[value] = _to_lines(self.g, value, side)
+            g, rank = self.g, len(side.sizes)
+            moved = g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
+            if any(side.pads):
+                before, after = ([0] * (rank + 1) + [p] for p in side.pads)
+                moved = g.emit("Pad", moved, g.ints(*before, *after))
+            self._lines[value] = g.emit("Reshape", moved, g.ints(0, 0, side.count, side.length))
         return self._lines[value]
 
     def gather_lines(self, x: str) -> str:
@@ -187,16 +192,6 @@ class DepthwiseConvolution:
             into = self.products.input_lines
             self._gathered_lines[x] = _gather_lines(self.g, self.split_into_lines(x, into), self.products.reads, into)
         return self._gathered_lines[x]
-
-
-def _to_lines(g: Graph, value: str, side: LineLayout) -> str:
-    """[N, C, ...] as [C, N, lines, elements]."""
-    rank = len(side.sizes)
-    value = g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
-    if any(side.pads):
-        before, after = ([0] * (rank + 1) + [p] for p in side.pads)
-        value = g.emit("Pad", value, g.ints(*before, *after))
-    return g.emit("Reshape", value, g.ints(0, 0, side.count, side.length))
 
 
 def _from_lines(g: Graph, value: str, side: LineLayout) -> str:

@@ -118,11 +118,7 @@ class Tape(TapeShapes):
     def _scale(self, name: str, pull: Pull) -> Pull:
         """Multiply a value by `output_scale`, and its gradient before it is pulled back."""
         self.enter(name, self.graph.emit("Mul", self.value(name), step_contract.OUTPUT_SCALE), self.shape(name))
-
-        def pull_scaled(dy: str) -> None:
-            pull(self.graph.emit("Mul", dy, step_contract.OUTPUT_SCALE))
-
-        return pull_scaled
+        return lambda dy: pull(self.graph.emit("Mul", dy, step_contract.OUTPUT_SCALE))
 
     def _check_shapes(self, node: Node) -> None:
         """A rule's output shapes must equal those of the channel analysis."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from fedprune.runtime.served_model import is_board_state, load_served_model
 from fedprune.runtime.session import OnnxSession
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.bundles.inference import check_origin, inference_graph
-from fedprune_export.checks.parity import MAX_PARITY_ERROR, PARITY_SAMPLES, relative_error
+from fedprune_export.checks.parity import PARITY_SAMPLES, check_outputs
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.hub_folder import BATCH_COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
@@ -38,6 +37,8 @@ from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.model import RANKS_KEY, Model
 
 Array = npt.NDArray[Any]
+
+_ORIGIN = "the model that it was made of"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def check_onnx_parity(raw: bytes, graph: Graph) -> float:
     Raises `ModelError` if they are too far from it, or onnxruntime doesn't load the file.
     """
     x = sample_feeds(graph, PARITY_SAMPLES)[X]
-    return _check_outputs(run_model(raw, x), run_model(graph.to_bytes(), x), "the ONNX file")
+    return check_outputs(run_model(raw, x), run_model(graph.to_bytes(), x), "the ONNX file", _ORIGIN)
 
 
 def check_state_parity(
@@ -188,7 +189,7 @@ def check_state_parity(
     expected = run_model(reference.to_bytes(), x)
     filled, names = graph.copy(), original_names(graph.metadata)
     filled.initializers.update({n: state[names.get(n, n)] for n in graph.initializers if names.get(n, n) in state})
-    error = _check_outputs(run_model(filled.to_bytes(), x), expected, "the model with this state dict", hint)
+    error = check_outputs(run_model(filled.to_bytes(), x), expected, "the model with this state dict", _ORIGIN, hint)
     if module is None:
         return error
     module_outputs = _module_outputs(module, state, x, frozenset(metadata.unused_parameters(graph.metadata)))
@@ -196,24 +197,11 @@ def check_state_parity(
         "If it draws numbers that are in no state dict, such as buffers with persistent=False, let it draw the same "
         "ones each time, or make them persistent. Otherwise please report this with the model."
     )
-    return max(error, _check_outputs(module_outputs, expected, "a new torch module with it", hint))
+    return max(error, check_outputs(module_outputs, expected, "a new torch module with it", _ORIGIN, hint))
 
 
 def run_model(model: bytes, x: Array) -> Array:
     return OnnxSession(model).run({X: x})[LOGITS]
-
-
-def _check_outputs(actual: Array, expected: Array, subject: str, hint: str = "") -> float:
-    error = relative_error(actual, expected) if actual.shape == expected.shape else math.inf
-    # Negated, so that an error that is not a number is refused, too.
-    if not error <= MAX_PARITY_ERROR:
-        raise ModelError(
-            f"{subject} computes something else than the model that it was made of",
-            expected=f"outputs equal to {MAX_PARITY_ERROR:g}",
-            got=f"a difference of {error:.2g}",
-            hint=hint or "Please report this with the model.",
-        )
-    return error
 
 
 def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, unused: AbstractSet[str]) -> Array:

@@ -85,11 +85,16 @@ class ModelCard:
             head["model-index"] = [{"name": architecture.name, "results": [result]}]
         # JSON is YAML, too.
         lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+        count = sum(t.size for t in model.tensors.values())
+        inputs, outputs = (
+            " × ".join(map(str, s)) or "1" for s in (architecture.input_shape, architecture.output_shape)
+        )
+        summary = f"A network of {count:,} parameters and statistics, {inputs} inputs and {outputs} outputs."
         body = Document(
             architecture.name,
             self.facts,
             {
-                "": [_shape_text(model)],
+                "": [summary],
                 **self.sections,
                 "Licence": [f"{self.license}." if self.license else _LICENCE_PLACEHOLDER],
             },
@@ -235,10 +240,3 @@ def _config(model: Model, card: ModelCard, text: bytes) -> dict[str, Any]:
     if classes := card.classes or model.class_names:
         config["id2label"] = dict(enumerate(classes))
     return config
-
-
-def _shape_text(model: Model) -> str:
-    architecture = model.architecture
-    sizes = (" × ".join(map(str, shape)) or "1" for shape in (architecture.input_shape, architecture.output_shape))
-    count = sum(t.size for t in model.tensors.values())
-    return f"A network of {count:,} parameters and statistics, {next(sizes)} inputs and {next(sizes)} outputs."

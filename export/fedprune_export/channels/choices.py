@@ -87,27 +87,20 @@ class Choices:
         wait until theirs are settled. `unit`: the unit of every index (atom) after this run; `footprint`: per unit a
         number for its footprint.
         """
-        failed = [
-            (key, option)
-            for key, (option, rows) in self._watched.items()
-            if not any(_could_be_group(unit[row], footprint) for row in rows)
-        ]
+        failed = []
+        for key, (option, rows) in self._watched.items():
+            units = [np.unique(unit[row][unit[row] > 0]) for row in rows]
+            if not any(np.unique(footprint[u]).size < u.size for u in units):
+                failed.append((key, option))
         options_left = {key: self._nodes[key].left for key, _ in failed}
         for key, option in failed:
             if options_left[key] == max(options_left.values()):
                 self._nodes[key].failed.add(option)
-        return bool(failed) or self._retry_exhausted()
-
-    def _retry_exhausted(self) -> bool:
-        """Let nodes that have no option left begin again; returns whether there are some that may."""
+        if failed:
+            return True
+        # Nodes that have no option left begin again, if they may.
         retried = [node for key in self._exhausted if (node := self._nodes[key]).retries_left]
         for node in retried:
             node.retries_left -= 1
             node.failed = set()
         return bool(retried)
-
-
-def _could_be_group(row: AtomRow, footprint: AtomRow) -> bool:
-    """Whether two units of a row could be channels of one group."""
-    units = np.unique(row[row > 0])
-    return bool(np.unique(footprint[units]).size < units.size)

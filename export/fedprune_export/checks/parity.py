@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,24 +49,31 @@ def check_parity(model: Model, selection: Selection, files: Mapping[str, bytes])
             (Path(name) / file).write_bytes(files[file])
         outputs = OnnxSession(Path(name) / INFERENCE).run({X: x})[LOGITS]
     reference = OnnxSession(masked_graph(model, selection).to_bytes()).run({X: x})[LOGITS]
-    error = relative_error(outputs, reference)
+    return check_outputs(outputs, reference, "the cut model", "the masked one")
+
+
+def check_outputs(
+    outputs: npt.NDArray[Any], reference: npt.NDArray[Any], subject: str, origin: str, hint: str = ""
+) -> float:
+    """The distance of outputs from a reference's. Raises `ModelError` if they are too far from it."""
+    error = relative_error(outputs, reference) if outputs.shape == reference.shape else math.inf
     # Negated, so that an error that is not a number is refused, too.
     if not error <= MAX_PARITY_ERROR:
         raise ModelError(
-            "the cut model computes something else than the masked one",
+            f"{subject} computes something else than {origin}",
             expected=f"outputs equal to {MAX_PARITY_ERROR:g}",
-            got=f"{error:.2g}",
-            hint="Please report this with the model.",
+            got=f"a difference of {error:.2g}",
+            hint=hint or "Please report this with the model.",
         )
     return error
 
 
-def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str = TRAINING) -> None:
+def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes]) -> None:
     """Take a training step of a bundle with random samples, at the bundle's own widths.
 
     Raises `ModelError` if onnxruntime doesn't load or run the step, and `TrainingError` as `count_moved_tensors`.
     """
-    session = OnnxSession(files[name], training=True)
+    session = OnnxSession(files[TRAINING], training=True)
     tensors, classes = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
     batch = session.inputs[X][1][0]
     samples = batch if isinstance(batch, int) else STEP_SAMPLES
@@ -76,13 +84,10 @@ def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str
         session.run(feeds if recipe.lr else {**feeds, LR: np.array(TRIAL_LEARNING_RATE, np.float32)}),
         model.architecture,
         tensors,
-        name,
     )
 
 
-def count_moved_tensors(
-    step: Mapping[str, npt.NDArray[Any]], architecture: Architecture, tensors: Tensors, where: str = TRAINING
-) -> int:
+def count_moved_tensors(step: Mapping[str, npt.NDArray[Any]], architecture: Architecture, tensors: Tensors) -> int:
     """Count the trainable tensors that a training step has moved.
 
     Raises `TrainingError` if its loss or a next value isn't finite, a tensor has another shape, or none has moved.
@@ -90,22 +95,23 @@ def count_moved_tensors(
     Args:
         step: The step's outputs.
         tensors: The weights before the step.
-        where: The name of the step's file, for messages.
     """
     if not np.isfinite(step[LOSS]):
-        raise TrainingError(f"{where}: the loss of random samples", expected="a finite number", got=float(step[LOSS]))
+        raise TrainingError(
+            f"{TRAINING}: the loss of random samples", expected="a finite number", got=float(step[LOSS])
+        )
     moved_count = 0
     for name, value in tensors.items():
         next_value = step.get(next_name(name), value)
         if next_value.shape != value.shape:
-            raise TrainingError(f"{where}: next value of {name}", expected=value.shape, got=next_value.shape)
+            raise TrainingError(f"{TRAINING}: next value of {name}", expected=value.shape, got=next_value.shape)
         if not np.isfinite(next_value).all():
-            raise TrainingError(f"{where}: next value of {name} is not finite")
+            raise TrainingError(f"{TRAINING}: next value of {name} is not finite")
         moved_count += architecture.by_name[name].kind.is_trainable and not np.array_equal(next_value, value)
     if not moved_count:
         single_output = architecture.output_shape[:1] == (1,)
         raise TrainingError(
-            f"{where}: a step moves no weight",
+            f"{TRAINING}: a step moves no weight",
             hint="A softmax of one output is always 1: choose the loss bce, mse or another one for a single output."
             if single_output
             else "The loss of random samples has no gradient: choose another loss, or train other tensors.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import fedprune_export as fx
@@ -123,42 +122,35 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Boards:
-    """The boards of a command line, checked before the model is read.
-
-    `probe`: the only board's own measurements, if there are any.
-    """
-
-    profiles: tuple[HardwareProfile, ...]
-    folders: tuple[Path, ...]
-    recipe: Recipe
-    probe: ProbeReport | None
-
-
 def export_command(arguments: argparse.Namespace) -> int:
     """Export a model for every target; returns the exit code, which is that of the first target that failed."""
-    boards = _check_boards(arguments)
+    # All that doesn't depend on the model is checked before its import, which may take minutes.
+    names = options.parse_targets(arguments.target)
+    profiles = [profile_store.find_typed_profile(name, arguments.profiles) for name in names]
+    recipe, probe = options.read_recipe(arguments), options.read_probe(arguments)
+    if probe is not None and len(profiles) > 1:
+        raise UsageError("--probe is of one board", expected="one --target", got=len(profiles))
+    folders = _bundle_folders(arguments.out, [p.name for p in profiles])
     results: dict[str, fx.Report | FedpruneError] = {}
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
-        model = options.read_model(arguments, recipe=boards.recipe)
+        model = options.read_model(arguments, recipe=recipe)
         # The samples of --data; the number of class names is checked, too, where outputs belong to classes.
         from fedprune_export.checks import labelled_file
 
         classes = model.architecture.classes
         if model.loss is None and arguments.class_names and len(arguments.class_names) != classes:
             raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
-        data = arguments.data and labelled_file.load_scored_data(arguments.data, model, boards.recipe)
+        data = arguments.data and labelled_file.load_scored_data(arguments.data, model, recipe)
         tell("deriving the training step")
         # Before the boards: a model that can't be trained fails once, and not for each board.
-        fx.training_step(model, boards.recipe.features)
-        for profile, folder in zip(boards.profiles, boards.folders, strict=True):
-            tell(f"exporting for {profile.name} ({len(results) + 1} of {len(boards.profiles)})")
+        fx.training_step(model, recipe.features)
+        for profile, folder in zip(profiles, folders, strict=True):
+            tell(f"exporting for {profile.name} ({len(results) + 1} of {len(profiles)})")
             try:
-                results[profile.name] = _export(arguments, boards, model, data, profile, folder)
+                results[profile.name] = _export(arguments, model, data, recipe, probe, profile, folder)
             except FedpruneError as error:
-                if len(boards.profiles) == 1:
+                if len(profiles) == 1:
                     raise
                 results[profile.name] = error
     if len(results) > 1:
@@ -172,17 +164,6 @@ def export_command(arguments: argparse.Namespace) -> int:
     else:
         print(report)
     return int(ExitCode.OK)
-
-
-def _check_boards(arguments: argparse.Namespace) -> _Boards:
-    """Check all options that don't depend on the model, whose import may take minutes."""
-    profiles = tuple(
-        profile_store.find_typed_profile(name, arguments.profiles) for name in options.parse_targets(arguments.target)
-    )
-    recipe, probe = options.read_recipe(arguments), options.read_probe(arguments)
-    if probe is not None and len(profiles) > 1:
-        raise UsageError("--probe is of one board", expected="one --target", got=len(profiles))
-    return _Boards(profiles, _bundle_folders(arguments.out, [p.name for p in profiles]), recipe, probe)
 
 
 def _bundle_folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
@@ -202,23 +183,24 @@ def _bundle_folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
 
 def _export(
     arguments: argparse.Namespace,
-    boards: _Boards,
     model: fx.Model,
     data: fx.LabelledData | None,
+    recipe: Recipe,
+    probe: ProbeReport | None,
     profile: HardwareProfile,
     folder: Path,
 ) -> fx.Report:
     plan = fx.plan(
         model,
         profile,
-        recipe=boards.recipe,
+        recipe=recipe,
         samples=arguments.samples,
         density=arguments.density,
         bytes_per_round=arguments.bytes_per_round,
         deadline_s=arguments.deadline,
         joules_per_round=arguments.joules_per_round,
         compression=arguments.compression,
-        probe=boards.probe,
+        probe=probe,
     )
     return fx.export(
         model,

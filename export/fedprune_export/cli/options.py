@@ -174,7 +174,9 @@ def custom_graph(arguments: argparse.Namespace, name: str) -> str | None:
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a command line: the file's settings, overridden by the options."""
-    body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
+    body: Any = {} if arguments.recipe is None else read_json(arguments.recipe, ConfigError)
+    if not isinstance(body, dict):
+        raise ConfigError(f"{arguments.recipe}", expected="an object of recipe settings", got=type(body).__name__)
     loss = CUSTOM_LOSS if custom_graph(arguments, "loss") is not None else arguments.loss
     metric = CUSTOM_LOSS if custom_graph(arguments, "metric") is not None else arguments.metric
     if loss and arguments.labels and labels_of(loss) != arguments.labels:
@@ -202,13 +204,6 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         return Recipe.from_dict(body)
     except ConfigError as error:
         raise ConfigError(str(error) if arguments.recipe is None else f"{arguments.recipe}: {error}") from error
-
-
-def _recipe_body(path: Path) -> dict[str, Any]:
-    body = read_json(path, ConfigError)
-    if not isinstance(body, dict):
-        raise ConfigError(f"{path}", expected="an object of recipe settings", got=type(body).__name__)
-    return body
 
 
 def _names_in(path: Path) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json_option, byte_count, positive_integer
+from fedprune.core.cli import add_json_option, byte_count, positive_integer, print_json
 from fedprune.core.errors import ProfileError
 from fedprune.output.tables import Column, print_table
 from fedprune.planning import profile_store
@@ -52,7 +51,7 @@ def register(subparsers: Any) -> None:
         )
 
 
-def list_profiles(arguments: argparse.Namespace) -> int:
+def list_profiles(arguments: argparse.Namespace) -> None:
     """Print all profiles, the sound ones before the first error is raised."""
     profiles: list[HardwareProfile] = []
     errors: list[ProfileError] = []
@@ -64,11 +63,10 @@ def list_profiles(arguments: argparse.Namespace) -> int:
         except ProfileError as error:  # noqa: PERF203
             errors.append(error)
     if arguments.json:
-        _print_json([p.to_dict() for p in profiles])
+        print_json([p.to_dict() for p in profiles])
     else:
         _print_profiles(profiles)
     _raise_errors(errors, len(names))
-    return 0
 
 
 _PROFILE_COLUMNS = (
@@ -116,12 +114,12 @@ def _raise_errors(errors: Sequence[ProfileError], total: int) -> None:
         raise ProfileError(f"{len(errors)} of {total} profiles are not sound: " + "; ".join(map(str, errors)))
 
 
-def show_profile(arguments: argparse.Namespace) -> int:
+def show_profile(arguments: argparse.Namespace) -> None:
     """Print one profile."""
     profile = profile_store.find_typed_profile(arguments.name, arguments.folder)
     if arguments.json:
-        _print_json(profile.to_dict())
-        return 0
+        print_json(profile.to_dict())
+        return
     print(f"{profile.name}: {profile.title} ({profile.family}, {profile.arch})")
     if profile.identify:
         print(f"device tree: {', '.join(profile.identify)}")
@@ -129,10 +127,9 @@ def show_profile(arguments: argparse.Namespace) -> int:
         print(f"limited support: {profile.advice}")
     rows = [(key, _figure_text(key, value), profile.sources[key]) for key, value in profile.figures().items()]
     print_table(_FIGURE_COLUMNS, rows)
-    return 0
 
 
-def check_profiles(arguments: argparse.Namespace) -> int:
+def check_profiles(arguments: argparse.Namespace) -> None:
     """Check files, all of them before the first error is raised."""
     sound: list[tuple[Path, HardwareProfile]] = []
     failures: list[tuple[Path, ProfileError]] = []
@@ -144,17 +141,16 @@ def check_profiles(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rows = [{"file": str(f), "ok": True, "name": p.name} for f, p in sound]
         rows += [{"file": str(f), "ok": False, "error": str(e)} for f, e in failures]
-        _print_json(rows)
+        print_json(rows)
     else:
         for path, profile in sound:
             expected_path = path.with_name(f"{profile.name}{path.suffix}")
             note = "" if path == expected_path else f"; as a profile of a folder it must be called {expected_path.name}"
             print(f"{path}: ok ({profile.name}, {len(profile.sources)} figures with sources{note})")
     _raise_errors([e for _, e in failures], len(arguments.files))
-    return 0
 
 
-def identify_profile(arguments: argparse.Namespace) -> int:
+def identify_profile(arguments: argparse.Namespace) -> None:
     """Print which profile fits a board, and why."""
     facts = BoardFacts(
         model=arguments.model,
@@ -166,10 +162,9 @@ def identify_profile(arguments: argparse.Namespace) -> int:
     )
     identification = identify(facts, arguments.folder)
     if arguments.json:
-        _print_json(identification.to_dict())
+        print_json(identification.to_dict())
     else:
         print(identification.describe())
-    return 0
 
 
 # Units by the ending of a figure's name; the first that fits, so that `_bytes_s` stands before `_s`.
@@ -196,7 +191,3 @@ def _figure_text(key: str, value: Any) -> str:
 
 def _byte_text(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True))

@@ -5,6 +5,7 @@ With its choices in the file, a model is imported alike on every machine.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.core.validation import check_texts
-from fedprune.model.loss import Loss
 from fedprune.model.losses import LOSSES
 from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
@@ -23,7 +23,7 @@ from fedprune_export.importing.model_building import as_model_errors, build_mode
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.packing import OUTPUTS_KEY, read_packing
 from fedprune_export.importing.prediction_head import choose_output, ends_in_labels
-from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, embed_user_graph, read_loss, read_metric
+from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, read_loss, read_metric
 from fedprune_export.pruning.frozen_base import check_precision
 
 
@@ -73,17 +73,23 @@ def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
     if not (choices.output is choices.parameters is choices.prefer is None):
         raw = _edit_file(raw, lambda proto: _write_choices(proto, choices))
     if isinstance(loss, str) and loss in LOSSES:
-        raw, loss = _for_loss(raw, LOSSES[loss]), None
+        built_in, loss = LOSSES[loss], None
+        labels = built_in.labels if built_in.reads_logits else ""
+        # Training ends elsewhere because of some losses' labels.
+        if labels and ends_in_labels(inline_model(parse_model(raw, run_checker=False)), labels):
+            raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, {metadata.LABELS_KEY: labels}))
     if loss is not None or metric is not None:
         model = build_model(raw, "model", own_loss=loss is not None)
         outputs = model.architecture.output_shape
         packed_outputs = read_packing(model.graph.metadata, OUTPUTS_KEY)
+        texts = {}
         if loss is not None:
             with name_setting_in_errors("loss"):
-                raw = embed_user_graph(raw, LOSS_KEY, read_loss(loss, outputs, packed_outputs))
+                texts[LOSS_KEY] = base64.b64encode(read_loss(loss, outputs, packed_outputs)).decode()
         if metric is not None:
             with name_setting_in_errors("metric"):
-                raw = embed_user_graph(raw, METRIC_KEY, read_metric(metric, outputs, packed_outputs))
+                texts[METRIC_KEY] = base64.b64encode(read_metric(metric, outputs, packed_outputs)).decode()
+        raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, texts))
     if lora is not None:
         raw = with_adapters(build_model(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
     if base is not None:
@@ -98,14 +104,6 @@ def _edit_file(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
     edit(proto)
     edited: bytes = proto.SerializeToString(deterministic=True)
     return edited
-
-
-def _for_loss(raw: bytes, loss: Loss) -> bytes:
-    """Note the labels of a built-in loss in the file, if training ends elsewhere because of them."""
-    labels = loss.labels if loss.reads_logits else ""
-    if not labels or not ends_in_labels(inline_model(parse_model(raw, run_checker=False)), labels):
-        return raw
-    return _edit_file(raw, lambda proto: metadata.write_properties(proto, {metadata.LABELS_KEY: labels}))
 
 
 def _write_choices(proto: onnx.ModelProto, choices: ImportChoices) -> None:

@@ -77,7 +77,10 @@ class _Draws(GraphWriter):
         # Attributes are float32, which is meant as the decimal number that it is nearest to.
         draw = Draw(kind, *(float(f"{number:.6g}") for number in numbers))
         is_bernoulli = node.op_type == "Bernoulli"
-        share = _share(self._filling(node.input[0])) if is_bernoulli else None
+        # The only probability of a Bernoulli variable; None if it has several, or they are computed.
+        filling = self._filling(node.input[0]) if is_bernoulli else None
+        shares = np.unique([] if filling is None else filling.astype(np.float64))
+        share = float(f"{shares[0]:.6g}") if shares.size == 1 and 0 <= shares[0] <= 1 else None
         target = node.output[0]
         value = self._names.fresh(f"{target}.drawn")
         nodes = self._shape_nodes(node, attributes.get("shape"), f"{value}.shape")
@@ -140,9 +143,3 @@ class _Draws(GraphWriter):
                 return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
             name = maker.input[0]
         return numpy_helper.to_array(self._tensors[name])
-
-
-def _share(filling: Array | None) -> float | None:
-    """The only number of a filling, if it is a probability."""
-    numbers = np.unique([] if filling is None else filling.astype(np.float64))
-    return float(f"{numbers[0]:.6g}") if numbers.size == 1 and 0 <= numbers[0] <= 1 else None

@@ -122,7 +122,8 @@ class _EmbeddingBags(GraphWriter):
             elif node.op_type in ("Cast", "Identity"):
                 name = node.input[0]
             elif node.op_type == "If":  # the last bag may be told from the others
-                name = _branch(node).output[0].name
+                branch = next((a.g for a in node.attribute if a.name == "else_branch"), onnx.GraphProto())
+                name = branch.output[0].name
             else:
                 return None
         else:
@@ -180,11 +181,6 @@ class _EmbeddingBags(GraphWriter):
 
 def _body(loop: onnx.NodeProto) -> onnx.GraphProto:
     return next((a.g for a in loop.attribute if a.name == "body"), onnx.GraphProto())
-
-
-def _branch(node: onnx.NodeProto) -> onnx.GraphProto:
-    """The branch for a condition that isn't met."""
-    return next((a.g for a in node.attribute if a.name == "else_branch"), onnx.GraphProto())
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -57,7 +57,8 @@ def head_metadata(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: l
     ZipMap, whose outputs are maps, is left out: its numbers are the output.
     """
     head = _written_head(proto, end, dims, notes)
-    sizes = [_FREE_SIZE if d is None else d for d in _logits_dims(end, dims)[1:]]
+    logits_dims = [dims[end.axis], *(d for a, d in enumerate(dims) if a not in (0, end.axis))] if dims else []
+    sizes = [_FREE_SIZE if d is None else d for d in logits_dims]
     if not _is_small(head, sizes):
         return {}
     values = _values_of_batches(_text(head), sizes)
@@ -77,10 +78,6 @@ def _text(head: onnx.ModelProto) -> str:
     return base64.b64encode(head.SerializeToString(deterministic=True)).decode()
 
 
-def _logits_dims(end: TrainingEnd, dims: Dims) -> list[int | None]:
-    return [dims[0], dims[end.axis], *(d for a, d in enumerate(dims) if a not in (0, end.axis))] if dims else []
-
-
 def _written_head(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[str]) -> onnx.ModelProto:
     value, outputs = end.value, {o.name: o for o in proto.graph.output}
     nodes = [_without_maps(node, outputs, notes) for node in end.nodes]
@@ -90,7 +87,10 @@ def _written_head(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: l
     nodes = [*_constant_nodes(proto, nodes), *nodes]
     read = {i for n in nodes for i in n.input}
     tensors = [t for t in proto.graph.initializer if t.name in read]
-    names = _new_names([*(t.name for t in tensors), *(o for n in nodes for o in n.output if o)], set(outputs))
+    # Names mustn't clash with those of the trained part, which the import may change, or with its ports.
+    inner = [*(t.name for t in tensors), *(o for n in nodes for o in n.output if o)]
+    names = {name: f"head/{name}" for name in inner}
+    names |= {name: f"{name}_" if name in (X, LOGITS) else name for name in outputs}
     logits, written = LOGITS, list[onnx.NodeProto]()
     if end.axis != 1 and dims:
         logits, order = "head/logits", [0, *range(2, end.axis + 1), 1, *range(end.axis + 1, len(dims))]
@@ -112,13 +112,12 @@ def _written_head(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: l
     if dims and dims[0] is not None:
         _free_batch(graph, dims[0])
     _lower_reductions(graph)
-    opsets = [helper.make_opsetid(o.domain, _opset(o)) for o in proto.opset_import]
+    # That of graphs: after `_lower_reductions` the head's operators have the same forms in it.
+    limits = {"": NORMAL_OPSET, "ai.onnx": NORMAL_OPSET}
+    opsets = [
+        helper.make_opsetid(o.domain, min(o.version, limits.get(o.domain, o.version))) for o in proto.opset_import
+    ]
     return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
-
-
-def _opset(entry: onnx.OperatorSetIdProto) -> int:
-    """The opset of a head: that of graphs, which its operators have the same forms in after `_lower_reductions`."""
-    return int(entry.version) if entry.domain not in ("", "ai.onnx") else min(int(entry.version), NORMAL_OPSET)
 
 
 def _lower_reductions(graph: onnx.GraphProto) -> None:
@@ -155,14 +154,6 @@ def _constant_nodes(proto: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> 
             needed.append(node)
             read.update(node.input)
     return needed[::-1]
-
-
-def _new_names(inner: Sequence[str], outputs: Collection[str]) -> dict[str, str]:
-    """Names that don't clash with those of the trained part, which the import may change; outputs keep theirs, if they
-    aren't those of the trained part's ports."""
-    return {name: f"{name}_" if name in (X, LOGITS) else name for name in outputs} | {
-        name: f"head/{name}" for name in inner if name not in outputs
-    }
 
 
 def _with_name(proto: _Named, names: Mapping[str, str]) -> _Named:

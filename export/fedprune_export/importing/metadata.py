@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +16,7 @@ from fedprune.core.text import first_few
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import axes_json
 from fedprune.strategies.importance.scoring import Ranks
-from fedprune_export.ir.graph import check_name
+from fedprune_export.ir.graph import check_name, decode_metadata, is_texts
 from fedprune_export.pruning.model import ACTIVATION_RANGES_KEY, RANKS_KEY
 
 PARAMETERS_KEY = "fedprune.parameters"  # names of the trainable tensors
@@ -50,7 +49,7 @@ def write_properties(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
 
 def read_names(texts: Mapping[str, str], key: str, tensor_names: AbstractSet[str]) -> tuple[str, ...] | None:
     """The tensor names under a key; None without it. Raises `ModelError` if it is no list, or a tensor is missing."""
-    listed = _decode_json(texts, key, None, "a list of tensor names", _is_texts)
+    listed = decode_metadata(texts, key, None, "a list of tensor names", is_texts)
     return None if listed is None else check_tensor_names(listed, tensor_names, f"metadata {key}")
 
 
@@ -59,7 +58,7 @@ def unused_parameters(texts: Mapping[str, str]) -> tuple[str, ...]:
 
     Raises `ModelError` if it is no list of names, or a name can't be printed.
     """
-    return _check_printable(_decode_json(texts, UNUSED_KEY, [], "a list of names", _is_texts))
+    return _check_printable(decode_metadata(texts, UNUSED_KEY, [], "a list of names", is_texts))
 
 
 def original_names(texts: Mapping[str, str]) -> dict[str, str]:
@@ -68,8 +67,8 @@ def original_names(texts: Mapping[str, str]) -> dict[str, str]:
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
     # Names are printed by commands and reports, so control characters are refused.
-    names: dict[str, str] = _decode_json(
-        texts, NAMES_KEY, {}, "names by name", lambda v: isinstance(v, dict) and _is_texts([*v.values()])
+    names: dict[str, str] = decode_metadata(
+        texts, NAMES_KEY, {}, "names by name", lambda v: isinstance(v, dict) and is_texts([*v.values()])
     )
     _check_printable([*names, *names.values()])
     return names
@@ -80,7 +79,7 @@ def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
 
     Raises `ModelError` if it is no list of texts, or one can't be printed.
     """
-    return _check_printable(_decode_json(texts, TRAINING_NOTES_KEY, [], "a list of notes", _is_texts))
+    return _check_printable(decode_metadata(texts, TRAINING_NOTES_KEY, [], "a list of notes", is_texts))
 
 
 def activation_ranges(texts: Mapping[str, str]) -> dict[str, tuple[float, float]]:
@@ -89,7 +88,7 @@ def activation_ranges(texts: Mapping[str, str]) -> dict[str, tuple[float, float]
     Raises `ModelError` if it is something else.
     """
     expected = "two numbers by name, the least first"
-    ranges: dict[str, list[float]] = _decode_json(texts, ACTIVATION_RANGES_KEY, {}, expected, _is_ranges)
+    ranges: dict[str, list[float]] = decode_metadata(texts, ACTIVATION_RANGES_KEY, {}, expected, _is_ranges)
     return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
@@ -121,8 +120,8 @@ def tied_names(texts: Mapping[str, str]) -> dict[str, list[str]]:
 
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
-    names: dict[str, list[str]] = _decode_json(
-        texts, TIED_KEY, {}, "lists of names by name", lambda v: isinstance(v, dict) and all(map(_is_texts, v.values()))
+    names: dict[str, list[str]] = decode_metadata(
+        texts, TIED_KEY, {}, "lists of names by name", lambda v: isinstance(v, dict) and all(map(is_texts, v.values()))
     )
     _check_printable([n for first, further in names.items() for n in (first, *further)])
     return names
@@ -137,7 +136,7 @@ def recorded_ranks(texts: Mapping[str, str], architecture: Architecture) -> Rank
 
     Raises `ModelError` if they are something else.
     """
-    recorded = _decode_json(texts, RANKS_KEY, {}, "each group's channels", lambda v: isinstance(v, dict))
+    recorded = decode_metadata(texts, RANKS_KEY, {}, "each group's channels", lambda v: isinstance(v, dict))
     # The digest covers only the groups, so ranks stay valid when weights change.
     if not recorded or recorded.get("groups") != _groups_digest(architecture):
         return None
@@ -154,25 +153,6 @@ def recorded_ranks(texts: Mapping[str, str], architecture: Architecture) -> Rank
 
 def _groups_digest(architecture: Architecture) -> str:
     return hashlib.sha256(axes_json(architecture).encode()).hexdigest()
-
-
-def _decode_json(
-    texts: Mapping[str, str], key: str, default: object, expected: str, fits: Callable[[Any], bool]
-) -> Any:
-    """Decode a text as JSON, or return the default without it. Raises `ModelError` if the value doesn't fit."""
-    if key not in texts:
-        return default
-    try:
-        value = json.loads(texts[key])
-    except (ValueError, RecursionError):
-        value = None
-    if not fits(value):
-        raise ModelError(f"metadata {key}", expected=expected, got=value_text(texts[key]))
-    return value
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(n, str) for n in value)
 
 
 def _is_ranges(value: object) -> bool:

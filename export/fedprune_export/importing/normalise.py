@@ -167,7 +167,7 @@ def _separate_parameters(
     return parameter_roles.find_roles(graph, constants, listed, notes)
 
 
-def simplify_graph(graph: Graph, constants: set[str], notes: list[str], *, output: str) -> None:
+def simplify_graph(graph: Graph, output: str) -> None:
     """Bring a graph without weights into the compiler's form. Raises `ModelError` if it computes in other types than
     float32, or with operators that opset 17 has no form of."""
     check_nodes(graph)
@@ -177,7 +177,7 @@ def simplify_graph(graph: Graph, constants: set[str], notes: list[str], *, outpu
     graph.prune()
     graph_trace = trace_graph(graph)
     check_indices(graph, graph_trace)
-    _simplify(graph, graph_trace, constants, notes, output)
+    _simplify(graph, graph_trace, set(graph.initializers), [], output)
     _name_nodes(graph)
     _check_types(graph, trace_graph(graph))
 

@@ -58,7 +58,9 @@ def separate_head(
     if head and len(outputs) == 1:  # the user has chosen a value within the file
         return proto, raw, head
     if own_loss and any(can_follow(proto, o) for o in proto.graph.output):
-        _leave_out_decisions(proto, notes)
+        for value in [o for o in proto.graph.output if not can_follow(proto, o)]:
+            proto.graph.output.remove(value)
+            notes.append(f"Output {value_text(value.name)} is left out: it has no gradient that the loss could follow.")
         return proto, raw, {}
     # Files without such an end, which are most, needn't be copied and inferred.
     if len(outputs) == 1 and can_follow(proto, proto.graph.output[0]) and not may_end(proto, labels):
@@ -108,13 +110,6 @@ def _end_text(end: TrainingEnd, head: Mapping[str, str]) -> str:
         f"Predictions lack {own_end}, as do files that to-onnx and export-model write: it can't be computed for each "
         "of several samples."
     )
-
-
-def _leave_out_decisions(proto: onnx.ModelProto, notes: list[str]) -> None:
-    """Remove outputs that no loss can follow from a model whose loss takes the other outputs."""
-    for value in [o for o in proto.graph.output if not can_follow(proto, o)]:
-        proto.graph.output.remove(value)
-        notes.append(f"Output {value_text(value.name)} is left out: it has no gradient that the loss could follow.")
 
 
 def ends_in_labels(proto: onnx.ModelProto, labels: str) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedprune.core.errors import ModelError, value_text
+from fedprune.core.errors import ModelError
 from fedprune.core.text import first_few
 from fedprune.model.architecture import TensorKind
-from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.graph import Graph, node_label
 from fedprune_export.ir.trace import Trace
 
 RANDOM_OPERATORS = frozenset(
@@ -22,7 +22,7 @@ def check_random(graph: Graph) -> None:
     node = next((n for n in graph.nodes if n.op in RANDOM_OPERATORS and not n.domain), None)
     if node is not None:
         raise ModelError(
-            f"{_label(node)} draws random numbers, so that the model's output differs from run to run",
+            f"{node_label(node)} draws random numbers, so that the model's output differs from run to run",
             hint="Export the model in evaluation mode (module.eval()), without what is random in it.",
         )
 
@@ -40,7 +40,7 @@ def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
         maker = makers[maker.inputs[0]]
     before = names.get(maker.inputs[0], maker.inputs[0])
     raise ModelError(
-        f"the model's output consists of {kind}, which {_label(maker)} makes",
+        f"the model's output consists of {kind}, which {node_label(maker)} makes",
         expected="numbers that a loss can follow, such as logits",
         hint=f"Let the model end before it: --output {before} (output={before!r}).",
     )
@@ -57,7 +57,3 @@ def check_trainable(graph: Graph, kinds: Mapping[str, str]) -> None:
         got=first_few(stored, max_names=3) if stored else "none",
         hint="Export the model with its weights, or list what is to be trained (--parameters FILE).",
     )
-
-
-def _label(node: Node) -> str:
-    return f"{node.op} {value_text(node.name or node.outputs[0])}"

@@ -98,7 +98,8 @@ class RoleGuesses:
         maker = self._producers.get(data[0])
         is_bias = is_vector and uses[0].node.op == "Add" and maker is not None and maker.op in _PRODUCT_OPERATORS
         if is_doubtful and not is_bias:
-            if _is_grid(value):
+            # Several different numbers, all whole or half: training leaves no weights like these.
+            if bool((2 * value == np.round(2 * value)).all()) and len(np.unique(value)) > 1:
                 self._grids.append(name)
                 return ""
             self._guessed.append(name)
@@ -137,12 +138,6 @@ class RoleGuesses:
                 "Trained because they are added, multiplied or concatenated, as constants may be too: "
                 f"{names}. {PARAMETERS_HINT}"
             )
-
-
-def _is_grid(value: Array) -> bool:
-    """Whether a tensor has several different numbers, all whole or half: training leaves no weights like these."""
-    doubled = 2 * value
-    return bool((doubled == np.round(doubled)).all()) and len(np.unique(value)) > 1
 
 
 def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:

@@ -159,7 +159,10 @@ def _unchanged_input(graph: Graph, trace: Trace, constants: Container[str], node
     if node.op == "Concat" and len(node.inputs) == 1:
         return node.inputs[0]
     if node.op == "Where":
-        return node.inputs[2] if _takes_second(graph, trace, node) else None
+        condition, _, second = node.inputs
+        never = condition in graph.initializers and not graph.initializers[condition].any()
+        alike = {second, node.outputs[0]} <= trace.shapes.keys() and trace.dims(second) == trace.dims(node.outputs[0])
+        return second if never and alike else None
     if len(node.inputs) != 2 or node.outputs[0] not in trace.shapes:
         return None
     for x, operand in (node.inputs, node.inputs[::-1]):
@@ -183,11 +186,3 @@ def _takes_everything(graph: Graph, trace: Trace, node: Node) -> bool:
     # A range with a step of 1 that is as long as its axis, at every batch, is the axis.
     all_shapes = (trace.shapes, trace.shapes_second, *trace.shapes_further)
     return all(shapes[before] == shapes[after] for shapes in all_shapes)
-
-
-def _takes_second(graph: Graph, trace: Trace, node: Node) -> bool:
-    """Whether a Where takes its second value everywhere, because its condition is constant and false."""
-    condition, _, second = node.inputs
-    never = condition in graph.initializers and not graph.initializers[condition].any()
-    alike = {second, node.outputs[0]} <= trace.shapes.keys() and trace.dims(second) == trace.dims(node.outputs[0])
-    return never and alike

@@ -143,7 +143,8 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
 
     Raises `ModelError` if the shape of the image or of a block is computed.
     """
-    image, block = (_constant_sizes(graph, node, i) for i in (1, 2))
+    shapes = (constant_input(graph, node, i, "shapes") for i in (1, 2))
+    image, block = ([] if sizes is None else [int(n) for n in sizes.reshape(-1)] for sizes in shapes)
     rank, ones = len(image), [1] * len(image)
     strides, dilations = (list(node.attrs.get(n, ones)) for n in ("strides", "dilations"))
     pads = list(node.attrs.get("pads", [0] * 2 * rank))
@@ -159,8 +160,3 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
     attrs = {"strides": strides, "dilations": dilations, "pads": pads, "output_padding": output_padding}
     sums = graph.emit("ConvTranspose", maps, graph.constant(kernel, np.float32), attrs=attrs)
     graph.emit("Reshape", sums, graph.ints(-1, channels, *image), out=node.outputs[0])
-
-
-def _constant_sizes(graph: Graph, node: Node, index: int) -> list[int]:
-    sizes = constant_input(graph, node, index, "shapes")
-    return [] if sizes is None else [int(n) for n in sizes.reshape(-1)]

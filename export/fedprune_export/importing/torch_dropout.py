@@ -261,15 +261,11 @@ def onnx_translations(torch: Any, operators: Any) -> dict[Any, Any]:
     _dropout_operator(torch)
 
     def dropout(x: Any, ratio: float, kept: float, axes: Sequence[int]) -> Any:
-        seed = sum(1 << axis for axis in axes) + (_bits(kept) << 32)
+        kept_bits = int.from_bytes(struct.pack("<f", kept), "little")
+        seed = sum(1 << axis for axis in axes) + (kept_bits << 32)
         return operators.Dropout(x, operators.Constant(value_float=ratio), seed=seed)[0]
 
     return {torch.ops.fedprune.dropout.default: dropout}
-
-
-def _bits(number: float) -> int:
-    """The bits of a float32."""
-    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 def extract_masks(proto: onnx.ModelProto) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
@@ -49,11 +49,13 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
         raise ModelError(f"there is no tensor for {lacking[0]!r} of the module", got=f"{len(lacking)} such names")
     # By the address of an old parameter, which is kept alive so that no other object gets the address.
     replacements: dict[int, tuple[Any, Any]] = {}
-    plans = [(prefix, layer, *_layer_shapes(layer, names, tensors)) for prefix, layer in module.named_modules()]
-    for prefix, layer, old, new in plans:  # all are looked at before the first is changed
-        _fit_attributes(torch, prefix or type(layer).__name__, layer, old, new, change=False)
-    for prefix, layer, old, new in plans:
-        _fit_attributes(torch, prefix, layer, old, new, change=True)
+    plans = []
+    for prefix, layer in module.named_modules():  # all are looked at before the first is changed
+        shapes = _layer_shapes(layer, names, tensors)
+        plans.append((layer, _new_attributes(torch, prefix or type(layer).__name__, layer, *shapes)))
+    for layer, attributes in plans:
+        for name, size in attributes.items():
+            setattr(layer, name, size)
         for name, value in [*layer._parameters.items()]:
             if value is not None:
                 # Layers that share a parameter share the new one, too.
@@ -81,33 +83,22 @@ def _layer_shapes(
     """The shapes of a layer's own tensors before and after, where the submodel has them."""
     old: dict[str, Shape] = {}
     new: dict[str, Shape] = {}
-    for kind, name, value in _own_tensors(layer):
-        key = names.get((kind, id(value)))
-        if key is not None and key in tensors:
-            old[name], new[name] = tuple(value.shape), tensors[key].shape
+    for kind, own_tensors in (("parameter", layer._parameters), ("buffer", layer._buffers)):
+        for name, value in own_tensors.items():
+            key = None if value is None else names.get((kind, id(value)))
+            if key is not None and key in tensors:
+                old[name], new[name] = tuple(value.shape), tensors[key].shape
     return old, new
 
 
-def _own_tensors(layer: Any) -> Iterator[tuple[str, str, Any]]:
-    for kind, tensors in (("parameter", layer._parameters), ("buffer", layer._buffers)):
-        for name, value in tensors.items():
-            if value is not None:
-                yield kind, name, value
-
-
-def _fit_attributes(
-    torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape], *, change: bool
-) -> None:
-    """Check that a layer can be narrowed to the new shapes, or set its attributes to them (`change`)."""
+def _new_attributes(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
+    """A layer's attributes for the new shapes; none if they are the old ones. Raises `ModelError` if they don't fit."""
     if old == new:
-        return
+        return {}
     for name, shape in new.items():
         if len(shape) != len(old[name]) or any(a > b for a, b in zip(shape, old[name], strict=True)):
             raise ModelError(f"{where}.{name} can't be narrowed", expected=f"at most {old[name]}", got=shape)
-    sizes = _size_attributes(torch, where, layer, old, new)
-    if change:
-        for name, size in sizes.items():
-            setattr(layer, name, size)
+    return _size_attributes(torch, where, layer, old, new)
 
 
 def _check_forward(where: str, layer: Any) -> None:

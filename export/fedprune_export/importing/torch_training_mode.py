@@ -204,7 +204,10 @@ def _record_run(torch: Any, module: Any, samples: Sequence[Any], *, at_means: bo
             names = record.random.setdefault(record.module_stack[-1], [])
             names += [] if name.strip("_") in names else [name.strip("_")]
             mean = _MEANS.get(name)
-            return out if mean is None or not at_means else _filled(out, mean(*args))
+            if mean is None or not at_means:
+                return out
+            value = mean(*args)
+            return out.copy_(value) if hasattr(value, "shape") else out.fill_(value)
 
     def enter(label: str, *_: Any) -> None:
         record.module_stack.append(label)
@@ -223,8 +226,3 @@ def _record_run(torch: Any, module: Any, samples: Sequence[Any], *, at_means: bo
         for hook in hooks:
             hook.remove()
     return record
-
-
-def _filled(out: Any, value: Any) -> Any:
-    """A tensor with its numbers replaced by one, or by those of another."""
-    return out.copy_(value) if hasattr(value, "shape") else out.fill_(value)

@@ -1,6 +1,6 @@
 """Translates every opset to opset 17 with composites: later forms are rewritten, earlier opsets are raised.
 
-To support a later operator or form, add a rule to `_RULES`: a function that emits what a node becomes.
+To support a later operator or form, add a rule to `_REPLACED` or `_CHANGED`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ class Translation:
     graph: Graph
     trace: Trace  # of the graph before the translation
     read_values: set[str]  # values that some node reads, and the outputs
-
-    def keep(self, node: Node) -> None:
-        self.graph.nodes.append(node)
 
 
 _Rule = Callable[[Translation, Node], None]
@@ -67,11 +64,12 @@ def translate(graph: Graph, trace: Trace, notes: list[str]) -> None:
     used = {p.name for p in graph.outputs} | {i for n in nodes for i in n.inputs}
     state = Translation(graph, trace, used)
     for node in nodes:
-        rule = None if node.domain else _RULES.get(node.op)
-        if rule is not None:
-            rule(state, node)
-        else:
-            state.keep(node)
+        if not node.domain and node.op in _REPLACED:
+            _REPLACED[node.op](state, node)
+            continue
+        if not node.domain and node.op in _CHANGED:
+            _CHANGED[node.op](state, node)
+        graph.nodes.append(node)
     for node in graph.nodes:
         if not node.domain and node.op not in COMPOSITES and graph.opset > NORMAL_OPSET:
             check_form(node, NORMAL_OPSET)
@@ -94,21 +92,18 @@ def _reduction(state: Translation, node: Node) -> None:
     elif nothing:
         node.op, node.attrs = "Identity", {}
     node.inputs = node.inputs[:1]
-    state.keep(node)
 
 
 def _reshape(state: Translation, node: Node) -> None:
     """Remove `allowzero` if it is 0, its default."""
     if not node.attrs.get("allowzero", 1):
         del node.attrs["allowzero"]
-    state.keep(node)
 
 
 def _average_pool(state: Translation, node: Node) -> None:
     """Remove dilations of 1; opset 17 has no others."""
     if all(d == 1 for d in node.attrs.get("dilations", [])):
         node.attrs.pop("dilations", None)
-    state.keep(node)
 
 
 def _lp_pool(state: Translation, node: Node) -> None:
@@ -154,11 +149,14 @@ def _mean_variance(state: Translation, node: Node) -> None:
     graph.emit("Div", centred, graph.emit("Add", deviation, graph.scalar(1e-9)), out=node.outputs[0])
 
 
-def _cast(state: Translation, node: Node) -> None:
-    """Remove attributes of later opsets, which concern only types below 16 bits."""
-    node.attrs.pop("saturate", None)
-    node.attrs.pop("round_mode", None)
-    state.keep(node)
+def _dropping(*attributes: str) -> _Rule:
+    """Remove attributes of later opsets."""
+
+    def rule(state: Translation, node: Node) -> None:
+        for name in attributes:
+            node.attrs.pop(name, None)
+
+    return rule
 
 
 def _batch_norm(state: Translation, node: Node) -> None:
@@ -176,7 +174,6 @@ def _batch_norm(state: Translation, node: Node) -> None:
     node.attrs["momentum"] = keep
     # Further outputs are statistics of training mode.
     node.outputs = node.outputs[:1]
-    state.keep(node)
 
 
 def _norm(state: Translation, node: Node) -> None:
@@ -187,13 +184,6 @@ def _norm(state: Translation, node: Node) -> None:
     node.attrs.pop("stash_type", None)
     while len(node.outputs) > 1 and node.outputs[-1] not in state.read_values:
         node.outputs.pop()
-    state.keep(node)
-
-
-def _group_norm(state: Translation, node: Node) -> None:
-    """Compute in float32. (`inlining` has replaced those of opsets 18 to 20, which scale by group.)"""
-    node.attrs.pop("stash_type", None)
-    state.keep(node)
 
 
 def _split(state: Translation, node: Node) -> None:
@@ -207,7 +197,6 @@ def _split(state: Translation, node: Node) -> None:
         chunk_size = -(-total // count)
         sizes = [chunk_size] * (count - 1) + [total - chunk_size * (count - 1)]
         node.inputs = [node.inputs[0], state.graph.ints(*sizes)]
-    state.keep(node)
 
 
 def _gather(state: Translation, node: Node) -> None:
@@ -215,46 +204,49 @@ def _gather(state: Translation, node: Node) -> None:
     indices = node.inputs[1]
     if indices not in state.graph.initializers and state.trace.dtypes[indices] == np.int32:
         node.inputs[1] = state.graph.emit("Cast", indices, attrs={"to": onnx.TensorProto.INT64})
-    state.keep(node)
 
 
 def _grid_sample(state: Translation, node: Node) -> None:
     mode = node.attrs.get("mode", "bilinear")
     node.attrs["mode"] = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
-    state.keep(node)
 
 
 def _scatter(state: Translation, node: Node) -> None:
     if node.attrs.get("reduction") in ("min", "max"):
         what = f"attribute reduction of {node.op} ({node.name}) has no form in opset {NORMAL_OPSET}"
         raise ModelError(what, expected="add or mul", got=node.attrs["reduction"])
-    state.keep(node)
 
 
-_RULES: dict[str, _Rule] = {
-    **dict.fromkeys(REDUCTIONS, _reduction),
+# Rules that write what stands in a node's place.
+_REPLACED: dict[str, _Rule] = {
     **dict.fromkeys(("LpPool", "GlobalLpPool"), _lp_pool),
-    "AveragePool": _average_pool,
     "LRN": _local_response,
     "MeanVarianceNormalization": _mean_variance,
-    **dict.fromkeys(("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear"), _cast),
-    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
-    **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
     "Col2Im": lambda state, node: emit_fold(state.graph, node, state.trace),
     "DFT": lambda state, node: emit_dft(state.graph, node, state.trace),
     "STFT": lambda state, node: emit_stft(state.graph, node, state.trace),
+    "Pad": lambda state, node: emit_pad(state.graph, node, state.trace),
+    "Resize": lambda state, node: emit_resize(state.graph, node, state.trace),
+}
+# Rules that change a node, which stays.
+_CHANGED: dict[str, _Rule] = {
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    "AveragePool": _average_pool,
+    # These concern only types below 16 bits.
+    **dict.fromkeys(("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear"), _dropping("saturate", "round_mode")),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
+    **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
     "BatchNormalization": _batch_norm,
     "Gather": _gather,
     "GridSample": _grid_sample,
-    "GroupNormalization": _group_norm,
-    "Pad": lambda state, node: emit_pad(state.graph, node, state.trace),
+    # Computed in float32. (`inlining` has replaced those of opsets 18 to 20, which scale by group.)
+    "GroupNormalization": _dropping("stash_type"),
     "Reshape": _reshape,
-    "Resize": lambda state, node: emit_resize(state.graph, node, state.trace),
     "Split": _split,
 }
 
 # Operators that `translate` rewrites: some only in their later forms, some always.
-TRANSLATED = frozenset(_RULES)
+TRANSLATED = _REPLACED.keys() | _CHANGED.keys()
 
 # The rewriting of operators, before any rule reads them.
 REWRITTEN_AS = {

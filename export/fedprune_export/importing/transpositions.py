@@ -67,7 +67,9 @@ def _merge_transposition(graph: Graph, node: Node, makers: Mapping[str, Node], t
     transposed = [factors[f] for f in order]
     exact = transposed == after
     frees_batch = _merges_batch(before, between) and not _merges_batch(factors, after)
-    if not exact and not (frees_batch and _regroups_whole_axes(transposed, after)):
+    # Every axis after the reshape must be a product of consecutive factors.
+    regrouped = common_factors(transposed, after) if frees_batch else None
+    if not exact and (regrouped is None or regrouped[0] != transposed):
         return
     # The target of a reshape has one −1, so only one factor can depend on the batch.
     if sum(f % BATCH_EXTENT == 0 for f in factors) > 1:
@@ -85,12 +87,6 @@ def _merge_transposition(graph: Graph, node: Node, makers: Mapping[str, Node], t
 def _merges_batch(before: Sequence[int], between: Sequence[int]) -> bool:
     """Whether a reshape merges the batch with another axis."""
     return any(b % BATCH_EXTENT == 0 and b not in before for b in between)
-
-
-def _regroups_whole_axes(fine: Sequence[int], coarse: Sequence[int]) -> bool:
-    """Whether every coarse axis is a product of consecutive fine axes."""
-    common = common_factors(fine, coarse)
-    return common is not None and common[0] == list(fine)
 
 
 def _reshape_target(graph: Graph, sizes: Sequence[int]) -> str:

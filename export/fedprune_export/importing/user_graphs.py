@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,26 +35,19 @@ _TOLERANCE = 1e-4
 _LABEL_DTYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """The labels of a torch loss or metric, by its attributes `target_shape` and `target_dtype`."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @classmethod
-    def of(cls, function: Any, outputs: Sequence[int], name: str) -> _Labels:
-        """Read a function's attributes; by default labels are shaped as outputs. Raises `ModelError` if invalid."""
-        shape = getattr(function, "target_shape", tuple(outputs))
-        dtype = str(getattr(function, "target_dtype", "float32")).rpartition(".")[2]
-        is_shape = isinstance(shape, (tuple, list)) and all(isinstance(d, int) for d in shape)
-        if dtype not in _LABEL_DTYPES or not is_shape:
-            raise ModelError(
-                f"{name}: target_shape and target_dtype",
-                expected="one sample's labels, such as (32, 32), and float32 or int64",
-                got=f"{shape}, {dtype}",
-            )
-        return cls(tuple(shape), dtype)
+def _labels_of(function: Any, outputs: Sequence[int], name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and type of the labels of a torch loss or metric, by its attributes `target_shape` and `target_dtype`; by
+    default labels are shaped as outputs. Raises `ModelError` if these are invalid."""
+    shape = getattr(function, "target_shape", tuple(outputs))
+    dtype = str(getattr(function, "target_dtype", "float32")).rpartition(".")[2]
+    is_shape = isinstance(shape, (tuple, list)) and all(isinstance(d, int) for d in shape)
+    if dtype not in _LABEL_DTYPES or not is_shape:
+        raise ModelError(
+            f"{name}: target_shape and target_dtype",
+            expected="one sample's labels, such as (32, 32), and float32 or int64",
+            got=f"{shape}, {dtype}",
+        )
+    return tuple(shape), dtype
 
 
 def read_loss(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
@@ -111,18 +103,18 @@ def _read_function(source: object, outputs: Sequence[int], pieces: Sequence[Piec
             return kind.compute(function, *split(outputs), labels)
 
     module = UserFunction()
-    labels = _Labels.of(function, outputs, name)
+    shape, dtype = _labels_of(function, outputs, name)
     if isinstance(function, torch.nn.Module):
         # As a submodule its parameters and buffers are exported with it.
         module.user_function = function
-    samples = torch.zeros((2, *outputs)), torch.zeros((2, *labels.shape), dtype=getattr(torch, labels.dtype))
+    samples = torch.zeros((2, *outputs)), torch.zeros((2, *shape), dtype=getattr(torch, dtype))
     try:
         raw: bytes = export_module(module.eval(), samples).SerializeToString(deterministic=True)
     except Exception as error:
         raise ModelError(
             f"{name}: torch can't export this {kind.name} ({error_reason(root_cause(error))})",
             hint=f"A {kind.name} takes outputs {shape_text('n', *outputs)} and labels "
-            f"{shape_text('n', *labels.shape)} ({labels.dtype}; its attributes target_shape and target_dtype say so), "
+            f"{shape_text('n', *shape)} ({dtype}; its attributes target_shape and target_dtype say so), "
             f"and returns {kind.returns}.",
         ) from error
     return raw
@@ -159,7 +151,7 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
             got=shape_text(*("n" if d is None else d for d in dims)) if dims else "one number for the whole batch",
             hint="Sum or average over all axes but the first (in torch, reduction='none', then .flatten(1).mean(1)).",
         )
-    simplify_graph(graph, set(graph.initializers), [], output=LOSS)
+    simplify_graph(graph, LOSS)
     _check_same_outputs(raw, graph, outputs, "loss")
     return Model(graph, Architecture("loss", (), (), (), (), tuple(outputs), ()))
 
@@ -181,7 +173,7 @@ def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
             got="one that reads outputs or labels",
             hint="Sums of many batches add up; the value is computed from the total.",
         )
-    simplify_graph(graph, set(graph.initializers), [], output=VALUE)
+    simplify_graph(graph, VALUE)
     _check_same_outputs(raw, graph, outputs, "metric")
     return graph
 
@@ -233,17 +225,6 @@ def _reads_samples(graph: Graph) -> bool:
             pending += makers[name].inputs
         visited.add(name)
     return False
-
-
-def embed_user_graph(raw: bytes, key: str, user_graph: bytes) -> bytes:
-    """A model's file with a loss or metric in it."""
-    proto = parse_model(raw)
-    other_properties = [p for p in proto.metadata_props if p.key != key]
-    del proto.metadata_props[:]
-    proto.metadata_props.extend(other_properties)
-    proto.metadata_props.add(key=key, value=base64.b64encode(user_graph).decode())
-    out: bytes = proto.SerializeToString(deterministic=True)
-    return out
 
 
 def embedded_user_graph(key: str, text: str) -> bytes:

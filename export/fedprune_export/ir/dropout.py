@@ -8,15 +8,13 @@ for numbers that are dropped together, such as whole channels: the graph's metad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.model.random_inputs import Draw
-from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.graph import Graph, Node, decode_metadata
 
 # The key of a graph's metadata for the axes on which the mask of a dropout varies, by the node's name. Dropouts whose
 # mask varies on all axes are not listed.
@@ -58,33 +56,23 @@ def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
 
 def read_dropout_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """The axes of masks by the name of the dropout. Raises `ModelError` if the text is something else."""
-    axes_by_name = _read_table(texts, DROPOUT_AXES_KEY)
-    if axes_by_name is None or not all(
-        isinstance(axes, list) and all(type(a) is int for a in axes) for axes in axes_by_name.values()
-    ):
-        raise ModelError(
-            f"metadata {DROPOUT_AXES_KEY}", expected="lists of axes by name", got=value_text(texts[DROPOUT_AXES_KEY])
-        )
+    axes_by_name = decode_metadata(texts, DROPOUT_AXES_KEY, {}, "lists of axes by name", _is_axes_by_name)
     return {name: tuple(axes) for name, axes in axes_by_name.items()}
+
+
+def _is_axes_by_name(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(axes, list) and all(type(a) is int for a in axes) for axes in value.values()
+    )
 
 
 def read_draws(texts: Mapping[str, str]) -> dict[str, Draw]:
     """What dropouts draw by their names. Raises `ModelError` if the text is something else."""
-    table = _read_table(texts, DRAWS_KEY)
-    draws = {} if table is None else {name: Draw.parse(value) for name, value in table.items()}
-    if table is None or None in draws.values():
+    table = decode_metadata(texts, DRAWS_KEY, {}, "distributions by name", lambda value: isinstance(value, dict))
+    draws = {name: draw for name, value in table.items() if (draw := Draw.parse(value)) is not None}
+    if len(draws) < len(table):
         raise ModelError(f"metadata {DRAWS_KEY}", expected="distributions by name", got=value_text(texts[DRAWS_KEY]))
-    return {name: draw for name, draw in draws.items() if draw is not None}
-
-
-def _read_table(texts: Mapping[str, str], key: str) -> dict[str, Any] | None:
-    """A JSON object of the metadata; None if it is something else."""
-    try:
-        table = json.loads(texts.get(key, "{}"))
-    # Deeply nested JSON ends in a RecursionError.
-    except (ValueError, RecursionError):
-        return None
-    return table if isinstance(table, dict) else None
+    return draws
 
 
 def remove_dropouts(graph: Graph) -> None:

@@ -5,9 +5,10 @@ What a graph holds is a `drafts.Draft`; this adds the file.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -188,3 +189,27 @@ def read_dims(value: onnx.ValueInfoProto) -> tuple[Dim, ...]:
     return tuple(
         d.dim_value if d.HasField("dim_value") and d.dim_value not in (0, -1) else (d.dim_param or None) for d in dims
     )
+
+
+def decode_metadata(
+    texts: Mapping[str, str], key: str, default: object, expected: str, fits: Callable[[Any], bool]
+) -> Any:
+    """Decode a text as JSON, or return the default without it. Raises `ModelError` if the value doesn't fit."""
+    if key not in texts:
+        return default
+    try:
+        value = json.loads(texts[key])
+    except (ValueError, RecursionError):
+        value = None
+    if not fits(value):
+        raise ModelError(f"metadata {key}", expected=expected, got=value_text(texts[key]))
+    return value
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(n, str) for n in value)
+
+
+def node_label(node: Node) -> str:
+    """A node in messages."""
+    return f"{node.op} {value_text(node.name or node.outputs[0])}"

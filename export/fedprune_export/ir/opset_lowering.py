@@ -118,13 +118,12 @@ def _hard_swish(out: Draft, node: Node) -> None:
     out.emit("Mul", node.inputs[0], gate, out=node.outputs[0])
 
 
-def _drop_defaults(*defaults: tuple[str, object]) -> _Rule:
-    """Remove attributes whose value is the only behaviour of an earlier opset."""
+def _drop_default(name: str, value: object) -> _Rule:
+    """Remove an attribute whose value is the only behaviour of an earlier opset."""
 
     def rule(out: Draft, node: Node) -> None:
-        for name, value in defaults:
-            if name in node.attrs and node.attrs[name] == value:
-                del node.attrs[name]
+        if node.attrs.get(name) == value:
+            del node.attrs[name]
         out.nodes.append(node)
 
     return rule
@@ -141,9 +140,9 @@ _LATER: dict[str, tuple[int, _Rule]] = {
 _EARLIER: dict[str, tuple[int, _Rule]] = {
     "Shape": (15, _shape),
     "HardSwish": (14, _hard_swish),
-    "Reshape": (14, _drop_defaults(("allowzero", 0))),
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), (14, _drop_defaults(("layout", 0)))),
-    **dict.fromkeys(("ScatterND", "ScatterElements"), (16, _drop_defaults(("reduction", "none")))),
+    "Reshape": (14, _drop_default("allowzero", 0)),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (14, _drop_default("layout", 0))),
+    **dict.fromkeys(("ScatterND", "ScatterElements"), (16, _drop_default("reduction", "none"))),
 }
 
 LATER_FORMS = {op: since for op, (since, _) in _LATER.items()}  # first opset of a form that comes after opset 17's

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.ir.graph import Array, Graph, Port
+from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.shape_inference import InferredShapes
 
@@ -54,10 +54,8 @@ class Trace:
 def trace_graph(graph: Graph) -> Trace:
     """Infer every value of a graph at all batch sizes.
 
-    Raises `ModelError` if the batch can't vary, a value would be huge, or an operator makes no sense.
+    Raises `ModelError` if a value would be huge, or an operator makes no sense.
     """
-    for port in graph.inputs:
-        _check_batch(port)
     runs = [shapes_at_batch(graph, batch) for batch in (*TRACE_BATCHES, *_EXTRA_BATCHES)]
     first, second, *further = runs
     for name, shape in first.shapes.items():
@@ -75,16 +73,6 @@ def trace_graph(graph: Graph) -> Trace:
         _small_integers(first),
         _small_integers(second),
     )
-
-
-def _check_batch(port: Port) -> None:
-    if not port.shape or isinstance(port.shape[0], int):
-        raise ModelError(
-            f"input {port.name} has a fixed batch",
-            expected="a free first dimension",
-            got=list(port.shape),
-            hint="Export the model with a dynamic batch.",
-        )
 
 
 def _small_integers(inferred: InferredShapes) -> dict[str, Array]:

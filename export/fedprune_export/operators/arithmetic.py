@@ -62,16 +62,14 @@ def arithmetic(tape: Tape, node: Node) -> Pull:
             tape.add_gradient(left, tape.sum_to_shape(da, shape, tape.shape(left)))
         if not tape.needs_gradient(right):
             return
-        if node.op == "Sub":
-            # The sum is the smaller array: it is negated.
-            tape.add_gradient(right, g.emit("Neg", tape.sum_to_shape(dy, shape, tape.shape(right))))
-            return
         db = dy
         if node.op == "Mul":
             db = g.emit("Mul", dy, a)
         elif node.op == "Div":
             db = g.emit("Neg", g.emit("Div", g.emit("Mul", dy, y), b))
-        tape.add_gradient(right, tape.sum_to_shape(db, shape, tape.shape(right)))
+        db = tape.sum_to_shape(db, shape, tape.shape(right))
+        # Of a difference the sum is negated, which is the smaller array.
+        tape.add_gradient(right, g.emit("Neg", db) if node.op == "Sub" else db)
 
     return pull
 
@@ -189,12 +187,10 @@ def choice(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], g.emit("Where", chosen, tape.value(left), tape.value(right)), shape)
 
     def pull(dy: str) -> None:
-        if tape.needs_gradient(left):
-            left_gradient = g.emit("Where", chosen, dy, g.scalar(0))
-            tape.add_gradient(left, tape.sum_to_shape(left_gradient, shape, tape.shape(left)))
-        if tape.needs_gradient(right):
-            right_gradient = g.emit("Where", chosen, g.scalar(0), dy)
-            tape.add_gradient(right, tape.sum_to_shape(right_gradient, shape, tape.shape(right)))
+        for name, options in ((left, (dy, g.scalar(0))), (right, (g.scalar(0), dy))):
+            if tape.needs_gradient(name):
+                share = g.emit("Where", chosen, *options)
+                tape.add_gradient(name, tape.sum_to_shape(share, shape, tape.shape(name)))
 
     return pull
 

@@ -64,7 +64,10 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     if tape.is_frozen(mean_name):
         return _fixed_statistics_norm(tape, node)
     if mean_name in instance_means(tape.source.metadata):
-        return _instance_norm(tape, node)
+        # The running statistics follow the mean over the batch, as torch's do.
+        pull, mean, variance = instance_norm(tape, node)
+        _write_next_statistics(tape, node, mean, variance, count_of(tape, tape.shape(name)[2:]))
+        return pull
     g = tape.graph
     x, shape = tape.value(name), tape.shape(name)
     scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
@@ -81,13 +84,6 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         tape.add_gradient(gamma, dgamma)
         tape.add_gradient(beta, dbeta)
 
-    return pull
-
-
-def _instance_norm(tape: Tape, node: Node) -> Pull:
-    """Normalise each sample by itself. The running statistics follow the mean over the batch, as torch's do."""
-    pull, mean, variance = instance_norm(tape, node)
-    _write_next_statistics(tape, node, mean, variance, count_of(tape, tape.shape(node.inputs[0])[2:]))
     return pull
 
 

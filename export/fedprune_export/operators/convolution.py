@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -153,31 +152,15 @@ def conv(tape: Tape, node: Node) -> Pull:
     larger than 1.
     """
     data, weight = node.inputs[:2]
-    layer, places = _convolution(tape, node)
-    x, bias = tape.value(data), _bias(tape, node)
-    y = layer.apply(x, bias)
-    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.shape(weight)[0], *places))
-
-    def pull(dy: str) -> None:
-        _add_bias_gradient(tape, node, dy)
-        if tape.needs_gradient(weight):
-            tape.add_gradient(weight, layer.kernel_gradient(x, dy))
-        if tape.needs_gradient(data):
-            tape.add_gradient(data, layer.apply_transposed(dy, []))
-
-    return pull
-
-
-def _convolution(tape: Tape, node: Node) -> tuple[Convolution, Shape]:
-    """The implementation of a Conv, and the size of its map."""
-    data, weight = node.inputs[:2]
     kernel, places = tape.shape(weight)[2:], tape.shape(data)[2:]
     if _is_pointwise(node, kernel) and not all(isinstance(size, int) for size in places):
-        return PointwiseConvolution(tape, tape.value(weight), tape.shape(data)[0], len(places)), places
+        pointwise = PointwiseConvolution(tape, tape.value(weight), tape.shape(data)[0], len(places))
+        return _write_layer(tape, node, pointwise, (tape.shape(weight)[0], *places))
     w = window(tape, node, tape.static(node, kernel))
     number, inputs = _groups(tape, node, data, 1)
     _, outputs = _groups(tape, node, weight, 0)
-    return choose_convolution(tape, node, w, ChannelGroups(number, inputs, outputs)), tuple(w.output)
+    layer = choose_convolution(tape, node, w, ChannelGroups(number, inputs, outputs))
+    return _write_layer(tape, node, layer, (tape.shape(weight)[0], *w.output))
 
 
 @gradient_rule("ConvTranspose")
@@ -186,24 +169,12 @@ def conv_transpose(tape: Tape, node: Node) -> Pull:
 
     Raises `ModelError` if groups don't keep equally many channels, or the size of the map varies.
     """
-    data, weight = node.inputs[:2]
     w = transposed_window(tape, node)
     # The roles are swapped: what this node reads is the output of the convolution that it reverses.
-    number, outputs = _groups(tape, node, data, 1)
-    inputs = tape.shape(weight)[1]
+    number, outputs = _groups(tape, node, node.inputs[0], 1)
+    inputs = tape.shape(node.inputs[1])[1]
     layer = choose_convolution(tape, node, w, ChannelGroups(number, inputs, outputs))
-    x, bias = tape.value(data), _bias(tape, node)
-    y = layer.apply_transposed(x, bias)
-    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.product([number, inputs]), *w.sizes))
-
-    def pull(dy: str) -> None:
-        _add_bias_gradient(tape, node, dy)
-        if tape.needs_gradient(weight):
-            tape.add_gradient(weight, layer.kernel_gradient(dy, x))
-        if tape.needs_gradient(data):
-            tape.add_gradient(data, layer.apply(dy, []))
-
-    return pull
+    return _write_layer(tape, node, layer, (tape.product([number, inputs]), *w.sizes))
 
 
 def _groups(tape: Tape, node: Node, name: str, axis: int) -> tuple[Dim, Dim]:
@@ -212,32 +183,34 @@ def _groups(tape: Tape, node: Node, name: str, axis: int) -> tuple[Dim, Dim]:
     return tape.block_layout(node, name, axis, groups) if groups > 1 else (1, tape.shape(name)[axis])
 
 
-def _bias(tape: Tape, node: Node) -> list[str]:
-    return [tape.value(node.inputs[2])] if len(node.inputs) > 2 and node.inputs[2] else []
+# A convolution with its window and kernel, which has three methods. x is what the window slides over, [N, inputs, ...];
+# y has one element per position of the window, [N, outputs, ...]. A bias is a list of one vector, or empty.
+# - `apply(x, bias)`: y = x ∗ kernel + bias.
+# - `apply_transposed(dy, bias)`: the transposed convolution of dy, which is the gradient of x, + bias.
+# - `kernel_gradient(x, dy)`: the gradient of the kernel.
+Convolution = DenseConvolution | DepthwiseConvolution | PointwiseConvolution | ColumnConvolution
 
 
-def _add_bias_gradient(tape: Tape, node: Node, dy: str) -> None:
-    name = node.inputs[2] if len(node.inputs) > 2 else ""
-    if name and tape.needs_gradient(name):
-        axes = tape.graph.ints(0, *range(2, len(tape.shape(node.inputs[0]))))
-        tape.add_gradient(name, tape.graph.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))
+def _write_layer(tape: Tape, node: Node, layer: Convolution, sizes: Shape) -> Pull:
+    """Write a Conv or ConvTranspose, whose output has these sizes behind the batch."""
+    data, weight, bias = [*node.inputs, ""][:3]
+    x, is_transposed = tape.value(data), node.op == "ConvTranspose"
+    apply, apply_back = layer.apply, layer.apply_transposed
+    if is_transposed:
+        apply, apply_back = apply_back, apply
+    y = apply(x, [tape.value(bias)] if bias else [])
+    tape.enter(node.outputs[0], y, (tape.shape(data)[0], *sizes))
 
+    def pull(dy: str) -> None:
+        if bias and tape.needs_gradient(bias):
+            axes = tape.graph.ints(0, *range(2, len(tape.shape(data))))
+            tape.add_gradient(bias, tape.graph.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))
+        if tape.needs_gradient(weight):
+            tape.add_gradient(weight, layer.kernel_gradient(*((dy, x) if is_transposed else (x, dy))))
+        if tape.needs_gradient(data):
+            tape.add_gradient(data, apply_back(dy, []))
 
-class Convolution(Protocol):
-    """A convolution with its window and kernel.
-
-    x is what the window slides over, [N, inputs, ...]; y has one element per position of the window, [N, outputs, ...].
-    A bias is a list of one vector, or empty.
-    """
-
-    def apply(self, x: str, bias: list[str]) -> str:
-        """y = x ∗ kernel + bias."""
-
-    def apply_transposed(self, dy: str, bias: list[str]) -> str:
-        """The transposed convolution of dy, which is the gradient of x, + bias."""
-
-    def kernel_gradient(self, x: str, dy: str) -> str:
-        """The gradient of the kernel."""
+    return pull
 
 
 def choose_convolution(tape: Tape, node: Node, w: Window, groups: ChannelGroups) -> Convolution:

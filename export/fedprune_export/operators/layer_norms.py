@@ -57,41 +57,21 @@ def mask_layer_norm(masks: MaskWriter, node: Node) -> bool:
     return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None})
 
 
-@gradient_rule("Softmax")
+@gradient_rule("Softmax", "LogSoftmax")
 def softmax(tape: Tape, node: Node) -> Pull:
-    """dx = y · (dy − Σ dy · y) along the axis."""
-    name, axis, y = _emit_along_axis(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        weighted = g.emit("Mul", dy, y)
-        rest = g.emit("Mul", y, sum_axes(g, weighted, [axis]))
-        tape.add_gradient(name, g.emit("Sub", weighted, rest))
-
-    return pull
-
-
-@gradient_rule("LogSoftmax")
-def log_softmax(tape: Tape, node: Node) -> Pull:
-    """dx = dy − e^y · Σ dy along the axis."""
-    name, axis, y = _emit_along_axis(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        rest = g.emit("Mul", g.emit("Exp", y), sum_axes(g, dy, [axis]))
-        tape.add_gradient(name, g.emit("Sub", dy, rest))
-
-    return pull
-
-
-def _emit_along_axis(tape: Tape, node: Node) -> tuple[str, int, str]:
-    """Write an operator that acts along one axis. Returns its input, the axis and its output."""
-    name = node.inputs[0]
+    """dx = y · (dy − Σ dy · y) along the axis; of the logarithm dx = dy − e^y · Σ dy."""
+    name, g = node.inputs[0], tape.graph
     shape = tape.shape(name)
     axis = int(node.attrs.get("axis", -1)) % len(shape)
-    y = tape.graph.emit(node.op, tape.value(name), attrs={**node.attrs, "axis": axis})
+    y = g.emit(node.op, tape.value(name), attrs={**node.attrs, "axis": axis})
     tape.enter(node.outputs[0], y, shape)
-    return name, axis, y
+
+    def pull(dy: str) -> None:
+        dz, factor = (g.emit("Mul", dy, y), y) if node.op == "Softmax" else (dy, g.emit("Exp", y))
+        rest = g.emit("Mul", factor, sum_axes(g, dz, [axis]))
+        tape.add_gradient(name, g.emit("Sub", dz, rest))
+
+    return pull
 
 
 @gradient_rule("LayerNormalization")

@@ -7,7 +7,6 @@ fix those that stay. Gradient rules write the forward pass and return the *pull*
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -108,7 +107,10 @@ def tiled_gradient(tape: Tape, w: Window, x: str, y: str, dy: str) -> str:
     # Of a node's inputs onnxruntime computes the one that was written last first: this one only once marks are gone.
     spread = "" if unpools else _upsample(g, dy, w.kernel)
     # Marks that are indices count down over the whole map, others over each window.
-    marks = np.arange(area)[::-1].reshape(w.sizes) if unpools else _tiled_marks(w)
+    if unpools:
+        marks = np.arange(area)[::-1].reshape(w.sizes)
+    else:
+        marks = np.tile(np.arange(math.prod(w.kernel), 0, -1).reshape(w.kernel), w.output)
     # Products, because onnxruntime's Where makes two further arrays of its output's size.
     candidate = g.emit("Cast", g.emit("Equal", x, _upsample(g, y, w.kernel)), attrs={"to": 1})
     mark = g.emit("Mul", candidate, g.constant(marks[None, None], np.float32))
@@ -117,10 +119,6 @@ def tiled_gradient(tape: Tape, w: Window, x: str, y: str, dy: str) -> str:
     if unpools:
         return g.emit("MaxUnpool", dy, _flat_indices(g, best, area, len(w.sizes)), attrs=attrs)
     return where_true(tape, g.emit("Equal", mark, _upsample(g, best, w.kernel)), spread)
-
-
-def _tiled_marks(w: Window) -> np.ndarray[Any, Any]:
-    return np.tile(np.arange(math.prod(w.kernel), 0, -1).reshape(w.kernel), w.output)
 
 
 def _flat_indices(g: Graph, marks: str, area: int, rank: int) -> str:

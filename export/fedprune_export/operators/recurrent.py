@@ -9,10 +9,10 @@ fix those that stay. Gradient rules write the forward pass and return the *pull*
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.recurrent_cells import CELLS, Direction
+from fedprune_export.autodiff.recurrent_cells import CELLS, Backward, Direction
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
@@ -136,20 +136,16 @@ class _Recurrent:
         if tape.needs_gradient(self.inputs[0]):
             gradients = [g.emit("MatMul", b.inputs, d.weight) for b, d in zip(backs, self.directions, strict=True)]
             tape.add_gradient(self.inputs[0], g.emit("Add", *gradients) if len(gradients) > 1 else gradients[0])
-        if tape.needs_gradient(self.inputs[1]):
-            gradients = [self.weight_gradient(b.inputs, x) for b in backs]
-            tape.add_gradient(self.inputs[1], self.stack_directions(gradients, 0))
-        if tape.needs_gradient(self.inputs[2]):
-            products = [[self.weight_gradient(gates, h) for gates, h in b.recurrent] for b in backs]
-            tape.add_gradient(self.inputs[2], self.stack_directions([self.concat(p, 0) for p in products], 0))
-        if self.inputs[3] and tape.needs_gradient(self.inputs[3]):
-            sums = [
-                [self.bias_gradient(b.inputs), *(self.bias_gradient(gates) for gates, _ in b.recurrent)] for b in backs
-            ]
-            tape.add_gradient(self.inputs[3], self.stack_directions([self.concat(s, 0) for s in sums], 0))
-        for i, name in enumerate(self.initial):
+        weight, recurrence, bias = self.inputs[1:4]
+        rules: list[tuple[str, Callable[[Backward], list[str]]]] = [
+            (weight, lambda b: [self.weight_gradient(b.inputs, x)]),
+            (recurrence, lambda b: [self.weight_gradient(gates, h) for gates, h in b.recurrent]),
+            (bias, lambda b: [self.bias_gradient(gates) for gates in (b.inputs, *(r[0] for r in b.recurrent))]),
+            *((name, lambda b, i=i: [b.states[i]]) for i, name in enumerate(self.initial)),
+        ]
+        for name, rule in rules:
             if name and tape.needs_gradient(name):
-                tape.add_gradient(name, self.stack_directions([b.states[i] for b in backs], 0))
+                tape.add_gradient(name, self.stack_directions([self.concat(rule(b), 0) for b in backs], 0))
 
     def weight_gradient(self, gates: str, read: str) -> str:
         """The sum over steps and samples of the outer products."""

@@ -85,10 +85,7 @@ def resize(tape: Tape, node: Node) -> Pull:
     amounts = ["", g.constant(scales, np.float32)] if scales is not None else ["", "", tape.sizes(out)]
     tape.enter(node.outputs[0], g.emit("Resize", x, *amounts, attrs=node.attrs), out)
 
-    def pull(dy: str) -> None:
-        tape.add_gradient(name, _resize_gradient(tape, dy, out, shape, matrices))
-
-    return pull
+    return lambda dy: tape.add_gradient(name, _resize_gradient(tape, dy, out, shape, matrices))
 
 
 def _resize_gradient(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int, Matrix]) -> str:

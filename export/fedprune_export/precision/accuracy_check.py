@@ -147,8 +147,11 @@ class PrecisionTrials:
         y = None if self._data is None else self._data.y[: len(outputs)]
         comparison = compare_outputs(_LOSSES[labels], self._reference, outputs, y)
         warning = ""
-        if precision == INT8:
-            warning = _FILE_RANGES_WARNING if x is None else _equal_samples_warning(x[:CALIBRATION_SAMPLES])
+        if precision == INT8 and x is None:
+            warning = _FILE_RANGES_WARNING
+        elif precision == INT8 and x is not None and (seen := x[:CALIBRATION_SAMPLES] == x[:1]).all():
+            subject = "a single sample" if len(seen) == 1 else f"{len(seen)} equal samples"
+            warning = _EQUAL_SAMPLES_WARNING.format(subject)
         return PrecisionTrial(lowered, files, comparison, has_samples=self._data is not None, warning=warning)
 
     def _random_samples(self) -> Array:
@@ -188,13 +191,6 @@ _FILE_RANGES_WARNING = (
     "int8: ranges of activations are those of the quantised file that the model was read from; with --data they are "
     "measured, and outputs are compared on real samples"
 )
-
-
-def _equal_samples_warning(x: Array) -> str:
-    """A warning that the samples to measure ranges on are all equal, or a single one; empty if they differ."""
-    if (x != x[:1]).any():
-        return ""
-    subject = "a single sample" if len(x) == 1 else f"{len(x)} equal samples"
-    return (
-        f"int8: ranges of activations were measured on {subject}; give some hundred like those that the board will see"
-    )
+_EQUAL_SAMPLES_WARNING = (
+    "int8: ranges of activations were measured on {}; give some hundred like those that the board will see"
+)

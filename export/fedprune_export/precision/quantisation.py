@@ -119,16 +119,12 @@ def use_quantisable_forms(pair: LoweredPair) -> None:
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
         shape = pair.shape(node.inputs[0]) if node.inputs else None
+        axes = [a % 4 for a in node.attrs.get("axes") or []]
+        is_of_maps = shape is not None and len(shape) == 4 and sorted(axes) == [2, 3]
         if node.op == "Flatten" and not node.domain and node.attrs.get("axis", 1) == 1 and shape is not None:
             # The size is written out: for an empty batch Reshape couldn't infer it.
             graph.emit("Reshape", node.inputs[0], graph.ints(0, math.prod(shape[1:])), out=node.outputs[0])
-        elif node.op == "ReduceMean" and not node.domain and shape is not None and _is_map_mean(node, len(shape)):
+        elif node.op == "ReduceMean" and not node.domain and is_of_maps and bool(node.attrs.get("keepdims", 1)):
             graph.emit("GlobalAveragePool", node.inputs[0], out=node.outputs[0])
         else:
             graph.nodes.append(node)
-
-
-def _is_map_mean(node: Node, rank: int) -> bool:
-    """Whether a mean is that of every channel's map."""
-    axes = node.attrs.get("axes") or []
-    return rank == 4 and sorted(a % rank for a in axes) == [2, 3] and bool(node.attrs.get("keepdims", 1))

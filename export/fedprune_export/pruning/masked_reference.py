@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
-from fedprune.model.architecture import Axis
 from fedprune.model.selection import Selection
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import load_rules, registrar
@@ -48,12 +47,9 @@ class MaskWriter:
     def rank(self, name: str) -> int:
         return len(self._values[name])
 
-    def axis(self, name: str, axis: int) -> Axis | None:
-        return self._values[name][axis]
-
     def length(self, name: str, axis: int) -> int:
         """Indices of an axis at full width. Raises `ModelError` if the axis follows the batch."""
-        value_axis = self.axis(name, axis)
+        value_axis = self._values[name][axis]
         if value_axis is None:
             raise ModelError(f"a norm averages over axis {axis} of {name}, which follows the batch")
         return value_axis.length
@@ -62,7 +58,7 @@ class MaskWriter:
         """Ones for kept indices of an axis, zeros for lost ones; None where nothing is lost."""
         key = (name, axis % self.rank(name))
         if key not in self._masks:
-            value_axis = self.axis(*key)
+            value_axis = self._values[name][axis]
             mask = None
             if value_axis is not None and value_axis.groups:
                 mask = np.zeros(value_axis.length, np.float32)

@@ -14,12 +14,11 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune_export.cli import profiles
 
 
-def run(*words: str) -> int:
+def run(*words: str) -> None:
     parser = argparse.ArgumentParser()
     profiles.register(parser.add_subparsers())
     arguments = parser.parse_args(["profiles", *words])
-    code: int = arguments.function(arguments)
-    return code
+    arguments.function(arguments)
 
 
 def own(folder: Path, name: str = "mine", cores: int = 4) -> Path:
@@ -36,7 +35,7 @@ def test_the_list_has_every_shipped_profile_and_those_of_own_folders(
 ) -> None:
     own(tmp_path)
     names = sorted([*profile_store.shipped_profile_names(), "mine"])
-    assert run("list", "--folder", str(tmp_path)) == 0
+    run("list", "--folder", str(tmp_path))
     assert [row.split("\t")[0] for row in capsys.readouterr().out.splitlines()] == ["name", *names]
     run("list", "--folder", str(tmp_path), "--json")
     assert [HardwareProfile.from_dict(b).name for b in json.loads(capsys.readouterr().out)] == names
@@ -74,7 +73,7 @@ def test_a_profile_is_shown_with_every_source(capsys: pytest.CaptureFixture[str]
 
 def test_shipped_files_pass_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     files = sorted(map(str, profile_store.shipped_profiles_folder().glob("*.toml")))
-    assert run("check", *files) == 0
+    run("check", *files)
     assert [row.split(": ok")[0] for row in capsys.readouterr().out.splitlines()] == files
 
 
@@ -95,12 +94,12 @@ def test_the_check_reports_good_files_and_names_every_bad_one(
 
 def test_a_board_is_identified_from_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("identify", "--model", "ACME Box", "--compatible", "nvidia,tegra234", "--memory", "16000000000")
-    assert run(*words, "--l4t", "36.4.3") == 0
+    run(*words, "--l4t", "36.4.3")
     assert capsys.readouterr().out.splitlines() == [
         "jetson-orin-nx: NVIDIA Jetson Orin NX 16 GB",
         "  because of processor: tegra234",
         "  because of memory: 16.0 GB",
         "  because of L4T 36.4.3: JetPack 6.2",
     ]
-    assert run(*words, "--json") == 0
+    run(*words, "--json")
     assert json.loads(capsys.readouterr().out)["profile"] == "jetson-orin-nx"

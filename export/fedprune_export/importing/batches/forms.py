@@ -21,8 +21,7 @@ _POSITIONWISE = frozenset(ONE_TO_ONE) | {
 def plain(state: Propagation, node: Node) -> None:
     if node.op not in _POSITIONWISE and any(state.places.get(i) == ADDED for i in node.inputs):
         state.refuse(node, "the file has removed the axis of the batch before it")
-    state.append(node)
-    state.locate(node)
+    state.write(node)
 
 
 def axis_of(state: Propagation, node: Node, default: int, position: int = 0) -> int:
@@ -41,8 +40,7 @@ def along_axis(default: int, *, to_end: bool = False) -> Rule:
                 node.attrs["axis"] = axis + 1
             elif axis == place.axis or (to_end and axis < place.axis):
                 state.refuse(node, "it works along the axis of the batch")
-        state.append(node)
-        state.locate(node)
+        state.write(node)
 
     return rule
 

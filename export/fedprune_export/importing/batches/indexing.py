@@ -96,8 +96,7 @@ def slice_values(state: Propagation, node: Node) -> None:
         node.inputs = [data, *(state.ints(*(part[i] for i in kept)) for part in parts)]
         state.append(node)
     else:
-        state.append(node)
-    state.locate(node)
+        state.write(node)
 
 
 def split(state: Propagation, node: Node) -> None:

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from fedprune.core.errors import ModelError, value_text
+from fedprune.core.errors import ModelError
 from fedprune_export.importing.batches.places import ADDED, Place
-from fedprune_export.ir.graph import Array, Graph, Node, Port
+from fedprune_export.ir.graph import Array, Graph, Node, Port, node_label
 from fedprune_export.ir.measured_shapes import run_values, shapes_at_batch
 from fedprune_export.ir.shape_inference import InferredShapes, ShapeError, infer_node, set_value
 
@@ -205,6 +205,11 @@ class Propagation:
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
+    def write(self, node: Node) -> None:
+        """Append a node, and find the batch in its outputs."""
+        self.append(node)
+        self.locate(node)
+
     def locate(self, node: Node) -> None:
         """Find the batch in a node's outputs by their shapes. Raises `FreeingError` if samples are combined."""
         for name in filter(None, node.outputs):
@@ -234,8 +239,7 @@ class Propagation:
     def refuse(self, node: Node, reason: str) -> NoReturn:
         """Raise `FreeingError` for a node."""
         raise FreeingError(
-            f"the file is made for batches of {self.batch}, and {node.op} "
-            f"{value_text(node.name or node.outputs[0])} can't take others: {reason}",
+            f"the file is made for batches of {self.batch}, and {node_label(node)} can't take others: {reason}",
             hint=FREE_BATCH_HINT,
         )
 

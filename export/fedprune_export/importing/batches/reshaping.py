@@ -12,8 +12,7 @@ def reshape(state: Propagation, node: Node) -> None:
     data, output = node.inputs[0], node.outputs[0]
     if data not in state.places:
         # The shape alone follows the batch.
-        state.append(node)
-        state.locate(node)
+        state.write(node)
         return
     after = state.fixed.shapes[output]
     place = _place_after(state, node)
@@ -62,8 +61,7 @@ def squeeze(state: Propagation, node: Node) -> None:
         reshape(state, node)
         return
     # Without axes it would also remove a batch of 1.
-    state.append(Node("Squeeze", [data, state.ints(*axes)], list(node.outputs), {}, node.name))
-    state.locate(node)
+    state.write(Node("Squeeze", [data, state.ints(*axes)], list(node.outputs), {}, node.name))
 
 
 def unsqueeze(state: Propagation, node: Node) -> None:
@@ -71,5 +69,4 @@ def unsqueeze(state: Propagation, node: Node) -> None:
     if place.added or not place.is_exact:
         reshape(state, node)
     else:
-        state.append(node)
-        state.locate(node)
+        state.write(node)

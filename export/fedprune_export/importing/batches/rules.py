@@ -56,8 +56,7 @@ def _broadcast(state: Propagation, node: Node) -> None:
                     name = state.one_row(name, axis)
         inputs.append(name)
     node.inputs = inputs
-    state.append(node)
-    state.locate(node)
+    state.write(node)
 
 
 def _spread_operands(state: Propagation, node: Node) -> None:
@@ -81,8 +80,7 @@ def _spread_operands(state: Propagation, node: Node) -> None:
     node.inputs = inputs
     if place.added:
         node.attrs["axis"] = axis + 1
-    state.append(node)
-    state.locate(node)
+    state.write(node)
 
 
 def _reduce(state: Propagation, node: Node) -> None:
@@ -104,8 +102,7 @@ def _reduce(state: Propagation, node: Node) -> None:
     if not rest:
         reduced = Node("Identity", [data], list(node.outputs), {}, node.name)
     if not drops or keeps:
-        state.append(reduced)
-        state.locate(node)
+        state.write(reduced)
         return
     value = data
     if rest:
@@ -119,8 +116,7 @@ def _transpose(state: Propagation, node: Node) -> None:
     if state.places[data].added:
         perm = [int(p) % rank for p in node.attrs.get("perm", range(rank)[::-1])]
         node.attrs["perm"] = [0, *(p + 1 for p in perm)]
-    state.append(node)
-    state.locate(node)
+    state.write(node)
 
 
 # -- sizes in arguments ------------------------------------------------------------------------------------------------

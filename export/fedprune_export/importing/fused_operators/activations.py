@@ -35,33 +35,20 @@ def activate(fused: FusedNode, name: str, parameters: Sequence[float], value: st
         fused.emit(name, value, out=out, **dict(zip(attributes, map(float, parameters), strict=False)))
 
 
-@rule("Gelu")
+@rule("Gelu", "BiasGelu", "FastGelu", "GemmFastGelu")
 def gelu(fused: FusedNode) -> None:
-    fused.emit("Gelu", fused.input(0), out=fused.node.outputs[0], approximate="none")
-
-
-@rule("BiasGelu")
-def bias_gelu(fused: FusedNode) -> None:
-    value = fused.sum(fused.input(0), fused.input(1))
-    fused.emit("Gelu", value, out=fused.node.outputs[0], approximate="none")
-
-
-@rule("FastGelu")
-def fast_gelu(fused: FusedNode) -> None:
-    value = fused.sum(fused.input(0), fused.input(1))
-    fused.emit("Gelu", value, out=fused.node.outputs[0], approximate="tanh")
-
-
-@rule("GemmFastGelu")
-def gemm_fast_gelu(fused: FusedNode) -> None:
-    value = fused.sum(fused.emit("MatMul", fused.input(0), fused.input(1)), fused.input(2))
-    fused.emit("Gelu", value, out=fused.node.outputs[0], approximate="tanh")
+    """Gelu of the sum with a bias, where there is one; of a product before it (Gemm), by tanh (Fast)."""
+    op, value, bias = fused.node.op, fused.input(0), fused.input(1)
+    if op == "GemmFastGelu":
+        value, bias = fused.emit("MatMul", value, bias), fused.input(2)
+    form = "tanh" if "Fast" in op else "none"
+    fused.emit("Gelu", fused.sum(value, bias), out=fused.node.outputs[0], approximate=form)
 
 
 @rule("QuickGelu")
 def quick_gelu(fused: FusedNode) -> None:
     """x · sigmoid(alpha · x)."""
-    x, alpha = fused.input(0), float(fused.attribute("alpha", 1.702))
+    x, alpha = fused.input(0), float(fused.node.attrs.get("alpha", 1.702))
     scaled = x if alpha == 1 else fused.emit("Mul", x, fused.number(alpha, x))
     fused.emit("Mul", x, fused.emit("Sigmoid", scaled), out=fused.node.outputs[0])
 
@@ -98,7 +85,7 @@ def bias_softmax(fused: FusedNode) -> None:
     """A softmax of the sum with a mask, over all axes from `axis` on."""
     x, out = fused.input(0), fused.node.outputs[0]
     rank = fused.rank(x)
-    axis = int(fused.attribute("axis", 1)) % rank
+    axis = int(fused.node.attrs.get("axis", 1)) % rank
     total = fused.sum(x, fused.input(1))
     if axis == rank - 1:
         fused.emit("Softmax", total, out=out, axis=-1)

@@ -29,10 +29,10 @@ def attention(fused: FusedNode) -> None:
     """Attention of a value to itself. One matrix of weights projects it to queries, keys and values."""
     x, weight, bias, mask, past, scores = (fused.input(position) for position in range(6))
     _refuse_cache(fused, past)
-    if fused.attribute("do_rotary", 0):
+    if fused.node.attrs.get("do_rotary", 0):
         fused.refuse("it rotates queries and keys itself")
     length, total = fused.shape(x)[1], fused.shape(weight)[1]
-    widths = [int(w) for w in fused.attribute("qkv_hidden_sizes", [total // 3] * 3)]
+    widths = [int(w) for w in fused.node.attrs.get("qkv_hidden_sizes", [total // 3] * 3)]
     if sum(widths) != total:
         fused.refuse(f"its weights have {total} columns", f"{sum(widths)} for queries, keys and values")
     projected = fused.sum(fused.emit("MatMul", x, weight), bias)
@@ -49,9 +49,9 @@ def multi_head_attention(fused: FusedNode) -> None:
     if fused.output(3):
         fused.refuse("its products of queries and keys are read")
     if fused.rank(query) == 5:  # [n, positions, heads, 3, head_dim]
-        projections = [_projection(fused, name) for name in _unpack(fused, query, 3)]
+        projections = _unpack(fused, query, 3)
     elif key and fused.rank(key) == 5:  # [n, positions, heads, 2, head_dim]
-        projections = [_projection(fused, name) for name in (query, *_unpack(fused, key, 2))]
+        projections = [_projection(fused, query), *_unpack(fused, key, 2)]
     elif key and value:
         projections = [_projection(fused, name) for name in (query, key, value)]
     else:
@@ -72,9 +72,9 @@ def rotary_embedding(fused: FusedNode) -> None:
     """Pairs of channels, turned by angles that grow with the position."""
     x, positions, cosines, sines = (fused.input(position) for position in range(4))
     shape, half = fused.shape(x), fused.shape(cosines)[1]
-    heads = int(fused.attribute("num_heads", 0))
-    turned_width = int(fused.attribute("rotary_embedding_dim", 0)) or 2 * half
-    if fused.attribute("is_packed_batching", 0) or float(fused.attribute("scale", 1.0)) != 1:
+    heads = int(fused.node.attrs.get("num_heads", 0))
+    turned_width = int(fused.node.attrs.get("rotary_embedding_dim", 0)) or 2 * half
+    if fused.node.attrs.get("is_packed_batching", 0) or float(fused.node.attrs.get("scale", 1.0)) != 1:
         fused.refuse("its samples are packed into one, or its angles are scaled")
     if len(shape) == 3:
         heads = heads or shape[2] // turned_width
@@ -91,7 +91,7 @@ def rotary_embedding(fused: FusedNode) -> None:
     cosine, sine = (fused.emit("Unsqueeze", fused.emit("Gather", t, positions), axis) for t in (cosines, sines))
     rest = head_dim - turned_width
     turned, *untouched = fused.split(value, [turned_width, rest], -1) if rest else [value]
-    is_interleaved = bool(fused.attribute("interleaved", 0))
+    is_interleaved = bool(fused.node.attrs.get("interleaved", 0))
     if is_interleaved:
         pairs = fused.emit("Reshape", turned, fused.graph.ints(0, 0, 0, half, 2))
         ends = [fused.emit("Squeeze", end, fused.graph.ints(-1)) for end in fused.split(pairs, [1, 1], -1)]
@@ -114,8 +114,8 @@ def _attend(
     fused: FusedNode, query: _Projection, key: _Projection, value: _Projection, mask: str, added_scores: str
 ) -> None:
     """softmax(scale · Q Kᵀ + masks) V, and its heads side by side."""
-    heads = int(fused.attribute("num_heads", 1))
-    scale = float(fused.attribute("scale", 0.0)) or 1 / math.sqrt(query.width // heads)
+    heads = int(fused.node.attrs.get("num_heads", 1))
+    scale = float(fused.node.attrs.get("scale", 0.0)) or 1 / math.sqrt(query.width // heads)
     like = fused.input(0)
     queries, values = (_with_heads(fused, each, heads, [0, 2, 1, 3]) for each in (query, value))
     keys = _with_heads(fused, key, heads, [0, 2, 3, 1])
@@ -124,7 +124,7 @@ def _attend(
         scores = fused.emit("Add", scores, added_scores)
     if mask:
         scores = fused.emit("Add", scores, padding_scores(fused, mask, key.length, like))
-    if fused.attribute("unidirectional", 0):
+    if fused.node.attrs.get("unidirectional", 0):
         scores = fused.emit("Add", scores, causal_scores(fused, query.length, key.length, like))
     mixed = fused.emit("MatMul", fused.emit("Softmax", scores, axis=-1), values)
     rows = fused.emit("Transpose", mixed, perm=[0, 2, 1, 3])
@@ -142,20 +142,18 @@ def _with_heads(fused: FusedNode, projection: _Projection, heads: int, order: Se
 
 
 def _projection(fused: FusedNode, value: str) -> _Projection:
-    shape = fused.shapes.shapes.get(value)
-    if shape is None:  # made by `_unpack`
-        packed = fused.shape(fused.input(0)) if fused.rank(fused.input(0)) == 5 else fused.shape(fused.input(1))
-        return _Projection(value, packed[1], packed[2] * packed[4])
+    shape = fused.shape(value)
     if len(shape) == 4:
         return _Projection(value, shape[2], shape[1] * shape[3], has_heads=True)
     return _Projection(value, shape[1], shape[2])
 
 
-def _unpack(fused: FusedNode, value: str, count: int) -> list[str]:
+def _unpack(fused: FusedNode, value: str, count: int) -> list[_Projection]:
     """The projections in [n, positions, heads, count, head_dim], each as [n, positions, heads · head_dim]."""
-    shape = fused.shape(value)
-    width = fused.graph.ints(0, 0, shape[2] * shape[4])
-    return [fused.emit("Reshape", name, width) for name in fused.split(value, [1] * count, 3)]
+    _, length, heads, _, head_dim = fused.shape(value)
+    target = fused.graph.ints(0, 0, heads * head_dim)
+    columns = [fused.emit("Reshape", name, target) for name in fused.split(value, [1] * count, 3)]
+    return [_Projection(name, length, heads * head_dim) for name in columns]
 
 
 def _refuse_cache(fused: FusedNode, past: str) -> None:

@@ -37,6 +37,6 @@ def padding_scores(fused: FusedNode, mask: str, keys: int, like: str) -> str:
             f"its mask has the shape {list(shape)} for {batch} samples",
             f"lengths [n], or [n, {keys}] or [n, queries, {keys}]",
         )
-    filter_value = float(fused.attribute("mask_filter_value", _FILTER_VALUE))
+    filter_value = float(fused.node.attrs.get("mask_filter_value", _FILTER_VALUE))
     scores = fused.emit("Where", counts, fused.number(0, like), fused.number(filter_value, like))
     return fused.emit("Unsqueeze", scores, fused.graph.ints(*axes))

@@ -13,14 +13,14 @@ _CHANNELS_FIRST, _CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 def fused_conv(fused: FusedNode) -> None:
     """activation(conv(x) + z)."""
     attrs = {name: value for name, value in fused.node.attrs.items() if name not in _ACTIVATION_ATTRIBUTES}
-    addend, activation = fused.input(3), fused.attribute("activation", "")
+    addend, activation = fused.input(3), fused.node.attrs.get("activation", "")
     inputs = [i for i in fused.node.inputs[:3] if i]
     out = fused.node.outputs[0]
     value = fused.emit("Conv", *inputs, out="" if addend or activation else out, **attrs)
     if addend:
         value = fused.emit("Add", value, addend, out="" if activation else out)
     if activation:
-        activate(fused, activation, fused.attribute("activation_params", []), value, fused.input(0))
+        activate(fused, activation, fused.node.attrs.get("activation_params", []), value, fused.input(0))
 
 
 @rule("NhwcConv", "NhwcFusedConv")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from onnx import helper
 
-from fedprune.core.errors import ModelError, value_text
-from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.graph import Array, Graph, Node, node_label
 from fedprune_export.ir.operators import registrar
 from fedprune_export.ir.shape_inference import InferredShapes
 
@@ -42,9 +42,6 @@ class FusedNode:
         name = self.node.outputs[position] if position < len(self.node.outputs) else ""
         return name if name in self.read_values else ""
 
-    def attribute(self, name: str, default: Any) -> Any:
-        return self.node.attrs.get(name, default)
-
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes.shapes[name]
 
@@ -61,7 +58,7 @@ class FusedNode:
 
     def refuse(self, reason: str, expected: str | None = None, hint: str = UNFUSED_HINT) -> NoReturn:
         raise ModelError(
-            f"{self.node.op} {value_text(self.node.name or self.node.outputs[0])} can't be taken apart: {reason}",
+            f"{node_label(self.node)} can't be taken apart: {reason}",
             expected=expected,
             hint=hint,
         )

@@ -11,36 +11,25 @@ from fedprune_export.importing.fused_operators.fused_node import FusedNode, rule
 _SKIP_EPSILON = 1e-12
 
 
-@rule("LayerNormalization")
+@rule("LayerNormalization", "SimplifiedLayerNormalization")
 def layer_norm(fused: FusedNode) -> None:
-    """The standard's, which an optimiser has written at an opset without it."""
-    inputs = [i for i in fused.node.inputs if i]
-    _refuse_statistics(fused, 1, 2)
-    attrs = {"axis": int(fused.attribute("axis", -1)), "epsilon": float(fused.attribute("epsilon", 1e-5))}
-    fused.emit("LayerNormalization", *inputs, out=fused.node.outputs[0], **attrs)
+    """The standard's, which an optimiser has written at an opset without it; simplified, it is without its mean."""
+    _refuse_statistics(fused)
+    op = "LayerNormalization" if fused.node.op == "LayerNormalization" else "RMSNormalization"
+    attrs = {"axis": int(fused.node.attrs.get("axis", -1)), "epsilon": float(fused.node.attrs.get("epsilon", 1e-5))}
+    fused.emit(op, *filter(None, fused.node.inputs), out=fused.node.outputs[0], **attrs)
 
 
-@rule("SimplifiedLayerNormalization")
-def rms_norm(fused: FusedNode) -> None:
-    _refuse_statistics(fused, 1)
-    attrs = {"axis": int(fused.attribute("axis", -1)), "epsilon": float(fused.attribute("epsilon", 1e-5))}
-    fused.emit("RMSNormalization", fused.input(0), fused.input(1), out=fused.node.outputs[0], **attrs)
-
-
-@rule("SkipLayerNormalization")
+@rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 def skip_layer_norm(fused: FusedNode) -> None:
-    """The norm of x + bias + skip; the sum may be an output, too."""
-    _refuse_statistics(fused, 1, 2)
-    total = fused.sum(fused.input(0), fused.input(4), fused.input(1), out=fused.output(3))
-    _normalise(fused, "LayerNormalization", total, fused.input(2), fused.input(3))
-
-
-@rule("SkipSimplifiedLayerNormalization")
-def skip_rms_norm(fused: FusedNode) -> None:
-    """The norm of x + bias + skip, without its mean; the sum may be an output, too."""
-    _refuse_statistics(fused, 1, 2)
-    total = fused.sum(fused.input(0), fused.input(3), fused.input(1), out=fused.output(3))
-    _normalise(fused, "RMSNormalization", total, fused.input(2))
+    """The norm of x + bias + skip, simplified without its mean; the sum may be an output, too."""
+    _refuse_statistics(fused)
+    x, skip, *vectors = (fused.input(position) for position in range(5))
+    op = "LayerNormalization"
+    if fused.node.op == "SkipSimplifiedLayerNormalization":
+        op, vectors = "RMSNormalization", [vectors[0], "", vectors[1]]
+    total = fused.sum(x, vectors.pop(), skip, out=fused.output(3))
+    _normalise(fused, op, total, *vectors)
 
 
 @rule("EmbedLayerNormalization")
@@ -69,9 +58,9 @@ def skip_group_norm(fused: FusedNode) -> None:
     """The norm of x + skip + bias; the sum may be an output, too."""
     x, skip, bias = fused.input(0), fused.input(3), fused.input(4)
     if fused.rank(skip) == 2:  # one number per channel of a sample
-        is_last = bool(fused.attribute("channels_last", 1))
+        is_last = bool(fused.node.attrs.get("channels_last", 1))
         skip = fused.emit("Unsqueeze", skip, fused.graph.ints(*([1, 2] if is_last else [2, 3])))
-    if bias and not fused.attribute("channels_last", 1):
+    if bias and not fused.node.attrs.get("channels_last", 1):
         bias = fused.emit("Unsqueeze", bias, fused.graph.ints(1, 2))
     _group_norm(fused, fused.sum(x, skip, bias, out=fused.output(1)))
 
@@ -80,12 +69,12 @@ def _normalise(fused: FusedNode, op: str, value: str, *vectors: str) -> None:
     """A norm over the last axis."""
     if not fused.output(0):
         return
-    attrs = {"axis": -1, "epsilon": float(fused.attribute("epsilon", _SKIP_EPSILON))}
+    attrs = {"axis": -1, "epsilon": float(fused.node.attrs.get("epsilon", _SKIP_EPSILON))}
     fused.emit(op, value, *(v for v in vectors if v), out=fused.node.outputs[0], **attrs)
 
 
-def _refuse_statistics(fused: FusedNode, *positions: int) -> None:
-    if any(fused.output(position) for position in positions):
+def _refuse_statistics(fused: FusedNode) -> None:
+    if fused.output(1) or fused.output(2):
         fused.refuse("its mean or deviation is read", "an output that only its training needs to stay unread")
 
 
@@ -104,13 +93,14 @@ def _count_positions(fused: FusedNode, mask: str) -> None:
 
 def _group_norm(fused: FusedNode, value: str) -> None:
     """A norm of groups of channels, and with `activation` 1 x · sigmoid(x) of it."""
-    is_last, swish, out = fused.attribute("channels_last", 1), fused.attribute("activation", 0), fused.node.outputs[0]
+    attrs, out = fused.node.attrs, fused.node.outputs[0]
+    is_last, swish = attrs.get("channels_last", 1), attrs.get("activation", 0)
     if fused.rank(fused.input(0)) != 4:
         fused.refuse("its input has no two spatial axes")
     if swish not in (0, 1):
         fused.refuse(f"its activation is {swish}", "0 (none) or 1 (x · sigmoid(x))")
     maps = channels_first(fused, value) if is_last else value
-    attrs = {"num_groups": int(fused.attribute("groups", 1)), "epsilon": float(fused.attribute("epsilon", 1e-5))}
+    attrs = {"num_groups": int(attrs.get("groups", 1)), "epsilon": float(attrs.get("epsilon", 1e-5))}
     normal = fused.emit(
         "GroupNormalization", maps, fused.input(1), fused.input(2), out="" if is_last or swish else out, **attrs
     )

@@ -10,7 +10,7 @@ from fedprune_export.importing.fused_operators.fused_node import FusedNode, rule
 def fused_matmul(fused: FusedNode) -> None:
     """alpha · A · B, of which each may be transposed."""
     left, right = (_operand(fused, position, side) for position, side in enumerate("AB"))
-    alpha, out = float(fused.attribute("alpha", 1.0)), fused.node.outputs[0]
+    alpha, out = float(fused.node.attrs.get("alpha", 1.0)), fused.node.outputs[0]
     if alpha == 1:
         fused.emit("MatMul", left, right, out=out)
     else:
@@ -23,8 +23,9 @@ def fused_gemm(fused: FusedNode) -> None:
     names = ("alpha", "beta", "transA", "transB")
     attrs = {name: value for name, value in fused.node.attrs.items() if name in names}
     value = fused.emit("Gemm", *fused.node.inputs, **attrs)
-    parameters = [fused.attribute(f"activation_{name}", None) for name in ("alpha", "beta", "gamma")]
-    activate(fused, fused.attribute("activation", ""), [p for p in parameters if p is not None], value, fused.input(0))
+    read = fused.node.attrs.get
+    parameters = [p for name in ("alpha", "beta", "gamma") if (p := read(f"activation_{name}")) is not None]
+    activate(fused, read("activation", ""), parameters, value, fused.input(0))
 
 
 def _operand(fused: FusedNode, position: int, side: str) -> str:
@@ -33,8 +34,8 @@ def _operand(fused: FusedNode, position: int, side: str) -> str:
     if rank < 2:
         return value
     order = list(range(rank))
-    if fused.attribute(f"transBatch{side}", 0):
+    if fused.node.attrs.get(f"transBatch{side}", 0):
         order = [*order[1:-1], order[0], order[-1]]
-    if fused.attribute(f"trans{side}", 0):
+    if fused.node.attrs.get(f"trans{side}", 0):
         order = [*order[:-2], order[-1], order[-2]]
     return value if order == sorted(order) else fused.emit("Transpose", value, perm=order)

@@ -40,7 +40,9 @@ def put_stand_ins(model: onnx.ModelProto) -> None:
 def _stand_ins(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[onnx.NodeProto]:
     attrs: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     op, inputs, out = node.op_type, list(node.input), node.output[0]
-    if op in _SHAPE_PRESERVING or (op == "Attention" and _keeps_width(inputs[1], shapes)):
+    # Queries, keys and values have as many columns as the input that they are made from.
+    weights = shapes.get(inputs[1], ()) if op == "Attention" else ()
+    if op in _SHAPE_PRESERVING or (len(weights) == 2 and weights[1] == 3 * weights[0]):
         outputs = [out, *node.output[_SUM_OUTPUTS[op] : _SUM_OUTPUTS[op] + 1]] if op in _SUM_OUTPUTS else [out]
         yield from (helper.make_node("Identity", inputs[:1], [name]) for name in outputs if name)
     elif op in ("FusedMatMul", "TransposeMatMul") and not (attrs.get("transBatchA") or attrs.get("transBatchB")):
@@ -58,9 +60,3 @@ def _stand_ins(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> I
         yield from (helper.make_node("Gather", [inputs[2], inputs[0]], [name], axis=0) for name in names if name)
     else:
         yield node
-
-
-def _keeps_width(weights: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a value has as many columns as the input that its queries, keys and values are made from."""
-    shape = shapes.get(weights, ())
-    return len(shape) == 2 and shape[1] == 3 * shape[0]

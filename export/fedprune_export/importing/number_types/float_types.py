@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import onnx
 from onnx import TensorProto
@@ -25,7 +24,9 @@ def computed_types(proto: onnx.ModelProto) -> set[int]:
     Neither does a weight of 16 bits that is only rearranged before it is cast (`stored_weights`).
     """
     graph = proto.graph
-    stored = list(_stored_tensors(graph))
+    stored = [(tensor.name, tensor) for tensor in graph.initializer]
+    constants = [node for node in graph.node if node.op_type == "Constant"]
+    stored += [(node.output[0], a.t) for node in constants for a in node.attribute if a.name == "value"]
     declared = {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
     declared.update(tensor.data_type for _, tensor in stored)
     declared.update(a.i for n in graph.node for a in n.attribute if a.name in TYPE_ATTRIBUTES)
@@ -45,11 +46,3 @@ def computed_types(proto: onnx.ModelProto) -> set[int]:
                 values.update(node.output)
     types = value_types(proto)
     return {types[name] for name in values if types.get(name) in SIGNIFICANT_BITS}
-
-
-def _stored_tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """The initialisers of a graph, and the tensors of its Constant nodes, with the names of the values."""
-    yield from ((tensor.name, tensor) for tensor in graph.initializer)
-    for node in graph.node:
-        if node.op_type == "Constant":
-            yield from ((node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value")

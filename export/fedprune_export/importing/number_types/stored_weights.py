@@ -15,7 +15,7 @@ from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.shape_inference import MAX_ELEMENTS
 
 # Inputs that only a weight or the bias of one can be. A norm's scale of ones is as often a norm without one.
-_WEIGHT_INPUTS = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (1,), "BatchNormalization": ()}
+_WEIGHT_INPUTS = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (1,)}
 _WEIGHT_INPUTS["BatchNormalization"] = (1, 2, 3, 4)
 _BIASED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 

@@ -77,7 +77,7 @@ def _to_float(state: Rewriter, node: Node) -> None:
     """MatMulIntegerToFloat: A, B, scale of A, scale of B, zero point of A, zero point of B, bias."""
     a, b, a_scale, b_scale, a_zero, b_zero, bias = [*node.inputs, "", "", ""][:7]
     first = state.number(a, Quantisation(a_scale, a_zero, -2))
-    _finish(state, node, first, state.number(b, Quantisation(b_scale, b_zero, -1)), bias)
+    state.write_product(node, first, state.number(b, Quantisation(b_scale, b_zero, -1)), bias)
 
 
 def _dynamic_matmul(state: Rewriter, node: Node) -> None:
@@ -87,7 +87,7 @@ def _dynamic_matmul(state: Rewriter, node: Node) -> None:
     state.makers[integers] = state.file.nodes[-1]
     state.round_dynamically(integers, a, Quantisation(scale, zero))
     first = state.number(integers, Quantisation(scale, zero))
-    _finish(state, node, first, state.number(b, Quantisation(b_scale, b_zero, -1)), bias)
+    state.write_product(node, first, state.number(b, Quantisation(b_scale, b_zero, -1)), bias)
 
 
 def _attention(state: Rewriter, node: Node) -> None:
@@ -132,12 +132,6 @@ def _lstm_weight(state: Rewriter, node: Node, name: str, scale_name: str, zero_n
     spread_zero = np.zeros(shape) if zero is None else zero.reshape(shape).astype(np.float64)
     numbers = (integers.astype(np.float64) - spread_zero) * scale.reshape(shape)
     return state.add_tensor(name, np.ascontiguousarray(numbers.swapaxes(1, 2), np.float32))
-
-
-def _finish(state: Rewriter, node: Node, first: str, second: str, bias: str) -> None:
-    product = state.emit("MatMul", first, second, out=None if bias else node.outputs[0])
-    if bias:
-        state.emit("Add", product, bias, out=node.outputs[0])
 
 
 PRODUCT_RULES: dict[str, Rule] = {

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune.core.errors import ModelError, value_text
-from fedprune_export.ir.graph import Array, Node
+from fedprune.core.errors import ModelError
+from fedprune_export.ir.graph import Array, Node, node_label
 
 FLOAT_MODEL_HINT = (
     "Export the float32 model that it was made from; --precision int8 (precisions) makes a board predict with 8 bits."
 )
 
 _INTEGER_NAME = re.compile(r"(u?)int(\d+)")
-
-
-def node_label(node: Node) -> str:
-    return f"{node.op} {value_text(node.name or node.outputs[0])}"
 
 
 def refuse(node: Node, reason: str) -> ModelError:

@@ -81,19 +81,15 @@ def _gemm(state: Rewriter, node: Node) -> None:
         _finish(state, node, value, 7)
 
 
-def _binary(op: str) -> Rule:
-    def rule(state: Rewriter, node: Node) -> None:
-        _finish(state, node, state.emit(op, _read(state, node, 0), _read(state, node, 3)), 6)
+def _plain(op: str, attributes: tuple[str, ...] = (), *, operands: int = 1) -> Rule:
+    """An operator of numbers with these of its attributes, whose operands are triples of inputs."""
 
-    return rule
-
-
-def _unary(op: str, attributes: tuple[str, ...] = (), start: int = 3) -> Rule:
     def rule(state: Rewriter, node: Node) -> None:
         if node.attrs.get("channels_last", 0):
             raise refuse(node, "has its channels last")
         attrs: dict[str, Any] = {k: v for k, v in node.attrs.items() if k in attributes}
-        _finish(state, node, state.emit(op, _read(state, node, 0), attrs=attrs), start)
+        numbers = [_read(state, node, 3 * i) for i in range(operands)]
+        _finish(state, node, state.emit(op, *numbers, attrs=attrs), 3 * operands)
 
     return rule
 
@@ -146,10 +142,7 @@ def _matmul_nbits(state: Rewriter, node: Node) -> None:
         zero_points = unpack_blocks(zeros.reshape(columns, -1), bits, blocks)
     values = dequantised(integers, scales.reshape(columns, blocks), zero_points, 1, block)[:, :rows]
     weight = state.add_tensor(node.inputs[1], np.ascontiguousarray(values.T))
-    bias = [names[2]] if names[2] else []
-    product = state.emit("MatMul", node.inputs[0], weight, out=None if bias else node.outputs[0])
-    if bias:
-        state.emit("Add", product, *bias, out=node.outputs[0])
+    state.write_product(node, node.inputs[0], weight, names[2])
 
 
 _POOL = ("kernel_shape", "strides", "pads", "auto_pad", "ceil_mode", "count_include_pad", "dilations")
@@ -161,12 +154,12 @@ OPERATOR_RULES: dict[str, Rule] = {
     "QLinearConv": _conv,
     "QLinearMatMul": _matmul,
     "QGemm": _gemm,
-    "QLinearAdd": _binary("Add"),
-    "QLinearMul": _binary("Mul"),
-    "QLinearSigmoid": _unary("Sigmoid"),
-    "QLinearLeakyRelu": _unary("LeakyRelu", ("alpha",)),
-    "QLinearAveragePool": _unary("AveragePool", _POOL),
-    "QLinearGlobalAveragePool": _unary("GlobalAveragePool"),
+    "QLinearAdd": _plain("Add", operands=2),
+    "QLinearMul": _plain("Mul", operands=2),
+    "QLinearSigmoid": _plain("Sigmoid"),
+    "QLinearLeakyRelu": _plain("LeakyRelu", ("alpha",)),
+    "QLinearAveragePool": _plain("AveragePool", _POOL),
+    "QLinearGlobalAveragePool": _plain("GlobalAveragePool"),
     "QLinearReduceMean": _reduce_mean,
     "QLinearConcat": _concat,
     "QLinearWhere": _where,

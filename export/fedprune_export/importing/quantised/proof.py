@@ -16,16 +16,16 @@ import onnx
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.batches.layout import move_batch_first, possible_layouts
-from fedprune_export.importing.graph_writer import FLOAT_TYPES
+from fedprune_export.importing.graph_writer import FLOAT_TYPES, value_types
 from fedprune_export.importing.original import relative_distance
-from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, Quantisation, node_label
+from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, Quantisation
 from fedprune_export.importing.quantised.rewriter import Rewriter
 from fedprune_export.importing.quantised.roundings import Rounding
 from fedprune_export.importing.quantised.saturation import avoid_saturation
 from fedprune_export.importing.raw_file import BatchLayout
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.translation import upgrade_model
-from fedprune_export.ir.graph import Array, Graph, Port
+from fedprune_export.ir.graph import Array, Graph, Port, node_label
 from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.ir.shape_inference import ShapeError
@@ -85,17 +85,14 @@ def _samples(state: Rewriter, moved: Graph, batch: int) -> dict[str, Array]:
         scale = None if quantisation is None else state.constant(quantisation.scale)
         if quantisation is not None and bounds is not None and scale is not None and scale.size == 1:
             zero = state.constant(quantisation.zero)
-            low, high = (float(scale.reshape(-1)[0]) * (b - _first(zero)) for b in bounds)
+            offset = 0.0 if zero is None else float(zero.reshape(-1)[0])
+            low, high = (float(scale.reshape(-1)[0]) * (b - offset) for b in bounds)
             value = np.random.default_rng(batch).uniform(low, high, value.shape).astype(np.float32)
         elif port.dtype.kind in "iu" and value.dtype != port.dtype:
             kinds = np.iinfo(port.dtype)
             value = np.random.default_rng(batch).integers(max(kinds.min, 0), min(kinds.max, 1) + 1, value.shape)
         out[port.name] = value.astype(port.dtype)
     return out
-
-
-def _first(zero: Array | None) -> float:
-    return 0.0 if zero is None else float(zero.reshape(-1)[0])
 
 
 def _probe(state: Rewriter) -> tuple[Graph, dict[str, Rounding], list[tuple[str, str]]]:
@@ -133,7 +130,7 @@ def _probe(state: Rewriter) -> tuple[Graph, dict[str, Rounding], list[tuple[str,
 def _last_floats(state: Rewriter, ends: Sequence[str]) -> list[str]:
     """The float values that outputs are, or are decided by: equal numbers may differ by a rounding error and then
     decide otherwise."""
-    types = state.value_types()
+    types = value_types(state.proto)
     makers, passed = state.graph.producers(), {r.passed for r in state.roundings}
     out, pending, visited = dict[str, None](), list(ends), set(ends)
     while pending:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from fedprune_export.importing.fused_operators import restore_early_norms
-from fedprune_export.importing.graph_writer import file_shapes, value_types
+from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.quantised.numbers import Quantisation, refuse
 from fedprune_export.ir.graph import Array, Graph, Node
 
@@ -19,10 +19,11 @@ class QuantisedFile:
     Attributes:
         file: Its graph; rules add what operators do inside to it, for the comparison.
         makers: The nodes of the graph, by the names of their outputs.
+        proto: The file as it is.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
-        self._proto = proto
+        self.proto = proto
         self.file = Graph.from_proto(proto)
         self.makers = self.file.producers()
         self._shapes: dict[str, list[int | None]] | None = None
@@ -30,10 +31,10 @@ class QuantisedFile:
     def write(self, graph: Graph) -> onnx.ModelProto:
         """A graph with everything else that the file has."""
         model = onnx.ModelProto()
-        model.CopyFrom(self._proto)
+        model.CopyFrom(self.proto)
         model.graph.CopyFrom(graph.to_unlowered_proto().graph)
         used = {"", "ai.onnx", *(n.domain for n in graph.nodes)}
-        opsets = [o for o in self._proto.opset_import if o.domain in used]
+        opsets = [o for o in self.proto.opset_import if o.domain in used]
         del model.opset_import[:]
         model.opset_import.extend(opsets)
         restore_early_norms(model)
@@ -68,12 +69,8 @@ class QuantisedFile:
     def rank(self, name: str) -> int | None:
         """The number of axes of a value; None if it isn't known."""
         if self._shapes is None:
-            self._shapes = file_shapes(self._proto)
+            self._shapes = file_shapes(self.proto)
         return len(self._shapes[name]) if name in self._shapes else None
-
-    def value_types(self) -> dict[str, int]:
-        """The types of the file's values, as numbers of `onnx.TensorProto`."""
-        return value_types(self._proto)
 
     def canonical(self, quantisation: Quantisation) -> Quantisation:
         """A quantisation without an axis where it has one scale, so that all readers of a tensor share it."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import onnx
 
 from fedprune_export.importing.quantised.clipping import clip_end, least_output
-from fedprune_export.importing.quantised.numbers import Quantisation, dequantised, integer_range, node_label, refuse
+from fedprune_export.importing.quantised.numbers import Quantisation, dequantised, integer_range, refuse
 from fedprune_export.importing.quantised.quantised_file import QuantisedFile
 from fedprune_export.importing.quantised.roundings import (
     INNER_SHARE,
@@ -19,7 +18,7 @@ from fedprune_export.importing.quantised.roundings import (
     Clipping,
     Rounding,
 )
-from fedprune_export.ir.graph import Array, Node
+from fedprune_export.ir.graph import Array, Node, node_label
 
 _CLIP_INPUTS_OPSET = 11  # from which on Clip takes its bounds as inputs
 
@@ -48,6 +47,7 @@ class Rewriter(QuantisedFile):
     def __init__(self, proto: onnx.ModelProto) -> None:
         super().__init__(proto)
         self.graph = self.file.copy_without_nodes()
+        self.emit = self.graph.emit
         self._inputs = {p.name for p in self.file.inputs}
         self.roundings: list[Rounding] = []
         self.weights: list[str] = []
@@ -81,8 +81,11 @@ class Rewriter(QuantisedFile):
         # It is written where its result is read.
         self.quantisations |= dict.fromkeys(filter(None, node.outputs), self.quantisations[integers[0]])
 
-    def emit(self, op: str, *inputs: str, attrs: Mapping[str, Any] | None = None, out: str | None = None) -> str:
-        return self.graph.emit(op, *inputs, attrs=attrs, out=out)
+    def write_product(self, node: Node, first: str, second: str, bias: str) -> None:
+        """End a node that multiplies two numbers' matrices, and adds a bias where there is one."""
+        product = self.emit("MatMul", first, second, out=None if bias else node.outputs[0])
+        if bias:
+            self.emit("Add", product, bias, out=node.outputs[0])
 
     @staticmethod
     def is_rearranging(node: Node) -> bool:
