@@ -1,8 +1,4 @@
-"""BatchNormalization, by the statistics of the batch, of each sample (instance norms) or by fixed statistics.
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
-"""
+"""BatchNormalization, by the statistics of the batch, of each sample (instance norms) or by fixed statistics."""
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 In training graphs each is a BatchNormalization of one sample, with a channel for every group of every sample:
 onnxruntime's operator scales and shifts in one pass over memory, where a Mul and an Add need two.
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Operators that look up or write elements by index: gathers, scatters, one-hot, the largest, triangles.
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
-"""
+"""Operators that look up or write elements by index: gathers, scatters, one-hot, the largest, triangles."""
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 Statistics are computed from centred values, so that a mean far from zero costs no precision. If a statistic runs over
 channels, its element count is computed at run time.
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Pooling by the maximum or the average, over windows or whole maps.
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
-"""
+"""Pooling by the maximum or the average, over windows or whole maps."""
 
 from __future__ import annotations
 

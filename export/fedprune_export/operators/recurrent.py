@@ -2,9 +2,6 @@
 
 ONNX's operators have the number of hidden units as an attribute, and don't return the gates that the gradient needs. So
 a training graph has a layer in primitives, as a loop over the steps (`autodiff.recurrent_cells`).
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
 """
 
 from __future__ import annotations

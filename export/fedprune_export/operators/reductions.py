@@ -1,8 +1,4 @@
-"""Operators that reduce axes, or find the index of an extreme.
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
-"""
+"""Operators that reduce axes, or find the index of an extreme."""
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 Every way of resizing is linear along each axis on its own, so its gradient is a product with the transposed matrix of
 each axis. The matrices are measured by running the operator on unit vectors, so they are right for every mode.
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Reshape, Flatten, Squeeze and Unsqueeze: operators that give the same elements other axes.
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
-"""
+"""Reshape, Flatten, Squeeze and Unsqueeze: operators that give the same elements other axes."""
 
 from __future__ import annotations
 

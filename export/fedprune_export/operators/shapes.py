@@ -1,8 +1,4 @@
-"""Operators that move or repeat elements (Transpose, Concat, Split, Expand, Tile), or measure or take sizes (Shape).
-
-Channel rules tie the indices that can only be cut together, by *atoms* (integers that name the indices of an axis), and
-fix those that stay. Gradient rules write the forward pass and return the *pull*, which writes the inputs' gradients.
-"""
+"""Operators that move or repeat elements (Transpose, Concat, Split, Expand, Tile), or measure or take sizes (Shape)."""
 
 from __future__ import annotations
 
