@@ -61,9 +61,9 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         return _fixed_statistics_norm(tape, node)
     if mean_name in instance_means(tape.source.metadata):
         # The running statistics follow the mean over the batch, as torch's do.
-        pull, mean, variance = instance_norm(tape, node)
+        instance_pull, mean, variance = instance_norm(tape, node)
         _write_next_statistics(tape, node, mean, variance, count_of(tape, tape.shape(name)[2:]))
-        return pull
+        return instance_pull
     g = tape.graph
     x, shape = tape.value(name), tape.shape(name)
     scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)

@@ -10,7 +10,7 @@ In channel rules a *row* has an *atom* (an integer) for each channel of an axis:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -195,9 +195,8 @@ def _write_layer(tape: Tape, node: Node, layer: Convolution, sizes: Shape) -> Pu
     """Write a Conv or ConvTranspose, whose output has these sizes behind the batch."""
     data, weight, bias = [*node.inputs, ""][:3]
     x, is_transposed = tape.value(data), node.op == "ConvTranspose"
-    apply, apply_back = layer.apply, layer.apply_transposed
-    if is_transposed:
-        apply, apply_back = apply_back, apply
+    maps: list[Callable[[str, list[str]], str]] = [layer.apply, layer.apply_transposed]
+    apply, apply_back = maps[::-1] if is_transposed else maps
     y = apply(x, [tape.value(bias)] if bias else [])
     tape.enter(node.outputs[0], y, (tape.shape(data)[0], *sizes))
 

@@ -138,11 +138,13 @@ class _Recurrent:
             (weight, lambda b: [self.weight_gradient(b.inputs, x)]),
             (recurrence, lambda b: [self.weight_gradient(gates, h) for gates, h in b.recurrent]),
             (bias, lambda b: [self.bias_gradient(gates) for gates in (b.inputs, *(r[0] for r in b.recurrent))]),
-            *((name, lambda b, i=i: [b.states[i]]) for i, name in enumerate(self.initial)),
         ]
         for name, rule in rules:
             if name and tape.needs_gradient(name):
                 tape.add_gradient(name, self.stack_directions([self.concat(rule(b), 0) for b in backs], 0))
+        for i, name in enumerate(self.initial):
+            if name and tape.needs_gradient(name):
+                tape.add_gradient(name, self.stack_directions([b.states[i] for b in backs], 0))
 
     def weight_gradient(self, gates: str, read: str) -> str:
         """The sum over steps and samples of the outer products."""
