@@ -1,7 +1,5 @@
 """A linear classifier's graphs and data, for tests that need no compiler."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models that several tests of the compiler use, imported once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

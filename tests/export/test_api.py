@@ -1,7 +1,5 @@
 """The Python API: what `fedprune-export` does, in three calls."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 `main` runs them and writes of every one that it is `ok`, or how it failed.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

@@ -4,8 +4,6 @@ IN: `weights` [rounds, clients]; `base/TENSOR`; `ROUND/CLIENT/TENSOR`; `trim`, `
 OUT: `mean/ROUND/TENSOR`, `median/...`, `trimmed/...`, and `momentum/...` of FedAvgM, round after round.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -3,8 +3,6 @@
 Messages go through Flower's own serialisation both ways, and are counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Flower runs in an environment of its own, which `make` installs under `build/flower`.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

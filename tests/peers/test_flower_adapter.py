@@ -3,8 +3,6 @@
 torch, onnx and onnxruntime are this environment's, behind all that Flower brings itself.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Jobs of real processes that go by who comes when: the log leads to the same state, whatever the order was."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from collections.abc import Iterator

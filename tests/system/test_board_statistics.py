@@ -1,7 +1,5 @@
 """Batch-norm statistics that a board measures again are those of torch's BatchNorm with momentum=None."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

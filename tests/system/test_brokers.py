@@ -1,7 +1,5 @@
 """A slow line, two brokers that are joined by a bridge, and a cluster: a short job of real processes through each."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The device's trainer and predictor on what the compiler really makes, with torch as the oracle."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

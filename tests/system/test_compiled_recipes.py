@@ -1,7 +1,5 @@
 """Whole rounds by every kind of recipe: the board's trainer on compiled graphs, against torch in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The services of deploy/compose.yaml as programs of this machine: its commands, files and environment, other paths."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Real processes on a real Mosquitto: updates in every codec arrive, count, and are as small as they should be."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """kill -9 of device, server and broker in the middle of rounds: the run continues by itself, to the very same model."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A dead fleet, a lost broker and a full disk, reported within a deadline by log, metrics, console, webhook, doctor."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from pathlib import Path

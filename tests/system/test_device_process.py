@@ -1,7 +1,5 @@
 """A real `fedprune-device` process on a real broker: killed, started again, watched for what it imports."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What goes wrong for users ends in one clear line with a documented exit code, in the real commands."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

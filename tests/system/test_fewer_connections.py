@@ -1,7 +1,5 @@
 """Real boards that come and go as their server says, also while their broker is killed, and lose no part of a round."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

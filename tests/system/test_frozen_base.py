@@ -1,7 +1,5 @@
 """Real processes on a real Mosquitto: a frozen base travels once, is checked, and outlives a board's restart."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

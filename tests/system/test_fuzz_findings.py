@@ -1,7 +1,5 @@
 """What the fuzzer has found: each of these inputs once ended in another exception than ours, or in too much memory."""
 
-from __future__ import annotations
-
 import io
 import json
 import resource

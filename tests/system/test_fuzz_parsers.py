@@ -1,7 +1,5 @@
 """Damaged inputs are taken or refused with one of our errors; soaks try many more."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 

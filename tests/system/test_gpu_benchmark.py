@@ -1,7 +1,5 @@
 """The benchmark of a GPU, where there is none: a machine that is lent for minutes must not find its faults."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Server and boards with identities, as processes: what a hostile broker or a revoked board can do to a run."""
 
-from __future__ import annotations
-
 import random
 import subprocess
 import sys

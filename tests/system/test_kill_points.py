@@ -1,7 +1,5 @@
 """Processes that are killed at every flush to the disk: nothing is lost, and nothing counts twice."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import ExitStack
 from pathlib import Path

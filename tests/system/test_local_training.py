@@ -1,7 +1,5 @@
 """A model that is exported, trained without a server, checked, and predicts from whatever trains."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

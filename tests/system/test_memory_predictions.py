@@ -1,7 +1,5 @@
 """Predicted memory against what was measured, with the onnxruntime of most boards and that of JetPack 6."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys

@@ -2,8 +2,6 @@
 secret in what any of them writes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import urllib.error

@@ -1,7 +1,5 @@
 """A real board whose network comes and goes: taught and asked over its socket, it hands in later what it has made."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

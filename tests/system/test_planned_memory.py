@@ -1,7 +1,5 @@
 """Plans that divide batches instead of models, on real nets, and one carried out within its board's memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

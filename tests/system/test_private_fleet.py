@@ -1,7 +1,5 @@
 """A private job of real processes: noise in what arrives, a budget that outlives kills, a board that asks for more."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reports in a real browser: nothing is wider than a phone, axe finds nothing, legends and searches work."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A real server updates real boards by a real broker: their launchers, slots and processes are those of the field."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """A model trained on numbers as measured is the one that is trained on scaled ones, and predicts as measured."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

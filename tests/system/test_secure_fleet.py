@@ -1,7 +1,5 @@
 """Secure aggregation with real processes: the model is the simulator's, of a fleet whose updates nobody sees."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

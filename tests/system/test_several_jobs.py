@@ -1,8 +1,6 @@
 """Two jobs of one real server on real devices: each ends as if it had the fleet and MQTT alone, also after kill -9, and
 though all blobs and updates go over HTTPS."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 The server, its monitor, its console's file and its notifications are real; the broker and the boards are in memory.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import signal

@@ -1,7 +1,5 @@
 """Two servers of one job: the second continues where the first was killed; and a database that is killed under them."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

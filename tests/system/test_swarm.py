@@ -1,7 +1,5 @@
 """The benchmark `benchmarks/swarm` with sixty devices: nothing is lost or counted twice, and it would notice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Models of several kinds that are exported and trained by a board's program on files as they are."""
 
-from __future__ import annotations
-
 import csv
 import os
 import re

@@ -1,7 +1,5 @@
 """The commands of tutorials and examples do what the pages say, one after the other."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two servers of one identity at one broker, as processes: the second is refused, and no board is blamed."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A board's real runtime, installed from its own wheel, updates itself on a real broker, and goes back by itself."""
 
-from __future__ import annotations
-
 import os
 import platform
 import queue

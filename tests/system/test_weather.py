@@ -1,7 +1,5 @@
 """The benchmark `benchmarks/weather`: its proxy does what it says, and a fleet behind it comes to the same model."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from pathlib import Path

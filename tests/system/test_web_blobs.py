@@ -1,7 +1,5 @@
 """A server, its broker and its boards as processes: models come over HTTPS, and over MQTT when the web server dies."""
 
-from __future__ import annotations
-
 import re
 import ssl
 import threading

@@ -1,8 +1,6 @@
 """A server, its broker and its boards as processes: updates go up over HTTPS or into a bucket, and over MQTT where that
 fails."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The wheel carries everything that it needs and works without the checkout."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

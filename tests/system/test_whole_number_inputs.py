@@ -1,7 +1,5 @@
 """Models of pictures as bytes, and of token ids of 32 bits, trained and served by a board's program on files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Bodies of requests: what goes in as numbers comes out as the same numbers, and nothing else gets through."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

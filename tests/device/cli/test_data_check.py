@@ -1,7 +1,5 @@
 """`fedprune-device data check`: what a training would read, and what it can't learn from."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`run --local` and `collect` as processes and command lines, without any server."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """`fedprune-device train`: a bundle in, the same bundle with trained weights out, without a server."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

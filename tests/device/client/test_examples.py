@@ -1,7 +1,5 @@
 """The example program that hands a camera's samples to a board."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

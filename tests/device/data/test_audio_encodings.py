@@ -1,7 +1,5 @@
 """Recordings of floats and of telephone sound are the numbers that their standards say."""
 
-from __future__ import annotations
-
 import struct
 
 import numpy as np

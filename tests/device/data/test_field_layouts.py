@@ -1,7 +1,5 @@
 """Folders as the tools of the field write them: Ultralytics, Roboflow, Label Studio, LabelImg."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Every format of images that programs write is read alike by boards and simulations, or refused with a way out."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Mixup: how samples and labels of a batch are mixed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Scaled samples, against numpy's mean and deviation."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """FLAC, Ogg and MP3 are read by soundfile as WAV is without it; without soundfile one error says what to install."""
 
-from __future__ import annotations
-
 import io
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Samples that stay on the disk: the same batches as from memory, and hardly any memory."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A picture is what a viewer shows."""
 
-from __future__ import annotations
-
 import io
 import zlib
 from typing import Any

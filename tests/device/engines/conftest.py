@@ -1,7 +1,5 @@
 """A board with TensorRT and CUDA, both doubles, in this process and in its children."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

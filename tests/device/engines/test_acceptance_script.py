@@ -1,7 +1,5 @@
 """The script that a Jetson's owner runs, on a board of doubles: all of it but CUDA's share can pass here."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A child process that makes an engine, seen from outside: another program stands in for it."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

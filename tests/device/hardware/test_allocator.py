@@ -1,7 +1,5 @@
 """Freed memory goes back to the system, and threads share it."""
 
-from __future__ import annotations
-
 import ctypes
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Training waits while the board is hot, and no longer; a stop is heard at any time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

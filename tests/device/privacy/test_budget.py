@@ -1,7 +1,5 @@
 """A board's own floor and count of privacy: what is refused, what is counted before noise is drawn, what outlives."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

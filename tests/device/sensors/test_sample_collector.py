@@ -1,7 +1,5 @@
 """Messages of sensors, as homes have them, are joined into rows or are counted as left out."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

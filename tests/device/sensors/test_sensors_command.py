@@ -1,7 +1,5 @@
 """`fedprune-device sensors` between a real broker and a board."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal

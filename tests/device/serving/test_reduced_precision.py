@@ -1,7 +1,5 @@
 """A board that serves at lower precision: prepared of every round's weights, checked, swapped whole."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """What a board keeps of its own: its moving average, its personal tensors, statistics of its own samples."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

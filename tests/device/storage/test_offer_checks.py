@@ -1,7 +1,5 @@
 """What a device refuses before it pulls anything: an optimiser whose state has no room."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Encoded updates of a board: what the server reads out of them, and what the board keeps for the next one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace

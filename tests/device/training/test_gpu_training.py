@@ -1,7 +1,5 @@
 """Training with weights and optimiser state that stay on a GPU, which may fail."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 from typing import cast

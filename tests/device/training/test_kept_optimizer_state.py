@@ -1,7 +1,5 @@
 """The optimiser's state that a board keeps between rounds: continued, moved with its channels, or left behind."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Masks, thresholds, a scaler and squared gradients on a board."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A board whose server is away: it trains on, on a schedule, keeps what it still has to send, and catches up."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Graphs at every opset give the same numbers in the onnxruntime of a board; `opset_graphs.py` made them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

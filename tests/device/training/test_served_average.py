@@ -1,7 +1,5 @@
 """Whether a board's average serves with the received weights or without: its validation samples decide."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training by a recipe: losses, optimisers, parts of batches, frozen tensors, narrower steps, token ids."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

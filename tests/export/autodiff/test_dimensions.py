@@ -1,7 +1,5 @@
 """Sizes that vary: one name per size, and sizes at run time."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Gradients of operators that compute, one row per operator and form, against torch in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import product

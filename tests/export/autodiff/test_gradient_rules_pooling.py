@@ -1,7 +1,5 @@
 """Gradients of poolings against torch in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Gradients of operators that move, pick, repeat, join and resample elements, one row per form, against torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise, product

@@ -1,7 +1,5 @@
 """Gradients of batch normalisation and convolution against torch in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

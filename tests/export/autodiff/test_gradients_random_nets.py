@@ -1,7 +1,5 @@
 """Gradients of random networks at random widths of one graph, against torch on the physically cut networks."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

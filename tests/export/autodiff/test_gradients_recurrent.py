@@ -1,7 +1,5 @@
 """Gradients of recurrent layers through time against torch in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """docs/add-an-operator.md: its worked example works, and what it names is there."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Callable, Iterator

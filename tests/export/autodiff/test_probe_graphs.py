@@ -1,7 +1,5 @@
 """The probe's graphs are those that the compiler writes today: a board must measure what a round runs."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Gradients where functions bend: at 0, ±1, ±100 and each function's bounds, exported from torch, against float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

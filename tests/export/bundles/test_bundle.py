@@ -1,7 +1,5 @@
 """Writing bundles: whole or not at all, never among other things, and read back as written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`to-onnx` and `to-torch`: what comes out computes what went in, and torch takes it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A board tells the outputs of the user's own file besides its predictions, from the whole model as from a cut one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Parts of graphs with branches and loops, which read names from outside."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper

@@ -1,7 +1,5 @@
 """Folders in the Hugging Face hub's layout: what is saved is loaded again, by others too; hostile ones are refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

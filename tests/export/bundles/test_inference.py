@@ -1,7 +1,5 @@
 """Inference graphs read their weights from the tensor file beside them, so that a board can swap the file alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

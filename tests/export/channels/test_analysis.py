@@ -1,7 +1,5 @@
 """Architectures that the channel analysis finds; `pruning/test_torch_pruning.py` has more networks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

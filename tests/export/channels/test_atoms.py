@@ -1,7 +1,5 @@
 """Atoms: units are what a plain union-find finds, and reshapes carry atoms as numpy carries elements."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """The cost table's rows: what a narrow model costs is what its own, cut graph says of itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

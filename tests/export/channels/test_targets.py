@@ -1,7 +1,5 @@
 """Several boards at once: a folder each, and one that a model doesn't fit keeps nothing from the others."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import json

@@ -1,7 +1,5 @@
 """`verify`: a good bundle passes, and every kind of damage is found, also where the manifest agrees with it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

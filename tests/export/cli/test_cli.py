@@ -1,7 +1,5 @@
 """`fedprune-export` from the outside: bundles, reports, and one line per failure."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

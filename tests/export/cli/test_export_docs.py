@@ -1,7 +1,5 @@
 """docs/export.md: its commands and its code run."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

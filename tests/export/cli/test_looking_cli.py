@@ -1,7 +1,5 @@
 """`groups` and `operators`: what people and programs read about a model, and about what can be handled."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

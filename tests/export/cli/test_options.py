@@ -1,7 +1,5 @@
 """Flags of the command line: what they make of recipe and model, and how they end where they make no sense."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """docs/planner.md: its sample plan is what the command prints, and its example of widths is what the ladder makes."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

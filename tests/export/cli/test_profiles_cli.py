@@ -1,7 +1,5 @@
 """`profiles list | show | check`: what people and programs read, and how it ends."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

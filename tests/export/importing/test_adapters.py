@@ -1,7 +1,5 @@
 """Adapters beside frozen weights: what they compute, which channels they have, and how boards train them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

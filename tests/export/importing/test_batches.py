@@ -1,7 +1,5 @@
 """Files with a fixed batch, or with the batch on the second axis: what boards get computes what the file does."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

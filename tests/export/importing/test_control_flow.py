@@ -1,7 +1,5 @@
 """Branches and loops whose condition and length don't depend on the data are written out, with the same numbers."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Detectors that end in NonMaxSuppression are trained from before it, or refused with the values that may be chosen."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """EmbeddingBag as torch's exporters write it is a lookup, and has the numbers of torch and of onnxruntime."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from typing import Any

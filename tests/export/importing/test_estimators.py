@@ -1,7 +1,5 @@
 """Linear estimators of `ai.onnx.ml`: what is imported computes what onnxruntime computes of the file, and trains."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

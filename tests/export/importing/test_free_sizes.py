@@ -1,7 +1,5 @@
 """Files with free sizes besides the batch: one sample's shape fixes them, and without it the import names them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

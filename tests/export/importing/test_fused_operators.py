@@ -1,7 +1,5 @@
 """Fused operators become operators of the standard: with onnxruntime's numbers, trainable, and cut as before."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Damaged models are imported or refused with one of our errors."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Models that are made to do harm: each is one error of ours that says what is wrong."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

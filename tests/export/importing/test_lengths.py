@@ -1,7 +1,5 @@
 """Models whose input has any length between bounds: padded batches against torch on samples of their own length."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Linear models as scikit-learn's exporter writes them are trained, and tell their labels by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bringing models in: torch modules keep all their weights, damaged files are one clear error."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

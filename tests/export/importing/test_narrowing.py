@@ -1,7 +1,5 @@
 """A narrowed torch module computes what the cut graph computes, and says what it can't be cut to."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Every model comes out in one form: names by the contract, opset 17, constants folded, the same numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Files of other number types: what boards get is float32, and computes what the file does in its own types."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

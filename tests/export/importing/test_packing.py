@@ -1,7 +1,5 @@
 """Models of several inputs and outputs, which are parts of one row: against torch, from files of named arrays."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Norms and activations in primitives become one operator where they are exactly that, and stay where they are not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Files that end in decisions are trained from the values before them, and written with their own end."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import onnxruntime

@@ -1,7 +1,5 @@
 """A model that ends in probabilities isn't trained as if they were logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What can't be trained is refused with its reason and a way out; what only looks so is taken."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every trainable tensor stays trainable, and is known by what it is for; nothing becomes a constant in silence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Writes at constant indices: what can be cut of the written channels and of those that are left."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What sources say of a model: several names, frozen tensors, chosen outputs, identifiers, networks of timm."""
 
-from __future__ import annotations
-
 import gc
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Spectral norms of files: the norm is folded into the weight that it divides, and only into that."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Layers whose weights are copies of an embedding's table, as exporters write tied ones, train with it."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import pytest

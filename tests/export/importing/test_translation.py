@@ -1,7 +1,5 @@
 """Operators and forms of other opsets come in as those of opset 17, with the same numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Transport where layers add to one stream: what comes after the sum goes by the average of the layers' plans."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

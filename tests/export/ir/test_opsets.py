@@ -1,7 +1,5 @@
 """Graphs are written at any opset from 13 to 23 with the same names and numbers, and models of all these come in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Lower precision: folded, float16 and int8 graphs beside torch, onnx's own interpreter and numpy."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """Bundles with lower precisions: written by the command, checked, timed, predicted with, and refused where damaged."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A model from a quantised file is exported with 8 bits by the file's own ranges of activations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

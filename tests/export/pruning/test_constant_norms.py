@@ -1,7 +1,5 @@
 """Batch norms without trainable vectors: nothing is trained that the module doesn't have, and channels can be cut."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

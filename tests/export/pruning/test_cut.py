@@ -3,8 +3,6 @@
 `test_whole_models.py` and `test_hard_nets.py` compare cuts with the masked whole.
 """
 
-from __future__ import annotations
-
 import pickle
 import subprocess
 import sys

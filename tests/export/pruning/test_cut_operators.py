@@ -1,7 +1,5 @@
 """Every operator with a channel rule between two convolutions: what stays, what goes, and that cuts are right."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Random small networks, cut anywhere, equal the masked originals."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

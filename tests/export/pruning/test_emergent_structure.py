@@ -1,7 +1,5 @@
 """Networks cut to what an element mask leaves alive: they predict and train as the masked whole ones do."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

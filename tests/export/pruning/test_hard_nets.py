@@ -1,7 +1,5 @@
 """Small networks that are hard to cut: every cut equals the masked original, and what can be cut is found."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Literal
 

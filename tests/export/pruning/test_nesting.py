@@ -1,7 +1,5 @@
 """Nested widths: a model that answers at every width like its narrowest, and models that were just made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

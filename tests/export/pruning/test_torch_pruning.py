@@ -5,8 +5,6 @@ our cuts of all of them equal the masked originals is tested with the whole netw
 to export are left to soaks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

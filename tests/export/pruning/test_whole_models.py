@@ -3,8 +3,6 @@
 Those that take longest soak.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import pytest

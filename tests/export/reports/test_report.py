@@ -1,7 +1,5 @@
 """Reports of an export count what is on disk, measure what the graphs give, and are pages that need no other file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Augmentations: against numpy and torch with the same random numbers; what moves, what stays, refusals."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

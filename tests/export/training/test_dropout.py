@@ -1,7 +1,5 @@
 """Dropout in training steps: the same masks give what torch's autograd gives, and only training drops anything."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Frozen tensors: no gradient, no state, no way back; frozen batch norms normalise by their statistics."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Instance norms with running statistics: a step normalises each sample by itself, and moves them as torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Peak memory of training by losses of many outputs per sample: what plans count, and what a process takes."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Losses of the training graph and their gradients against torch, on outputs of any size and shape."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

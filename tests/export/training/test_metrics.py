@@ -1,7 +1,5 @@
 """Metrics as graphs, whose sums add up over parts of a set: against numpy, scikit-learn and torch."""
 
-from __future__ import annotations
-
 import functools
 import math
 from pathlib import Path

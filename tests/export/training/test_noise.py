@@ -1,7 +1,5 @@
 """Random numbers of models in training steps: the same numbers give torch's gradients; predictions can be repeated."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

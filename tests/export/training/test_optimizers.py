@@ -3,8 +3,6 @@
 torch has no Lion: its oracle is the paper's algorithm.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

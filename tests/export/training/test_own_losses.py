@@ -1,7 +1,5 @@
 """The losses of `examples/own_losses.py`, imported as a user's own: their values and gradients are torch's."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training graph against torch: optimiser, loss features, masks, statistics, batches, widths."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """Tensors that no gradient reaches are named, with what keeps it from them, where a bundle is made and verified."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

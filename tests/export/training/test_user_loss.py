@@ -1,7 +1,5 @@
 """Losses of a user's own: exported with the model, differentiated by the compiler, trained without torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

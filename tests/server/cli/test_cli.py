@@ -1,7 +1,5 @@
 """`fedprune-server` in this process: errors end with their codes, results can be looked at and taken out."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """`config check` and `config show`: what a server would use, and where each setting comes from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

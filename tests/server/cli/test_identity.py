@@ -1,7 +1,5 @@
 """`fedprune-server init`, `claim`, `devices` and `broker-config`."""
 
-from __future__ import annotations
-
 import errno
 import json
 import ssl

@@ -1,7 +1,5 @@
 """`fedprune-server operators` at the terminal."""
 
-from __future__ import annotations
-
 import io
 import threading
 from collections.abc import Callable, Iterator

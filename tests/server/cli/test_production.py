@@ -1,7 +1,5 @@
 """The page about production: its file is a configuration, and its commands are ones."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

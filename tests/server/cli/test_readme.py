@@ -1,7 +1,5 @@
 """README's commands and the fleet of `examples` run on what `make demo` leaves."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """A release made by the command is one that a board takes."""
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`fedprune-server rollout`: what the operator types and reads."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

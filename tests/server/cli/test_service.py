@@ -1,7 +1,5 @@
 """The server's unit: systemd knows every word of it, its sandbox is tight, and its command is one of the program."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """`--state` of all commands: the command line wins over the environment, and that over the default."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`fedprune-server status`: boards first, with connection and reasons, then the latest rounds."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

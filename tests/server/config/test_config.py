@@ -1,7 +1,5 @@
 """fleet.toml: what is right is read, what is wrong is named with file, table and key."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The pages on settings and exit codes agree with the code."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

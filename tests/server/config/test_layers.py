@@ -1,7 +1,5 @@
 """Settings of file and environment: the higher layer wins, and an error says where the setting stands."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a server's state folder remembers of the settings it ran with."""
 
-from __future__ import annotations
-
 import stat
 from dataclasses import replace
 from pathlib import Path

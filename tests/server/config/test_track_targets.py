@@ -1,7 +1,5 @@
 """The setting `track`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

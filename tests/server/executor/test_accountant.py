@@ -1,7 +1,5 @@
 """ε: the library's own, for cases that are known, and whatever was released."""
 
-from __future__ import annotations
-
 import math
 import re
 import sys

@@ -1,7 +1,5 @@
 """What an archive reads of a job's store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

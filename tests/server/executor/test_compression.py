@@ -1,7 +1,5 @@
 """Jobs whose updates travel in a codec: what is offered to whom, what is folded, and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

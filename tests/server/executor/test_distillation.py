@@ -1,7 +1,5 @@
 """Self-distillation: against torch, in whom it moves and in whom it doesn't, and as a part of a round."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A crew gives what its worker gives, whichever process does it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """A job whose training ran away says so at its end, and what to change."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Measuring models: which sessions stay open, and on what nothing can be measured."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Graphs that offers name: put once, kept while offers may name them, and no longer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

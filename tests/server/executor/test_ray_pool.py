@@ -1,7 +1,5 @@
 """A Ray cluster does a crew's tasks, to the same bits; and a server continues when it loses one."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

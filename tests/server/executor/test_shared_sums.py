@@ -1,7 +1,5 @@
 """A round whose updates helpers check and add up has the bits of one that the worker adds up alone."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """Every place that builds a training graph builds it for the job's own loss; another may refuse the model's end."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable
 from pathlib import Path

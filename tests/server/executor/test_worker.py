@@ -1,7 +1,5 @@
 """The worker: a round's heavy work on the demo's model, with the board's own trainer in between."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

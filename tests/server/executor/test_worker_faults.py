@@ -1,7 +1,5 @@
 """Updates at fault, which any device may hand in: each costs itself, in whichever command it is found out."""
 
-from __future__ import annotations
-
 import sys
 import types
 from collections.abc import Callable, Iterator

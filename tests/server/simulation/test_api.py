@@ -1,7 +1,5 @@
 """The simulator's Python API."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Asynchronous strategies in simulated fleets: their models are what the papers' equations make of the updates."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

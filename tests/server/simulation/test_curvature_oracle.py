@@ -3,8 +3,6 @@
 A small network learns digits in federated rounds, whose updates are all that the estimates see.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """A virtual device's work is a board's work, in this process or in others: the same bits, the same refusals."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import time

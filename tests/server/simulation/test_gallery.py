@@ -1,7 +1,5 @@
 """The gallery's examples: the commands of their pages run, on small made-up data and for one round."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

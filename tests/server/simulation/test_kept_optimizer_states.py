@@ -1,8 +1,6 @@
 """Optimisers' states that boards keep while their rounds, widths and channels change: the same bits as one state in the
 coordinates of the whole model."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

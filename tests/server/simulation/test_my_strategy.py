@@ -1,7 +1,5 @@
 """The strategy of the documentation runs, alone and beside the presets."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The notebooks run as they stand, without a network."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Parquet files that `datasets` wrote are read exactly; what is damaged, hostile or of another kind is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Every push tries each preset once and each task twice, and all pairs that are re
 A soak tries all.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Presets in simulated fleets: FedAvg's bits where they reduce to it, and what each of them does otherwise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path

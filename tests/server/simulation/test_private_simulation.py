@@ -1,7 +1,5 @@
 """Private jobs from board to summary: what leaves boards, what is counted, and what stays as it was."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Recipes of every kind from the job to the report: simulated fleets run the server's and the board's code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

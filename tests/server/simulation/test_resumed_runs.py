@@ -1,7 +1,5 @@
 """Runs that are killed and started again, and their folders: one run's, one process's at a time."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The daemon and the simulator on rounds that ask more and let few work at a time."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

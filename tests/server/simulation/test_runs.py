@@ -1,7 +1,5 @@
 """Many runs: whatever one of them meets, the others end; how many go at a time changes nothing."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

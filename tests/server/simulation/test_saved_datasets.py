@@ -1,7 +1,5 @@
 """Data sets as the library `datasets` keeps them: of `save_to_disk`, and folders of images with metadata."""
 
-from __future__ import annotations
-
 import gc
 import json
 from pathlib import Path

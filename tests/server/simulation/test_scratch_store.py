@@ -1,7 +1,5 @@
 """A simulation's blobs: hashed once, verified where another run wrote them."""
 
-from __future__ import annotations
-
 from copy import copy
 from pathlib import Path
 

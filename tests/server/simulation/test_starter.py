@@ -1,7 +1,5 @@
 """A fleet to begin with: what `fedprune-simulate new` writes runs as it stands."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

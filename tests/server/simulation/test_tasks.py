@@ -1,7 +1,5 @@
 """Tasks other than one class per sample, from the job to the report and to a board's own prediction."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Experiment trackers get the rows of a run, each once, whatever happens to them or to the run."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Mapping

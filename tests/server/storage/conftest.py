@@ -1,7 +1,5 @@
 """Databases for tests of the storage: SQLite and, where it is installed, PostgreSQL."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Plans and probes of devices that are away are in the database alone, and are there when they are needed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

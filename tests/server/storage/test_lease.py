@@ -1,7 +1,5 @@
 """One server at a time writes to a database: who was away too long writes nothing any more."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 import threading

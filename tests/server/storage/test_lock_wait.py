@@ -1,7 +1,5 @@
 """Locks that other processes hold: readers wait for none of SQLite's; who has to wait says for whom, and goes on."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sqlite3

@@ -1,7 +1,5 @@
 """The server's database in PostgreSQL: all that SQLite does, and it may be started again under the server."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

@@ -1,7 +1,5 @@
 """Deleting what rounds leave behind: no offer is being made meanwhile, whatever the order of events."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A blob store whose home is a bucket: what it has is there for whoever comes later, and nothing else counts."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import logging

@@ -1,7 +1,5 @@
 """Databases of another version or program are refused, and left as they are."""
 
-from __future__ import annotations
-
 import pytest
 import sqlalchemy as sql
 

@@ -1,7 +1,5 @@
 """The server's database: an event and its state are saved together or not at all, and the log of events."""
 
-from __future__ import annotations
-
 import sqlite3
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Orders about boards and releases, carried out on a server's real identity folder."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time

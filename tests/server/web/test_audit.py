@@ -1,7 +1,5 @@
 """The audit log: strangers who fail to log in don't fill it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

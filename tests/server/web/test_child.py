@@ -1,7 +1,5 @@
 """The console as a process of its own: it serves what it is told, and ends with its server."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """The console's process with TLS, by a certificate of the server's own authority."""
 
-from __future__ import annotations
-
 import datetime as dt
 import logging
 import os

@@ -1,7 +1,5 @@
 """What a board says of itself, and what is known of one device, whatever it says."""
 
-from __future__ import annotations
-
 import json
 import random
 import sqlite3

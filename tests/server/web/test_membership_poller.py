@@ -1,7 +1,5 @@
 """What the console looks up beside jobs: what couldn't be read is looked at again, and the loop waits for no disk."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Orders: who may give which, and what is passed on of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What operators do in a browser, in a real one."""
 
-from __future__ import annotations
-
 import os
 import re
 import time

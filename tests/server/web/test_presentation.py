@@ -1,7 +1,5 @@
 """What pages show: plans, figures, rounds, times and sizes, in words."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fedprune_server.web.views.presentation import job_charts

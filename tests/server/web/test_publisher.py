@@ -1,7 +1,5 @@
 """What a server publishes for its console, and what it does on orders: the daemon and the host, with toy devices."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Attacks on the console: nothing is reached without a session, nothing is changed by another site."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

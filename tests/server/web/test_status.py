@@ -1,7 +1,5 @@
 """What a console reads: pages of devices, over changes in any order."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from dataclasses import replace

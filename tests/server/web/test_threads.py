@@ -1,7 +1,5 @@
 """The console's event loop runs no query, so that nobody waits for another one's; its limits hold for all at once."""
 
-from __future__ import annotations
-
 import asyncio
 import sqlite3
 import threading

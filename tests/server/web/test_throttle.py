@@ -1,7 +1,5 @@
 """Guessing is slow; who knows the password isn't kept from it by those who guess, nor by having logged in often."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fedprune_server.web.auth.throttle import ACCOUNT, ADDRESS, FAILURE_LIFETIME_S, LOGIN_LIFETIME_S, PAIR, Throttle

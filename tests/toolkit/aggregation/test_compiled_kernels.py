@@ -1,7 +1,5 @@
 """Compiled kernels: the same bits as numpy's, whatever the memory layout."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Order-free sums: exact, in any order and grouping, within their range."""
 
-from __future__ import annotations
-
 import random
 from fractions import Fraction
 

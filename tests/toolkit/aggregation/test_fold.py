@@ -1,7 +1,5 @@
 """Folding updates: FedAvg, coverage, filling, masks, earlier models, momentum, and bits that don't depend on order."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Submodels as whole tensors in another layout, some rows at a time."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Sums that are split by tensors, by updates, or both, come together to the same bits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Medians and trimmed means under coverage."""
 
-from __future__ import annotations
-
 import random
 import tracemalloc
 from typing import Any

@@ -1,7 +1,5 @@
 """Errors of commands: one line on stderr and the right exit code, tracebacks only on request."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import json

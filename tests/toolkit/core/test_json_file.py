@@ -1,7 +1,5 @@
 """JSON from a network: no number in it is one that a database, an array or a clock couldn't take."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The median without `numpy.ma`."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Metrics that devices report."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedprune.core.metrics import ACCURACY, LOSS

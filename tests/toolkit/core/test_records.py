@@ -1,7 +1,5 @@
 """Records: read back as they were written, and every refusal names the field."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Settings: ranges and words that a field declares are kept everywhere, and the error names the field."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields

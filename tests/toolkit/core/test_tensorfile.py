@@ -1,7 +1,5 @@
 """Tensor files: canonical bytes, the safetensors library both ways, damage."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Numbers with their nouns, and received texts as they are checked and shown."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """TOML files: read whole, or refused by file and line."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

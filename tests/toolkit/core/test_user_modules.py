@@ -1,7 +1,5 @@
 """Users' modules are found in the current folder, and nothing else of that folder takes an installed module's place."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Checks of settings: what passes comes back as it is, what doesn't is named, and no message gets long."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

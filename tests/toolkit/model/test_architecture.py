@@ -1,7 +1,5 @@
 """Architectures: sizes, checks, JSON."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

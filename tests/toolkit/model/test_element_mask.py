@@ -1,7 +1,5 @@
 """Element masks: prefixes of one order, of exactly the size that was asked for, in every submodel's coordinates."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """What a training graph is fed besides samples: as the contract says."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

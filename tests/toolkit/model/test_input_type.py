@@ -1,7 +1,5 @@
 """Types of models' inputs by onnxruntime's names."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

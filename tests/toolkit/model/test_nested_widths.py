@@ -1,7 +1,5 @@
 """Ordered dropout: narrower steps are the narrower submodels of the same ranks, and nothing else moves."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

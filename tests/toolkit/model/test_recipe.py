@@ -1,7 +1,5 @@
 """Recipes: limits, features, JSON."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Selections: extraction, reconstruction, nesting, JSON."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

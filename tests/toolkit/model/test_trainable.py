@@ -1,7 +1,5 @@
 """Which tensors a round trains."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedprune.core.errors import ConfigError

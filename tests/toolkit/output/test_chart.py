@@ -1,7 +1,5 @@
 """Layout and markup of charts, compared with what they were given."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

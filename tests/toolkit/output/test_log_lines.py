@@ -1,7 +1,5 @@
 """The server's log: a record is one line whatever is in it, and says what it is about."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

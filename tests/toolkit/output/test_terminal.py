@@ -1,7 +1,5 @@
 """Tables on terminals of any width, and lines for programs elsewhere."""
 
-from __future__ import annotations
-
 import io
 import re
 

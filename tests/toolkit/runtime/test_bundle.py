@@ -1,7 +1,5 @@
 """Bundles: one changed bit, one missing byte or one missing file is one clear error."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

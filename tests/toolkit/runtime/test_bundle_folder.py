@@ -1,7 +1,5 @@
 """A bundle over a bundle: whatever fails and whenever, the folder holds the old one or the new one, whole."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Parts of training graphs: the same numbers from less, and an error for whatever is no graph."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Any
 from unittest.mock import Mock

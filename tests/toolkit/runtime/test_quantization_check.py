@@ -1,7 +1,5 @@
 """When a model at lower precision may serve."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Sessions of onnxruntime: what comes in, what goes out, and what must not leave the machine."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import subprocess

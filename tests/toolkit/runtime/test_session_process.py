@@ -1,7 +1,5 @@
 """Sessions whose graphs a child process loads and runs."""
 
-from __future__ import annotations
-
 import os
 import signal
 import struct

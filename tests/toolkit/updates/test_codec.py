@@ -1,7 +1,5 @@
 """Codecs of updates: what they keep, what they give back, and what nobody can make them believe."""
 
-from __future__ import annotations
-
 import tracemalloc
 import zlib
 from collections.abc import Callable

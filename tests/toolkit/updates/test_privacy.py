@@ -1,7 +1,5 @@
 """What leaves a board: no longer than the bound whatever was trained, noised as asked, untouched where nothing is."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
