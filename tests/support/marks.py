@@ -1,7 +1,5 @@
 """Marks of single parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from typing import Any
 

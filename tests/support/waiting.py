@@ -1,7 +1,5 @@
 """Waiting for what another thread or process does: one way to wait, and one limit."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """An agent on a state directory, and its server."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A shell for asynchronous jobs, and such jobs, for tests of what their coordinator does."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A browser as far as a console notices: it keeps cookies, and speaks to an application without a network."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

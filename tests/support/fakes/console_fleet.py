@@ -1,7 +1,5 @@
 """A fleet that doesn't exist, published for a console: for tests and pictures of its pages."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """A shell without clock, network or weights, for tests of what coordinators do."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """An onnxruntime with a GPU that can fail, on a machine without one."""
 
-from __future__ import annotations
-
 import threading
 import time
 import weakref

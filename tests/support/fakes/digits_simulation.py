@@ -1,7 +1,5 @@
 """Simulations of a few boards that train the digits' network, and what ends them as a kill does."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache

@@ -1,7 +1,5 @@
 """A model, a state folder and the double of TensorRT, for tests of engines."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

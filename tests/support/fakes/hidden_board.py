@@ -1,7 +1,5 @@
 """A board with a model of a hidden normalised layer (`make_device_graphs.hidden`), for tests of what it keeps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

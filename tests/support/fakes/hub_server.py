@@ -1,7 +1,5 @@
 """The calls of the Hugging Face hub that an upload makes, answered on this machine."""
 
-from __future__ import annotations
-
 import json
 from base64 import b64decode
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A server's connection without a broker: messages that wait to be read, and what is sent, which goes nowhere."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable
 

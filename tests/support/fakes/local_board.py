@@ -1,7 +1,5 @@
 """A board's local interface without an agent: a linear model in a state folder, its set of samples, and a server."""
 
-from __future__ import annotations
-
 import io
 import json
 import socket

@@ -1,7 +1,5 @@
 """A board's local interface without a board: it answers as one does, and keeps what it was asked."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator

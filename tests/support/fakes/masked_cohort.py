@@ -1,7 +1,5 @@
 """A cohort of boards and a server that carry out a secure sum in one process, and what the server saw of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random

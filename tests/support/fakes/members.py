@@ -1,7 +1,5 @@
 """Boards that join without a broker, and the certificates that a server's database has of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import sqlalchemy as sql

@@ -1,7 +1,5 @@
 """Messages of the protocol for tests: any valid one, and an example of each."""
 
-from __future__ import annotations
-
 from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import BlobRef

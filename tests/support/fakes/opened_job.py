@@ -1,7 +1,5 @@
 """A configuration and its job, as a server that starts reads them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fedprune_server.config.layers import errors_with_origin, file_layer

@@ -1,7 +1,5 @@
 """Strategies that choose channels of their own, such as `support.fakes.picking_strategies:others`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from fedprune.core.rng import keyed_generator

@@ -1,7 +1,5 @@
 """A server's state folder as a job of one board leaves it, at any of its events; nothing is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

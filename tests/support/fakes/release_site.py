@@ -1,7 +1,5 @@
 """A server that offers releases and a board that takes them, in memory: processes are functions, the disk is real."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

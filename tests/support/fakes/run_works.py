@@ -1,7 +1,5 @@
 """Work for tests of many runs; other processes import it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Small releases of a runtime, whose files all say which version they are of."""
 
-from __future__ import annotations
-
 import platform
 import sys
 import zipfile

@@ -1,7 +1,5 @@
 """Files as cameras, microphones and programs for labelling write them."""
 
-from __future__ import annotations
-
 import io
 import wave
 from typing import Any

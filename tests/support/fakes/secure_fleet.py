@@ -1,7 +1,5 @@
 """Boards that mask, of the same parts as real ones but for the training, and all that they send to a server."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path

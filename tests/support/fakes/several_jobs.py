@@ -1,7 +1,5 @@
 """Several toy jobs on one fleet in memory."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

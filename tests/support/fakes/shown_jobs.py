@@ -1,7 +1,5 @@
 """Jobs as observers see them, without a server."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

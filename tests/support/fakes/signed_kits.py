@@ -1,7 +1,5 @@
 """Kits whose manifests are changed and signed again."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

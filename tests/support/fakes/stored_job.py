@@ -1,7 +1,5 @@
 """A job that a server may have saved."""
 
-from __future__ import annotations
-
 from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from support.fakes.tiny_job import ARCHITECTURE, JOB

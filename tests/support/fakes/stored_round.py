@@ -1,7 +1,5 @@
 """A round of stored updates, for tests of who adds them up."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path

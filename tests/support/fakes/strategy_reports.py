@@ -1,7 +1,5 @@
 """Updates as a strategy sees them, without a server."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from fedprune.aggregation.fold import Fold

@@ -1,7 +1,5 @@
 """Rounds of a strategy without worker, boards or wire: its methods are called as the worker calls them, in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

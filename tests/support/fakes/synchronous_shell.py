@@ -1,7 +1,5 @@
 """A shell round a coordinator, for a synchronous job that a test feeds by hand."""
 
-from __future__ import annotations
-
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job

@@ -1,7 +1,5 @@
 """A fleet on a virtual clock, without network or weights: devices that take their time."""
 
-from __future__ import annotations
-
 import heapq
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """A job that is as small as can be, for tests of rounds in which no weight matters."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fedprune.jobs.job import Job

@@ -1,7 +1,5 @@
 """Wheels of a few bytes, for kits that are made and installed in a moment."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A disk that fails, or a process that dies, at a write of one's choice."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

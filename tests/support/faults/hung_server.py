@@ -1,7 +1,5 @@
 """A server that hangs: it lives, and renews its lease no more."""
 
-from __future__ import annotations
-
 from fedprune_server.engine.state_folder import StateFolder
 
 

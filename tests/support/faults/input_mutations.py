@@ -1,7 +1,5 @@
 """Damaged and hostile inputs, made of sound ones: in their bytes, in their text, and in the structure of their JSON."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -3,8 +3,6 @@
 The job must end as an undisturbed job with SQLite in one process does.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

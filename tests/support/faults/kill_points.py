@@ -4,8 +4,6 @@ Server and boards die at flushes of files to the disk, the first of a life, the 
 flush and after it: whatever a process believes to be safe, it learns at such a moment. The broker dies at any time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

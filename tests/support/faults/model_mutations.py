@@ -1,7 +1,5 @@
 """Ways to damage a model: in its bytes, in its structure, or gently, so that the standard still allows it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

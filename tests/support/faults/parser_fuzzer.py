@@ -1,7 +1,5 @@
 """Damaged inputs through parsers, and what each parser did: took it, refused it in words, or something else."""
 
-from __future__ import annotations
-
 import random
 import time
 import traceback

@@ -1,7 +1,5 @@
 """A parser of bytes from outside, as the fuzzer sees it, and what it may do with any bytes at all."""
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

@@ -1,7 +1,5 @@
 """Parsers on boards: requests of programs, and what a board keeps."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Parsers of files that a card or a copy may have damaged: models, settings, states, data sets, wheels."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Parsers of what comes over the network: messages, chunks, envelopes, requests to join, and what they hold."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable

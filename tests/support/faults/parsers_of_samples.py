@@ -1,7 +1,5 @@
 """Parsers of the samples that boards train on: single files, tables, and whole folders of which one file is damaged."""
 
-from __future__ import annotations
-
 import io
 from argparse import Namespace
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Parsers of what boards are set up from: claims, drives, kits, disk images."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

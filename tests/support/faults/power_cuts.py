@@ -5,8 +5,6 @@ that wasn't synced only the first half is left) and `lost` (the same, and rename
 synced are undone). A disk that says it has synced and hasn't is beyond this.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

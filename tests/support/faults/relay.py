@@ -1,7 +1,5 @@
 """A relay for one TCP port, which may be slow, and closed for a while."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

@@ -1,7 +1,5 @@
 """The tasks of `benchmarks.tasks` on a few random samples, with their own networks, recipes, losses and metrics."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A small MobileNetV2, of the kind that boards train."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn import functional

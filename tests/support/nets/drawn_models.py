@@ -1,7 +1,5 @@
 """Hypothesis strategies for what the toolkit computes on: architectures, selections, models."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st

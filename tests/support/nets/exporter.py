@@ -4,8 +4,6 @@ The exporter makes them anew for every export, from the sources of some 500 func
 rest of a small network's export. They depend on the opset alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

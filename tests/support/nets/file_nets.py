@@ -1,7 +1,5 @@
 """Small torch networks for what boards read from files: pictures, recordings, texts, time series."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

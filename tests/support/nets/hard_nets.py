@@ -4,8 +4,6 @@ Each is registered with the number of channel groups that must be found at least
 everything fails. All are seeded, and take one tensor of `input_shape`. `whole_models` has networks of the usual kinds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ normalised layer that can be narrowed (`narrow`, `still`, `kept`, `masked`, `thr
 ids (`tokens`).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper

@@ -1,7 +1,5 @@
 """Small sound models of every kind, of which the importer's fuzzer makes damaged ones."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 `python tests/support/nets/opset_graphs.py` writes that file; boards, which have no onnx, run what is in it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

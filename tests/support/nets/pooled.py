@@ -1,7 +1,5 @@
 """A net whose input has any length between bounds, and which averages over its places."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Published networks for tests, timm's among them."""
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """Random small networks, drawn by Hypothesis: chains, and channels that are mixed in every way."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st

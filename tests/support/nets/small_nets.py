@@ -4,8 +4,6 @@ Every module says its `input_shape` (one sample). Weights, batch-norm vectors an
 but the same each time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,8 +1,6 @@
 """A small network without kinks: its gradients have no signs that rounding could flip, so that trainers can be compared
 over many steps."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -3,8 +3,6 @@
 Every module says its `input_shape` (one sample); those of several inputs, one for each.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

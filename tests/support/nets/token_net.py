@@ -1,7 +1,5 @@
 """A small net that reads token identifiers, as an ONNX file without torch."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper

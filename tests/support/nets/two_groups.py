@@ -1,7 +1,5 @@
 """A model of two groups of channels, of which each tensor holds one or both."""
 
-from __future__ import annotations
-
 from fedprune.model.architecture import (
     Activation,
     Architecture,

@@ -1,7 +1,5 @@
 """Whole networks that the compiler is held against: ours of every kind, and published ones of timm."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Every module says its `input_shape` (one sample).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn import functional

@@ -1,7 +1,5 @@
 """A product of int8 whose sums overflow 16 bits."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What tests of cut models measure: random submodels and their distance from the masked whole model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

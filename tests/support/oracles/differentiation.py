@@ -1,7 +1,5 @@
 """Operators alone, differentiated, beside torch in float64: for the tests of gradient rules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any

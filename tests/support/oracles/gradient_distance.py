@@ -4,8 +4,6 @@ The reference is a torch module where there is one, else the inference graph of 
 normalisations take the batch's statistics; everything else is as in evaluation.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics

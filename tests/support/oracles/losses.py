@@ -1,7 +1,5 @@
 """Losses of outputs in numpy and float64: what training graphs must compute."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

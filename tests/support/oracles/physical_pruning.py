@@ -1,7 +1,5 @@
 """Torch-Pruning as an oracle: the groups it finds, and networks that it has physically pruned."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Plans by POT, which tests hold ours against."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

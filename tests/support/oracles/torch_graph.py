@@ -4,8 +4,6 @@ A cut graph has no module behind it. Its values are known to be right (they equa
 own differentiation of the same operators, in float64, says what its gradients are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

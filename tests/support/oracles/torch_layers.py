@@ -1,7 +1,5 @@
 """What the operators of a normalised graph do, in torch: convolutions, pooling, normalisations, recurrent layers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

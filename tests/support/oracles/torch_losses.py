@@ -1,7 +1,5 @@
 """Losses of samples [n] in torch, in any precision: what built-in losses and the examples must compute."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional
 

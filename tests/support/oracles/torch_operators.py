@@ -1,7 +1,5 @@
 """What the operators of a normalised graph do, in torch: those that compute element by element, or move elements."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 Neither root nor binfmt is needed: proot follows every process and starts the emulator for each program.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -4,8 +4,6 @@ A plain user can build it; where root does, the tools that make file systems run
 firmware that would read the boot partition, so kernel and initrd lie beside the image.
 """
 
-from __future__ import annotations
-
 import compileall
 import os
 import pwd

@@ -1,7 +1,5 @@
 """How a kit gets onto a board in an emulator, and how the service starts there: as its unit says, without systemd."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 from dataclasses import replace

@@ -3,8 +3,6 @@
 python arm_relay.py PORT
 """
 
-from __future__ import annotations
-
 import os
 import selectors
 import socket

@@ -1,7 +1,5 @@
 """A training step of the net that boards measure themselves with: `python arm_step.py OUT` writes loss and weights."""
 
-from __future__ import annotations
-
 import json
 import sys
 from importlib import resources

@@ -4,8 +4,6 @@ No maintainer script runs, which would take minutes under emulation: what they w
 needs (the users) is made here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

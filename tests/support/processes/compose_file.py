@@ -1,7 +1,5 @@
 """deploy/compose.yaml as `docker compose` reads it, and its services with paths, hosts and ports of this machine."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

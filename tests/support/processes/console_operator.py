@@ -1,7 +1,5 @@
 """An operator who uses the console of a running server, over HTTP."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

@@ -1,7 +1,5 @@
 """A real `fedprune-device` process on a real broker, and the tests' server at its other end."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

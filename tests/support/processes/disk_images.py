@@ -1,7 +1,5 @@
 """Disk images that other people's tools make and read, as a plain user: sfdisk, mtools, mke2fs, fsck.fat, e2fsck."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

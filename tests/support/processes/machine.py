@@ -1,7 +1,5 @@
 """What tests need of the machine beside Python; what is missing skips a test by name, and fails it in CI."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """A Mosquitto of one's own, with its default limits; a conftest imports the fixtures."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

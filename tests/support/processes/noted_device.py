@@ -3,8 +3,6 @@
 python noted_device.py NOTES ARGUMENTS...: a line of JSON each.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """A cluster of three RabbitMQ nodes of a test's own, on this machine alone, which take MQTT."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A site of real processes on this machine: a server, its broker and its boards, and what they work on."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """S3 servers of a test's own, on this machine alone, which can be stopped and continued: moto's, a mock, and Ceph's."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

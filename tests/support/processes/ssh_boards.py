@@ -3,8 +3,6 @@
 They run as whoever runs the tests and let nobody else in. What a board's systemctl does is written into a script.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
