@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,12 +26,9 @@ def model() -> Model:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server for databases that don't need it to be killed."""
-    made = Postgres()
-    try:
+    with closing(Postgres()) as made:
         made.start()
         yield made
-    finally:
-        made.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,21 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def moto() -> Iterator[S3]:
     """A mock of S3, in a process of its own."""
-    made = Moto()
-    try:
+    with closing(Moto()) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="session")
 def ceph() -> Iterator[Ceph]:
     """A small Ceph cluster with its S3 gateway."""
-    made = Ceph()
-    try:
+    with closing(Ceph()) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture

@@ -44,9 +44,7 @@ lr = 0.02
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small classifier, and samples: the slow board has many."""
-    folder = tmp_path_factory.mktemp("material")
-    write_material(folder, SAMPLES)
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"), SAMPLES)
 
 
 @pytest.fixture

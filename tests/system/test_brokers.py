@@ -44,9 +44,7 @@ frozen = {}
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     find_mosquitto()
-    folder = tmp_path_factory.mktemp("material")
-    write_material(folder, dict.fromkeys(DEVICES, 100), hidden=4096)
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 100), hidden=4096)
 
 
 @pytest.fixture

@@ -29,9 +29,7 @@ epochs = 2
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    write_material(folder, dict.fromkeys(DEVICES, 200))
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 200))
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,7 @@ lr = 0.001
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small classifier and every device's samples."""
-    folder = tmp_path_factory.mktemp("material")
-    write_material(folder, dict.fromkeys(DEVICES, 200))
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 200))
 
 
 def site_of(material: Path, folder: Path, broker: str = "embedded", *, secure: bool = True) -> Site:
@@ -49,11 +47,8 @@ def site_of(material: Path, folder: Path, broker: str = "embedded", *, secure: b
 
 @pytest.fixture
 def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iterator[Site]:
-    made = site_of(material, tmp_path, request.param)
-    try:
+    with site_of(material, tmp_path, request.param) as made:
         yield made
-    finally:
-        made.stop_all()
 
 
 def wait_for_the_middle(site: Site, number: int) -> None:

@@ -40,19 +40,14 @@ TOPICS = Topics("default")
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    write_material(folder, dict.fromkeys((*DEVICES, "late"), 200))
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys((*DEVICES, "late"), 200))
 
 
 @pytest.fixture
 def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iterator[Site]:
     mosquitto = request.param == "mosquitto"
-    made = Site(material, tmp_path, CONFIG, DEVICES, 90, mosquitto=mosquitto, secure=True, may_hold=True)
-    try:
+    with Site(material, tmp_path, CONFIG, DEVICES, 90, mosquitto=mosquitto, secure=True, may_hold=True) as made:
         yield made
-    finally:
-        made.stop_all()
 
 
 def models(site: Site) -> list[str]:

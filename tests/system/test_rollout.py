@@ -23,7 +23,6 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.storage import Storage
 from support.fakes.runtime_releases import OUTSIDE, PYTHON, make_wheel, set_up
 from support.faults.relay import Relay
-from support.paths import ROOT
 from support.processes.real_site import Site, write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
@@ -41,14 +40,6 @@ FOREVER = 'while :; do "$@"; sleep 0.2; done'
 
 CRASH = "raise RuntimeError('this release is broken')\n"
 NO_RUNTIME = "raise ImportError('this wheel is for another processor')\n"
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    return next(out.glob("fedprune-*.whl"))
 
 
 class UpdatedSite(Site):

@@ -23,10 +23,6 @@ def write(path: Path, rows: Any) -> Path:
     return path
 
 
-def losses(text: str) -> list[float]:
-    return [float(number) for number in re.findall(r"^(?:before|after): .*loss ([0-9.e+-]+)", text, re.MULTILINE)]
-
-
 @pytest.mark.parametrize("scaling", ["board", "heat:21.5:4,pressure:1013:0.5"])
 def test_a_table_is_scaled_for_the_model_and_its_predictions_back(
     scaling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -46,7 +42,8 @@ def test_a_table_is_scaled_for_the_model_and_its_predictions_back(
         capsys.readouterr()
         command = ["train", "--bundle", str(bundle), "--data", str(path), "--out", str(out), "--epochs", "3"]
         assert device(command) == ExitCode.OK
-        found[name] = losses(capsys.readouterr().out)
+        losses = re.findall(r"^(?:before|after): .*loss ([0-9.e+-]+)", capsys.readouterr().out, re.MULTILINE)
+        found[name] = [float(number) for number in losses]
         command = ["predict", "--bundle", str(out), "--input", str(path), "--output", str(values), "--split", "test"]
         assert device(command) == ExitCode.OK
         outputs[name] = np.load(values)

@@ -40,9 +40,7 @@ SECOND = JOB.format(name="second", seed=SEED, strategy="fedavg", density=0, epoc
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    write_material(folder, dict.fromkeys(DEVICES, 200))
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 200))
 
 
 class SharedSite(Site):
@@ -81,12 +79,9 @@ def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 @pytest.fixture
 def site(material: Path, tmp_path: Path) -> Iterator[SharedSite]:
     web = f'[server]\nserve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
-    made = SharedSite(material, tmp_path, FIRST + web, DEVICES, 120, secure=True, may_hold=True)
-    made.add_job(SECOND)
-    try:
+    with SharedSite(material, tmp_path, FIRST + web, DEVICES, 120, secure=True, may_hold=True) as made:
+        made.add_job(SECOND)
         yield made
-    finally:
-        made.stop_all()
 
 
 def server(*arguments: object) -> subprocess.CompletedProcess[str]:

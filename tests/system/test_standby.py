@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,7 @@ lr = 0.001
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    write_material(folder, dict.fromkeys(DEVICES, 200))
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 200))
 
 
 class Pair(Site):
@@ -70,19 +69,15 @@ def pair(material: Path, tmp_path: Path) -> Iterator[Pair]:
 
 @pytest.fixture
 def database() -> Iterator[Postgres]:
-    made = Postgres()
-    try:
+    with closing(Postgres()) as made:
         made.start()
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture
 def s3() -> Iterator[S3]:
-    made = Ceph()
-    yield made
-    made.close()
+    with closing(Ceph()) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from fedprune_device.releases.installer import LAUNCHER_FILE
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.runtime_releases import KEY, OUTSIDE, PYTHON, make_wheel, set_up, source
-from support.paths import ROOT
 from support.processes.machine import free_port
 from support.waiting import attempts
 
@@ -41,14 +40,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Runs the launcher with a clock that is a day ahead once there is a file: a trial ends when a test says so, however
 slow the machine is. Releases have the machine's clock."""
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    return next(out.glob("fedprune-*.whl"))
 
 
 class Board:

@@ -37,9 +37,7 @@ max_steps = 3
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    write_material(folder, dict.fromkeys(DEVICES, 100), hidden=16384)
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 100), hidden=16384)
 
 
 @pytest.fixture(scope="module")

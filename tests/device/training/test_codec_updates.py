@@ -119,19 +119,14 @@ def relocating_offer(board: HiddenBoard, **fields: Any) -> tuple[Offer, Callable
 
 
 def test_channels_that_have_moved_keep_what_was_left_out(board: HiddenBoard) -> None:
-    residual = carried_arrays(own().residual, own(), *with_selection(relocating_offer(board)))
+    offer, read_blob = relocating_offer(board)
     expected = NOW.gather(ALL_CHANNELS)
+    residual = carried_arrays(own().residual, own(), offer, expected, read_blob)
     assert set(residual) == set(expected)
     for name, axis in (("w1", 0), ("gamma", 0), ("w2", 1)):
         new, old = np.moveaxis(residual[name], axis, 0), np.moveaxis(expected[name], axis, 0)
         assert new[[0, 2, 3]].tobytes() == old[[0, 2, 3]].tobytes()
         assert not new[1].any()  # channel 5 wasn't there
-
-
-def with_selection(
-    offer: tuple[Offer, Callable[[BlobRef], bytes]],
-) -> tuple[Offer, Tensors, Callable[[BlobRef], bytes]]:
-    return offer[0], NOW.gather(ALL_CHANNELS), offer[1]
 
 
 # -- weights that come encoded ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,12 +32,8 @@ def example() -> Iterator[dict[str, Any]]:
             rules.pop("ReverseSequence", None)
 
 
-def own_tests(names: dict[str, Any]) -> dict[str, Callable[[], None]]:
-    return {n: f for n, f in names.items() if n.startswith("test_")}
-
-
 def test_the_example_passes_its_own_tests(example: dict[str, Any]) -> None:
-    tests = own_tests(example)
+    tests = [function for name, function in example.items() if name.startswith("test_")]
     assert len(tests) == 2
-    for function in tests.values():
+    for function in tests:
         function()

@@ -36,16 +36,13 @@ def logits(model: Path, x: np.ndarray) -> np.ndarray:
 X = np.random.default_rng(4).standard_normal((5, 1, 8, 8)).astype(np.float32)
 
 
-def opset_of(path: Path) -> int:
-    return next(o.version for o in onnx.load(path).opset_import if not o.domain)
-
-
 @pytest.mark.parametrize("opset", [None, 13, 23])
 def test_a_bundle_as_one_file_computes_the_same(bundle: Path, tmp_path: Path, opset: int | None) -> None:
     opset_option = [] if opset is None else ["--opset", str(opset)]
     assert main(["to-onnx", str(bundle), str(tmp_path / "out.onnx"), *opset_option]) == ExitCode.OK
-    assert opset_of(tmp_path / "out.onnx") == (opset or 17)
-    assert not [t for t in onnx.load(tmp_path / "out.onnx").graph.initializer if t.external_data]
+    exported = onnx.load(tmp_path / "out.onnx")
+    assert next(o.version for o in exported.opset_import if not o.domain) == (opset or 17)
+    assert not [t for t in exported.graph.initializer if t.external_data]
     assert distance(logits(tmp_path / "out.onnx", X), logits(bundle / "inference.onnx", X)) < 1e-6
 
 

@@ -99,13 +99,9 @@ def test_what_is_silent_is_an_input_of_a_sum_and_nothing_else(layer: Callable[[]
     start = nest_widths(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
     name = "layer.weight"
     assert np.array_equal(start[name], model.tensors[name]) is not silent
-    output_axis = architecture_axis(model, name)
+    output_axis = next(n.output_axis for n in model.architecture.layers if n.weight == name)
     quiet = ~start[name].any(axis=tuple(i for i in range(start[name].ndim) if i != output_axis))
     assert not quiet.any(), "every channel hears something"
-
-
-def architecture_axis(model: Model, name: str) -> int:
-    return next(n.output_axis for n in model.architecture.layers if n.weight == name)
 
 
 def learnt(net: nn.Module, steps: int) -> nn.Module:

@@ -35,14 +35,11 @@ pytestmark = pytest.mark.torch
 Array = np.ndarray[Any, Any]
 
 
-def example(name: str, outputs: tuple[int, ...]) -> Any:
-    return own_losses.Ctc(outputs[1]) if name == "ctc" else getattr(own_losses, name)
-
-
 @cache
 def session(name: str, outputs: tuple[int, ...]) -> OnnxSession:
     """The loss alone, with the gradient by the outputs."""
-    loss, g = import_loss(read_loss(example(name, outputs), outputs), outputs), Graph(name="loss")
+    example = own_losses.Ctc(outputs[1]) if name == "ctc" else getattr(own_losses, name)
+    loss, g = import_loss(read_loss(example, outputs), outputs), Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), loss.graph.inputs[1]]
     g.outputs = [port(step_contract.LOSS, ()), port("dz", (BATCH, *outputs))]
     g.emit("Identity", write_loss(g, "z", outputs, Features(loss=CUSTOM_LOSS), loss), out="dz")

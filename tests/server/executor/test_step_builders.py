@@ -52,13 +52,9 @@ def export_file(model: Model, folder: Path) -> None:
     assert export([f"{folder}/model.onnx", "--target", PI.name, "--loss", "mse", "--out", f"{folder}/out"]) == 0
 
 
-def export_to(model: Model, folder: Path) -> None:
-    fx.export(model, fx.plan(model, PI, recipe=RECIPE), folder / "out")
-
-
 # By module, what builds the graph; `executor` is the server's.
 BUILDERS: dict[str, Callable[[Model, Path], object]] = {
-    "fedprune_export/api.py": export_to,
+    "fedprune_export/api.py": lambda m, folder: fx.export(m, fx.plan(m, PI, recipe=RECIPE), folder / "out"),
     "fedprune_export/bundles/bundle.py": lambda m, _: bundle_files(m, Selection.full(m.architecture), RECIPE),
     "fedprune_export/cli/export.py": export_file,
     "fedprune_server/executor/calibration.py": calibration,

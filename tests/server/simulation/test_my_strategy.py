@@ -18,11 +18,6 @@ ASSETS = ROOT / "server" / "fedprune_server" / "assets"
 RECIPE = Recipe(epochs=2)
 
 
-def blocks() -> list[str]:
-    """The page's Python, block by block."""
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-
-
 @pytest.fixture(autouse=True)
 def _strategy_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ASSETS))
@@ -51,7 +46,8 @@ def test_it_learns_and_remembers(tmp_path: Path) -> None:
 
 
 def test_the_second_strategy_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "halfway.py").write_text(blocks()[1])
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "halfway.py").write_text(blocks[1])
     monkeypatch.syspath_prepend(str(tmp_path))
     state = run_strategy(tmp_path / "blobs", "halfway:halfway").state
     assert all(device.past is not None for device in state.devices.values())

@@ -27,10 +27,6 @@ def fleet_of(folder: Path, **settings: Any) -> Fleet:
     return Fleet(folder, replace(JOB, **{"devices": len(NAMES), **settings}), NAMES)
 
 
-def reasons(state: State, round_: int) -> dict[str, str]:
-    return {n: d["reason"] for n, d in state.history[round_ - 1]["devices"].items() if d["reason"]}
-
-
 class SlowDevice:
     """A device that trains for so long, and says how far it is."""
 
@@ -83,7 +79,7 @@ def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -
     fleet = fleet_of(tmp_path, participation=0.8, over_selection=0.25, rounds=2)
     state = run(fleet, SlowDevice(fleet, "b", 80.0))
     assert counted_devices(state) == [["a", "c", "d", "e"]] * 2
-    assert reasons(state, 1) == {"b": ENOUGH_UPDATES}
+    assert {n: d["reason"] for n, d in state.history[0]["devices"].items() if d["reason"]} == {"b": ENOUGH_UPDATES}
     reasons_told = [m.reason for m in fleet.air.devices["b"].heard if isinstance(m, Cancelled)]
     assert reasons_told == [ENOUGH_UPDATES] * 2
     assert fleet.air.now < 80

@@ -229,13 +229,10 @@ def test_blobs_of_past_rounds_are_deleted(build, tmp_path):
     assert simulation.state.history[0]["model"] not in stored_digests
 
 
-def with_wrong_labels(device):
-    return replace(device, data=replace(device.data, y_train=device.data.y_train + 7))
-
-
 def test_data_that_the_model_cannot_take_is_refused_and_named(build):
     wrong, *good_boards = boards()
-    (row,) = build(fleet=[with_wrong_labels(wrong), *good_boards], rounds=1, evaluation=None).run()
+    mislabelled = replace(wrong, data=replace(wrong.data, y_train=wrong.data.y_train + 7))
+    (row,) = build(fleet=[mislabelled, *good_boards], rounds=1, evaluation=None).run()
     assert row["devices"][wrong.name]["progress"] == "refused"
     assert "label" in row["devices"][wrong.name]["reason"]
     assert row["metrics"] == {}

@@ -66,12 +66,9 @@ def test_a_database_that_is_not_there_is_one_error_without_the_password(url: str
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
     """A PostgreSQL server that may be killed."""
-    postgres = Postgres()
-    try:
+    with closing(Postgres()) as postgres:
         postgres.start()
         yield postgres
-    finally:
-        postgres.close()
 
 
 def test_a_killed_database_loses_nothing_and_the_server_waits_for_it(own_postgres: Postgres) -> None:

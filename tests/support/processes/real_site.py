@@ -71,7 +71,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
 _Site = TypeVar("_Site", bound="Site")
 
 
-def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -> None:
+def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -> Path:
     """A small classifier, of so many hidden units, and samples for every device and to evaluate on."""
     random = np.random.default_rng(0)
 
@@ -97,6 +97,7 @@ def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -
     for name, count in {**samples, "evaluation": 200}.items():
         x = random.standard_normal((count, 8)).astype(np.float32)
         np.savez(folder / f"{name}.npz", x=x, y=(x @ truth).argmax(1))
+    return folder
 
 
 class Site:

@@ -158,14 +158,10 @@ def test_small_variances_keep_their_digits() -> None:
     assert fold.close()[0]["stat_var"].tobytes() == tensors["stat_var"].tobytes()
 
 
-def _without(tensors: Tensors) -> Tensors:
-    return {n: v for n, v in tensors.items() if n != "weight"}
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_without, "update lacks tensor weight"),
+        (lambda p: {n: v for n, v in p.items() if n != "weight"}, "update lacks tensor weight"),
         (lambda p: {**p, "extra": p["weight"]}, "doesn't have: 'extra'"),
         (lambda p: {**p, "weight": p["weight"].astype(np.float64)}, "type of weight"),
         (lambda p: {**p, "weight": p["weight"][:2]}, "shape of weight"),

@@ -36,14 +36,9 @@ def print_sample(width: int, monkeypatch: pytest.MonkeyPatch, **environment: str
     return stream.getvalue()
 
 
-def plain(text: str) -> list[str]:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
-
-
 @pytest.mark.parametrize("width", [32, 56, 120])
 def test_a_cell_is_whole_or_its_column_is_left_out_and_named(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = plain(print_sample(width, monkeypatch))
-
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", print_sample(width, monkeypatch)).splitlines()
     text = "\n".join(lines)
     head = lines[0].split()
     note = lines[-1] if lines[-1].startswith("not shown") else ""
