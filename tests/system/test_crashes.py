@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import State
 from fedprune.core.errors import ExitCode
-from fedprune.jobs.state import Progress
 from fedprune.security.tls import unpinned_context
 from fedprune.wire.link import BrokerLink
 from support.processes.machine import listens
@@ -51,26 +50,14 @@ def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iter
         yield made
 
 
-def wait_for_the_middle(site: Site, number: int) -> None:
-    """Wait for the middle of a round that is held: all devices train, and nobody has delivered."""
-    site.wait_until_held(number)
-    state = site.saved_state()
-    assert state is not None
-    assert (state.round, state.phase) == (number, Phase.TRAINING), site.logs()
-    assert all(t.progress is Progress.OFFERED for t in state.tasks.values()), site.logs()
-
-
 @pytest.fixture(scope="module")
 def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> State:
     """A run without kills, at the broker of a machine that has no Mosquitto."""
-    calm = site_of(material, tmp_path_factory.mktemp("calm"), "amqtt", secure=False)
-    try:
+    with site_of(material, tmp_path_factory.mktemp("calm"), "amqtt", secure=False) as calm:
         calm.start_all()
         state = calm.finish()
         assert "embedded broker: amqtt " in calm.logs_in_full()
         return state
-    finally:
-        calm.stop_all()
 
 
 def test_an_undisturbed_run_counts_every_device_in_every_round(undisturbed: State) -> None:
@@ -92,7 +79,7 @@ def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed:
     site.hold(*range(1, ROUNDS + 1))
     site.start_all()
     for number, victim in enumerate((DEVICES[0], "server", "broker"), start=1):
-        wait_for_the_middle(site, number)
+        site.wait_for_the_middle(number)
         site.kill(victim)
         site.let_go(number)
     state = site.finish()

@@ -126,12 +126,9 @@ def test_a_hostile_broker_can_delay_a_run_but_not_change_a_bit_of_it(
     site: Site, material: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "calm").mkdir()
-    calm = Site(material, tmp_path / "calm", CONFIG, DEVICES, 90)
-    try:
+    with Site(material, tmp_path / "calm", CONFIG, DEVICES, 90) as calm:
         calm.start_all()
         expected = models(calm)
-    finally:
-        calm.stop_all()
     broker_url = site.open_broker()
     site.start("broker")
     site.start("server")

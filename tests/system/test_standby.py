@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import State
 from fedprune.core.errors import ExitCode
-from fedprune.jobs.state import Progress
 from fedprune_server.enrollment.pki import IdentityFolder
 from support.fakes.fleet import models
 from support.fakes.members import serials_of
@@ -87,20 +86,11 @@ def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Sta
         return calm.finish()
 
 
-def wait_for_the_middle(pair: Pair, number: int) -> None:
-    """Wait for the middle of a round that is held: all devices train, and nobody has delivered."""
-    pair.wait_until_held(number)
-    state = pair.saved_state()
-    assert state is not None
-    assert (state.round, state.phase) == (number, Phase.TRAINING), pair.logs()
-    assert all(t.progress is Progress.OFFERED for t in state.tasks.values()), pair.logs()
-
-
 def start_both(pair: Pair) -> None:
     """Start the site, and a second server that waits; round 1 is held."""
     pair.hold(1, 2)
     pair.start_all()
-    wait_for_the_middle(pair, 1)  # else the second might be the first
+    pair.wait_for_the_middle(1)  # else the second might be the first
     pair.start("second")
     pair.wait_for(lambda: "standing by" in pair.logs_in_full(), "the second server waits")
 
@@ -108,7 +98,7 @@ def start_both(pair: Pair) -> None:
 def kill_the_first(pair: Pair) -> None:
     """Kill the first server in the middle of round 2; the second is the server from now on."""
     pair.let_go(1)
-    wait_for_the_middle(pair, 2)
+    pair.wait_for_the_middle(2)
     pair.processes["server"].kill()
     pair.processes["server"].wait()
     pair.let_go(2)

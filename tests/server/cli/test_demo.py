@@ -12,8 +12,6 @@ from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.fleet.demo_fleet import DEMO_ROUNDS, too_few_rounds
 from fedprune_server.simulation.results.record import DeviceRow, Record
 
-KEPT = ("seed", "rounds", "total_bytes", "total_macs", "total_hours", "devices", "participation", "deadline_s")
-
 
 def run(accuracy=0.9, sent=100, rounds=DEMO_ROUNDS):
     rows = [

@@ -141,6 +141,20 @@ messages = st.one_of(
 
 REF = BlobRef.of(b"abc")
 DIGEST = "ab" * 32
+CRASH = CrashReport(
+    "pi-1",
+    2,
+    3,
+    "exception",
+    "ValueError: no",
+    ({"module": "fedprune_device.cli.main", "line": 1, "function": "f"},),
+    "fedprune 0.1",
+    "a",
+    3.5,
+    60.0,
+    1,
+    2,
+)
 EXAMPLES: list[Message] = [
     Birth("pi-1", 3, "raspberry-pi-4", 100, "fedprune 0.1", {"cpu": [1, 2.5]}, {"job": "j", "round": 1, "attempt": 0}),
     Death("pi-1", 3),
@@ -167,20 +181,7 @@ EXAMPLES: list[Message] = [
     ReleaseWithdrawn(7, "stopped"),
     ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2, DIGEST),
     Alive("pi-1", 3),
-    CrashReport(
-        "pi-1",
-        2,
-        3,
-        "exception",
-        "ValueError: no",
-        ({"module": "fedprune_device.cli.main", "line": 1, "function": "f"},),
-        "fedprune 0.1",
-        "a",
-        3.5,
-        60.0,
-        1,
-        2,
-    ),
+    CRASH,
     CrashStored(7),
     Reconnect(50.0, 3600.0),
     ServerQuery(DIGEST[:32], DIGEST[:32], 0, None),

@@ -59,7 +59,6 @@ from fedprune.wire import messages as m
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import (
     APPROVED,
-    CrashReport,
     CrashStored,
     JoinAnswer,
     JoinRequest,
@@ -74,6 +73,7 @@ from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl, BrokerUrl, UploadUrl
 from fedprune_device.training.received_weights import unpack_weights as offered
 from fedprune_server.web.state.order_queue import read_order
+from support.fakes.messages import CRASH
 from support.fakes.runtime_releases import KEY, PUBLIC
 from support.fakes.tiny_job import ARCHITECTURE
 from support.faults.parser_target import Target, as_text, scratch
@@ -174,20 +174,7 @@ def _messages() -> list[Any]:
         ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
         ReleaseReport("a", 1, "downloading", "", 1, 2),
         ReleaseWithdrawn(1, "a mistake"),
-        CrashReport(
-            "a",
-            2,
-            3,
-            "exception",
-            "ValueError: no",
-            ({"module": "fedprune_device.cli.main", "line": 1, "function": "f"},),
-            "fedprune 0.1",
-            "a",
-            3.5,
-            60.0,
-            1,
-            2,
-        ),
+        CRASH,
         CrashStored(7),
         Reconnect(50.0, 3600.0),
     ]

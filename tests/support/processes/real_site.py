@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import StorageError
+from fedprune.jobs.state import Progress
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import BrokerAddress, write_broker
 from fedprune_server.storage.storage import Storage
@@ -251,6 +252,14 @@ class Site:
         """Wait until devices, by default all of them, are in the middle of a round that is held."""
         marks = [self.holds / f"{seed}-{number}-{name}" for name in devices or self.devices]
         self.wait_for(lambda: all(mark.exists() for mark in marks), f"devices train in round {number}")
+
+    def wait_for_the_middle(self, number: int) -> None:
+        """Wait for the middle of a round that is held: all devices train, and nobody has delivered."""
+        self.wait_until_held(number)
+        state = self.saved_state()
+        assert state is not None
+        assert (state.round, state.phase) == (number, Phase.TRAINING), self.logs()
+        assert all(t.progress is Progress.OFFERED for t in state.tasks.values()), self.logs()
 
     def let_go(self, number: int, seed: int = 0) -> None:
         """Hold a round no longer."""
