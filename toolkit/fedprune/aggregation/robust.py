@@ -103,9 +103,8 @@ def robust_mean(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0
         target = out[start : start + step]
         for count in counts:
             indices: Any = ... if holders is None else np.flatnonzero(holders == count)
-            target[indices] = (
-                np.inf if not count else _mean_of_rows([rows[i][indices] for i in _averaged_indices(count, kind, trim)])
-            )
+            averaged = [rows[i][indices] for i in _averaged_indices(count, kind, trim)]
+            target[indices] = np.mean(averaged, axis=0, dtype=np.float64) if count else np.inf
     return out.reshape(values.shape[1:])
 
 
@@ -116,14 +115,6 @@ def _averaged_indices(count: int, kind: Centre, trim: float) -> range:
     # 1e-9: trim · count may be a whole number but for a floating-point error, and must not lose it.
     cut = math.floor(trim * count + 1e-9)
     return range(cut, count - cut)
-
-
-def _mean_of_rows(rows: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
-    total = rows[0].astype(np.float64)
-    for row in rows[1:]:
-        total += row
-    total /= len(rows)
-    return total
 
 
 def _sorted_rows(block: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.float32]]:

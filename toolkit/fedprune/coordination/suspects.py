@@ -31,7 +31,8 @@ def divide_into_cohorts(
     shuffled = [devices[i] for i in rng.permutation(len(devices)).tolist()]
     groups = [[name for name in shuffled if name in group] for group in suspects]
     unsuspected = [name for name in shuffled if not any(name in group for group in groups)]
-    halves = [half for group in groups for half in _nonempty_halves(group)]
+    middles = [(len(group) + 1) // 2 for group in groups]
+    halves = [half for g, n in zip(groups, middles, strict=True) for half in (g[:n], g[n:]) if half]
     if not halves:
         return [tuple(devices)], []
     cohorts: list[list[str]] = []
@@ -44,18 +45,15 @@ def divide_into_cohorts(
         else:
             left_out += half
     if not cohorts:
-        return _cohort_of_leftovers([name for name in shuffled if name in left_out], unsuspected)
+        # One cohort if no half is large enough: other boards each time, and as many left out as possible.
+        leftovers = [name for name in shuffled if name in left_out]
+        count = max(MIN_BOARDS - len(unsuspected), (len(leftovers) + 1) // 2)
+        return [tuple(sorted(leftovers[:count] + unsuspected))], sorted(leftovers[count:])
     if len(unsuspected) >= MIN_BOARDS:
         cohorts.append(unsuspected)
     else:  # a sum of so few would show too much of each
         cohorts[0] += unsuspected
     return [tuple(sorted(cohort)) for cohort in cohorts], sorted(left_out)
-
-
-def _cohort_of_leftovers(left_out: list[str], unsuspected: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """One cohort if no half is large enough: other boards each time, and as many left out as possible."""
-    count = max(MIN_BOARDS - len(unsuspected), (len(left_out) + 1) // 2)
-    return [tuple(sorted(left_out[:count] + unsuspected))], sorted(left_out[count:])
 
 
 def narrow_suspects(
@@ -74,8 +72,3 @@ def narrow_suspects(
         at_fault |= set(inside[0]) if is_single else set()
         groups = outside if is_single else outside + inside
     return groups, at_fault
-
-
-def _nonempty_halves(group: list[str]) -> list[list[str]]:
-    middle = (len(group) + 1) // 2
-    return [half for half in (group[:middle], group[middle:]) if half]

@@ -20,7 +20,7 @@ from fedprune.strategies.methods.heterofl import fedrolex, heterofl
 from fedprune.strategies.methods.history import history
 from fedprune.strategies.methods.plain import plain_strategy
 from fedprune.strategies.methods.pr_fl import pr_fl
-from fedprune.strategies.methods.robust import robust_aggregator
+from fedprune.strategies.methods.robust import RobustAggregator, Robustness
 from fedprune.strategies.methods.subflot import subflot
 from fedprune.strategies.privacy_checks import check_private, check_secure
 from fedprune.strategies.strategy import Strategy
@@ -64,7 +64,8 @@ def compose(job: Job) -> Strategy:
     options = dict(job.options)
     settings = options.pop(ROBUST_OPTION, None)
     strategy = with_schedule(_compose(replace(job, options=options)), job)
-    strategy = replace(strategy, aggregator=robust_aggregator(strategy.aggregator, settings))
+    if settings is not None:
+        strategy = replace(strategy, aggregator=RobustAggregator(strategy.aggregator, Robustness.from_dict(settings)))
     return check_secure(job, check_private(job, strategy))
 
 

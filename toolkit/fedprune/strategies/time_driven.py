@@ -92,7 +92,11 @@ class TimeDriven(Allocator):
         if state.round % self.interval:
             return False
         if self.recovery is not None:
-            for name, density in self.recovery.review(state, self._growth_floor(fleet)).items():
+            # All grow from the least density, once one has grown; before that, balancing may still lower any to ρ_min.
+            has_grown = bool(state.allocation.get(_FROZEN))
+            densities = (d.density for d in state.devices.values() if has_grown and d.widths and not d.excluded)
+            least = max(self.floor, min(densities, default=0.0))
+            for name, density in self.recovery.review(state, least).items():
                 grown |= self._grant(fleet, name, density)
         if grown and not state.allocation.get(_FROZEN):
             # From the first growth on, balancing rests: it would take away what early stopping gives.
@@ -118,14 +122,6 @@ class TimeDriven(Allocator):
             density = balanced_density(current_densities[name], full_model_time / seconds, self.power)
             changed |= self._grant(fleet, name, min(1.0, max(density, self._density_floor(fleet))))
         return changed
-
-    def _growth_floor(self, fleet: Fleet) -> float:
-        """The density from which all devices grow: the least of them, once one has grown, and ρ_min before that. Before
-        the first growth, balancing may still lower any density to ρ_min."""
-        if not fleet.state.allocation.get(_FROZEN):
-            return self.floor
-        densities = (d.density for d in fleet.state.devices.values() if d.widths and not d.excluded)
-        return max(self.floor, min(densities, default=0.0))
 
     def _density_floor(self, fleet: Fleet) -> float:
         """The floor of all densities. A density that has grown needs none: from then on none falls."""

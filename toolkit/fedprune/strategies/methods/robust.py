@@ -144,9 +144,3 @@ class RobustAggregator(Aggregator):
         if has_holder is None:
             has_holder = np.isfinite(middle)
         return (middle, True) if fills_with_zero else (np.where(has_holder, middle, model_values), has_holder)
-
-
-def robust_aggregator(aggregator: Aggregator, settings: object) -> Aggregator:
-    """The aggregator with a job's option `robust` (None: as it is). Raises `ConfigError` for an unknown key or a wrong
-    value."""
-    return aggregator if settings is None else RobustAggregator(aggregator, Robustness.from_dict(settings))
