@@ -13,16 +13,18 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 
 from fedprune import __version__
 
@@ -59,17 +61,23 @@ def run_cases(
     out = options.out or RESULTS / f"{name}.json"
     records = [] if options.anew or not out.exists() else json.loads(out.read_text())["rows"]
     began = time.monotonic()
-    for number, case in enumerate(wanted, start=1):
-        if record_of(case, records) is not None:
-            continue
-        if time.monotonic() - began > 60 * options.minutes:
-            print(f"{number - 1} of {len(wanted)} cases are done; the same command continues", file=sys.stderr)
-            break
-        said = ", ".join(f"{k} {v}" for k, v in case.items())
-        print(f"{name}, case {number} of {len(wanted)}: {said}", file=sys.stderr, flush=True)
-        measured = run(**case)
-        records.append({**case, **measured, "made": setting(*packages)})
-        save(out, {"setting": setting(*packages), **constants, "rows": records})
+    body: Record = {}
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task(name, total=len(wanted))
+        for case in wanted:
+            if record_of(case, records) is None:
+                if time.monotonic() - began > 60 * options.minutes:
+                    progress.console.print("not all cases are done; the same command continues")
+                    break
+                progress.update(bar, description=", ".join(f"{k} {v}" for k, v in case.items()))
+                measured = run(**case)
+                made = setting(*packages)
+                records.append({**case, **measured, "made": made})
+                body = {"setting": made, **constants, "rows": records}
+                write_results(out, body)
+            progress.advance(bar)
+    if body:
+        save(out, body)
     return [found for case in wanted if (found := record_of(case, records)) is not None]
 
 
@@ -109,9 +117,6 @@ def in_fresh_process(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def setting(*packages: str) -> Record:
     """Machine, versions, date and code of a run; versions of further packages where they are installed."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "date": dt.date.today().isoformat(),
         "cpu": processor(),
@@ -121,9 +126,16 @@ def setting(*packages: str) -> Record:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "fedprune": __version__,
-        "code": commit,
+        "code": code_version(),
         **{name: package_version(name) for name in packages},
     }
+
+
+@cache
+def code_version() -> str:
+    """The commit of this process's code."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def processor() -> str:
@@ -142,6 +154,11 @@ def package_version(name: str) -> str:
         return "not installed"
 
 
+def write_results(out: Path, body: Mapping[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(body, indent=1) + "\n")
+
+
 def save(path: Path | str, body: Mapping[str, Any]) -> None:
     """Write results, and fill the tables of their page.
 
@@ -152,8 +169,7 @@ def save(path: Path | str, body: Mapping[str, Any]) -> None:
     from benchmarks import tables
 
     out = path if isinstance(path, Path) else RESULTS / f"{path}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(body, indent=1) + "\n")
+    write_results(out, body)
     if out.parent == RESULTS:
         tables.write(ROOT)
     print(json.dumps(body if len(json.dumps(body)) < 4000 else {"written": str(out)}), flush=True)

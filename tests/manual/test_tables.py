@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import robustness, tables
 
 PAGE = """Some text.
 
@@ -36,3 +36,9 @@ def test_a_table_shows_the_records_that_its_page_asks_for(tmp_path: Path) -> Non
     assert "| a | 1.2 | 0.50 | 50 |\n| a | 3.0 | – | – |\n\n<!-- end -->" in page
     assert "whatever" not in page
     assert tables.filled(page, tmp_path) == page
+
+
+def test_a_hundredfold_update_breaks_a_model_without_limits_alone() -> None:
+    settings = ("no limits", "default")
+    without, limited = (robustness.play("digits", setting, "×100", 1, 0, rounds=2).accuracy for setting in settings)
+    assert without < 0.3 < 0.5 < limited

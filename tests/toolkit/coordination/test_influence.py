@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.coordination.limits import REJECT_FACTOR, limit_round
+from fedprune.coordination.round import Round
 from fedprune.coordination.update_lengths import ALL_TRAINED, measure_update
-from fedprune.coordination.update_limits import shorten_update
+from fedprune.coordination.update_limits import RoundUpdate, UpdateLimits, shorten_update
 from fedprune.coordination.weight_limits import capped_weights, weight_limit, weight_limit_of_counts
+from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection, Tensors
+from fedprune.strategies import compose
 from fedprune.strategies.values import Cut, Scene, Submodel, Turn, UpdateReport
 from support.nets.two_groups import ARCHITECTURE as NET
 from support.nets.two_groups import TRAINED
@@ -100,6 +104,18 @@ def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> Non
         assert device in influence.reasons
         shortened_lengths = measure_update(shorten_update(report(length), shares))
         assert all(shortened_lengths[n] <= 3 * 2 * scale * 1.01 for n in TRAINED)
+
+
+def test_a_reversed_update_counts_by_the_fourth_power_of_its_distance_from_the_mean() -> None:
+    job, moves = Job(devices=4, strategy="fedavg"), np.array([0.1, 0.11, 0.09, -0.1])
+    updates = [RoundUpdate(f"d{i}", i, 1, 1, partial(report, move)) for i, move in enumerate(moves)]
+    closed = Round(compose(job), Scene(NET, 0, 1, BASE), UpdateLimits(job, uniform=True)).close(updates)
+    # The limit is the median length, 0.1: the median distance is less.
+    shares = np.minimum(1, 0.1 / np.abs(moves - moves.mean())) ** 4
+    assert closed.model
+    assert closed.reduced == 1
+    for name, value in closed.model.items():
+        assert np.allclose(value - BASE[name], np.mean((shares if name in TRAINED else 1) * moves), atol=1e-6)
 
 
 def round_bounds(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:

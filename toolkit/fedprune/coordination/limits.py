@@ -15,6 +15,7 @@ nothing that a board says of itself, its steps for example, lets it count for mo
 | reference | 1/1024 to 1 of the tensor's scale | boards count in full ten rounds after quiet ones |
 | statistics' reference | no upper end, halves in a round | they are measured anew, and follow the data's scale |
 | one or two updates | multiples of the reference alone | they have no majority |
+| distance from the mean | the median or the reference; beyond it the share falls | `update_limits.limit_distances` |
 
 m is the job's `move_limit`. A length is ‖Δ_k‖, the root of a change's sum of squares divided by the elements of the
 whole model's tensor: how far the update alone would move the model, whatever the board's width, without elements that a
@@ -111,21 +112,14 @@ def limit_round(
     limits[ALL_TRAINED] = move_limit * usual_lengths[ALL_TRAINED]
     shares, reasons = {}, {}
     for device, lengths in sorted(accepted.items()):
-        update_share, tensor_shares = _counted_shares(lengths, limits, trained)
+        update_share = _counted_share(lengths[ALL_TRAINED], limits[ALL_TRAINED])
+        tensor_shares = {n: _counted_share(v, limits[n]) for n, v in lengths.items() if n != ALL_TRAINED}
+        # One share for all trained tensors keeps an update's direction; a single wild tensor is shortened further.
+        tensor_shares = {n: min(s, update_share) if n in trained else s for n, s in tensor_shares.items()}
         shares[device] = {n: share for n, share in tensor_shares.items() if share < 1}
         if reason := _limit_reason(lengths, usual_lengths, update_share, tensor_shares, trained):
             reasons[device] = reason
     return RoundLimits(rejected, shares, reasons, {**references, **new_references})
-
-
-def _counted_shares(
-    lengths: UpdateLengths, limits: Mapping[str, float], trained: Collection[str]
-) -> tuple[float, dict[str, float]]:
-    """The share of an update that counts, and by tensor the share of the tensor's change."""
-    update_share = _counted_share(lengths[ALL_TRAINED], limits[ALL_TRAINED])
-    tensor_shares = {n: _counted_share(v, limits[n]) for n, v in lengths.items() if n != ALL_TRAINED}
-    # One share for all trained tensors keeps an update's direction; a single wild tensor is shortened further.
-    return update_share, {n: min(s, update_share) if n in trained else s for n, s in tensor_shares.items()}
 
 
 def _limit_reason(

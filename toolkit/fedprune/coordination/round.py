@@ -144,6 +144,10 @@ class Round:
             # applied again.
             limited = self.limit_updates([u for u in updates if u.device not in at_fault])
             failures = _outlier_failures(limited.rejected) or self._include_exactly(limited.updates)
+            # Strategies that don't sum updates as they were trained have no mean to which these are near or far.
+            if not failures and self._strategy.has_plain_reconstruction and self._strategy.aggregator.is_per_tensor:
+                limited = self._limits.limit_distances(self.scene, limited, self.fold.close()[0])
+                failures = self._include_exactly(limited.updates)
             if not failures:
                 try:
                     result = self._apply_strategy(limited, replace(self.scene, participants=participants), rate)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fedprune.coordination.limits import REFERENCES_MEMORY, limit_round
-from fedprune.coordination.update_lengths import UpdateLengths, measure_update
-from fedprune.coordination.weight_limits import weight_limit
+from fedprune.coordination.update_lengths import ALL_TRAINED, UpdateLengths, measure_update
+from fedprune.coordination.weight_limits import MIN_MAJORITY_UPDATES, weight_limit
 from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
+from fedprune.model.selection import Tensors
 from fedprune.strategies.values import NewMemory, Scene, Submodel, UpdateReport
 
 _LOG = logging.getLogger(__name__)
@@ -59,6 +61,27 @@ class RoundUpdate:
 # A device is named that reports more samples than this multiple of its limit: honest boards have a few times the
 # median.
 _REPORTED_SAMPLES_FACTOR = 8
+
+# An update beyond the limit counts with this power of limit / distance: a reversed one is hardly twice as far from the
+# mean as honest ones, so that a first power leaves most of it. Chosen on the digits of `benchmarks.robustness`.
+_DISTANCE_POWER = 4
+
+
+def _measured(update: RoundUpdate, mean_change: Tensors | None = None) -> UpdateLengths:
+    """How far an update moves or, with the mean change of all, how far what counts of it is from that; nothing if it
+    can't be read."""
+    try:
+        if mean_change is None:
+            return measure_update(update.read())
+        report = update.report()
+        mean = report.trained.selection.gather(mean_change)
+        moved = replace(report.sent, tensors={name: value + mean[name] for name, value in report.sent.tensors.items()})
+        return measure_update(replace(report, read_sent=lambda: moved))
+    except (StorageError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - it fails again where it is read to be added, with its reason
+        _LOG.debug("length of the update of %s", update.device, exc_info=True)
+        return {}
 
 
 @dataclass(frozen=True)
@@ -105,13 +128,8 @@ class UpdateLimits:
         if not self._move_limit or not updates:
             return LimitedUpdates(tuple(updates), {}, reasons, {}, heavy_devices)
         for update in updates:
-            if update.key not in self._lengths:
-                try:
-                    self.note_lengths(update, update.read())
-                except (StorageError, MemoryError):
-                    raise
-                except Exception:  # noqa: BLE001 - it fails again where it is read to be added, with its reason
-                    _LOG.debug("length of the update of %s", update.device, exc_info=True)
+            if update.key not in self._lengths and (lengths := _measured(update)):
+                self.note_lengths(update, lengths)
         # Lengths of updates that are not in this round any more would pile up over a job.
         self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
         measured = [u for u in updates if u.key in self._lengths]
@@ -127,6 +145,26 @@ class UpdateLimits:
         reduced = heavy_devices.union(u.device for u in limited if u.shares) - limits.rejected.keys()
         reasons = {**reasons, **limits.reasons}
         return LimitedUpdates(limited, limits.rejected, reasons, {REFERENCES_MEMORY: limits.references}, reduced)
+
+    def limit_distances(self, scene: Scene, limited: LimitedUpdates, mean: Tensors) -> LimitedUpdates:
+        """Shorten the limited updates that are far from their mean, as a step towards their geometric median does
+        (Pillutla et al. 2022): a reversed update can be as long as an honest one, but not as near to the others."""
+        # Updates without any change are at equal distances, by which no other one is to be judged.
+        moving = [u for u in limited.updates if self._lengths.get(u.key, {}).get(ALL_TRAINED)]
+        if not self._move_limit or len(moving) < MIN_MAJORITY_UPDATES:
+            return limited
+        mean_change = {name: value - scene.model[name] for name, value in mean.items()}
+        distances = {u.device: _measured(u, mean_change).get(ALL_TRAINED, 0.0) for u in moving}
+        # An honest board whose data are new to the model may be as far away as others were when they were new.
+        reference = float(limited.memories[REFERENCES_MEMORY][ALL_TRAINED][0])
+        limit = max(reference, statistics.median_low(distances.values()))
+        far = {d: (limit / distance) ** _DISTANCE_POWER for d, distance in distances.items() if distance > limit}
+        trained = [t.name for t in scene.architecture.trainable]
+        updates = []
+        for update in limited.updates:
+            shares = {n: far[update.device] * update.shares.get(n, 1.0) for n in trained if update.device in far}
+            updates.append(replace(update, shares={**update.shares, **shares}))
+        return replace(limited, updates=tuple(updates), reduced=limited.reduced | far.keys())
 
     def _overweight_devices(self, updates: Sequence[RoundUpdate]) -> tuple[frozenset[str], dict[str, str]]:
         """Devices that count for much less than the samples that they report, and why."""

@@ -71,7 +71,7 @@ class Job:
         weight_limit: The most samples that a device counts for, in multiples of the round's median; 0 for no limit.
         most_samples: The most samples that any device counts for; 0 for no limit.
         move_limit: The longest update, in multiples of the median of the round's updates: a longer one is shortened to
-            it (`fedprune.coordination.limits`); 0 for no limit.
+            it, and one far from their mean is shortened, too (`fedprune.coordination.limits`); 0 for no limit.
     """
 
     name: str = "job"
