@@ -61,7 +61,13 @@ class Audio:
         may vary, padded positions are marked, and the rest is a sample, too, unless it is too short."""
         length = shape[-1] if shape else None
         if isinstance(length, Lengths) and shape[0] in (1, length):
-            return _windows_of_any_length(read_recording(body, self.rate), length, shape)
+            recording = read_recording(body, self.rate)
+            if len(recording) < length.lower:
+                expected = f"at least {length.lower} numbers"
+                raise DataError("length of a recording", expected=expected, got=len(recording))
+            starts = range(0, len(recording) - length.lower + 1, length.upper)
+            windows = [recording[start : start + length.upper] for start in starts]
+            return np.concatenate([pad_to_bound(w.reshape(1, *[1] * (len(shape) - 1), -1), shape) for w in windows])
         if len(shape) not in (1, 2) or shape[0] not in (1, length) or not isinstance(length, int) or length < 1:
             raise DataError(
                 "a recording for this model", expected=f"numbers {shape_text(*shape)}", got="[length] or [1, length]"
@@ -77,14 +83,6 @@ class Audio:
 
     def whole_numbers(self, samples: npt.NDArray[np.float32], shape: Shape) -> npt.NDArray[np.uint8]:
         raise DataError("a recording for this model", expected="whole numbers", got="numbers from -1 to 1")
-
-
-def _windows_of_any_length(recording: Samples, length: Lengths, shape: Shape) -> Samples:
-    if len(recording) < length.lower:
-        raise DataError("length of a recording", expected=f"at least {length.lower} numbers", got=len(recording))
-    starts = range(0, len(recording) - length.lower + 1, length.upper)
-    windows = [recording[start : start + length.upper] for start in starts]
-    return np.concatenate([pad_to_bound(w.reshape(1, *[1] * (len(shape) - 1), -1), shape) for w in windows])
 
 
 def read_recording(body: bytes, rate: int) -> Samples:

@@ -53,7 +53,11 @@ def yolo_boxes(body: bytes, classes: int = MAX_CLASS + 1, *, has_keypoints: bool
         kind, *numbers = map(_parsed_number, words)
         if not (0 <= kind < classes and kind % 1 == 0):
             raise DataError(place, expected=f"a class from 0 to {classes - 1}", got="something else")
-        boxes.append([kind, *clipped_box(_around(numbers) if is_outline else numbers[:4], place)])
+        if is_outline:  # of points x1 y1 x2 y2 ...: numpy's least and largest are NaN if one of them is
+            points = np.reshape(numbers, (-1, 2))
+            low, high = points.min(0), points.max(0)
+            numbers = [*((low + high) / 2).tolist(), *(high - low).tolist()]
+        boxes.append([kind, *clipped_box(numbers[:4], place)])
         has_outlines |= is_outline
     return YoloLabels(np.array(boxes, np.float32).reshape(-1, 5), has_outlines)
 
@@ -65,14 +69,6 @@ def clipped_box(sides: Sequence[float], place: str) -> list[float]:
     if not all(-_EDGE_TOLERANCE <= v <= 1 + _EDGE_TOLERANCE for v in sides) or min(width, height) < _MIN_SIDE:
         raise DataError(place, expected="shares of the image, from 0 to 1", got="something else")
     return [min(max(v, 0.0), 1.0) for v in sides]
-
-
-def _around(outline: Sequence[float]) -> list[float]:
-    """The box around the points x1 y1 x2 y2 ... of an outline; NaN if one of them is."""
-    xs, ys = outline[::2], outline[1::2]
-    if any(map(math.isnan, outline)):
-        return [math.nan] * 4
-    return [(min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def _parsed_number(text: str) -> float:

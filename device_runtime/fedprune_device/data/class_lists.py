@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from fedprune.core.errors import ConfigError
@@ -18,7 +19,8 @@ def find_class_list(folders: Iterable[Path]) -> tuple[str, ...]:
 
     Raises `ConfigError` if a file can't be understood, `StorageError` if it can't be read.
     """
-    for path in (path for folder in folders for path in _candidates(folder)):
+    candidates = ([*(folder / name for name in _TEXTS), *yaml_files(folder), folder / _NOTES] for folder in folders)
+    for path in chain.from_iterable(candidates):
         if not path.is_file():
             continue
         text = read_text(path)
@@ -35,10 +37,6 @@ def find_class_list(folders: Iterable[Path]) -> tuple[str, ...]:
         if names:
             return names
     return ()
-
-
-def _candidates(folder: Path) -> list[Path]:
-    return [*(folder / name for name in _TEXTS), *yaml_files(folder), folder / _NOTES]
 
 
 def _categories(text: str) -> tuple[str, ...] | None:

@@ -63,10 +63,10 @@ def open_csv(file: Any, class_names: tuple[str, ...], options: TableOptions) -> 
     rows = _Rows(numbered_rows, names, columns, class_names)
     times, decimals = TimeReader(columns.times, columns.index), _Decimals(delimiter)
 
+    separator = "" if delimiter == "," else f"columns are separated by {'tabs' if delimiter == chr(9) else delimiter}"
+
     def notes() -> list[str]:
-        return [
-            text for text in (_separator_text(delimiter), decimals.note, comments.note, rows.note, times.note) if text
-        ]
+        return list(filter(None, (separator, decimals.note, comments.note, rows.note, times.note)))
 
     blocks = _blocks(rows, class_names, decimals, times, allows_missing=options.allows_missing)
     return OpenTable(columns, blocks, notes)
@@ -108,10 +108,6 @@ class _LineNumber:
         for line in self._lines:
             self.number = line.number if isinstance(line, _Line) else self.number
             yield line
-
-
-def _separator_text(delimiter: str) -> str:
-    return "" if delimiter == "," else f"columns are separated by {'tabs' if delimiter == chr(9) else delimiter}"
 
 
 class _Comments:
@@ -204,7 +200,9 @@ class _Rows:
         """Whether no cell of a row may be a number, a time or a class, but one of a column of numbers has a text."""
         texts = [row[i] for i in self.columns.inputs + self.columns.targets if not is_missing(row[i])]
         has_class = any(row[i].strip() in self._class_names for i in self.columns.classes)
-        return bool(texts) and not has_class and not any(map(_may_be_number, row))
+        # A cell that begins as a number or a time does, or is a state, is no unit.
+        may_be_numbers = (_NUMBER_BEGIN.match(cell) or cell.strip().lower() in _STATES for cell in row)
+        return bool(texts) and not has_class and not any(may_be_numbers)
 
     @property
     def note(self) -> str:
@@ -216,11 +214,6 @@ class _Rows:
             else "",
         ]
         return "; ".join(filter(None, parts))
-
-
-def _may_be_number(cell: str) -> bool:
-    """Whether a cell begins as a number or a time does, or is a state, and so no unit."""
-    return _NUMBER_BEGIN.match(cell) is not None or cell.strip().lower() in _STATES
 
 
 class _Decimals:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors, write_all
-from fedprune.core.errors import DataError
+from fedprune.core.errors import DataError, shape_text
 from fedprune_device.data.stored_array import Array, OpenFiles, StoredArray
 
 
@@ -55,8 +54,9 @@ class DecodedSamples:
             self._x, self._y = np.empty_like(x[0]), np.empty_like(y[0])  # only their types and shapes count
         for array, first, what in ((x, self._x, "samples"), (y, self._y, "labels")):
             if (array.dtype, array.shape[1:]) != (first.dtype, first.shape):
-                expected = _type_text(first.dtype, first.shape)
-                raise DataError(f"the {what}", expected=expected, got=_type_text(array.dtype, array.shape[1:]))
+                expected = f"{first.dtype} {shape_text(*first.shape)}"
+                got = f"{array.dtype} {shape_text(*array.shape[1:])}"
+                raise DataError(f"the {what}", expected=expected, got=got)
         if (self._count + len(x)) * self._record_bytes > self._max_bytes and self._count:
             raise self._full_error()
         records = np.empty((len(x), self._record_bytes), np.uint8)
@@ -86,7 +86,3 @@ class DecodedSamples:
 
     def _full_error(self) -> CacheFullError:
         return CacheFullError("room for decoded samples", expected=f"at most {self._max_bytes} bytes", got="more")
-
-
-def _type_text(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
-    return f"{dtype} {list(shape)}"

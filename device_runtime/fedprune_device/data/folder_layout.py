@@ -37,7 +37,13 @@ def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
         for kind in _KINDS:
             label_folders = {home: _label_folder(home, kind) for home in image_folders}
             if any(label_folders.values()):
-                return kind(root, _folder_pairs(image_folders, label_folders, kind), names)
+                # Those of the same name below the folder of labels of each home.
+                pairs = {
+                    folder: (label_folders[home] or home / kind.folders[0]) / folder.relative_to(images)
+                    for home, images in image_folders.items()
+                    for folder in folders_below(images)
+                }
+                return kind(root, pairs, names)
         folders = [folder for images in image_folders.values() for folder in folders_below(images)]
     elif any(folders_in(home, names) for home in homes):
         return ClassFolders(root, homes, names)
@@ -55,17 +61,6 @@ def _label_folder(home: Path, kind: type[LabelledImages]) -> Path | None:
     if kind is VocBoxes:
         candidates = [c for c in candidates if any(files_in(folder, (kind.ending,)) for folder in folders_below(c))]
     return next(iter(candidates), None)
-
-
-def _folder_pairs(
-    image_folders: dict[Path, Path], label_folders: dict[Path, Path | None], kind: type[LabelledImages]
-) -> dict[Path, Path]:
-    """The folders of images of each home, and those of the same name below its folder of labels."""
-    return {
-        folder: (label_folders[home] or home / kind.folders[0]) / folder.relative_to(images)
-        for home, images in image_folders.items()
-        for folder in folders_below(images)
-    }
 
 
 def _has_labels_beside(folder: Path, ending: str) -> bool:

@@ -78,8 +78,11 @@ def yolo_part_lists(root: Path, parts_by_name: Mapping[Path, str | None], settin
         notes.append("data.yaml names one folder for several parts: the board divides it itself")
     if not (part_of_home or images) or twice:
         return PartLists(notes=tuple(notes))
-    parts = ((folder, _part_of_folder(folder, part_of_home) or part) for folder, part in parts_by_name.items())
-    folders = {folder: part for folder, part in parts if part is not None}
+    folders: dict[Path, str] = {}
+    for folder, own_part in parts_by_name.items():
+        homes = (home for home in (folder, *folder.parents) if home in part_of_home)
+        if (named_part := next((part_of_home[home] for home in homes), own_part)) is not None:
+            folders[folder] = named_part
     return PartLists(folders, images, max(depths, default=1), tuple(notes))
 
 
@@ -98,10 +101,6 @@ def voc_part_lists(root: Path, folders: Iterable[Path]) -> PartLists:
 def _depths(root: Path, folders: Iterable[Path]) -> set[int]:
     """How many names the paths of images in these folders have below `root`."""
     return {len(folder.relative_to(root).parts) + 1 for folder in folders}
-
-
-def _part_of_folder(folder: Path, part_of_home: Mapping[Path, str]) -> str | None:
-    return next((part_of_home[home] for home in (folder, *folder.parents) if home in part_of_home), None)
 
 
 def _names(text: str) -> list[str]:

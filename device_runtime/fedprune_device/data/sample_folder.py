@@ -198,7 +198,11 @@ class SampleFolder(ReadSource):
         """Find the files and choose among them; at most `max_new` files that the index doesn't know are read."""
         layout = layout_of(self._root, self._names)
         paths_by_class = layout.files((*self._formats, *WAY_OUT))
-        self._count_foreign(path.suffix.lower() for paths in paths_by_class for path in paths)
+        endings = (path.suffix.lower() for paths in paths_by_class for path in paths)
+        counts = Counter(ending for ending in endings if ending not in self._formats)
+        for ending in counts.keys() - self._foreign_counts.keys():
+            _LOG.warning("files of %s that end in %s are left out: %s", self._root, ending, WAY_OUT[ending])
+        self._foreign_counts = counts
         paths_by_class = [[path for path in paths if path.suffix.lower() in self._formats] for paths in paths_by_class]
         if (count := sum(map(len, paths_by_class))) > _MAX_FILES:
             _LOG.warning("%s holds %d files; %d are looked at, of every class", self._root, count, _MAX_FILES)
@@ -227,8 +231,9 @@ class SampleFolder(ReadSource):
                     _LOG.warning("%s is left out: %s", path, error)
         self._count_unlabelled(unlabelled)
         files_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in file_of_digest]
-        counts = [sum(file.split == "train" for file in files) for files in files_by_class]
-        self._effective_classes = effective_classes(counts) if len(counts) > 1 else None  # are folders classes?
+        training_counts = [sum(file.split == "train" for file in files) for files in files_by_class]
+        has_classes = len(training_counts) > 1  # folders are classes
+        self._effective_classes = effective_classes(training_counts) if has_classes else None
         self._chosen = list(islice(_interleave(files_by_class), self._max_samples))
         self._training_count = sum(file.split == "train" for file in self._chosen)
         return layout
@@ -257,12 +262,6 @@ class SampleFolder(ReadSource):
         split = self._shares.split_of(name)
         return "train" if split in layout.splits else split
 
-    def _count_foreign(self, endings: Iterable[str]) -> None:
-        counts = Counter(ending for ending in endings if ending not in self._formats)
-        for ending in counts.keys() - self._foreign_counts.keys():
-            _LOG.warning("files of %s that end in %s are left out: %s", self._root, ending, WAY_OUT[ending])
-        self._foreign_counts = counts
-
     def _count_unlabelled(self, unlabelled: Mapping[str, list[Path]]) -> None:
         counts = Counter({reason: len(paths) for reason, paths in unlabelled.items()})
         for reason, paths in unlabelled.items():
@@ -286,7 +285,8 @@ def _interleave(queues: Iterable[list[_T]]) -> Iterable[_T]:
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
     """A file's bytes; raises `DataError` unless it is a plain file of at most `max_bytes` bytes, or `OSError`."""
-    with open(path, "rb", opener=_open_plain) as file:
+    # No links, which could lead to any file of the board; and a pipe must not be waited for.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise DataError("a sample", expected="a plain file", got="something else")
@@ -294,8 +294,3 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
     if max(status.st_size, len(content)) > max_bytes:
         raise DataError("size of a file", expected=f"at most {max_bytes} bytes", got="more")
     return content
-
-
-def _open_plain(path: str, flags: int) -> int:
-    # No links, which could lead to any file of the board; and a pipe must not be waited for.
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

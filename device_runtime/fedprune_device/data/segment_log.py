@@ -174,13 +174,16 @@ class SegmentLog:
         with storage_errors(f"can't write {self._root}"):
             if self.needs_new_segment(sum(r.size for r in records)):
                 self._begin_segment()
-            descriptor = self._open_last()
+            if self._descriptor is None:
+                self._descriptor = open_own_file(self.path(self._last_segment), os.O_RDWR)
+            descriptor = self._descriptor
             start = end = self._sizes[self._last_segment]
             positions, buffers = [], []
             for record in records:
-                head = self._head(record)
-                positions.append(RecordPosition(self._last_segment, end + len(head), len(record.payload)))
-                buffers += [head, record.payload]
+                size = len(record.payload)
+                head = _HEAD_STRUCT.pack(_MAGIC, record.kind, record.label, size, record.seen_count, record.name)
+                positions.append(RecordPosition(self._last_segment, end + HEAD_BYTES, size))
+                buffers += [head, self._seal(head), record.payload]
                 end += record.size
             # Until all is written: after an error nothing is ever appended behind a record that may be torn.
             self._torn = True
@@ -204,15 +207,6 @@ class SegmentLog:
         self._descriptor = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         flush_folder(self._root)
         self._last_segment, self._sizes[number], self._torn = number, 0, False
-
-    def _open_last(self) -> int:
-        if self._descriptor is None:
-            self._descriptor = open_own_file(self.path(self._last_segment), os.O_RDWR)
-        return self._descriptor
-
-    def _head(self, record: LogRecord) -> bytes:
-        head = _HEAD_STRUCT.pack(_MAGIC, record.kind, record.label, len(record.payload), record.seen_count, record.name)
-        return head + self._seal(head)
 
     def _seal(self, head: bytes) -> bytes:
         return hashlib.blake2b(head, digest_size=_SEAL_BYTES, key=self._key).digest()

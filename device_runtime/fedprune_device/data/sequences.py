@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -66,20 +65,19 @@ def pad_samples(x: Inputs, rows: PaddedRows | None, shape: Shape) -> Inputs:
         if rows.shortest < bounds.lower or rows.longest > longest:
             bad_length = rows.shortest if rows.shortest < bounds.lower else rows.longest
             raise DataError("length of a sample", expected=f"{bounds.lower} to {longest}", got=bad_length)
-    convert = partial(_pad_rows, rows, shape)
+
+    def convert(samples: Array) -> Array:
+        if rows is None:
+            return pad_to_bound(samples, shape)
+        size = prod(rows.shape)
+        lengths = samples[:, size].astype(np.int64)
+        return pad_to_bound(samples[:, :size].reshape(len(samples), *rows.shape), shape, lengths)
+
     if not isinstance(x, StoredArray):
         return convert(x)
     if rows is None and x.shape[1:][axis : axis + 1] == (bounds.upper,):
         return x
     return x.after_reading(convert)
-
-
-def _pad_rows(rows: PaddedRows | None, shape: Shape, x: Array) -> Array:
-    if rows is None:
-        return pad_to_bound(x, shape)
-    size = prod(rows.shape)
-    lengths = x[:, size].astype(np.int64)
-    return pad_to_bound(x[:, :size].reshape(len(x), *rows.shape), shape, lengths)
 
 
 def pad_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, spool: Path | None) -> Inputs:

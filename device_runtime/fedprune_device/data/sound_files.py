@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +34,10 @@ def decode_sound_file(body: bytes, max_frames: int) -> tuple[npt.NDArray[np.floa
 
     Raises `DataError` if it is damaged, or longer than `max_frames`, and `MissingExtraError` without soundfile.
     """
-    soundfile = _library()
+    try:
+        import soundfile
+    except (ModuleNotFoundError, OSError) as error:  # OSError: the package is there, its C library isn't
+        raise MissingExtraError("FLAC, Ogg, MP3 and AIFF need soundfile", hint=f"{INSTALL_HINT}.") from error
     try:
         with soundfile.SoundFile(io.BytesIO(body)) as file:
             if file.format not in _FORMATS or not 1 <= file.channels <= _MAX_CHANNELS:
@@ -57,11 +59,3 @@ def decode_sound_file(body: bytes, max_frames: int) -> tuple[npt.NDArray[np.floa
         # The library's text begins with an address of the memory, which would make equal errors look different.
         reason = getattr(error, "error_string", "") or error_reason(error)
         raise DataError("the recording can't be read", expected=", ".join(_FORMATS), got=reason) from error
-
-
-def _library() -> Any:
-    try:
-        import soundfile
-    except (ModuleNotFoundError, OSError) as error:  # OSError: the package is there, its C library isn't
-        raise MissingExtraError("FLAC, Ogg, MP3 and AIFF need soundfile", hint=f"{INSTALL_HINT}.") from error
-    return soundfile

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -42,7 +41,10 @@ def archive_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, s
             with archive.open(info) as stream_again:
                 return np.asarray(npy.read_array(stream_again, allow_pickle=False))
         if is_compressed and spool is not None:
-            return _write_spool(spool, shape, dtype, lambda file: shutil.copyfileobj(stream, file, CHUNK_BYTES))
+            writer = ArrayWriter(shape, dtype, spool)
+            while raw := stream.read(CHUNK_BYTES // dtype.itemsize * dtype.itemsize):
+                writer.append(np.frombuffer(raw, dtype))
+            return writer.array()
         while stream.read(CHUNK_BYTES):  # to the end, where `zipfile` compares the checksum
             pass
     # The local header's name and extra field may be longer or shorter than those of the archive's directory.
@@ -55,8 +57,8 @@ def spool_large(x: Inputs, spool: Path) -> Inputs:
     """Checked samples in a temporary file in `spool`, which is deleted with this process, if they are large."""
     if isinstance(x, StoredArray) or not _should_spool(x.dtype, x.shape):
         return x
-    stored_array = _write_spool(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
-    return replace(stored_array, checked=True)
+    spooled = gather_chunks((x,), x.shape, x.dtype, spool)
+    return replace(spooled, checked=True) if isinstance(spooled, StoredArray) else spooled
 
 
 def join_arrays(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
@@ -99,7 +101,7 @@ class ArrayWriter:
         if self._file is None:
             self._parts.append(part)
             return
-        body = np.ascontiguousarray(part, self._dtype).tobytes()
+        body = np.ascontiguousarray(part, self._dtype).reshape(-1).view(np.uint8).data  # no copy of a large array
         with storage_errors(f"can't write a copy of the samples to {self._spool}"):
             write_all(self._file.fileno(), body, self._bytes)
         self._bytes += len(body)
@@ -114,13 +116,3 @@ class ArrayWriter:
 def _should_spool(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
     """Whether these are many numbers."""
     return dtype.kind in "iufb" and len(shape) > 1 and 4 * prod(shape) > MAX_SAMPLES_IN_MEMORY
-
-
-def _write_spool(
-    spool: Path, shape: tuple[int, ...], dtype: np.dtype[Any], write: Callable[[IO[bytes]], object]
-) -> StoredArray:
-    with storage_errors(f"can't write a copy of the samples to {spool}"):
-        copy = OpenFiles.in_folder(spool)
-        with open(copy.fileno(), "wb", closefd=False) as file:
-            write(file)
-        return StoredArray(copy, file_stamp(copy.fileno()), 0, dtype, shape)

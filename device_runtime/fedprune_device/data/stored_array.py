@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -147,12 +146,16 @@ class StoredArray:
     def after_reading(self, function: Callable[[Array], Array]) -> StoredArray:
         """This array with a function of samples [n, ...] that is applied as they are read."""
         example = function(np.zeros((0, *self.shape[1:]), self.dtype))
-        convert = partial(_convert_read, self.convert, self.dtype, function)
+        first, dtype = self.convert, self.dtype
+
+        def convert(raw: Array) -> Array:
+            return function(raw.astype(dtype, copy=False) if first is None else first(raw))
+
         return replace(self, convert=convert, sample_shape=example.shape[1:], converted_type=example.dtype.type)
 
     def as_float32(self) -> StoredArray:
         """This array, read as float32."""
-        return self if self.dtype == np.float32 else replace(self, convert=_to_float32)
+        return self if self.dtype == np.float32 else replace(self, convert=lambda raw: raw.astype(np.float32))
 
     def select(self, rows: Rows) -> StoredArray:
         return replace(self, rows=np.asarray(rows if self.rows is None else self.rows[rows], np.int64))
@@ -166,7 +169,8 @@ class StoredArray:
         """Runs of neighbouring samples: the position of each, and its number of samples."""
         if self.positions is not None:
             return ((int(position), 1) for position in self.positions[rows])
-        return ((self.offset + first * sample_bytes, count) for first, count in _runs(rows))
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+        return ((self.offset + int(run[0]) * sample_bytes, len(run)) for run in runs)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[int, ...]]:
@@ -233,16 +237,6 @@ def chunks(x: Inputs) -> Iterator[Array]:
     return x.chunks() if isinstance(x, StoredArray) else iter((x,))
 
 
-def _convert_read(
-    first: Callable[[Array], Array] | None, dtype: np.dtype[Any], second: Callable[[Array], Array], raw: Array
-) -> Array:
-    return second(raw.astype(dtype, copy=False) if first is None else first(raw))
-
-
-def _to_float32(raw: Array) -> Array:
-    return raw.astype(np.float32)
-
-
 def file_stamp(descriptor: int) -> tuple[int, int, int]:
     """By what a change of an open file is noticed."""
     status = os.fstat(descriptor)
@@ -259,9 +253,3 @@ def _row_numbers(rows: Any, count: int) -> Rows:
     if chosen.size and not 0 <= chosen.min() <= chosen.max() < count:
         raise IndexError(f"samples {chosen.min()} to {chosen.max()} of {count}")
     return chosen
-
-
-def _runs(rows: Rows) -> Iterator[tuple[int, int]]:
-    ends = np.flatnonzero(np.diff(rows) != 1) + 1
-    for run in np.split(rows, ends) if len(rows) else []:
-        yield int(run[0]), len(run)

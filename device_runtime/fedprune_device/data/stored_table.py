@@ -29,6 +29,11 @@ NO_NUMBER, NO_CLASS = 1, 2  # marks of rows
 _GAP_STEPS = 1.5  # times the usual step between two rows that are a gap
 _ROWS_FOR_STEP = 2**16  # rows whose steps decide the usual one
 _CHUNK_ROWS = 2**13
+_WHEN_MISSING = {
+    "hold": "each holds the number before it, and windows without one before are left out",
+    "mean": "each is the mean of its column over the training rows",
+    "drop": "windows that have one are left out",
+}
 
 
 @dataclass(frozen=True)
@@ -98,17 +103,9 @@ def read_table(
             raise DataError(f"{path}: --step", expected="a table with a column of times, such as time", got="none")
         if missing_cells:
             stored = _with_marks(_held(stored, spool) if options.missing == "hold" else stored)
-            notes.append(_missing_note(missing_cells, options.missing))
+            cells = quantity(missing_cells, "missing number")
+            notes.append(f"{cells}: {_WHEN_MISSING[options.missing]} (--missing {options.missing})")
         return stored, notes
-
-
-def _missing_note(cells: int, policy: str) -> str:
-    what = {
-        "hold": "each holds the number before it, and windows without one before are left out",
-        "mean": "each is the mean of its column over the training rows",
-        "drop": "windows that have one are left out",
-    }[policy]
-    return f"{quantity(cells, 'missing number')}: {what} (--missing {policy})"
 
 
 class _Times:
@@ -183,7 +180,11 @@ class _Times:
         starts = starts - np.searchsorted(copies, starts)
         if is_reversed:
             order, starts = order[::-1], len(order) - starts[::-1]
-        return replace(_write_in_order(stored, order, spool), starts=starts)
+        columns, out = len(stored.columns.all), OpenFiles.in_folder(spool)
+        rows = _array(stored.file, np.float32, (stored.count, columns))
+        for first in range(0, len(order), _CHUNK_ROWS):
+            write_all(out.fileno(), rows[order[first : first + _CHUNK_ROWS]].tobytes(), 4 * columns * first)
+        return replace(stored, file=out, count=len(order), starts=starts)
 
 
 def _concatenate_rows(parts: list[Array]) -> Rows:
@@ -192,15 +193,6 @@ def _concatenate_rows(parts: list[Array]) -> Rows:
 
 def _array(file: OpenFiles, dtype: type[np.generic], shape: tuple[int, ...]) -> StoredArray:
     return StoredArray(file, None, 0, np.dtype(dtype), shape, checked=True, converted_type=dtype)
-
-
-def _write_in_order(stored: StoredTable, order: Rows, spool: Path | None) -> StoredTable:
-    """The rows of these numbers in a new file, in this order."""
-    columns, out = len(stored.columns.all), OpenFiles.in_folder(spool)
-    rows = _array(stored.file, np.float32, (stored.count, columns))
-    for first in range(0, len(order), _CHUNK_ROWS):
-        write_all(out.fileno(), rows[order[first : first + _CHUNK_ROWS]].tobytes(), 4 * columns * first)
-    return replace(stored, file=out, count=len(order))
 
 
 def _held(stored: StoredTable, spool: Path | None) -> StoredTable:

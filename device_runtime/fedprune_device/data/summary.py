@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from fedprune_device.data.column_statistics import ColumnStatistics
 from fedprune_device.data.dataset import SPLITS, Channels, LocalData
 from fedprune_device.data.image_decoding import has_colours_last
 from fedprune_device.data.labels import Targets, class_counts
-from fedprune_device.data.stored_array import Array, Inputs, chunks
+from fedprune_device.data.stored_array import Inputs, chunks
 
 # A row of numbers, such as that of a table, has a range for each up to this length; longer ones are a signal.
 _MAX_COLUMNS = 64
@@ -115,7 +115,9 @@ def channel_ranges(x: Inputs, names: Sequence[str] = (), axis: int = 0) -> tuple
     channels = 1 if sample_axis is None else x.shape[sample_axis + 1]
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     statistics, is_whole = ColumnStatistics(channels), np.ones(channels, bool)
-    for rows in _channel_rows(x, sample_axis, channels):
+    for chunk in (chunk for chunk in chunks(x) if chunk.size):
+        rows = (chunk if sample_axis is None else np.moveaxis(chunk, sample_axis + 1, -1)).reshape(-1, channels)
+        rows = np.where(rows == padding_value(rows.dtype), np.nan, rows.astype(np.float64))
         statistics.add(rows)
         low, high = np.fmin(low, np.fmin.reduce(rows)), np.fmax(high, np.fmax.reduce(rows))
         is_whole &= (np.isnan(rows) | (rows % 1 == 0)).all(0)
@@ -126,15 +128,6 @@ def channel_ranges(x: Inputs, names: Sequence[str] = (), axis: int = 0) -> tuple
         ChannelRange(names[i] if names else str(i), float(a), float(b), float(m), float(d), bool(w))
         for i, (a, b, m, d, w) in enumerate(ranges)
     )
-
-
-def _channel_rows(x: Inputs, axis: int | None, channels: int) -> Iterator[Array]:
-    """Numbers [k, channels] of some samples, NaN for padding."""
-    for chunk in chunks(x):
-        if not chunk.size:
-            continue
-        rows = (chunk if axis is None else np.moveaxis(chunk, axis + 1, -1)).reshape(-1, channels)
-        yield np.where(rows == padding_value(rows.dtype), np.nan, rows.astype(np.float64))
 
 
 def _class_counts(y: Inputs, targets: Targets) -> npt.NDArray[np.int64] | None:

@@ -120,13 +120,8 @@ def _cell_numbers(cells: Any) -> npt.NDArray[np.float64]:
             raise ValueError  # Python reads 1_2 as 12
         return values
     except (ValueError, TypeError):
-        return np.array([_cell_number(cell) for cell in cells], np.float64)
-
-
-def _cell_number(cell: Any) -> float:
-    if isinstance(cell, str):
-        cell = _TRUTH.get(cell.strip().lower(), cell)
-    return float(cell) if is_number(cell) else np.nan
+        known = [_TRUTH.get(cell.strip().lower(), cell) if isinstance(cell, str) else cell for cell in cells]
+        return np.array([float(cell) if is_number(cell) else np.nan for cell in known], np.float64)
 
 
 def _class_numbers(column: Any, class_names: tuple[str, ...]) -> list[Any]:

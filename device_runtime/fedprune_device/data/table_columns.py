@@ -140,7 +140,8 @@ def _in_order(inputs: Sequence[int], table_names: Sequence[str], order: Sequence
 
 def _times_of(names: Sequence[str], cell_kinds: Mapping[int, str]) -> dict[int, str]:
     """The columns of times, by their names and the kinds of their cells."""
-    times = {i: kind for i, name in enumerate(names) if (kind := _time_kind(name))}
+    own_names = {i: _UNIT.sub("", name) for i, name in enumerate(names)}
+    times = {i: MOMENT if n in TIMESTAMPS else n for i, n in own_names.items() if n in (*TIMESTAMPS, TIME, DATE)}
     kinds = {i: kind for i, kind in cell_kinds.items() if not _INDEX.fullmatch(names[i])}
     dates = [i for i, kind in kinds.items() if kind != TIME]
     if not times and len(dates) == 1:
@@ -152,12 +153,6 @@ def _times_of(names: Sequence[str], cell_kinds: Mapping[int, str]) -> dict[int, 
         if clock is not None:
             return times | {date: DATE, clock: TIME}
     return times
-
-
-def _time_kind(name: str) -> str:
-    """Whether a column is named as one of times: as `MOMENT`, `TIME` or `DATE`; empty if it isn't."""
-    name = _UNIT.sub("", name)
-    return MOMENT if name in TIMESTAMPS else name if name in (TIME, DATE) else ""
 
 
 def _time_candidates(kinds: Mapping[int, str], index: int | None) -> tuple[tuple[int, ...], ...]:

@@ -62,7 +62,7 @@ class TimeReader:
     def __init__(self, candidates: Sequence[tuple[int, ...]], index: int | None) -> None:
         self._candidates, self._index = candidates, index
         self._chosen: tuple[int, ...] | None = None
-        self._parse: Callable[[list[Any]], Times | None] = _no_times
+        self._parse: Callable[[list[Any]], Times | None] = lambda cells: None
         self._is_undecided = True
         self.note = ""
 
@@ -95,10 +95,6 @@ class TimeReader:
                 return
         if [columns for columns in self._candidates if columns != (self._index,)]:
             self.note = "no column of times could be read: rows count as evenly spaced, in the order of the file"
-
-
-def _no_times(cells: list[Any]) -> Times | None:
-    return None
 
 
 def _combine_columns(columns: list[Any]) -> list[Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, shape_text
@@ -92,7 +91,12 @@ class TableFile(ReadSource):
         try:
             plan = _plan_windows(numbers.columns, shape, targets)
             needs_class = targets is not None and targets.takes_whole_numbers
-            first, splits = self._windows(plan, needs_class=needs_class)
+            first = self._first_rows(plan, needs_class=needs_class)
+            if not len(first):
+                raise self._no_windows_error(plan.span)
+            first = first[:: -(-len(first) // self._max_windows)]
+            starts = block_starts(numbers.count, plan.span, self._shares)
+            splits = splits_of_blocks(np.searchsorted(starts, first, side="right") - 1, self._shares)
             plan = self._plan_with_means(plan)
             arrays: list[Inputs] = []
             for split in SPLITS:
@@ -147,15 +151,6 @@ class TableFile(ReadSource):
         y = self._numbers.windows(first + plan.steps, plan.horizon, plan.targets)
         targets(y)
         return replace(y, in_range=True)
-
-    def _windows(self, plan: _WindowPlan, *, needs_class: bool) -> tuple[Rows, npt.NDArray[np.str_]]:
-        """First rows of the chosen windows, and which of `SPLITS` each is for."""
-        first = self._first_rows(plan, needs_class=needs_class)
-        if not len(first):
-            raise self._no_windows_error(plan.span)
-        first = first[:: -(-len(first) // self._max_windows)]
-        blocks = np.searchsorted(block_starts(self._numbers.count, plan.span, self._shares), first, side="right") - 1
-        return first, splits_of_blocks(blocks, self._shares)
 
     def _first_rows(self, plan: _WindowPlan, *, needs_class: bool) -> Rows:
         """The first rows of all windows: within a block, and without a jump in time or a number that is missing."""

@@ -43,7 +43,9 @@ def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None, bac
     """
     check_single_frame(image)
     _check_colours(image)
-    check_size(image, MAX_JPEG_PIXELS if _decodes_row_by_row(image) else MAX_PIXELS)
+    # A progressive JPEG is in memory as a whole before the first row is decoded.
+    decodes_row_by_row = image.format in ("JPEG", "MPO") and not image.info.get("progressive")
+    check_size(image, MAX_JPEG_PIXELS if decodes_row_by_row else MAX_PIXELS)
     if size is not None:
         # A JPEG is decoded at a fraction of its size where that suffices; its sides are those before it is turned.
         image.draft(None, size[::-1] if exif_orientation(image) in _SIDEWAYS else size)
@@ -89,11 +91,6 @@ def check_size(image: Any, max_pixels: int = MAX_PIXELS) -> None:
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height}"
         raise DataError("size of an image", expected=f"at most {max_pixels} pixels", got=size)
-
-
-def _decodes_row_by_row(image: Any) -> bool:
-    # A progressive JPEG is in memory as a whole before the first row is decoded.
-    return image.format in ("JPEG", "MPO") and not image.info.get("progressive")
 
 
 def upright_image(image: Any) -> Any:
