@@ -80,19 +80,16 @@ class Engine:
             if kind not in _TYPES:
                 raise EngineError(f"tensor {name} of the engine", expected=" or ".join(_TYPES), got=kind)
             self._dtypes[name] = np.dtype(_TYPES[kind])
-            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-                self._add_input(name)
-            else:
+            if self._engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT:
                 self.outputs = (*self.outputs, name)
-
-    def _add_input(self, name: str) -> None:
-        shape = tuple(self._engine.get_tensor_shape(name))
-        # Token ids are int64 in graphs; TensorRT 8 has no int64 and takes them as int32.
-        kind = {"i": "int64", "u": "uint8"}.get(self._dtypes[name].kind, "float")
-        self.inputs[name] = (f"tensor({kind})", tuple(None if d < 0 else int(d) for d in shape))
-        if shape and shape[0] < 0:
-            min_shape, _, max_shape = (tuple(s) for s in self._engine.get_tensor_profile_shape(name, 0))
-            self._batch = max(1, int(min_shape[0])), int(max_shape[0])
+                continue
+            shape = tuple(self._engine.get_tensor_shape(name))
+            # Token ids are int64 in graphs; TensorRT 8 has no int64 and takes them as int32.
+            kind = {"i": "int64", "u": "uint8"}.get(self._dtypes[name].kind, "float")
+            self.inputs[name] = (f"tensor({kind})", tuple(None if d < 0 else int(d) for d in shape))
+            if shape and shape[0] < 0:
+                min_shape, _, max_shape = (tuple(s) for s in self._engine.get_tensor_profile_shape(name, 0))
+                self._batch = max(1, int(min_shape[0])), int(max_shape[0])
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         context, stream = self._context, self._stream

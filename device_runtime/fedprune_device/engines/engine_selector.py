@@ -124,7 +124,10 @@ class EngineSelector:
             return None
         if session is not None:
             self.close()
-            _LOG.info("%s answers predictions: %s", self.status, self._facts_text())
+            cost = "{way} in {seconds:.1f} s, deviation {deviation:.2g}".format(**self.facts)
+            _LOG.info(
+                "%s answers predictions: %s, %.3g ms per sample", self.status, cost, 1e3 * self.facts["latency_s"]
+            )
         return session
 
     def close(self) -> None:
@@ -305,11 +308,6 @@ class EngineSelector:
         self.facts = {**numbers, "deviation": measured_deviation}
         self.status = f"TensorRT {tensorrt.version}, {self.plan.precision}"
         return CheckedSession(engine, request.predictor, self)
-
-    def _facts_text(self) -> str:
-        f = self.facts
-        speed = f"{1e3 * f['latency_s']:.3g} ms per sample"
-        return f"{f['way']} in {f['seconds']:.1f} s, deviation {f['deviation']:.2g}, {speed}"
 
 
 class CheckedSession:

@@ -55,7 +55,8 @@ def clock_hz(root: Path = Path("/")) -> int | None:
     clocks = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]
     if not clocks:
         lines = _text(root / "proc/cpuinfo").splitlines()
-        clocks = [int(float(x.partition(":")[2]) * 1e6) for x in lines if x.startswith("cpu MHz") and _has_number(x)]
+        texts = [line.partition(":")[2].strip() for line in lines if line.startswith("cpu MHz")]
+        clocks = [int(float(text) * 1e6) for text in texts if text.replace(".", "", 1).isdigit()]
     top = max(clocks, default=0)
     return top if 10**6 <= top <= 10**11 else None
 
@@ -155,7 +156,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
-
-
-def _has_number(line: str) -> bool:
-    return line.partition(":")[2].strip().replace(".", "", 1).isdigit()

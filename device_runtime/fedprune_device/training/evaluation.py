@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.median import median
 from fedprune.core.metrics import LOSS, METRICS, served_metrics
 from fedprune.core.text import amount, quantity
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import LogitAdjustment, Terms, loss_terms
+from fedprune_device.data.labels import LogitAdjustment, loss_terms
+from fedprune_device.hardware.layer_timing import median_seconds
 from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.objective import BatchMeasure, Objective
@@ -87,19 +86,19 @@ class Evaluation:
         terms = loss_terms(y, self._recipe, self._classes)
 
         def outputs_loss(outputs: npt.NDArray[np.float32]) -> float:
-            return self._objective_in_batches(outputs, y[:PROBE_SAMPLES], terms).loss
+            # In small batches, as the model predicts them.
+            batches = [slice(s, s + self._batch) for s in range(0, min(len(y), PROBE_SAMPLES), self._batch)]
+            labels = y[:PROBE_SAMPLES]
+            return BatchMeasure.combine([self._objective(outputs[s], labels[s], terms) for s in batches]).loss
 
         expected = None if loss is None else (loss, outputs_loss)
         model.check(self._classes, self._data.x_train[:PROBE_SAMPLES], expected, batch=self._batch)
 
     def measure_latency(self, model: Predictor) -> None:
         """Median time of predicting one sample; the first prediction allocates and doesn't count."""
-        times = []
-        for _ in range(_TIMED_PREDICTIONS + 1):
-            began = time.perf_counter()
-            model.predict(self._data.x_train[:1])
-            times.append(time.perf_counter() - began)
-        self.metrics["latency_seconds"] = median(times[1:])
+        self.metrics["latency_seconds"] = median_seconds(
+            lambda: model.predict(self._data.x_train[:1]), total_s=math.inf, max_runs=_TIMED_PREDICTIONS
+        )
 
     def finite_metrics(self) -> dict[str, float]:
         return {name: value for name, value in self.metrics.items() if math.isfinite(value)}
@@ -115,13 +114,6 @@ class Evaluation:
             measures.append(self._objective(self._adjustment(model.predict(x[batch], self._batch)), y[batch]))
         self.metrics |= {f"{k}_{name}": v for k, v in self._objective.metrics(BatchMeasure.combine(measures)).items()}
         return True
-
-    def _objective_in_batches(
-        self, outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], terms: Terms
-    ) -> BatchMeasure:
-        """The objective of outputs, computed in small batches."""
-        batches = [slice(s, s + self._batch) for s in range(0, len(y), self._batch)]
-        return BatchMeasure.combine([self._objective(outputs[s], y[s], terms) for s in batches])
 
 
 def is_clearly_better(values: npt.NDArray[np.float64], other_values: npt.NDArray[np.float64]) -> bool:

@@ -145,13 +145,17 @@ class LocalUpdate:
             shares = self._blend_shares(base, evaluates=evaluates)
         del base
         local_state = self._next_state(result, average, residual)
-        averages = tuple(self._blended_average(average, share, compares=compares) for share in shares)
+        averages: list[ServingAverage] = []
+        for share in shares:
+            tensors = blended_average(average, self._received, share, mask=self.mask) if share else average
+            loss = self._probe_loss(tensors) if compares else None
+            averages.append(ServingAverage(self._predicting_tensors(tensors), share, loss))
         self._received = {}
         loss = self._probe_loss(trained) if compares and not averages else None
         trained_tensors = None
         if predicting is not trained:  # most of these arrays are in the memory of the training graph
             trained_tensors = {n: np.array(v) if v is trained[n] else v for n, v in predicting.items()}
-        return UpdateFiles(update_ref, trained_tensors, averages, local_state, loss)
+        return UpdateFiles(update_ref, trained_tensors, tuple(averages), local_state, loss)
 
     def _next_state(self, result: TrainingResult, average: Tensors, residual: Tensors) -> LocalState | None:
         """What the board keeps for its next round; what it kept from the last one is released."""
@@ -170,11 +174,6 @@ class LocalUpdate:
             return [blend]
         shares = [0.0, blend] if base is not None and base.alone else [blend, 0.0]
         return shares if evaluates else shares[:1]
-
-    def _blended_average(self, average: Tensors, share: float, *, compares: bool) -> ServingAverage:
-        tensors = blended_average(average, self._received, share, mask=self.mask) if share else average
-        loss = self._probe_loss(tensors) if compares else None
-        return ServingAverage(self._predicting_tensors(tensors), share, loss)
 
     def _probe_loss(self, tensors: Tensors) -> float | None:
         if self._trainer.has_batch_norm:

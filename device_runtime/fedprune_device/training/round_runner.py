@@ -187,7 +187,10 @@ class RoundRunner:
         base = self._base_path(offer)
         trainer = self._trainer.of(offer.training.sha256, lambda: self._read_blob(offer.training), base)
         targets = trainer.targets(recipe, offer.classes)
-        fitted = self._fitted_scaling(offer, recipe)
+        # A scale that the board has taken of its own samples stays until the job ends: the model has learnt with it.
+        served = self._slots.current() if recipe.scaling == (BOARD,) else None
+        has_scale = served is not None and served.job == offer.job and served.scaling.inputs is not None
+        fitted = served.scaling if served is not None and has_scale else None
         snapshot = self._data.snapshot(trainer.input_shape, targets, trainer.input_type)
         data, scaling = scale_samples(snapshot, recipe, fitted)
         if recipe.scaling == (BOARD,) and fitted is None:
@@ -213,14 +216,6 @@ class RoundRunner:
         objective = trainer.objective(recipe, offer.classes)
         evaluation = Evaluation(data, recipe, offer.classes, adjustment, objective)
         return work, trainer, evaluation, _RoundInputs(data, targets, adjustment, scaling, lowering)
-
-    def _fitted_scaling(self, offer: Offer, recipe: Recipe) -> Scaling | None:
-        """The scale that the board has taken of its own samples in an earlier round: it stays until the job ends, as
-        the model has learnt with it."""
-        if recipe.scaling != (BOARD,):
-            return None
-        served = self._slots.current()
-        return None if served is None or served.job != offer.job or served.scaling.inputs is None else served.scaling
 
     def _train(
         self,
@@ -293,26 +288,24 @@ class RoundRunner:
     def _lower(self, offer: Offer, recipe: Recipe, inputs: _RoundInputs, weights: BlobRef | bytes) -> ServingRecord:
         """Make the lower precisions of the staged model; returns the record of the one that is to serve."""
         graphs = {precision: self._read_blob(ref) for precision, ref in inputs.lowering.items()}
-        precision = self.lowering.lower_staged(self._slots.staging, graphs, inputs.data, recipe, inputs.targets)
+        staging = self._slots.staging
+        precision = self.lowering.lower_staged(staging, graphs, inputs.data, recipe, inputs.targets)
+        # The digests of received files are the offer's and not computed again.
+        files = {GRAPH: offer.inference.sha256} | ({} if offer.base is None else {BASE: offer.base.sha256})
+        files[WEIGHTS] = weights.sha256 if isinstance(weights, BlobRef) else tensorfile.sha256_hex(weights)
+        with storage_errors(f"can't read {staging}"):
+            files |= {n: file_digest(staging / n) for n in served_files(precision) if n not in files}
         return ServingRecord(
             job=offer.job,
             round=offer.round,
             classes=offer.classes,
-            files=self._file_digests(offer, weights, precision),
+            files=files,
             offset=inputs.adjustment.offset,
             loss=recipe.loss,
             present=inputs.adjustment.present,
             precision=precision,
             scaling=inputs.scaling,
         )
-
-    def _file_digests(self, offer: Offer, weights: BlobRef | bytes, precision: str) -> dict[str, str]:
-        """Digests of the staged model's files; those of received files are the offer's and not computed again."""
-        files = {GRAPH: offer.inference.sha256} | ({} if offer.base is None else {BASE: offer.base.sha256})
-        files[WEIGHTS] = weights.sha256 if isinstance(weights, BlobRef) else tensorfile.sha256_hex(weights)
-        staging = self._slots.staging
-        with storage_errors(f"can't read {staging}"):
-            return files | {n: file_digest(staging / n) for n in served_files(precision) if n not in files}
 
     def _choose_average(
         self, offer: Offer, averages: Sequence[ServingAverage], evaluation: Evaluation

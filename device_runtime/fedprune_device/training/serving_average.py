@@ -37,8 +37,15 @@ def updated_average(
         return out
     if base.selection == offer.selection:
         if {n: v.shape for n, v in base.average.items()} == {n: v.shape for n, v in trained.items()}:
-            for name in out:
-                _mix_average(out[name], base, name, decay, mask)
+            # Mixed into the new weights, in their place: boards have no memory to waste.
+            for name, value in out.items():
+                was_active = base.mask.get(name)
+                newcomers = None if was_active is None else value[~was_active]
+                _moving_average(base.average[name], value, decay)
+                if was_active is not None:
+                    value[~was_active] = newcomers
+                if name in mask:
+                    value[~mask[name]] = 0
     elif base.ranking is not None and base.ranking == offer.ranking and not (axes is None or mask or base.mask):
         _mix_common_channels(base, offer, out, decay, axes)
     return out
@@ -61,17 +68,6 @@ def blended_average(
             mixed[~mask[name]] = 0
         out[name] = mixed
     return out
-
-
-def _mix_average(value: npt.NDArray[np.float32], base: LocalState, name: str, decay: float, mask: ElementMask) -> None:
-    """Mix the old average into new weights, in their place: boards have no memory to waste."""
-    was_active = base.mask.get(name)
-    newcomers = None if was_active is None else value[~was_active]
-    _moving_average(base.average[name], value, decay)
-    if was_active is not None:
-        value[~was_active] = newcomers
-    if name in mask:
-        value[~mask[name]] = 0
 
 
 def _mix_common_channels(base: LocalState, offer: Offer, out: Tensors, decay: float, axes: TensorAxes) -> None:

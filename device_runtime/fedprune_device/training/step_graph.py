@@ -82,7 +82,12 @@ class StepGraph:
         inputs, outputs = self._session.inputs, set(self._session.outputs)
         # The graph doesn't name its optimiser: of the three, Adam alone reads epsilon, and SGD alone no beta.
         optimizer = "adam" if step_contract.EPSILON in inputs else "lion" if step_contract.BETA1 in inputs else "sgd"
-        self._check_contract(optimizer)
+        required = {step_contract.X, step_contract.Y}
+        numbers = step_contract.OPTIMIZER_NUMBERS.items()
+        required.update(name for name, number in numbers if number.is_read(Features(optimizer=optimizer)))
+        missing = sorted(required - {*inputs}) + sorted({step_contract.LOSS} - outputs)
+        if missing:
+            raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
         self._classifies = inputs[step_contract.Y][0] == "tensor(int64)"
         self.counts_hits = step_contract.HITS in outputs
         self._result_names = (step_contract.LOSS, step_contract.HITS) if self.counts_hits else (step_contract.LOSS,)
@@ -108,16 +113,6 @@ class StepGraph:
         ignored = self._session.metadata.get(step_contract.IGNORED_METADATA)
         self._ignored = None if ignored is None else int(ignored)
         self._check_complete()
-
-    def _check_contract(self, optimizer: str) -> None:
-        """Refuse a graph that isn't a training graph."""
-        inputs, outputs = set(self._session.inputs), set(self._session.outputs)
-        required = {step_contract.X, step_contract.Y}
-        numbers = step_contract.OPTIMIZER_NUMBERS.items()
-        required.update(name for name, number in numbers if number.is_read(Features(optimizer=optimizer)))
-        missing = sorted(required - inputs) + sorted({step_contract.LOSS} - outputs)
-        if missing:
-            raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
 
     def _check_complete(self) -> None:
         """Refuse a training graph with an input that nothing here feeds, or without an output that a step needs."""
@@ -279,11 +274,13 @@ class StepGraph:
                 labels |= self.random_inputs.draw(feeds, len(micro_batch.y), *draw_key, count)
             if step_contract.Y_PARTNER in self._session.inputs:
                 labels[step_contract.Y_PARTNER] = micro_batch.y if micro_batch.partner is None else micro_batch.partner
-            outputs = self._run_session(
-                {**feeds, **labels, step_contract.X: self.input_type.convert(micro_batch.x)},
-                [*self._result_names, *map(step_contract.next_name, names), *gradient_names],
-                {step_contract.next_name(n): into[n] for n in names} if is_last and into else {},
-            )
+            labels[step_contract.X] = self.input_type.convert(micro_batch.x)
+            output_names = [*self._result_names, *map(step_contract.next_name, names), *gradient_names]
+            next_arrays = {step_contract.next_name(n): into[n] for n in names} if is_last and into else {}
+            try:
+                outputs = self._session.run({**feeds, **labels, **self._mapped_base()}, output_names, next_arrays)
+            except ModelError as error:
+                raise TrainingError(f"the training graph failed: {error}") from error
             loss += float(outputs[step_contract.LOSS])
             hits += int(outputs[step_contract.HITS]) if step_contract.HITS in outputs else 0
             values, gradient_arrays = (
@@ -356,11 +353,3 @@ class StepGraph:
 
     def _graph_bytes(self) -> bytes:
         return self._graph if isinstance(self._graph, bytes) else self._graph.read_bytes()
-
-    def _run_session(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str], into: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        try:
-            return self._session.run({**feeds, **self._mapped_base()}, outputs, into)
-        except ModelError as error:
-            raise TrainingError(f"the training graph failed: {error}") from error

@@ -96,7 +96,10 @@ class TrainingRun:
         # The rate at the middle of the step, so that no step of a schedule has a rate of 0 and is lost.
         learning_rate = recipe.learning_rate(task.round, (number - 0.5) / self.batches.steps)
         feeds[step_contract.LR] = np.array(learning_rate, np.float32)
-        own_widths, widths = self._width_plans[0], self._step_widths(number)
+        own_widths = widths = self._width_plans[0]
+        if len(self._width_plans) > 1:  # ordered dropout draws the widths of each step
+            generator = keyed_generator(task.seed, task.round, task.device, "widths", number)
+            widths = self._width_plans[int(generator.integers(len(self._width_plans)))]
         narrower_axes = None if widths == own_widths else graph.axes
         if narrower_axes is not None:
             feeds = narrower_axes.narrow(feeds, own_widths, widths)
@@ -192,13 +195,6 @@ class TrainingRun:
                 f"ordered dropout: {error}", hint="The training graph must be made for this recipe."
             ) from error
         return plans
-
-    def _step_widths(self, number: int) -> tuple[int, ...]:
-        """The widths at which a step trains; with ordered dropout they are drawn for each step."""
-        plans, task = self._width_plans, self._task
-        if len(plans) == 1:
-            return plans[0]
-        return plans[int(keyed_generator(task.seed, task.round, task.device, "widths", number).integers(len(plans)))]
 
     def _validation_loss(self, feeds: dict[str, Array]) -> float | None:
         """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), but unscaled;

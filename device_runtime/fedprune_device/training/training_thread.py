@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import suppress
+from functools import partial
 
 from fedprune.wire.messages import Offer
 from fedprune_device.hardware.readings import reset_peak_memory
@@ -58,16 +59,14 @@ class TrainingThread:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         reset_peak_memory()
+        # Called between two steps, where a hot board pauses until it has cooled down.
+        should_stop = self._stop.is_set if self._guard is None else partial(self._guard.pause, self._stop.is_set)
         try:
             self.result = self.runner.carry_out(
-                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._should_stop
+                self.offer, download_seconds=self._download_seconds, report=self._report, stop=should_stop
             )
         except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it
             self.error = error
-
-    def _should_stop(self) -> bool:
-        """Whether training should stop. Called between two steps, where a hot board pauses until it has cooled down."""
-        return self._stop.is_set() if self._guard is None else self._guard.pause(self._stop.is_set)
 
     def _report(self, phase: str, done: int, total: int) -> None:
         self.status = (phase, done, total)
