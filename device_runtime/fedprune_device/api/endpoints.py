@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text, value_text
 from fedprune.model.features import JUDGED_LABELS, MULTI_LABELS, labels_of
@@ -20,7 +19,7 @@ from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import LocalAnswer, Request, RequestError
 from fedprune_device.api.request_array import KINDS, NPY, json_document, npy_bytes, request_array, request_batch
 from fedprune_device.data.image_decoding import TYPES, Pixels, is_picture
-from fedprune_device.data.sample_store import MAX_LABEL, AddedSample, NoSampleError, SampleConflictError, SampleStore
+from fedprune_device.data.sample_store import MAX_LABEL, AddedSample, SampleStore
 from fedprune_device.data.stored_array import Array
 
 MAX_BATCH = 64  # samples of one prediction: it holds the model's lock, and other requests wait for it
@@ -95,8 +94,9 @@ class Endpoints:
             return LocalAnswer({"samples": self._readable_samples().unlabelled_names(limit)})
         if request.method == "POST":
             return self._predict(request) if name == "/v1/predict" else self._add_sample(request)
-        answers = {"/v1/samples": self._count_samples, "/v1/status": self._status_answer, "/v1/health": self._health}
-        return answers[name]()
+        if name == "/v1/health":
+            return LocalAnswer({"status": "ok", "serves": self._model.loaded is not None})
+        return self._count_samples() if name == "/v1/samples" else self._status_answer()
 
     def _predict(self, request: Request) -> LocalAnswer:
         model = self._model.serving_model()  # the same model for the whole request
@@ -109,12 +109,21 @@ class Endpoints:
         names = {"class_names": list(self._class_names)} if self._class_names else {}
         if rows.ndim > 2 and top is not None:
             raise RequestError(400, "top", expected="a model with one row of outputs per sample", got=list(rows.shape))
-        if rows.ndim > 2:
-            predictions = [_position_predictions(row, record.loss) for row in rows]
+        if rows.ndim > 2 and record.loss == "cross_entropy":
+            # Without probabilities: those of every pixel would be a hundred times longer than the classes.
+            predictions = [{"classes": row.argmax(0).tolist()} for row in rows]
+        elif rows.ndim > 2:
+            kind = "probabilities" if labels_of(record.loss) == MULTI_LABELS else "values"
+            predictions = [{kind: row.tolist()} for row in rows]
         else:
             predictions = [self._prediction_row(row, record.loss, top) for row in rows.tolist()]
         answer = {"model": _model_row(model), "classes": record.classes, **names, "predictions": predictions}
-        return LocalAnswer(answer | _file_outputs(file_outputs))
+        # JSON holds no numbers that aren't finite; probabilities of every position would be a hundred times longer than
+        # decisions.
+        short = {n: v for n, v in file_outputs.items() if v.dtype.kind != "f" or (v.ndim < 3 and np.isfinite(v).all())}
+        if short:
+            answer["file_outputs"] = {name: value.tolist() for name, value in short.items()}
+        return LocalAnswer(answer)
 
     def _prediction_row(self, row: list[float], loss: str, top: int | None) -> dict[str, Any]:
         order = sorted(range(len(row)), key=lambda c: (-row[c], c))
@@ -139,29 +148,20 @@ class Endpoints:
             x = x.astype(np.float32)
         elif x.dtype not in (np.int32, np.int64):
             raise DataError("type of a sample without a model", expected="float32", got=x.dtype, hint=FLOATS.hint)
-        try:
-            added = samples.add(x, label)
-        except SampleConflictError as error:
-            raise RequestError.from_error(409, error) from error
+        added = samples.add(x, label)
         return self._added_answer(added, 201 if added.kept and not added.duplicate else 200)
 
     def _change_sample(self, request: Request, name: str) -> LocalAnswer:
         samples = self._sample_store()
-        try:
-            if request.method == "POST":
-                label = self._parse_label(json_document(request, "label")["label"])
-                return self._added_answer(samples.label(name, label), 200)
-            samples.delete(name)
-            return LocalAnswer({"id": name, "kept": False})
-        except NoSampleError as error:
-            raise RequestError.from_error(404, error) from error
+        if request.method == "POST":
+            label = self._parse_label(json_document(request, "label")["label"])
+            return self._added_answer(samples.label(name, label), 200)
+        samples.delete(name)
+        return LocalAnswer({"id": name, "kept": False})
 
     def _show_sample(self, request: Request, name: str) -> LocalAnswer:
         """The numbers of a sample, or its picture if the request accepts one."""
-        try:
-            x = self._readable_samples().read(name)
-        except NoSampleError as error:
-            raise RequestError.from_error(404, error) from error
+        x = self._readable_samples().read(name)
         if "image/png" in request.headers.get("accept", ""):
             with self._decoder:
                 return LocalAnswer(self._pixels.png(x), kind="image/png")
@@ -192,9 +192,6 @@ class Endpoints:
         sizes = (None if isinstance(s, str) else s for s in input_shape or ())  # names of free sizes say nothing
         shape = None if input_shape is None else shape_to_json(tuple(sizes))
         return LocalAnswer({**self._status(), "serving": serving, "input": shape})
-
-    def _health(self) -> LocalAnswer:
-        return LocalAnswer({"status": "ok", "serves": self._model.loaded is not None})
 
     def _sample_store(self) -> SampleStore:
         if self._samples is None:
@@ -259,21 +256,6 @@ class Endpoints:
 def _model_row(model: LoadedModel) -> dict[str, Any]:
     record = model.record
     return {"job": record.job, "round": record.round, "digest": record.weights}
-
-
-def _position_predictions(row: npt.NDArray[np.float64], loss: str) -> dict[str, Any]:
-    """The predictions [K, ...] of a sample, one per position (pixel, time step)."""
-    # Without probabilities: those of every pixel would be a hundred times longer than the classes.
-    if loss == "cross_entropy":
-        return {"classes": row.argmax(0).tolist()}
-    return {"probabilities" if labels_of(loss) == MULTI_LABELS else "values": row.tolist()}
-
-
-def _file_outputs(outputs: Mapping[str, Array]) -> dict[str, Any]:
-    """The outputs of the user's own file, which JSON can hold: no numbers that aren't finite, and no probabilities of
-    every position, which would be a hundred times longer than decisions."""
-    short = {n: v for n, v in outputs.items() if v.dtype.kind != "f" or (v.ndim < 3 and np.isfinite(v).all())}
-    return {"file_outputs": {name: value.tolist() for name, value in short.items()}} if short else {}
 
 
 def _check_whole_number(subject: str, value: object, low: int, high: int, alternative: str = "") -> int:

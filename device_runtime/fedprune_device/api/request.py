@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune.core.errors import DataError, FedpruneError, ModelError, StorageFullError
+from fedprune_device.data.sample_store import NoSampleError, SampleConflictError
+
+# The first kind that an error is of decides.
+_STATUS_OF_ERROR = {
+    NoSampleError: 404,
+    SampleConflictError: 409,
+    DataError: 422,
+    ModelError: 503,
+    StorageFullError: 507,
+}
 
 
 class RequestError(FedpruneError):
@@ -16,11 +26,6 @@ class RequestError(FedpruneError):
     def __init__(self, status: int, what: str, *, expected: object = None, got: object = None, hint: str = "") -> None:
         super().__init__(what, expected=expected, got=got, hint=hint)
         self.status = status
-
-    @classmethod
-    def from_error(cls, status: int, error: FedpruneError) -> RequestError:
-        """A lower layer's error, with an HTTP status."""
-        return cls(status, error.what, expected=error.expected, got=error.got, hint=error.hint)
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,9 @@ class LocalAnswer:
         message_parts = {"what": error.what, "expected": error.expected, "got": error.got, "hint": error.hint or None}
         # Values may quote the request: the answer to a wrong one must not be as long as the request.
         body = {k: str(v)[:500] for k, v in message_parts.items() if v is not None}
-        status = error.status if isinstance(error, RequestError) else _error_status(error)
+        status = next((status for kind, status in _STATUS_OF_ERROR.items() if isinstance(error, kind)), 500)
+        status = error.status if isinstance(error, RequestError) else status
         return cls({"error": body}, status, {"Retry-After": "1"} if status == 503 else {})
 
     def to_bytes(self) -> bytes:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body, allow_nan=False).encode() + b"\n"
-
-
-def _error_status(error: FedpruneError) -> int:
-    if isinstance(error, StorageFullError):
-        return 507
-    if isinstance(error, DataError):
-        return 422
-    return 503 if isinstance(error, ModelError) else 500
