@@ -98,16 +98,7 @@ def _add_train(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="any other number of the recipe, such as batch_size=16; repeatable",
     )
-    train.add_argument(
-        "--seed", type=int, default=0, help="seed of the test split and of the order of samples (default: 0)"
-    )
-    train.add_argument(
-        "--validation-share",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the training samples set aside for early stopping (default: 0)",
-    )
+    options.add_split_options(train, "the test split and of the order of samples", "early stopping")
     train.add_argument("--threads", type=cli.positive_integer, metavar="N", help="default: half of the cores")
     cli.add_json_option(train)
     options.add_sample_options(train.add_argument_group("images and samples"))
@@ -174,10 +165,7 @@ def _add_data(commands: Any) -> None:
         help="also write an HTML page, with three samples drawn; with .npz the samples as arrays, as exports take them",
     )
     cli.add_json_option(check)
-    check.add_argument("--seed", type=int, default=0, help="seed of the split into training and test samples")
-    check.add_argument(
-        "--validation-share", type=float, default=0.0, metavar="SHARE", help="as `run` has it (default: 0)"
-    )
+    options.add_split_options(check, "the split into training and test samples", "validation")
     options.add_sample_options(check.add_argument_group("images and samples"))
     check.set_defaults(run=_command("data", "check_data"), device="")
 

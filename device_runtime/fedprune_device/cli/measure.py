@@ -16,7 +16,6 @@ from fedprune_device.hardware.runtime_process import check_runtime
 
 
 def identify_board(arguments: argparse.Namespace) -> None:
-
     readings = read_board_facts()
     identification = identify(readings)
     if arguments.json:
@@ -26,7 +25,6 @@ def identify_board(arguments: argparse.Namespace) -> None:
 
 
 def probe_board(arguments: argparse.Namespace) -> None:
-
     # In a process of its own: a wheel with instructions that the board lacks would kill this one without a message.
     check_runtime()
     try:

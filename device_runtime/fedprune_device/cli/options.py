@@ -47,6 +47,8 @@ def add_threads_option(parser: argparse.ArgumentParser, text: str = "default: ha
 
 
 def add_membership(parser: argparse.ArgumentParser) -> None:
+    # Characters of the host's name that a device's can't have become dashes.
+    host = to_name(socket.gethostname().partition(".")[0])
     parser.add_argument(
         "--broker",
         metavar="URL",
@@ -67,14 +69,14 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--site",
-        type=_name_parser(check_topic_name),
+        type=text_parser(check_topic_name),
         default=os.environ.get(SITE_VARIABLE, "default"),
         help="the fleet's site (default: $FEDPRUNE_SITE, else default)",
     )
     parser.add_argument(
         "--device",
-        type=_name_parser(check_device),
-        default=os.environ.get(DEVICE_VARIABLE) or _host_name(),
+        type=text_parser(check_device),
+        default=os.environ.get(DEVICE_VARIABLE) or ("board" if host in ("", ".", "..", EVERYONE) else host),
         metavar="NAME",
         help="this board's name, unique in the site (default: $FEDPRUNE_DEVICE, else the host's name)",
     )
@@ -186,6 +188,18 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_split_options(parser: argparse.ArgumentParser, seeded: str, validation_for: str) -> None:
+    """Add the seed, of the test split and of what else is `seeded`, and the share that is set aside for validation."""
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of {seeded} (default: 0)")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help=f"share of the training samples set aside for {validation_for} (default: 0)",
+    )
+
+
 def add_tier_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tier",
@@ -227,13 +241,9 @@ def _parse_colour(text: str) -> Colour:
     return colour
 
 
-def _host_name() -> str:
-    """This machine's name as a device's: characters that a device's name can't have become dashes."""
-    name = to_name(socket.gethostname().partition(".")[0])
-    return name if name not in ("", ".", "..", EVERYONE) else "board"
+def text_parser(check: Callable[[object, str], str]) -> Callable[[str], str]:
+    """A parser of an option whose text `check` accepts, or refuses by a `ProtocolError`."""
 
-
-def _name_parser(check: Callable[[object, str], str]) -> Callable[[str], str]:
     def check_argument(text: str) -> str:
         try:
             return check(text, "name")

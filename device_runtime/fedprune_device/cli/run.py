@@ -9,7 +9,6 @@ from typing import Any
 
 from fedprune.blobs.blob_ref import LEAF_BYTES
 from fedprune.core import cli
-from fedprune.core.errors import ProtocolError
 from fedprune.runtime.precision_files import SERVE_CHOICES
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET, MAX_PAYLOAD_BYTES, PACKET_OVERHEAD_BYTES
 from fedprune.wire.fleet_messages import MAX_BOARD_AWAY_S
@@ -28,16 +27,7 @@ def add_run(commands: Any) -> None:
         action="store_true",
         help="without identity, TLS and signatures: for trials on the server's machine alone",
     )
-    run.add_argument(
-        "--seed", type=int, default=0, help="seed of the split into training and test samples (default: 0)"
-    )
-    run.add_argument(
-        "--validation-share",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the training samples set aside for validation, such as early stopping (default: 0)",
-    )
+    options.add_split_options(run, "the split into training and test samples", "validation, such as early stopping")
     run.add_argument(
         "--profile",
         metavar="NAME",
@@ -46,15 +36,6 @@ def add_run(commands: Any) -> None:
     options.add_tier_option(run)
     run.add_argument("--engine-plan", type=Path, metavar="FILE", help="how TensorRT engines are built: an engine.json")
     options.add_threads_option(run)
-    _add_board_options(run)
-    options.add_local_options(run)
-    options.add_policy_option(run)
-    _add_serving_options(run)
-    _add_connection_options(run)
-    run.set_defaults(run=_run)
-
-
-def _add_board_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="at the start, wait for a broker that can't be reached")
     run.add_argument(
@@ -80,9 +61,8 @@ def _add_board_options(run: argparse.ArgumentParser) -> None:
         default="info",
         help="least level of messages on stderr (default: info)",
     )
-
-
-def _add_serving_options(run: argparse.ArgumentParser) -> None:
+    options.add_local_options(run)
+    options.add_policy_option(run)
     run.add_argument(
         "--serve",
         choices=SERVE_CHOICES,
@@ -91,7 +71,7 @@ def _add_serving_options(run: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--serve-job",
-        type=_parse_job,
+        type=options.text_parser(check_job),
         metavar="JOB",
         help="models of this job alone serve predictions (default: the newest model, whichever job it is of)",
     )
@@ -102,9 +82,6 @@ def _add_serving_options(run: argparse.ArgumentParser) -> None:
         metavar="HOURS",
         help="while the server is away, train every HOURS hours (default: wait for it)",
     )
-
-
-def _add_connection_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--away",
         type=lambda text: 0.0 if float(text) == 0 else _parse_hours(text),
@@ -121,13 +98,7 @@ def _add_connection_options(run: argparse.ArgumentParser) -> None:
         help="largest packet that the broker accepts; a smaller limit is found at run time, after a reconnection "
         "(default: %(default)s)",
     )
-
-
-def _parse_job(text: str) -> str:
-    try:
-        return check_job(text)
-    except ProtocolError as error:
-        raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
+    run.set_defaults(run=_run)
 
 
 def _parse_packet(text: str) -> int:

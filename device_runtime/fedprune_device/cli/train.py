@@ -65,7 +65,13 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     trainer = Trainer(bundle.path(TRAINING), threads=threads, base=bundle.base)
     targets = trainer.targets(recipe, bundle.architecture.classes)
     data = samples.snapshot(trainer.input_shape, targets, trainer.input_type)
-    class_names = _trained_names(bundle, options.class_names)
+    # The names of the trained bundle's classes are those that its labels were numbered by.
+    classes, class_names = bundle.architecture.classes, options.class_names or bundle.class_names
+    if options.class_names and len(class_names) != classes:
+        print(
+            f"the trained bundle has no names of classes: expected {classes}, got {len(class_names)}", file=sys.stderr
+        )
+        class_names = ()
     try:
         data, scaling = scale_samples(data, recipe)
         training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, threads)
@@ -95,15 +101,6 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
             f"after {result.steps} of {quantity(recipe.steps(data.samples), 'step')}; "
             f"{arguments.out} holds what was trained until then"
         )
-
-
-def _trained_names(bundle: Bundle, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the trained bundle's classes: those that its labels were numbered by."""
-    classes = bundle.architecture.classes
-    if not class_names or len(class_names) == classes:
-        return class_names or bundle.class_names
-    print(f"the trained bundle has no names of classes: expected {classes}, got {len(class_names)}", file=sys.stderr)
-    return ()
 
 
 def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:
