@@ -22,7 +22,7 @@ from fedprune_device.client import Board, BoardError
 from fedprune_device.data.table_windows import column_layout, steps_and_order
 from fedprune_device.sensors.config import SensorConfig
 from fedprune_device.sensors.drop_counts import DropCounts
-from fedprune_device.sensors.sample_collector import SampleCollector, SensorSample
+from fedprune_device.sensors.sample_collector import SampleCollector
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -125,7 +125,9 @@ class _Bridge:
             self._drops.add("times at which nothing said what a sample is")
             return
         for sample in self._collector.collect(now, self._layout.steps):
-            self._waiting.append((_array(sample, self._layout), sample.label))
+            rows = np.array(sample.rows, np.float32)[None]
+            arrange = column_layout(0, rows.shape[2], self._layout.channels_first, self._layout.rank)
+            self._waiting.append((np.asarray(arrange(rows)[0], np.float32), sample.label))
         while len(self._waiting) > _MAX_WAITING:
             self._waiting.popleft()
             self._drops.add("samples while the board couldn't be reached")
@@ -185,12 +187,6 @@ class _Bridge:
                 hint="The order of [[channels]] is that of the model's channels.",
             )
         return _Layout(steps, channels_first, len(shape))
-
-
-def _array(sample: SensorSample, layout: _Layout) -> npt.NDArray[np.float32]:
-    rows = np.array(sample.rows, np.float32)[None]
-    arrange = column_layout(0, rows.shape[2], layout.channels_first, layout.rank)
-    return np.asarray(arrange(rows)[0], np.float32)
 
 
 def _now() -> float:

@@ -131,33 +131,26 @@ def read_sensor_config(file: Path) -> SensorConfig:
     tables = validation.check_items(f"{where}: channels", body.get("channels"), _MAX_CHANNELS, "tables", min_items=1)
     channels = tuple(_channel(body, table, f"{where}: channel {i}") for i, table in enumerate(tables, 1))
     label = None if "label" not in body else _label(body, body["label"], f"{where}: label")
+    layout = body.get("layout", list(_LAYOUTS[0]))
+    if not isinstance(layout, list) or tuple(layout) not in _LAYOUTS:
+        expected = " or ".join(str(list(each)) for each in _LAYOUTS)
+        raise ConfigError(f"{where}: layout", expected=expected, got=value_text(layout))
     config = SensorConfig(
         broker=body["broker"],
         ca=None if ca is None else Path(validation.check_text(f"{where}: ca", ca, 4096)),
         board=body["board"],
         period_s=validation.check_number(f"{where}: period", body["period"], *_PERIODS_S),
         steps=None if "steps" not in body else validation.check_whole(f"{where}: steps", body["steps"], 1, _MAX_STEPS),
-        layout=_layout(body.get("layout", list(_LAYOUTS[0])), f"{where}: layout"),
+        layout=tuple(layout),
         channels=channels,
         label=label,
     )
-    _check_layout(config, where)
-    _check_wildcards(config, where)
-    return config
-
-
-def _layout(value: object, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or tuple(value) not in _LAYOUTS:
-        raise ConfigError(where, expected=" or ".join(str(list(layout)) for layout in _LAYOUTS), got=value_text(value))
-    return tuple(value)
-
-
-def _check_layout(config: SensorConfig, where: str) -> None:
-    """An input of one axis has either one channel or one row."""
-    counts = {_CHANNELS: len(config.channels), _STEPS: config.steps or 1}
-    for axis, count in counts.items():
+    # An input of one axis has either one channel or one row.
+    for axis, count in {_CHANNELS: len(config.channels), _STEPS: config.steps or 1}.items():
         if axis not in config.layout and count != 1:
             raise ConfigError(f"{where}: layout", expected=f"both axes, as there are {count} {axis}", got=config.layout)
+    _check_wildcards(config, where)
+    return config
 
 
 def _check_wildcards(config: SensorConfig, where: str) -> None:

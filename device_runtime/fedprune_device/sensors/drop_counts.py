@@ -18,11 +18,10 @@ class DropCounts:
 
     def take(self) -> str:
         """What was counted since the last call, as a text; empty if nothing was."""
-        counts, self._counts = self._counts, {}
-        return "; ".join(f"{names.total()} {reason}{_names_text(names)}" for reason, names in counts.items())
-
-
-def _names_text(names: Counter[str]) -> str:
-    texts = [f"{name} {number}" if len(names) > 1 else name for name, number in names.most_common(_MAX_NAMES) if name]
-    more = "" if len(names) <= _MAX_NAMES else " and others"
-    return f" ({', '.join(texts)}{more})" if texts else ""
+        counts, self._counts, texts = self._counts, {}, []
+        for reason, names in counts.items():
+            most = [f"{name} {n}" if len(names) > 1 else name for name, n in names.most_common(_MAX_NAMES) if name]
+            more = "" if len(names) <= _MAX_NAMES else " and others"
+            listed = f" ({', '.join(most)}{more})" if most else ""
+            texts.append(f"{names.total()} {reason}{listed}")
+        return "; ".join(texts)

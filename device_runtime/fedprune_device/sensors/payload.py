@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -48,7 +48,12 @@ class Payload:
         if path and not isinstance(value, (dict, list)) and not _is_no_value(value):
             raise ReadingError("no JSON object")
         for name in path if isinstance(value, (dict, list)) else ():
-            value = _entry(value, name)
+            if isinstance(value, dict) and name in value:
+                value = value[name]
+            elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+                value = value[int(name)]
+            else:
+                raise ReadingError("messages without this value")
         if value is None or _is_no_value(value):
             raise NoReadingError("unavailable")
         return value
@@ -134,14 +139,6 @@ def _meaning(word: str, values: Mapping[str, T]) -> T | None:
     if word in values:
         return values[word]
     return next((value for name, value in values.items() if name.lower() == word.lower()), None)
-
-
-def _entry(value: Any, name: str) -> Any:
-    if isinstance(value, dict) and name in value:
-        return value[name]
-    if isinstance(value, Sequence) and not isinstance(value, str) and name.isdecimal() and int(name) < len(value):
-        return value[int(name)]
-    raise ReadingError("messages without this value")
 
 
 def _is_no_value(value: Any) -> bool:

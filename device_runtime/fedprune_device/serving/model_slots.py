@@ -134,7 +134,13 @@ class ModelSlots:
 
     def current(self) -> ServingRecord | None:
         """The active record: the newest whose files are intact; None without any."""
-        for row in self._read_records():
+        try:
+            body = atomic_file.read_document(self._root / _POINTER_FILE) or {"models": []}
+            rows = [ServingRecord.from_dict(row) for row in body["models"]]
+        except StorageError as error:
+            _LOG.warning("%s", error)
+            return None
+        for row in rows:
             if _is_intact(self._root / row.slot, row):
                 return row
             _LOG.warning("model of job %s, round %d in slot %s is damaged", row.job, row.round, row.slot)
@@ -173,14 +179,6 @@ class ModelSlots:
             return (self._root / _POINTER_FILE).stat().st_mtime
         except OSError:
             return 0.0
-
-    def _read_records(self) -> list[ServingRecord]:
-        try:
-            body = atomic_file.read_document(self._root / _POINTER_FILE)
-            return [ServingRecord.from_dict(row) for row in (body or {"models": []})["models"]]
-        except StorageError as error:
-            _LOG.warning("%s", error)
-            return []
 
 
 def _is_intact(folder: Path, record: ServingRecord) -> bool:
