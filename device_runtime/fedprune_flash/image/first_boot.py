@@ -25,7 +25,7 @@ from enum import Enum
 from pathlib import PurePosixPath
 
 from fedprune.core.errors import ImageError
-from fedprune_flash.image.board_setup import FirstBoot, Wifi
+from fedprune_flash.image.board_setup import FirstBoot
 from fedprune_flash.image.fat import Fat
 from fedprune_flash.on_board.board_system import FIRST_BOOT_UNIT
 
@@ -230,7 +230,13 @@ def _cloud_init_files(setup: FirstBoot, mount: str) -> dict[str, str]:
         body["runcmd"] = commands
     files = {"user-data": "#cloud-config\n" + _yaml(body)}
     if setup.wifi is not None:
-        files["network-config"] = _yaml({"network": _netplan(setup.wifi)})
+        point = {"password": setup.wifi.key, **({"hidden": True} if setup.wifi.hidden else {})}
+        points = {setup.wifi.ssid: point}
+        wireless = {"dhcp4": True, "optional": True, "regulatory-domain": setup.wifi.country, "access-points": points}
+        ethernets = {"eth0": {"dhcp4": True, "optional": True}}
+        files["network-config"] = _yaml(
+            {"network": {"version": 2, "ethernets": ethernets, "wifis": {"wlan0": wireless}}}
+        )
     return files
 
 
@@ -241,14 +247,6 @@ def _bootcmd(mount: str) -> str:
     return _EVERY_BOOT.format(
         installed=_INSTALLED_UNIT, removed=mask, folder=unit.parent, unit=unit, name=unit.name, text=text
     )
-
-
-def _netplan(wifi: Wifi) -> dict[str, object]:
-    point: dict[str, object] = {"password": wifi.key}
-    if wifi.hidden:
-        point["hidden"] = True
-    wireless = {"dhcp4": True, "optional": True, "regulatory-domain": wifi.country, "access-points": {wifi.ssid: point}}
-    return {"version": 2, "ethernets": {"eth0": {"dhcp4": True, "optional": True}}, "wifis": {"wlan0": wireless}}
 
 
 def _preseed_file(setup: FirstBoot, mount: str) -> str:
@@ -267,7 +265,12 @@ def _preseed_file(setup: FirstBoot, mount: str) -> str:
         }
     # The installer needs neither network nor time.
     tables["runcmd"] = {"late": [f"sh {mount}/{STARTER_FILE}"], "late_require_time_sync": False}
-    return 'config_version = "1.1"\n' + _toml(tables)
+    text = 'config_version = "1.1"\n'
+    # TOML's strings, booleans and lists of strings are those of JSON, without escapes beyond ASCII.
+    for name, table in tables.items():
+        rows = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())
+        text += f"\n[{name}]\n{rows}"
+    return text
 
 
 def _firstrun_script(setup: FirstBoot) -> str:
@@ -291,12 +294,3 @@ def _firstrun_script(setup: FirstBoot) -> str:
 def _yaml(value: Mapping[str, object]) -> str:
     """Write YAML: JSON is a part of it, unless characters beyond ASCII are escaped as surrogate pairs."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-
-
-def _toml(tables: Mapping[str, Mapping[str, object]]) -> str:
-    """Write TOML: its strings, booleans and lists of strings are those of JSON, without escapes beyond ASCII."""
-    blocks = []
-    for name, table in tables.items():
-        rows = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())
-        blocks.append(f"\n[{name}]\n{rows}")
-    return "".join(blocks)

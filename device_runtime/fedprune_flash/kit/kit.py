@@ -133,6 +133,10 @@ def build_kit(
             "certificates of authorities", expected="given if and only if the board's settings have `authority`"
         )
     # Before the wheels, which take a minute to fetch.
+    if wheel is not None and not wheel.is_file():
+        raise KitError(
+            f"there is no wheel {wheel}", hint=f"`python -m build --wheel` makes one in dist/.{search_location(wheel)}"
+        )
     claim_text = None if claim is None else check_claim(claim, board.device)
     authority_bytes = None if authorities is None else check_authorities(authorities)
     with storage_errors(f"can't write {out}"):
@@ -144,7 +148,7 @@ def build_kit(
             wheels.mkdir()
             if wheel is None:
                 tell("building fedprune's wheel")
-            own_wheel = wheelhouse.build_wheel(Path(folder)) if wheel is None else _existing_wheel(wheel)
+            own_wheel = wheelhouse.build_wheel(Path(folder)) if wheel is None else wheel.resolve()
             tell("fetching wheels")
             wheelhouse.fetch_wheels(own_wheel, target, wheels, links)
             if not (wheels / own_wheel.name).exists():
@@ -216,14 +220,6 @@ def _manifest_text(
     if signer is not None:
         body["signature"] = signer.sign(SIGNATURE_PREFIX + signed_text(body).encode()).hex()
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
-
-
-def _existing_wheel(wheel: Path) -> Path:
-    if not wheel.is_file():
-        raise KitError(
-            f"there is no wheel {wheel}", hint=f"`python -m build --wheel` makes one in dist/.{search_location(wheel)}"
-        )
-    return wheel.resolve()
 
 
 def service_unit(board: BoardSettings, target: BoardTarget) -> str:

@@ -12,11 +12,10 @@ import re
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 from fedprune.core.disk import file_digest
 from fedprune.core.errors import KitError, StorageFullError
@@ -89,9 +88,11 @@ def fetch_wheels(wheel: Path, target: BoardTarget, out: Path, links: Sequence[Pa
             _pip("download", *sources, *platforms, *kind, "--dest", str(out), *requirements)
             # pip leaves out requirements whose markers hold only on the target.
             wheels = sorted(out.glob("*.whl"))
-            requirements = sorted(
-                {f"{r.name}{r.specifier}" for _, r, actual in _unmet_requirements(wheels, target) if actual is None}
+            # The installer checks the board's own packages.
+            unmet = unmet_requirements(
+                wheels, _marker_environment(target), target.extra, target.system_packages.__contains__, KitError
             )
+            requirements = sorted({f"{r.name}{r.specifier}" for _, r, actual in unmet if actual is None})
             if not requirements:
                 break
     locked_digests = set(_HASH.findall(BOARD_WHEELS_LOCK.read_text(encoding="ascii")))
@@ -137,14 +138,6 @@ def check_wheelhouse(wheels: Sequence[Path], target: BoardTarget) -> None:
             got=versions[name],
             hint="A plain wheel would be found before JetPack's, which knows the GPU.",
         )
-
-
-def _unmet_requirements(
-    wheels: Sequence[Path], target: BoardTarget
-) -> Iterator[tuple[Path, Requirement, Version | None]]:
-    """Requirements on the target that no wheel meets; the installer checks the board's own packages."""
-    environment, is_present = _marker_environment(target), target.system_packages.__contains__
-    return unmet_requirements(wheels, environment, target.extra, is_present, KitError)
 
 
 def _marker_environment(target: BoardTarget) -> dict[str, str]:

@@ -63,7 +63,10 @@ class Installation:
         if self.kit.has_claim and self.claim is not None:
             raise UsageError("this kit has a claim of its own", hint="Leave --claim out.")
         self._check_name()
-        required, actual = self.kit.manifest.get("python"), self._python_version()
+        actual = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        if not self.system.is_other_root:
+            actual = run_command_line([SERVICE_PYTHON, "-c", _PYTHON_VERSION_PROGRAM]).strip()
+        required = self.kit.manifest.get("python")
         if required != actual:
             raise KitError(
                 f"this kit is for Python {required}, this board has {actual}", hint=f"Make one with --python {actual}."
@@ -93,11 +96,6 @@ class Installation:
                 "this board is installed under another name", expected=self.device, got=name[1],
                 hint="Is its address right? To give it another name, undo its installation first: --remove --purge.",
             )  # fmt: skip
-
-    def _python_version(self) -> str:
-        if self.system.is_other_root:
-            return f"{sys.version_info[0]}.{sys.version_info[1]}"
-        return run_command_line([SERVICE_PYTHON, "-c", _PYTHON_VERSION_PROGRAM]).strip()
 
     def install(self) -> None:
         """Do all steps that aren't done yet, in an order in which a power cut leaves nothing half trusted."""
@@ -130,17 +128,26 @@ class Installation:
                 self._report_step(f"write {SETTINGS_FOLDER}/{name}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, self._settings_file(name))
-        if self._has_claim_to_hand_over():
+        # The kit's claim, or a given one if the board has not joined.
+        has_joined = os.path.lexists(system.path_of(_JOINED_FILE))
+        if self.kit.has_claim or self.kit.has_spent_claim or (self.claim is not None and not has_joined):
             self._report_step(
                 f"hand the claim over to {STATE_FOLDER}/claim{', and delete it here' if self.claim is None else ''}"
             )
             claim = self.kit.read(CLAIM_FILE) if self.kit.has_claim else self.claim
             if claim is not None:
-                write_file(self._state / "claim", claim, 0o400, self.system.owner)
+                write_file(self._state / "claim", claim, 0o400, system.owner)
             self.kit.overwrite_claim()
         if not has_content(system.unit, self.kit.read(SERVICE_NAME), 0o644) or not system.link.is_symlink():
             self._report_step(f"write and enable {SERVICE_NAME}")
-            self._enable_service()
+            # The unit's folder is a parent of this one.
+            system.link.parent.mkdir(parents=True, exist_ok=True)
+            write_file(system.unit, self.kit.read(SERVICE_NAME))
+            system.link.unlink(missing_ok=True)
+            system.link.symlink_to(f"{UNITS_FOLDER}/{SERVICE_NAME}")
+            sync_slot_folder(system.link.parent)
+            if self.start:
+                system.control.call_systemctl("daemon-reload")
         if self.start and (self._has_changed or not system.control.is_up):
             self._report_step(f"start {SERVICE_NAME}")
             self.system.control.call_systemctl("reset-failed", SERVICE_NAME, must=False)
@@ -168,19 +175,3 @@ class Installation:
         if name == ENVIRONMENT_FILE and self.device is not None:
             content = _DEVICE_LINE.sub(f"FEDPRUNE_DEVICE={self.device}", content.decode()).encode()
         return content
-
-    def _has_claim_to_hand_over(self) -> bool:
-        """Whether a claim must be handed over or deleted: the kit's, or a given one if the board has not joined."""
-        joined = os.path.lexists(self.system.path_of(_JOINED_FILE))
-        return self.kit.has_claim or self.kit.has_spent_claim or (self.claim is not None and not joined)
-
-    def _enable_service(self) -> None:
-        system = self.system
-        # The unit's folder is a parent of this one.
-        system.link.parent.mkdir(parents=True, exist_ok=True)
-        write_file(system.unit, self.kit.read(SERVICE_NAME))
-        system.link.unlink(missing_ok=True)
-        system.link.symlink_to(f"{UNITS_FOLDER}/{SERVICE_NAME}")
-        sync_slot_folder(system.link.parent)
-        if self.start:
-            system.control.call_systemctl("daemon-reload")
