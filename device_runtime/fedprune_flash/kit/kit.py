@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
-from fedprune.core import errors, text, validation
+from fedprune.core import disk, errors, text, validation
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ConfigError, KitError, UsageError, search_location
 from fedprune.output import extras
@@ -235,7 +235,7 @@ def service_unit(board: BoardSettings, target: BoardTarget) -> str:
 INSTALLER_FILE = "install.pyz"
 
 _MODULES = (
-    *(errors, text, extras, validation, topics, ed25519, slot_store, state, wheel),
+    *(disk, errors, text, extras, validation, topics, ed25519, slot_store, state, wheel),
     *(board_files, board_system, install, installation, key_options, kit_folder, module_probe, removal),
     *(runtime_slot, service_control),
 )
