@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedprune.core.cli import add_json_option, print_json
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.run import load_config, run_options
-
-if TYPE_CHECKING:
-    from fedprune_server.monitoring.notification_channels import Message, NotificationChannel
 
 
 def add_alerts(alerts: argparse.ArgumentParser) -> None:
@@ -26,7 +23,7 @@ def add_alerts(alerts: argparse.ArgumentParser) -> None:
 
 
 def _test(arguments: argparse.Namespace) -> int:
-    from fedprune_server.monitoring.notification_channels import notification_channels, test_message
+    from fedprune_server.monitoring.notification_channels import NotificationError, notification_channels, test_message
 
     config = load_config(arguments).config
     channels_in_use = notification_channels(config.alerts)
@@ -34,22 +31,16 @@ def _test(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "[alerts]", expected="a webhook or services", got="none", hint="docs/observe.md#notifications has the keys."
         )
-    rows = []
+    rows = list[dict[str, Any]]()
     for channel in channels_in_use:
-        rows.append(_test_channel(channel, test_message(config.site, time.time())))
+        try:
+            answer, code = channel.send(test_message(config.site, time.time())), ExitCode.OK
+        except NotificationError as error:
+            answer, code = str(error), error.exit_code
+        delivered = code is ExitCode.OK
+        rows.append({"channel": channel.name, "delivered": delivered, "answer": answer, "exit_code": int(code)})
         if not arguments.json:
-            row = rows[-1]
-            print(f"{row['channel']}: {'delivered' if row['delivered'] else 'failed'}: {row['answer']}", flush=True)
+            print(f"{channel.name}: {'delivered' if delivered else 'failed'}: {answer}", flush=True)
     if arguments.json:
         print_json(rows)
     return max(int(row["exit_code"]) for row in rows)
-
-
-def _test_channel(channel: NotificationChannel, message: Message) -> dict[str, Any]:
-    from fedprune_server.monitoring.notification_channels import NotificationError
-
-    try:
-        answer, code = channel.send(message), ExitCode.OK
-    except NotificationError as error:
-        answer, code = str(error), error.exit_code
-    return {"channel": channel.name, "delivered": code is ExitCode.OK, "answer": answer, "exit_code": int(code)}

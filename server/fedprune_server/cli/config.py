@@ -13,7 +13,7 @@ from fedprune.core.cli import add_json_option, print_json
 from fedprune_server.cli.run import LoadedConfig, load_config, run_options
 from fedprune_server.config.alert_settings import shown_url
 from fedprune_server.config.layers import setting_origin, setting_value_text, without_secrets
-from fedprune_server.config.server_config import PATH_SETTINGS, ServerConfig
+from fedprune_server.config.server_config import PATH_SETTINGS
 from fedprune_server.config.tables import config_tables
 
 
@@ -61,7 +61,11 @@ _START_FILES = (("model", "path"), ("evaluation", "data"), ("calibration", "data
 def setting_rows(configuration: LoadedConfig) -> Iterator[dict[str, Any]]:
     """Every setting with its value and its origin, without passwords."""
     tables = config_tables(configuration.config)
-    for path, value in _flat_settings((), _with_default_values(tables, configuration.config)):
+    job = configuration.config.job
+    # With the keys that `Job.to_dict` leaves out where they have their default value.
+    tables["job"] = {**{f.name: getattr(job, f.name) for f in fields(job)}, **tables["job"]}
+    tables["job"]["privacy"] = asdict(job.privacy)
+    for path, value in _flat_settings((), tables):
         source = setting_origin(configuration.layers, path) or _DEFAULT
         shown_value = without_secrets(value) if isinstance(value, str) else value
         if path[0] == "alerts" and path[-1] in ("webhook", "heartbeat"):
@@ -70,13 +74,6 @@ def setting_rows(configuration: LoadedConfig) -> Iterator[dict[str, Any]]:
             shown_value = os.path.normpath(value)
         missing = path in _START_FILES and ":" not in value and not Path(value).exists()
         yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown_value, "from": source, "missing": missing}
-
-
-def _with_default_values(tables: dict[str, Any], config: ServerConfig) -> dict[str, Any]:
-    """Add the keys of [job] that `Job.to_dict` leaves out where they have their default value."""
-    job = {f.name: getattr(config.job, f.name) for f in fields(config.job)} | tables["job"]
-    job["privacy"] = asdict(config.job.privacy)
-    return {**tables, "job": job}
 
 
 def _flat_settings(path: tuple[str, ...], table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:

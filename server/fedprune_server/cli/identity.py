@@ -162,7 +162,13 @@ def run_devices(arguments: argparse.Namespace) -> None:
         elif arguments.device is None:
             raise UsageError(f"devices {arguments.action}", expected="the name of a device", got="none")
         elif arguments.action == "approve":
-            _approve(identity, arguments)
+            if arguments.key is None:
+                raise UsageError(
+                    f"devices approve {arguments.device}", expected="--key FINGERPRINT, as the board shows it",
+                    got="none",
+                    hint="It is in the output of `fedprune-device`, and must be the one in `fedprune-server devices`.",
+                )  # fmt: skip
+            print(approve(identity, arguments.device, arguments.key))
         elif arguments.action == "replace":
             _check_hours(arguments.hours)
             _replace(identity, arguments)
@@ -206,15 +212,6 @@ def _list(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
         print(f"  warned at {board_time(warning['at'])} of its clock: {warning['text']}")
     if not rows:
         print("no device has asked yet")
-
-
-def _approve(identity: IdentityFolder, arguments: argparse.Namespace) -> None:
-    if arguments.key is None:
-        raise UsageError(
-            f"devices approve {arguments.device}", expected="--key FINGERPRINT, as the board shows it", got="none",
-            hint="It is in the output of `fedprune-device`, and must be the one in `fedprune-server devices`.",
-        )  # fmt: skip
-    print(approve(identity, arguments.device, arguments.key))
 
 
 def run_broker_config(arguments: argparse.Namespace) -> None:

@@ -10,9 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from fedprune import __version__
-from fedprune.core.cli import Command, run_command, with_extra
+from fedprune.core.cli import run_command, with_extra
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode
 
@@ -87,17 +88,14 @@ def build_parser(arguments: Sequence[str] | None = None) -> CommandParser:
         command = commands.add_parser(name, help=text)
         extra = "console" if name in _CONSOLE_COMMANDS else "server"
         if arguments is None or name in arguments:
-            with_extra(extra, _option_adder(name, command))(argparse.Namespace())
+            with_extra(extra, partial(_add_options, name, command))(argparse.Namespace())
         command.set_defaults(run=with_extra(extra, lambda arguments: arguments.function(arguments)))
     return parser
 
 
-def _option_adder(name: str, parser: argparse.ArgumentParser) -> Command:
-    def add_options(_: argparse.Namespace) -> None:
-        module = importlib.import_module(f"fedprune_server.cli.{COMMANDS[name][0]}")
-        getattr(module, f"add_{name.replace('-', '_')}")(parser)
-
-    return add_options
+def _add_options(name: str, parser: argparse.ArgumentParser, _: argparse.Namespace) -> None:
+    module = importlib.import_module(f"fedprune_server.cli.{COMMANDS[name][0]}")
+    getattr(module, f"add_{name.replace('-', '_')}")(parser)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def run_crashes(arguments: argparse.Namespace) -> None:
         remarks = [_no_crash_text(_read_exclusions(folder), arguments.device)]
     elif not arguments.json:
         with suppress(FedpruneError):  # crashes are shown also where the job can't be read
-            remarks += _start_failures(_read_exclusions(folder), arguments.device)
+            exclusions = _read_exclusions(folder)
+            # A board that can't start reports no crash: its stored crashes are older.
+            names = sorted(n for n in exclusions.cannot_start if arguments.device in (None, n))
+            remarks += [sentences(f"{n}: {exclusions.reasons[n]}", _BOARD_LOG_HINT) for n in names]
     for remark in () if arguments.json else remarks:
         print(remark, flush=True)
 
@@ -63,12 +66,6 @@ def _read_exclusions(folder: Path) -> _Exclusions:
         bodies = [*storage.devices(), *({"name": n, **body} for n, body in outsiders.items())]
     reasons |= {str(body["name"]): str(body["excluded"] or "") for body in bodies}
     return _Exclusions(reasons, [n for n, body in outsiders.items() if body.get("cannot_start")])
-
-
-def _start_failures(exclusions: _Exclusions, name: str | None) -> list[str]:
-    """Sentences about boards that can't start now. Such a board reports no crash: its stored crashes are older."""
-    names = sorted(n for n in exclusions.cannot_start if name in (None, n))
-    return [sentences(f"{n}: {exclusions.reasons[n]}", _BOARD_LOG_HINT) for n in names]
 
 
 def _no_crash_text(exclusions: _Exclusions, name: str) -> str:

@@ -45,15 +45,10 @@ def stored_code_error(path: tuple[str, str], name: str, where: str, hint: str) -
 def stored_job(settings: Mapping[str, Any], allowed: Collection[str], where: str) -> Job:
     """The job of a folder's settings, for code that composes its strategy. `allowed` names the functions that the user
     has repeated. Raises `ConfigError` if its strategy is another function; the error names the folder (`where`)."""
-    check_allowed({"job": settings["job"]}, allowed, where)
-    return Job.from_dict(settings["job"])
-
-
-def check_allowed(tables: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
-    """Raise `ConfigError` if stored tables name code that the user has not repeated."""
-    for path, name in code_names(tables):
+    for path, name in code_names({"job": settings["job"]}):
         if name not in allowed:
             raise stored_code_error(path, name, where, f"If this code is yours, add --allow {name}.")
+    return Job.from_dict(settings["job"])
 
 
 def _text(tables: Mapping[str, Any], table: str, key: str) -> str:

@@ -82,19 +82,13 @@ class BackgroundExecutor:
         self._thread.join(patience_s)
 
     def _run(self) -> None:
-        while True:
-            command = self._orders.get()
-            if command is None:
-                return
-            self._results.put(self._carry_out(command))
-
-    def _carry_out(self, command: HeavyCommand) -> CommandResult:
-        try:
-            round_ = command.basis.round if isinstance(command, do.Extract) else command.round
-            with log_context(round=round_, device=command_device(command)):
-                return self._worker.execute(command)
-        except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
-            return error
+        while (command := self._orders.get()) is not None:
+            try:
+                round_ = command.basis.round if isinstance(command, do.Extract) else command.round
+                with log_context(round=round_, device=command_device(command)):
+                    self._results.put(self._worker.execute(command))
+            except Exception as error:  # noqa: BLE001, PERF203 - it is raised again where the loop collects it
+                self._results.put(error)
 
 
 def command_device(command: do.Command) -> str | None:

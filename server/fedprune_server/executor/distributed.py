@@ -88,7 +88,11 @@ class DistributedWorker:
     def execute(self, command: HeavyCommand) -> on.Event:
         """Carry out one command. Raises `FedpruneError` if it can't be done."""
         if isinstance(command, do.Extract):
-            return self._extract(command)
+            offer = self._helper_answer(command)
+            if not (isinstance(offer, on.Extracted) and self._is_usable(command, offer)):
+                return self._worker.execute(command)
+            self._worker.offers.note(command, offer)
+            return offer
         if self._shared_sums is not None and isinstance(command, do.FoldUpdate):
             event = self._helper_answer(command)
             if isinstance(event, on.Folded):
@@ -102,13 +106,6 @@ class DistributedWorker:
             counted_contributions = (c for c in command.contributions if c.part.device in shares)
             limited_contributions = tuple(replace(c, shares=shares[c.part.device]) for c in counted_contributions)
             self._shared_sums.merge_all(replace(command, contributions=limited_contributions))
-        return self._worker.execute(command)
-
-    def _extract(self, command: do.Extract) -> on.Event:
-        event = self._helper_answer(command)
-        if isinstance(event, on.Extracted) and self._is_usable(command, event):
-            self._worker.offers.note(command, event)
-            return event
         return self._worker.execute(command)
 
     def _is_usable(self, command: do.Extract, event: on.Extracted) -> bool:

@@ -80,17 +80,15 @@ class Addition:
 
 def extract_submodels(worker: Worker, commands: Sequence[do.Extract]) -> ExtractedBatch:
     """Make submodels. One that fails is None: the server's own worker tries it again, and raises the reason."""
-    events = tuple(_extract_or_none(worker, command) for command in commands)
-    return ExtractedBatch(events, worker.store.take_new_objects())
-
-
-def _extract_or_none(worker: Worker, command: do.Extract) -> on.Event | None:
-    try:
-        return worker.execute(command)
-    except Exception:
-        # Not an error yet: the server's own worker tries again, and reports what it meets.
-        log.debug("submodel of %s", command.part.device, exc_info=True)
-        return None
+    events = list[on.Event | None]()
+    for command in commands:
+        try:
+            events.append(worker.execute(command))
+        except Exception:  # noqa: PERF203
+            # Not an error yet: the server's own worker tries again, and reports what it meets.
+            log.debug("submodel of %s", command.part.device, exc_info=True)
+            events.append(None)
+    return ExtractedBatch(tuple(events), worker.store.take_new_objects())
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune.strategies import compose
-from fedprune.strategies.values import NewMemory, Turn
+from fedprune.strategies.values import Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import Accountant
 from fedprune_server.executor.background import HeavyCommand
@@ -140,7 +140,12 @@ class Worker:
         and a `Close` leaves such updates out. Raises `FedpruneError` if the command fails for another reason."""
         match command:
             case do.Score():
-                return self._score(command)
+                scene = self.updates.scene(command.round, command.model, command.memory, command.participants)
+                ranking = self.strategy.rank(scene)
+                selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
+                ranking_digest = self.store.put(selection.to_json().encode()).sha256
+                order = None if ranking.order is None else self.store.put(tensorfile.encode(ranking.order)).sha256
+                return on.Scored(command.round, ranking_digest, order)
             case do.Extract():
                 return self.offers.make(command)
             case do.FoldUpdate():
@@ -162,15 +167,6 @@ class Worker:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
         return self._offer_blobs.graph_digests()
 
-    def _score(self, command: do.Score) -> on.Scored:
-        ranking = self.strategy.rank(
-            self.updates.scene(command.round, command.model, command.memory, command.participants)
-        )
-        selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
-        ranking_digest = self.store.put(selection.to_json().encode()).sha256
-        order = None if ranking.order is None else self.store.put(tensorfile.encode(ranking.order)).sha256
-        return on.Scored(command.round, ranking_digest, order)
-
     def round_of(self, command: do.FoldUpdate | do.Close | do.Basis) -> Round:
         """The round of a command; a new one if the command before belonged to another."""
         key = (command.round, command.model, command.memory)
@@ -186,7 +182,12 @@ class Worker:
         self._round = None
         self._log(command.round, result)
         model = self._put_model(command, result)
-        memory = self._store_memories(command.memory, result.memories)
+        memory = dict(command.memory)
+        for name, tensors in result.memories.items():
+            if tensors:
+                memory[name] = self.store.put(tensorfile.encode(tensors)).sha256
+            else:
+                memory.pop(name, None)
         reasons = {device: failure.reason for device, failure in result.rejected.items()}
         kinds: dict[str, str] = {device: failure.kind for device, failure in result.rejected.items()}
         return on.Closed(command.round, model, memory, reasons, dict(result.limited), kinds, result.reduced)
@@ -219,15 +220,6 @@ class Worker:
             # Last: distillation changes the weights, and so the statistics.
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
-
-    def _store_memories(self, digests_before: dict[str, str], memories: NewMemory) -> dict[str, str]:
-        digests = dict(digests_before)
-        for name, tensors in memories.items():
-            if tensors:
-                digests[name] = self.store.put(tensorfile.encode(tensors)).sha256
-            else:
-                digests.pop(name, None)
-        return digests
 
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
         privacy_metrics = {} if self.accountant is None else self.accountant.metrics(command)

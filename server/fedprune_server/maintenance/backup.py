@@ -60,7 +60,11 @@ def back_up(state: Path, target: Path, advance: AdvanceBar) -> BackupManifest:
     Raises `ConfigError` if the target is something else, another job's backup, or in the state folder, and
     `StorageError` if the state folder is damaged or the disk fails; an earlier backup stays as it was.
     """
-    _check_outside(state, target)
+    with storage_errors(f"can't read {target}"):
+        is_inside = target.resolve().is_relative_to(state.resolve())
+    if is_inside:  # it would be lost together with it
+        hint = "Name a place outside, on another disk at best."
+        raise ConfigError(f"{target} is in the state folder {state} itself", hint=hint)
     for attempt in count(1):
         try:
             with TemporaryDirectory(prefix="fedprune-backup-") as scratch:
@@ -71,15 +75,6 @@ def back_up(state: Path, target: Path, advance: AdvanceBar) -> BackupManifest:
             if attempt == _MAX_ATTEMPTS:
                 raise
     return content.manifest
-
-
-def _check_outside(state: Path, target: Path) -> None:
-    """Refuse a target in the state folder: it would be lost together with it."""
-    with storage_errors(f"can't read {target}"):
-        is_inside = target.resolve().is_relative_to(state.resolve())
-    if is_inside:
-        hint = "Name a place outside, on another disk at best."
-        raise ConfigError(f"{target} is in the state folder {state} itself", hint=hint)
 
 
 class _BackupContent:

@@ -125,11 +125,15 @@ def _all_findings(folder: Path, timeout_s: float) -> Iterator[Finding]:
     )
     kinds: set[str] = set()
     for check in CHECKS:
-        for finding in _run_check(check, site):
-            # The alert of a running server has reported the broker already, before the check of it.
-            if finding.kind != "broker" or "broker" not in kinds:
-                yield finding
-            kinds.add(finding.kind)
+        try:
+            for finding in check(site):
+                # The alert of a running server has reported the broker already, before the check of it.
+                if finding.kind != "broker" or "broker" not in kinds:
+                    yield finding
+                kinds.add(finding.kind)
+        except FedpruneError as error:  # noqa: PERF203 - a finding itself, so that the other checks run
+            advice = server_command(site.folder, "check")
+            yield wrong_finding("unreadable", str(error), "it couldn't be looked at", advice)
 
 
 def _database_finding(folder: Path, error: FedpruneError) -> Finding:
@@ -143,15 +147,6 @@ def _database_finding(folder: Path, error: FedpruneError) -> Finding:
         advice = f"{server_command(folder, 'check')}, or restore a backup"
     message = f"the database of {folder} can't be read: {error}"
     return wrong_finding("database", message, "it holds all that the job is", advice)
-
-
-def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedSite) -> Iterator[Finding]:
-    """The findings of a check. One that fails is a finding itself, so that the other checks run."""
-    try:
-        yield from check(site)
-    except FedpruneError as error:
-        advice = server_command(site.folder, "check")
-        yield wrong_finding("unreadable", str(error), "it couldn't be looked at", advice)
 
 
 def _load_stored_job(folder: Path, revoked_boards: frozenset[str], leader: str) -> tuple[StoredJob, float | None]:

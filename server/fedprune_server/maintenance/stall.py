@@ -73,10 +73,6 @@ class StallScores:
         return distance >= _MIN_CLEAR_GAIN and self.gain(begin, end) < _MAX_STUCK_SHARE_OF_WAY * distance
 
     @property
-    def has_stalled(self) -> bool:
-        return self.gain(self.best_before, self.best) <= _MAX_EQUAL_GAIN
-
-    @property
     def is_good(self) -> bool:
         """Whether the models that boards receive are good."""
         return self.metric.is_share and self.received >= _MIN_GOOD_SCORE
@@ -90,10 +86,6 @@ class StallScores:
 def _evaluation_fails(scores: StallScores) -> bool:
     is_learnt = scores.is_good or scores.gain(scores.initial, scores.received) >= _MIN_CLEAR_GAIN
     return is_learnt and not scores.loses_training and scores.is_stuck(scores.first, scores.now, scores.received)
-
-
-def _aggregation_fails(scores: StallScores) -> bool:
-    return scores.loses_training and scores.is_stuck(scores.first, scores.now, scores.trained)
 
 
 def _training_fails(scores: StallScores) -> bool:
@@ -128,7 +120,7 @@ _CAUSES = (
         "classes, of all classes alike; boards that have few classes score higher on these alone",
     ),
     StallCause(
-        _aggregation_fails,
+        lambda scores: scores.loses_training and scores.is_stuck(scores.first, scores.now, scores.trained),
         in_training=True,
         sentence="the boards learn, and aggregation loses what they learn",
         advice="the boards' data are unlike, their training between two rounds goes too far, or their models are of "
@@ -170,4 +162,6 @@ def stall_scores(job: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -
 
 def stall_cause(scores: StallScores) -> StallCause | None:
     """The cause for which a model no longer improves; None if it does, or if it is as good as it can be."""
-    return next((cause for cause in _CAUSES if cause.applies(scores)), None) if scores.has_stalled else None
+    if scores.gain(scores.best_before, scores.best) > _MAX_EQUAL_GAIN:
+        return None
+    return next((cause for cause in _CAUSES if cause.applies(scores)), None)

@@ -56,7 +56,13 @@ def check_state(
         StorageError: There is no database, it is damaged, or it can't be read, so that nothing else can be checked.
     """
     with Storage.open_existing(folder) as storage:
-        _check_database(storage)
+        # More thoroughly than at every start. PostgreSQL compares each page with its checksum as it is read below.
+        if not storage.database.postgresql:
+            with storage.database.read_transaction() as connection:
+                reports = [str(r[0]) for r in connection.exec_driver_sql("PRAGMA integrity_check(3)")]
+            if reports != ["ok"]:
+                problem = f"{storage.url} is damaged ({'; '.join(reports)})"
+                raise StorageError(problem, hint="Restore the server's backup.")
         needs = read_job_needs(storage)
         yield from _check_rows(storage, needs)
         yield from _check_model_file(folder, needs)
@@ -79,16 +85,6 @@ def check_state(
         if not running:
             yield from check_log(folder, storage, needs, allowed)
     yield from _check_other_files(folder, advance)
-
-
-def _check_database(storage: Storage) -> None:
-    """Let the database check itself, more thoroughly than at every start."""
-    with storage.database.read_transaction() as connection:
-        if storage.database.postgresql:
-            return  # PostgreSQL compares each page with its checksum as it is read, which happens below
-        reports = [str(r[0]) for r in connection.exec_driver_sql("PRAGMA integrity_check(3)")]
-    if reports != ["ok"]:
-        raise StorageError(f"{storage.url} is damaged ({'; '.join(reports)})", hint="Restore the server's backup.")
 
 
 def _check_rows(storage: Storage, needs: JobNeeds) -> Iterator[Finding]:

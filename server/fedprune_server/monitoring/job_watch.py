@@ -103,24 +103,20 @@ class JobWatch:
         missing_boards = (
             (name for name in away_since if name not in snapshot.revoked_devices) if needs_boards else iter(())
         )
+        # Some of the boards that are connected, but excluded, with the reason.
+        names = (name for name in snapshot.fleet.connected_devices if name in snapshot.devices)
+        exclusions = ((name, reason) for name in names if (reason := snapshot.devices[name].excluded))
         return WatchedJob(
             snapshot=snapshot,
             folder=self._folder,
             away_boards=tuple(islice(missing_boards, MAX_NAMES_SHOWN + 1)),
-            excluded_boards={} if snapshot.able_devices else _excluded_boards(snapshot),
+            excluded_boards=dict(islice(exclusions, 0 if snapshot.able_devices else MAX_NAMES_SHOWN + 1)),
             missed_deadlines=self._missed_deadlines,
             empty_rounds=self._empty_rounds,
             prediction_excesses=self._excesses,
             offline_since=self.participation.offline_since(),
             usual_round_s=self._round_times.usual_s(),
         )
-
-
-def _excluded_boards(snapshot: JobSnapshot) -> dict[str, str]:
-    """Some of the boards that are connected, but excluded, with the reason."""
-    names = (name for name in snapshot.fleet.connected_devices if name in snapshot.devices)
-    reasons = ((name, reason) for name in names if (reason := snapshot.devices[name].excluded))
-    return dict(islice(reasons, MAX_NAMES_SHOWN + 1))
 
 
 def prediction_excesses(snapshot: JobSnapshot, earlier: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

@@ -75,7 +75,9 @@ class _JobTraces:
             case do.SendOffer():
                 self._begin_device(event.device, event.round, event.attempt, now)
             case do.Finish():
-                self._end_all(now)
+                for span_name, name in list(self._open_spans):
+                    self._end(span_name, name, now)
+                self._finish_round(now)
         if (timed_part := started_part(event)) is not None:
             may_repeat = isinstance(event, (do.SendOffer, do.PullUpdate, do.FoldUpdate))
             self._begin(*timed_part, now, restart=not may_repeat)
@@ -162,11 +164,6 @@ class _JobTraces:
         if reason:
             span.set_status(Status(StatusCode.ERROR, reason[:500]))
         span.end(_ns(now))
-
-    def _end_all(self, now: float) -> None:
-        for span_name, name in list(self._open_spans):
-            self._end(span_name, name, now)
-        self._finish_round(now)
 
 
 @contextmanager

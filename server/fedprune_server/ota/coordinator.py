@@ -26,7 +26,6 @@ from fedprune.wire.fleet_messages import (
     ROLLED_BACK,
     STAGED,
     TRIAL,
-    ReleaseOffer,
     ReleaseReport,
     ReleaseWithdrawn,
 )
@@ -139,7 +138,9 @@ class RolloutCoordinator:
         elif self._fate_of(device) is not Fate.GIVEN:
             self._withdraw_if_ours(report)
         elif has_progress:
-            seconds = self._silence_limit_s(entry, report.state)
+            # On trial a board is silent until the new release has reached the broker, or every attempt has failed.
+            trial_s = entry.offer.attempts * (entry.offer.seconds + _RESTART_ALLOWANCE_S)
+            seconds = entry.rollout.plan.board_seconds + (trial_s if report.state == TRIAL else 0.0)
             is_new_state = last_report.get("state") != report.state  # progress of a download need not survive a crash
             self._take_step(entry, lambda r, now: r.report_progress(device, now, seconds), keep=is_new_state)
 
@@ -265,11 +266,3 @@ class RolloutCoordinator:
     def _now(self) -> float:
         """The rollout's time, which continues from where the last process left it."""
         return self._monotonic() - self._started_at
-
-    @staticmethod
-    def _silence_limit_s(entry: RolloutEntry, state: str) -> float:
-        """Seconds after which a board in a state has failed unless it reports progress."""
-        offer: ReleaseOffer = entry.offer
-        # On trial a board is silent until the new release has reached the broker, or every attempt has failed.
-        trial = offer.attempts * (offer.seconds + _RESTART_ALLOWANCE_S) if state == TRIAL else 0.0
-        return entry.rollout.plan.board_seconds + trial

@@ -180,7 +180,11 @@ def take_back(
         # Boards refuse every number that isn't above all that they have seen.
         highest = max(above, *(e.offer.number for e in entries))
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
-        renewed = replace(target, number=_new_release_number(number, highest), created=created)
+        new_number = highest + 1 if number is None else number
+        if not highest < new_number <= MAX_RELEASE_NUMBER:
+            limits = f"above {highest}, at most {MAX_RELEASE_NUMBER}"
+            raise ReleaseError("number of a release", expected=limits, got=new_number)
+        renewed = replace(target, number=new_number, created=created)
         leaves = _leaf_digests(store, target)
         manifest = renewed.to_bytes()
         offer = ReleaseOffer(
@@ -224,13 +228,6 @@ def _last_and_earlier(entries: list[RolloutEntry], release: int | None) -> tuple
 
 def _no_board_error(release: int) -> ConfigError:
     return ConfigError(f"no board has release {release} or is at it", hint="To end its rollout: `rollout stop`.")
-
-
-def _new_release_number(chosen: int | None, highest: int) -> int:
-    number = highest + 1 if chosen is None else chosen
-    if not highest < number <= MAX_RELEASE_NUMBER:
-        raise ReleaseError("number of a release", expected=f"above {highest}, at most {MAX_RELEASE_NUMBER}", got=number)
-    return number
 
 
 def _leaf_digests(store: RolloutStore, release: Release) -> tuple[str, ...]:

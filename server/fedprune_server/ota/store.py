@@ -190,8 +190,13 @@ class RolloutStore(Closeable):
         """Change columns of the rollout under way, given its number and its `hold`; returns its number."""
 
         def write(connection: sql.Connection) -> int:
-            number, hold = _active_rollout(connection)
-            _update_rollouts(connection, _COLUMNS.number == number, **changes(number, hold))
+            latest_first = _ROLLOUTS_BY_NUMBER.where(_UNDER_WAY).order_by(None).order_by(_COLUMNS.number.desc())
+            row = connection.execute(latest_first).first()
+            if row is None or row.wish is not None:
+                problem = "no rollout is under way" if row is None else f"rollout {row.number} is to stop already"
+                raise ConfigError(problem, hint="See `fedprune-server rollout status`.")
+            number = int(row.number)
+            _update_rollouts(connection, _COLUMNS.number == number, **changes(number, row.hold))
             return number
 
         return self._run_transaction(write)
@@ -300,17 +305,6 @@ def _check_free(connection: sql.Connection, release: int, manifest: str) -> None
                 f"another release {release} was rolled out before, and boards that have it would not take this one",
                 hint="Release it under a higher number.",
             )
-
-
-def _active_rollout(connection: sql.Connection) -> tuple[int, str | None]:
-    """The number of the rollout that is under way and isn't to stop, and why it is to pause."""
-    latest_first = _ROLLOUTS_BY_NUMBER.where(_UNDER_WAY).order_by(None).order_by(_COLUMNS.number.desc())
-    row = connection.execute(latest_first).first()
-    if row is None:
-        raise ConfigError("no rollout is under way", hint="See `fedprune-server rollout status`.")
-    if row.wish is not None:
-        raise ConfigError(f"rollout {row.number} is to stop already", hint="See `fedprune-server rollout status`.")
-    return int(row.number), row.hold
 
 
 def _insert_rollout(

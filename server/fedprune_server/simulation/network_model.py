@@ -101,20 +101,15 @@ class Weather:
         constant_factor = self._constant_factor(seed, device, "compute", self.compute_spread)
         return constant_factor * self._round_factor(self.compute_sigma, seed, number, device, "compute")
 
-    def server_rate(self, seed: int, number: int, direction: str) -> float:
-        """Bytes/s that the server's link carries in a round. `direction` is seen from devices: `down` is what the
-        server sends."""
-        # Seen from the server, devices' downloads go up.
-        rate = MEGABYTE * (self.server_up_mb_s if direction == "down" else self.server_down_mb_s)
-        return rate * self._round_factor(self.server_sigma, seed, number, "server", direction) if rate else math.inf
-
     def transfer_times(
         self, seed: int, number: int, device: str, link: LinkFigures, direction: str, size: int, now: float, free: float
     ) -> tuple[float, float]:
         """Transfer bytes between the server and a device in a round; arguments and results as `transfer_end`."""
         speed = link.down_bytes_s if direction == "down" else link.up_bytes_s
         rate = speed * self.link_factor(seed, number, device, direction)
-        limit = self.server_rate(seed, number, direction)
+        # Seen from the server, devices' downloads go up.
+        limit = MEGABYTE * (self.server_up_mb_s if direction == "down" else self.server_down_mb_s) or math.inf
+        limit *= self._round_factor(self.server_sigma, seed, number, "server", direction)
         arrived, free = transfer_end(now, free, size, rate, limit)
         return arrived + link.delay_s, free
 

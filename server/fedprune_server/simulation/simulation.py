@@ -274,7 +274,13 @@ class Simulation:
             self._stalls.on_trained()
             return self._train(item)
         if isinstance(item, WindowEnd):
-            return self._leave(item)
+            # Its training is lost, an announced update is sent again when it reconnects.
+            if item.device not in run.online or run.sessions[item.device] != item.session:
+                return None
+            run.online.discard(item.device)
+            self._drop_work(item.device)
+            self._schedule_birth(item.device, run.clock)
+            return on.DeviceDied(item.device, item.session)
         if isinstance(item, on.DeviceBorn):
             run.sessions[item.device] = item.session
             run.online.add(item.device)
@@ -424,16 +430,6 @@ class Simulation:
             name, session, profile, device.samples, codecs=CODECS, effective_classes=device.effective_classes
         )
         self._run.push(max(earliest, opens_at), born)
-
-    def _leave(self, item: WindowEnd) -> on.Event | None:
-        """Close a device's window: its training is lost, an announced update is sent again when it reconnects."""
-        run, name = self._run, item.device
-        if name not in run.online or run.sessions[name] != item.session:
-            return None
-        run.online.discard(name)
-        self._drop_work(name)
-        self._schedule_birth(name, run.clock)
-        return on.DeviceDied(name, item.session)
 
     def _drop_work(self, device: str, number: int | None = None) -> None:
         """Drop a device's queued work and its training ahead, of one round or of all."""

@@ -205,7 +205,10 @@ class Storage(Closeable):
         body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
         is_unknown = state is not self._saved
         if is_unknown:
-            devices, tasks = self._differing_rows(state)
+            with self.database.read_transaction() as connection:
+                hashes = self._devices.hashes(connection), self._tasks.hashes(connection)
+            devices = self._devices.differing_rows(state.devices, hashes[0])
+            tasks = self._tasks.differing_rows(state.tasks, hashes[1])
         else:
             devices, tasks = self._devices.changed_rows(state.devices), self._tasks.changed_rows(state.tasks)
         new_rounds = state.history[self._saved_rounds :]
@@ -239,11 +242,6 @@ class Storage(Closeable):
         self._saved, self._saved_state, self._saved_rounds = state, body, len(state.history)
         state.mark_saved()
         return has_changed
-
-    def _differing_rows(self, state: State) -> tuple[Rows, Rows]:
-        with self.database.read_transaction() as connection:
-            devices, tasks = self._devices.hashes(connection), self._tasks.hashes(connection)
-        return self._devices.differing_rows(state.devices, devices), self._tasks.differing_rows(state.tasks, tasks)
 
     def load(self) -> State | None:
         """The last saved state, or None for a new database.

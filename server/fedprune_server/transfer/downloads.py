@@ -89,7 +89,10 @@ class Downloads:
                 device = next((name for name in self._queued if name not in self._answers), None)
                 if device is None:
                     break
-                request = self._next_request(device)
+                waiting = self._queued.pop(device)
+                request = waiting.popleft()
+                if waiting:  # the device then queues behind all others
+                    self._queued[device] = waiting
                 answer = self._sender.answer(request, self._max_packet)
                 if isinstance(answer, BlobNotFound):
                     return device, answer
@@ -102,11 +105,3 @@ class Downloads:
             if chunk is not None:
                 return device, chunk
             del self._answers[device]
-
-    def _next_request(self, device: str) -> BlobRequest:
-        """The next request of a device, which then queues behind all others."""
-        waiting = self._queued.pop(device)
-        request = waiting.popleft()
-        if waiting:
-            self._queued[device] = waiting
-        return request

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -108,7 +107,7 @@ class Federation:
     def fingerprint(self, name: str) -> str:
         """Digest of a device's data: the data set, its rows and the preparation. Cheap after the first call."""
         holding = self.holdings[name]
-        digest = hashlib.sha256(json.dumps([self._source, asdict(self.preparation)]).encode())
+        digest = hashlib.sha256(json.dumps([self.samples.digest, asdict(self.preparation)]).encode())
         for rows in (holding.train, holding.validation, holding.test):
             digest.update(len(rows).to_bytes(8, "little") + rows.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -117,10 +116,6 @@ class Federation:
         """Samples per device and class, all splits together, int64 [devices, classes]."""
         rows = [h.rows for h in self.holdings.values()]
         return partition.counts_per_class(rows, self.samples.labels, self.samples.classes)
-
-    @cached_property
-    def _source(self) -> str:
-        return self.samples.digest
 
     def _load_rows(self, rows: Rows) -> tuple[Array, Array]:
         return self.preparation(self.samples.take(rows)), self.samples.labels[rows]

@@ -46,7 +46,8 @@ def read_metadata(root: Path, path: Path, columns: ParquetColumns) -> Iterator[I
         text = read_file(path, _MAX_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read", expected="UTF-8", got=error_reason(error)) from error
-    rows = _csv_rows(text) if path.suffix == ".csv" else _json_rows(path, text)
+    is_table = path.suffix == ".csv"
+    rows = csv.DictReader(io.StringIO(text, newline="")) if is_table else _json_rows(path, text)
     for number, row in enumerate(rows, 1):
         place = f"{path}: row {number}"
         for name in (FILE_NAME, columns.y, *([columns.owner] if columns.owner else [])):
@@ -62,11 +63,6 @@ def read_metadata(root: Path, path: Path, columns: ParquetColumns) -> Iterator[I
         folders = image.parent.relative_to(root).parts
         owner = str(_name(row[columns.owner], f"{place}: the owner")) if columns.owner else ""
         yield ImageRow(image, folders, _name(row[columns.y], f"{place}: the label"), owner)
-
-
-def _csv_rows(text: str) -> Iterator[dict[str, Any]]:
-    for row in csv.DictReader(io.StringIO(text, newline="")):
-        yield {name: value for name, value in row.items() if name is not None}
 
 
 def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:

@@ -36,7 +36,11 @@ def decode_recordings(splits: Sequence[Sequence[tuple[str, bytes]]], decoding: D
     if count * length * 4 > MAX_DATA_BYTES:
         raise DataError("recordings", expected=f"at most {MAX_DATA_BYTES} bytes", hint="Give a smaller [data] seconds.")
     filling = 0.0 if decoding.seconds else PADDING
-    return [_stack(split, length, filling) for split in decoded]
+    stacks = [np.full((len(split), 1, length), filling, np.float32) for split in decoded]
+    for split, inputs in zip(decoded, stacks, strict=True):
+        for row, recording in zip(inputs, split, strict=True):
+            row[0, : len(recording)] = recording[:length]
+    return stacks
 
 
 def _decode(name: str, body: bytes, decoding: Decoding) -> Recordings:
@@ -44,10 +48,3 @@ def _decode(name: str, body: bytes, decoding: Decoding) -> Recordings:
         return read_recording(body, decoding.audio_rate)
     except DataError as error:
         raise DataError(f"{name}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
-
-
-def _stack(recordings: Sequence[Recordings], length: int, filling: float) -> Recordings:
-    inputs = np.full((len(recordings), 1, length), filling, np.float32)
-    for row, recording in zip(inputs, recordings, strict=True):
-        row[0, : len(recording)] = recording[:length]
-    return inputs

@@ -18,7 +18,6 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.layers import errors_with_origin
-from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import job_with_changes
 from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.engine.job_inputs import import_choices
@@ -98,7 +97,11 @@ def _build_plan(
     if fleet_tables.data is not None:
         with name_source(("data",)):
             federation = fleet_tables.data.read(job.seed)
-    model = _read_model(config) if model is None else model
+    if model is None:
+        if config.model is None:
+            raise ConfigError(("model", "path"), expected="an ONNX file", got="nothing")
+        with name_source(("model", "path")):
+            model = import_onnx(read_source(config.model, import_choices(config)), Path(config.model).stem)
     check_samples = partial(fit_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
     devices = read_devices(
         fleet_tables.body.get("devices"),
@@ -142,13 +145,6 @@ def _build_plan(
         reference=fedavg_job(job) if reference else None,
         track=track_targets(settings.track, ("simulation", "track")),
     )
-
-
-def _read_model(config: ServerConfig) -> Model:
-    if config.model is None:
-        raise ConfigError(("model", "path"), expected="an ONNX file", got="nothing")
-    with name_source(("model", "path")):
-        return import_onnx(read_source(config.model, import_choices(config)), Path(config.model).stem)
 
 
 def _model_measure(

@@ -217,11 +217,8 @@ def comparison_document(
         "Data of the devices": [Drawing(runs[0].partition.heat_map())],
         **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},
     }
-    return Document("Runs compared", _common_facts(runs), sections)
-
-
-def _common_facts(runs: Sequence[Record]) -> dict[str, str]:
-    """The page's header: each fact with the values of all runs."""
+    # The page's header: each fact with the values of all runs.
     facts_of_runs = [run.facts() for run in runs]
     values = {key: list(dict.fromkeys(f[key] for f in facts_of_runs if f[key])) for key in facts_of_runs[0]}
-    return {k: ", ".join(v) if len(v) <= _MAX_VALUES else f"{len(v)} different" for k, v in values.items()}
+    facts = {k: ", ".join(v) if len(v) <= _MAX_VALUES else f"{len(v)} different" for k, v in values.items()}
+    return Document("Runs compared", facts, sections)

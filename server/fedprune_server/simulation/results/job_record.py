@@ -47,7 +47,11 @@ def job_record(
         make_round_row(e, round_notes.get(e["round"], RoundNotes()), started_at, job.recipe.judged_by)
         for e in state.history
     )
-    refusals = _refusals_by_device(state)
+    refusals: dict[str, list[tuple[str, str]]] = {}  # reasons and kinds, one for each finished round that had one
+    for round_row in state.history:
+        for name, row in round_row["devices"].items():
+            if row["progress"] == Progress.REFUSED.value:
+                refusals.setdefault(name, []).append((str(row.get("reason", "")), str(row.get("kind", ""))))
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
     devices = tuple(_device_row(n, job, architecture, state, refusals.get(n, [])) for n in sorted(state.devices))
     return Record(
@@ -56,7 +60,11 @@ def job_record(
         groups=tuple((_label(architecture, i), g.size) for i, g in enumerate(architecture.groups)),
         devices=devices,
         rounds=tuple(rounds),
-        channels={} if selection is None else _channels(selection, devices),
+        channels={
+            d.name: tuple(tuple(map(int, rank[:width])) for rank, width in zip(selection.ranks, d.widths, strict=True))
+            for d in devices
+            if selection is not None and d.widths
+        },
         measured=measured,
         partition=partition or FleetData(),
         version=__version__,
@@ -91,25 +99,7 @@ def _device_row(
     )
 
 
-def _refusals_by_device(state: State) -> dict[str, list[tuple[str, str]]]:
-    """Reasons and kinds of each device's refusals, one for each finished round that had one."""
-    refusals: dict[str, list[tuple[str, str]]] = {}
-    for round_row in state.history:
-        for name, row in round_row["devices"].items():
-            if row["progress"] == Progress.REFUSED.value:
-                refusals.setdefault(name, []).append((str(row.get("reason", "")), str(row.get("kind", ""))))
-    return refusals
-
-
 def _label(architecture: Architecture, group: int) -> str:
     """The name of the layer that produces a group's channels."""
     members = architecture.members(group)
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
-
-
-def _channels(selection: Selection, devices: Sequence[DeviceRow]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    return {
-        d.name: tuple(tuple(map(int, rank[:width])) for rank, width in zip(selection.ranks, d.widths, strict=True))
-        for d in devices
-        if d.widths
-    }

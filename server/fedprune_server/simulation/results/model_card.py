@@ -33,7 +33,11 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
             result_table([(*row[:seconds], *row[seconds + 1 :]) for row in rows]),
         ],
         "Plan": [_boards(run.devices)],
-        "Data": [_data(run)],
+        "Data": [
+            (f"{run.partition.data}: " if run.partition.data else "")
+            + f"{quantity(sum(d.samples for d in run.devices), 'training sample', form=',')} on "
+            f"{quantity(len(run.devices), 'board', form=',')}. What was sent are models and updates, no samples."
+        ],
         "Use and limits": [limits],
     }
     return ModelCard(
@@ -62,12 +66,3 @@ def _boards(devices: Sequence[DeviceRow]) -> Table:
 def _span(texts: Sequence[str]) -> str:
     """The least and the greatest of sorted numbers."""
     return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
-
-
-def _data(run: Record) -> str:
-    name = f"{run.partition.data}: " if run.partition.data else ""
-    total = sum(d.samples for d in run.devices)
-    return (
-        f"{name}{quantity(total, 'training sample', form=',')} on {quantity(len(run.devices), 'board', form=',')}. "
-        "What was sent are models and updates, no samples."
-    )

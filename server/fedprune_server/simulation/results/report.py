@@ -90,15 +90,6 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
     return _drop_empty_columns(rows)
 
 
-def _warnings(run: Record) -> tuple[str, ...]:
-    """Warnings of plans, each once with the devices that have it."""
-    devices: dict[str, list[str]] = {}
-    for d in run.devices:
-        if d.warning:
-            devices.setdefault(d.warning, []).append(d.name)
-    return tuple(f"{first_few(names)}: {text}" for text, names in devices.items())[:_MAX_LISTED]
-
-
 def absences(run: Record) -> list[str]:
     """A sentence for each device that no longer takes part, or never delivered an update that counts."""
     delivered = set().union(*(r.density.keys() | r.local.keys() for r in run.rounds))
@@ -127,11 +118,6 @@ def _absence_reason(run: Record, device: DeviceRow) -> str:
     return f"{text}, lastly: {device.why}" if device.why else text
 
 
-def prediction_rows(run: Record) -> list[tuple[str, ...]]:
-    """Rows of the table of predictions and measurements; the first is the header."""
-    return _drop_empty_columns(plan_vs_actual.comparison_rows([(d.name, d.compared) for d in run.devices if d.widths]))
-
-
 def _drop_empty_columns(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Drop the empty columns of a table."""
     filled_columns = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
@@ -157,7 +143,13 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
         + (f" Bytes: {run.measured}." if run.measured else "")
     )
     verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
-    predictions = prediction_rows(run)
+    compared = [(d.name, d.compared) for d in run.devices if d.widths]
+    predictions = _drop_empty_columns(plan_vs_actual.comparison_rows(compared))
+    warned_devices: dict[str, list[str]] = {}
+    for d in run.devices:
+        if d.warning:
+            warned_devices.setdefault(d.warning, []).append(d.name)
+    warnings = tuple(f"{first_few(names)}: {text}" for text, names in warned_devices.items())[:_MAX_LISTED]
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
         "Summary": [result_table(list(zip(*final_rows(runs), strict=True))), verdicts],  # as narrow as a phone
@@ -170,7 +162,7 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
         "Bytes between server and devices": [Drawing(charts.traffic_bars(runs))],
         "Channels of the devices": [Drawing(charts.channel_map(run))],
         "Channels over the rounds": [Drawing(charts.coverage_map(run))],
-        "Plans": [result_table(plan_rows(run)), _warnings(run)],
+        "Plans": [result_table(plan_rows(run)), warnings],
         "Predicted and measured": [
             _MACHINE_NOTE * any("measured" in title for title in predictions[0]),
             result_table(predictions),

@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from fedprune.coordination import Phase
 from fedprune_export.bundles.inference import write_model
-from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget
 from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, make_round_row
 from fedprune_server.monitoring.tracking import END_TIMEOUT_S, MODEL_FOLDER, Tracking, flat_parameters
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.run_folder import RUN_STATE_FOLDER
 from fedprune_server.simulation.simulation import Simulation
@@ -52,7 +49,12 @@ def track_rounds(
         tracked_count = len(history)
         if simulation.state.phase is Phase.FINISHED:
             record, weights = simulation.record(), simulation.store.read(simulation.state.model)
-            tracking.finish(partial(_write_files, record, experiment.model, weights))
+
+            def write_files(folder: Path) -> None:
+                write_report(folder, record)
+                write_model(folder / MODEL_FOLDER, experiment.model, weights)
+
+            tracking.finish(write_files)
 
     try:
         yield write
@@ -61,8 +63,3 @@ def track_rounds(
         tracking.close(END_TIMEOUT_S)
         raise
     tracking.close()
-
-
-def _write_files(record: Record, model: Model, weights: bytes, folder: Path) -> None:
-    write_report(folder, record)
-    write_model(folder / MODEL_FOLDER, model, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from fedprune.core.errors import BundleError, StorageError
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_whole
-from fedprune.jobs.state import DeviceTask, JobDevice, outcome
+from fedprune.jobs.state import outcome
 from fedprune.model.selection import Selection
 from fedprune.wire.messages import MAX_WARNING_TEXT
 from fedprune_server.devices.crash_store import (
@@ -112,7 +112,11 @@ def kept_channels(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     device, task = runner.state.devices.get(name), runner.state.tasks.get(name)
     if device is None or not device.widths:
         return ()
-    ranking, widths = _ranking_and_widths(runner, device, task)
+    # The ranking that the device's channels were taken from, and the widths: of its offer if any, or of the round.
+    offer = (task.offer if task is not None else None) or device.held or {}
+    ranking, widths = offer.get("ranking"), offer.get("widths") or (device.widths if task is None else task.widths)
+    if not isinstance(ranking, str):
+        ranking, widths = runner.state.ranking, device.widths
     ranks = _read_ranks(runner, ranking)
     rows = []
     for i, (group, width) in enumerate(zip(runner.architecture.groups[:MAX_GROUPS], widths, strict=False)):
@@ -157,17 +161,6 @@ def _last_metrics(runner: JobRunner, name: str) -> dict[str, Any]:
         if device_part is not None and device_part["progress"] == "folded" and device_part.get("widths") == widths:
             return dict(device_part["metrics"])
     return {}
-
-
-def _ranking_and_widths(
-    runner: JobRunner, device: JobDevice, task: DeviceTask | None
-) -> tuple[str | None, Iterable[int]]:
-    """The ranking that a device's channels were taken from, and the widths: of its offer if any, or of the round."""
-    offer = (task.offer if task is not None else None) or device.held or {}
-    ranking = offer.get("ranking")
-    if isinstance(ranking, str):
-        return ranking, tuple(offer.get("widths") or (device.widths if task is None else task.widths))
-    return runner.state.ranking, device.widths
 
 
 def _read_ranks(runner: JobRunner, ranking: str | None) -> tuple[Any, ...] | None:

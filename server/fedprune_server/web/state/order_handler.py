@@ -50,7 +50,12 @@ class OrderHandler:
             self._queue.answer(answer)
         self._unsaved_answers.clear()
         for order in self._queue.take(_MAX_ORDERS):
-            self._handle(order)
+            answer = answer_of(order, self._carry_out)
+            # A pause is saved when the loop's turn ends. It is answered in the next: before, a crash could undo it.
+            if answer.ok and order.kind in ("pause", "resume"):
+                self._unsaved_answers.append(answer)
+            elif not answer.ok or order.kind not in ADMIN_ORDERS:  # the executor answers its orders itself
+                self._queue.answer(answer)
         self._queue.flush()
 
     def close(self) -> None:
@@ -58,14 +63,6 @@ class OrderHandler:
         if self._executor is not None:
             self._executor.close()
         self._queue.flush()
-
-    def _handle(self, order: Order) -> None:
-        answer = answer_of(order, self._carry_out)
-        # A pause is saved when the loop's turn ends. It is answered in the next turn: before, a crash could undo it.
-        if answer.ok and order.kind in ("pause", "resume"):
-            self._unsaved_answers.append(answer)
-        elif not answer.ok or order.kind not in ADMIN_ORDERS:  # the executor answers its orders itself
-            self._queue.answer(answer)
 
     def _carry_out(self, order: Order) -> str:
         if not is_accepted(order.kind, self._allowed):

@@ -7,7 +7,7 @@ transaction, and leaves the rest to the next call. A failed write is repaired by
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -115,7 +115,8 @@ class StatusPublisher:
             self._queue_everything()
         self._poll(now)
         self._collect_records()
-        records = list(self._encode_records())
+        pending, self._records = self._records, []
+        records = [(r, text) for r in pending if (text := self._encode(r, f"{r.kind} {r.scope}")) is not None]
         devices = self._collect_devices(now + COLLECT_BUDGET_S)
         becomes_complete = self._has_polled and not self._pending and not self._was_complete
         if records or devices or becomes_complete or now >= self._beat_at:
@@ -184,12 +185,6 @@ class StatusPublisher:
         if self._statuses.get(name) != record:
             self._statuses[name] = record
             self.queue(record)
-
-    def _encode_records(self) -> Iterator[tuple[StatusRecord, str]]:
-        records, self._records = self._records, []
-        for record in records:
-            if (text := self._encode(record, f"{record.kind} {record.scope}")) is not None:
-                yield record, text
 
     def _encode(self, body: StatusRecord | dict[str, Any], name: str) -> str | None:
         try:

@@ -47,6 +47,7 @@ def device_row(
     """
     state = _device_state(device, member.status)
     slot, release = slot_and_release(device.software)
+    versions = {n.lower(): v for n, v in _VERSION.findall(_SLOT.sub("", device.software[:500]))}
     if release is None and update is not None and update["state"] == COMMITTED:
         release = update["number"]
     score, last_counted = primary_metric(device.metrics), device.last_counted_round
@@ -65,7 +66,7 @@ def device_row(
         "samples": device.samples,
         "seen_at": heard_at,
         "temperature_c": device.temperature_c,
-        "versions": software_versions(device.software),
+        "versions": dict(list(versions.items())[:_MAX_VERSIONS]),
         "bytes_down": traffic[0],
         "bytes_up": traffic[1],
         "seconds": number_or_none(device.seconds, 0.0, 1e12),
@@ -87,12 +88,6 @@ def _device_state(device: DeviceSnapshot, status: str) -> str:
     if not device.online:
         return "revoked" if status == "revoked" else ("elsewhere" if device.connected else "offline")
     return device.part_progress or "ready"
-
-
-def software_versions(software: str) -> dict[str, str]:
-    """Versions of a board's software, by name."""
-    version_by_name = {n.lower(): v for n, v in _VERSION.findall(_SLOT.sub("", software[:500]))}
-    return dict(list(version_by_name.items())[:_MAX_VERSIONS])
 
 
 def slot_and_release(software: str) -> tuple[str | None, int | None]:

@@ -121,7 +121,14 @@ class StatusWriter(Closeable):
                     (name, self._change, row),
                 )
             for kind in kinds & _MAX_RECORDS.keys():
-                self._trim(kind)
+                order = (
+                    "json_extract(body, '$.gone_at') IS NULL DESC, change DESC" if kind == "alert" else "change DESC"
+                )
+                self._connection.execute(
+                    "DELETE FROM records WHERE rowid IN "  # noqa: S608  # nosec B608  # texts of ours
+                    f"(SELECT rowid FROM records WHERE kind = ? ORDER BY {order} LIMIT -1 OFFSET ?)",
+                    (kind, _MAX_RECORDS[kind]),
+                )
             for job in jobs_with_rounds:
                 self._connection.execute(
                     "DELETE FROM records WHERE kind = 'round' AND scope = ? AND key <= "
@@ -129,14 +136,6 @@ class StatusWriter(Closeable):
                     (job, job, _MAX_ROUNDS),
                 )
             self._connection.execute("UPDATE beat SET at = ?, whole = max(whole, ?)", (at, is_complete))
-
-    def _trim(self, kind: str) -> None:
-        order = "json_extract(body, '$.gone_at') IS NULL DESC, change DESC" if kind == "alert" else "change DESC"
-        self._connection.execute(
-            "DELETE FROM records WHERE rowid IN "  # noqa: S608  # nosec B608  # texts of ours
-            f"(SELECT rowid FROM records WHERE kind = ? ORDER BY {order} LIMIT -1 OFFSET ?)",
-            (kind, _MAX_RECORDS[kind]),
-        )
 
     def _errors(self) -> AbstractContextManager[None]:
         return sqlite_errors(self.path, "Delete it and start the server again: it holds nothing of its own.")
