@@ -1,7 +1,5 @@
 """Rules for all tests: what is skipped where, and how loudly."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections import Counter

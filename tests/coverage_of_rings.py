@@ -5,8 +5,6 @@
 The figure is the share of the branches that any test takes which the quick tests take, too.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -11,8 +11,6 @@ Each run's seed is printed, and `--seed` repeats it: `--runs 1 --seed N`. Runs t
 build/flaky.json, and `--resume` goes on after the last of them. The exit code is 1 if any test failed in any run.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import secrets

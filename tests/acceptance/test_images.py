@@ -4,8 +4,6 @@ Their base is not the one that deploy/Dockerfile names but Debian 13 with its ow
 so that no registry is asked. Needs root, and Debian's buildah, mmdebstrap, qemu-user-static and proot.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 Needs Debian's mmdebstrap, and root or user namespaces.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """What the tests of boards with Arm processors share: wheels for them, fetched as a kit fetches them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

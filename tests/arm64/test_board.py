@@ -1,7 +1,5 @@
 """What the other tests believe of the boards that they use."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 

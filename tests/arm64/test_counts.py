@@ -1,7 +1,5 @@
 """Instructions of training steps, compared with the benchmark's last counts."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A board from its kit to its first update: another processor, Debian's own Python, no network while it installs."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

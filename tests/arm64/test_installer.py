@@ -1,7 +1,5 @@
 """The installer on a processor that a kit's wheels are not for."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The wheels of a kit on the processors of boards: what they compute there, and what is said where they can't run."""
 
-from __future__ import annotations
-
 import zipfile
 from dataclasses import replace
 from pathlib import Path

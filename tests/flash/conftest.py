@@ -1,7 +1,5 @@
 """Kits of tiny wheels for this machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

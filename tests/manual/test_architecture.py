@@ -1,7 +1,5 @@
 """The pages about the architecture name files that exist and every room of the import contracts."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

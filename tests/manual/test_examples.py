@@ -1,7 +1,5 @@
 """Every command's help ends with examples, and these are command lines that parse."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

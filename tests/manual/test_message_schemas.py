@@ -1,7 +1,5 @@
 """Schemas of messages say what the parser does, and the files in docs/schemas are those that the code gives."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Iterator

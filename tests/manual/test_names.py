@@ -1,7 +1,5 @@
 """The check of names counts what says nothing to a reader, and names each place where a limit is broken."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Pictures of measured numbers show those that lie here, and README has the figures of the run that is drawn."""
 
-from __future__ import annotations
-
 from manual import pictures
 from support.paths import ROOT
 

@@ -1,7 +1,5 @@
 """What GitHub and a visitor read in the repository fits the project: versions, workflows, forms, badges."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The site builds without a warning, without a network, and asks for nothing from elsewhere."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Benchmarks keep a record of each case, and pages' tables are filled from records."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The pages of tasks show the results that there are, and jobs with the recipes that gave them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `make check` counts: lines of rooms within totals that only fall, and days since a ring ran whole."""
 
-from __future__ import annotations
-
 import copy
 from datetime import date
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is made from the code is what lies in docs/, and says all that the code has."""
 
-from __future__ import annotations
-
 from manual import written
 from support.paths import ROOT
 

@@ -6,8 +6,6 @@ It reads syntax trees, so that strings and texts don't count. A limit holds for 
 names that look like fillers are the field's own.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import sys

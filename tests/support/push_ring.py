@@ -11,8 +11,6 @@ Tests that the record calls slow are marked so: `make test` leaves them out. Tim
 is compared are counts, and that each long test has its reason.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

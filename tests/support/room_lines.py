@@ -7,8 +7,6 @@ A room has exactly the lines of its figure, so that a change which adds to one r
 the same, within the total of its kind. Totals only fall: `check` compares them with the committed file before.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

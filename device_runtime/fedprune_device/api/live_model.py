@@ -59,7 +59,7 @@ class LiveModel(Closeable):
     ) -> None:
         self._slots, self._pointer = ModelSlots(serving), serving / "serving.json"
         self._clock, self._cuda, self._selector = clock, cuda, selector
-        self._loaded: LoadedModel | None = None
+        self.loaded: LoadedModel | None = None
         self._loaded_pointer: tuple[int, ...] | None = None  # the pointer to what is loaded
         self._tried_pointer: tuple[int, ...] | None = None
         self._pause_s, self._retry_at = 0.0, 0.0
@@ -83,15 +83,11 @@ class LiveModel(Closeable):
         """The runtime of the answers and, if it is not an engine, the reason."""
         return "onnxruntime" if self._selector is None else self._selector.status
 
-    @property
-    def loaded(self) -> LoadedModel | None:
-        return self._loaded
-
     def serving_model(self) -> LoadedModel:
         """The active model; raises `RequestError` before the first one."""
-        if self._loaded is None:
+        if self.loaded is None:
             raise RequestError(503, "no model serves yet", hint="The board must finish a round first.")
-        return self._loaded
+        return self.loaded
 
     def predict(self, model: LoadedModel, x: Array) -> tuple[npt.NDArray[np.float64], dict[str, Array]]:
         """Predictions of samples [n, ...] as rows [n, outputs], adjusted by the board's own label shares, and the
@@ -109,9 +105,9 @@ class LiveModel(Closeable):
         with self._poll_lock:
             self._load_new_model()
             # Let an engine answer in place of onnxruntime, once one is built.
-            session, model = None if self._selector is None else self._selector.turn(), self._loaded
+            session, model = None if self._selector is None else self._selector.turn(), self.loaded
             if session is not None and model is not None:
-                self._loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=session), model.record)
+                self.loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=session), model.record)
 
     def _load_new_model(self) -> None:
         try:
@@ -126,9 +122,9 @@ class LiveModel(Closeable):
         self._tried_pointer, self._retry_at = pointer, now + self._pause_s
         try:
             predictor, record = self._slots.open(cuda=self._cuda)
-            if self._loaded is None or record != self._loaded.record:
+            if self.loaded is None or record != self.loaded.record:
                 predictor.check(record.classes)
-                self._loaded = LoadedModel(predictor, record)
+                self.loaded = LoadedModel(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
                 if self._selector is not None:
                     request = EngineRequest.for_serving(predictor, self._slots.folder(record), record)

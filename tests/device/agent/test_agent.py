@@ -1,7 +1,5 @@
 """What an agent says and hears: rounds, lost and wrong messages, cancellations, presence."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Offers that an agent refuses, and what it keeps on its disk meanwhile."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Restarts, further attempts, and what a disk loses: an agent continues where it was."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

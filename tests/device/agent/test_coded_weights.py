@@ -1,7 +1,5 @@
 """The agent pulls what weights can be decoded from, and the weights themselves where that leads nowhere."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

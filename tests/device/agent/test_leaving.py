@@ -1,7 +1,5 @@
 """A board without work disconnects when the server sends it away; one with work says so and stays."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

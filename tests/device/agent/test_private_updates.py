@@ -1,7 +1,5 @@
 """Private updates on a board: what leaves it is clipped and noised anew each time, and what serves is neither."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """An agent's part in secure sums, and offers of masked updates that it refuses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path

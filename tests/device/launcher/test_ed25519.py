@@ -1,7 +1,5 @@
 """The launcher's verification of signatures against the library's."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

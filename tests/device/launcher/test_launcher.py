@@ -1,7 +1,5 @@
 """The launcher as a process of its own: real releases that start well, crash, hang and die of signals."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

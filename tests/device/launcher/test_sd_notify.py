@@ -1,7 +1,5 @@
 """Datagrams to systemd, received by a socket of one's own: in the file system and in Linux's abstract names."""
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

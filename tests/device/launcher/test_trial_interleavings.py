@@ -3,8 +3,6 @@
 Processes are functions that share a disk and its locks. A gap is before each write, and where a process only runs.
 """
 
-from __future__ import annotations
-
 import fcntl
 import random
 import shutil

@@ -1,7 +1,5 @@
 """Transfers that wait for no clock."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedprune_device.network import http_transfer

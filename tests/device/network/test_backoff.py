@@ -1,7 +1,5 @@
 """When a board repeats what the server has not answered."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """The way of an offer's blobs over MQTT: weights in the shorter form where that can be decoded, and whole otherwise."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Blobs from a web server that behaves, and from one that doesn't: what is kept is right, and one line says why."""
 
-from __future__ import annotations
-
 import re
 import ssl
 import threading

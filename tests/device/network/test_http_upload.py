@@ -1,7 +1,5 @@
 """Updates uploaded to a web server that behaves, and to one that doesn't: then one line says why, and MQTT does it."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import logging

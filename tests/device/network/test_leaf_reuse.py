@@ -1,7 +1,5 @@
 """A blob that shares leaves with one that is here: only the others travel."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """A board that can't start ends with the error that keeps it from starting, whatever becomes of the report."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

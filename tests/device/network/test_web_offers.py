@@ -1,7 +1,5 @@
 """A board whose offers name a web server: what that gives is not asked for over MQTT, and what it doesn't give is."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Releases, and an installed board, which no test may change."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

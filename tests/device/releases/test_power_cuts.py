@@ -1,7 +1,5 @@
 """The power fails at every single write of updates; every time the board comes back on one whole release."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

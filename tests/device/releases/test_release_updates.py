@@ -1,7 +1,5 @@
 """Releases that a server offers: pulled, tried, kept or taken back, refused, and every end is reported."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import shutil

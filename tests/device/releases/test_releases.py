@@ -1,7 +1,5 @@
 """Releases: what is refused before anything of it is unpacked, and what a wheel may hold."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -1,7 +1,5 @@
 """The heartbeat follows the loop: no turn, no beat; and a release stays once a turn has followed the connection."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a board tells its server of its crashes: little, private, once, and still there after a crash."""
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess

@@ -1,7 +1,5 @@
 """Quantised files are imported as the float models that they approximate."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

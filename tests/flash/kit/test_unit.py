@@ -1,7 +1,5 @@
 """Units that systemd accepts, and a sandbox that onnxruntime and training really run in."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The Ansible role of deploy/ansible, against real sshd processes on this machine, each of which is a board."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

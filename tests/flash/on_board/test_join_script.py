@@ -1,7 +1,5 @@
 """One line that installs a kit from a web server: what it checks before it runs anything, and what it leaves."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

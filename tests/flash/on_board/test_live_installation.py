@@ -1,7 +1,5 @@
 """The installer as root on a system of its own: /etc, /opt and /var/lib are mounted anew, and systemctl is a script."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """Files that run boards as containers: Compose and balena, compared with the program and the schema of Compose."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """docs/deploy.md: its commands are the program's, its errors what it says, its files there."""
 
-from __future__ import annotations
-
 import re
 import shlex
 

@@ -1,7 +1,5 @@
 """The files of deploy/ fit each other, the program and the images that they name."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The lock files agree with pyproject.toml and constraints.txt, and have a sha256 for every package."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Two boards of one name are noticed, and one board that is only restarted is not."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedprune_server.devices.clone_detection import (

@@ -1,7 +1,5 @@
 """Crashes that boards report are kept once, bounded, and outlast the server."""
 
-from __future__ import annotations
-
 import sqlite3
 from contextlib import closing
 from pathlib import Path

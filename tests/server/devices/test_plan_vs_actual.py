@@ -1,7 +1,5 @@
 """Predicted beside measured: only at the widths that a device has now, in the status, the record and the report."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Devices that vanish without a word from the broker: silence tells, within a bounded time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

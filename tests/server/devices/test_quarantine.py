@@ -1,7 +1,5 @@
 """Floods and what nobody can use end in quarantine; whatever honest fleets do, at any speed, never does."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

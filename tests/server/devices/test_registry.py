@@ -1,7 +1,5 @@
 """What the daemon remembers of its devices doesn't grow with the rounds."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A server whose job is done waits for those that were away, for a while."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

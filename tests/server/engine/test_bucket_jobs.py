@@ -1,7 +1,5 @@
 """Jobs whose blobs are in a bucket: whatever is lost but the bucket and the database, they end with the same models."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 import time

@@ -1,8 +1,6 @@
 """What boards tell of their crashes, through a daemon and through a host of several jobs; and that watching a job
 changes nothing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

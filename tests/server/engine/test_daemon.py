@@ -1,7 +1,5 @@
 """The daemon: a whole job over an air that doubles, delays and loses."""
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import replace
 from pathlib import Path

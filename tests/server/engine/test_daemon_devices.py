@@ -1,7 +1,5 @@
 """Who takes part in a daemon's job: names, profiles, presence, and messages that make no sense."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A daemon that ends, or is killed at any point: what is kept, what is deleted, and the next one that continues."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Devices are lent by what changes, and to the same effect as by a walk over all of them."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Several jobs on one fleet: each comes to its end, alone with its devices, over crashes at every point."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

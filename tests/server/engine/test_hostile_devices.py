@@ -1,7 +1,5 @@
 """Hostile devices: what anybody may send costs neither the daemon its life nor the server its disk."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 

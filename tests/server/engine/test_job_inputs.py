@@ -1,7 +1,5 @@
 """Inputs of a job that differ at a later start: refused where the job keeps its own, else taken and said."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Replay floors are stored in one transaction with the effects of the messages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rounds with secure aggregation: the model is that of plain sums, and the server sees no single update."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

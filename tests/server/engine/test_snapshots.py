@@ -1,7 +1,5 @@
 """What a snapshot shows of a job's devices, and that it looks at none before somebody asks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace

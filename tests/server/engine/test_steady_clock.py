@@ -1,7 +1,5 @@
 """A clock that is set while a server runs moves no deadline."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a turn of the server's loop takes in."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace

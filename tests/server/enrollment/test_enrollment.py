@@ -1,7 +1,5 @@
 """How a board joins and stays a member, with its command line and code, over the embedded broker."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

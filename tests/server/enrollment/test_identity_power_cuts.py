@@ -1,7 +1,5 @@
 """The power fails at every write of a board that joins, speaks and listens: it becomes a member, and hears all once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

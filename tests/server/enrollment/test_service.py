@@ -1,7 +1,5 @@
 """Approval of boards, with a device's real folder on the other side."""
 
-from __future__ import annotations
-
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator

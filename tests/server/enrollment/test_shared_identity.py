@@ -1,7 +1,5 @@
 """Two machines with one PostgreSQL database and copies of one identity: what the second knows when it takes over."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

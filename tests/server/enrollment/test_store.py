@@ -1,7 +1,5 @@
 """The members of a fleet, as its server's database has them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fedprune_server.enrollment.store import IdentityStore

@@ -1,7 +1,5 @@
 """A backup holds all that a job needs, at one moment; it is whole, or the one before it is. So is a restored folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

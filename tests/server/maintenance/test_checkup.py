@@ -1,7 +1,5 @@
 """A check names whatever is wrong with a state folder, and a repair takes nothing that the job needs."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sqlite3

@@ -1,7 +1,5 @@
 """Each thing that can be wrong with a fleet is found where it is, and nowhere else."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

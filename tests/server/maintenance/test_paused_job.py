@@ -1,7 +1,5 @@
 """A job that was paused is so after a restart, in both databases, and its log says so."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

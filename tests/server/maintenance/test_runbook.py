@@ -1,7 +1,5 @@
 """docs/runbook.md: its commands are the programs', its alerts and messages what they say."""
 
-from __future__ import annotations
-
 import re
 import shlex
 

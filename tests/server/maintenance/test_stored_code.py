@@ -1,7 +1,5 @@
 """Code that only a state folder's database names: no command calls it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

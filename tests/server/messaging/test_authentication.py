@@ -1,7 +1,5 @@
 """A server and its devices, each behind its signed link, and a broker between them that may do what it likes."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """The command that brings the list of revoked certificates to the broker: when it runs, and when it runs again."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Servers of one identity on one topic: which of them serves, and what can't make another one end."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Iterator

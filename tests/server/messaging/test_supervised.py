@@ -1,7 +1,5 @@
 """A broker that died is started again, and the server's loop waits for nothing of that."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 

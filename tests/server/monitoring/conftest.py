@@ -1,7 +1,5 @@
 """A job as a coordinator plays it, for those who watch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

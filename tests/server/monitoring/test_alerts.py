@@ -1,7 +1,5 @@
 """The alert rules, the book that opens and closes alerts, and the monitor that fills both from a running job."""
 
-from __future__ import annotations
-
 import json
 import logging
 import queue

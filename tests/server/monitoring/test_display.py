@@ -1,7 +1,5 @@
 """What people see of a running job."""
 
-from __future__ import annotations
-
 import io
 import logging
 from dataclasses import replace

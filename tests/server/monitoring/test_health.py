@@ -1,7 +1,5 @@
 """A server's pulse: systemd and probes hear of it where the loop turns, and only there."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Figures for Prometheus: they count what happened, and the dashboard and the alerts ask for figures that there are."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

@@ -1,7 +1,5 @@
 """Notifications: what is due and when, and that they arrive, are signed, retried, and block nothing."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json

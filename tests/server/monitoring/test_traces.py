@@ -1,7 +1,5 @@
 """Spans of a played job: a tree whose parts lie within their parents."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 

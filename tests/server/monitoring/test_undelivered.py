@@ -1,7 +1,5 @@
 """What a broker drops between server and boards is named on the server, with the board, once nobody is only slow."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import replace

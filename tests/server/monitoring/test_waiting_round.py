@@ -1,7 +1,5 @@
 """A round that waits for a board that has vanished says so while it waits, and what the board's part came to after."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """No observer ends a turn or makes it long, and none misses what has happened."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

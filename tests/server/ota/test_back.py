@@ -1,7 +1,5 @@
 """Rollouts that are paused and taken back: by a server that is killed in between, and what boards then have."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path

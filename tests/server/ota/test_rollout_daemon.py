@@ -1,7 +1,5 @@
 """A daemon that runs a job and a rollout at once: what boards are sent, may pull, and report."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

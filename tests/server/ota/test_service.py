@@ -1,7 +1,5 @@
 """The coordinator that runs rollouts: stages, thresholds, deadlines, restarts, and what boards are told."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress

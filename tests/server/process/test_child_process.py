@@ -1,7 +1,5 @@
 """A child process that ends again and again is left alone for a while, and one that is asked to end does."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import BinaryIO

@@ -1,7 +1,5 @@
 """The web server bounds its clients' time, loses nothing that is on its way, and strangers can't fill its log."""
 
-from __future__ import annotations
-
 import logging
 import socket
 import threading

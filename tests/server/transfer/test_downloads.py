@@ -1,7 +1,5 @@
 """Blobs go to devices chunk by chunk, in turns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

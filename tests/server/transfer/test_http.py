@@ -1,7 +1,5 @@
 """The web server of blobs: each board gets what it is offered, over TLS, and nobody anything else."""
 
-from __future__ import annotations
-
 import http.client
 import socket
 import ssl

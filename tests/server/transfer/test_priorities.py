@@ -1,7 +1,5 @@
 """A message never waits behind a model: on both sides only so many bytes of chunks are handed to the connection."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Updates that boards put into the bucket: counted once they are verified, whatever is put and whichever side dies."""
 
-from __future__ import annotations
-
 import base64
 import http.client
 import logging

@@ -1,7 +1,5 @@
 """Updates are pulled a few at a time; who is stuck makes room, who lies is found out."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Updates uploaded to the server's own web server: only what is awaited, from whom it is awaited, whole and right."""
 
-from __future__ import annotations
-
 import http.client
 import socket
 import ssl

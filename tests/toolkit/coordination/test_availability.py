@@ -1,7 +1,5 @@
 """The indexes of an asynchronous job agree with a look at all devices, whatever has changed since."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -2,8 +2,6 @@
 update counts once or not at all.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

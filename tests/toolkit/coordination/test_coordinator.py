@@ -1,7 +1,5 @@
 """The coordinator under every order of events: nothing counts twice, nothing is lost, a crash changes nothing."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Asynchronous jobs under every order of events: nothing counts twice, nothing is lost, a crash changes nothing."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a coordinator's plans learn from rounds' own times, and from what boards measured."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Which updates and devices a round counts, declines, asks again and leaves out."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The lending rule: no device in two jobs, no job starves, shares by weight, and the same again from the same."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """What devices train in a round: a core that the fleet shares, growth, and work that narrower boards have time for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Rounds in which only so many devices work at a time: the others wait for their turn, and nobody holds up the line."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """No single update decides the next model, and honest ones keep their bits."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

@@ -1,7 +1,5 @@
 """A job ends with the round in which its fleet has spent a total, whatever restarts, and says why it ended."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A board that announced its update and comes again before the update is at the server: with it, or without."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

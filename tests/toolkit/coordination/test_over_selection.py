@@ -1,7 +1,5 @@
 """Rounds that ask more devices than they need: they close with enough, and the slow ones have their day."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 

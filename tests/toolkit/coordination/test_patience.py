@@ -1,7 +1,5 @@
 """How long rounds wait for devices, by what their last answers took, and what becomes of those that are silent."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """A job that is paused: nothing new is begun, what is under way counts, and going on brings the job to its end."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Where the planner chooses widths it goes by what the strategy asks of a device, and tells it its true share."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ledger of privacy: what counts, when, at which multiplier, and that a job can't forget it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

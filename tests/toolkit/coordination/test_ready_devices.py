@@ -1,7 +1,5 @@
 """The devices that a round may ask are those of the state, whatever happened since it was last asked."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

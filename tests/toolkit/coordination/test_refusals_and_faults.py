@@ -1,7 +1,5 @@
 """Boards that refuse in asynchronous jobs; in all jobs, updates that are at fault only when their round closes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

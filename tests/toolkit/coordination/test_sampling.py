@@ -1,7 +1,5 @@
 """Who is asked: as many as the job says, by lot."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """What an update counts for is guessed when it comes, and settled when its round closes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

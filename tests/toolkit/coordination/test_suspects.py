@@ -1,7 +1,5 @@
 """A board that spoils secure sums is found in a number of attempts that grows with the logarithm of the fleet."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A roll knows what has changed on it and counts by kind, whatever is done to it."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections import Counter

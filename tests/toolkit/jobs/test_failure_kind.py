@@ -1,7 +1,5 @@
 """The kinds of failure follow from errors' classes and exit codes, not from their texts."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """A packed object is the one that was packed, and takes little memory."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Settings of privacy: what they make of a job and its recipes, and what is refused by name."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """When rounds close and what updates count for: the papers' formulas, and sums that hold any fleet."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import get_args
 

@@ -1,7 +1,5 @@
 """What travels in codecs counts in plans."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

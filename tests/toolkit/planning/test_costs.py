@@ -1,7 +1,5 @@
 """Costs against numbers that come from elsewhere: torch's own counter, sizes of encoded files, sums by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

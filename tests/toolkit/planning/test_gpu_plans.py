@@ -1,7 +1,5 @@
 """Plans of boards whose GPU trains: by its figures or measurements; by the processor's where the GPU doesn't work."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

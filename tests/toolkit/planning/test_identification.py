@@ -1,7 +1,5 @@
 """A board is known by its device tree, its memory and its clock; its L4T release says what it brings along."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

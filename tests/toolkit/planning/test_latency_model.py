@@ -1,7 +1,5 @@
 """Latency tables: work counted as by hand, a fit that finds the board behind the times, checks of what comes in."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """docs/pi.md: the server's commands make what the page says, and the board's command line takes the service."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import stat

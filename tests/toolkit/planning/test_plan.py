@@ -1,7 +1,5 @@
 """Plans: the widest that fits, the limit that binds, and never a narrower one for a looser limit."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Probe reports come over the network: they are checked, never trusted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

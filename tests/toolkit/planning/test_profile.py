@@ -1,7 +1,5 @@
 """Hardware profiles: what is shipped is sound, and what is unsound says so in one clear error."""
 
-from __future__ import annotations
-
 import json
 import math
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """Staged rollouts: whatever boards report, whenever, what does badly reaches few and stops with its reasons."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

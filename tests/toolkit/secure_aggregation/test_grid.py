@@ -1,7 +1,5 @@
 """A cohort's sum is the plain fold's, bit for bit; codes of 32 bits never overflow."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A secure sum is exact for any set of dropouts, or fails with a clear error, and reveals no single vector."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random

@@ -1,7 +1,5 @@
 """The authority, with openssl as the judge of what it issues."""
 
-from __future__ import annotations
-
 import re
 import ssl
 import subprocess

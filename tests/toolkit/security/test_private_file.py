@@ -1,7 +1,5 @@
 """Secrets that root makes in another user's folder."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from types import SimpleNamespace

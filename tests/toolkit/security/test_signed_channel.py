@@ -1,7 +1,5 @@
 """Nothing counts twice, whatever is repeated, reordered or restarted; and what is new does count."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TLS as a board speaks it, with a server of Python's own on the other side."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 import ssl

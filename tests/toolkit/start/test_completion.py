@@ -1,7 +1,5 @@
 """The scripts by which shells complete commands: made from the parsers, and read by a real bash."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

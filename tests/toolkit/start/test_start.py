@@ -1,7 +1,5 @@
 """Commands that are interrupted while they are imported."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What isn't collected under a board's Python."""
 
-from __future__ import annotations
-
 import sys
 
 # The server needs Python 3.11, and boards have no POT.

@@ -1,7 +1,5 @@
 """Who gets how much of the model: fixed points, bounds, and the papers' steps."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """FedAsync, FedFix, FedBuff and PR-FL as composed: what their options mean, and PR-FL's worked examples."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any

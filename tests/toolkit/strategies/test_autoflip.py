@@ -1,7 +1,5 @@
 """AutoFLIP: explorers' guidance, masks made of it, damped momentum, and structure that emerges."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

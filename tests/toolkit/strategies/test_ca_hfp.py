@@ -1,7 +1,5 @@
 """CA-HFP's identities: nested masks, warm-up, scores, reconstruction, and what keeps its estimate."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """FedOBP: what stays a device's own, and that nothing else differs from FedAvg."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

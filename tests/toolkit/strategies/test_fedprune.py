@@ -1,7 +1,5 @@
 """The preset `fedprune`: ranks that stay, and a recipe that leaves the job's own settings alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """FIARSE: masks by size, and the mean of what devices changed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

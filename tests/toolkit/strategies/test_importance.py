@@ -1,7 +1,5 @@
 """Importances of elements: what PR-FL makes of squared gradients, and when masks change."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

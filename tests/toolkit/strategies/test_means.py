@@ -1,7 +1,5 @@
 """Aggregators that are means: FedAvg's bits, moves from earlier models, changed rows and elements, personal tensors."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

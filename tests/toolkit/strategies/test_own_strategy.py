@@ -1,7 +1,5 @@
 """A strategy of a user's own that fails, or answers nonsense, is told so by file and line."""
 
-from __future__ import annotations
-
 import importlib
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """What presets are made of: widths, windows, recipes, own parts, and the names of their settings."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator

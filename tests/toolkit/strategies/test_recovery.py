@@ -1,7 +1,5 @@
 """What boards say of their scores decides on densities, and on the end: how far one board's word goes."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Another schedule than a strategy's own: which strategies take it, what it is by default, and what it must not mix."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any

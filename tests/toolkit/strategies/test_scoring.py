@@ -1,7 +1,5 @@
 """Scores, ranks and the evidence behind them."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Structure that emerges from element masks: the cut network computes what the masked one did."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

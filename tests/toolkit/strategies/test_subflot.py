@@ -1,7 +1,5 @@
 """SubFLOT: what a device is sent, how hard it is pulled, and what becomes of what it hands in."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Transport: plans against POT, couplings against matrices, distances against float64."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import Any

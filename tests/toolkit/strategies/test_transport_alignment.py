@@ -1,7 +1,5 @@
 """Leading models onto each other's channels: against the paper's equations and identities."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The access control that docs/protocol.md recommends, on a real broker."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Addresses of web servers that have blobs: what is taken, in one form, and what isn't."""
 
-from __future__ import annotations
-
 from urllib.parse import urlsplit
 
 import pytest

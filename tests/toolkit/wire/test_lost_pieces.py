@@ -1,7 +1,5 @@
 """What a broker drops is noticed by requests that come again and again, and what is only slow or in pieces is not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

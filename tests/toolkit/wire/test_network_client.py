@@ -1,7 +1,5 @@
 """Packets that arrive many at a time, or cut anywhere, are the messages that were sent."""
 
-from __future__ import annotations
-
 import os
 import resource
 import socket

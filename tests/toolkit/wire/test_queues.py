@@ -1,7 +1,5 @@
 """The inbox: nothing comes out of order, nothing beyond the limit waits, and a flood leaves room for the others."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """How much of what can't be read is logged: no sender's noise hides another's."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

@@ -1,7 +1,5 @@
 """What is asked again before its answer can be here comes twice: how long to wait is known from the connection on."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

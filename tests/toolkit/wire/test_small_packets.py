@@ -1,7 +1,5 @@
 """Brokers that let less through than usual: a model arrives and an update returns, without a word of configuration."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Why there is a window: a slow reader behind a Mosquitto with its default limits."""
 
-from __future__ import annotations
-
 import random
 import threading
 import time

@@ -28,8 +28,10 @@ def index_pairs(layout: Selection, spec: TensorSpec, selection: Selection) -> It
     A submodel of the layout's ranks is a prefix of each segment, so that its pairs are slices, and views of the sums.
     Others get one open mesh of index arrays, which copies.
     """
-    if all(_has_same_ranks(layout, selection, axis) for axis in spec.axes):
-        if all(selection.widths[g] == layout.widths[g] for axis in spec.axes for g in axis.groups):
+    groups = {g for axis in spec.axes for g in axis.groups}
+    ranks = ((layout.ranks[g], selection.ranks[g]) for g in groups)
+    if all(a is b or np.array_equal(a, b) for a, b in ranks):
+        if all(selection.widths[g] == layout.widths[g] for g in groups):
             yield (...,), (...,)
             return
         for pairs in itertools.product(*(_axis_runs(axis, selection) for axis in spec.axes)):
@@ -200,12 +202,6 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Index]:
     rows = max(1, _MAX_BLOCK_NUMBERS // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
         yield (slice(start, min(shape[0], start + rows)),)
-
-
-def _has_same_ranks(first: Selection, second: Selection, axis: Axis) -> bool:
-    return first.ranks is second.ranks or all(
-        first.ranks[g] is second.ranks[g] or np.array_equal(first.ranks[g], second.ranks[g]) for g in axis.groups
-    )
 
 
 def _axis_runs(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:

@@ -268,7 +268,8 @@ class BrokerLink(Closeable):
         while not self._closing.is_set():
             started_at = time.monotonic()
             try:
-                reason = self._run_connection()
+                with closing(self._new_client()) as client:
+                    reason = self._run_client(client)
             except (OSError, FedpruneError) as error:
                 reason = connection_failure(error)
             except Exception as error:
@@ -294,12 +295,8 @@ class BrokerLink(Closeable):
         while not self._closing.is_set() and (remaining_s := deadline - time.monotonic()) > 0:
             self._closing.wait(min(remaining_s, _MAX_SLEEP_S))
 
-    def _run_connection(self) -> str:
-        """Run one connection from CONNECT to its end; returns why it ended."""
-        with closing(self._new_client()) as client:
-            return self._run_client(client)
-
     def _run_client(self, client: NetworkClient) -> str:
+        """Run one connection from CONNECT to its end; returns why it ended."""
         client.connect(self.url.host, self.url.port, self._keepalive)
         with self._state:
             self._client, self._failure = client, ""
