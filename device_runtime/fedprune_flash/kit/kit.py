@@ -133,12 +133,12 @@ def build_kit(
             "certificates of authorities", expected="given if and only if the board's settings have `authority`"
         )
     # Before the wheels, which take a minute to fetch.
+    claim_text = None if claim is None else check_claim(claim, board.device)
+    authority_bytes = None if authorities is None else check_authorities(authorities)
     if wheel is not None and not wheel.is_file():
         raise KitError(
             f"there is no wheel {wheel}", hint=f"`python -m build --wheel` makes one in dist/.{search_location(wheel)}"
         )
-    claim_text = None if claim is None else check_claim(claim, board.device)
-    authority_bytes = None if authorities is None else check_authorities(authorities)
     with storage_errors(f"can't write {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
