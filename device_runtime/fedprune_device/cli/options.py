@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedprune.core.cli import byte_count, positive_integer
 from fedprune.core.errors import ProtocolError
-from fedprune.planning.costs import TEST_SHARE
+from fedprune.core.metrics import TEST_SHARE
 from fedprune.planning.profile import TIERS
 from fedprune.wire.topics import EVERYONE, check_device, check_topic_name, to_name
 from fedprune_device.api.address import SOCKET

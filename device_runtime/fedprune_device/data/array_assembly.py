@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import DataError, shape_text
+from fedprune.core.metrics import TEST_SHARE
 from fedprune.core.rng import keyed_generator
-from fedprune.planning.costs import TEST_SHARE
 from fedprune_device.data.dataset import SPLITS, Channels, LocalData
 from fedprune_device.data.sample_checks import checked_samples
 from fedprune_device.data.sequences import LENGTHS, PaddedRows, describe_rows

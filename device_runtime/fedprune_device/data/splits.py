@@ -11,7 +11,7 @@ from pathlib import Path
 from fedprune.core import atomic_file
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError
-from fedprune.planning.costs import TEST_SHARE
+from fedprune.core.metrics import TEST_SHARE
 
 _FORMAT = "fedprune.samples/1"
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
+from fedprune.core.metrics import TEST_SHARE
 from fedprune.core.rng import keyed_generator
-from fedprune.planning.costs import TEST_SHARE
 from fedprune_device.data.dataset import LocalData
 
 CLASS_COUNT = 10

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 # model that it has just trained, or with its own average of models if it keeps one.
 TRAINED_SUFFIX, AVERAGED_SUFFIX = "after", "average"
 
+# The share of samples that a board sets aside for these tests if their source has no test split of its own.
+TEST_SHARE = 0.2
+
 # The share of received weights in the model that a device serves, reported where validation samples decide on it.
 BLEND = "blend"
 

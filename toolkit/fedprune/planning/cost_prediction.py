@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedprune.core.metrics import TEST_SHARE
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.losses import LOSSES
@@ -20,7 +21,6 @@ from fedprune.planning.costs import (
     AUGMENT_COPIES,
     FLOAT,
     NOISE_COPIES,
-    TEST_SHARE,
     Costs,
     MemoryBreakdown,
     costs_at,

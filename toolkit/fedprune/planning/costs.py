@@ -104,9 +104,6 @@ TRAINING_GRAPH_BYTES = 4_000
 # Bytes of graphs on the disk per activation of the model, rounded up from those of the tests' nets.
 INFERENCE_GRAPH_BYTES = 500
 
-# Share of its samples that a board sets aside for tests where their source has no test split of its own.
-TEST_SHARE = 0.2
-
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
