@@ -354,8 +354,8 @@ class JobRunner:
         """Begin a transaction: all its events happen at one time."""
         if self._unsaved_events:
             return
-        if self.state.phase in self._phases_without_deadline:
-            self._steady_clock.follow()
+        if self.state.phase in self._phases_without_deadline and abs(moved_s := self._steady_clock.follow()) > 1.0:
+            self.state.shift_deadlines(moved_s)
         self._now = self._steady_clock()
 
     def _handle(self, event: on.Event) -> None:

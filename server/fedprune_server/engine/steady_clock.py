@@ -21,6 +21,7 @@ class SteadyClock:
         """Seconds since 1970."""
         return self._offset + self._monotonic()
 
-    def follow(self) -> None:
-        """Adopt the present time of the system's clock. Call it only while no deadline is pending: it would shift."""
-        self._offset = self._wall() - self._monotonic()
+    def follow(self) -> float:
+        """Adopt the system clock's present time; returns by how many seconds pending deadlines must move, too."""
+        former, self._offset = self._offset, self._wall() - self._monotonic()
+        return self._offset - former

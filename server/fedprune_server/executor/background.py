@@ -36,7 +36,7 @@ class BackgroundExecutor:
         self._worker = worker
         self._orders: queue.Queue[HeavyCommand | None] = queue.Queue()
         self._results: queue.Queue[CommandResult] = queue.Queue()
-        self._pending = 0
+        self.pending_count = 0
         # A daemon thread: a process that ends doesn't wait for a long evaluation; it will be repeated.
         log_subject = contextvars.copy_context()  # with the subject of log lines, such as the job
         self._thread = threading.Thread(
@@ -47,11 +47,7 @@ class BackgroundExecutor:
     @property
     def is_busy(self) -> bool:
         """Whether a result is awaited."""
-        return self._pending > 0
-
-    @property
-    def pending_count(self) -> int:
-        return self._pending
+        return self.pending_count > 0
 
     @property
     def has_result(self) -> bool:
@@ -62,7 +58,7 @@ class BackgroundExecutor:
         self._worker.expect(commands)
 
     def submit(self, command: HeavyCommand) -> None:
-        self._pending += 1
+        self.pending_count += 1
         self._orders.put(command)
 
     def collect(self) -> on.Event | None:
@@ -71,7 +67,7 @@ class BackgroundExecutor:
             result = self._results.get_nowait()
         except queue.Empty:
             return None
-        self._pending -= 1
+        self.pending_count -= 1
         if isinstance(result, BaseException):
             raise result
         return result

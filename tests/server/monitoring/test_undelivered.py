@@ -40,19 +40,10 @@ class Dropping(Air):
 class Asking(ToyDevice):
     """A device that trains for some seconds, and asks again for pieces that don't come."""
 
-    ready_at = 0.0
-
-    def take(self, offer: Offer) -> None:
-        if self.offer is None or self.offer.round != offer.round:
-            self.ready_at = self.air.now + TRAINING_S
-        super().take(offer)
-
-    def train(self) -> None:
-        if self.air.now >= self.ready_at:
-            super().train()
+    training_s = TRAINING_S
 
     def turn(self) -> None:
-        self.train()
+        super().turn()
         for pull in self.pulls.values():
             for want in pull.on_tick(self.air.now):
                 self.say(want)

@@ -22,6 +22,13 @@ from support.fakes.tiny_job import JOB
 
 DEADLINE_S = 600.0
 
+# Boards take the first, and are waited for four times as long.
+TRAINING_S = 30.0
+WAIT_S = 4 * TRAINING_S
+
+# An alert about a round opens and closes after as long as two usual rounds take.
+DELAY_S = 60.0
+
 
 class Vanishing(ToyDevice):
     """A board that loses its power with some offers, and is back some seconds later.
@@ -60,6 +67,7 @@ class Vanishing(ToyDevice):
         if self.back_at is not None and self.air.now >= self.back_at:
             self.back_at, self.vanishes_in, self.session = None, self.vanishes_in[1:], self.session + 1
             self.send_birth()
+        super().turn()
 
 
 class Watched:
@@ -68,6 +76,8 @@ class Watched:
     def __init__(self, folder: Path, **job: Any) -> None:
         self.fleet = Fleet(folder, replace(JOB, deadline_s=DEADLINE_S, rounds=6, devices=2, **job), ("a", "b"))
         self.board = self.fleet.air.devices["c"] = Vanishing("c", folder / "devices", self.fleet.air)
+        for device in self.fleet.air.devices.values():
+            device.training_s = TRAINING_S
         self.monitor = Monitor(folder, {}, {"toy": folder}, away_rounds=2, clock=self.now, monotonic=self.now)
         self.daemon = self.fleet.daemon(observers=[self.monitor])
         self.seen: list[tuple[float, list[Alert]]] = []
@@ -106,11 +116,11 @@ def test_a_round_that_waits_for_a_board_that_vanished_is_an_alert_within_seconds
     alerts = watched.times("round-waits")
     opened_at, alert = alerts[0]
     died_at = watched.board.died_at
-    assert died_at + 5 <= opened_at <= died_at + 10
+    assert died_at + 5 <= opened_at <= died_at + TRAINING_S + DELAY_S + 1
     assert f"round 4 of job toy waits for c, offline since {format_minute(died_at)}" in alert.what
-    assert format_minute(died_at + DEADLINE_S) in alert.what
+    assert format_minute(died_at + WAIT_S) in alert.what
     assert all(option in alert.todo for option in ("--deadline", "docs/rounds.md"))
-    assert died_at + DEADLINE_S <= alerts[-1][0] <= died_at + DEADLINE_S + 10, "it is over with the wait"
+    assert died_at + WAIT_S <= alerts[-1][0] <= died_at + WAIT_S + DELAY_S, "it is over with the wait"
 
 
 def test_a_board_that_is_back_within_seconds_is_no_alert(tmp_path: Path) -> None:
@@ -139,10 +149,9 @@ def test_a_board_that_was_offline_at_its_deadlines_needs_a_connection_and_no_rep
 
 def test_a_silent_board_that_disconnects_stays_named(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
-    watched.board.silent, watched.board.leaves_at = True, 150.0
+    watched.board.silent, watched.board.leaves_at = True, 140.0
     watched.run()
     kinds = [(at, {a.kind for a in alerts if a.device == "c"}) for at, alerts in watched.seen]
-    assert [named for at, named in kinds if 130 <= at <= 150] == [{FAILING}] * 41
-    after = [named for at, named in kinds if 152 < at < DEADLINE_S]
-    assert after == [{AWAY}] * len(after)
-    assert len(after) > DEADLINE_S
+    assert [named for at, named in kinds if 130 <= at <= 140] == [{FAILING}] * 21
+    end = watched.seen[-1][0] - 2 * DELAY_S
+    assert [named for at, named in kinds if 140 + DELAY_S < at < end] == [{AWAY}] * int(2 * (end - 140 - DELAY_S) - 1)

@@ -123,7 +123,13 @@ class ToyWorker:
 
 
 class ToyDevice:
-    """A device that trains by hashing. Everything that it receives, it may receive twice."""
+    """A device that trains by hashing. Everything that it receives, it may receive twice.
+
+    It trains for `training_s` seconds, which only pass where `turn` is called.
+    """
+
+    training_s = 0.0
+    ready_at = 0.0
 
     def __init__(self, name: str, folder: Path, air: Air) -> None:
         self.name = name
@@ -198,7 +204,7 @@ class ToyDevice:
         if self.offer is not None and (self.offer.round, self.offer.attempt) == (offer.round, offer.attempt):
             self.resend()
             return
-        self.offer = offer
+        self.offer, self.ready_at = offer, self.air.now + self.training_s
         self.pulls = {}
         for ref in {offer.weights, offer.training, offer.inference}:
             pull = self.pulls[ref.sha256] = Pull(ref, self.store.partial(ref))
@@ -209,6 +215,8 @@ class ToyDevice:
     def train(self) -> None:
         offer = self.offer
         if offer is None or not all(p.is_done for p in self.pulls.values()) or not self.pulls:
+            return
+        if self.air.now < self.ready_at:
             return
         self.pulls = {}
         weights = self.store.put(fill("trained", self.store.read(offer.weights.sha256), self.name))
@@ -232,6 +240,7 @@ class ToyDevice:
 
     def turn(self) -> None:
         """Time has passed."""
+        self.train()
 
     def die(self) -> None:
         self.say(Death(self.name, self.session))

@@ -100,6 +100,8 @@ class SeveralJobs:
                 time.sleep(0.0005)
                 return
             self.air.now += 0.5
+            for device in self.air.devices.values():
+                device.turn()
             if self.air.now > 10_000:
                 raise TimeoutError("the jobs don't come to an end")
 

@@ -405,11 +405,14 @@ class State:
         return task
 
     def shift_deadlines(self, seconds: float) -> None:
-        """Move all that is due by the length of a pause; the shell must be asked to wake up anew."""
+        """Move all that is due, by a pause's length or with the clock; the shell must be asked to wake up anew."""
         self.deadline = None if self.deadline is None else self.deadline + seconds
         self.opened_at = None if self.opened_at is None else self.opened_at + seconds
         for task in self.tasks.values():
             task.deadline = None if task.deadline is None else task.deadline + seconds
+        for device in self.devices.values():
+            if device.asked_again_at is not None:
+                device.asked_again_at += seconds
         self.wake_times = []
 
     def awaits(self, task: DeviceTask) -> bool:
