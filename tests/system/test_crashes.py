@@ -9,8 +9,6 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.core.errors import ExitCode
-from fedprune.security.tls import unpinned_context
-from fedprune.wire.link import BrokerLink
 from support.processes.machine import listens
 from support.processes.real_site import Site, write_material
 
@@ -104,12 +102,6 @@ def test_a_signal_ends_a_server_cleanly(
         site.start("server", in_group=True)
         site.wait_for(lambda: listens(site.port), "the broker listens")
         site.wait_for(lambda: "connected to the broker" in site.logs_in_full(), "the server is connected")
-        with BrokerLink(
-            site.url, "somebody", tls=unpinned_context
-        ) as link:  # the broker has taken something in, for certain
-            link.start()
-            assert link.publish("elsewhere", b"12345")
-            assert link.flush(30)
         server = site.processes["server"]
         if group:  # as a service manager and a terminal do
             os.killpg(server.pid, number)

@@ -54,7 +54,7 @@ FAULTS = {
     "gone": ("device-away", "not been connected"),
     "lost": ("device-away", "not been connected"),
     "full": ("device-failing", "no room"),
-    "hung": ("device-failing", "late"),
+    "hung": ("device-excluded", "no answer to an offer"),
 }
 """The kind of the alert and a word of its reason, by board."""
 

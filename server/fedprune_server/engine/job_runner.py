@@ -183,7 +183,10 @@ class JobRunner:
         """Save the events of the turn, and only then carry out their commands. Raises `FedpruneError` if a heavy
         command failed for another reason than a device's update, or if the disk fails."""
         with self._log_context():
-            self._take_uploads()
+            # Take in updates that were uploaded over HTTP.
+            for device, size in self._uploads.take_byte_counts().items():
+                self.registry.count_received(device, size)
+            self.outbox.send_requests(self._uploads.collect(self._monotonic()))
             self._collect_uploads()
             for _ in range(_MAX_RESULTS_WHILE_MESSAGES_WAIT if messages_wait else _MAX_RESULTS_PER_TURN):
                 if (result := self._executor.collect()) is None:
@@ -356,6 +359,7 @@ class JobRunner:
             return
         if self.state.phase in self._phases_without_deadline and abs(moved_s := self._steady_clock.follow()) > 1.0:
             self.state.shift_deadlines(moved_s)
+            heapq.heappush(self._alarms, self._steady_clock())
         self._now = self._steady_clock()
 
     def _handle(self, event: on.Event) -> None:
@@ -373,12 +377,6 @@ class JobRunner:
         elif isinstance(event, on.UpdateRejected):
             kinds = [task.kind for task in self.state.tasks.values()]
             divergence.warn_of_rejection(event, self.job, self.registry.prefix, kinds)
-
-    def _take_uploads(self) -> None:
-        """Take in updates that were uploaded over HTTP."""
-        for device, size in self._uploads.take_byte_counts().items():
-            self.registry.count_received(device, size)
-        self.outbox.send_requests(self._uploads.collect(self._monotonic()))
 
     def _collect_uploads(self) -> None:
         for event in self._dispatcher.collect_uploads():
@@ -424,20 +422,17 @@ class JobRunner:
                 case do.SumMasked():
                     self._channel.begin_sums(command)
                 case do.Score():
-                    self._log_grants(command.round)
+                    # Log which parts of the model boards train, if they differ from those of the round before.
+                    description = self._coordinator.grants.describe()
+                    if description and description != self._logged_grants:
+                        log.info("%sround %d: %s", self.registry.prefix, command.round, description)
+                    self._logged_grants = description
                     self._executor.submit(command)
                 case do.Extract() | do.FoldUpdate() | do.Close() | do.Evaluate():
                     self._executor.submit(command)
                 case _:
                     for event in self._dispatcher.run(command):
                         self._handle(event)
-
-    def _log_grants(self, round_number: int) -> None:
-        """Log which parts of the model boards train, if they differ from those of the round before."""
-        description = self._coordinator.grants.describe()
-        if description and description != self._logged_grants:
-            log.info("%sround %d: %s", self.registry.prefix, round_number, description)
-        self._logged_grants = description
 
     def _finish(self, command: do.Finish) -> None:
         if not self.is_finished:

@@ -245,7 +245,9 @@ class MaskedChannel(UpdateChannel):
         # A vector that is announced waits for its turn, by no fault of the device.
         is_uploading = cohort.step == "delivery" and device in cohort.announced_digests
         if cohort.answered and not is_uploading:
-            limit_s = self._patience.limit_s(job_device, cohort.step_name)
+            # What kept the first answer may have kept all: the others have as long again.
+            first_s = min(cohort.answer_s[name][cohort.step_name] for name in cohort.answered)
+            limit_s = max(2 * first_s, self._patience.limit_s(job_device, cohort.step_name))
         return job_device.online and now < cohort.step_began_at + limit_s
 
     def _begin_step(self, cohort: Cohort, step: str, messages: Mapping[str, bytes]) -> None:

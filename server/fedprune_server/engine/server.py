@@ -134,7 +134,12 @@ class Server:
                 while not self._stopping.is_set():
                     self._turn()
                     if until_finished and self.is_finished and not self._is_computing():
-                        self._linger()
+                        # Keep turning until the last messages are sent and devices that reconnect know that the jobs
+                        # are finished.
+                        shutdown = self._shutdown or self._begin_shutdown()
+                        while not self._stopping.is_set() and not shutdown.is_over(self._site.monotonic()):
+                            self._turn()
+                        self._link.flush(FLUSH_S)
                         break
             finally:
                 try:
@@ -214,13 +219,6 @@ class Server:
             flooding_client=quarantine.join_flood.flooding_client(),
             has_several_jobs=self._has_several_jobs,
         )
-
-    def _linger(self) -> None:
-        """Keep turning until the last messages are sent and devices that reconnect know that the jobs are finished."""
-        shutdown = self._shutdown or self._begin_shutdown()
-        while not self._stopping.is_set() and not shutdown.is_over(self._site.monotonic()):
-            self._turn()
-        self._link.flush(FLUSH_S)
 
     # Incoming messages and events.
 

@@ -23,6 +23,16 @@ def test_a_device_that_always_took_long_is_waited_for(in_flight: int) -> None:
     assert shell.counted_devices() == [["a", "b", "c"]] * 30
 
 
+def test_devices_that_become_slower_together_all_count() -> None:
+    """The first answer shows that the others may take as long: what kept it may be the broker."""
+    shell = shell_of(Board(1.0))
+    shell.run(rounds=3)
+    for place, board in enumerate(shell.boards.values()):
+        board.seconds = 30.0 + place
+    shell.run(rounds=5)
+    assert shell.counted_devices() == [["a", "b", "c"]] * 5
+
+
 def test_one_that_becomes_slower_misses_a_round_or_two_and_is_waited_for_as_long_as_its_late_answer_took() -> None:
     shell = shell_of(Board(10.0), rounds=200)
     shell.run(rounds=10)

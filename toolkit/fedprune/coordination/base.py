@@ -87,7 +87,11 @@ class Coordinator(ABC):
             case on.DeviceDied():
                 return self._on_device_died(event)
             case on.Scored():
-                return self._on_scored(event, now)
+                state = self.state
+                if state.phase is not Phase.SCORING or event.round != state.round:
+                    return []
+                state.ranking, state.order = event.ranking, event.order
+                return self._begin_parts(now)
             case on.Extracted():
                 return self._on_extracted(event, now)
             case on.UpdateAnnounced():
@@ -311,7 +315,8 @@ class Coordinator(ABC):
     @property
     def _min_devices(self) -> int:
         """Devices with which a round begins; those that have failed or are silent must not stop the job."""
-        return max(1, self.job.devices - self.state.devices.count(FAILED))
+        devices, wanted = self.state.devices, self.job.devices
+        return max(1, min(wanted, max(len(devices), wanted) - devices.count(FAILED)))
 
     def _on_device_born(self, event: on.DeviceBorn, now: float) -> Commands:
         """Add or renew a device, and give it what it has missed; with enough devices a job begins."""
@@ -334,13 +339,6 @@ class Coordinator(ABC):
             return []
         state.shift_deadlines(paused_s)
         return [*self._begin_pending(now), *([] if state.deadline is None else [do.WakeAt(state.deadline)])]
-
-    def _on_scored(self, event: on.Scored, now: float) -> Commands:
-        state = self.state
-        if state.phase is not Phase.SCORING or event.round != state.round:
-            return []
-        state.ranking, state.order = event.ranking, event.order
-        return self._begin_parts(now)
 
     def _on_folded(self, event: on.Folded, now: float) -> Commands:
         task = self._awaited_task(event, Progress.STORED)
@@ -371,7 +369,9 @@ class Coordinator(ABC):
         """Record that a device's part has failed, if it was awaited, and continue with the others."""
         if task is None:
             return []
-        self._record_failure(task, event)
+        # Record that a device's part came to nothing.
+        task.refuse(event.reason, event.kind)
+        self._count_failure(self.state.devices[event.device], task.kind, event.reason)
         return self._continue_round(now)
 
     def _awaited_task(self, event: on.PartEvent | on.Extracted, progress: Progress) -> DeviceTask | None:
@@ -441,8 +441,13 @@ class Coordinator(ABC):
         """Remember what an answer took. The rest takes the server's time, too: a transfer waits for its turn."""
         if task.progress is Progress.OFFERED and task.offered_at is not None:
             note_answer(self.state.devices[name], ROUND, now - task.offered_at, training_size(task))
-            self._patience.slowest_s = max(self._patience.slowest_s, now - task.offered_at)
+            self._patience.slowest_s = max(self._patience.slowest_s, seconds := now - task.offered_at)
             task.deadline = task.offered_at + self.job.deadline_s
+            if not self.state.tasks.count(*ANSWERED):
+                # What kept the first may have kept all, such as the broker: the others have as long again.
+                for other in self.state.tasks.values():
+                    if other.progress is Progress.OFFERED and other.offered_at is not None and other.deadline:
+                        other.deadline = max(other.deadline, min(now + seconds, other.offered_at + self.job.deadline_s))
 
     def _pull_command(self, event: on.UpdateAnnounced, task: DeviceTask, now: float) -> do.PullUpdate:
         """Pull what a device announces; another update than before replaces that one, which the device has no more."""
@@ -512,11 +517,6 @@ class Coordinator(ABC):
                 sent=contribution.sent if contribution.codec else None,
             )
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
-
-    def _record_failure(self, task: DeviceTask, event: on.UpdateRejected | on.OfferRefused) -> None:
-        """Record that a device's part came to nothing."""
-        task.refuse(event.reason, event.kind)
-        self._count_failure(self.state.devices[event.device], task.kind, event.reason)
 
     def _finish_budget_spent(self, number: int) -> Commands:
         """End a job of which no device may be asked once more; its result is the model of its last round."""

@@ -160,7 +160,7 @@ class MaskedCoordinator(SynchronousCoordinator):
 
     def _exclude_at_fault(self, name: str) -> None:
         device = self.state.devices[name]
-        device.excluded_by = FailureKind.FALSE_SUM.value
+        device.excluded_by, device.asked_again_at = FailureKind.FALSE_SUM.value, None  # for good, silent or not
         device.excluded = (
             "it has spoilt sums of masked updates: each sum with it was false, and those of others were not"
         )

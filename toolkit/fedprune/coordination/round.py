@@ -146,7 +146,7 @@ class Round:
             failures = _outlier_failures(limited.rejected) or self._include_exactly(limited.updates)
             # Strategies that don't sum updates as they were trained have no mean to which these are near or far.
             if not failures and self._strategy.has_plain_reconstruction and self._strategy.aggregator.is_per_tensor:
-                limited = self._limits.limit_distances(self.scene, limited, self.fold.close()[0])
+                limited = self._limits.limit_distances(self.scene, limited, lambda: self.fold.close()[0])
                 failures = self._include_exactly(limited.updates)
             if not failures:
                 try:

@@ -146,14 +146,14 @@ class UpdateLimits:
         reasons = {**reasons, **limits.reasons}
         return LimitedUpdates(limited, limits.rejected, reasons, {REFERENCES_MEMORY: limits.references}, reduced)
 
-    def limit_distances(self, scene: Scene, limited: LimitedUpdates, mean: Tensors) -> LimitedUpdates:
+    def limit_distances(self, scene: Scene, limited: LimitedUpdates, mean: Callable[[], Tensors]) -> LimitedUpdates:
         """Shorten the limited updates that are far from their mean, as a step towards their geometric median does
         (Pillutla et al. 2022): a reversed update can be as long as an honest one, but not as near to the others."""
         # Updates without any change are at equal distances, by which no other one is to be judged.
         moving = [u for u in limited.updates if self._lengths.get(u.key, {}).get(ALL_TRAINED)]
         if not self._move_limit or len(moving) < MIN_MAJORITY_UPDATES:
             return limited
-        mean_change = {name: value - scene.model[name] for name, value in mean.items()}
+        mean_change = {name: value - scene.model[name] for name, value in mean().items()}
         distances = {u.device: _measured(u, mean_change).get(ALL_TRAINED, 0.0) for u in moving}
         # An honest board whose data are new to the model may be as far away as others were when they were new.
         reference = float(limited.memories[REFERENCES_MEMORY][ALL_TRAINED][0])

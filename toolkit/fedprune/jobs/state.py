@@ -406,13 +406,16 @@ class State:
 
     def shift_deadlines(self, seconds: float) -> None:
         """Move all that is due, by a pause's length or with the clock; the shell must be asked to wake up anew."""
-        self.deadline = None if self.deadline is None else self.deadline + seconds
-        self.opened_at = None if self.opened_at is None else self.opened_at + seconds
+
+        def shift(at: float | None) -> float | None:
+            return None if at is None else at + seconds
+
+        self.deadline, self.opened_at, self.paused_at = map(shift, (self.deadline, self.opened_at, self.paused_at))
         for task in self.tasks.values():
-            task.deadline = None if task.deadline is None else task.deadline + seconds
+            task.deadline, task.offered_at = shift(task.deadline), shift(task.offered_at)
         for device in self.devices.values():
-            if device.asked_again_at is not None:
-                device.asked_again_at += seconds
+            if device.silent_since is not None or device.asked_again_at is not None:
+                device.silent_since, device.asked_again_at = shift(device.silent_since), shift(device.asked_again_at)
         self.wake_times = []
 
     def awaits(self, task: DeviceTask) -> bool:
