@@ -19,7 +19,7 @@ MAX_TURN_S = 0.02
 
 # A turn waits for a tenth of a second and works for some milliseconds. Of a longer one this much counts as listening:
 # in the rest the server stood still, suspended or by its disk, and could have heard nobody.
-MAX_TURN_LENGTH_S = 1.0
+MAX_TURN_LENGTH_S = 5.0
 
 
 @dataclass(frozen=True)

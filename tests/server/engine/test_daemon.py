@@ -111,9 +111,11 @@ def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(f
 
 
 def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet) -> None:
-    """A round of others, who answer at once, doesn't wait for that."""
+    """A round of others, who answer after a second, doesn't wait for that."""
     fleet.air.lost = [Topics("default").down("b", JOB.name)]
-    fleet.job = replace(JOB, rounds=40)
+    fleet.job = replace(JOB, rounds=12)
+    for device in fleet.air.devices.values():
+        device.training_s = 1.0
     state = fleet.run()
     assert counted_devices(state)[0] == ["a", "c"]
     assert counted_devices(state)[-1] == ["a", "b", "c"]
