@@ -31,6 +31,7 @@ from fedprune.wire.messages import (
     Finished,
     Hello,
     Offer,
+    Refusal,
     UpdateAnnouncement,
     UploadRequest,
     UploadResult,
@@ -184,6 +185,10 @@ class ToyDevice:
                     self.say(want)
         elif isinstance(message, Offer) and not self.silent:
             self.take(message)
+        elif isinstance(message, BlobNotFound) and self.offer is not None and self.pulls:
+            # As boards do: the offer's round is over.
+            self.pulls, offer = {}, self.offer
+            self.say(Refusal(self.name, offer.job, offer.round, offer.attempt, "a file of it is gone", 30))
         elif isinstance(message, BlobRequest):
             answer = BlobSender(self.store).answer(message)
             if isinstance(answer, BlobNotFound):
