@@ -77,7 +77,6 @@ class OfferBlobs:
         shapes = {n: v.shape for n, v in packed.items() if n not in withheld_names}
         if recipe.report_squares:
             shapes |= {step_contract.squares_name(n): shape for n, shape in shapes.items() if n in self._trained}
-        shapes = shapes
         body[UPDATE_SIZE] = file_bytes(shapes)
         update_codec = None if coding.update is None else updates.Codec.parse(coding.update)
         if update_codec is not None:

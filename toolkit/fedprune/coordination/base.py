@@ -224,15 +224,13 @@ class Coordinator(ABC):
             if task.progress in (Progress.STORED, Progress.FOLDED):
                 return [self._settle_announcement(event, task)]
             if task.progress is Progress.REFUSED:
-                cancel = do.Cancel(event.device, event.round, event.attempt, task.reason)
-                return [cancel, *self._take_late_answer(event.device, now)]
+                return self._cancel_late_answer(event, task.reason, now)
             if not is_late:
                 return [self._pull_command(event, task, now)]
         if task is not None and is_of_round and task.progress in BEFORE_OFFER:
             return []  # the offer that it gets in a moment says whether this update still counts
         reason = "the round is over" if is_late or task is None else "another offer took this one's place"
-        cancel = do.Cancel(event.device, event.round, event.attempt, reason)
-        return [cancel, *self._take_late_answer(event.device, now)]
+        return self._cancel_late_answer(event, reason, now)
 
     def _send_offer(self, task: DeviceTask, event: on.Extracted, now: float) -> do.SendOffer:
         """Offer a part that is ready, and give it the time that its device may take."""
@@ -300,6 +298,11 @@ class Coordinator(ABC):
             device.failures = 0
         device.readmit()
         return self._begin_pending(now)
+
+    def _cancel_late_answer(self, event: on.UpdateAnnounced, reason: str, now: float) -> Commands:
+        """Cancel an update that no longer counts; a device that was silent is asked again."""
+        cancel = do.Cancel(event.device, event.round, event.attempt, reason)
+        return [cancel, *self._take_late_answer(event.device, now)]
 
     def _readmit_due_devices(self, now: float) -> None:
         """Ask devices again that were silent, and whose time is over."""
@@ -369,7 +372,6 @@ class Coordinator(ABC):
         """Record that a device's part has failed, if it was awaited, and continue with the others."""
         if task is None:
             return []
-        # Record that a device's part came to nothing.
         task.refuse(event.reason, event.kind)
         self._count_failure(self.state.devices[event.device], task.kind, event.reason)
         return self._continue_round(now)

@@ -64,13 +64,11 @@ class MaskedCoordinator(SynchronousCoordinator):
         ):
             if task is not None and event.round == state.round and task.progress in BEFORE_OFFER:
                 return []  # the offer that it gets in a moment says whether this update still counts
-            cancel = do.Cancel(event.device, event.round, event.attempt, "the round is over")
-            return [cancel, *self._take_late_answer(event.device, now)]
+            return self._cancel_late_answer(event, "the round is over", now)
         if task.progress is Progress.FOLDED and state.phase in (Phase.TRAINING, Phase.CLOSING):
             return []  # the shell tells it what is next
         if task.progress is not Progress.OFFERED or state.phase is not Phase.TRAINING:
-            cancel = do.Cancel(event.device, event.round, event.attempt, task.reason or "the round is over")
-            return [cancel, *self._take_late_answer(event.device, now)]
+            return self._cancel_late_answer(event, task.reason or "the round is over", now)
         self._note_answer(event.device, task, now)
         task.seconds = None if task.offered_at is None else now - task.offered_at
         task.steps, task.metrics = counted_steps(event, task), credible_metrics(event.metrics)

@@ -67,8 +67,5 @@ class SharedCore:
 
     def min_density(self, counts: Counter[tuple[float, tuple[int, ...]]]) -> float:
         """The least share of the model that the core may be: none where it is asked that all boards can hold it."""
-        return (
-            (self.board_share < 1)
-            * self.min_median_share
-            * statistics.median_low(density for density, _ in counts.elements())
-        )
+        median_density = statistics.median_low(density for density, _ in counts.elements())
+        return self.min_median_share * median_density if self.board_share < 1 else 0.0

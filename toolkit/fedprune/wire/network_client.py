@@ -66,7 +66,6 @@ class NetworkClient(paho.Client):
                 if code != MQTTErrorCode.MQTT_ERR_SUCCESS or not self._received:
                     break
                 code = self.loop_read()
-            code = code
         # Once woken also without a packet: only `loop_write` lets the next message wake the loop again, and the last
         # turn may have written the packet before its publisher woke the loop.
         if code == MQTTErrorCode.MQTT_ERR_SUCCESS and (was_woken or sock_events & select.POLLOUT or self.want_write()):

@@ -84,11 +84,9 @@ class OrderHandler:
             return text
         name = order.device or ""
         # The job that has a device, or had it last; the first job if none had it.
-        device = name
-        runner = self._runners[self._publisher.job_of(device) or next(iter(self._runners))]
-        if device not in runner.state.devices and not runner.registry.is_admitted(device):
-            raise ProtocolError(f"no such device takes part: {device}")
-        runner = runner
+        runner = self._runners[self._publisher.job_of(name) or next(iter(self._runners))]
+        if name not in runner.state.devices and not runner.registry.is_admitted(name):
+            raise ProtocolError(f"no such device takes part: {name}")
         if order.kind == "look":
             self._publisher.queue(device_details(runner, name, self._clock()), board_crashes(self._folder, name))
             return name
