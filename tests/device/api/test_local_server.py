@@ -143,8 +143,9 @@ def test_a_client_that_sends_too_slowly_is_cut_off(serving_board: LocalBoard, mo
 def test_clients_that_never_read_lose_their_places(local: LocalBoard) -> None:
     large = np.zeros(2**16, np.float32)  # as text more than a socket holds, and made at once even on a busy machine
     size = len(json.dumps(large.tolist()))
-    with ExitStack() as connections, local.serving(connections=2):
+    with local.serving():
         name = local.board.add(large)["id"]
+    with ExitStack() as connections, local.serving(connections=2):
         greedy = [connections.enter_context(local.connect(timeout=PATIENCE_S)) for _ in range(2)]
         for connection in greedy:
             connection.sendall(request("GET", f"/v1/samples/{name}"))
