@@ -195,7 +195,7 @@ def test_few_boards_that_can_hold_little_narrow_the_core_to_half_at_most(
 ) -> None:
     grants = round_grants(few_narrow(narrow, density), 1)
     assert densities(grants) == [density] * narrow + [core] * (10 - narrow)
-    assert [g.core for g in grants.values()] == [density >= core / 2] * narrow + [True] * (10 - narrow)
+    assert all(g.core for g in grants.values())
     assert [g.core for g in round_grants(few_narrow(narrow, density), 9).values()] == [g.core for g in grants.values()]
 
 

@@ -100,9 +100,6 @@ class Grants:
         if self._core is None:
             return Grant(device.widths, device.density)
         widths, density = self._narrow_to_core(device.widths, device.density)
-        if self._has_core and density < self._core.min_median_share * self._state.core_density:
-            # Large steps and many epochs of the few boards far narrower than the core would undo what others learn.
-            return Grant(widths, density, mixed=False)
         # The plan of a board that lacks the time for whole steps holds for ordered dropout alone.
         is_short_of_time = not (self._core.is_unconditional or self._has_time_for_whole_steps(device, widths))
         mixed, has_core = self._state.mixed or is_short_of_time, self._has_core and not is_short_of_time

@@ -167,8 +167,7 @@ class FedPrune(Strategy):
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe. Raises `ConfigError` if the job's own recipe has settings that don't go with the
         strategy's."""
-        # A plan doesn't know the fleet, and says that it is mixed; a board with neither trains plainly.
-        options, has_core = self.options, turn.core or (self._has_core and turn.mixed)
+        options, has_core = self.options, turn.core or self._has_core
         is_slimmed = turn.mixed and not has_core
         ema_decay = recipe.average or options.average
         blend = recipe.blend or (options.blend if ema_decay else 0.0)
