@@ -142,7 +142,6 @@ def test_a_client_that_sends_too_slowly_is_cut_off(serving_board: LocalBoard, mo
 
 def test_clients_that_never_read_lose_their_places(local: LocalBoard) -> None:
     large = np.zeros(2**16, np.float32)  # as text more than a socket holds, and made at once even on a busy machine
-    size = len(json.dumps(large.tolist()))
     with local.serving():
         name = local.board.add(large)["id"]
     with ExitStack() as connections, local.serving(connections=2):
@@ -154,7 +153,7 @@ def test_clients_that_never_read_lose_their_places(local: LocalBoard) -> None:
         assert ask(local, GOOD)[0] == 503, "all places are taken by answers that nobody reads"
         until(lambda: ask(local, GOOD)[0] == 200)
         lengths = [len(read_to_end(connection)) for connection in greedy]
-        assert min(lengths) < size, "the answer was cut off where a place was lost: the other may not be due yet"
+        assert min(lengths) < len(json.dumps(large.tolist())), "where a place was lost; the other may not be due yet"
 
 
 # Addresses
