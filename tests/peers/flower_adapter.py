@@ -259,7 +259,7 @@ def case_strategies_are_taken_or_refused_by_name() -> None:
     with refuses("stays on the device"):
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(personal=("fc.*",)))
     with refuses("Flower has secure aggregation of its own"):
-        compose_for_flower(Job(strategy="fedavg", secure_aggregation=True))
+        compose_for_flower(Job(strategy="fedavg", secure_aggregation=True), ())
 
 
 def case_who_gets_how_much() -> None:

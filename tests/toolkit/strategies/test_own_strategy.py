@@ -4,12 +4,14 @@ import importlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fedprune.coordination import make_coordinator
 from fedprune.core.errors import (
     BundleError,
     ConfigError,
@@ -26,6 +28,7 @@ from fedprune.model.selection import Selection
 from fedprune.strategies import Strategy, compose
 from fedprune.strategies.allocation import Fleet
 from fedprune.strategies.values import Cut, Scene, Turn
+from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET, Play, identical
 from support.fakes.strategy_rounds import Device as Part
 from support.nets.drawn_models import model
@@ -169,6 +172,26 @@ def test_what_is_no_whole_strategy_is_said_at_the_start(mine: Any, extra_source:
     mine(f"\n{extra_source}\n")
     with pytest.raises(ConfigError, match=what):
         strategy()
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("return replace(a[0], epochs=a[1].widths[1])", None),
+        ("return a[0][a[1].widths[9]]", "strategy mine:made: Made.recipe failed at mine.py:"),
+        ("return replace(a[0], report_squares=a[1].widths[1] > 0)", "report_squares"),
+    ],
+)
+def test_a_recipe_that_reads_widths_is_asked_for_privacy_with_those_of_the_jobs_model(
+    mine: Any, body: str, error: str | None
+) -> None:
+    mine("\nfrom dataclasses import replace" + override_source("Made", "recipe", body))
+    job = Job(strategy="mine:made", privacy=Privacy(1.0, 1.0))
+    compose(job)
+    with nullcontext() if error is None else pytest.raises(ConfigError, match=error):
+        make_coordinator(job, NET, State(model=""))
+    with pytest.raises(ConfigError, match="composition of your own"):
+        compose(Job(strategy="mine:made", secure_aggregation=True))
 
 
 ALLOCATOR = """

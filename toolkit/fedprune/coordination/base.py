@@ -56,7 +56,7 @@ class Coordinator(ABC):
         self.job = job
         self.architecture = architecture
         self.state = state
-        self.strategy = compose(job)
+        self.strategy = compose(job, architecture.sizes)
         self.schedule = self.strategy.schedule or SYNCHRONOUS_SCHEDULE
         self.allocator: Allocator = self.strategy.allocator or PlannedWidths(
             WidthPlanner(job, self.strategy, architecture, frozen)

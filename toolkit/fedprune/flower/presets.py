@@ -16,11 +16,11 @@ from fedprune.strategies.values import Turn
 PRESETS = ("fedavg", "fedprox", "fedprune", "fedrolex", "heterofl", "plain")
 
 
-def compose_for_flower(job: Job) -> Strategy:
-    """A job's strategy, if Flower's rounds can run it. Raises `ConfigError` if there is no such strategy, its options
-    are wrong, or it needs what Flower's nodes don't have."""
-    strategy = compose(job)
-    recipe = strategy.recipe(job.recipe, Turn(job.seed, 1, "", ()))  # a device's of full width
+def compose_for_flower(job: Job, sizes: tuple[int, ...]) -> Strategy:
+    """A job's strategy, if Flower's rounds can run it; `sizes` are the model's channels per group. Raises `ConfigError`
+    if there is no such strategy, its options are wrong, or it needs what Flower's nodes don't have."""
+    strategy = compose(job, sizes)
+    recipe = strategy.recipe(job.recipe, Turn(job.seed, 1, "", sizes))  # a device's of full width
     reasons = {
         "it estimates gradients from movements of plain SGD, which a node's own loop doesn't report": (
             strategy.observes_movement

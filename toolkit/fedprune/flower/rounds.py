@@ -93,7 +93,8 @@ class FlowerRounds:
     """
 
     def __init__(self, model: WholeModel, job: Job) -> None:
-        self.job, self.architecture, self.strategy = job, model.architecture, compose_for_flower(job)
+        self.job, self.architecture = job, model.architecture
+        self.strategy = compose_for_flower(job, model.architecture.sizes)
         self.model: Tensors = dict(model.tensors)
         self.number = 0
         self._frozen = model.frozen

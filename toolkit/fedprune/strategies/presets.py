@@ -54,8 +54,9 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def compose(job: Job) -> Strategy:
-    """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
+def compose(job: Job, sizes: tuple[int, ...] = ()) -> Strategy:
+    """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`. `sizes`
+    are the channels per group of the job's model, where it is known, for a user's `recipe` that must be private.
 
     The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.methods.robust`). The
     job's `schedule`, if any, replaces the strategy's own (`with_schedule`). Raises `ConfigError` if there is no such
@@ -66,7 +67,7 @@ def compose(job: Job) -> Strategy:
     strategy = with_schedule(_compose(replace(job, options=options)), job)
     if settings is not None:
         strategy = replace(strategy, aggregator=RobustAggregator(strategy.aggregator, Robustness.from_dict(settings)))
-    return check_secure(job, check_private(job, strategy))
+    return check_secure(job, check_private(job, strategy, sizes))
 
 
 def _compose(job: Job) -> Strategy:

@@ -6,8 +6,9 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Collection
+from contextlib import nullcontext, suppress
 
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.strategy import Strategy
@@ -15,9 +16,9 @@ from fedprune.updates.codecs import AUTO, PLAIN
 from fedprune.updates.privacy import LOCAL, SHARED
 
 
-def check_private(job: Job, strategy: Strategy) -> Strategy:
-    """Return a strategy that can keep its job's privacy. Raises `ConfigError` if it can't, which names the strategy and
-    says why.
+def check_private(job: Job, strategy: Strategy, sizes: tuple[int, ...] = ()) -> Strategy:
+    """Return a strategy that can keep its job's privacy; `sizes` are the model's channels per group, where it is known.
+    Raises `ConfigError` if it can't, which names the strategy and says why.
 
     With local noise a board releases its update, so that no use of it by the server costs more; the board must not send
     other measurements. With shared noise only the sum is released, so that a strategy that uses single updates is
@@ -33,7 +34,10 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
             got="one that also uses what boards measure on their samples, which no noise covers",
             hint="fedprune, fedavg and heterofl are some that can be private.",
         )
-    strategy.planned_recipe(job, "", (), 1.0, 1)  # raises if a `recipe` of its own asks for what no noise covers
+    # Raises if a `recipe` of its own asks for what no noise covers. One that fails at the width of no model at hand may
+    # be right at the job's, with which a coordinator asks again.
+    with nullcontext() if sizes else suppress(StrategyError):
+        strategy.planned_recipe(job, "", sizes or (1,), 1.0, 1)
     if not job.privacy.is_local and (reader := _single_update_reader(job, strategy, (PLAIN,))):
         raise ConfigError(
             f"{SHARED!r} with strategy {job.strategy}",
@@ -53,9 +57,10 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
     reader = _single_update_reader(job, strategy, (PLAIN, "int8"))
     if not reader and (job.compression_of or job.compression_down not in (AUTO, PLAIN)):
         reader = "compression_of or compression_down, by which boards differ"
-    recipe = strategy.planned_recipe(job, "", (), 1.0, 1)
-    if not reader and (recipe.mask != "none" or recipe.report_squares):
-        reader = "a recipe with element masks or squared gradients, which boards have of their own"
+    if not reader:  # and so a preset, whose recipe depends on no model
+        recipe = strategy.planned_recipe(job, "", (1,), 1.0, 1)
+        if recipe.mask != "none" or recipe.report_squares:
+            reader = "a recipe with element masks or squared gradients, which boards have of their own"
     if reader:
         raise ConfigError(
             f"with strategy {job.strategy}",
