@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.disk import read_file
 from fedprune.core.errors import DataError
 from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape
@@ -138,8 +137,8 @@ class SampleFolder(ReadSource):
                 _LOG.warning("files of %s are left out: decoded ones may take %d bytes", self._root, self._room)
                 break
             except (OSError, DataError) as error:
-                _LOG.warning("%s is left out: %s", file.path, error)
-                refusals.append(str(error))
+                refusals.append(getattr(error, "strerror", None) or str(error))  # no path, which the server would see
+                _LOG.warning("%s is left out: %s", file.path, refusals[-1])
                 continue
             rows_by_split[file.split] += file_rows[:samples_left]
             samples_left -= min(samples_left, len(file_rows))
@@ -227,8 +226,8 @@ class SampleFolder(ReadSource):
                         unlabelled.setdefault(layout.missing_label_text(path), []).append(path)
                     continue  # otherwise the file was deleted or renamed since it was listed
                 except (OSError, DataError) as error:
-                    self._refusals.append(str(error))
-                    _LOG.warning("%s is left out: %s", path, error)
+                    self._refusals.append(getattr(error, "strerror", None) or str(error))
+                    _LOG.warning("%s is left out: %s", path, self._refusals[-1])
         self._count_unlabelled(unlabelled)
         files_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in file_of_digest]
         training_counts = [sum(file.split == "train" for file in files) for files in files_by_class]
@@ -276,21 +275,9 @@ class SampleFolder(ReadSource):
 
     def _content(self, path: Path) -> bytes:
         has_sample = path.suffix.lower() in self._formats
-        return _read_file(path, self._format(path).max_bytes if has_sample else MAX_LABEL_BYTES)
+        # No links, which could lead to any file of the board.
+        return read_file(path, self._format(path).max_bytes if has_sample else MAX_LABEL_BYTES, own=True)
 
 
 def _interleave(queues: Iterable[list[_T]]) -> Iterable[_T]:
     return (item for turn in zip_longest(*queues) for item in turn if item is not None)
-
-
-def _read_file(path: Path, max_bytes: int) -> bytes:
-    """A file's bytes; raises `DataError` unless it is a plain file of at most `max_bytes` bytes, or `OSError`."""
-    # No links, which could lead to any file of the board; and a pipe must not be waited for.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError("a sample", expected="a plain file", got="something else")
-        content = b"" if status.st_size > max_bytes else file.read(max_bytes + 1)  # it may be growing
-    if max(status.st_size, len(content)) > max_bytes:
-        raise DataError("size of a file", expected=f"at most {max_bytes} bytes", got="more")
-    return content

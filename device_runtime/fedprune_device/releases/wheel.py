@@ -20,13 +20,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
+from fedprune.core.disk import open_own_file
 from fedprune.core.errors import ReleaseError, StorageError, value_text
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, files_digest
 from fedprune_device.launcher.state import DamagedError
 
 MAX_ENTRIES = 50_000
 _CHUNK_BYTES = 2**20  # bytes that are unpacked or copied at once
-_NO_FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_NO_FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)
 _DATA_PATH = re.compile(r"[^/]+\.data/(?P<scheme>[^/]+)/(?P<rest>.+)")
 _PATH_PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
@@ -90,7 +91,7 @@ class InstalledWheel(WheelFiles):
         """A file of the slot, open; None if there is none at this path."""
         try:
             # Links are not followed: a slot has none, and they could lead anywhere.
-            return open(self._slot / path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
+            return os.fdopen(open_own_file(self._slot / path, os.O_RDONLY), "rb")
         except OSError as error:
             if error.errno not in _NO_FILE_ERRORS:
                 raise

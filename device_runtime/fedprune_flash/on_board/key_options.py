@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from contextlib import suppress
 
+from fedprune.core.disk import read_file
 from fedprune.core.errors import JoinError, KitError, value_text
 from fedprune.core.text import decode_text
 from fedprune_device.launcher.slot_store import KEY_FILE
@@ -19,17 +19,12 @@ _CLAIM = re.compile(rb"FP1[A-Z0-9]{56}")
 _MAX_CLAIM_BYTES = 400
 
 
-def read_key_option(option: str, flags: int = 0) -> bytes:
-    """A server's key from 64 hex digits, or from a file with them, opened with `flags`; otherwise `KitError`."""
+def read_key_option(option: str, *, own: bool = False) -> bytes:
+    """A server's key from 64 hex digits, or from a file with them, with `own` no link; otherwise `KitError`."""
     digits = option
     try:
         if not _KEY_DIGITS.fullmatch(option):
-            with os.fdopen(os.open(option, os.O_RDONLY | flags), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise KitError(
-                        f"the server's key {value_text(option)}", expected="a plain file", got="something else"
-                    )
-                digits = file.read(200).decode("ascii", "replace").strip()
+            digits = read_file(option, 200, own=own).decode("ascii", "replace").strip()
     except OSError as error:
         raise KitError(f"can't read the server's key {option}: {error.strerror}") from error
     if not _KEY_DIGITS.fullmatch(digits):
@@ -92,5 +87,5 @@ def _known_key(system: BoardSystem) -> bytes | None:
     for path in (f"{RUNTIME_FOLDER}/{KEY_FILE}", f"{STATE_FOLDER}/identity/{KEY_FILE}"):
         if os.path.lexists(system.path_of(path)):
             # The second file is the service's: its user could put a link or a pipe there, which root must not open.
-            return read_key_option(str(system.path_of(path)), os.O_NOFOLLOW | os.O_NONBLOCK)
+            return read_key_option(str(system.path_of(path)), own=True)
     return None

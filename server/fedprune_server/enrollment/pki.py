@@ -27,7 +27,7 @@ from typing import Literal
 from cryptography import x509
 
 from fedprune.core.closeable import Closeable
-from fedprune.core.disk import flush_folder, storage_errors
+from fedprune.core.disk import flush_folder, read_file, storage_errors
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, path_remedy, search_location
 from fedprune.security import certificates
 from fedprune.security.authority import (
@@ -84,7 +84,7 @@ class IdentityFolder(Closeable):
     ) -> None:
         self.path = state / IDENTITY_FOLDER
         try:
-            self.site = check_topic_name((self.path / _SITE_FILE).read_text().strip(), "site")
+            self.site = check_topic_name(read_file(self.path / _SITE_FILE, own=True).decode().strip(), "site")
         except FileNotFoundError as error:
             # A device's folder has the same name, but no authority.
             if all((self.path / name).exists() for name in (AUTHORITY_KEY_FILE, _SIGNING_KEY)):

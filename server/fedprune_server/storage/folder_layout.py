@@ -45,7 +45,7 @@ def stored_url(folder: Path) -> str | None:
     path = folder / URL_FILE
     with storage_errors(f"can't read {path}", missing=True):
         try:
-            raw = read_file(path)
+            raw = read_file(path, own=True)
         except FileNotFoundError:
             return None
     try:

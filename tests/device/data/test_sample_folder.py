@@ -101,6 +101,10 @@ def test_a_pipe_or_a_link_that_is_called_like_an_image_is_left_out_by_name(
         assert folder(tmp_path).snapshot(SHAPE).samples == 1
     for name in ("pipe", "folder", "link", "socket"):
         assert f"{name}.jpg is left out" in caplog.text
+    (tmp_path / "ant" / "a.png").unlink()
+    with pytest.raises(DataError, match="a link, where|not a regular") as caught:
+        folder(tmp_path).snapshot(SHAPE)
+    assert ".jpg" not in str(caught.value)  # which the server sees
 
 
 def test_a_folder_that_is_no_class_is_an_error(tmp_path: Path) -> None:

@@ -208,6 +208,20 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, capsys: Captur
     assert "/etc/b/broker.key" in (out / f"{kind}.conf").read_text()
 
 
+@pytest.mark.parametrize("name", ["authority.pem", "crl.pem", "epoch", "site", "../database"])
+def test_root_gives_the_broker_nothing_through_a_link_of_the_servers_user(
+    state: str, tmp_path: Path, capsys: Captured, name: str
+) -> None:
+    path, elsewhere = Path(state, "identity", name), tmp_path / "elsewhere"
+    elsewhere.write_bytes(path.read_bytes() if path.exists() else b"sqlite:////nowhere")
+    path.unlink(missing_ok=True)
+    path.symlink_to(elsewhere)
+    out = tmp_path / "broker"
+    assert main(["broker-config", "emqx", "--state", state, "--host", "b", "--out", str(out)]) != ExitCode.OK
+    assert "a link, where a file is expected" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -20,8 +20,11 @@ pytestmark = pytest.mark.board
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StorageFullError), (errno.EIO, StorageError)])
 def test_a_disk_that_fails_leaves_the_old_content_and_no_rest(tmp_path, monkeypatch, call, number, kind):
-    path = tmp_path / "state.json"
+    path, linked = tmp_path / "state.json", tmp_path / "linked" / "state.json"
+    linked.parent.mkdir()
     write_atomically(path, b"old")
+    for _ in range(2):  # the second time there is nothing to rename
+        link_or_copy(path, linked)
 
     def fail(*_):
         raise OSError(number, os.strerror(number))
@@ -29,8 +32,10 @@ def test_a_disk_that_fails_leaves_the_old_content_and_no_rest(tmp_path, monkeypa
     monkeypatch.setattr(*(("os.fsync", fail) if call == "fsync" else ("pathlib.Path.replace", fail)))
     with pytest.raises(kind, match=r"state\.json"):
         write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(kind, match=r"state\.json"):
+        link_or_copy(path, linked)
+    assert path.read_bytes() == linked.read_bytes() == b"old"
+    assert {*tmp_path.rglob("*")} == {path, linked.parent, linked}
 
 
 def test_a_lock_on_a_file_that_its_holder_has_deleted_is_none(tmp_path, monkeypatch):

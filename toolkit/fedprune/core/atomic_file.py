@@ -69,14 +69,16 @@ def link_or_copy(source: Path, path: Path, *, sync: bool = True) -> None:
         partial.unlink(missing_ok=True)
         try:
             os.link(source, partial)
+            partial.replace(path)
         except OSError as error:
             # No copy could succeed after these either; FAT, some network disks and containers refuse links alone.
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
                 raise
             with atomic_write(path, sync=sync) as file, open_file(source) as original:
                 shutil.copyfileobj(original, file, 2**20)
-            return
-        partial.replace(path)
+        finally:
+            # The rename failed, or did nothing: that is what it does if both names are of one file.
+            partial.unlink(missing_ok=True)
         if sync:
             flush_folder(path.parent)
 
@@ -107,7 +109,7 @@ def read_document(path: Path) -> dict[str, Any] | None:
     """Read a document that `write_document` wrote; None if it does not exist. Raises `StorageError` if it is damaged or
     can't be read."""
     try:
-        raw = read_file(path)
+        raw = read_file(path, own=True)
     except FileNotFoundError:
         return None
     except OSError as error:

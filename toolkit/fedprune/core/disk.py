@@ -55,13 +55,16 @@ def _open_regular(path: Path | str, flags: int, mode: int = 0o600) -> int:
     return descriptor
 
 
-def read_file(path: Path | str, max_bytes: int = MAX_READ_BYTES) -> bytes:
-    """The bytes of a regular file. Raises `OSError` as `open_file`, or if it has more than `max_bytes` bytes."""
-    with open_file(path) as file:
+def read_file(path: Path | str, max_bytes: int = MAX_READ_BYTES, *, own: bool = False) -> bytes:
+    """The bytes of a regular file, with `own` of one that is no link. Raises `OSError` as `open_file` or
+    `open_own_file`, or if it has more than `max_bytes` bytes."""
+    with os.fdopen(open_own_file(Path(path), os.O_RDONLY), "rb") if own else open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise OSError(errno.EINVAL, f"it has {size} bytes, more than {max_bytes}", str(path))
-        return file.read()
+        # A limited read, because the file may grow; not up to the largest limit, since `read` takes its memory at once.
+        content = b"" if size > max_bytes else file.read(-1 if max_bytes == MAX_READ_BYTES else max_bytes + 1)
+    if (length := max(size, len(content))) > max_bytes:
+        raise OSError(errno.EINVAL, f"it has {length} bytes, more than {max_bytes}", str(path))
+    return content
 
 
 @contextmanager

@@ -147,7 +147,7 @@ class Authority:
         """Whether the list on the disk is this authority's and has exactly these certificates (revocation times by
         serial number)."""
         try:
-            crl = x509.load_pem_x509_crl(read_file(self.crl_path))
+            crl = x509.load_pem_x509_crl(read_file(self.crl_path, own=True))
             is_genuine = crl.is_signature_valid(self._signer.key.public_key())
         except (OSError, ValueError, UnsupportedAlgorithm):
             return False

@@ -120,9 +120,9 @@ def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
 
 
 def load_certificate(path: Path, what: str) -> x509.Certificate:
-    """Read a certificate from a file. Raises `IdentityError` if the file is missing or holds no certificate."""
+    """Read a certificate from a file. Raises `IdentityError` if the file is missing, a link or holds no certificate."""
     try:
-        return read_certificate(read_file(path), f"{what} {path}")
+        return read_certificate(read_file(path, own=True), f"{what} {path}")
     except OSError as error:
         raise IdentityError(f"{what}: can't read {path} ({error.strerror})", hint=path_remedy(error)) from error
     except ProtocolError as error:

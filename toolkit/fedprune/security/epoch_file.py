@@ -69,7 +69,7 @@ class EpochFile:
 
 def _read_epoch(path: Path) -> int:
     try:
-        raw = read_file(path)
+        raw = read_file(path, own=True)
     except FileNotFoundError:
         return 0
     except OSError as error:

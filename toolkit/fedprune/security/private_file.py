@@ -51,19 +51,16 @@ def share_owner(path: Path, reference: Path) -> None:
 def read_private(path: Path, what: str) -> bytes:
     """Read a secret that only this user or root can have read or written; root reads any user's.
 
-    Raises `IdentityError` if it is missing, a link or no plain file, another user's, open to other users, or larger
-    than `MAX_SECRET_BYTES`.
+    Raises `IdentityError` if it is missing, another user's, open to other users, or larger than `MAX_SECRET_BYTES`, and
+    `StorageError` if it is a link or no regular file, or can't be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with storage_errors(f"can't read {path}", missing=True):
+            descriptor = open_own_file(path, os.O_RDONLY)
     except FileNotFoundError as error:
         raise IdentityError(f"{what} is missing: there is no {path}", hint=path_remedy(error)) from error
-    except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise IdentityError(f"{what} {path}", expected="a plain file", got="something else")
         # The service's user may read what root has installed for it, but nothing that a third user could replace.
         if os.geteuid() != 0 and status.st_uid not in (os.geteuid(), 0):
             raise IdentityError(

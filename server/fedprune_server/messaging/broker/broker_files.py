@@ -22,7 +22,7 @@ from pathlib import Path
 from string import Template
 
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import IdentityError
 from fedprune.security.certificates import make_request, make_tls_key, pem_of, tls_key_pem
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -69,6 +69,8 @@ def write_broker(identity: IdentityFolder, kind: str, broker: BrokerAddress, out
     The broker's private key has mode 0600.
     """
     broker.check()
+    with storage_errors(f"can't read {identity.authority.crl_path}"):
+        revocation_list = read_file(identity.authority.crl_path, own=True)
     with storage_errors(f"can't write {out}"):
         out.mkdir(parents=True, exist_ok=True)
     key = make_tls_key()
@@ -76,7 +78,7 @@ def write_broker(identity: IdentityFolder, kind: str, broker: BrokerAddress, out
     contents = {
         "authority.pem": identity.authority.pem.encode(),
         "broker.pem": (certificate + pem_of(identity.authority.certificate)).encode(),
-        "crl.pem": identity.authority.crl_path.read_bytes(),
+        "crl.pem": revocation_list,
         **{name: filled_template(name, identity.site, broker).encode() for name in TEMPLATES[kind]},
     }
     write_atomically(out / BROKER_KEY_FILE, tls_key_pem(key), private=True)
