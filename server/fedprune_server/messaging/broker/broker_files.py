@@ -10,12 +10,13 @@ takes on either listener.
 Nothing that a client leaves behind outlives it for long: no retained messages, no sessions without a client beyond an
 hour. Otherwise anyone who reaches the listener for joining could fill the broker's memory under ever new ids.
 
-EMQX gets the first listener alone: there a client without a certificate could say that its user is the server. Members
-may ask to renew on it.
+EMQX gets the first listener alone, with the same rules in its own form: there a client without a certificate could say
+that its user is the server. Members may ask to renew on it.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +30,8 @@ from fedprune_server.enrollment.pki import IdentityFolder
 
 # Who may publish and subscribe what, in Mosquitto's form: with a certificate, and without.
 RULES_FILES = ("acl", "acl-join")
-TEMPLATES = {"mosquitto": ("mosquitto.conf", *RULES_FILES), "emqx": ("emqx.conf", "acl.conf")}
+EMQX_RULES_FILE = "acl.conf"
+TEMPLATES = {"mosquitto": ("mosquitto.conf", *RULES_FILES), "emqx": ("emqx.conf", EMQX_RULES_FILE)}
 BROKER_KEY_FILE = "broker.key"
 
 
@@ -89,6 +91,8 @@ def write_broker(identity: IdentityFolder, kind: str, broker: BrokerAddress, out
 
 def filled_template(name: str, site: str, broker: BrokerAddress) -> str:
     """One of `TEMPLATES`, filled in."""
+    if name == EMQX_RULES_FILE:
+        return _emqx_rules(filled_template("acl", site, broker))
     template = (files(__package__) / "templates" / name).read_text(encoding="ascii")
     return Template(template).substitute(
         site=site,
@@ -97,3 +101,14 @@ def filled_template(name: str, site: str, broker: BrokerAddress) -> str:
         joining=f"{broker.join_port} {broker.bind}".rstrip(),
         address=f"{broker.bind or '0.0.0.0'}:{broker.port}",  # noqa: S104  # nosec B104  # as EMQX writes all addresses
     )
+
+
+def _emqx_rules(acl: str) -> str:
+    """Rules in Mosquitto's form as EMQX's, of which the first that fits decides."""
+    rules, client = ["%% Written by fedprune-server broker-config."], "all"
+    for kind, access, name in re.findall(r"^(user|topic|pattern) (?:(\w+) )?(\S+)$", acl, re.MULTILINE):
+        client = {"user": f'{{username, "{name}"}}', "pattern": "all"}.get(kind, client)
+        topic = name.replace("%u", "${username}").replace("%c", "${clientid}")
+        actions = [action for word, action in (("read", "subscribe"), ("write", "publish")) if word in access]
+        rules += [f'{{allow, {client}, {action}, ["{topic}"]}}.' for action in actions]
+    return "\n".join([*rules, "{deny, all}.\n"])
