@@ -1,5 +1,6 @@
 """What tests need of the machine beside Python; what is missing skips a test by name, and fails it in CI."""
 
+import atexit
 import os
 import random
 import re
@@ -43,9 +44,6 @@ def embedded_broker(server: int) -> int | None:
     return None
 
 
-_PORT_CLAIMS: list[socket.socket] = []
-
-
 def free_port() -> int:
     """A port that nobody listens on, and that nobody else gets before it is listened on.
 
@@ -67,7 +65,7 @@ def free_port() -> int:
         except OSError:
             claim.close()
             continue
-        _PORT_CLAIMS.append(claim)
+        atexit.register(claim.close)  # until then nobody else gets the port
         return port
 
 
