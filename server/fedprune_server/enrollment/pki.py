@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -95,7 +96,7 @@ class IdentityFolder(Closeable):
             check_unowned(state)
             raise IdentityError(
                 f"{state} has no identity",
-                hint=f"Make one: `fedprune-server init --state {state}`.{search_location(state)}",
+                hint=f"Make one: `fedprune-server init --state {shlex.quote(str(state))}`.{search_location(state)}",
             ) from error
         except OSError as error:
             is_denied = isinstance(error, PermissionError)

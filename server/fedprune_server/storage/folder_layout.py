@@ -53,7 +53,7 @@ def stored_url(folder: Path) -> str | None:
     except UnicodeDecodeError:
         url = ""
     if not url or len(url) > _MAX_URL_LENGTH or not url.isprintable():
-        raise StorageError(f"{path} is damaged", expected="a database's URL", hint="Write it, or give --database.")
+        raise StorageError(f"{path} is damaged", expected="a URL", hint="Write it, or delete it and give --database.")
     return url
 
 

@@ -382,6 +382,7 @@ def test_a_kit_that_is_not_signed_needs_to_be_asked_for(make_kit: MakeKit, kit: 
     done = run(plain, root, "--unsigned")
     assert done.returncode == ExitCode.KIT
     assert "starts only what its server has signed" in done.stderr
+    assert [run(plain, root, option).returncode for option in ("--remove", "--unsigned")] == [0, 0]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import ssl
 import stat
 from contextlib import suppress
@@ -29,6 +30,13 @@ def state(tmp_path: Path, capsys: Captured) -> str:
     assert main(["init", "--state", path, "--site", "lab"]) == ExitCode.OK
     assert "pin of the authority" in capsys.readouterr().out
     return path
+
+
+def test_the_command_that_an_empty_folder_needs_can_be_pasted(tmp_path: Path, capsys: Captured) -> None:
+    folder = str(tmp_path / "a folder")
+    assert main(["identity", "--state", folder]) == ExitCode.IDENTITY
+    _, command, _ = capsys.readouterr().err.split("`")
+    assert [main(words) for words in (shlex.split(command)[1:], ["identity", "--state", folder])] == [ExitCode.OK] * 2
 
 
 def asks(state: str, folder: Path, name: str, claim: JoinClaim | None = None) -> tuple[DeviceIdentity, str]:
@@ -212,11 +220,10 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, capsys: Captur
 def test_root_gives_the_broker_nothing_through_a_link_of_the_servers_user(
     state: str, tmp_path: Path, capsys: Captured, name: str
 ) -> None:
-    path, elsewhere = Path(state, "identity", name), tmp_path / "elsewhere"
+    path, elsewhere, out = Path(state, "identity", name), tmp_path / "elsewhere", tmp_path / "broker"
     elsewhere.write_bytes(path.read_bytes() if path.exists() else b"sqlite:////nowhere")
     path.unlink(missing_ok=True)
     path.symlink_to(elsewhere)
-    out = tmp_path / "broker"
     assert main(["broker-config", "emqx", "--state", state, "--host", "b", "--out", str(out)]) != ExitCode.OK
     assert "a link, where a file is expected" in capsys.readouterr().err
     assert not out.exists()

@@ -38,6 +38,15 @@ def test_a_disk_that_fails_leaves_the_old_content_and_no_rest(tmp_path, monkeypa
     assert {*tmp_path.rglob("*")} == {path, linked.parent, linked}
 
 
+def test_room_on_the_disk_is_asked_for_only_where_it_helps():
+    hints = set()
+    for number in (errno.ENOSPC, errno.EFBIG):
+        with pytest.raises(StorageFullError) as caught, storage_errors("can't write it"):
+            raise OSError(number, os.strerror(number))
+        hints.add(caught.value.hint)
+    assert len(hints) == 2
+
+
 def test_a_lock_on_a_file_that_its_holder_has_deleted_is_none(tmp_path, monkeypatch):
     path, lock = tmp_path / "lock", fcntl.flock
 

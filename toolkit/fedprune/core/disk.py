@@ -75,15 +75,12 @@ def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError as error:
-        if missing:
-            raise
-        raise StorageError(f"{what}: {error.strerror}", hint=path_remedy(error)) from error
     except OSError as error:
+        if missing and isinstance(error, FileNotFoundError):
+            raise
         if error.errno in _DISK_FULL_ERRNOS:
-            raise StorageFullError(
-                f"{what}: {error.strerror}", hint="Free some space; what was there before is untouched."
-            ) from error
+            hint = path_remedy(error) or "Free some space; what was there before is untouched."
+            raise StorageFullError(f"{what}: {error.strerror}", hint=hint) from error
         raise StorageError(f"{what}: {error.strerror}", hint=path_remedy(error)) from error
 
 

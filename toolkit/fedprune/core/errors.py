@@ -187,6 +187,7 @@ _REMEDIES = {
     errno.EEXIST: "There is a file of that name: choose another folder.",
     errno.EISDIR: "That is a folder: name a file.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EFBIG: "No file may be so large there: choose another disk, or raise the limit (ulimit -f).",
 }
 
 

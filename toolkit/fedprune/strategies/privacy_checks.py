@@ -32,7 +32,7 @@ def check_private(job: Job, strategy: Strategy, sizes: tuple[int, ...] = ()) -> 
             path=("job", "privacy"),
             expected="a strategy whose boards send updates alone",
             got="one that also uses what boards measure on their samples, which no noise covers",
-            hint="fedprune, fedavg and heterofl are some that can be private.",
+            hint="fedprune, fedavg and fedprox are some that can be private.",
         )
     # Raises if a `recipe` of its own asks for what no noise covers. One that fails at the width of no model at hand may
     # be right at the job's, with which a coordinator asks again.
@@ -44,7 +44,7 @@ def check_private(job: Job, strategy: Strategy, sizes: tuple[int, ...] = ()) -> 
             path=("job", "privacy", "noise"),
             expected="a job in which nothing is made of single updates",
             got=reader,
-            hint=f"With noise = {LOCAL!r} every update is private by itself.",
+            hint=f"With noise = {LOCAL!r}, and without boards, every update is private by itself.",
         )
     return strategy
 
