@@ -134,7 +134,8 @@ class _BackupContent:
             if path == CONSOLE:
                 _end_sessions(source)
         elif source.suffix != ".key":
-            data = _read_file(source)  # a copy, because it may change; keys don't, and a copy of one would lie in /tmp
+            with storage_errors(f"can't read {source}"):
+                data = read_file(source)  # a copy: it may change; keys don't, and a copy of one would lie in /tmp
             source = scratch / source.name
             write_atomically(source, data, private=True)
         self._add(path, source)
@@ -187,8 +188,8 @@ def _check_target(target: Path, manifest: BackupManifest) -> None:
         what = f"{target} has other things in it, such as {foreign_files[0]}"
         raise ConfigError(what, hint="Name a folder of its own for backups.")
     if (target / NAME).exists():
-        with suppress(StorageError):  # one that is damaged is replaced
-            earlier_manifest = BackupManifest.parse(_read_file(target / NAME), str(target / NAME))
+        with suppress(StorageError, OSError):  # one that is damaged is replaced
+            earlier_manifest = BackupManifest.parse(read_file(target / NAME), str(target / NAME))
             if (earlier_manifest.job, earlier_manifest.model) != (manifest.job, manifest.model):
                 what = f"{target} is a backup of another job, {earlier_manifest.job}"
                 raise ConfigError(what, hint="Name another folder, or delete it.")
@@ -211,8 +212,3 @@ def _prune(target: Path, kept_places: set[str]) -> None:
     for path in [*(target / "files").iterdir(), *store.root.glob("??/.*.partial")]:
         if f"files/{path.name}" not in kept_places:
             path.unlink(missing_ok=True)
-
-
-def _read_file(path: Path) -> bytes:
-    with storage_errors(f"can't read {path}"):
-        return read_file(path)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from fedprune.core import records
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import file_digest, open_file, read_file, storage_errors
+from fedprune.core.disk import file_digest, read_file, storage_errors
 from fedprune.core.errors import ReleaseError, SignatureError
 from fedprune.core.records import Digest, item_count, number_range, pattern_text, printable_text
 from fedprune.core.text import one_line
@@ -132,8 +132,8 @@ def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes
     """Read a release's folder, verifying its signature and all files; returns the release, its manifest and the
     signature. Raises `ReleaseError` if the signature isn't this key's, or a file is missing or different."""
     with storage_errors(f"can't read the release in {folder}"):
-        manifest = _read_limited(folder / MANIFEST, MAX_MANIFEST_BYTES)
-        signature = _read_limited(folder / SIGNATURE, SIGNATURE_BYTES)
+        manifest = read_file(folder / MANIFEST, MAX_MANIFEST_BYTES)
+        signature = read_file(folder / SIGNATURE, SIGNATURE_BYTES)
         release = verified_release(manifest, signature, key)
         for file in release.files:
             path = folder / FILES / file.sha256
@@ -183,8 +183,3 @@ def _write_manifest(folder: Path, release: Release, key: SigningKey) -> Release:
     write_atomically(folder / MANIFEST, checked.to_bytes())
     write_atomically(folder / SIGNATURE, sign_manifest(checked.to_bytes(), key))
     return checked
-
-
-def _read_limited(path: Path, limit: int) -> bytes:
-    with open_file(path) as file:
-        return file.read(limit + 1)
