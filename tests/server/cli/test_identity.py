@@ -221,7 +221,7 @@ def test_root_gives_the_broker_nothing_through_a_link_of_the_servers_user(
     state: str, tmp_path: Path, capsys: Captured, name: str
 ) -> None:
     path, elsewhere, out = Path(state, "identity", name), tmp_path / "elsewhere", tmp_path / "broker"
-    elsewhere.write_bytes(path.read_bytes() if path.exists() else b"sqlite:////nowhere")
+    elsewhere.write_bytes(path.read_bytes() if path.exists() else f"sqlite:///{tmp_path}/db".encode())
     path.unlink(missing_ok=True)
     path.symlink_to(elsewhere)
     assert main(["broker-config", "emqx", "--state", state, "--host", "b", "--out", str(out)]) != ExitCode.OK
