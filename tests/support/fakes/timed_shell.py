@@ -20,13 +20,15 @@ class Board:
         seconds: What a round's training takes.
         download_s: What passes between an offer and the first step.
         stalls: The share of its training at which it stops for ever; above 1 for never.
-        here: Whether it is there.
+        is_present: Whether it is there.
+        uploads: Whether the update that it announces comes.
     """
 
     seconds: float = 10.0
     download_s: float = 1.0
     stalls: float = 2.0
     is_present: bool = True
+    uploads: bool = True
 
 
 @dataclass
@@ -77,6 +79,8 @@ class Timed(coordinator_shell.Shell):
                 assert isinstance(event, on.UpdateAnnounced)
                 self.offered.append((command.round, command.device, self.now))
                 self._train(self.boards[command.device], event)
+                return None
+            case do.PullUpdate() if not self.boards[command.device].uploads:
                 return None
             case do.WakeAt():
                 self.at(command.at, on.Ticked())

@@ -274,6 +274,7 @@ def test_late_work_is_stopped_if_the_model_has_moved_too_far_and_else_asked_for_
     shell = Shell(job)
     shell.come()
     shell.until(on.UpdateAnnounced, "c")
+    shell.now = 1.0
     shell.run()
     assert [(name, number) for name, number, _ in shell.cancellations] == cancelled
     assert offer in shell.offered

@@ -1,10 +1,14 @@
 """How long rounds wait for devices, by what their last answers took, and what becomes of those that are silent."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from fedprune.coordination import State
+from fedprune.coordination import events as on
+from fedprune.jobs.state import Progress
+from fedprune.planning import profile_store
 from support.fakes.timed_shell import Board, Timed, announced_shell
 from support.fakes.tiny_job import JOB
 
@@ -65,6 +69,37 @@ def test_silence_is_remembered_excludes_and_is_forgiven(schedule: dict[str, obje
     assert not shell.state.devices["c"].excluded
 
 
+@pytest.mark.parametrize("settings", [{}, {"in_flight": 3}, {"schedule": {"kind": "async", "arrivals": 3}}])
+def test_a_device_whose_announced_updates_never_come_is_excluded(settings: dict[str, object]) -> None:
+    shell = shell_of(Board(5.0), rounds=100, **settings)
+    shell.run(rounds=3)
+    shell.boards["c"].uploads, began = False, shell.now
+    while not (excluded := shell.state.devices["c"].excluded):
+        shell.step()
+    assert "announced" in excluded
+    assert shell.now - began < 3.1 * shell.job.deadline_s
+    assert not any(shell.state.devices[name].failures for name in "ab")
+
+
+@pytest.mark.parametrize("changes", [{"round": 1}, {"attempt": 9}, {"base": "of an earlier run"}])
+@pytest.mark.parametrize("schedule", [{}, {"kind": "async", "arrivals": 3}])
+def test_an_announcement_that_was_not_awaited_forgives_no_silence(
+    schedule: dict[str, object], changes: dict[str, Any]
+) -> None:
+    shell = shell_of(Board(1.0), rounds=4000, schedule=schedule)
+    shell.run(rounds=3)
+    shell.boards["c"].stalls = 0.0
+    while not shell.state.devices["c"].failures:
+        shell.step()
+    round_, _, _ = next(offer for offer in reversed(shell.offered) if offer[1] == "c")
+    awaited = on.UpdateAnnounced("c", round_, 1, "0", {"sha256": "u"}, 10, 2)
+    shell.feed(replace(awaited, **changes))
+    assert shell.state.devices["c"].failures
+    assert "c" not in shell.state.tasks or shell.state.tasks["c"].progress is Progress.REFUSED
+    shell.feed(awaited)
+    assert not shell.state.devices["c"].failures
+
+
 def test_a_restart_forgets_neither_silence_nor_what_answers_took() -> None:
     shell = shell_of(Board(10.0), rounds=100)
     shell.run(rounds=3)
@@ -81,12 +116,56 @@ def test_a_restart_forgets_neither_silence_nor_what_answers_took() -> None:
     assert shell.state.devices["c"].answer_s
 
 
-def test_while_no_device_answers_the_fault_is_not_theirs() -> None:
+@pytest.mark.parametrize("fault", [{"stalls": 0.0}, {"uploads": False}])
+def test_while_no_device_answers_the_fault_is_not_theirs(fault: dict[str, Any]) -> None:
     shell = shell_of(Board(1.0))
     shell.run(rounds=3)
-    for board in shell.boards.values():
-        board.stalls = 0.0
-    began = shell.now
-    while shell.now < began + 1100:
+    shell.boards |= {name: replace(board, **fault) for name, board in shell.boards.items()}
+    while shell.now < 5 * shell.job.deadline_s:
         shell.step()
     assert not any(device.failures for device in shell.state.devices.values())
+
+
+@pytest.mark.parametrize("schedule", [{}, {"kind": "async", "arrivals": 3}])
+def test_no_device_is_excluded_while_nobody_is_heard(schedule: dict[str, object]) -> None:
+    """One device has answered as the broker goes away for several deadlines, with all messages under way."""
+    job = replace(JOB, rounds=2000, devices=4, deadline_s=1000, schedule=schedule)
+    shell = announced_shell(job, {"a": Board(1.0), "b": Board(3.0), "c": Board(3.0), "d": Board(240.0)})
+    shell.run(rounds=5)
+    while not shell.state.tasks.count(Progress.FOLDED):
+        shell.step()
+    for board in shell.boards.values():
+        board.stalls = 0.0
+    shell.later = [later for later in sorted(shell.later) if isinstance(later[2], on.Ticked)]
+    end = shell.now + 9 * job.deadline_s
+    while shell.now < end:
+        shell.step()
+        assert not any(device.excluded for device in shell.state.devices.values())
+
+
+def test_a_recipe_that_trains_longer_is_waited_for() -> None:
+    shell = shell_of(Board(10.0))
+    shell.run(rounds=3)
+    shell.job = replace(shell.job, recipe=replace(shell.job.recipe, epochs=20 * shell.job.recipe.epochs))
+    shell.recipe = shell.job.recipe.to_offer()
+    for board in shell.boards.values():
+        board.seconds *= 20
+    shell.later.clear()
+    shell.crash()
+    shell.run(rounds=8)
+    assert shell.counted_devices()[4:] == [["a", "b", "c"]] * 4
+
+
+def test_a_new_device_is_waited_for_as_long_as_the_slowest_took() -> None:
+    """What is predicted for it is a fraction of a second; what another took came late."""
+    shell = shell_of(Board(1.0), rounds=4000)
+    shell.run(rounds=3)
+    shell.boards["c"].seconds = 300.0
+    shell.boards["d"] = Board(290.0)
+    while shell.state.devices["c"].answer_s["round"] < 300.0:
+        shell.step()
+    shell.feed(on.DeviceDied("c", shell.session))
+    shell.feed(on.DeviceBorn("d", 1, profile_store.find_profile("raspberry-pi-5").to_dict(), 10))
+    while "d" not in shell.counted_devices()[-1]:
+        shell.step()
+        assert not shell.state.devices["d"].failures

@@ -10,7 +10,6 @@ A *part* is one device's work in a round (its task); a *contribution* is a store
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from msgspec import convert
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.availability import DeviceIndex
-from fedprune.coordination.base import ANSWERED, Commands, Coordinator
+from fedprune.coordination.base import Commands, Coordinator
 from fedprune.coordination.job_end import spent_total_reason
 from fedprune.coordination.staleness import UpdateWeights, plain_json
 from fedprune.coordination.stragglers import DEADLINE_PASSED
@@ -196,7 +195,7 @@ class AsynchronousCoordinator(Coordinator):
             ends_at, task.deadline = (task.offered_at or 0.0) + self.job.deadline_s, None
             if task.progress is Progress.REFUSED:
                 continue
-            if self._is_heard_since(task):
+            if self._is_heard(task):
                 self._note_silence(name, task, now)
             elif now < ends_at:
                 task.deadline = ends_at
@@ -214,11 +213,12 @@ class AsynchronousCoordinator(Coordinator):
         ]
         return ends + commands
 
-    def _is_heard_since(self, task: DeviceTask) -> bool:
-        """Whether another device has answered since a part was offered. If none has, the fault may be the server's or
-        the broker's."""
-        ended_at = self.state.history[-1]["at"] if self.state.history else -math.inf
-        return ended_at > (task.offered_at or 0.0) or bool(self.state.tasks.count(*ANSWERED))
+    def _is_heard(self, task: DeviceTask) -> bool:
+        """Whether another update has come since a part was offered, or is coming while this one isn't announced.
+        Earlier ones may wait for the end of their round while nobody is heard."""
+        is_coming = task.progress is Progress.OFFERED and self.state.tasks.count(Progress.PULLING, Progress.STORED) > 0
+        arrivals, since = self._device_index.arrival_times[-1:], task.offered_at or 0.0
+        return is_coming or arrivals >= [since] or any(summary["at"] > since for summary in self.state.history[-1:])
 
     def _request_wake(self, now: float) -> Commands:
         """Ask for the next time at which something is due, unless an earlier one is asked for already."""
@@ -240,12 +240,11 @@ class AsynchronousCoordinator(Coordinator):
         if state.phase is not Phase.TRAINING or state.opened_at is None:
             return []
         arrivals = self._device_index.arrival_times
-        at_work = self._device_index.may_bring_update
-        may_bring_more = at_work or self._device_index.has_absent_device
+        may_bring_more = self._device_index.may_bring_update or self._device_index.has_absent_device
         state.deadline = self.schedule.closes_at(state.opened_at, arrivals, may_bring_more, now)
-        if state.deadline is None and arrivals and not at_work:
-            # Devices that are away had time to come back.
-            state.deadline = state.opened_at + self.job.deadline_s
+        if state.deadline is None and arrivals:
+            # Since the last update the devices at work had their time, and those that are away time to come back.
+            state.deadline = max(state.opened_at, arrivals[-1]) + self.job.deadline_s
         if state.deadline is None or state.deadline > now:
             return []
         fresh = self._device_index.checked_updates()[: self.schedule.arrivals or None]

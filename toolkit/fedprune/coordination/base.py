@@ -16,7 +16,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.grants import Grants
 from fedprune.coordination.job_end import EPSILON_NEXT, early_end_reason, spent_total_reason
 from fedprune.coordination.part_commands import PartCommands
-from fedprune.coordination.patience import MAX_FAILURES, ROUND, Patience, answers_of_earlier_connections, note_answer
+from fedprune.coordination.patience import MAX_FAILURES, ROUND, Patience, answers_of_earlier_connections
 from fedprune.coordination.privacy_budget import JobPrivacyBudget
 from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.coordination.round_prediction import predict_round
@@ -31,6 +31,7 @@ from fedprune.jobs.schedule import SYNCHRONOUS_SCHEDULE
 from fedprune.jobs.state import FAILED, DeviceTask, JobDevice, Phase, Progress, State
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
+from fedprune.planning.correction import Correction
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.updates.codecs import CODECS
@@ -103,7 +104,7 @@ class Coordinator(ABC):
             case on.OfferRefused():
                 # One whose update is being pulled has lost it, and can't make another.
                 task = self._awaited_task(event, Progress.OFFERED) or self._awaited_task(event, Progress.PULLING)
-                return self._give_up(task, event, now) + self._take_late_answer(event.device, now, is_update=False)
+                return self._give_up(task, event, now)
             case on.Folded():
                 return self._on_folded(event, now)
             case on.Closed():
@@ -244,11 +245,10 @@ class Coordinator(ABC):
 
     def _predicted_s(self, name: str, device: JobDevice, task: DeviceTask) -> float | None:
         """Seconds that a round is predicted to take a device; None where nothing is known of its kind."""
-        if device.predicted_s is not None:
-            return device.predicted_s
-        size = task.widths, task.density, task.samples
+        inputs = (self.job, self.strategy, self.architecture, name, device, task.widths, task.density, task.samples)
+        correction = Correction(**device.correction)
         try:
-            return predict_round(self.job, self.strategy, self.architecture, name, device, *size).round_s
+            return predict_round(*inputs, accumulate=task.accumulate, correction=correction).round_s
         except FedpruneError:
             return None
 
@@ -260,12 +260,17 @@ class Coordinator(ABC):
         Until the job's deadline it isn't asked again: another offer would have it drop the work that it may be at.
         """
         device = self.state.devices[name]
-        if not device.online or task.progress is not Progress.OFFERED:
+        if not device.online:
             return
         waited_s = self.job.deadline_s if task.offered_at is None else now - task.offered_at
-        if waited_s < self.job.deadline_s:
+        if task.offer is not None and waited_s < self.job.deadline_s:
             device.silent_since, device.asked_again_at = task.offered_at, now - waited_s + self.job.deadline_s
-        self._count_silence(device, waited_s, now)
+            device.silent_offer = [self.state.round_of(task), task.attempt, task.offer["weights"]["sha256"]]
+        self._count_silence(device, waited_s, now, is_announced=task.progress is Progress.PULLING)
+
+    def _is_heard(self, task: DeviceTask) -> bool:
+        """Whether another device has come further than a part; if none has, the server or broker may be at fault."""
+        return bool(self.state.tasks.count(*ANSWERED[task.progress is Progress.PULLING :]))
 
     def _late_command(self, name: str, number: int, task: DeviceTask) -> do.SendOffer | do.Cancel:
         """The end of a part that was awaited too long. Until the job's deadline the device gets its offer once more:
@@ -274,8 +279,9 @@ class Coordinator(ABC):
             return do.Cancel(name, number, task.attempt, DEADLINE_PASSED)
         return do.SendOffer(name, number, task.attempt, task.offer)
 
-    def _count_silence(self, device: JobDevice, waited_s: float, now: float) -> None:
-        self._count_failure(device, FailureKind.LATE, f"no answer to an offer within {waited_s:.3g} s", now)
+    def _count_silence(self, device: JobDevice, waited_s: float, now: float, *, is_announced: bool = False) -> None:
+        silence = "it announced its update, which hasn't come" if is_announced else "no answer to an offer"
+        self._count_failure(device, FailureKind.LATE, f"{silence} within {waited_s:.3g} s", now)
 
     def _count_failure(
         self, device: JobDevice, kind: str, reason: str, now: float | None = None, allowed: int = MAX_FAILURES
@@ -288,21 +294,19 @@ class Coordinator(ABC):
             device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
             device.asked_again_at = None if now is None else now + self._patience.exclusion_s(device)
 
-    def _take_late_answer(self, name: str, now: float, *, is_update: bool = True) -> Commands:
-        """Ask a device again that was silent, and has answered. The next wait for it is as long as its answer took."""
-        device = self.state.devices.get(name)
-        if device is None or device.silent_since is None:
-            return []
-        if is_update and (seconds := now - device.silent_since) < self.job.deadline_s:
-            note_answer(device, ROUND, seconds)
+    def _cancel_late_answer(self, event: on.UpdateAnnounced, reason: str, now: float) -> Commands:
+        """Cancel an update that no longer counts. A silent device of which it was awaited is asked again, and the next
+        wait for it is as long as this answer took."""
+        device = self.state.devices.get(event.device)
+        cancel = do.Cancel(event.device, event.round, event.attempt, reason)
+        answered_offer = [event.round, event.attempt, event.base]
+        if device is None or device.silent_since is None or device.silent_offer != answered_offer:
+            return [cancel]
+        if (seconds := now - device.silent_since) < self.job.deadline_s:
+            self._patience.note_answer(device, ROUND, seconds)
             device.failures = 0
         device.readmit()
-        return self._begin_pending(now)
-
-    def _cancel_late_answer(self, event: on.UpdateAnnounced, reason: str, now: float) -> Commands:
-        """Cancel an update that no longer counts; a device that was silent is asked again."""
-        cancel = do.Cancel(event.device, event.round, event.attempt, reason)
-        return [cancel, *self._take_late_answer(event.device, now)]
+        return [cancel, *self._begin_pending(now)]
 
     def _readmit_due_devices(self, now: float) -> None:
         """Ask devices again that were silent, and whose time is over."""
@@ -411,6 +415,7 @@ class Coordinator(ABC):
             device.last_offered_round, device.missed_rounds = former.last_offered_round, former.missed_rounds
             device.allocation, device.buffer, device.releases = former.allocation, former.buffer, former.releases
             device.failures, device.answer_s = former.failures, former.answer_s
+            device.silent_offer = former.silent_offer
             if former.session != event.session:
                 # One more failure excludes it again: it may end with each offer, and connect again.
                 device.failures = min(former.failures, MAX_FAILURES - 1)
@@ -442,8 +447,8 @@ class Coordinator(ABC):
     def _note_answer(self, name: str, task: DeviceTask, now: float) -> None:
         """Remember what an answer took. The rest takes the server's time, too: a transfer waits for its turn."""
         if task.progress is Progress.OFFERED and task.offered_at is not None:
-            note_answer(self.state.devices[name], ROUND, now - task.offered_at, training_size(task))
-            self._patience.slowest_s = max(self._patience.slowest_s, seconds := now - task.offered_at)
+            seconds = now - task.offered_at
+            self._patience.note_answer(self.state.devices[name], ROUND, seconds, training_size(task))
             task.deadline = task.offered_at + self.job.deadline_s
             if not self.state.tasks.count(*ANSWERED):
                 # What kept the first may have kept all, such as the broker: the others have as long again.
@@ -577,7 +582,8 @@ def is_based_on_offer(event: on.UpdateAnnounced, task: DeviceTask) -> bool:
 
 def training_size(task: DeviceTask) -> float:
     """How much a part trains, in a unit that is the same for all parts: computations grow with the square of widths."""
-    return task.work * max(1, task.samples) * task.density**2
+    recipe, samples = Recipe.from_dict((task.offer or {})["recipe"]), max(1, task.samples)
+    return recipe.steps(samples) * min(recipe.batch_size, samples) * task.density**2
 
 
 def counted_steps(event: on.UpdateAnnounced, task: DeviceTask) -> int:

@@ -15,7 +15,7 @@ from msgspec import convert
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, counted_steps, is_based_on_offer
-from fedprune.coordination.patience import MAX_SUM_FAILURES, note_answer
+from fedprune.coordination.patience import MAX_SUM_FAILURES
 from fedprune.coordination.stragglers import BEFORE_OFFER
 from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.coordination.synchronous import SynchronousCoordinator
@@ -119,7 +119,7 @@ class MaskedCoordinator(SynchronousCoordinator):
             state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in absent else FailureKind.OTHER)
         for name in event.answer_s.keys() & state.devices.keys():
             for step, seconds in event.answer_s[name].items():
-                note_answer(state.devices[name], step, seconds)
+                self._patience.note_answer(state.devices[name], step, seconds)
         for name in [name for cohort_sum in event.sums for name in cohort_sum["devices"]]:
             state.devices[name].failures *= name in event.silent
         for name, step in sorted(event.silent.items()):

@@ -71,15 +71,15 @@ class Patience:
         """Seconds for which a device is excluded that was silent too often."""
         return self._deadline_s * 2.0 ** max(0, min(1 + device.failures - MAX_FAILURES, _MAX_DOUBLINGS))
 
-
-def note_answer(device: JobDevice, kind: str, seconds: float, size: float | None = None) -> None:
-    """Remember what an answer took."""
-    answers = {kind: max(seconds, _DECAY * device.answer_s.get(kind, 0.0))}
-    if kind == ROUND and ROUND not in device.answer_s:
-        answers[_FIRST_ROUND] = seconds
-    if size is not None:
-        answers[_SIZE] = size
-    device.answer_s = device.answer_s | answers
+    def note_answer(self, device: JobDevice, kind: str, seconds: float, size: float | None = None) -> None:
+        """Remember what an answer took."""
+        answers = {kind: max(seconds, _DECAY * device.answer_s.get(kind, 0.0))}
+        self.slowest_s = max(self.slowest_s, seconds if kind == ROUND else 0.0)
+        if kind == ROUND and ROUND not in device.answer_s:
+            answers[_FIRST_ROUND] = seconds
+        if size is not None:
+            answers[_SIZE] = size
+        device.answer_s = device.answer_s | answers
 
 
 def answers_of_earlier_connections(device: JobDevice) -> dict[str, float]:

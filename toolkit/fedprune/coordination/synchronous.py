@@ -110,19 +110,16 @@ class SynchronousCoordinator(Coordinator):
         if not len(ready):  # those that are here are silent or have spent their budget of privacy; others are away
             return self._request_readmission()
         self._begin_round(now)
-        self._count_silent_rounds(now)
+        # For devices that still haven't answered an earlier offer, the round is one more without them.
+        for name in self._ready_devices.silent_devices():
+            device = state.devices[name]
+            if device.silent_since is not None and not device.excluded:
+                self._count_silence(device, now - device.silent_since, now)
         state.tasks = self._new_tasks(self._draw_devices(ready, state.round, attempt=1), attempt=1)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
         state.deadline = None
         return self._score_command()
-
-    def _count_silent_rounds(self, now: float) -> None:
-        """For devices that still haven't answered an earlier offer, the round is one more without them."""
-        for name in self._ready_devices.silent_devices():
-            device = self.state.devices[name]
-            if device.silent_since is not None and not device.excluded:
-                self._count_silence(device, now - device.silent_since, now)
 
     def _request_readmission(self) -> Commands:
         """Ask to be woken when a device is asked again that was silent."""
@@ -259,14 +256,13 @@ class SynchronousCoordinator(Coordinator):
         is_over = state.deadline is not None and now >= state.deadline
         if not is_over and not self.job.in_flight:
             return [] if state.deadline is None else [do.WakeAt(state.deadline)]  # a clock was set back
-        is_heard = bool(state.tasks.count(*ANSWERED))
-        late_tasks, number = self._stragglers.late_tasks(now), state.round
-        if not is_over and not is_heard:
-            late_tasks = [(n, t) for n, t in late_tasks if (t.offered_at or 0.0) + self.job.deadline_s <= now]
-        for name, task in late_tasks:
-            if is_heard:
+        late_tasks, number = list[tuple[str, DeviceTask]](), state.round
+        for name, task in self._stragglers.late_tasks(now):
+            if is_heard := self._is_heard(task):
                 self._note_silence(name, task, now)
-            self._stragglers.stop_waiting(name, task, DEADLINE_PASSED)
+            if is_heard or is_over or (task.offered_at or 0.0) + self.job.deadline_s <= now:
+                self._stragglers.stop_waiting(name, task, DEADLINE_PASSED)
+                late_tasks.append((name, task))
         commands = self._continue_round(now)
         # A device that is asked again gets an offer instead of a cancellation: the same work continues.
         asked_again = {n for n, t in state.tasks.items() if t.progress in BEFORE_OFFER}
@@ -333,7 +329,6 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         state.deadline = None
         self._readmit_due_devices(now)
-        self._count_silent_rounds(now)
         ready = self._ready_devices.places()
         former_devices, attempt = set(state.tasks), 1 + max((t.attempt for t in state.tasks.values()), default=0)
         is_able = len(ready) >= self._min_devices and not state.paused

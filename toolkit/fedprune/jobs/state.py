@@ -88,6 +88,7 @@ class JobDevice(TrackedEntry):
         failures: Offers in a row that it refused or didn't answer, or that brought an update that didn't count.
         answer_s: What its last answers took, by kind (`fedprune.coordination.patience`).
         silent_since: When it was offered the part that it hasn't answered, while it isn't asked because of that.
+        silent_offer: That offer's round and attempt, and the digest of its weights.
         asked_again_at: When it is asked again though it hasn't answered; None unless it was silent.
         correction: What its rounds taught about its predicted times (`fedprune.planning.correction.Correction`).
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
@@ -119,6 +120,7 @@ class JobDevice(TrackedEntry):
     failures: int = 0
     answer_s: dict[str, float] = field(default_factory=lambda: _EMPTY)
     silent_since: float | None = None
+    silent_offer: list[Any] | None = None
     asked_again_at: float | None = None
     correction: dict[str, float] = field(default_factory=lambda: _EMPTY)
     density: float = 1.0
@@ -165,13 +167,6 @@ class JobDevice(TrackedEntry):
         """Devices are counted by whether they could take part in a round now; those that failed or are silent apart."""
         has_failed = self.silent_since is not None or (self.excluded and self.excluded_by)
         return FAILED if has_failed else self.online and not self.excluded
-
-    @property
-    def predicted_s(self) -> float | None:
-        """Seconds that a round takes by its plan; None if there is none, or it predicts no times."""
-        prediction = (self.plan or {}).get("prediction", {})
-        seconds = [prediction.get(k) for k in ("train_s", "transfer_s")]
-        return sum(map(float, seconds)) if all(isinstance(v, (int, float)) for v in seconds) else None
 
     def readmit(self) -> None:
         """Ask it again, after it was silent."""
