@@ -254,16 +254,6 @@ def test_devices_take_turns_where_few_may_work_at_a_time() -> None:
     assert sorted(device for device, _, _ in shell.offered[: len(NAMES)]) == list(NAMES)
 
 
-def test_a_refusal_is_told_in_one_round_and_tried_again_when_its_time_is_over() -> None:
-    shell = Shell(job_of(arrivals=1, rounds=6))
-    shell.come()
-    shell.until(on.UpdateAnnounced, "c")
-    shell.feed(on.OfferRefused("c", 1, 1, "no room"))
-    shell.run()
-    assert shell.now < 100
-    assert [summary["round"] for summary in shell.state.history if "c" in summary["devices"]] == [1]
-
-
 @pytest.mark.parametrize(
     ("job", "cancelled", "offer"),
     [(job_of(arrivals=1, rounds=5, max_staleness=1), [("c", 1)], ("c", 3, 1)), (ALL, [], ("c", 1, 2))],

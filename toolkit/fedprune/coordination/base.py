@@ -68,8 +68,7 @@ class Coordinator(ABC):
         self.privacy_budget = JobPrivacyBudget(state, job.privacy)
         self._shared_codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
         self._ready_devices = ReadyDevices(state, self.privacy_budget.may_be_offered)
-        slowest_s = max((d.answer_s.get(ROUND, 0.0) for d in state.devices.values()), default=0.0)
-        self._patience = Patience(job.deadline_s, slowest_s)
+        self._patience = Patience(job.deadline_s, state.devices.values())
         if self.strategy.exploration_rounds and self.schedule.asynchronous:
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
@@ -104,7 +103,7 @@ class Coordinator(ABC):
             case on.OfferRefused():
                 # One whose update is being pulled has lost it, and can't make another.
                 task = self._awaited_task(event, Progress.OFFERED) or self._awaited_task(event, Progress.PULLING)
-                return self._give_up(task, event, now)
+                return self._give_up(task, event, now) + self._take_late_answer(event, now)
             case on.Folded():
                 return self._on_folded(event, now)
             case on.Closed():
@@ -294,19 +293,21 @@ class Coordinator(ABC):
             device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
             device.asked_again_at = None if now is None else now + self._patience.exclusion_s(device)
 
-    def _cancel_late_answer(self, event: on.UpdateAnnounced, reason: str, now: float) -> Commands:
-        """Cancel an update that no longer counts. A silent device of which it was awaited is asked again, and the next
-        wait for it is as long as this answer took."""
-        device = self.state.devices.get(event.device)
-        cancel = do.Cancel(event.device, event.round, event.attempt, reason)
-        answered_offer = [event.round, event.attempt, event.base]
-        if device is None or device.silent_since is None or device.silent_offer != answered_offer:
-            return [cancel]
-        if (seconds := now - device.silent_since) < self.job.deadline_s:
+    def _take_late_answer(self, event: on.UpdateAnnounced | on.OfferRefused, now: float) -> Commands:
+        """Ask a silent device again once it answers its offer. The next wait for it is as long as its update took."""
+        device, base = self.state.devices.get(event.device), getattr(event, "base", None)
+        answer = [event.round, event.attempt] if base is None else [event.round, event.attempt, base]
+        if device is None or device.silent_since is None or (device.silent_offer or [])[: len(answer)] != answer:
+            return []
+        if base is not None and (seconds := now - device.silent_since) < self.job.deadline_s:
             self._patience.note_answer(device, ROUND, seconds)
             device.failures = 0
         device.readmit()
-        return [cancel, *self._begin_pending(now)]
+        return self._begin_pending(now)
+
+    def _cancel_late_answer(self, event: on.UpdateAnnounced, reason: str, now: float) -> Commands:
+        """Cancel an update that no longer counts."""
+        return [do.Cancel(event.device, event.round, event.attempt, reason), *self._take_late_answer(event, now)]
 
     def _readmit_due_devices(self, now: float) -> None:
         """Ask devices again that were silent, and whose time is over."""

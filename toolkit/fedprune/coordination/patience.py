@@ -8,7 +8,7 @@ asked again when it answers, or after a time that doubles, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fedprune.jobs.state import JobDevice
 
@@ -42,14 +42,12 @@ _MAX_DOUBLINGS = 8
 
 
 class Patience:
-    """Waits of at most `deadline_s`. It has no clock: times are seconds on the caller's.
+    """Waits of at most `deadline_s`, for which the slowest round of any of the `devices` counts: it shows where
+    predictions are too short for all. It has no clock: times are seconds on the caller's."""
 
-    `slowest_s` is what the slowest device took for a round: it shows where predictions are too short for all.
-    """
-
-    def __init__(self, deadline_s: float, slowest_s: float = 0.0) -> None:
+    def __init__(self, deadline_s: float, devices: Iterable[JobDevice] = ()) -> None:
         self._deadline_s = deadline_s
-        self.slowest_s = slowest_s
+        self._slowest_s = max((device.answer_s.get(ROUND, 0.0) for device in devices), default=0.0)
 
     def limit_s(
         self, device: JobDevice, kind: str, predict: Callable[[], float | None] = lambda: None, size: float = 1.0
@@ -64,7 +62,7 @@ class Patience:
         else:
             expected_s = predict() if round_s is None else round_s
             seconds = _UNMEASURED_FACTOR * expected_s if expected_s is not None else self._deadline_s
-            seconds = max(seconds, _FACTOR * self.slowest_s)
+            seconds = max(seconds, _FACTOR * self._slowest_s)
         return min(self._deadline_s, max(_FLOOR_S, seconds) * 2.0 ** min(device.failures, _MAX_DOUBLINGS))
 
     def exclusion_s(self, device: JobDevice) -> float:
@@ -74,7 +72,7 @@ class Patience:
     def note_answer(self, device: JobDevice, kind: str, seconds: float, size: float | None = None) -> None:
         """Remember what an answer took."""
         answers = {kind: max(seconds, _DECAY * device.answer_s.get(kind, 0.0))}
-        self.slowest_s = max(self.slowest_s, seconds if kind == ROUND else 0.0)
+        self._slowest_s = max(self._slowest_s, seconds if kind == ROUND else 0.0)
         if kind == ROUND and ROUND not in device.answer_s:
             answers[_FIRST_ROUND] = seconds
         if size is not None:
