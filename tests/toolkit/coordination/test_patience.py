@@ -169,3 +169,15 @@ def test_a_new_device_is_waited_for_as_long_as_the_slowest_took() -> None:
     while "d" not in shell.counted_devices()[-1]:
         shell.step()
         assert not shell.state.devices["d"].failures
+
+
+def test_a_silent_device_that_another_job_has_meanwhile_fails_no_further_rounds() -> None:
+    shell = shell_of(Board(1.0), rounds=100)
+    shell.run(rounds=3)
+    shell.boards["c"].stalls = 0.0
+    while not shell.state.devices["c"].silent_since:
+        shell.step()
+    failures = shell.state.devices["c"].failures
+    shell.feed(on.DeviceDied("c", shell.session))
+    shell.run(rounds=9)
+    assert shell.state.devices["c"].failures == failures

@@ -113,7 +113,7 @@ class SynchronousCoordinator(Coordinator):
         # For devices that still haven't answered an earlier offer, the round is one more without them.
         for name in self._ready_devices.silent_devices():
             device = state.devices[name]
-            if device.silent_since is not None and not device.excluded:
+            if device.silent_since is not None and device.online and not device.excluded:
                 self._count_silence(device, now - device.silent_since, now)
         state.tasks = self._new_tasks(self._draw_devices(ready, state.round, attempt=1), attempt=1)
         state.phase = Phase.SCORING
