@@ -14,8 +14,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedprune.coordination.masked import cohort_sum_line
 from fedprune.core.errors import ConfigError, ProtocolError
-from fedprune.core.text import one_line
+from fedprune.core.text import one_line, sentences
 from fedprune.secure_aggregation.collector import Collector, FalseSharesError
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.session import MIN_BOARDS, SecureSumSession
@@ -31,7 +32,6 @@ _STEP_NAMES = {"session": "keys", "roster": "shares", "delivery": "masks", "surv
 # Share of a cohort's boards that may drop out after the step of keys. A larger share needs more neighbours per board,
 # and so more shares and key agreements.
 _DROPOUT_SHARE = 0.2
-
 
 _RANDOM_BYTES = 16
 
@@ -147,7 +147,7 @@ class Cohort:
                 self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        self.failure = one_line(f"the secure sum failed: {error}")
+        self.failure = one_line(sentences(f"the secure sum failed: {error}", cohort_sum_line(self.report())))
         self.has_false_shares = isinstance(error, FalseSharesError)
         log.warning("%s", self.failure)
 

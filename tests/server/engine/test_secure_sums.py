@@ -428,7 +428,7 @@ def test_an_update_that_no_sum_can_take_is_cancelled(model: Model, tmp_path: Pat
     [(4, "d", "survivors"), (4, "d", "roster"), (6, "ef", "delivery"), (6, "f", "session")],
 )
 def test_boards_that_stall_at_a_step_are_excluded_by_name_and_the_job_goes_on(
-    model: Model, tmp_path: Path, count: int, stalling: str, step: str
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, stalling: str, step: str
 ) -> None:
     fleet = SecureFleet(tmp_path, model, tuple("abcdef"[:count]), secure_aggregation=True, rounds=3, deadline_s=500.0)
     for name in stalling:
@@ -437,3 +437,5 @@ def test_boards_that_stall_at_a_step_are_excluded_by_name_and_the_job_goes_on(
     assert {name for name, device in state.devices.items() if device.excluded} == set(stalling)
     assert counted_devices(state)[-1] == sorted(set("abcdef"[:count]) - set(stalling))
     assert fleet.air.now < 100  # no step lasts until the deadline
+    failures = [line for line in caplog.messages if line.startswith("the secure sum failed")]
+    assert all(line.endswith(f": {', '.join(stalling)}") for line in failures)
