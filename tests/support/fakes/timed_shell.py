@@ -36,10 +36,8 @@ class Timed(coordinator_shell.Shell):
     """Devices at work; what the server does itself takes no time.
 
     Attributes:
-        job: The job.
-        boards: The devices, by name.
         offered: Round, device and time of every offer.
-        most: How many parts were under way at most.
+        max_parts_in_flight: How many parts were under way at most.
     """
 
     job: Job
@@ -87,9 +85,7 @@ class Timed(coordinator_shell.Shell):
         return event
 
     def _train(self, board: Board, update: on.UpdateAnnounced) -> None:
-        if not board.is_present:
-            return
-        if board.stalls > 1:
+        if board.is_present and board.stalls > 1:
             self.at(self.now + board.download_s + board.seconds, update)
 
     def run(self, *, rounds: int = 0, steps: int = 100_000) -> None:

@@ -35,10 +35,7 @@ def test_indexes_say_what_the_state_says(steps: list[Any], drawn: bool) -> None:
     for step in steps:
         match step:
             case "device", name, online, excluded, last:
-                profile = {"name": "pi"}
-                state.devices[name] = JobDevice(
-                    1, online, profile, None, 10, excluded=excluded, last_offered_round=last
-                )
+                state.devices[name] = JobDevice(1, online, {}, None, 10, excluded=excluded, last_offered_round=last)
             case "task", name, progress, arrived, deadline:
                 state.tasks[name] = DeviceTask(1, (), progress=progress, arrived_at=arrived, deadline=deadline)
             case "no task", name:

@@ -129,11 +129,8 @@ def test_a_board_whose_rounds_contradict_its_own_measurements_is_planned_by_the_
     planner.plan("a", device)
     widths, plan = device.widths, WidthPlan.from_dict(device.plan)
     assert "its profile promises" in plan.doubt
-    for attempt, seconds in (
-        (2, 1e-3),
-        (1, deadline_s),
-        (1, None),
-    ):  # an earlier attempt's work; as slow as it says; unknown
+    # An earlier attempt's work; as slow as it says; unknown.
+    for attempt, seconds in ((2, 1e-3), (1, deadline_s), (1, None)):
         planner.learn("a", device, DeviceTask(attempt, widths, steps=plan.prediction.steps, seconds=seconds))
         assert device.widths == widths
     assert Correction(**device.correction).doubt == ""

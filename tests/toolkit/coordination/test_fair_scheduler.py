@@ -32,10 +32,8 @@ class Job:
     waits: Counter[int] = field(default_factory=Counter)
 
     def borrower(self) -> JobDemand:
-        min_devices = 1 if self.steady else self.min_devices
-        return JobDemand(
-            self.name, self.weight, min_devices, 2**31 if self.steady or not self.ends else 0, len(self.ends)
-        )
+        max_devices = 2**31 if self.steady or not self.ends else 0
+        return JobDemand(self.name, self.weight, 1 if self.steady else self.min_devices, max_devices, len(self.ends))
 
 
 def play(jobs: list[Job], devices: list[str], seconds: int) -> list[tuple[int, str, tuple[str, ...]]]:
@@ -47,9 +45,8 @@ def play(jobs: list[Job], devices: list[str], seconds: int) -> list[tuple[int, s
         while True:
             busy = [d for j in jobs for d in j.ends]
             assert len(busy) == len(set(busy))
-            assignment = lending.assign(
-                [j.borrower() for j in jobs], [d for d in devices if d not in busy], devices, everybody
-            )
+            free = [d for d in devices if d not in busy]
+            assignment = lending.assign([j.borrower() for j in jobs], free, devices, everybody)
             if not assignment:
                 break
             for job in jobs:

@@ -95,18 +95,12 @@ def test_a_board_that_stayed_connected_is_only_asked_for_the_update_that_it_anno
     assert folds(board_return.store(board_return.first)) == [board_return.first.weights["sha256"]]
 
 
-def test_what_a_board_trains_once_more_is_pulled_instead_of_what_it_has_lost(board_return: BoardReturn) -> None:
-    second = replace(board_return.first, weights={"sha256": "second"}, steps=1)
-    assert pull_of(second) in board_return.announce(second)
-    assert folds(board_return.store(second)) == ["second"]
-    assert board_return.task.steps == 1
-
-
-def test_a_replaced_update_that_arrives_late_does_not_take_the_place_of_the_second(board_return: BoardReturn) -> None:
+def test_what_a_board_trains_once_more_replaces_what_it_has_lost(board_return: BoardReturn) -> None:
     second = replace(board_return.first, weights={"sha256": "second"}, steps=1)
     assert pull_of(second) in board_return.announce(second)
     assert folds(board_return.store(board_return.first)) == []
     assert folds(board_return.store(second)) == ["second"]
+    assert board_return.task.steps == 1
 
 
 def test_the_first_update_counts_where_it_has_arrived_all_the_same(board_return: BoardReturn) -> None:

@@ -51,17 +51,10 @@ def test_one_that_becomes_slower_misses_a_round_or_two_and_is_waited_for_as_long
     assert not shell.state.devices["c"].excluded
 
 
-@pytest.mark.parametrize(
-    ("fault", "word", "schedule", "limit_s"),
-    [
-        ({"stalls": 0.0}, "no answer", {}, 100),
-        ({"stalls": 0.0}, "no answer", ASYNCHRONOUS, 4000),
-        ({"uploads": False}, "announced", {}, 3100),
-        ({"uploads": False}, "announced", ASYNCHRONOUS, 3100),
-    ],
-)
+@pytest.mark.parametrize(("fault", "limit_s"), [({"stalls": 0.0}, 100), ({"uploads": False}, 3100)])
+@pytest.mark.parametrize("schedule", [{}, ASYNCHRONOUS])
 def test_silence_is_remembered_excludes_and_is_forgiven(
-    fault: dict[str, Any], word: str, schedule: dict[str, object], limit_s: float
+    fault: dict[str, Any], limit_s: float, schedule: dict[str, object]
 ) -> None:
     """Rounds take 2 s; the wait for an answer starts from one of 11 s, not from the deadline of 1,000 s."""
     shell = shell_of(Board(10.0), rounds=4000, schedule=schedule)
@@ -70,10 +63,10 @@ def test_silence_is_remembered_excludes_and_is_forgiven(
     shell.boards["c"] = Board(10.0, **fault)
     while not (excluded := shell.state.devices["c"].excluded):
         shell.step()
-    assert word in excluded
+    assert ("announced" in excluded) == ("uploads" in fault)
     assert not any(shell.state.devices[name].failures for name in "ab")
     shell.run(rounds=len(shell.state.history) + 20)
-    assert shell.now - began < limit_s
+    assert shell.now - began < (4000 if schedule else limit_s)
     assert State.from_json(shell.state.to_json()) == shell.state
     shell.boards["c"] = Board(10.0)
     while "c" not in shell.counted_devices()[-1]:
@@ -95,7 +88,6 @@ def test_an_announcement_that_was_not_awaited_forgives_no_silence(
     awaited = on.UpdateAnnounced("c", round_, 1, "0", {"sha256": "u"}, 10, 2)
     shell.feed(replace(awaited, **changes))
     assert shell.state.devices["c"].failures
-    assert "c" not in shell.state.tasks or shell.state.tasks["c"].progress is Progress.REFUSED
     shell.feed(awaited)
     assert not shell.state.devices["c"].failures
 

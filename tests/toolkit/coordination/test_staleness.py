@@ -40,9 +40,7 @@ SOME = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 @given(
     st.sampled_from(["damped", "normalised", "share", "unbiased"]),
     st.sampled_from(["constant", "polynomial"]),
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
     SOME,
     SOME,
     st.lists(st.integers(1, 10**6), min_size=8, max_size=8),
@@ -50,13 +48,12 @@ SOME = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 def test_where_all_that_is_there_enters_the_guess_is_what_counts(
     mixing: Mixing,
     decay: Any,
-    frozen: bool,
-    keep: bool,
-    uniform: bool,
+    flags: tuple[bool, bool, bool],
     rounds: list[int],
     kept_rounds: list[int],
     samples: list[int],
 ) -> None:
+    frozen, keep, uniform = flags
     staleness = Staleness(decay, 0.6, frozen=frozen)
     schedule = Schedule("asynchronous", window_s=2.0, keep=keep, mixing=mixing, staleness=staleness)
     state = fleet(rounds, kept_rounds, samples)
