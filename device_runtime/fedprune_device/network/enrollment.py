@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedprune.core.disk import read_file
 from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, path_remedy
 from fedprune.core.text import decode_text, one_line
 from fedprune.security.device_identity import DeviceIdentity
@@ -175,7 +176,7 @@ def _ask_over(
 
 def read_claim_file(path: Path, device: str) -> JoinClaim:
     try:
-        return JoinClaim.parse(decode_text(path.read_bytes()), str(path), device)
+        return JoinClaim.parse(decode_text(read_file(path)), str(path), device)
     except OSError as error:
         raise IdentityError(f"can't read the claim in {path}: {error.strerror}", hint=path_remedy(error)) from error
     except UnicodeError as error:

@@ -173,9 +173,8 @@ def join_first(
 def _load_claim(option: str | None, stored_claim: Path, device: str) -> JoinClaim | None:
     if option == "-":
         return JoinClaim.parse(sys.stdin.read().lstrip("\ufeff"), "standard input", device)
-    if option is not None:
-        return read_claim_file(Path(option), device)
-    return read_claim_file(stored_claim, device) if stored_claim.exists() else None
+    path = stored_claim if option is None else Path(option)
+    return None if option is None and not path.exists() else read_claim_file(path, device)
 
 
 def _print_to_stderr(line: str) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from contextlib import suppress
 
-from fedprune.core.disk import read_file
+from fedprune.core.disk import open_file, read_file
 from fedprune.core.errors import JoinError, KitError, value_text
 from fedprune.core.text import decode_text
 from fedprune_device.launcher.slot_store import KEY_FILE
@@ -36,7 +36,7 @@ def read_claim_option(option: str, device: str) -> bytes:
     """A claim for this device from a file, or from standard input for -; otherwise `JoinError`. The service checks its
     digits."""
     try:
-        with open(0 if option == "-" else option, "rb", closefd=option != "-") as file:
+        with open(0, "rb", closefd=False) if option == "-" else open_file(option) as file:
             raw = file.read(_MAX_CLAIM_BYTES)
     except OSError as error:
         raise JoinError(f"can't read the claim {option}: {error.strerror}") from error

@@ -193,7 +193,8 @@ class Participation:
         for name, body in snapshot.unplanned_devices.items():
             if body.get("cannot_start") or snapshot.devices[name].last_counted_round:
                 absences.setdefault(name, exclusion_absence(str(body["excluded"]), self._clock()))
-        absences = self._exclusions | absences  # a copy of its card, or a broker that drops messages, explains more
+        exclusions = {n: self._failure_absence(n, EXCLUDED, a.reason, a.since) for n, a in self._exclusions.items()}
+        absences = exclusions | absences  # a copy of its card, or a broker that drops messages, explains more
         for name in self._absent_boards:
             if not self._is_connected(name):
                 since = self.away_since[name]
@@ -204,8 +205,7 @@ class Participation:
                 sentence = f"sends no update that counts: {reason}"
                 absences.setdefault(name, self._failure_absence(name, kind, sentence, since))
         for name, silence_s in snapshot.silent_devices.items():
-            absence = self._silence(name, silence_s)
-            if absence is not None:
+            if (absence := self._silence(name, silence_s)) is not None:
                 absences.setdefault(name, absence)
         return absences
 
@@ -245,5 +245,4 @@ def find_absent_boards(watches: Iterable[Participation], fleet: FleetSnapshot, n
 
 
 def _takes_part(snapshot: JobSnapshot, name: str) -> bool:
-    device = snapshot.devices.get(name)
-    return device is not None and device.takes_part
+    return (device := snapshot.devices.get(name)) is not None and device.takes_part

@@ -19,6 +19,7 @@ from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.monitoring.alerts import server_command
 from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts
+from fedprune_server.ota.rollouts import boards_with_release
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.folder_layout import has_database
 from fedprune_server.storage.open_database import open_database
@@ -117,5 +118,6 @@ def _rollout_status(folder: Path, earlier: SiteFacts | None) -> RolloutStatus | 
         rollout.why,
         sorted(n for n, b in boards.items() if b.fate is Fate.FAILED),
         sorted(n for n, b in boards.items() if b.fate in (Fate.WAITING, Fate.GIVEN)),
+        sorted(boards_with_release([entry], entry.offer.number)),
         max([entry.started_at, *report_times]),
     )

@@ -94,6 +94,7 @@ class RolloutStatus:
         reason: Why it is paused or stopped.
         failed_boards: Boards on which it failed.
         pending_boards: Boards that haven't reported it yet.
+        release_boards: Boards that have the release, or may still install it.
         last_report_at: When a board last reported something of it, in seconds since 1970.
     """
 
@@ -102,6 +103,7 @@ class RolloutStatus:
     reason: str
     failed_boards: Sequence[str]
     pending_boards: Sequence[str]
+    release_boards: Sequence[str]
     last_report_at: float
 
 

@@ -9,14 +9,7 @@ from fedprune.model import step_contract
 from fedprune.runtime.gpu_gate import GPU_GATE
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.engine_cache import CachedEngine
-from fedprune_device.engines.engine_selector import (
-    BUILD,
-    MAX_FAILURES,
-    REBUILD,
-    REFIT,
-    CheckedSession,
-    EngineRequest,
-)
+from fedprune_device.engines.engine_selector import BUILD, MAX_FAILURES, REBUILD, REFIT, CheckedSession, EngineRequest
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.engine_board import EngineBoard, X
 from support.fakes.tensorrt import VERSIONS

@@ -69,24 +69,12 @@ def test_it_is_on_the_disk_before_noise_is_drawn(board: HiddenBoard, monkeypatch
 @pytest.mark.parametrize(
     ("floor", "recipe", "says"),
     [
-        (
-            PrivacyPolicy(),
-            PLAIN,
-            "got neither",
-        ),
+        (PrivacyPolicy(), PLAIN, "got neither"),
         (PrivacyPolicy(), replace(PLAIN, update_clip=1.0), "got a clip"),
         (PrivacyPolicy(least_noise=3.0), PRIVATE, "at least 3, got 2"),
-        (
-            PrivacyPolicy(secure_aggregation=True),
-            PRIVATE,
-            "secure_aggregation",
-        ),
+        (PrivacyPolicy(secure_aggregation=True), PRIVATE, "secure_aggregation"),
         (PrivacyPolicy(most_clip=0.5), PRIVATE, "at most 0.5"),
-        (
-            PrivacyPolicy(most_epsilon=1.0),
-            PRIVATE,
-            r"at δ 1e-05, got 1\.9",
-        ),
+        (PrivacyPolicy(most_epsilon=1.0), PRIVATE, r"at δ 1e-05, got 1\.9"),
     ],
 )
 def test_an_offer_below_the_floor_is_refused_before_anything_is_done(
@@ -190,9 +178,7 @@ def test_noise_whose_cost_is_no_number_is_none_and_spoils_no_count(board: Hidden
     budget.check(PRIVATE)
 
 
-def test_training_that_runs_away_hands_in_noise_alone_and_says_nothing_of_it(
-    board: HiddenBoard,
-) -> None:
+def test_training_that_runs_away_hands_in_noise_alone_and_says_nothing_of_it(board: HiddenBoard) -> None:
     calm = replace(PRIVATE, batch_size=4)
     _, fine = train(board, board.offer(1, calm, SENT, graph="kept"))
     wild = replace(calm, lr=1000.0, weight_decay=1000.0)

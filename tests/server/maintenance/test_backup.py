@@ -118,11 +118,7 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, final_s
     new = restore(tmp_path / "backup", tmp_path / "new")
     assert rows(new) == rows(state)
     assert wrong(new) == []
-    for path in (
-        "model.onnx",
-        "identity/signing.key",
-        "identity/authority.key",
-    ):
+    for path in ("model.onnx", "identity/signing.key", "identity/authority.key"):
         assert (new / path).read_bytes() == (state / path).read_bytes()
     with IdentityFolder(new) as identity, IdentityFolder(state) as before:
         assert identity.site == before.site == "default"
@@ -326,13 +322,7 @@ def test_nothing_is_overwritten(state: Path, tmp_path: Path, capsys: pytest.Capt
     assert "fedprune-server run --state" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "backup",
-        "../link/backup",
-    ],
-)
+@pytest.mark.parametrize("place", ["backup", "../link/backup"])
 def test_a_backup_in_the_state_folder_itself_is_refused(
     state: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,7 @@ def ending(days: float) -> CertificateDates:
 
 
 def rollout(phase: RolloutPhase, why: str = "", failed: tuple[str, ...] = (), silent_s: float = 0.0) -> Situation:
-    return with_site(rollout=RolloutStatus(7, phase, why, failed, ("b",), NOW - silent_s))
+    return with_site(rollout=RolloutStatus(7, phase, why, failed, ("b",), (), NOW - silent_s))
 
 
 def without_a(kind: str) -> Situation:
@@ -226,6 +226,15 @@ def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(
     assert away(1, replace(snapshot, is_paused=True)) == {}
     assert away(0) == {"b": NOW + 60}
     assert away(3, replace(snapshot, devices=boards("ab", "cd")), DevicesChanged(frozenset("b"))) == {}
+
+
+@pytest.mark.parametrize(("connected", "kind"), [(("b",), "device-excluded"), ((), "device-away")])
+def test_a_board_that_is_excluded_and_offline_needs_a_connection_first(connected: tuple[str, ...], kind: str) -> None:
+    device = replace(boards("".join(connected), "b")["b"], excluded="no answer", excluded_by="late")
+    fleet = FleetSnapshot(connected_devices=connected)
+    watch = Participation(replace(TRAINING_SNAPSHOT, devices={"b": device}, fleet=fleet), 2, {}, lambda: NOW)
+    watch.update()
+    assert watch.absences()["b"].kind == kind
 
 
 def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
@@ -569,6 +578,13 @@ def test_what_can_t_be_read_closes_no_alert(tmp_path: Path, restored: bool) -> N
         monitor.read_site()
         show(monitor, fleet=FleetSnapshot())
         assert kinds_of(monitor) == {"devices-wait"}
+
+
+@pytest.mark.parametrize("boards", [(), ("c",)])
+def test_a_release_is_rolled_back_where_a_board_has_it(boards: tuple[str, ...]) -> None:
+    site = with_site(rollout=RolloutStatus(7, RolloutPhase.STOPPED, "", ("a",), (), boards, NOW))
+    (alert,) = evaluate_alerts(site, NOW)
+    assert ("rollout back" in alert.todo) is bool(boards)
 
 
 def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Path) -> None:

@@ -17,11 +17,7 @@ from fedprune_server.simulation.experiment import fedavg_job
 from fedprune_server.simulation.fleet.device_table import MAX_LOADED_FLEET
 from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
 from fedprune_server.simulation.fleet.virtual_device import StoredData
-from fedprune_server.simulation.network_model import (
-    PR_FL_WEATHER,
-    Availability,
-    Weather,
-)
+from fedprune_server.simulation.network_model import PR_FL_WEATHER, Availability, Weather
 from fedprune_server.simulation.results.comparison import read_runs, target_rows
 from support.paths import ROOT
 
@@ -224,10 +220,7 @@ def test_tables_of_the_simulator_s_own_are_read(write):
         (ROW + "[simulation]\ndensities = [0.5]\n", "simulation.densities: expected samples"),
         (DATA + ROW, "devices[0].data: unknown key"),
         (DATA + "devices = 3\n[[devices]]\nname = 'a'\nprofile = 'raspberry-pi-4b'\n", "as many devices as [data]"),
-        (
-            "[[devices]]\ncount = 2\nprofile = 'raspberry-pi-4b'\ndata = 'barn.npz'\n",
-            "devices[0].name: expected",
-        ),
+        ("[[devices]]\ncount = 2\nprofile = 'raspberry-pi-4b'\ndata = 'barn.npz'\n", "devices[0].name: expected"),
     ],
 )
 def test_what_is_wrong_is_named(write, text, named):

@@ -64,6 +64,8 @@ class Timed(coordinator_shell.Shell):
         return digest(command.device, command.round)
 
     def model(self, command: do.Close) -> str:
+        names = [c.part.device for c in command.contributions]
+        assert names == sorted(names), "whatever the order of arrival: a strategy's own sums may depend on it"
         return digest("model", [(c.part.device, c.weights, c.weight) for c in command.contributions])
 
     def at(self, time: float, event: on.Event) -> None:

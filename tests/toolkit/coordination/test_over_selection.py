@@ -15,7 +15,7 @@ pytestmark = pytest.mark.board
 
 def fleet(count: int, slow: int = 0) -> dict[str, Board]:
     """Boards d0, d1 ... of which the first are slow."""
-    return {f"d{i}": Board(seconds=60.0 + i if i < slow else 10.0 + i / 100) for i in range(count)}
+    return {f"d{i}": Board(seconds=60.0 + i if i < slow else 10.0 - i / 100) for i in range(count)}
 
 
 def job(**settings: object) -> object:

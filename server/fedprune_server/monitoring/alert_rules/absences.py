@@ -64,13 +64,10 @@ def _remedy(situation: Situation, name: str, absence: Absence) -> tuple[str, str
                 f"see that it has power and network, and {crashes}; a board that is gone for good is revoked by "
                 f"{revoke}"
             )
-        case participation.EXCLUDED:  # one that can't start has sent nothing but the reason
-            return consequence, (
-                f"mend what the reason names on the board and start it again; on the board `{BOARD_LOG_COMMAND}` shows "
-                f"its log, and {crashes} how its program ended before (docs/runbook.md#a-board-cant-start)"
-            )
         case _:
+            # One that can't start has sent nothing but the reason.
+            ended = f", and {crashes} how its program ended before" if absence.kind == participation.EXCLUDED else ""
             return consequence, (
                 f"mend what the reason names on the board and start it again; on the board `{BOARD_LOG_COMMAND}` shows "
-                "its log (docs/runbook.md#a-board-cant-start)"
+                f"its log{ended} (docs/runbook.md#a-board-cant-start)"
             )

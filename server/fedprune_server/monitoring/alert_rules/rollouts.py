@@ -26,9 +26,9 @@ def halted_rollout(situation: Situation, now: float) -> Iterator[Alert]:
         reason = "" if rollout.reason in ("", "stopped") else f": {rollout.reason.removeprefix('stopped: ')}"
         yield Alert(
             "rollout", WARNING if rollout.failed_boards else INFO, now, f"{about} was stopped{reason}{failed}",
-            "boards have different releases",
-            f"{status}; then fix the release and roll out a new one, or roll back: "
-            f"{server_command(situation.folder, 'rollout', 'back')}",
+            "boards have different releases" if rollout.release_boards else "no board has it",
+            f"{status}; then fix the release and roll out a new one"
+            + (f", or roll back: {server_command(situation.folder, 'rollout', 'back')}" if rollout.release_boards else ""),
         )  # fmt: skip
     elif rollout.phase is RolloutPhase.PAUSED:
         yield Alert(
