@@ -20,6 +20,7 @@ def halted_rollout(situation: Situation, now: float) -> Iterator[Alert]:
     if rollout is None:
         return
     status = server_command(situation.folder, "rollout", "status")
+    back = f", or roll back: {server_command(situation.folder, 'rollout', 'back')}"
     about = f"the rollout of release {rollout.release}"
     if rollout.phase is RolloutPhase.STOPPED:
         failed = f"; it failed on {first_few(rollout.failed_boards)}" if rollout.failed_boards else ""
@@ -27,8 +28,7 @@ def halted_rollout(situation: Situation, now: float) -> Iterator[Alert]:
         yield Alert(
             "rollout", WARNING if rollout.failed_boards else INFO, now, f"{about} was stopped{reason}{failed}",
             "boards have different releases" if rollout.release_boards else "no board has it",
-            f"{status}; then fix the release and roll out a new one"
-            + (f", or roll back: {server_command(situation.folder, 'rollout', 'back')}" if rollout.release_boards else ""),
+            f"{status}; then fix the release and roll out a new one{back if rollout.release_boards else ''}",
         )  # fmt: skip
     elif rollout.phase is RolloutPhase.PAUSED:
         yield Alert(
