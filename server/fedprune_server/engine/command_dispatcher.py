@@ -51,10 +51,7 @@ class CommandDispatcher:
     members and have not announced themselves since."""
 
     def __init__(
-        self,
-        traffic: DeviceTraffic,
-        awaits_upload: Callable[[str], bool],
-        blobs_at: str | None = None,
+        self, traffic: DeviceTraffic, awaits_upload: Callable[[str], bool], blobs_at: str | None = None
     ) -> None:
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic

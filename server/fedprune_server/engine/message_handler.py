@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import events as on
+from fedprune.coordination.patience import ROUND
 from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileError
 from fedprune.core.metrics import credible_metrics, served_metrics
 from fedprune.core.text import one_line, sentences
@@ -214,10 +215,13 @@ class MessageHandler:
         self, device: str, message: RoundProgress | Refusal | TrainingDone | UpdateAnnouncement
     ) -> on.Event | None:
         """The event of a device's report on its part in a round."""
+        is_news, state = False, self._state.devices.get(device)
         if self._state.task_at(device, message.round, message.attempt) is not None:
+            # Of others, waits go by their last answers: an event a round would cost more than it tells.
+            is_news = self._registry[device].progress is None and state is not None and ROUND not in state.answer_s
             self._registry.note_activity(device, message if isinstance(message, RoundProgress) else None)
         if isinstance(message, RoundProgress):
-            return None
+            return on.WorkReported(device, message.round, message.attempt) if is_news else None
         if isinstance(message, Refusal):
             reason = one_line(message.reason)
             log.warning("%sdevice %s refuses round %d: %s", self._registry.prefix, device, message.round, reason)

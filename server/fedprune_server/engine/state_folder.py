@@ -80,12 +80,7 @@ class StateFolder(Closeable):
     """
 
     def __init__(
-        self,
-        path: Path,
-        database: str | None = None,
-        *,
-        standby: bool = False,
-        stopping: threading.Event | None = None,
+        self, path: Path, database: str | None = None, *, standby: bool = False, stopping: threading.Event | None = None
     ) -> None:
         self.path = path
         check_unowned(path)

@@ -147,21 +147,12 @@ PR_FL_LINKS = (
 )  # fmt: skip
 
 # Variation of the same simulation's devices and server.
-PR_FL_WEATHER = Weather(
-    links_sigma=0.3,
-    draws=20,
-    server_up_mb_s=10.0,
-    server_down_mb_s=50.0,
-    server_sigma=0.1,
-)
+PR_FL_WEATHER = Weather(links_sigma=0.3, draws=20, server_up_mb_s=10.0, server_down_mb_s=50.0, server_sigma=0.1)
 
 
 # Environments of published simulations.
 _PUBLISHED_ENVIRONMENTS: dict[str, tuple[Weather, tuple[LinkSettings, ...]]] = {
-    "pr-fl": (
-        PR_FL_WEATHER,
-        tuple({"down_mb_s": down, "up_mb_s": up, "latency_s": 0.0} for down, up in PR_FL_LINKS),
-    ),
+    "pr-fl": (PR_FL_WEATHER, tuple({"down_mb_s": down, "up_mb_s": up, "latency_s": 0.0} for down, up in PR_FL_LINKS))
 }
 
 

@@ -148,10 +148,7 @@ def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
 
 @pytest.mark.parametrize(
     ("changes", "expects"),
-    [
-        ({"secure": None}, "present"),
-        ({"recipe": replace(RECIPE, secure_aggregation=False)}, "absent"),
-    ],
+    [({"secure": None}, "present"), ({"recipe": replace(RECIPE, secure_aggregation=False)}, "absent")],
 )
 def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
     bench: Bench, weights: Tensors, changes: dict[str, Any], expects: str
@@ -184,11 +181,7 @@ def coarser(offer: Offer) -> Offer:
 
 
 @pytest.mark.parametrize(
-    "change_offer",
-    [
-        coarser,
-        lambda offer: structs.replace(offer, recipe={**offer.recipe, "lr": 1e-12}),
-    ],
+    "change_offer", [coarser, lambda offer: structs.replace(offer, recipe={**offer.recipe, "lr": 1e-12})]
 )
 def test_a_board_leaves_a_sum_whose_other_boards_are_asked_for_something_else(
     bench: Bench, weights: Tensors, change_offer: Callable[[Offer], Offer]

@@ -163,6 +163,21 @@ def test_a_new_device_is_waited_for_as_long_as_the_slowest_took() -> None:
         assert not shell.state.devices["d"].failures
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_a_new_device_that_works_is_given_the_time_to_load_what_it_needs(works: bool) -> None:
+    shell = shell_of(Board(1.0))
+    shell.run(rounds=3)
+    shell.boards["d"] = Board(50.0)
+    shell.feed(on.DeviceBorn("d", 1, profile_store.find_profile("raspberry-pi-5").to_dict(), 10))
+    while not any(name == "d" for _, name, _ in shell.offered):
+        shell.step()
+    number = shell.state.round
+    if works:
+        shell.feed(on.WorkReported("d", number, 1))
+    shell.run(rounds=number)
+    assert ("d" in shell.counted_devices()[-1]) is works
+
+
 def test_a_silent_device_that_another_job_has_meanwhile_fails_no_further_rounds() -> None:
     shell = shell_of(Board(1.0), rounds=100)
     shell.run(rounds=3)

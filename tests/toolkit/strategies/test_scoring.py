@@ -12,15 +12,7 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fold import Fold
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import (
-    Architecture,
-    Axis,
-    ChannelGroup,
-    LayerRow,
-    Segment,
-    TensorKind,
-    TensorSpec,
-)
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.gradient_stats import Evidence
 from fedprune.strategies.importance.scoring import curvature_scores, magnitude_scores, rank_channels
@@ -94,10 +86,9 @@ def test_curvature_sums_its_formula_over_the_coordinates_that_make_a_channel(
 ) -> None:
     architecture = data.draw(architectures())
     full, g, h = (model(architecture, seed + i) for i in range(3))
-    formula = {
-        "abs": lambda w, g, h: np.abs(g * w) + 0.5 * h * w * w,
-        "signed": lambda w, g, h: g * w + h * w * w,
-    }[form]
+    formula = {"abs": lambda w, g, h: np.abs(g * w) + 0.5 * h * w * w, "signed": lambda w, g, h: g * w + h * w * w}[
+        form
+    ]
     coordinate_scores = {
         t.name: formula(*(x[t.name].astype(np.float64) for x in (full, g)), np.abs(h[t.name].astype(np.float64)))
         for t in architecture.trainable

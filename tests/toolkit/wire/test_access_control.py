@@ -42,13 +42,7 @@ def test_a_device_can_t_speak_for_another_or_for_the_server_nor_listen_to_anothe
         connect(url, "pi-2", LAB.device_subscriptions("pi-2")) as victim,
         connect(url, "pi-1", [*LAB.device_subscriptions("pi-2"), *LAB.server_subscriptions()]) as rogue,
     ):
-        for topic in (
-            LAB.up("pi-2"),
-            LAB.down("pi-2"),
-            LAB.down("pi-1"),
-            LAB.broadcast(),
-            LAB.up_blob("pi-2", "job"),
-        ):
+        for topic in (LAB.up("pi-2"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(), LAB.up_blob("pi-2", "job")):
             rogue.publish(topic, b"false")
         assert rogue.flush(5)
         server.publish(LAB.down("pi-2"), b"secret")

@@ -64,10 +64,7 @@ class DeviceIndex:
     """
 
     def __init__(
-        self,
-        state: State,
-        may_be_offered: Callable[[str], bool],
-        queue_number: Callable[[str], float] | None = None,
+        self, state: State, may_be_offered: Callable[[str], bool], queue_number: Callable[[str], float] | None = None
     ) -> None:
         self._state, self._may_be_offered, self._queue_number = state, may_be_offered, queue_number
         self._changed = (state.devices.watch(), state.tasks.watch())

@@ -94,6 +94,12 @@ class Coordinator(ABC):
                 return self._begin_parts(now)
             case on.Extracted():
                 return self._on_extracted(event, now)
+            case on.WorkReported():
+                task = self._awaited_task(event, Progress.OFFERED)
+                if task is not None and task.offered_at is not None and task.deadline is not None:
+                    limit_s = self._patience.working_limit_s(self.state.devices[event.device])
+                    task.deadline = max(task.deadline, task.offered_at + limit_s)
+                return []
             case on.UpdateAnnounced():
                 return self._on_update_announced(event, now)
             case on.UpdateStored():

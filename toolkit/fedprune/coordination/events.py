@@ -73,6 +73,11 @@ class PartEvent:
 
 
 @dataclass(frozen=True)
+class WorkReported(PartEvent):
+    """A device that has answered nothing since it connected works on its offer."""
+
+
+@dataclass(frozen=True)
 class UpdateAnnounced(PartEvent):
     """A device has an update: `weights` is a blob reference's JSON body, `base` what it was trained from. Without
     `weights` it keeps the update, to mask it."""
@@ -187,6 +192,6 @@ class Resumed:
     """A shell continues with a state that an earlier one has saved."""
 
 
-UpdateEvent = UpdateAnnounced | UpdateStored | UpdateRejected | OfferRefused | Folded
+UpdateEvent = WorkReported | UpdateAnnounced | UpdateStored | UpdateRejected | OfferRefused | Folded
 RoundEvent = Scored | Extracted | Unmasked | Closed | Evaluated
 Event = UpdateEvent | RoundEvent | DeviceBorn | DeviceDied | Ticked | Paused | Resumed

@@ -35,6 +35,10 @@ _UNMEASURED_FACTOR = 10.0
 # A lost packet or a new connection to the broker takes a second or two.
 _FLOOR_S = 3.0
 
+# What a device that works may take for its first answer since it connected: a board loads onnxruntime and graphs from its
+# card first, which may take a slow or busy one longer than a small model's whole training is predicted to.
+_FIRST_ANSWER_S = 60.0
+
 # What remains per answer of a slow answer's influence.
 _DECAY = 0.5
 
@@ -64,6 +68,10 @@ class Patience:
             seconds = _UNMEASURED_FACTOR * expected_s if expected_s is not None else self._deadline_s
             seconds = max(seconds, _FACTOR * self._slowest_s)
         return min(self._deadline_s, max(_FLOOR_S, seconds) * 2.0 ** min(device.failures, _MAX_DOUBLINGS))
+
+    def working_limit_s(self, device: JobDevice) -> float:
+        """Seconds to wait at least, since its offer, for a device that is seen to work on it."""
+        return 0.0 if ROUND in device.answer_s else min(self._deadline_s, _FIRST_ANSWER_S)
 
     def exclusion_s(self, device: JobDevice) -> float:
         """Seconds for which a device is excluded that was silent too often."""

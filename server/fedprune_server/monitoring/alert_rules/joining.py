@@ -7,14 +7,7 @@ from itertools import islice
 
 from fedprune.wire.lost_pieces import dropping_broker_message
 from fedprune_server.devices.join_flood import JOIN_FLOOD_S
-from fedprune_server.monitoring.alerts import (
-    INFO,
-    MAX_ALERTS_OF_KIND,
-    WARNING,
-    Alert,
-    alert_rule,
-    server_command,
-)
+from fedprune_server.monitoring.alerts import INFO, MAX_ALERTS_OF_KIND, WARNING, Alert, alert_rule, server_command
 from fedprune_server.monitoring.participation import format_minute
 from fedprune_server.monitoring.situation import Situation
 

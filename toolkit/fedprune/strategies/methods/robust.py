@@ -113,13 +113,7 @@ class RobustAggregator(Aggregator):
                 centre, trained_rows = self._slab_centre(slab, rows, values.pop(0), fold)
                 tensors[slab.spec.name][rows], is_trained[slab.spec.name][rows] = centre, trained_rows
         active = {t.name: is_trained[t.name] for t in specs if t.kind.is_trainable}
-        fold.add(
-            full_selection,
-            tensors,
-            min(sum(weights), MAX_WEIGHT),
-            max(1, round(median(steps))),
-            mask=active,
-        )
+        fold.add(full_selection, tensors, min(sum(weights), MAX_WEIGHT), max(1, round(median(steps))), mask=active)
         closing = self.inner.close(fold, scene, rate, reports)
         model = dict(closing.model)
         for spec in specs:
