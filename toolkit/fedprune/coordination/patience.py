@@ -35,8 +35,8 @@ _UNMEASURED_FACTOR = 10.0
 # A lost packet or a new connection to the broker takes a second or two.
 _FLOOR_S = 3.0
 
-# What a device that works may take for its first answer since it connected: a board loads onnxruntime and graphs from its
-# card first, which may take a slow or busy one longer than a small model's whole training is predicted to.
+# What a device that works may take for its first answer since it connected: a board loads onnxruntime and graphs from
+# its card first, which may take a slow or busy one longer than a small model's whole training is predicted to.
 _FIRST_ANSWER_S = 60.0
 
 # What remains per answer of a slow answer's influence.
