@@ -8,6 +8,7 @@ the earlier one intact.
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import sqlite3
 import time
@@ -19,7 +20,7 @@ from tempfile import TemporaryDirectory
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore, MissingBlobError
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.disk import file_digest, file_lock, make_private_folder, open_file, read_file, storage_errors
+from fedprune.core.disk import file_digest, file_lock, make_private_folder, open_own_file, read_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import AdvanceBar
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
@@ -115,7 +116,10 @@ class _BackupContent:
                 raise StateChangedError(error.what, hint=_RETRY_HINT) from error
         path = self._sources[entry.path]
         try:
-            with storage_errors(f"can't read {path}", missing=True), open_file(path) as file:
+            with (
+                storage_errors(f"can't read {path}", missing=True),
+                os.fdopen(open_own_file(path, os.O_RDONLY), "rb") as file,
+            ):
                 data = file.read()
         except FileNotFoundError as error:
             raise StateChangedError(f"blob {path.name} is missing", hint=_RETRY_HINT) from error
@@ -135,7 +139,7 @@ class _BackupContent:
                 _end_sessions(source)
         elif source.suffix != ".key":
             with storage_errors(f"can't read {source}"):
-                data = read_file(source)  # a copy: it may change; keys don't, and a copy of one would lie in /tmp
+                data = read_file(source, own=True)  # it may change; keys don't, and a copy of one would lie in /tmp
             source = scratch / source.name
             write_atomically(source, data, private=True)
         self._add(path, source)

@@ -23,10 +23,7 @@ _PAGE_ROWS = 1000
 
 TABLES = sql.MetaData()
 META = sql.Table(
-    "meta",
-    TABLES,
-    sql.Column("key", sql.String(64), primary_key=True),
-    sql.Column("value", sql.Text, nullable=False),
+    "meta", TABLES, sql.Column("key", sql.String(64), primary_key=True), sql.Column("value", sql.Text, nullable=False)
 )
 EVENTS = sql.Table(
     "events",
@@ -51,10 +48,7 @@ DEVICES = sql.Table(
     sql.Column("bytes_up", sql.BigInteger, nullable=False, default=0),
 )
 TASKS = sql.Table(
-    "tasks",
-    TABLES,
-    sql.Column("name", sql.String(64), primary_key=True),
-    sql.Column("body", sql.Text, nullable=False),
+    "tasks", TABLES, sql.Column("name", sql.String(64), primary_key=True), sql.Column("body", sql.Text, nullable=False)
 )
 ROUNDS = sql.Table(
     "rounds",

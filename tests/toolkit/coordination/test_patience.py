@@ -51,22 +51,18 @@ def test_one_that_becomes_slower_misses_a_round_or_two_and_is_waited_for_as_long
     assert not shell.state.devices["c"].excluded
 
 
-@pytest.mark.parametrize(("fault", "limit_s"), [({"stalls": 0.0}, 100), ({"uploads": False}, 3100)])
 @pytest.mark.parametrize("schedule", [{}, ASYNCHRONOUS])
-def test_silence_is_remembered_excludes_and_is_forgiven(
-    fault: dict[str, Any], limit_s: float, schedule: dict[str, object]
-) -> None:
+def test_silence_is_remembered_excludes_and_is_forgiven(schedule: dict[str, object]) -> None:
     """Rounds take 2 s; the wait for an answer starts from one of 11 s, not from the deadline of 1,000 s."""
     shell = shell_of(Board(10.0), rounds=4000, schedule=schedule)
     shell.run(rounds=3)
     began = shell.now
-    shell.boards["c"] = Board(10.0, **fault)
-    while not (excluded := shell.state.devices["c"].excluded):
+    shell.boards["c"] = Board(10.0, stalls=0.0)
+    while not shell.state.devices["c"].excluded:
         shell.step()
-    assert ("announced" in excluded) == ("uploads" in fault)
     assert not any(shell.state.devices[name].failures for name in "ab")
     shell.run(rounds=len(shell.state.history) + 20)
-    assert shell.now - began < (4000 if schedule else limit_s)
+    assert shell.now - began < (4000 if schedule else 100)
     assert State.from_json(shell.state.to_json()) == shell.state
     shell.boards["c"] = Board(10.0)
     while "c" not in shell.counted_devices()[-1]:

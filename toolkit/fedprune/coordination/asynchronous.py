@@ -60,6 +60,8 @@ class AsynchronousCoordinator(Coordinator):
         if state.phase is Phase.WAITING:
             return self._finish_if_over()
         state.opened_at = now
+        for task in state.tasks.values():
+            task.arrived_at = None if task.arrived_at is None else min(task.arrived_at, now)
         return self._fold_stored_updates() + self._close_if_due(now)
 
     # A round begins.
@@ -190,12 +192,13 @@ class AsynchronousCoordinator(Coordinator):
             return [do.WakeAt(min(state.wake_times))]  # a clock was set back
         state.wake_times = [at for at in state.wake_times if at > now]
         late_tasks: list[tuple[str, int, DeviceTask]] = []
-        for name in self._device_index.late_devices(now):
-            task = state.tasks[name]
+        # Judged before any of them is given up, which would change what the others are judged by.
+        judged = [(n, t := state.tasks[n], self._is_heard(t)) for n in self._device_index.late_devices(now)]
+        for name, task, is_heard in judged:
             ends_at, task.deadline = (task.offered_at or 0.0) + self.job.deadline_s, None
             if task.progress is Progress.REFUSED:
                 continue
-            if self._is_heard(task):
+            if is_heard:
                 self._note_silence(name, task, now)
             elif now < ends_at:
                 task.deadline = ends_at
@@ -214,11 +217,11 @@ class AsynchronousCoordinator(Coordinator):
         return ends + commands
 
     def _is_heard(self, task: DeviceTask) -> bool:
-        """Whether another update has come since a part was offered, or is coming while this one isn't announced.
-        Earlier ones may wait for the end of their round while nobody is heard."""
-        is_coming = task.progress is Progress.OFFERED and self.state.tasks.count(Progress.PULLING, Progress.STORED) > 0
-        arrivals, since = self._device_index.arrival_times[-1:], task.offered_at or 0.0
-        return is_coming or arrivals >= [since] or any(summary["at"] > since for summary in self.state.history[-1:])
+        """Whether another update has come since a part was offered, or is coming."""
+        arrivals, since = self._device_index.arrival_times, task.offered_at
+        if self.state.tasks.count(Progress.PULLING, Progress.STORED) or since is None:  # offered before a restart
+            return bool(self.state.tasks.count(Progress.PULLING, Progress.STORED))
+        return bool(arrivals and arrivals[-1] >= since) or any(s["at"] > since for s in self.state.history[-1:])
 
     def _request_wake(self, now: float) -> Commands:
         """Ask for the next time at which something is due, unless an earlier one is asked for already."""

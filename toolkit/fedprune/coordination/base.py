@@ -62,6 +62,7 @@ class Coordinator(ABC):
         self.allocator: Allocator = self.strategy.allocator or PlannedWidths(
             WidthPlanner(job, self.strategy, architecture, frozen)
         )
+        self._frozen = frozen
         self.fleet = Fleet(job, architecture, state, self.strategy.min_channels)
         self.grants = Grants(job, self.strategy, architecture, state, asks_alike=self.is_masked)
         self.part_commands = PartCommands(job, self.strategy, state)
@@ -253,7 +254,8 @@ class Coordinator(ABC):
         inputs = (self.job, self.strategy, self.architecture, name, device, task.widths, task.density, task.samples)
         correction = Correction(**device.correction)
         try:
-            return predict_round(*inputs, accumulate=task.accumulate, correction=correction).round_s
+            costs = predict_round(*inputs, accumulate=task.accumulate, correction=correction, frozen=self._frozen)
+            return costs.round_s + (task.work - 1) * costs.train_s
         except FedpruneError:
             return None
 
@@ -265,17 +267,14 @@ class Coordinator(ABC):
         Until the job's deadline it isn't asked again: another offer would have it drop the work that it may be at.
         """
         device = self.state.devices[name]
-        if not device.online:
+        # An update that is announced may wait for its turn to be pulled, which is no fault of the device.
+        if not device.online or task.progress is not Progress.OFFERED:
             return
         waited_s = self.job.deadline_s if task.offered_at is None else now - task.offered_at
         if task.offer is not None and waited_s < self.job.deadline_s:
             device.silent_since, device.asked_again_at = task.offered_at, now - waited_s + self.job.deadline_s
             device.silent_offer = [self.state.round_of(task), task.attempt, task.offer["weights"]["sha256"]]
-        self._count_silence(device, waited_s, now, is_announced=task.progress is Progress.PULLING)
-
-    def _is_heard(self, task: DeviceTask) -> bool:
-        """Whether another device has come further than a part; if none has, the server or broker may be at fault."""
-        return bool(self.state.tasks.count(*ANSWERED[task.progress is Progress.PULLING :]))
+        self._count_silence(device, waited_s, now)
 
     def _late_command(self, name: str, number: int, task: DeviceTask) -> do.SendOffer | do.Cancel:
         """The end of a part that was awaited too long. Until the job's deadline the device gets its offer once more:
@@ -284,9 +283,8 @@ class Coordinator(ABC):
             return do.Cancel(name, number, task.attempt, DEADLINE_PASSED)
         return do.SendOffer(name, number, task.attempt, task.offer)
 
-    def _count_silence(self, device: JobDevice, waited_s: float, now: float, *, is_announced: bool = False) -> None:
-        silence = "it announced its update, which hasn't come" if is_announced else "no answer to an offer"
-        self._count_failure(device, FailureKind.LATE, f"{silence} within {waited_s:.3g} s", now)
+    def _count_silence(self, device: JobDevice, waited_s: float, now: float) -> None:
+        self._count_failure(device, FailureKind.LATE, f"no answer to an offer within {waited_s:.3g} s", now)
 
     def _count_failure(
         self, device: JobDevice, kind: str, reason: str, now: float | None = None, allowed: int = MAX_FAILURES

@@ -3,7 +3,7 @@
 A wait starts from what the device's last answers of this kind took. A device that has never answered gets a multiple
 of what is predicted for it, and without a prediction the job's deadline. Silence doubles the next wait, since the
 device may just have become slower. After `MAX_FAILURES` failures in a row the device is excluded; after silence it is
-asked again when it answers, or after a time that doubles, too.
+asked again when it answers before the deadline, or after a time that doubles, too.
 """
 
 from __future__ import annotations

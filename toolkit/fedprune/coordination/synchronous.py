@@ -256,13 +256,14 @@ class SynchronousCoordinator(Coordinator):
         is_over = state.deadline is not None and now >= state.deadline
         if not is_over and not self.job.in_flight:
             return [] if state.deadline is None else [do.WakeAt(state.deadline)]  # a clock was set back
-        late_tasks, number = list[tuple[str, DeviceTask]](), state.round
-        for name, task in self._stragglers.late_tasks(now):
-            if is_heard := self._is_heard(task):
+        is_heard = bool(state.tasks.count(*ANSWERED))
+        late_tasks, number = self._stragglers.late_tasks(now), state.round
+        if not is_over and not is_heard:
+            late_tasks = [(n, t) for n, t in late_tasks if (t.offered_at or 0.0) + self.job.deadline_s <= now]
+        for name, task in late_tasks:
+            if is_heard:
                 self._note_silence(name, task, now)
-            if is_heard or is_over or (task.offered_at or 0.0) + self.job.deadline_s <= now:
-                self._stragglers.stop_waiting(name, task, DEADLINE_PASSED)
-                late_tasks.append((name, task))
+            self._stragglers.stop_waiting(name, task, DEADLINE_PASSED)
         commands = self._continue_round(now)
         # A device that is asked again gets an offer instead of a cancellation: the same work continues.
         asked_again = {n for n, t in state.tasks.items() if t.progress in BEFORE_OFFER}

@@ -407,7 +407,8 @@ class State:
 
         self.deadline, self.opened_at, self.paused_at = map(shift, (self.deadline, self.opened_at, self.paused_at))
         for task in self.tasks.values():
-            task.deadline, task.offered_at = shift(task.deadline), shift(task.offered_at)
+            times = (task.deadline, task.offered_at, task.arrived_at)
+            task.deadline, task.offered_at, task.arrived_at = map(shift, times)
         for device in self.devices.values():
             if device.silent_since is not None or device.asked_again_at is not None:
                 device.silent_since, device.asked_again_at = shift(device.silent_since), shift(device.asked_again_at)

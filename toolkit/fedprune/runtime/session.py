@@ -40,11 +40,7 @@ _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # A Jetson's GPU shares the board's memory, so the arena grows by no more than is requested. An exhaustive search of
 # convolutions would be repeated for every new shape. Models trained in float32 are computed in float32, without TF32
 # (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html).
-CUDA_OPTIONS = {
-    "arena_extend_strategy": "kSameAsRequested",
-    "cudnn_conv_algo_search": "HEURISTIC",
-    "use_tf32": "0",
-}
+CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 
 
 class RunsGraph(Protocol):
@@ -358,9 +354,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            "onnxruntime is not installed",
-            hint="On a Jetson it is JetPack's onnxruntime-gpu.",
-            extra="board",
+            "onnxruntime is not installed", hint="On a Jetson it is JetPack's onnxruntime-gpu.", extra="board"
         ) from error
     except ImportError as error:
         raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({_first_line(error)})") from error

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
 
-from fedprune.core.errors import ConfigError, StrategyError
+from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.strategy import Strategy
@@ -36,7 +36,7 @@ def check_private(job: Job, strategy: Strategy, sizes: tuple[int, ...] = ()) -> 
         )
     # Raises if a `recipe` of its own asks for what no noise covers. One that fails at the width of no model at hand may
     # be right at the job's, with which a coordinator asks again.
-    with nullcontext() if sizes else suppress(StrategyError):
+    with nullcontext() if sizes or ":" not in job.strategy else suppress(ConfigError):
         strategy.planned_recipe(job, "", sizes or (1,), 1.0, 1)
     if not job.privacy.is_local and (reader := _single_update_reader(job, strategy, (PLAIN,))):
         raise ConfigError(
