@@ -328,6 +328,7 @@ def test_emqx_has_the_same_rules_in_its_own_form() -> None:
         assert users_of("publish", topic) == writers - {"stranger"}
     users = dict.fromkeys((*LAB.server_subscriptions(), LAB.join_subscription()), "server")
     users |= dict.fromkeys(LAB.device_subscriptions("pi-1")[:2], "pi-1") | {"#": "", "+/#": "", "fedprune/1/lab/#": ""}
+    users |= dict.fromkeys((*Topics("other").server_subscriptions(), "fedprune/1/lab/+/-/joined"), "")
     assert {topic: "".join(users_of("subscribe", topic)) for topic in users} == users
 
 

@@ -104,11 +104,7 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             count_sent=lambda *_: None,
             transfers=SimpleNamespace(note_download_request=lambda *_: None, note_upload_request=lambda *_: None),
         )
-        post = Outbox(
-            SiteLink(server, TOPICS),
-            registry,
-            Downloads(BlobSender(here)),
-        )
+        post = Outbox(SiteLink(server, TOPICS), registry, Downloads(BlobSender(here)))
         connection = BoardConnection(board, MessageChannel("pi", TOPICS.site))
         uplink = Uplink(connection)
         outbox = UpdateSender(connection, uplink, there)
