@@ -16,7 +16,7 @@ pytestmark = pytest.mark.torch
 
 
 FINE = {
-    "CrossAttention": [12, 12, 6, 6],
+    "CrossAttention": [12, 4, 12, 6, 6],
     "DepthMultiplier": [8, 8],
     "GroupNorms": [2, 4, 8],
     "GroupedConvs": [2, 3, 8],

@@ -87,9 +87,8 @@ def test_so_much_can_be_cut(name: str) -> None:
 def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "fine"]) -> None:
     """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""
     model = whole_models.whole_model(name, prefer)
-    trained = Trained(model)
-    if MODELS[name].values:
-        trained = Trained(model, Features(loss=CUSTOM_LOSS), lambda x, y: whole_models.squared_error(x, y).mean())
+    of_values = Features(loss=CUSTOM_LOSS), lambda x, y: whole_models.squared_error(x, y).mean()
+    trained = Trained(model, *(of_values if MODELS[name].values else ()))
     sizes = [6] * SEEDS
     if not any(n.op == "BatchNormalization" for n in model.graph.nodes):
         sizes += [1] * SEEDS
