@@ -114,6 +114,13 @@ def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 def _expand_definitions(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace operators by the standard's definitions, which depend on the types of their inputs."""
     check_valid_onnx(model)
+    for node in (n for n in model.graph.node if n.op_type in BY_DEFINITION and n.op_type.endswith("Loss")):
+        if b"none" not in (a.s for a in node.attribute):
+            raise ModelError(
+                f"{node.op_type} {node.name} makes one number of the whole batch",
+                expected="reduction 'none'",
+                hint="A loss gives one number per sample: reduction='none', then the mean over all axes but the first.",
+            )
     names = [("", name) for name in BY_DEFINITION]
     try:
         typed = onnx.shape_inference.infer_shapes(model)

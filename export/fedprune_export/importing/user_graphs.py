@@ -161,8 +161,7 @@ def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
     damaged, has other inputs or outputs, or uses what can't be handled."""
     returns = "sums over samples [k] and what they come to []"
     graph = _read_user_graph(raw, outputs, "metric", (SUMS, VALUE), returns)
-    graph_trace = trace_graph(graph)
-    sums, value = graph_trace.dims(SUMS), graph_trace.dims(VALUE)
+    sums, value = map(trace_graph(graph).dims, (SUMS, VALUE))
     if len(sums) != 1 or sums[0] is None or value != ():
         raise ModelError("what a metric returns", expected=returns, got=f"{shape_text(*sums)} and {shape_text(*value)}")
     # The sums of several batches are added before the value is computed, so it must not see a batch.
@@ -215,16 +214,11 @@ def _check_same_outputs(raw: bytes, graph: Graph, outputs: Sequence[int], kind: 
 
 def _reads_samples(graph: Graph) -> bool:
     """Whether the value depends on outputs or labels other than through the sums."""
-    makers = {o: n for n in graph.nodes for o in n.outputs}
-    pending, visited = [VALUE], {SUMS}
-    while pending:
-        name = pending.pop()
-        if name in (LOGITS, Y):
-            return True
-        if name not in visited and name in makers:
-            pending += makers[name].inputs
-        visited.add(name)
-    return False
+    of_samples = {LOGITS, Y}
+    for node in graph.nodes:
+        if not of_samples.isdisjoint(node.inputs):
+            of_samples.update({*node.outputs} - {SUMS})
+    return VALUE in of_samples
 
 
 def embedded_user_graph(key: str, text: str) -> bytes:
@@ -257,11 +251,10 @@ def _read_user_graph(raw: bytes, outputs: Sequence[int], kind: str, names: tuple
 
 def _rename_ports(graph: Graph, outputs: tuple[str, ...]) -> None:
     """Give inputs and outputs the contract's names, and rename inner values that have one of these."""
-    ports = dict(zip((p.name for p in (*graph.inputs, *graph.outputs)), (LOGITS, Y, *outputs), strict=True))
-    inner = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)} - set(ports)
-    used_names = inner | set(ports.values())
-    names = dict(ports)
-    for name in sorted(inner.intersection(ports.values())):
+    names = dict(zip((p.name for p in (*graph.inputs, *graph.outputs)), (LOGITS, Y, *outputs), strict=True))
+    inner = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)} - set(names)
+    used_names = inner | set(names.values())
+    for name in sorted(inner.intersection(names.values())):
         names[name] = f"{name}."
         while names[name] in used_names:
             names[name] += "."
