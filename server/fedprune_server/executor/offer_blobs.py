@@ -50,7 +50,6 @@ class OfferBlobs:
         self,
         submodel: Submodel,
         recipe: Recipe,
-        round_: int,
         unit: str = CPU,
         coding: do.Coding = do.Coding(),  # noqa: B008 - it is frozen
         previous_selection: Selection | None = None,
@@ -68,8 +67,8 @@ class OfferBlobs:
         body: dict[str, Any] = {
             **coded,
             "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
-            "training": self.training_ref(recipe, round_, unit),
-            "inference": self._graph_ref(widths, round_, lambda: inference_model(self._model, widths)),
+            "training": self.training_ref(recipe, unit),
+            "inference": self._graph_ref(widths, lambda: inference_model(self._model, widths)),
             "recipe": recipe.to_offer(),
         }
         # Shapes of the tensors in the update that answers these weights.
@@ -83,15 +82,15 @@ class OfferBlobs:
             bound = updates.max_update_bytes(update_codec, shapes, self._trained)
             body |= {"codec": coding.update, UPDATE_BOUND: bound}
         if self._model.base is not None:
-            body["base"] = self._graph_ref("base", round_, lambda: self._model.base_file or b"")
+            body["base"] = self._graph_ref("base", lambda: self._model.base_file or b"")
         if self._precisions:
-            body["lowered"] = self.lowered_refs(widths, round_)
+            body["lowered"] = self.lowered_refs(widths)
         if mask:
             body["mask"] = self._store.put(tensorfile.encode(mask_to_bits(mask))).to_dict()
         return body
 
-    def training_ref(self, recipe: Recipe, round_: int, unit: str = CPU) -> dict[str, Any]:
-        """The training graph of a recipe for a unit, named in a round; errors are those of `body`."""
+    def training_ref(self, recipe: Recipe, unit: str = CPU) -> dict[str, Any]:
+        """The training graph of a recipe for a unit; errors are those of `body`."""
         features = recipe.features
 
         def make() -> bytes:
@@ -100,34 +99,33 @@ class OfferBlobs:
                 _LOG.info("model: %s", note)
             return graph.to_bytes()
 
-        return self._graph_ref(f"{unit} {features.key}", round_, make)
+        return self._graph_ref(f"{unit} {features.key}", make)
 
-    def lowered_refs(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
-        """The graphs of lower precisions at some widths, named in a round. Raises `ModelError` if nothing of the model
+    def lowered_refs(self, widths: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+        """The graphs of lower precisions at some widths. Raises `ModelError` if nothing of the model
         can be computed with 8 bits, where that is asked for; and `StorageError` if the disk fails or is full."""
 
         def make(precision: str) -> bytes:
             return lower(self._model, widths, precision).packed
 
-        return {p: self._graph_ref(f"{p} {widths}", round_, partial(make, p)) for p in self._precisions}
+        return {p: self._graph_ref(f"{p} {widths}", partial(make, p)) for p in self._precisions}
 
     def note(self, graphs: Iterable[str], round_: int) -> None:
         """Note graphs that an offer of a round names, and drop graphs that no offer has named for long."""
+        self._latest.note_named(graphs, round_)
         if self._latest.drop_unnamed(round_):
             current = self._latest.digests()
             self._graphs = {k: ref for k, ref in self._graphs.items() if ref["sha256"] in current}
-        self._latest.note_named(graphs, round_)
 
     def graph_digests(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named."""
         return self._latest.digests()
 
-    def _graph_ref(self, key: str | tuple[int, ...], round_: int, make: Callable[[], bytes]) -> dict[str, Any]:
+    def _graph_ref(self, key: str | tuple[int, ...], make: Callable[[], bytes]) -> dict[str, Any]:
         """The reference of a graph, which is made if it is new or its blob was deleted."""
         ref = self._graphs.get(key)
         if ref is None or not self._store.has(ref["sha256"]):
             ref = self._store.put(make()).to_dict()
-        self.note([ref["sha256"]], round_)
         self._graphs[key] = ref
         return ref
 

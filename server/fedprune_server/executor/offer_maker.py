@@ -92,9 +92,7 @@ class OfferMaker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self._architecture.classes,
-            **self._blobs.body(
-                submodel, recipe, command.basis.round, command.unit or self._unit, command.coding, previous_selection
-            ),
+            **self._blobs.body(submodel, recipe, command.unit or self._unit, command.coding, previous_selection),
         }
 
     def _ranking(self, basis: do.Basis, cut: Cut, selection: Selection) -> str:

@@ -130,8 +130,8 @@ class Worker:
         """Make the graphs that a board of full width needs in a round, and return its recipe. Raises `ModelError` if
         the model can't be trained by the recipe, and `ConfigError` if a pattern of it matches no tensor."""
         recipe = self.updates.recipe(Turn(self.job.seed, round_, "", self.architecture.sizes))
-        self._offer_blobs.training_ref(recipe, round_, self._unit)
-        self._offer_blobs.lowered_refs(self.architecture.sizes, round_)
+        self._offer_blobs.training_ref(recipe, self._unit)
+        self._offer_blobs.lowered_refs(self.architecture.sizes)
         self._offer_blobs.withheld_names(recipe)
         return recipe
 

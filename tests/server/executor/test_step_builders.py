@@ -62,9 +62,7 @@ BUILDERS: dict[str, Callable[[Model, Path], object]] = {
         m, calibration(m, _), SelfDistillation(1, (), 1e-3), RECIPE, 0
     ),
     "fedprune_server/executor/evaluator.py": lambda m, _: Evaluator(ModelSessions(m, 1), RECIPE, (X, X)),
-    "fedprune_server/executor/offer_blobs.py": lambda m, folder: OfferBlobs(m, BlobStore(folder)).training_ref(
-        RECIPE, 1
-    ),
+    "fedprune_server/executor/offer_blobs.py": lambda m, folder: OfferBlobs(m, BlobStore(folder)).training_ref(RECIPE),
     "fedprune_server/executor/server_samples.py": lambda m, _: form_of(m, RECIPE),
 }
 
