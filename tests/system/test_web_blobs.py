@@ -15,7 +15,7 @@ from fedprune.security.tls import unpinned_context
 from fedprune.wire.link import BrokerLink
 from fedprune_server.enrollment.pki import IdentityFolder
 from support.fakes.web_server import Behaviour, Handler, WebPlace
-from support.processes.machine import free_port
+from support.processes.machine import free_port, listens
 from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
@@ -74,6 +74,7 @@ def ran(made: Site) -> tuple[list[str], int, int]:
     """Models of the rounds, bytes that boards got from the web, and bytes of chunks that they got over MQTT."""
     ear_url = made.open_broker()
     made.start_all()
+    made.wait_for(lambda: listens(int(ear_url.rpartition(":")[2])), "the broker listens on its open port, too")
     ear = Ear(ear_url)
     try:
         models = [r["model"] for r in made.finish().history]

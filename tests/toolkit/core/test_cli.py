@@ -21,12 +21,7 @@ from fedprune.core.cli import (
     with_extra,
 )
 from fedprune.core.command_parser import DEBUG_VARIABLE, CommandParser
-from fedprune.core.errors import (
-    ExitCode,
-    ModelError,
-    RuntimeUnavailableError,
-    UsageError,
-)
+from fedprune.core.errors import ExitCode, ModelError, RuntimeUnavailableError, UsageError
 from fedprune.output.extras import install_command
 
 pytestmark = pytest.mark.board

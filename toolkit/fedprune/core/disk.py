@@ -60,8 +60,7 @@ def read_file(path: Path | str, max_bytes: int = MAX_READ_BYTES, *, own: bool = 
     `open_own_file`, or if it has more than `max_bytes` bytes."""
     with os.fdopen(open_own_file(Path(path), os.O_RDONLY), "rb") if own else open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # A limited read, because the file may grow; not up to the largest limit, since `read` takes its memory at once.
-        content = b"" if size > max_bytes else file.read(-1 if max_bytes == MAX_READ_BYTES else max_bytes + 1)
+        content = b"" if size > max_bytes else file.read()  # a limit would be taken from memory at once
     if (length := max(size, len(content))) > max_bytes:
         raise OSError(errno.EINVAL, f"it has {length} bytes, more than {max_bytes}", str(path))
     return content
