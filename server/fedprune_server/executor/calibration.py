@@ -63,8 +63,8 @@ class Calibration:
             return tensors
         feeds = dict(tensors) | {step_contract.momentum_name(n): np.zeros_like(tensors[n]) for n in self._trained}
         # No statistic depends on a number of the optimiser or the loss, such as the learning rate or Huber's delta.
-        is_number = {k: not shape for k, (_, shape) in self._session.inputs.items()}
-        feeds |= {k: np.zeros((), np.float32) for k in is_number if is_number[k] and k not in feeds}
+        numbers = (name for name, (_, shape) in self._session.inputs.items() if not shape and name not in feeds)
+        feeds |= dict.fromkeys(numbers, np.zeros((), np.float32))
         feeds |= {step_contract.X: self.samples, step_contract.Y: self._y}
         feeds |= {n: np.zeros_like(tensors[n]) for n in self._statistics}
         feeds |= RandomInputs.of(self._session.inputs, self._session.metadata).means(feeds, len(self.samples))
