@@ -45,8 +45,8 @@ SMALL = 60_000_000
 """Numbers that fit into memory as they are; larger data sets are read again for every training."""
 
 
-UNLIMITED = {"move_limit": 0.0, "weight_limit": 0.0}
-"""Tables compare strategies as they are published, without limits on updates."""
+UNLIMITED = {"move_limit": 0.0, "weight_limit": 0.0, "ignores_plans": True}
+"""Tables compare strategies as they are published, without limits on updates, and with a paper's own tiers."""
 
 
 def job_of(protocol: Protocol, method: Method, devices: int, seed: int, elements: Sequence[float]) -> Job:

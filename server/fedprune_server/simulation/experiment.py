@@ -166,9 +166,9 @@ def fedavg_job(job: Job) -> Job:
     return replace(
         job,
         name="fedavg",
-        strategy="plain",
+        strategy="fedavg",
         options={},
-        density=1.0,
+        density=0.0,
         byte_budget=0,
         energy_budget=0.0,
         scorer="ordered",

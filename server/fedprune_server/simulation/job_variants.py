@@ -27,7 +27,7 @@ from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
 from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan
 
 # Lets simulated boards train the whole model where real ones couldn't, so that there is something to compare with.
-_NO_LIMITS = {"density": 1.0, "byte_budget": 0, "energy_budget": 0.0, "deadline_s": 1e7}
+_NO_LIMITS = {"ignores_plans": True, "deadline_s": 1e7}
 
 _INT8 = {"compression": "int8", "compression_down": "int8"}
 _JOBS_BY_VARIANT: Mapping[str, Mapping[str, Any]] = {

@@ -24,7 +24,7 @@ class Shell(ABC):
     """Every command is answered as a worker and a fleet would; answers wait in the inbox."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job = job = replace(job, ignores_plans=True)  # the boards of these fleets have no profiles
         self.recipe = job.recipe.to_offer()
         self.now = 0.0
         self.coordinator = make_coordinator(job, ARCHITECTURE, State(model="m0"))

@@ -45,7 +45,7 @@ WIDE = Architecture(
     (3,),
     (3,),
 )
-JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100)
+JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100, ignores_plans=True)
 NAMES = ("a", "b", "c")
 
 

@@ -34,10 +34,3 @@ def test_the_curvature_scorer_needs_sgd() -> None:
     assert Job(scorer="curvature").recipe.optimizer == "sgd"
     with pytest.raises(ConfigError, match="curvature"):
         Job(scorer="curvature", recipe=Recipe(optimizer="adam"))
-
-
-@pytest.mark.parametrize("budget", ["byte_budget", "energy_budget"])
-def test_a_budget_that_a_density_would_ignore_is_refused(budget: str) -> None:
-    assert getattr(Job(**{budget: 1000}), budget) == 1000
-    with pytest.raises(ConfigError, match=f"job.{budget}: with density 0.5: expected one of the two, got 1000"):
-        Job(density=0.5, **{budget: 1000})

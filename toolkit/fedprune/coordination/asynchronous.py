@@ -320,7 +320,9 @@ class AsynchronousCoordinator(Coordinator):
             if task.deadline is None:
                 del state.tasks[name]
         state.closing = None
-        if self.allocator.review(self.fleet, metrics):
+        changed = self.allocator.review(self.fleet, metrics)
+        self._bind(*self.state.devices)
+        if changed:
             state.ranking = state.order = None
         if not self._is_last_round():
             return self._open_round(now)

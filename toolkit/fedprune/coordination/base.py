@@ -33,7 +33,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning.correction import Correction
 from fedprune.strategies import compose
-from fedprune.strategies.allocation import Allocator, Fleet
+from fedprune.strategies.allocation import Allocator, Fixed, Fleet
 from fedprune.updates.codecs import CODECS
 
 Commands = list[do.Command]
@@ -59,11 +59,12 @@ class Coordinator(ABC):
         self.state = state
         self.strategy = compose(job, architecture.sizes)
         self.schedule = self.strategy.schedule or SYNCHRONOUS_SCHEDULE
-        self.allocator: Allocator = self.strategy.allocator or PlannedWidths(
-            WidthPlanner(job, self.strategy, architecture, frozen)
-        )
+        self.planner = WidthPlanner(job, self.strategy, architecture, frozen)
+        job_allocator = Fixed(job.density) if job.density else PlannedWidths(self.planner)
+        self.allocator: Allocator = self.strategy.allocator or job_allocator
         self._frozen = frozen
-        self.fleet = Fleet(job, architecture, state, self.strategy.min_channels)
+        ceiling = None if job.ignores_plans else self.planner
+        self.fleet = Fleet(job, architecture, state, self.strategy.min_channels, ceiling)
         self.grants = Grants(job, self.strategy, architecture, state, asks_alike=self.is_masked)
         self.part_commands = PartCommands(job, self.strategy, state)
         self.privacy_budget = JobPrivacyBudget(state, job.privacy)
@@ -365,6 +366,8 @@ class Coordinator(ABC):
             weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
             device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}
         self.allocator.learn(self.fleet, event.device, task, task.seconds)
+        self._bind(event.device)
+        self.planner.learn(event.device, device, task)
         return self._continue_round(now)
 
     def _is_continued_from(self, offer: Mapping[str, Any]) -> bool:
@@ -426,7 +429,9 @@ class Coordinator(ABC):
                 device.failures = min(former.failures, MAX_FAILURES - 1)
                 device.answer_s = answers_of_earlier_connections(former)
         state.devices[event.device] = device
+        self.planner.keep_correction(former, device)
         self.allocator.admit(self.fleet, event.device, former)
+        self._bind(event.device)
         if former is not None and former.online and former.session == event.session:  # it has not connected again
             device.silent_since, device.asked_again_at = former.silent_since, former.asked_again_at
             if former.excluded_by:
@@ -498,6 +503,7 @@ class Coordinator(ABC):
             device.online, device.excluded, device.excluded_by = False, "", ""
             device.silent_since = device.asked_again_at = None  # on the clock of the shell that has ended
             self.allocator.admit(self.fleet, name, None)
+            self._bind(name)
             if exclusion[1]:  # until it announces itself: the job goes on without it meanwhile
                 device.excluded, device.excluded_by = exclusion
 
@@ -542,8 +548,14 @@ class Coordinator(ABC):
         if self.state.began_at is None:
             self.state.began_at = now
         densities_changed = self.allocator.open(self.fleet)
+        self._bind(*self.state.devices)
         self.grants.begin_round()
         return densities_changed
+
+    def _bind(self, *names: str) -> None:
+        """Bring devices under their plans whose widths an allocator of a user's set without asking."""
+        for name in names if self.fleet.ceiling is not None else ():
+            self.planner.bind(name, self.state.devices[name], masks_elements=self.allocator.masks_elements)
 
     def _finish_command(self) -> do.Finish:
         return do.Finish(self.state.model, early_end_reason(self.job, self.state))

@@ -19,16 +19,19 @@ from fedprune.core.errors import FedpruneError, PlanError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import DeviceTask, JobDevice
-from fedprune.model.architecture import Architecture, kept_share, widths_at, widths_at_least
+from fedprune.model.architecture import Architecture, kept_share
 from fedprune.model.recipe import Recipe
 from fedprune.planning.correction import NO_CORRECTION, Correction
 from fedprune.planning.plan_search import PlanSearch
 from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.planning.width_plan import MEMORY, WidthPlan
+from fedprune.planning.width_plan import MEMORY, AskedShare, WidthPlan
 from fedprune.strategies import Strategy
-from fedprune.strategies.allocation import Allocator, Fleet
+from fedprune.strategies.allocation import Allocator, Capacity, Fleet
+
+# What to do where a method needs the whole model, and a board can't hold it.
+WHOLE_HINT = " The strategy needs the whole model on every board: with density = 1 each gets what it can hold."
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,46 +57,72 @@ class WidthPlanner:
         self.strategy = strategy
         self.architecture = architecture
         self.frozen = frozen
-        self._fixed_widths: tuple[int, ...] = ()
-        if job.density:
-            self._fixed_widths = widths_at_least(
-                architecture, widths_at(architecture, job.density), strategy.min_channels
-            )
+        # Per device its share as assigned last, and what it was assigned for, so that neither is looked up again.
+        self._shares: dict[str, tuple[float, tuple[int, ...]]] = {}
+        self._asked_shares: dict[str, tuple[Mapping[str, Any] | None, AskedShare]] = {}
+        self._step_seconds: dict[int, float] = {}
         self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
         self._plans = BoundedCache[Hashable, _SharedPlan]()
         self._plans_by_body = BoundedCache[Mapping[str, Any], WidthPlan]()
         self._predictions = BoundedCache[Hashable, Prediction]()
 
-    def plan(self, name: str, device: JobDevice) -> None:
-        """Give a device its plan and widths, or the reason why it takes no part.
+    def plan(self, name: str, device: JobDevice, asked: AskedShare | None = None) -> None:
+        """Give a device its plan and widths, or the reason why it takes no part: all that its board can hold or, if a
+        strategy asks for a share, no more than that.
 
         Measured rounds never exclude a device. If it is too slow at every width, it is planned without the measured
         times; if its memory is too small at every width, it gets the narrowest. Raises `ConfigError` if the job's
         recipe has settings that don't go with its strategy's.
         """
-        device.plan, device.widths, device.density, device.excluded = None, (), 1.0, ""
-        if not self.job.density:
-            self._recipe(name, device, self.architecture.sizes)
+        device.plan, device.widths, device.density = None, (), 1.0
+        device.excluded = device.excluded if device.excluded_by else ""
+        self._recipe(name, device, self.architecture.sizes)
         try:
-            if self.job.density:
-                device.widths, device.density = self._fixed_widths, self.job.density
-                return
             # What the rounds measured holds first; then only its memory, where no width is fast enough; then neither.
             correction = Correction(**device.correction)
             corrections = [correction, correction.without_times(), NO_CORRECTION]
-            self._assign(device, self._fitting_plan(name, device, *corrections))
+            self._assign(name, device, self._fitting_plan(name, device, asked, *corrections))
         except StrategyError:  # no device's fault
             raise
         except FedpruneError as error:
-            device.excluded = str(error)
+            device.excluded = str(error) + (WHOLE_HINT if asked is not None and asked.whole else "")
 
-    def plan_again(self, name: str, former: JobDevice | None, device: JobDevice) -> None:
-        """Plan a device that announced itself, keeping what still holds of its former plan and correction."""
+    def grant(self, name: str, device: JobDevice, share: AskedShare) -> None:
+        """As `fedprune.strategies.allocation.Ceiling.grant`."""
+        # The same plan holds until something of the device changes, with which it announces itself anew.
+        if device.plan is None or device.excluded or self._asked_shares.get(name) != (device.plan, share):
+            self.plan(name, device, share)
+            self._asked_shares[name] = device.plan, share
+
+    def capacity(self, name: str, device: JobDevice, *, masks_elements: bool) -> Capacity:
+        """As `fedprune.strategies.allocation.Ceiling.capacity`. What rounds taught is left out: a device whose
+        correction changes would change places with others, which would get other channels for it."""
+        whole_model = AskedShare(1.0, self.architecture.sizes, masks_elements)
+        plan = self._cached_plan(name, device, whole_model, NO_CORRECTION)
+        # Boards of a kind are equally fast, whatever they measured and however many samples they have.
+        _, profile = self._profile(device.profile)
+        if (key := id(profile)) not in self._step_seconds:
+            batch = self.job.recipe.batch_size
+            typical_device = JobDevice(session=0, online=True, profile=device.profile, probe=None, samples=batch)
+            inputs = self.job, self.strategy, self.architecture, "", typical_device, self.architecture.sizes, 1.0, batch
+            self._step_seconds[key] = predict_round(*inputs).step_s
+        return 0.0 if plan.error else plan.density, -self._step_seconds[key]
+
+    def bind(self, name: str, device: JobDevice, *, masks_elements: bool) -> None:
+        """Bring a device whose widths were set past `grant` under its plan."""
+        if device.widths and not device.excluded and self._shares.get(name) != (device.density, device.widths):
+            self.grant(name, device, AskedShare(device.density, device.widths, masks_elements))
+
+    def keep_correction(self, former: JobDevice | None, device: JobDevice) -> None:
+        """Give a device that announced itself what its rounds taught before, as far as that still holds."""
         if former is not None and former.profile == device.profile:
             # What rounds taught belongs to the measurement that it corrects.
             latencies = ((probe or {}).get("latency") for probe in (former.probe, device.probe))
             if former.probe == device.probe or next(latencies) == next(latencies):
                 device.correction = former.correction
+
+    def plan_again(self, name: str, former: JobDevice | None, device: JobDevice) -> None:
+        """Plan a device that announced itself; its former plan holds if nothing has changed."""
         inputs = (device.profile, device.probe, device.samples, device.codecs)
         former_inputs = None if former is None else (former.profile, former.probe, former.samples, former.codecs)
         if former is not None and former.widths and former_inputs == inputs:
@@ -127,7 +156,7 @@ class WidthPlanner:
             return
         corrections = [correction, correction.without_times()] if exceeds_memory else [correction]
         try:
-            self._assign(device, self._fitting_plan(name, device, *corrections))
+            self._assign(name, device, self._fitting_plan(name, device, former_plan.asked, *corrections))
         except StrategyError:
             raise
         except FedpruneError:  # too slow at any width: it has delivered all the same, and keeps its plan
@@ -152,9 +181,10 @@ class WidthPlanner:
             )
         return self._predictions[key]
 
-    def _assign(self, device: JobDevice, shared_plan: _SharedPlan) -> None:
+    def _assign(self, name: str, device: JobDevice, shared_plan: _SharedPlan) -> None:
         """Set a device's plan, widths and density; the strategy's allocator and scaling go by the density, too."""
         device.plan, device.widths, device.density = shared_plan.plan, shared_plan.widths, shared_plan.density
+        self._shares[name] = device.density, device.widths
 
     def _recipe(self, name: str, device: JobDevice, widths: tuple[int, ...]) -> Recipe:
         """The device's recipe at these widths."""
@@ -162,24 +192,26 @@ class WidthPlanner:
         return self.strategy.planned_recipe(self.job, name, widths, density, device.samples)
 
     def _fitting_plan(
-        self, name: str, device: JobDevice, correction: Correction, *fallbacks: Correction
+        self, name: str, device: JobDevice, asked: AskedShare | None, correction: Correction, *fallbacks: Correction
     ) -> _SharedPlan:
         """The plan by the first correction with which a width fits. Raises the last error if no width does."""
-        shared_plan = self._cached_plan(name, device, correction)
+        shared_plan = self._cached_plan(name, device, asked, correction)
         if shared_plan.error is None:
             return shared_plan
         if isinstance(shared_plan.error, PlanError) and set(fallbacks) - {correction}:
-            return self._fitting_plan(name, device, *fallbacks)
+            return self._fitting_plan(name, device, asked, *fallbacks)
         # The error is kept for other devices; a traceback would keep the frames of this call alive with it.
         raise shared_plan.error.with_traceback(None)
 
-    def _cached_plan(self, name: str, device: JobDevice, correction: Correction) -> _SharedPlan:
+    def _cached_plan(
+        self, name: str, device: JobDevice, asked: AskedShare | None, correction: Correction
+    ) -> _SharedPlan:
         """The plan of another device like this one whose recipes agree, for the whole model and as planned."""
         device.profile, profile = self._profile(device.profile)
-        key = (id(profile), device.probe, device.samples, tuple(device.codecs), correction)
+        key = (id(profile), device.probe, device.samples, tuple(device.codecs), asked, correction)
         shared_plan = self._plans.pop(key, None)
         if shared_plan is None or any(self._recipe(name, device, w) != r for w, r in shared_plan.recipes.items()):
-            shared_plan = self._find_plan(name, device, profile, correction)
+            shared_plan = self._find_plan(name, device, profile, asked, correction)
         self._plans[key] = shared_plan
         return shared_plan
 
@@ -190,9 +222,12 @@ class WidthPlanner:
             shared_profile = self._profiles[str(body.get("name"))] = (body, HardwareProfile.from_dict(body))
             # Keys hold the identity of a profile's object, which another one may get after it is freed.
             self._plans.clear()
+            self._step_seconds.clear()
         return shared_profile
 
-    def _find_plan(self, name: str, device: JobDevice, profile: HardwareProfile, correction: Correction) -> _SharedPlan:
+    def _find_plan(
+        self, name: str, device: JobDevice, profile: HardwareProfile, asked: AskedShare | None, correction: Correction
+    ) -> _SharedPlan:
         full_widths = self.architecture.sizes
         try:
             plan = PlanSearch(
@@ -207,6 +242,7 @@ class WidthPlanner:
                 correction=correction,
                 frozen=self.frozen,
                 least_channels=self.strategy.min_channels,
+                asked=asked,
                 codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
             ).search()
         except StrategyError:
@@ -214,18 +250,15 @@ class WidthPlanner:
         except FedpruneError as error:
             return _SharedPlan({full_widths: self._recipe(name, device, full_widths)}, error=error)
         recipes = {w: self._recipe(name, device, w) for w in (full_widths, plan.widths)}
-        density = kept_share(self.architecture, plan.widths)
+        density = kept_share(self.architecture, plan.widths) if asked is None else plan.density
         return _SharedPlan(recipes, plan=PackedJson(plan.to_dict()), widths=plan.widths, density=density)
 
 
 class PlannedWidths(Allocator):
-    """The allocator of jobs whose strategy has none: each device gets the width that the planner gives it."""
+    """The allocator of jobs where neither strategy nor job asks for a share: each device gets what its board holds."""
 
     def __init__(self, planner: WidthPlanner) -> None:
         self._planner = planner
 
     def admit(self, fleet: Fleet, name: str, former: JobDevice | None) -> None:
         self._planner.plan_again(name, former, fleet.state.devices[name])
-
-    def learn(self, fleet: Fleet, name: str, task: DeviceTask, seconds: float | None) -> None:
-        self._planner.learn(name, fleet.state.devices[name], task)

@@ -44,14 +44,16 @@ class Job:
         total_macs: The same for the MACs of their training steps, which simulations alone count; 0 for no end.
         total_hours: The same for the hours since the first round began, pauses and restarts included, in a simulation
             those of the virtual clock; 0 for no end.
-        byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own. Not
-            with `density`.
+        byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own.
         energy_budget: Joules that a round's training may take on a device beyond what it takes when idle; 0 for no
-            limit. Devices whose profile has no power figures aren't limited. Not with `density`.
+            limit. Devices whose profile has no power figures aren't limited.
         strategy: A preset's name, or a composition of your own as `package.module:function`. `plain` is what the keys
             from `density` to `server_momentum` say.
         options: The strategy's own settings.
-        density: Kept share of every channel group on every device, or 0 to let the planner decide per device.
+        density: Kept share of every channel group on every device, less where its board can't hold that; 0 to let the
+            planner decide per device.
+        ignores_plans: Give devices what the strategy or `density` asks for, also where their boards can't hold it: for
+            simulations of a paper's own setting.
         scorer: Ranks channels: `ordered`, `magnitude` or `curvature`.
         warmup_rounds: Rounds of random nested ranks before the scorer's (`curvature` learns from updates first).
         rule: `coverage` averages each coordinate over the devices that trained it; with `fill` the others count
@@ -91,6 +93,7 @@ class Job:
     strategy: str = "plain"
     options: dict[str, Any] = field(default_factory=dict)
     density: float = bounded(0.0, 0, 1)
+    ignores_plans: bool = False
     scorer: str = choice_of("magnitude", SCORERS)
     warmup_rounds: int = bounded(0, 0, 10**6)
     rule: Rule = "coverage"
@@ -130,15 +133,6 @@ class Job:
                 raise ConfigError(("job", "recipe", name), expected=right_place, got=getattr(self.recipe, name))
         self.privacy.private_recipe(self.training_recipe)  # what doesn't go with privacy or rounds is better known now
         self._check_plain_settings()
-        for name in ("byte_budget", "energy_budget") if self.density else ():
-            if getattr(self, name):
-                raise ConfigError(
-                    f"with density {self.density:g}",
-                    path=("job", name),
-                    expected="one of the two",
-                    got=value_text(getattr(self, name)),
-                    hint="The planner keeps to budgets, and with a density it plans nothing: density = 0 lets it plan.",
-                )
         # Other optimisers scale moves by their own state, so that gradients can't be computed from them.
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(

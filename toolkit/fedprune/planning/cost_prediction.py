@@ -48,6 +48,7 @@ def predict_costs(
     correction: Correction = NO_CORRECTION,
     frozen: Collection[str] = (),
     codecs: Codecs = NO_CODECS,
+    active_share: float = 1.0,
 ) -> Prediction:
     """Predict the cost of a round at these widths on a board.
 
@@ -56,6 +57,7 @@ def predict_costs(
         correction: What its rounds taught.
         frozen: Tensors that the model's author froze.
         codecs: Those of the board's updates, and of the weights that it is sent; None for plain files.
+        active_share: Share of the layers' weights that a mask of elements keeps, of which alone files have values.
     """
     costs = costs_at(architecture, widths)
     steps = recipe.steps(samples)
@@ -67,8 +69,15 @@ def predict_costs(
     evaluate_s = (2 + (recipe.average > 0)) * correction.latency * batch_s * tested / recipe.batch_size
     link, power = profile.link, profile.power
     first_bytes, down_bytes, up_bytes = _transfer_bytes(architecture, widths, costs.wire_bytes, recipe, codecs)
+    if active_share < 1:
+        masked = sum(
+            math.prod(architecture.shape(name, widths)) for name in {r.weight for r in architecture.layers if r.weight}
+        )
+        sent_share = 1 - (1 - active_share) * masked / costs.parameters
+        first_bytes, down_bytes, up_bytes = (math.ceil(n * sent_share) for n in (first_bytes, down_bytes, up_bytes))
     mask_bytes = costs.parameters // 8 if recipe.features.element_mask else 0
-    longest_down_bytes = max(first_bytes, down_bytes) + costs.graph_bytes + mask_bytes
+    first_bytes, down_bytes = first_bytes + mask_bytes, down_bytes + mask_bytes
+    longest_down_bytes = max(first_bytes, down_bytes) + costs.graph_bytes
     transfer_s = longest_down_bytes / link.down_bytes_s + up_bytes / link.up_bytes_s + 2 * link.delay_s
     # Without both figures nothing is said of energy: a guess would limit or exclude boards.
     watts = None

@@ -35,6 +35,7 @@ from fedprune.planning.width_plan import (
     STORAGE,
     TIME,
     TIME_MARGIN,
+    AskedShare,
     PlanLimit,
     WidthPlan,
     memory_terms,
@@ -93,6 +94,8 @@ class PlanSearch:
             has no power figures isn't limited, and its plan warns.
         probe: What the board measured of itself; it takes precedence over the profile.
         densities: Candidate shares of every group.
+        asked: What a strategy or a job asks for: nothing wider is a candidate, and where it needs not be whole, even
+            shares of `densities` follow.
         correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
             fits for that reason alone, the plan is the narrowest candidate, with a warning.
         frozen: Tensors that the model's author froze.
@@ -112,6 +115,7 @@ class PlanSearch:
     energy_budget: float | None = None
     probe: ProbeReport | None = None
     densities: Sequence[float] = DENSITIES
+    asked: AskedShare | None = None
     correction: Correction = NO_CORRECTION
     frozen: Collection[str] = ()
     margin: float = 0.0
@@ -140,13 +144,13 @@ class PlanSearch:
             widths = width_candidate.widths
             # Memory is looked at first: it takes a fraction of the time that a prediction takes.
             if self._split_to_fit(widths, self._requested_recipe(widths))[1]:
-                candidate = self._candidate_at(widths)
+                candidate = self._candidate_at(width_candidate)
                 if all(limit.fits for limit in candidate.limits):
                     return self._fitting_plan(candidate, width_candidate.density, tried)
             tried.append(width_candidate)
         if not tried:
             raise PlanError("there is no density to choose from")
-        narrowest = self._candidate_at(widths)
+        narrowest = self._candidate_at(width_candidate)
         worst, memory = narrowest.worst_limit, narrowest.prediction.memory
         # A board that has trained can train: memory that its rounds measured never excludes it.
         if [m.name for m in narrowest.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.available_bytes:
@@ -160,20 +164,22 @@ class PlanSearch:
         """The plan of a candidate that fits, after wider ones that don't."""
         if not wider:
             return self._plan_of(candidate, density, bound=NOTHING_BINDS)
-        widest = self._candidate_at(wider[0].widths)
+        widest = self._candidate_at(wider[0])
         kept_weights = candidate.prediction.parameters / widest.prediction.parameters
-        explanation = self._full_model_explanation(widest) if tuple(self.densities) == DENSITIES else ""
-        warns = kept_weights < MIN_KEPT_WEIGHTS and explanation
+        explanation = self._explanation(widest, wider[0].density) if tuple(self.densities) == DENSITIES else ""
+        warns = explanation and (self.asked is not None or kept_weights < MIN_KEPT_WEIGHTS)
+        loss = f"density {density:.3g} instead of {wider[0].density:.3g}" if self.asked else ""
         return self._plan_of(
             candidate,
             density,
-            bound=self._candidate_at(wider[-1].widths).worst_limit.name,
+            bound=self._candidate_at(wider[-1]).worst_limit.name,
             notes=(explanation,) if explanation and not warns else (),
-            warning=f"only {kept_weights:.1%} of the weights are kept. {explanation}" if warns else "",
+            warning=f"{loss or f'only {kept_weights:.1%} of the weights are kept'}. {explanation}" if warns else "",
         )
 
     def _no_fit_error(self, narrowest: _Candidate) -> PlanError:
         worst, name, target = narrowest.worst_limit, self.architecture.name, self.profile.name
+        densities = {candidate.density for candidate in self._candidates()}
         other_limits = [m.describe() for m in narrowest.limits if not m.fits and m is not worst]
         others_text = f"It also breaks {'; '.join(other_limits)}. " if other_limits else ""
         memory_text = f"Memory is for: {memory_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""
@@ -181,8 +187,8 @@ class PlanSearch:
         remedies = self._remedies(narrowest) or "No setting of the recipe or the board frees enough."
         return PlanError(
             f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
-            if len(set(self.densities)) > 1
-            else f"{name} at density {max(self.densities):.3g} doesn't fit {target}: it breaks {worst.name}",
+            if len(densities) > 1
+            else f"{name} at density {max(densities):.3g} doesn't fit {target}: it breaks {worst.name}",
             expected=f"at most {amount(worst.limit, worst.unit)}",
             got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
             hint=f"{others_text}{memory_text}{remedies} {_HINT_OF_LIMIT[worst.name]}{self._processor_hint()}"
@@ -221,7 +227,7 @@ class PlanSearch:
     def _candidates(self) -> Iterator[WidthCandidate]:
         """Candidates, widest first. If the planner is free to choose, the whole model is yielded before the others are
         computed: most boards that can hold all of it need no more."""
-        if tuple(self.densities) == DENSITIES:
+        if self.asked is None and tuple(self.densities) == DENSITIES:
             yield WidthCandidate(1.0, self.architecture.sizes, 1)
             batch = min(self._requested_recipe(self.architecture.sizes).batch_size, self.samples)
             table, rate = latency_table(self.profile, self.probe), memory_bandwidth(self.profile, self.probe)
@@ -230,8 +236,15 @@ class PlanSearch:
                 replace(candidate, widths=self._with_least(candidate.widths)) for candidate in narrower
             )
             return
+        asked, densities = self.asked, set(self.densities)
+        if asked is not None:
+            yield WidthCandidate(asked.density, asked.widths, 1)
+            densities = set() if asked.whole else {d for d in densities if d < asked.density}
+        if asked is not None and asked.masks_elements:
+            yield from (WidthCandidate(density, asked.widths, 1) for density in sorted(densities, reverse=True))
+            return
         candidate_of_widths: dict[tuple[int, ...], WidthCandidate] = {}
-        for density in sorted(set(self.densities), reverse=True):
+        for density in sorted(densities, reverse=True):
             widths = self._with_least(widths_at(self.architecture, density))
             candidate_of_widths.setdefault(widths, WidthCandidate(density, widths, 1))
         yield from candidate_of_widths.values()
@@ -246,7 +259,7 @@ class PlanSearch:
     def _requested_recipe(self, widths: tuple[int, ...]) -> Recipe:
         return self.recipe if isinstance(self.recipe, Recipe) else self.recipe(widths)
 
-    def _predict(self, widths: tuple[int, ...], recipe: Recipe) -> Prediction:
+    def _predict(self, widths: tuple[int, ...], recipe: Recipe, density: float = 1.0) -> Prediction:
         return predict_costs(
             self.architecture,
             widths,
@@ -257,12 +270,14 @@ class PlanSearch:
             correction=self.correction,
             frozen=self.frozen,
             codecs=self.codecs,
+            active_share=density if self.asked is not None and self.asked.masks_elements else 1.0,
         )
 
-    def _candidate_at(self, widths: tuple[int, ...]) -> _Candidate:
+    def _candidate_at(self, candidate: WidthCandidate) -> _Candidate:
+        widths = candidate.widths
         asked = self._requested_recipe(widths)
         recipe = self._split_to_fit(widths, asked)[0]
-        prediction = self._predict(widths, recipe)
+        prediction = self._predict(widths, recipe, candidate.density)
         return _Candidate(widths, asked, recipe, prediction, self._limits_of(prediction))
 
     def _limits_of(self, prediction: Prediction) -> tuple[PlanLimit, ...]:
@@ -321,6 +336,7 @@ class PlanSearch:
             correction=self.correction,
             doubt=self._doubt(),
             accumulate=candidate.recipe.accumulate,
+            asked=self.asked,
             notes=(*self._gpu_notes(candidate), *self._split_notes(candidate), *notes),
             warning=" ".join(filter(None, (warning, self._unlimited_energy_warning(candidate.prediction)))),
         )
@@ -362,15 +378,16 @@ class PlanSearch:
         )
         return reason, statistics
 
-    def _full_model_explanation(self, widest: _Candidate) -> str:
-        """Sentences on why the whole model doesn't fit, and what would make it fit."""
+    def _explanation(self, widest: _Candidate, density: float) -> str:
+        """Sentences on why the whole model, or what was asked for, doesn't fit, and what would make it fit."""
         broken_limits = [
             f"{m.describe()}: {memory_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
             for m in widest.limits
             if not m.fits
         ]
         remedies = self._remedies(widest) or "On this board only a narrower model fits."
-        return f"The whole model exceeds the limit of {'; and of '.join(broken_limits)}. {remedies}"
+        subject = "The whole model" if density == 1 else f"Density {density:.3g}"
+        return f"{subject} exceeds the limit of {'; and of '.join(broken_limits)}. {remedies}"
 
     def _remedies(self, candidate: _Candidate) -> str:
         """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that

@@ -53,6 +53,23 @@ class PlanLimit:
 
 
 @dataclass(frozen=True)
+class AskedShare:
+    """A share of the model that a strategy or a job asks for, where the planner isn't free to choose.
+
+    Attributes:
+        density: Of every channel group, or of the elements that a mask keeps.
+        widths: Its channels per group.
+        masks_elements: Whether it is a mask of elements over all channels.
+        whole: Whether the method needs it as it is: a board that can't hold it takes no part.
+    """
+
+    density: float
+    widths: tuple[int, ...]
+    masks_elements: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True)
 class WidthPlan:
     """How wide a board's model is, and why.
 
@@ -66,6 +83,7 @@ class WidthPlan:
             takes too much memory; or that energy can't be limited. Empty without a warning.
         correction: What the board's rounds taught; it is in all times and in the memory.
         doubt: How far the board's measurements of itself are from what its profile promises; empty if they are near.
+        asked: What the strategy or the job asked for; None where the planner chose.
     """
 
     widths: tuple[int, ...]
@@ -78,6 +96,7 @@ class WidthPlan:
     notes: tuple[str, ...] = ()
     warning: str = ""
     doubt: str = ""
+    asked: AskedShare | None = None
 
     @property
     def before_rounds(self) -> Prediction:
@@ -167,6 +186,7 @@ class WidthPlan:
             "limits": [dict(vars(m)) for m in self.limits],
             "correction": dict(vars(self.correction)),
             "notes": list(self.notes),
+            "asked": self.asked and vars(self.asked) | {"widths": list(self.asked.widths)},
         }
 
     @classmethod

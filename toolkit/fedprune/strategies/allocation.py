@@ -4,8 +4,9 @@ An allocator has no state of its own: what it remembers of a device is in `Devic
 fleet in `State.allocation`, as plain JSON that is saved with every event. A density becomes widths, the same share of
 every channel group, or, where masks are made of elements, stays a density over a model of full width.
 
-Without an allocator devices are planned for (`fedprune.coordination.width_planner`): by the job's `density`, or by what
-their boards can hold and do within the job's deadline.
+No allocator gives a device more than its plan allows (`Ceiling`), unless the job says so (`ignores_plans`). Without an
+allocator devices get the job's `density`, or all that their boards can hold and do within the job's deadline
+(`fedprune.coordination.width_planner`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, Subject, value_text
@@ -23,47 +25,84 @@ from fedprune.core.settings import check_fields
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import DeviceTask, JobDevice, State
 from fedprune.model.architecture import Architecture, widths_at, widths_at_least
+from fedprune.planning.width_plan import AskedShare
 
 _SortKey = list[tuple[int, int, str]]
 
-# Entry of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density.
-TIMES = "times"
+# What a board can hold of the model at most, and the negative seconds of its training step: more is more capable.
+Capacity = tuple[float, float]
+
+# Entries of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density; and the
+# density that the device was to get last, of which its plan may allow less.
+TIMES, GRANTED = "times", "granted"
+
+
+class Ceiling(Protocol):
+    """The most that devices may get, by the memory, time, bytes, energy and disk space of their boards."""
+
+    def grant(self, name: str, device: JobDevice, share: AskedShare) -> None:
+        """Give a device a share of the model or, where its board can't hold that, the most that it can; or the reason
+        why it takes no part."""
+
+    def capacity(self, name: str, device: JobDevice, *, masks_elements: bool) -> Capacity:
+        """What a device can hold, whatever it is given."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fleet:
     """The input of an allocator. An allocator replaces `density`, `widths` and `allocation` of the state's devices, and
-    the state's own `allocation`, never in place; it only reads the rest."""
+    the state's own `allocation`, never in place; it only reads the rest. Without a `ceiling` nothing is known of
+    boards, and a device gets what it is granted."""
 
     job: Job
     architecture: Architecture
     state: State
     min_channels: int = 1
-    _sorted_names: list[tuple[_SortKey, str]] = field(default_factory=list, init=False, repr=False)
+    ceiling: Ceiling | None = None
+    _order: list[tuple[Capacity, _SortKey, str]] = field(default_factory=list, init=False, repr=False)
+    _entries: dict[str, tuple[Capacity, _SortKey, str]] = field(default_factory=dict, init=False, repr=False)
 
-    def position(self, name: str) -> int:
-        """The position of a device among all, in the order of names; numbers in them count as numbers. The order is
-        stored, since thousands of devices may announce themselves one after the other."""
-        entry = (natural_sort_key(name), name)
-        index = bisect_left(self._sorted_names, entry)
-        if index == len(self._sorted_names) or self._sorted_names[index] != entry:
-            self._sorted_names.insert(index, entry)
+    def position(self, name: str, *, masks_elements: bool = False) -> int:
+        """The position of a device among all: the most capable first, equal ones in the order of their names, in which
+        numbers count as numbers. The order is stored, since thousands of devices may announce themselves one after the
+        other."""
+        entry, former = self._entry(name, masks_elements), self._entries.get(name)
+        if entry != former:
+            if former is not None:
+                del self._order[bisect_left(self._order, former)]
+            insort(self._order, entry)
+            self._entries[name] = entry
         # Devices come or go without `position`, too, as at a restart.
-        if len(self._sorted_names) != len(self.state.devices):
-            self._sorted_names[:] = sorted((natural_sort_key(n), n) for n in self.state.devices)
-            index = bisect_left(self._sorted_names, entry)
-        return index
+        if len(self._order) != len(self.state.devices):
+            self._entries.clear()
+            self._entries.update((n, self._entry(n, masks_elements)) for n in self.state.devices)
+            self._order[:] = sorted(self._entries.values())
+        return bisect_left(self._order, entry)
 
-    def grant(self, name: str, density: float, *, masks_elements: bool) -> bool:
+    def _entry(self, name: str, masks_elements: bool) -> tuple[Capacity, _SortKey, str]:
+        if self.ceiling is None:
+            return (0.0, 0.0), natural_sort_key(name), name
+        share, speed = self.ceiling.capacity(name, self.state.devices[name], masks_elements=masks_elements)
+        return (-share, -speed), natural_sort_key(name), name
+
+    def grant(self, name: str, density: float, *, masks_elements: bool, whole: bool = False) -> bool:
         """Give a device a share of the model, above 0 and at most 1; returns whether it had another one. Times at
-        another share are forgotten. If masks are made of elements, the device keeps all channels."""
+        another share are forgotten. If masks are made of elements, the device keeps all channels.
+
+        A device whose plan allows less gets less; or, if the method needs the share `whole`, takes no part."""
         device = self.state.devices[name]
+        before = device.density, device.widths
         # An element mask keeps the shape of every tensor, so the board holds the whole model.
         widths = self.architecture.sizes if masks_elements else widths_at(self.architecture, density)
-        widths = widths_at_least(self.architecture, widths, self.min_channels)
-        if (device.density, device.widths) == (density, widths):
+        share = AskedShare(
+            density, widths_at_least(self.architecture, widths, self.min_channels), masks_elements, whole
+        )
+        if self.ceiling is not None:
+            self.ceiling.grant(name, device, share)
+        else:
+            device.density, device.widths = density, share.widths
+        if (device.density, device.widths) == before:
             return False
-        device.density, device.widths = density, widths
         # Times at another density say nothing about this one.
         if TIMES in device.allocation:
             device.allocation = {**device.allocation, TIMES: []}
@@ -106,27 +145,28 @@ class Allocator(ABC):
 
 @dataclass(frozen=True)
 class Fixed(Allocator):
-    """The same density for everybody, above 0 and at most 1."""
+    """The same density for everybody, above 0 and at most 1; whether the method needs it `whole` on every board."""
 
     density: float = 1.0
     masks_elements: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         check_density(("allocator", "density"), self.density)
 
     def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
-        fleet.grant(name, self.density, masks_elements=self.masks_elements)
+        fleet.grant(name, self.density, masks_elements=self.masks_elements, whole=self.whole)
 
 
 @dataclass(frozen=True)
 class Tiers(Allocator):
     """Densities by tier (HeteroFL, Diao et al. 2021, Sec. 4).
 
-    Devices are dealt tier by tier, in the order of their names (numbers in them count as numbers), among all that are
-    known when a round begins.
+    Tiers are dealt from the widest by what boards can hold and how fast they are, to equal ones in the order of their
+    names (numbers in them count as numbers), among all that are known when a round begins.
 
     Attributes:
-        densities: One per tier, in the order in which they are dealt.
+        densities: One per tier. Where nothing is known of boards, they are dealt in this order.
         shares: Share of the fleet in each tier; empty for equal ones.
         masks_elements: Whether masks are made of elements.
     """
@@ -160,15 +200,15 @@ class Tiers(Allocator):
 
     def _density(self, fleet: Fleet, name: str) -> float:
         # The middle of the device's share of the fleet, so that no device lies on the border of two tiers.
-        position = (fleet.position(name) + 0.5) / len(fleet.state.devices)
+        position = (fleet.position(name, masks_elements=self.masks_elements) + 0.5) / len(fleet.state.devices)
         shares = self.shares or (1.0,) * len(self.densities)
-        cumulative_share = 0.0
-        for density, share in zip(self.densities, shares, strict=True):
+        tiers, cumulative_share = list(zip(self.densities, shares, strict=True)), 0.0
+        for density, share in tiers if fleet.ceiling is None else sorted(tiers, reverse=True):
             cumulative_share += share / math.fsum(shares)
             if position < cumulative_share:
                 return density
         # Rounding may leave the sum of the shares just below the last position.
-        return self.densities[-1]
+        return density
 
 
 def natural_sort_key(name: str) -> _SortKey:
@@ -189,5 +229,5 @@ def density_allocator(job: Job, densities: Sequence[float], *, default: Sequence
     if job.density:
         return Fixed(job.density)
     if len(default) == 1:
-        return Fixed(default[0])
+        return Fixed(default[0], whole=default[0] == 1)
     return Tiers(tuple(default)) if default else None

@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 
 from fedprune.core.settings import bounded, check_fields
 from fedprune.jobs.state import DeviceTask, JobDevice
-from fedprune.strategies.allocation import TIMES, Allocator, Fixed, Fleet, Tiers
+from fedprune.strategies.allocation import GRANTED, TIMES, Allocator, Fixed, Fleet, Tiers
 from fedprune.strategies.recovery import DONE, FLOOR, Recovery
-
-# Entry of `Device.allocation`: the density that the device was given last.
-_GRANTED = "granted"
 
 # Entry of `State.allocation`: whether a density has grown, so that times no longer change densities.
 _FROZEN = "frozen"
@@ -61,7 +58,7 @@ class TimeDriven(Allocator):
         """Grant the density that the device had, or its initial one, and no less than the current minimum."""
         device = fleet.state.devices[name]
         # A device that announces itself again has its earned density, not the start's: links break often.
-        granted_density = device.allocation.get(_GRANTED)
+        granted_density = device.allocation.get(GRANTED)
         if granted_density is None:
             self.start.admit(fleet, name, previous)
             granted_density = device.density
@@ -132,8 +129,8 @@ class TimeDriven(Allocator):
         if device.excluded:
             return False
         changed = fleet.grant(name, density, masks_elements=self.masks_elements)
-        if device.allocation.get(_GRANTED) != density:
-            device.allocation = {**device.allocation, _GRANTED: density}
+        if device.allocation.get(GRANTED) != density:
+            device.allocation = {**device.allocation, GRANTED: density}
         return changed
 
 
