@@ -158,7 +158,8 @@ def _value_text(value: Any) -> str:
 
 
 def fedavg_job(job: Job) -> Job:
-    """The reference run: the whole model on every device, plain local training and the plain mean (arXiv:1602.05629).
+    """The reference run: the whole model on every device that can hold it, plain local training and the plain mean
+    (arXiv:1602.05629).
 
     It keeps the job's seed, rounds, totals, devices, participation and deadline, and of its recipe the steps, batch,
     loss, optimiser, augmentation, frozen parts and measurement interval.
@@ -171,7 +172,7 @@ def fedavg_job(job: Job) -> Job:
         density=0.0,
         byte_budget=0,
         energy_budget=0.0,
-        scorer="ordered",
+        scorer="magnitude",
         rule="coverage",
         server_momentum=0.0,
         warmup_rounds=0,

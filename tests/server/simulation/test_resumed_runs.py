@@ -315,7 +315,9 @@ def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:
     if windows:
         devices[::2] = [replace(d, profile=find_profile("raspberry-pi-5")) for d in devices[::2]]
     recipe, options = Recipe(max_steps=4), {"window_s": 20.0}
-    job = Job(rounds=2, devices=2, strategy="fedfix", options=options, deadline_s=0.3, recipe=recipe)
+    job = Job(
+        rounds=2, devices=2, strategy="fedfix", options=options, recipe=recipe, deadline_s=0.3, ignores_plans=True
+    )
     return replace(experiment, job=job, devices=devices)
 
 

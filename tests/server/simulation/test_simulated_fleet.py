@@ -234,7 +234,7 @@ def test_what_is_wrong_is_named(write, text, named):
 def test_whatever_the_strategy_is_the_reference_is_fedavg():
     job = Job(strategy="heterofl", options={"densities": [1.0, 0.5]}, rounds=7, seed=9)
     plain = fedavg_job(job)
-    assert (plain.strategy, plain.options, plain.density, plain.scorer) == ("plain", {}, 1.0, "ordered")
+    assert (plain.strategy, plain.options, plain.density, plain.scorer) == ("fedavg", {}, 0.0, "magnitude")
     assert (plain.rounds, plain.seed, plain.recipe.lr) == (7, 9, job.recipe.lr)
 
 

@@ -111,9 +111,8 @@ def test_a_lowered_density_says_what_was_asked_and_why() -> None:
     assert device.plan is not None
     assert device.plan["bound"] == "bytes"
     assert device.density == device.plan["density"] < 0.75
-    assert {"instead of 0.75", "byte_budget"} <= {
-        t for t in ("instead of 0.75", "byte_budget") if t in device.plan["warning"]
-    }
+    assert "instead of 0.75" in device.plan["warning"]
+    assert "byte_budget" in device.plan["warning"]
 
 
 def test_a_method_that_needs_the_whole_model_leaves_a_smaller_board_out_and_its_hint_helps() -> None:
