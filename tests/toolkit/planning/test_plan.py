@@ -31,7 +31,7 @@ from fedprune.planning.cost_prediction import (
     train_rate,
     training_memory,
 )
-from fedprune.planning.costs import costs_at
+from fedprune.planning.costs import costs_at, file_bytes
 from fedprune.planning.plan_search import DENSITIES, PlanSearch
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -383,6 +383,16 @@ def test_a_board_that_measured_more_memory_gets_a_narrower_model() -> None:
     plan = PlanSearch(NET, board, RECIPE, 500, correction=learnt).search()
     assert plan.widths < NET.sizes or plan.accumulate > 1
     assert plan.prediction.memory_bytes <= board.training_memory_bytes
+
+
+def test_frozen_tensors_take_less_memory_time_and_bytes() -> None:
+    frozen = predict_costs(NET, NET.sizes, BOARD, replace(RECIPE, frozen=("conv", "fc")), 500)
+    assert frozen.up_bytes == file_bytes({"head": (10, 64)}) < FULL.up_bytes
+    assert (frozen.first_bytes, frozen.memory_bytes < FULL.memory_bytes) == (FULL.first_bytes, True)
+    # The head alone has a backward pass, of one product; the forward pass is a third of a whole step or more.
+    assert FULL.step_s / 3 < frozen.step_s < FULL.step_s / 2
+    top = predict_costs(NET, NET.sizes, BOARD, replace(RECIPE, frozen=("head",)), 500)
+    assert frozen.step_s < top.step_s < FULL.step_s
 
 
 def test_energy_limits_only_boards_whose_power_is_known() -> None:

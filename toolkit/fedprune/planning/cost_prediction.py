@@ -15,7 +15,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
-from fedprune.model.trainable import trained_tensors
+from fedprune.model.trainable import frozen_tensors, trained_tensors
 from fedprune.planning.correction import NO_CORRECTION, Correction
 from fedprune.planning.costs import (
     AUGMENT_COPIES,
@@ -27,6 +27,7 @@ from fedprune.planning.costs import (
     file_bytes,
     memory_seconds,
 )
+from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, typical_gpu_table, typical_table
 from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
@@ -62,13 +63,19 @@ def predict_costs(
     costs = costs_at(architecture, widths)
     steps = recipe.steps(samples)
     table, bandwidth = latency_table(profile, probe), memory_bandwidth(profile, probe)
+    features = recipe.features
+    has_frozen = features.frozen or features.trainable or frozen
+    frozen_names = frozen_tensors(architecture, features, frozen) if has_frozen else frozenset[str]()
     step_s = correction.step * _step_seconds(architecture, widths, recipe, samples, table, bandwidth)
+    step_s *= _backward_share(architecture, widths, frozen_names) if has_frozen else 1.0
     latency_s = correction.latency * float(table.latency_seconds(architecture, widths)[0])
     tested = round(samples * TEST_SHARE / (1 - TEST_SHARE))
     batch_s = float(table.latency_seconds(architecture, widths, recipe.batch_size)[0])
     evaluate_s = (2 + (recipe.average > 0)) * correction.latency * batch_s * tested / recipe.batch_size
     link, power = profile.link, profile.power
-    first_bytes, down_bytes, up_bytes = _transfer_bytes(architecture, widths, costs.wire_bytes, recipe, codecs)
+    first_bytes, down_bytes, up_bytes = _transfer_bytes(
+        architecture, widths, costs.wire_bytes, recipe, codecs, frozen_names
+    )
     if active_share < 1:
         masked = sum(
             math.prod(architecture.shape(name, widths)) for name in {r.weight for r in architecture.layers if r.weight}
@@ -131,27 +138,42 @@ def _step_seconds(
     return step_s
 
 
+def _backward_share(architecture: Architecture, widths: Sequence[int], frozen: Collection[str]) -> float:
+    """The work of a step with frozen tensors over that of one that trains all. A layer's forward pass, its weight's
+    gradient and its input's cost the same; none needs an input's gradient up to the first layer that is trained."""
+    trained, done, whole = False, 0.0, 0.0
+    macs = workload(architecture).macs(widths)[0]
+    for number, (layer, count) in enumerate(zip(architecture.layers, macs, strict=True)):
+        is_trained = bool(layer.weight) and layer.weight not in frozen
+        done += count * (1 + is_trained + trained)
+        whole += count * (1 + bool(layer.weight) + (number > 0))
+        trained |= is_trained
+    return done / whole if whole else 1.0
+
+
 def _transfer_bytes(
-    architecture: Architecture, widths: Sequence[int], plain_bytes: int, recipe: Recipe, codecs: Codecs
+    architecture: Architecture,
+    widths: Sequence[int],
+    plain_bytes: int,
+    recipe: Recipe,
+    codecs: Codecs,
+    frozen: Collection[str],
 ) -> tuple[int, int, int]:
-    """The most bytes of whole weights, of weights that are coded as a difference, and of an update; `plain_bytes` is
-    the size of the weights' own file."""
+    """The most bytes of whole weights, of weights that are coded as a difference, and of an update, which has no frozen
+    tensors; `plain_bytes` is the size of the weights' own file."""
     up_codec, down_codec = (None if text is None else Codec.parse(text) for text in codecs)
     whole_codec = None if down_codec is None else HALF_CODEC
-    if up_codec is None and down_codec is None and not recipe.report_squares:
+    if up_codec is None and down_codec is None and not recipe.report_squares and not frozen:
         return plain_bytes, plain_bytes, plain_bytes
     trained, weights = {t.name for t in architecture.trainable}, architecture.shapes(widths)
-    sizes = {
-        c: plain_bytes if c is None else max_update_bytes(c, weights, trained)
-        for c in {whole_codec, down_codec, up_codec}
-    }
-    update_bytes = sizes[up_codec]
+    first_bytes, down_bytes = (
+        plain_bytes if c is None else max_update_bytes(c, weights, trained) for c in (whole_codec, down_codec)
+    )
+    update_shapes = {n: s for n, s in weights.items() if n not in frozen}
     if recipe.report_squares:
-        update_shapes = weights | {step_contract.squares_name(n): s for n, s in weights.items() if n in trained}
-        update_bytes = (
-            file_bytes(update_shapes) if up_codec is None else max_update_bytes(up_codec, update_shapes, trained)
-        )
-    return sizes[whole_codec], sizes[down_codec], update_bytes
+        update_shapes |= {step_contract.squares_name(n): s for n, s in update_shapes.items() if n in trained}
+    update_bytes = file_bytes(update_shapes) if up_codec is None else max_update_bytes(up_codec, update_shapes, trained)
+    return first_bytes, down_bytes, update_bytes
 
 
 def memory_use(
