@@ -131,7 +131,9 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
     width = f"widths {device['widths']}"
     if plan:
         bound = "no limit binds" if plan["bound"] == NOTHING_BINDS else f"bound by {plan['bound']}"
-        width = f"density {plan['density']:.3g}, {bound}"
+        asked = (plan.get("asked") or plan)["density"]
+        lowered = f" instead of {asked:.3g}" if asked > plan["density"] else ""
+        width = f"density {plan['density']:.3g}{lowered}, {bound}"
     if device["unit"] == "GPU":
         width += ", trains on its GPU" if device["measured"] else ", planned for its GPU"
     if plan and plan["prediction"].get("train_j") is not None:
