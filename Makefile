@@ -98,6 +98,7 @@ check: $(DEV)/installed
 	$(DEV)/bin/lint-imports --no-cache
 	$(DEV)/bin/python tests/support/push_ring.py check
 	$(DEV)/bin/python tests/support/room_lines.py check
+	$(DEV)/bin/python -m benchmarks.accuracy older
 	$(DEV)/bin/python tests/support/names.py
 	$(DEV)/bin/python -m manual --check
 

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.accuracy import report
 from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Method, Protocol
+from benchmarks.accuracy.strategy_code import strategy_digest
 from fedprune.core.cli import run_command, with_extra
 from fedprune.core.errors import ConfigError, TrainingError
 
@@ -54,19 +55,27 @@ def table(options: argparse.Namespace) -> int:
         DataError: The data set isn't there.
         MissingExtraError: What makes the networks isn't installed.
     """
-    from benchmarks.accuracy.protocols import EIGHT, PROTOCOLS
+    from benchmarks.accuracy.papers import PAPERS
+    from benchmarks.accuracy.protocols import EIGHT, PROTOCOLS, SAR
 
+    small_papers = [*(p for p in PAPERS if not p.full), SAR]
     if options.table == "list":
         for protocol in PROTOCOLS.values():
             print(f"{protocol.name:28} {'for a GPU' if protocol.full else _budget([protocol])}: {protocol.title}")
         print(f"\n{f'the {len(EIGHT)} of the summary':28} {_budget(EIGHT)}")
+        print(f"{'papers':28} {_budget(small_papers)}")
         return 0
+    if options.table == "older":
+        print("".join(f"{text}\n" for p in small_papers if (text := _older(p))), end="")
+        return 0
+    if options.table == "papers":
+        return max(table(argparse.Namespace(**{**vars(options), "table": p.name})) for p in small_papers)
     if options.table == "summary":
         summarise(EIGHT)
         return 0
     if options.table not in PROTOCOLS:
         names = ", ".join(PROTOCOLS)
-        raise ConfigError("table", expected=f"list, summary or one of {names}", got=options.table)
+        raise ConfigError("table", expected=f"list, summary, papers, older or one of {names}", got=options.table)
     protocol = changed(PROTOCOLS[options.table], options)
     methods = [m for m in protocol.methods if not options.methods or m.name in options.methods.split(",")]
     if unknown := set(filter(None, options.methods.split(","))) - {m.name for m in methods}:
@@ -92,7 +101,11 @@ def table(options: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("table", help="a table's name, `list`, or `summary`")
+    parser.add_argument(
+        "table",
+        help="a table's name; `papers` for all of the papers' that are scaled down; `list`; `summary`; or `older`, which "
+        "names papers' pages whose strategies' code has changed",
+    )
     parser.add_argument("--methods", default="", help="only these rows, separated by commas")
     parser.add_argument("--seeds", type=seeds, default=(), help="run only these, separated by commas")
     parser.add_argument("--rounds", type=int, default=0, help="instead of the table's")
@@ -102,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=1, help="processes that train within a run")
     parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU")
     parser.add_argument("--again", action="store_true", help="run finished runs again")
+    parser.add_argument("--older", action="store_true", help="run those again whose strategy's code has changed")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of runs")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=with_extra("torch", table))
@@ -161,8 +175,9 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
     samples(protocol.source)
     # Seed by seed: a first look comes early.
     wanted = [(m, s) for s in options.seeds or protocol.seeds for m in methods]
-    if options.again:
-        for method, seed in wanted:
+    for method, seed in wanted:
+        path = result_of(protocol, method, seed, options)
+        if options.again or (options.older and path.exists() and not _is_of_code(json.loads(path.read_text()), method)):
             forget(protocol, method, seed, options)
     left = [(m, s) for m, s in wanted if not finished(protocol, m, s, options)]
     minutes = sum(_minutes(protocol, method) for method, _ in left)
@@ -186,6 +201,20 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
         for process in running:
             process.terminate()
     return failed
+
+
+def _is_of_code(run: Mapping[str, Any], method: Method) -> bool:
+    """Whether a run was made with the present code of its strategy."""
+    return run.get("strategies") == strategy_digest(method.strategy)
+
+
+def _older(protocol: Protocol) -> str:
+    """A line on rows of a table that were made with other code than there is now; empty without any."""
+    runs = {(r["method"], r["seed"]): r for r in stored(protocol)["runs"]}
+    wanted = [(m, seed) for m in protocol.methods for seed in protocol.seeds]
+    old = [f"{m.name} {s}" for m, s in wanted if not _is_of_code(runs.get((m.name, s), {}), m)]
+    share = f"{len(old)} of {len(wanted)} runs are missing, or of earlier code of their strategies"
+    return f"benchmarks/results/accuracy/{protocol.name}.md: {share}" if old else ""
 
 
 def start(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import sets
+from benchmarks.accuracy.strategy_code import code_of
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.datasets.data_plan import DataPlan
@@ -61,12 +62,10 @@ def definition(name: str) -> str:
     used = set(left)
     while left:
         for node in ast.walk(parts[left.pop()]):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-                del node.body[0]
             if isinstance(node, ast.Name) and node.id in parts and node.id not in used:
                 used.add(node.id)
                 left.append(node.id)
-    text = "\n".join(f"{n} {ast.dump(parts[n])}" for n in sorted(used))
+    text = "\n".join(f"{n} {code_of(parts[n])}" for n in sorted(used))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

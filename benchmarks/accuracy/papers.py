@@ -8,13 +8,14 @@ from benchmarks.accuracy.protocol import Board, Method, Protocol
 from fedprune.model.recipe import Recipe
 
 _WORKSTATION = (Board("generic-x86-64"),)
+_OWN = "benchmarks.accuracy.compositions:"
 
 # --- SubFLOT (arXiv 2604.06631)
 
 _SUBFLOT = (
     Method("local", "local"),
     Method("heterofl", "heterofl"),
-    Method("slices", "benchmarks.accuracy.compositions:slices"),
+    Method("slices", f"{_OWN}slices"),
     Method("fedrolex", "fedrolex"),
     Method("subflot", "subflot"),
     Method("fedprune", "fedprune", served_model="average"),
@@ -42,8 +43,17 @@ SUBFLOT_SMALL = replace(
     net="small_cnn",
     recipe=Recipe(epochs=5, batch_size=25, lr=0.001, momentum=0.0, evaluate_every=8),
     rounds=32,
-    methods=(*(m for m in _SUBFLOT if m.name != "slices"), Method("history", "history")),
-    seeds=(0,),
+    methods=(
+        *(m for m in _SUBFLOT if m.name not in ("slices", "fedprune")),
+        Method("fedavg", "fedavg", densities=False),
+        Method("history", "history"),
+        Method("without OTP", f"{_OWN}sliced_subflot"),
+        Method("without SAR", "subflot", {"sar": 0.0}),
+        Method("without OTA", f"{_OWN}in_place_subflot"),
+        Method("α .7", "subflot", {"alpha": 0.7}),
+        Method("λ 5", "subflot", {"sar": 5.0}),
+    ),
+    reference="subflot",
     every=8,
     every_global=4,
     minutes=5,
@@ -78,7 +88,6 @@ CA_HFP = Protocol(
     densities=(0.5,),
     boards=_WORKSTATION,
     reference="l1",
-    seeds=(0, 1),
     every=5,
     every_global=5,
     minutes=2,
@@ -89,7 +98,24 @@ CA_HFP_SKEWED = replace(
     name="ca-hfp-scores-skewed",
     title="CA-HFP: scores and reconstruction, Dirichlet .1",
     data={**CA_HFP.data, "alpha": 0.1},
-    seeds=(0,),
+)
+
+_FULL = {"densities": False, "recipe": {"evaluate_every": 1}}
+
+CA_HFP_MIXED = replace(
+    CA_HFP,
+    name="ca-hfp-mixed",
+    title="CA-HFP's Table I: a residual net, pruning ratios of 25, 50 and 75 %",
+    net="resnet8",
+    methods=(
+        Method("ca-hfp", "ca-hfp"),
+        Method("l1", "ca-hfp", {"score": "l1"}),
+        Method("heterofl", "heterofl"),
+        Method("fedavg", "fedavg", **_FULL),
+        Method("fedprox", "fedprox", **_FULL),
+    ),
+    densities=(0.75, 0.5, 0.25),
+    reference="ca-hfp",
 )
 
 CA_HFP_FULL = replace(
@@ -252,7 +278,9 @@ FEDOBP_SMALL = replace(
     title="FedOBP: a sweep of q, scaled down",
     data={**FEDOBP_FULL.data, "most": 12_000, "pool": 2},
     rounds=50,
-    seeds=(0, 1),
+    methods=tuple(
+        replace(m, strategy=f"{_OWN}counted_fedobp") if m.strategy == "fedobp" else m for m in FEDOBP_FULL.methods
+    ),
     every=10,
     every_global=10,
     minutes=4,
@@ -295,11 +323,10 @@ AUTOFLIP_SMALL = replace(
     recipe=Recipe(epochs=5, batch_size=64, lr=3e-4, optimizer="adam"),
     rounds=40,
     methods=tuple(
-        replace(m, options={"exploration_epochs": 20, **m.options}) if m.strategy == "autoflip" else m
-        for m in AUTOFLIP_FULL.methods
+        replace(m, options={"exploration_epochs": 20, **m.options}) if m.strategy != "fedavg" else m
+        for m in (*AUTOFLIP_FULL.methods, Method("random masks", f"{_OWN}random_flip", densities=False))
         if m.name != "autoflip warm"
     ),
-    seeds=(0, 1),
     every=10,
     every_global=5,
     minutes=3,
@@ -307,6 +334,6 @@ AUTOFLIP_SMALL = replace(
 )
 
 PAPERS = (
-    SUBFLOT_SMALL, CA_HFP, CA_HFP_SKEWED, PR_FL_SMALL, PR_FL_IID, FEDOBP_SMALL, AUTOFLIP_SMALL,
+    SUBFLOT_SMALL, CA_HFP, CA_HFP_SKEWED, CA_HFP_MIXED, PR_FL_SMALL, PR_FL_IID, FEDOBP_SMALL, AUTOFLIP_SMALL,
     SUBFLOT_FULL, CA_HFP_FULL, PR_FL_FULL, FEDOBP_FULL, AUTOFLIP_FULL,
 )  # fmt: skip

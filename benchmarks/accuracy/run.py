@@ -21,8 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.accuracy import nets, sets
+from benchmarks.accuracy.compositions import PERSONAL
 from benchmarks.accuracy.protocol import AVERAGE, CALIBRATION, Board, Method, Protocol
 from benchmarks.accuracy.shares import shares
+from benchmarks.accuracy.strategy_code import strategy_digest
 from benchmarks.harness import processor
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.rng import keyed_generator
@@ -131,6 +133,11 @@ class Scales:
 
     def __call__(self, moment: MeasuredRound) -> dict[str, float]:
         """The numbers of a round."""
+        counts = moment.memory.get(PERSONAL, {}).items()
+        personal = {f"personal@{name}": int(own) / max(1, int(whole)) for name, (own, whole) in counts}
+        return {**found, **personal} if (found := self._measured(moment)) else {}
+
+    def _measured(self, moment: MeasuredRound) -> Mapping[str, float]:
         protocol, last = self._protocol, moment.round == moment.job.rounds
         if protocol.every_s:
             # Nothing is remembered: a run that was killed measures in the same rounds as one that wasn't.
@@ -216,6 +223,7 @@ def run(
         "key": key,
         "trainer": "onnxruntime on CUDA" if cuda else "onnxruntime",
         "code": commit(),
+        "strategies": strategy_digest(method.strategy),
         "machine": machine(),
         "wall_s": round(spent[0], 1),
         "cpu_s": round(spent[1], 1),
