@@ -69,14 +69,8 @@ def copied(example: str, work: Path) -> Path:
 
 
 def run(block: str, folder: Path) -> str:
-    """Run a block of commands with bash, and this Python's programs; the first that fails ends it.
-
-    Returns:
-        What it printed.
-
-    Raises:
-        RuntimeError: A command failed; the message has all that was printed.
-    """
+    """Run a block of commands with bash, and this Python's programs; the first that fails ends it, by a RuntimeError
+    with all that was printed. Returns that."""
     script = f"set -euo pipefail\n{block}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

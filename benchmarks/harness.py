@@ -36,26 +36,13 @@ Case = Mapping[str, Any]
 
 
 def run_cases(
-    name: str,
-    title: str | None,
-    cases: Iterable[Case],
-    run: Callable[..., Record],
-    *packages: str,
-    **constants: Any,
+    name: str, title: str | None, cases: Iterable[Case], run: Callable[..., Record], *packages: str, **constants: Any
 ) -> list[Record]:
     """Run all cases that have no record yet, and write each record at once: an interrupted benchmark continues.
 
-    Args:
-        name: Name of the results' file.
-        title: The benchmark's docstring; `--help` shows its first line.
-        cases: The arguments of `run`; a record begins with those of its case.
-        run: Measures a case; returns the rest of its record.
-        packages: Distributions whose versions matter.
-        constants: What is the same for all cases, for the page.
-
-    Returns:
-        The records of all cases, in their order.
-    """
+    A case has the arguments of `run`, which returns the rest of its record. `title` is the benchmark's docstring, whose
+    first line `--help` shows; `packages` are distributions whose versions matter; `constants`, for the page, are the
+    same for all cases. Returns the records in the order of the cases."""
     options = arguments(title)
     wanted = [case for case in cases if all(str(case.get(k)) == v for k, v in options.only)]
     out = options.out or RESULTS / f"{name}.json"
@@ -160,12 +147,7 @@ def write_results(out: Path, body: Mapping[str, Any]) -> None:
 
 
 def save(path: Path | str, body: Mapping[str, Any]) -> None:
-    """Write results, and fill the tables of their page.
-
-    Args:
-        path: A file, or the name of a benchmark.
-        body: What was measured.
-    """
+    """Write results to a file, or to that of a benchmark's name, and fill the tables of their page."""
     from benchmarks import tables
 
     out = path if isinstance(path, Path) else RESULTS / f"{path}.json"

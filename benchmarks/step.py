@@ -114,10 +114,7 @@ def measure(name: str, density: float, folder: Path, turns: int) -> list[dict[st
     rows: list[dict[str, Any]] = []
     for threads in THREADS:
         x, y = batch(shape)
-        steps = {
-            "ours": our_step(graph, tensors, x, y, threads),
-            "torch": torch_step(name, tensors, x, y, threads),
-        }
+        steps = {"ours": our_step(graph, tensors, x, y, threads), "torch": torch_step(name, tensors, x, y, threads)}
         times = compare(steps, turns)
         alone = rows[0]["times"] if rows else times
         contended = any(times[e]["cpu_ms"] > CONTENDED * alone[e]["cpu_ms"] for e in times)

@@ -38,11 +38,7 @@ RESULTS = Path("benchmarks/results/accuracy")
 
 
 def main() -> int:
-    """The command.
-
-    Returns:
-        An exit code of `docs/exit-codes.md`.
-    """
+    """The command."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs that were started end, too
     return run_command("python -m benchmarks.accuracy", parser)
 
@@ -103,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument(
         "table",
-        help="a table's name; `papers` for all of the papers' that are scaled down; `list`; `summary`; or `older`, which "
-        "names papers' pages whose strategies' code has changed",
+        help="a table's name; `papers` for all of the papers' that are scaled down; `list`; `summary`; or `older`, "
+        "which names papers' pages whose strategies' code has changed",
     )
     parser.add_argument("--methods", default="", help="only these rows, separated by commas")
     parser.add_argument("--seeds", type=seeds, default=(), help="run only these, separated by commas")
@@ -163,11 +159,8 @@ def _minutes(protocol: Protocol, method: Method) -> float:
 
 
 def everything(protocol: Protocol, methods: list[Method], options: argparse.Namespace) -> list[tuple[str, int]]:
-    """All runs that are missing, a few at a time, each in a process of its own.
-
-    Returns:
-        Row and seed of those that failed.
-    """
+    """All runs that are missing, a few at a time, each in a process of its own. Returns row and seed of those that
+    failed."""
     from benchmarks.accuracy.sets import samples
 
     for package in ("torch", "onnxscript"):

@@ -19,14 +19,7 @@ FOLDER = Path("build/accuracy/nets")
 
 
 def model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> Model:
-    """A network with weights drawn by a seed. The file is kept: exporting takes seconds.
-
-    Args:
-        name: One of `NETS`.
-        shape: One sample's shape.
-        classes: Entries of the output.
-        seed: Of the initial weights.
-    """
+    """A network for samples of a shape, with weights drawn by a seed. The file is kept: exporting takes seconds."""
     size = "x".join(map(str, shape))
     path = FOLDER / f"{name}-{definition(name)[:8]}-{size}-{classes}-{seed}.onnx"
     if not path.exists():
@@ -43,11 +36,7 @@ def model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> Model:
 
 @cache
 def definition(name: str) -> str:
-    """Digest of the code that makes a network, without comments and docstrings: what is edited is another network.
-
-    Args:
-        name: One of `NETS`.
-    """
+    """Digest of the code that makes a network, without comments and docstrings: what is edited is another network."""
     tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
     parts: dict[str, ast.AST] = {}
     for node in tree.body:
@@ -83,13 +72,8 @@ def small_cnn(shape: tuple[int, ...], classes: int) -> Any:
 
 
 def trained(make: Callable[[tuple[int, ...], int], Any], shape: tuple[int, ...], classes: int) -> Any:
-    """A net after five epochs on 20,000 images of CIFAR-100, with a new last layer: where fine-tuning begins.
-
-    Args:
-        make: The net; its last module is a linear layer.
-        shape: One sample's shape; images are pooled to it.
-        classes: Entries of the output.
-    """
+    """A net after five epochs on 20,000 images of CIFAR-100, pooled to the shape, with a new last layer (its last
+    module is a linear one): where fine-tuning begins."""
     import torch
     from torch import nn
     from torch.nn import functional

@@ -167,12 +167,8 @@ _STALE = {"mixing": "share", "staleness": "polynomial", "a": 0.6}
 
 
 def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
-    """The methods that PR-FL compares: those that prune with the densities that the authors' code begins with.
-
-    Args:
-        interval: Rounds between looks at masks, densities and early stopping.
-        patience: In such looks.
-    """
+    """The methods that PR-FL compares: those that prune with the densities that the authors' code begins with. Masks,
+    densities and early stopping are looked at every `interval` rounds; `patience` is in such looks."""
     ours = {"densities": TIERS, "shares": SHARES, "interval": interval, "patience": patience}
     rows = (
         Method("pr-fl", "pr-fl", ours),

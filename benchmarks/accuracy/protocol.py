@@ -153,17 +153,7 @@ class Protocol:
     def key(self, method: Method, seed: int, *, cuda: bool = False) -> str:
         """Digest of the settings that decide a run's numbers: results of others are not mixed in."""
         parts = asdict(self)
-        for name in (
-            "title",
-            "methods",
-            "seeds",
-            "reference",
-            "target",
-            "minutes",
-            "reads",
-            "name",
-            "changes",
-        ):
+        for name in ("title", "methods", "seeds", "reference", "target", "minutes", "reads", "name", "changes"):
             parts.pop(name)
         if not self.ends_at_target:
             parts.pop("ends_at_target")

@@ -52,15 +52,7 @@ UNLIMITED = {"move_limit": 0.0, "weight_limit": 0.0, "ignores_plans": True}
 
 
 def job_of(protocol: Protocol, method: Method, devices: int, seed: int, elements: Sequence[float]) -> Job:
-    """The job of a row.
-
-    Args:
-        protocol: The table.
-        method: The row.
-        devices: How many there are.
-        seed: The seed.
-        elements: Densities of a row whose submodels are made of elements.
-    """
+    """The job of a row; `elements` are the densities of one whose submodels are made of elements."""
     options = dict(method.options)
     if method.densities:
         options = {"densities": list(elements if method.elements else protocol.densities), **options}
@@ -102,9 +94,7 @@ def fleet(federation: Federation, boards: tuple[Board, ...]) -> tuple[VirtualDev
     small = sum(federation.count(n) for n in names) * math.prod(federation.samples.shape) < SMALL
     return tuple(
         VirtualDevice(
-            name,
-            kinds[place * len(kinds) // len(names)],
-            federation.load(name) if small else stored(federation, name),
+            name, kinds[place * len(kinds) // len(names)], federation.load(name) if small else stored(federation, name)
         )
         for place, name in enumerate(names)
     )
@@ -163,20 +153,8 @@ def run(
     cuda: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Run, or continue with, a row for one seed; its result is written before the state that it was made from goes.
-
-    Args:
-        protocol: The table.
-        method: The row.
-        seed: The seed.
-        folder: Where the result is written, and where the run's state lies until then.
-        workers: In how many processes.
-        cuda: Whether it trains on an NVIDIA GPU.
-        quiet: Whether to say nothing of each round.
-
-    Returns:
-        The run's numbers as JSON.
-    """
+    """Run, or continue with, a row for one seed, in `workers` processes. Its numbers are returned, and written to
+    `folder` before the state that they were made from goes from there."""
     key, began = protocol.key(method, seed, cuda=cuda), (time.perf_counter(), cpu_seconds())
     experiment = experiment_of(protocol, method, seed, workers=workers, cuda=cuda)
     place = state_path(protocol, method, seed, folder, cuda=cuda)

@@ -14,14 +14,7 @@ def shares(architecture: Architecture, densities: Sequence[float]) -> list[float
 
     A round sends values both ways, and a mask, a bit for each element that could be masked, to the device. With v
     values of a share, s values of a submodel and m elements that could be masked, 2 · 4 · v + m / 8 = 2 · 4 · s bytes.
-
-    Args:
-        architecture: The model.
-        densities: Of submodels, each above 0, up to 1.
-
-    Raises:
-        ValueError: A submodel weighs less than a mask and the tensors that can't be masked.
-    """
+    Raises `ValueError` if a submodel weighs less than a mask and the tensors that can't be masked."""
     sizes = {name: math.prod(shape) for name, shape in architecture.shapes(architecture.sizes).items()}
     names = prunable(architecture)
     masked = sum(sizes[n] for n in names)

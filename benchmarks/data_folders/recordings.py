@@ -52,12 +52,7 @@ def kinds() -> Iterator[Kind]:
 
 
 def _kind(
-    name: str,
-    encode: Callable[[Array], bytes],
-    tolerance: float | None,
-    *,
-    kept: int = LENGTH,
-    suffix: str = ".wav",
+    name: str, encode: Callable[[Array], bytes], tolerance: float | None, *, kept: int = LENGTH, suffix: str = ".wav"
 ) -> Kind:
     def write(folder: Path) -> tuple[Path, Truth]:
         samples = []

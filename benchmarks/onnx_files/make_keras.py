@@ -85,11 +85,7 @@ def builds() -> dict[str, tuple[Callable[[Any], Any], tuple[int, ...], dict[str,
             {},
         ),
         "attention": (attention, steps, {}),
-        "embedding": (
-            _stack(k.Embedding(50, 16), k.GlobalAveragePooling1D(), k.Dense(3)),
-            (12,),
-            {"dtype": "int32"},
-        ),
+        "embedding": (_stack(k.Embedding(50, 16), k.GlobalAveragePooling1D(), k.Dense(3)), (12,), {"dtype": "int32"}),
         "upsampled": (
             _stack(
                 k.Conv2D(8, 3, strides=2, padding="same"), k.UpSampling2D(2, interpolation="bilinear"), k.Conv2D(2, 1)

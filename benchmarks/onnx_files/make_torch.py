@@ -120,11 +120,7 @@ def export(net: Net, how: Export, path: Path) -> tuple[Facts, dict[str, Any]]:
 
 def step_of(module: nn.Module, arrays: Mapping[str, Any], loss: str, *, axis: int, norms: int) -> dict[str, Any]:
     """Labels, and a net's outputs before and after a step, in float64; nothing where the file trains something else.
-
-    Args:
-        axis: Where the net has the batch.
-        norms: The batch norms that the file has.
-    """
+    `axis` is where the net has the batch."""
     net = copy.deepcopy(module).double()
     inputs = [torch.from_numpy(np.moveaxis(a, 0, axis).copy()) for a in arrays.values()]
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]

@@ -21,18 +21,10 @@ _UNIT = 2.0**-34
 
 
 def audit(folder: Path, ledger: Ledger, rounds: int, seed: int, database: str | None = None) -> dict[str, Any]:
-    """Compare a finished job with the devices' ledger.
-
-    Args:
-        folder: The run's: `state` is the server's, `offered` has the weights that devices were offered, by digest.
-        ledger: By device its samples and, by round, its part.
-        rounds: How many rounds there were to be.
-        seed: Of the devices' noise.
-        database: Where PostgreSQL has the state.
-
-    Returns:
-        By round what was found, and `faults`: everything that is not as it should be, in words.
-    """
+    """Compare a finished job with the devices' ledger. `folder` is the run's: `state` is the server's (in PostgreSQL,
+    if there is a `database`), `offered` has the weights that devices were offered, by digest. The ledger has by device
+    its samples and, by round, its part; `seed` is that of the devices' noise. Returns by round what was found, and
+    `faults`: all that is not as it should be, in words."""
     faults: list[str] = []
     state, offered = folder / "state", folder / "offered"
     with Storage.open_in(state, database) as storage:
@@ -79,12 +71,7 @@ def _round(
 
 
 def _model(
-    summary: Mapping[str, Any],
-    store: BlobStore,
-    base: Path,
-    parts: list[tuple[int, int]],
-    seed: int,
-    faults: list[str],
+    summary: Mapping[str, Any], store: BlobStore, base: Path, parts: list[tuple[int, int]], seed: int, faults: list[str]
 ) -> dict[str, Any]:
     """The global model beside the mean that numpy makes of all updates anew."""
     number = summary["round"]

@@ -40,18 +40,8 @@ class _Epochs(EpochFile):
 
 
 def make_site(state: Path, site: str, devices: Iterable[str], seed: int, database: str | None) -> str:
-    """Make a server's identity with certificates for its broker, and members of all devices.
-
-    Args:
-        state: The server's state folder.
-        site: The site's name.
-        devices: Their names.
-        seed: Of their keys.
-        database: Where PostgreSQL has the members.
-
-    Returns:
-        The server's verifying key, as hex.
-    """
+    """Make a server's identity in the folder `state`, with certificates for its broker, and members of all devices,
+    with keys of the seed, in PostgreSQL if there is a `database`. Returns the server's verifying key, as hex."""
     with IdentityFolder.make(state, site, database=database) as identity:
         identity.listener_files("broker", ["127.0.0.1"])
         for device in devices:

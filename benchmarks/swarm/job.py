@@ -88,11 +88,8 @@ def small_cnn() -> bytes:
 
 
 def write_job(folder: Path, devices: int, rounds: int, broker: str, site: str, pulls: int, more: str = "") -> Path:
-    """Write a job's files into a folder; `more` are further settings of the server.
-
-    Returns:
-        Path of the `fleet.toml`.
-    """
+    """Write a job's files into a folder; `more` are further settings of the server. Returns the path of the
+    `fleet.toml`."""
     (folder / "model.onnx").write_bytes(small_cnn())
     hand = deal_digits(["one"])
     np.savez(folder / "evaluation.npz", x=hand.x, y=hand.y)

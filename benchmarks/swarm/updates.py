@@ -61,17 +61,9 @@ def update_file(weights: bytes, index: int, round_: int, seed: int = 0) -> bytes
 def mean(
     weights: bytes, parts: Iterable[tuple[int, int]], round_: int, seed: int = 0
 ) -> tuple[npt.NDArray[np.float64], int]:
-    """The global model that a round must lead to, by numpy alone: the mean of updates, weighted by samples.
-
-    Args:
-        weights: The tensor file that all were offered.
-        parts: Number and samples of every device whose update counts.
-        round_: The round.
-        seed: Of the noise.
-
-    Returns:
-        The mean, and all samples.
-    """
+    """The global model that a round must lead to, and all samples, by numpy alone: the mean of updates, weighted by
+    samples. `weights` is the tensor file that all were offered; `parts` are number and samples of devices whose updates
+    count."""
     base = flat(weights)
     total, samples = np.zeros(base.size), 0
     for index, count in parts:

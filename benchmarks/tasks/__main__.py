@@ -23,16 +23,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.tasks import adapters
 from benchmarks.tasks.pages import docs_pages
-from benchmarks.tasks.runs import (
-    BUDGET,
-    DEFAULT,
-    METHODS,
-    REFERENCE,
-    TORCH,
-    Changes,
-    affordable_rounds,
-    run,
-)
+from benchmarks.tasks.runs import BUDGET, DEFAULT, METHODS, REFERENCE, TORCH, Changes, affordable_rounds, run
 from benchmarks.tasks.tasks import TASKS
 from fedprune.core.atomic_file import write_atomically
 
@@ -78,12 +69,8 @@ def run_all(
     end: Callable[[Case, dict[str, Any]], None],
     workers: int,
 ) -> bool:
-    """Run cases beside each other, each in a process of its own. Returns whether all have ended well.
-
-    Args:
-        begin: Arguments of a case's run; None while it can't begin.
-        end: Takes a run's numbers.
-    """
+    """Run cases beside each other, each in a process of its own: `begin` gives a case's arguments, None while it can't
+    begin; `end` takes its numbers. Returns whether all have ended well."""
     waiting, failed = list(cases), False
     running: dict[Future[dict[str, Any]], Case] = {}
     with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:

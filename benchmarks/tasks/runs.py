@@ -106,12 +106,8 @@ class Changes:
 
 
 def run(name: str, method: str, seed: int, rounds: int = 0, changes: Changes = Changes()) -> dict[str, Any]:
-    """Run a task with a method. Its scores, costs and seconds on the fleet's clock are there for each round.
-
-    Args:
-        rounds: How many rounds; 0 for the task's.
-        changes: What a look changes.
-    """
+    """Run a task with a method, for `rounds` or, with 0, the task's. Its scores, costs and seconds on the fleet's clock
+    are there for each round."""
     torch.set_num_threads(1)
     task, before = replace(TASKS[name], rounds=rounds or TASKS[name].rounds), cpu_seconds()
     numbers = central(task, seed) if method == TORCH else federated(task, method, seed, changes)

@@ -82,19 +82,9 @@ class Found:
 
 
 def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM, seed: int = 0) -> dict[str, Any]:
-    """Both runs, side by side.
-
-    Args:
-        folder: An empty folder.
-        devices: How many boards there are.
-        seconds: After so long the round that continues is the last one in bad weather.
-        weather: How bad it is.
-        seed: Keys the weather.
-
-    Raises:
-        FedpruneError: A process died that should live, or the last round doesn't end in four times that time and ten
-            minutes.
-    """
+    """Both runs, side by side, in an empty folder. After `seconds` the round that continues is the last one in bad
+    weather; `seed` keys the weather. Raises `FedpruneError` if a process died that should live, or the last round
+    doesn't end in four times that time and ten minutes."""
     names = [f"board-{i:02}" for i in range(devices)]
     material = folder / "material"
     material.mkdir()
@@ -126,13 +116,7 @@ def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM
 
 
 def _run(
-    folder: Path,
-    material: Path,
-    names: list[str],
-    weather: Weather,
-    seconds: float,
-    rounds: int | None,
-    seed: int,
+    folder: Path, material: Path, names: list[str], weather: Weather, seconds: float, rounds: int | None, seed: int
 ) -> Found:
     folder.mkdir()
     for path in material.iterdir():
@@ -197,13 +181,8 @@ def _finished(state: Path) -> list[dict[str, Any]]:
 
 
 def verdict(found: dict[str, Any], noise: float, most: float) -> list[str]:
-    """What is not as it should be.
-
-    Args:
-        found: What `compare` gave.
-        noise: By how much accuracies may differ where not every update counted.
-        most: How often the bytes of a blob may be fetched.
-    """
+    """What is not as it should be: accuracies may differ by `noise` where not every update counted, and the bytes of a
+    blob may be fetched `most` times."""
     faults = []
     short = [i + 1 for i, n in enumerate(found["counted"]) if n < found["devices"]]
     if short:
