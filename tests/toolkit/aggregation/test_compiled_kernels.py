@@ -14,8 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedprune.aggregation import compiled_kernels
-from fedprune.aggregation.block_sums import VALUE_BITS
-from fedprune.aggregation.fixed_point import FixedSum, Range, check_range, largest_magnitude
+from fedprune.aggregation.fixed_point import VALUE_BITS, FixedSum, Range, check_range, largest_magnitude
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec

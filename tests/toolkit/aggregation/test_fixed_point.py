@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.aggregation.block_sums import VALUE_BITS
-from fedprune.aggregation.fixed_point import MAX_WEIGHT, FixedSum, Range, check_range
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range, check_range
 from fedprune.core.errors import ProtocolError
 
 pytestmark = pytest.mark.board

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.aggregation.block_sums import VALUE_BITS
-from fedprune.aggregation.fixed_point import MAX_WEIGHT
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec

@@ -12,8 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from fedprune.core.errors import ProtocolError, ReplayError, SignatureError, StaleEpochError, StorageError
 from fedprune.security.epoch_file import EpochFile
 from fedprune.security.keys import SigningKey
-from fedprune.security.replay_window import WINDOW_LENGTH, ReplayWindow
-from fedprune.security.signed_channel import MAX_STREAMS, Opener, Sealer, stream_of
+from fedprune.security.signed_channel import MAX_STREAMS, WINDOW_LENGTH, Opener, ReplayWindow, Sealer, stream_of
 from fedprune.security.signed_envelope import HEADER_BYTES, MAX_EPOCH, SignedEnvelope, seal, unseal
 from fedprune.wire.fields import MAX_MESSAGE_BYTES
 from fedprune.wire.messages import Hello, parse_message

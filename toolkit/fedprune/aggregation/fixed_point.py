@@ -10,6 +10,7 @@ q = round(v·2^s), the second round((v − q·2^-s)·2^(s + 38)), and so on.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import compiled_kernels
-from fedprune.aggregation.block_sums import VALUE_BITS, add_in_blocks
 from fedprune.core.errors import OutOfRangeError, ProtocolError
 
 # The largest total weight of a sum: with it int64 can't overflow.
@@ -32,6 +32,15 @@ _HEADROOM_DOUBLINGS = 3
 DOT_NUMBERS = 8_192
 
 Index = tuple[Any, ...]
+
+
+# Bits of a value as a whole number. 38 and the 24 of `MAX_WEIGHT` stay below the 63 of an int64.
+VALUE_BITS = 38
+
+# float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call.
+_BLOCK_NUMBERS = 262_144
+_MAX_ROW_NUMBERS = 32_768  # numbers of one row at once
+_MAX_PRODUCT_WEIGHT = 2 ** (53 - VALUE_BITS)  # of several rows: float64 has every whole number up to 2^53
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,14 @@ def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
         for start in range(0, flat.size, DOT_NUMBERS):
             block = flat[start : start + DOT_NUMBERS]
             if not float(np.dot(block, block)) <= limit:
-                _check_block(name, block, bound)
+                largest = largest_magnitude(block)
+                if not largest <= bound:
+                    error_class = OutOfRangeError if math.isfinite(largest) else ProtocolError
+                    raise error_class(
+                        f"values of {name}",
+                        expected=f"finite numbers of magnitude up to {bound:g}",
+                        got="a number that is not finite" if not math.isfinite(largest) else f"{largest:g}",
+                    )
 
 
 def sum_of_squares(values: npt.NDArray[Any]) -> float:
@@ -105,17 +121,6 @@ def sum_of_squares(values: npt.NDArray[Any]) -> float:
     flat = values.reshape(-1)
     blocks = (flat[start : start + DOT_NUMBERS] for start in range(0, flat.size, DOT_NUMBERS))
     return sum((float(np.dot(block, block)) for block in blocks), 0.0)
-
-
-def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
-    largest = largest_magnitude(block)
-    if not largest <= bound:
-        error_class = OutOfRangeError if math.isfinite(largest) else ProtocolError
-        raise error_class(
-            f"values of {name}",
-            expected=f"finite numbers of magnitude up to {bound:g}",
-            got="a number that is not finite" if not math.isfinite(largest) else f"{largest:g}",
-        )
 
 
 class FixedSum:
@@ -195,3 +200,82 @@ class FixedSum:
             total += np.ldexp(self.limbs[i - 1][index].astype(np.float64), self.span.exponent - VALUE_BITS * i)
         total *= factor
         return total
+
+
+class _Scratch(threading.local):
+    """A thread's own memory: fresh one would cost a page fault per 512 numbers."""
+
+    def __init__(self) -> None:
+        self.scaled = np.empty(_BLOCK_NUMBERS, np.float32)
+        self.rounded = np.empty(_BLOCK_NUMBERS, np.float64)
+        self.weighted = np.empty(_MAX_ROW_NUMBERS, np.float64)
+
+
+_SCRATCH = _Scratch()
+
+
+# Several values at one coordinate are added by one product of their weights with them, in float64: all intermediate
+# results are whole numbers of magnitude up to 2^53, so that this is exact, too, however a library orders it.
+def add_in_blocks(
+    total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int
+) -> None:
+    """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
+
+    Rows are of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
+    """
+    if compiled_kernels.add_rows(total, rows, weights, scale, VALUE_BITS):
+        return
+    if total.flags.c_contiguous and all(r.flags.c_contiguous for r in rows):
+        total, rows = total.reshape(-1), [r.reshape(-1) for r in rows]
+    if not total.size:
+        return
+    width = total.size // total.shape[0]
+    max_width = min(_MAX_ROW_NUMBERS, _BLOCK_NUMBERS // len(rows))
+    if not max_width:
+        # More rows than a block has room for: the order of additions is free.
+        half = len(rows) // 2
+        add_in_blocks(total, rows[:half], weights[:half], scale)
+        add_in_blocks(total, rows[half:], weights[half:], scale)
+    elif width > max_width and total.ndim > 1:
+        for i in range(total.shape[0]):
+            add_in_blocks(total[i], [r[i] for r in rows], weights, scale)
+    else:
+        step = max(1, max_width // width)
+        weight_runs = compiled_kernels.weight_runs(weights, _MAX_PRODUCT_WEIGHT, len(rows))
+        groups = [(first, np.array(run, np.float64)) for first, run in weight_runs]
+        for start in range(0, total.shape[0], step):
+            target = total[start : start + step]
+            rounded = _round_rows([r[start : start + step] for r in rows], scale)
+            for first, group in groups:
+                target += _weigh_rows(rounded[first : first + group.size], group).reshape(target.shape)
+
+
+def _round_rows(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:
+    """Values times 2^scale as whole numbers [rows, values], in this thread's scratch memory."""
+    shape, size = rows[0].shape, rows[0].size
+    rounded = _SCRATCH.rounded[: len(rows) * size].reshape(len(rows), size)
+    # Scaling by a power of two and rounding to whole numbers are exact in float32, too, at half the cost.
+    narrow = rows[0].dtype == np.float32
+    scaled: npt.NDArray[Any] = _SCRATCH.scaled[: len(rows) * size].reshape(len(rows), size) if narrow else rounded
+    factor = scaled.dtype.type(math.ldexp(1.0, scale))
+    for values, row in zip(rows, scaled, strict=True):
+        np.multiply(values, factor, out=row.reshape(shape))
+    np.rint(scaled, out=scaled)
+    if narrow:
+        np.copyto(rounded, scaled)
+    return rounded
+
+
+def _weigh_rows(rounded: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Σ weight · rounded [values], in this thread's scratch memory."""
+    if weights.sum() > _MAX_PRODUCT_WEIGHT:  # a single weight
+        product: npt.NDArray[np.int64] = rounded[0].astype(np.int64) * int(weights[0])
+        return product
+    total = _SCRATCH.weighted[: rounded.shape[1]]
+    if len(weights) == 1:
+        np.multiply(rounded[0], weights[0], out=total)
+    else:
+        np.dot(weights, rounded, out=total)
+    counts = total.view(np.int64)
+    np.copyto(counts, total, casting="unsafe")  # in its own memory, which is in the cache
+    return counts

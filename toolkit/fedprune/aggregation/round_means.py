@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import compiled_kernels
-from fedprune.aggregation.block_sums import VALUE_BITS
-from fedprune.aggregation.fixed_point import MAX_WEIGHT, FixedSum, Index
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index
 from fedprune.aggregation.layout import map_into_model, row_blocks, to_global, to_layout
 from fedprune.aggregation.update_coverage import UpdateCoverage
 from fedprune.core.errors import BundleError

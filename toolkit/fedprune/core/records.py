@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
@@ -19,7 +20,6 @@ from msgspec import Meta
 
 from fedprune.core import validation
 from fedprune.core.errors import FedpruneError, error_reason, value_text
-from fedprune.core.refusal_text import PATTERN_WORDS, refusal_error
 from fedprune.core.validation import MAX_INT
 
 Record = TypeVar("Record")
@@ -31,6 +31,24 @@ TEXT_END = r"(?![\s\S])"
 MAX_DEPTH = 8
 
 _MAX_TEXT_LENGTH = 65_536
+
+
+# msgspec says only in words what it refuses, so its messages are parsed. One that doesn't match is passed on as it is.
+_REFUSAL = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
+_MISSING_FIELD = re.compile(r"Object missing required field `(?P<name>.*)`")
+_PATTERN_MISMATCH = re.compile(r"Expected `str` matching regex ['\"](?P<pattern>.*)['\"]", re.DOTALL)
+_TYPE_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "nothing",
+}
+
+# Words for a pattern, by the pattern, added by `records.pattern_text`: msgspec's error has only the regular expression.
+PATTERN_WORDS: dict[str, str] = {}
 
 
 def pattern_text(pattern: str, words: str, max_length: int | None = None, *, description: str | None = None) -> Meta:
@@ -142,3 +160,33 @@ _ENCODER = msgspec.json.Encoder(enc_hook=_plain_value, order="sorted")
 @cache
 def _decoder(kind: type[Record]) -> msgspec.json.Decoder[Record]:
     return msgspec.json.Decoder(kind)
+
+
+def refusal_error(refused: msgspec.ValidationError, raw: bytes, what: str, error: type[FedpruneError]) -> FedpruneError:
+    """The error, of class `error`, for a record that msgspec refused: `raw` is its JSON, `what` its name for people."""
+    match = _REFUSAL.fullmatch(str(refused))
+    problem, path = (match["what"], match["path"] or "") if match else (str(refused), "")
+    if missing_field := _MISSING_FIELD.fullmatch(problem):
+        return error(f"{what}: {(path + '.' + missing_field['name']).lstrip('.')}", expected="a value", got="nothing")
+    expected = problem.partition(", got ")[0].removeprefix("Expected ")
+    if mismatch := _PATTERN_MISMATCH.fullmatch(problem):
+        expected = PATTERN_WORDS.get(mismatch["pattern"].replace("\\\\", "\\"), expected)
+    elif problem == "Number out of range":
+        expected = "a number of 64 bits"
+    else:
+        expected = re.sub(
+            r"`([^`]*)`", lambda m: " or ".join(_TYPE_WORDS.get(w, w) for w in m[1].split(" | ")), expected
+        )
+    where = ": ".join(name for name in (what, path.lstrip(".")) if name)
+    return error(where, expected=expected, got=None if match and match["key"] else _value_at(raw, path))
+
+
+def _value_at(raw: bytes, path: str) -> str | None:
+    """The refused value, as errors show it; None where the path doesn't lead to one, as in an object's keys."""
+    try:
+        value = msgspec.json.decode(raw)
+        for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
+            value = value[int(index)] if index else value[key]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return None
+    return None if "[...]" in path else value_text(value)

@@ -7,6 +7,7 @@ channels that the node gets. Nothing here needs Flower itself.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,12 @@ from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.coordination.round import Round
 from fedprune.coordination.update_limits import RoundUpdate, UpdateLimits
 from fedprune.coordination.weight_limits import capped_weights
+from fedprune.core import tensorfile
+from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import path_exists
-from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
 from fedprune.flower.allocation import NodeShare
 from fedprune.flower.presets import compose_for_flower
-from fedprune.flower.state_file import FlowerState, read_state, write_state
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
@@ -34,6 +36,71 @@ from fedprune.model.trainable import frozen_tensors
 from fedprune.strategies.values import Cut, NewMemory, Scene, Submodel, Turn, UpdateReport
 
 _LOG = logging.getLogger("flwr.fedprune")
+
+
+FORMAT = "fedprune.flower-state/1"
+
+# The tensor that holds the state's head as JSON: one file, so that it is replaced in one step.
+_HEAD_TENSOR = "fedprune"
+
+_HEAD_TYPES = {
+    "format": str, "architecture": str, "strategy": str, "round": int, "samples": dict, "last": dict, "memory": list,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class FlowerState:
+    """What the next round continues from: the model, what the strategy remembers, and the counts of each node."""
+
+    model: Tensors
+    memory: NewMemory
+    round: int
+    samples_of_node: dict[str, int]
+    last_counted_round: dict[str, int]
+
+
+def write_state(path: Path, state: FlowerState, architecture: str, strategy: str) -> None:
+    """Write a job's state, with the digest of its architecture and the name of its strategy."""
+    head = {
+        "format": FORMAT,
+        "architecture": architecture,
+        "strategy": strategy,
+        "round": state.round,
+        "samples": state.samples_of_node,
+        "last": state.last_counted_round,
+        "memory": list(state.memory),
+    }
+    text = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
+    tensors: dict[str, npt.NDArray[Any]] = {_HEAD_TENSOR: text}
+    tensors |= {f"model/{n}": v for n, v in state.model.items()}
+    for number, tensors_of_memory in enumerate(state.memory.values()):
+        tensors |= {f"memory/{number}/{key}": np.asarray(v) for key, v in tensors_of_memory.items()}
+    write_atomically(path, tensorfile.encode(tensors))
+
+
+def read_state(path: Path, architecture: Architecture, strategy: str) -> FlowerState:
+    """Read what `write_state` wrote. Raises `StorageError` if it is damaged, or of another model or strategy."""
+    try:
+        stored = tensorfile.decode(path.read_bytes())
+        head = json.loads(stored.pop(_HEAD_TENSOR).tobytes())
+        if {k: type(head[k]) for k in _HEAD_TYPES} != _HEAD_TYPES:
+            raise ValueError("its head")
+        model = {n.removeprefix("model/"): v for n, v in stored.items() if n.startswith("model/")}
+        memory: NewMemory = {}
+        for number, name in enumerate(head["memory"]):
+            prefix = f"memory/{number}/"
+            memory[str(name)] = {n.removeprefix(prefix): v for n, v in stored.items() if n.startswith(prefix)}
+        expected = {"format": FORMAT, "architecture": architecture.digest, "strategy": strategy}
+        for key, value in expected.items():
+            if head[key] != value:
+                raise StorageError(f"{path}: {key} of the state", expected=value[:24], got=repr(head[key])[:24])
+        model = check_fold_base(architecture, model)
+    except StorageError:
+        raise
+    except (FedpruneError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{path} is no state of a job under Flower ({type(error).__name__}: {error})"
+        raise StorageError(what, hint="Name another file, or start again without it.") from error
+    return FlowerState(model, memory, head["round"], head["samples"], head["last"])
 
 
 class WholeModel(Protocol):

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.block_sums import VALUE_BITS
-from fedprune.aggregation.fixed_point import MAX_WEIGHT, FixedSum, Range
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range
 from fedprune.aggregation.layout import index_pairs
 from fedprune.aggregation.update_sums import ArrayKey, PartialSums
 from fedprune.core.errors import ProtocolError

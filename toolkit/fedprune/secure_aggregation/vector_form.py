@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.block_sums import VALUE_BITS
-from fedprune.aggregation.fixed_point import FixedSum, Range, check_range
+from fedprune.aggregation.fixed_point import VALUE_BITS, FixedSum, Range, check_range
 from fedprune.core import validation
 from fedprune.core.errors import ProtocolError, value_text
 from fedprune.core.validation import check_whole
