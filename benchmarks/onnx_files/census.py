@@ -222,7 +222,7 @@ def step_errors(model: Any, recipe: Any, x: Array, arrays: Mapping[str, Array]) 
     from fedprune.model.step_contract import LOSS, Y, next_name
     from fedprune.runtime.session import OnnxSession
     from fedprune_export.bundles.conversion import with_weights
-    from fedprune_export.checks.step_feeds import random_labels, step_feeds
+    from fedprune_export.checks.parity import random_labels, step_feeds
 
     session = OnnxSession(fx.training_step(model, recipe.features).to_bytes(), training=True)
     classes = model.architecture.classes

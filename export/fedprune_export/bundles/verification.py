@@ -21,7 +21,7 @@ from fedprune.runtime.precision_files import files_of, graph_file, prepare_file,
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks import parity
-from fedprune_export.checks.step_feeds import Array, random_labels, step_feeds
+from fedprune_export.checks.parity import Array, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.model import Model

@@ -18,9 +18,8 @@ from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.original import Original, relative_distance
 from fedprune_export.ir.graph import Graph, Node, Port
-from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.sample_inputs import sample_feeds
-from fedprune_export.ir.trace import Trace
+from fedprune_export.ir.trace import Trace, shapes_at_batch
 
 # ONNX declares these as integers and reads them as booleans.
 _FLAGS = frozenset({"keepdims", "is_causal", "linear_before_reset", "layout", "count_include_pad", "ceil_mode"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -11,10 +12,9 @@ from onnx import helper, inliner, numpy_helper
 from fedprune.core.errors import ModelError, error_reason, value_text
 from fedprune_export.importing.control_flow import CONTROL_FLOW, without_control_flow
 from fedprune_export.importing.embedding_bags import without_embedding_bags
-from fedprune_export.importing.graph_writer import Names
+from fedprune_export.importing.graph_writer import TRIAL_SIZES, GraphWriter, Names
 from fedprune_export.importing.linear_models import LINEAR_OPERATORS, ML_DOMAIN, without_linear_models
 from fedprune_export.importing.model_file import check_valid_onnx
-from fedprune_export.importing.reversals import without_reversals
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 from fedprune_export.ir.graph import read_opset
 
@@ -32,6 +32,9 @@ BY_DEFINITION = {
     "SoftmaxCrossEntropyLoss": "LogSoftmax and GatherElements",
     "Swish": "a product with Sigmoid",
 }
+
+
+_REVERSED_END = -(2**63) + 1  # the end of a reversed axis, as torch's exporters write it
 
 
 def inline_model(model: onnx.ModelProto, notes: list[str] | None = None) -> onnx.ModelProto:
@@ -164,3 +167,37 @@ def _replace_old_group_norms(graph: onnx.GraphProto) -> None:
         ]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def without_reversals(model: onnx.ModelProto, opset: int) -> None:
+    """Write reversals of a whole axis as slices of step -1; the model is changed. Reversals by lengths of samples stay.
+
+    TensorFlow has no other operator to reverse an axis: tf2onnx writes a backward layer with as many equal lengths as
+    there are samples.
+    """
+    _Reversals(model, opset).write()
+
+
+class _Reversals(GraphWriter):
+    def rewrite_node(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
+        """A Slice for a ReverseSequence of full lengths; any other node itself."""
+        if node.op_type != "ReverseSequence" or node.domain not in ("", "ai.onnx") or len(node.input) != 2:
+            return [node]
+        axis = next((a.i for a in node.attribute if a.name == "time_axis"), 0)
+        length = self._size(node.input[0], axis)
+        if length is None or not self._are_lengths(node.input[1], length):
+            return [node]
+        bounds = [
+            self._constant(np.array([number], np.int64), f"{node.output[0]}.{what}")
+            for what, number in (("start", -1), ("end", _REVERSED_END), ("axis", axis), ("step", -1))
+        ]
+        names = [bound.output[0] for bound in bounds]
+        return [*bounds, helper.make_node("Slice", [node.input[0], *names], [node.output[0]], name=node.name)]
+
+    def _are_lengths(self, name: str, length: int) -> bool:
+        """Whether all lengths of samples are this one, whatever the batch."""
+        try:
+            values = [self._value_at_size(name, size) for size in TRIAL_SIZES]
+        except ModelError:
+            return False
+        return all(value is not None and bool((value == length).all()) for value in values)

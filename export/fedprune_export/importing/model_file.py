@@ -13,7 +13,7 @@ import onnx
 from fedprune.core.disk import MAX_READ_BYTES, open_file, read_file
 from fedprune.core.errors import ModelError, error_reason, path_remedy, value_text
 from fedprune.output.extras import install_command
-from fedprune_export.importing.fused_operators.early_norms import name_early_norms
+from fedprune_export.importing.fused_operators.stand_ins import name_early_norms
 from fedprune_export.importing.node_order import inner_graphs, sort_nodes
 
 _NETWORK_NAME = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's

@@ -6,7 +6,7 @@ nothing at inference, and forms of an operator that differ between opsets. Weigh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from fedprune.core.errors import ModelError
-from fedprune.core.text import first_few
+from fedprune.core.text import first_few, quantity
 from fedprune.model.input_type import InputType
 from fedprune.model.step_contract import LOGITS, RESERVED_NAMES, X
 from fedprune_export.importing import parameter_roles
@@ -28,7 +28,6 @@ from fedprune_export.importing.constants import (
     guard_zero_norms,
     narrow_constants,
 )
-from fedprune_export.importing.dropout import rewrite_dropouts
 from fedprune_export.importing.fused_operators import decompose_fused
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import REPEATED_KEY, shown_names
@@ -42,12 +41,13 @@ from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.scatter_writes import rewrite_scatter_writes
 from fedprune_export.importing.simplification import bypass, drop_identities, simplify
 from fedprune_export.importing.spectral_norms import fold_spectral_norms
-from fedprune_export.importing.tied_tables import tie_tables
 from fedprune_export.importing.translation import translate, upgrade_model
 from fedprune_export.importing.transpositions import merge_transpositions
-from fedprune_export.ir.dropout import remove_dropouts
-from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.dropout import dropout_ratio, is_dropout, read_draws, remove_dropouts
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.trace import Trace, trace_graph
+
+_PRODUCT_OPERATORS = ("Gemm", "MatMul")
 
 
 @dataclass
@@ -298,3 +298,83 @@ def _check_finite(graph: Graph, roles: Mapping[str, str]) -> None:
                 got="NaN" if np.isnan(value).any() else "an infinite number",
                 hint="The training that made this model has failed; take an earlier state of it.",
             )
+
+
+def rewrite_dropouts(graph: Graph, notes: list[str]) -> None:
+    """Write dropouts in the compiler's form, and remove those that drop nothing.
+
+    If other operators read a dropout's mask, they get one that is all true. `notes` gets a sentence on what was done.
+    """
+    ratios: list[float] = []
+    draws = read_draws(graph.metadata)
+    outputs = {p.name for p in graph.outputs}
+    readers = graph.consumers()
+    nodes: list[Node] = []
+    idle: list[Node] = []
+    for node in graph.nodes:
+        nodes.append(node)
+        if not is_dropout(node) or node.name in draws:
+            continue
+        ratio = dropout_ratio(graph, node)
+        mask = node.outputs[1] if len(node.outputs) > 1 else ""
+        if mask and (mask in readers or mask in outputs):
+            # The input equals itself, in the right shape at any batch size; only NaN doesn't.
+            nodes.append(Node("Equal", [node.inputs[0], node.inputs[0]], [mask], {}, mask))
+            notes.append(f"The mask of Dropout {node.name} is read by other operators: it is all true.")
+        if ratio is None:
+            notes.append(f"The ratio of Dropout {node.name} is computed: it drops nothing in training, either.")
+        if ratio:
+            ratios.append(ratio)
+            node.inputs = [node.inputs[0], graph.scalar(ratio)]
+        else:
+            node.inputs = node.inputs[:1]
+            idle.append(node)
+        node.outputs, node.attrs = node.outputs[:1], {}
+    graph.nodes = nodes
+    for node in idle:
+        bypass(graph, node, outputs)
+    if ratios:
+        shares = ", ".join(f"{ratio:g}" for ratio in sorted(set(ratios)))
+        notes.append(f"Boards train with {quantity(len(ratios), 'dropout')} of the model (ratio {shares}).")
+
+
+def tie_tables(graph: Graph, constants: Container[str], notes: list[str]) -> None:
+    """Let products read the table of an embedding where their weight has the same numbers, also transposed: exporters
+    fold the transposition of a layer's weight, which makes a second tensor of a table that two layers share."""
+    readers = graph.consumers()
+
+    def weights_read_by(operators: tuple[str, ...], position: int) -> dict[str, Array]:
+        """Tensors that only these operators read, at one position."""
+        return {
+            name: value
+            for name, value in graph.initializers.items()
+            if name not in constants
+            and value.dtype == np.float32
+            and value.ndim == 2
+            and min(value.shape) > 1
+            and readers.get(name)
+            and all(n.op in operators and not n.domain and i == position for n, i in readers[name])
+        }
+
+    tables = weights_read_by(("Gather",), 0)
+    pairs: list[str] = []
+    for name, value in weights_read_by(_PRODUCT_OPERATORS, 1).items() if tables else ():
+        for table, rows in tables.items():
+            is_turned = np.array_equal(value, rows.T)
+            # Equal numbers throughout are what fresh tensors begin with.
+            if not (is_turned or np.array_equal(value, rows)) or np.all(value == value[0, 0]):
+                continue
+            source = table
+            if is_turned:
+                source = graph.fresh("Transpose")
+                graph.nodes.insert(0, Node("Transpose", [table], [source], {"perm": [1, 0]}, source))
+            for node, position in readers[name]:
+                node.inputs[position] = source
+            pairs.append(f"{name} of {table}")
+            break
+    if pairs:
+        graph.prune()
+        notes.append(
+            "Layers whose weights are copies of an embedding's table share it, and train it together: "
+            f"{first_few(pairs, max_names=3)}."
+        )

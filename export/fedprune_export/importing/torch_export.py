@@ -7,24 +7,29 @@ different layers. The import simplifies graphs without changing weights.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
 
 from fedprune.core.errors import ModelError, error_reason, shape_text
+from fedprune.model.lengths import Shape, upper_shape
 from fedprune_export.importing import metadata
 from fedprune_export.importing.garbage_collection import pause_collection
-from fedprune_export.importing.lengths import FREE_INPUT_KEY
+from fedprune_export.importing.lengths import FREE_INPUT_KEY, LENGTHS, MASK, FreeInput, free_input, read_shape
 from fedprune_export.importing.quiet_libraries import silence_libraries
-from fedprune_export.importing.torch_bags import export_embedding_bags
 from fedprune_export.importing.torch_dropout import export_dropouts, extract_masks
-from fedprune_export.importing.torch_inputs import sample_inputs
 from fedprune_export.importing.torch_loading import torch_package
-from fedprune_export.importing.torch_tensors import record_tensors
 from fedprune_export.importing.torch_training_mode import record_training_mode
 from fedprune_export.importing.torch_translations import TorchTranslations
+from fedprune_export.ir.instance_norms import INSTANCE_NORMS_KEY
+
+# Types of inputs.
+_INPUT_DTYPES = ("float32", "int64", "float16", "int32", "bool", "uint8")
 
 
 @pause_collection()
@@ -151,3 +156,206 @@ def root_cause(error: BaseException) -> BaseException:
         error = error.__cause__
         visited.add(id(error))
     return error
+
+
+@contextmanager
+def export_embedding_bags(torch: Any) -> Iterator[None]:
+    """Let calls of `embedding_bag` on identifiers [n, length] be lookups and reductions while a module is exported: the
+    exporter writes a loop over the samples.
+
+    Flat identifiers with offsets stay as they are: their bags differ in length from sample to sample.
+    """
+    embedding_bag = torch.nn.functional.embedding_bag
+
+    class Bags(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(
+            self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            bags = _bags(torch, *args, **(kwargs or {})) if function is embedding_bag else None
+            return function(*args, **(kwargs or {})) if bags is None else bags
+
+    with Bags():
+        yield
+
+
+def _bags(
+    torch: Any,
+    ids: Any,
+    weight: Any,
+    offsets: Any = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """The bags [n, width] of identifiers [n, length]; None for other calls. The arguments are torch's own."""
+    if ids.dim() != 2 or offsets is not None or max_norm is not None:
+        return None
+    rows = torch.nn.functional.embedding(ids, weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    if padding_idx is None:
+        return {"sum": rows.sum, "mean": rows.mean, "max": rows.amax}[mode](1)
+    # Padding counts neither in a mean nor for a maximum; a bag of nothing else is 0.
+    counts = (ids != padding_idx % weight.shape[0]).unsqueeze(-1)
+    if mode == "max":
+        largest = torch.where(counts, rows, -math.inf).amax(1)
+        return torch.where(counts.any(1), largest, 0.0)
+    total = (rows * counts).sum(1)
+    return total if mode == "sum" else total / counts.sum(1).clamp(min=1)
+
+
+def sample_inputs(
+    module: Any, example: Any, input_shape: Sequence[Any] | None, token_ids: bool, name: str
+) -> tuple[tuple[Any, ...], FreeInput | None]:
+    """A tensor of zeros for each argument, and the input whose length varies, if one does.
+
+    If that length varies, they include `mask` and `lengths`, which the graph computes from the padding. The arguments
+    are those of `export_torch`; `example` is the example input, if there is one.
+    """
+    torch = torch_package()
+    sizes: Any = input_shape or (tuple(example.shape[1:]) if example is not None else None)
+    sizes = sizes or getattr(module, "input_shape", None)
+    if not sizes:
+        raise ModelError(
+            f"{name}: the input shape is unknown",
+            hint="Give the module an attribute input_shape (such as (3, 32, 32)), or fedprune-export --input-shape.",
+        )
+    dtype_names = getattr(module, "input_dtype", {})
+    if isinstance(sizes, Mapping):
+        shapes = {argument: read_shape(shape, f"{name}: input_shape") for argument, shape in sizes.items()}
+        dtype_names = dtype_names if isinstance(dtype_names, Mapping) else dict.fromkeys(shapes, dtype_names)
+        dtypes = {n: _torch_dtype(dtype_names.get(n, torch.float32), name) for n in shapes}
+    else:
+        argument = next(iter(inspect.signature(module.forward).parameters), "x")
+        shapes = {argument: read_shape(tuple(sizes), f"{name}: input_shape")}
+        input_dtype = dtype_names.get(argument, torch.float32) if isinstance(dtype_names, Mapping) else dtype_names
+        dtype = torch.int64 if token_ids else example.dtype if example is not None else input_dtype
+        dtypes = {argument: _torch_dtype(dtype, name)}
+    varying_input = free_input(shapes)
+    if varying_input is not None:
+        shapes, dtypes = _add_computed_inputs(module, shapes, dtypes, varying_input, dtype_names, name)
+    device = next((p.device for p in module.parameters()), "cpu")
+    # Two samples each, because torch.export takes an axis of size 1 for one that never varies.
+    samples = (torch.zeros((2, *upper_shape(s)), device=device, dtype=dtypes[n]) for n, s in shapes.items())
+    return tuple(samples), varying_input
+
+
+def _add_computed_inputs(
+    module: Any, shapes: dict[str, Shape], dtypes: dict[str, Any], varying: FreeInput, dtype_names: Any, name: str
+) -> tuple[dict[str, Shape], dict[str, Any]]:
+    """Shapes and types of a module's arguments, in their order, including the computed ones (mask and lengths)."""
+    torch = torch_package()
+    max_length = upper_shape(shapes[varying.name])[varying.axis]
+    arguments = list(inspect.signature(module.forward).parameters)
+    computed = {MASK: ((max_length,), torch.float32), LENGTHS: ((), torch.int64)}
+    computed = {n: shape_and_dtype for n, shape_and_dtype in computed.items() if n in arguments or n in shapes}
+    dtype_names = dtype_names if isinstance(dtype_names, Mapping) else {}
+    dtypes = dtypes | {n: _torch_dtype(dtype_names.get(n, usual), name) for n, (_, usual) in computed.items()}
+    shapes = shapes | {n: shape for n, (shape, _) in computed.items()}
+    order = [n for n in arguments if n in shapes] or list(shapes)
+    return {n: shapes[n] for n in (order if len(order) == len(shapes) else shapes)}, dtypes
+
+
+def _torch_dtype(dtype: Any, name: str) -> Any:
+    """A dtype of torch, given as an object or by its name. Raises `ModelError` if no input may have it."""
+    text = str(dtype).rpartition(".")[2]
+    if text not in _INPUT_DTYPES:
+        raise ModelError(f"{name}: type of the input", expected=" or ".join(_INPUT_DTYPES), got=dtype)
+    return getattr(torch_package(), text)
+
+
+def record_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
+    """Give tensors their first name, and record which are trainable, unused, frozen and tied."""
+    # A tied parameter is one tensor under several names; they all get the first one.
+    by_id: dict[int, str] = {}
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    first_names = {n: by_id.setdefault(id(tensor), n) for n, tensor in tensors}
+    _rename_initializers(proto, first_names)
+    parameters = dict(module.named_parameters())
+    initializer_names = {t.name for t in proto.graph.initializer}
+    unused = [n for n in parameters if n not in initializer_names]
+    # A file may lack a parameter that the outputs do not depend on. Any other was fused or folded by the exporter, and
+    # the import would train another model.
+    lost = _used_parameters(torch, module, samples, {n: parameters[n] for n in unused})
+    if lost:
+        raise ModelError(
+            f"{name}: weights were lost or fused in the export",
+            expected=f"{len(parameters)} tensors",
+            got=f"{len(parameters) - len(lost)} (without {', '.join(lost[:5])})",
+            hint="Please report this with the module.",
+        )
+    exported = [n for n in parameters if n in initializer_names]
+    # Running statistics are buffers for PyTorch; here they are cut and averaged with the parameters.
+    statistics = _statistics(module, torch.nn.modules.batchnorm._NormBase, initializer_names)
+    instance_norms = _statistics(module, torch.nn.modules.instancenorm._InstanceNorm, initializer_names)[::2]
+    aliases: dict[str, list[str]] = {}
+    for alias, first in first_names.items():
+        if alias != first:
+            aliases.setdefault(first, []).append(alias)
+    frozen = [n for n in exported if not parameters[n].requires_grad]
+    facts = {metadata.UNUSED_KEY: unused, metadata.FROZEN_KEY: frozen, metadata.TIED_KEY: aliases}
+    facts[INSTANCE_NORMS_KEY] = instance_norms
+    texts = {metadata.PARAMETERS_KEY: json.dumps([*exported, *statistics])}
+    texts |= {key: json.dumps(fact) for key, fact in facts.items() if fact}
+    onnx.helper.set_model_props(proto, texts)
+
+
+def _statistics(module: Any, kind: Any, exported: set[str]) -> list[str]:
+    """The exported running statistics of norms of a kind: mean and variance of each."""
+    return [
+        name
+        for prefix, submodule in module.named_modules()
+        if isinstance(submodule, kind)
+        for field in ("running_mean", "running_var")
+        if (name := f"{prefix}.{field}" if prefix else field) in exported
+    ]
+
+
+def _used_parameters(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict[str, Any]) -> list[str]:
+    """The names of the parameters on which the module's outputs depend."""
+    if not parameters:
+        return []
+    required_gradients = {n: p.requires_grad for n, p in parameters.items()}
+    try:
+        # Frozen parameters count, too: a gradient only shows that an output depends on one.
+        for value in parameters.values():
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            result = module(*samples)
+            outputs = [o for o in (result if isinstance(result, (tuple, list)) else [result]) if o.requires_grad]
+            gradients = [None] * len(parameters)
+            if outputs:
+                gradients = torch.autograd.grad(
+                    sum(o.sum() for o in outputs), list(parameters.values()), allow_unused=True
+                )
+    finally:
+        for name, value in parameters.items():
+            value.requires_grad_(required_gradients[name])
+    return [n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+
+
+def _rename_initializers(proto: onnx.ModelProto, names: dict[str, str]) -> None:
+    """Rename initialisers; those that become the same are the same tensor."""
+    if all(old == new for old, new in names.items()):
+        return
+    tensors = {t.name: t for t in proto.graph.initializer if names.get(t.name, t.name) == t.name}
+    for tensor in list(proto.graph.initializer):
+        new = names.get(tensor.name, tensor.name)
+        if new == tensor.name:
+            continue
+        if new in tensors:
+            proto.graph.initializer.remove(tensor)
+        else:
+            tensor.name = new
+            tensors[new] = tensor
+    for node in proto.graph.node:
+        for i, value in enumerate(node.input):
+            node.input[i] = names.get(value, value)
+    for info in list(proto.graph.value_info):
+        if names.get(info.name, info.name) != info.name:
+            proto.graph.value_info.remove(info)

@@ -6,16 +6,17 @@ batch; the small integers are what the graph computes from sizes, such as target
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.ir.graph import Array, Graph
-from fedprune_export.ir.measured_shapes import shapes_at_batch
-from fedprune_export.ir.shape_inference import InferredShapes
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.ir.graph import Array, Graph, Port
+from fedprune_export.ir.sample_inputs import sample_feeds
+from fedprune_export.ir.shape_inference import InferredShapes, infer
 
 # The first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed.
 TRACE_BATCHES = (3, 5)
@@ -77,3 +78,29 @@ def trace_graph(graph: Graph) -> Trace:
 
 def _small_integers(inferred: InferredShapes) -> dict[str, Array]:
     return {k: v for k, v in inferred.numbers.items() if v.dtype.kind in "iu" and v.size <= _MAX_TRACED_INTEGERS}
+
+
+def shapes_at_batch(graph: Graph, batch: int) -> InferredShapes:
+    """The shapes and types of all values of a graph at one batch size, by inference and, where that fails, by a run."""
+    # What onnx can't infer is run, which may let it infer what follows; each pass must make progress.
+    inferred = infer(graph, batch)
+    measured: dict[str, Array] = {}
+    while inferred.missing:
+        before = len(measured)
+        measured |= run_values(graph, inferred.missing, batch)
+        inferred = infer(graph, batch, measured)
+        if len(measured) == before:
+            raise ModelError(f"value {inferred.missing[0]} has no shape")
+    return inferred
+
+
+def run_values(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
+    """Compute these values by running the graph."""
+    probe = graph.copy()
+    probe.outputs = [Port(n, np.dtype(np.float32), ()) for n in names]
+    probe.prune()
+    proto = probe.to_proto()
+    for value in proto.graph.output:
+        # The type is unknown before the run, and onnxruntime accepts an output without one.
+        value.ClearField("type")
+    return OnnxSession(proto.SerializeToString()).run(sample_feeds(probe, batch))

@@ -1,7 +1,7 @@
 """The plan of an int8 quantisation: which layers and activations get 8 bits, and the graph that measures their ranges.
 
 Layers with weights come first. Operators between two of them are quantised if all their inputs are already; all others
-stay in float32. `quantisation` writes what is planned here.
+stay in float32. `lowering` writes what is planned here.
 
 An activation's *range* (smallest and largest number) gives its *scale*. An operator that only rearranges numbers shares
 the scale of its input, which is then its *scale owner*.

@@ -13,7 +13,7 @@ from fedprune.core.errors import ModelError
 from fedprune.model.features import Features
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.checks.step_feeds import step_feeds
+from fedprune_export.checks.parity import step_feeds
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model

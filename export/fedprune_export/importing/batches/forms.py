@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedprune_export.importing.batches.places import ADDED
-from fedprune_export.importing.batches.propagation import Propagation
+from fedprune_export.importing.batches.propagation import ADDED, Propagation
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import ONE_TO_ONE
 

@@ -19,10 +19,10 @@ from fedprune_export.importing.batches.rules import write_node
 from fedprune_export.importing.original import relative_distance
 from fedprune_export.importing.raw_file import BatchLayout, RawFile
 from fedprune_export.ir.graph import Array, Graph, Port
-from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.operators import SIZE_OPERATORS
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.ir.shape_inference import ShapeError
+from fedprune_export.ir.trace import shapes_at_batch
 
 # Batch sizes at which a file with a free batch is tried, and those that its inside may be made for.
 _TRIAL_BATCHES = (3, 5)

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fedprune_export.importing.batches.forms import Rule, along_axis, axis_of, own_axis, plain
-from fedprune_export.importing.batches.indexing import gather, gather_nd, indexed, slice_values, split
-from fedprune_export.importing.batches.places import ADDED, Place
-from fedprune_export.importing.batches.propagation import Propagation
-from fedprune_export.importing.batches.reshaping import reshape, squeeze, unsqueeze
+from fedprune_export.importing.batches.propagation import ADDED, Place, Propagation, places_after_reshape
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import MANY_TO_ONE
 from fedprune_export.ir.opset_lowering import REDUCTIONS
@@ -18,6 +17,171 @@ from fedprune_export.ir.shape_inference import ShapeError
 _BROADCASTING = frozenset(MANY_TO_ONE) | {
     *("And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Mod", "MatMul"),
 }
+
+
+def gather(state: Propagation, node: Node) -> None:
+    data, indices = node.inputs[:2]
+    place = state.places.get(data)
+    if place is None:
+        along_axis(0)(state, node)
+        return
+    axis = axis_of(state, node, 0)
+    if place.added or axis != place.axis:
+        if indices in state.places:
+            state.refuse(node, "data and indices have the batch")
+        along_axis(0)(state, node)
+        return
+    if _gather_in_samples(state, node):
+        return
+    if not (state.may_drop and place.is_exact and state.numbers(indices) in ([0], [-1])):
+        state.refuse(node, "it takes single samples of the batch")
+    if state.rank(indices):
+        state.emit("Identity", data, out=node.outputs[0])
+        state.locate(node)
+    else:
+        own_axis(state, node, data, place.axis)
+
+
+def _gather_in_samples(state: Propagation, node: Node) -> bool:
+    """Write a Gather from rows of all samples, [n · size, ...], whose indices are the same in each sample.
+
+    Returns whether they are. Masks of attention are read in this way.
+    """
+    data, place = node.inputs[0], state.places[node.inputs[0]]
+    indices = state.constant_value(node.inputs[1])
+    size = place.inner
+    if place.axis or place.outer > 1 or place.is_exact or indices is None or indices.shape[:1] != (state.batch,):
+        return False
+    starts = (np.arange(state.batch) * size).reshape(-1, *[1] * (indices.ndim - 1))
+    if np.any(indices != indices[:1] + starts) or indices[0].min() < 0 or indices[0].max() >= size:
+        return False
+    rows = state.emit("Reshape", data, state.ints(-1, size, *state.shapes.shapes[data][1:]))
+    state.emit("Gather", rows, state.constant(indices[0]), out=node.outputs[0], axis=1)
+    state.locate(node)
+    return True
+
+
+def gather_nd(state: Propagation, node: Node) -> None:
+    """Indices [sample, position] with the same positions in each sample become positions alone."""
+    data, place = node.inputs[0], state.places.get(node.inputs[0])
+    indices = None if node.attrs.get("batch_dims") else state.constant_value(node.inputs[1])
+    if place == Place(0) and indices is not None and indices.shape[-1] == 2 and len(indices) == state.batch:
+        samples = np.arange(state.batch).reshape(-1, *[1] * (indices.ndim - 2))
+        if np.all(indices[..., 0] == samples) and np.all(indices[..., 1] == indices[:1, ..., 1]):
+            state.emit("Gather", data, state.constant(indices[0, ..., 1]), out=node.outputs[0], axis=1)
+            state.locate(node)
+            return
+    indexed(state, node)
+
+
+def indexed(state: Propagation, node: Node) -> None:
+    if node.inputs[1] not in state.places:
+        state.refuse(node, "it reads or writes at positions that are numbers of single samples")
+    plain(state, node)
+
+
+def slice_values(state: Propagation, node: Node) -> None:
+    data = node.inputs[0]
+    place = state.places.get(data)
+    if place is None:
+        state.refuse(node, "where it cuts depends on the batch")
+    starts, ends = (state.numbers(i) for i in node.inputs[1:3])
+    axes = state.axes(node, 3, range(len(starts or [])))
+    if starts is None or ends is None or axes is None:
+        state.refuse(node, "where it cuts depends on the data")
+    steps = (state.numbers(node.inputs[4]) if len(node.inputs) > 4 else None) or [1] * len(axes)
+    kept = list(range(len(axes)))
+    if not place.added and place.axis in axes:
+        i, size = axes.index(place.axis), state.fixed.shapes[data][place.axis]
+        is_whole = starts[i] in (0, -size) and steps[i] == 1 and ends[i] >= size
+        is_single = state.batch == 1 and not state.may_drop
+        if not is_whole or (is_single and ends[i] == size):
+            state.refuse(node, "it takes single samples of the batch")
+        kept.remove(i)
+    if not kept:
+        state.emit("Identity", data, out=node.outputs[0])
+    elif place.added or len(kept) < len(axes):
+        parts = (starts, ends, [a + int(place.added) for a in axes], steps)
+        node.inputs = [data, *(state.ints(*(part[i] for i in kept)) for part in parts)]
+        state.append(node)
+    else:
+        state.write(node)
+
+
+def split(state: Propagation, node: Node) -> None:
+    place = state.places.get(node.inputs[0])
+    if place is not None and not place.added and axis_of(state, node, 0) == place.axis:
+        if len(node.outputs) > 1:
+            state.refuse(node, "it splits the axis of the batch")
+        state.emit("Identity", node.inputs[0], out=node.outputs[0])
+        state.locate(node)
+        return
+    along_axis(0)(state, node)
+
+
+def reshape(state: Propagation, node: Node) -> None:
+    """A node that keeps the order of numbers: the first form that gives the expected shape is written."""
+    data, output = node.inputs[0], node.outputs[0]
+    if data not in state.places:
+        # The shape alone follows the batch.
+        state.write(node)
+        return
+    after = state.fixed.shapes[output]
+    place = _place_after(state, node)
+    if place.added and state.places[data].axis:
+        data = state.to_front(data)
+        state.places[data] = Place(0)
+    expected, before = place.freed(after, state.trial), state.places[data]
+    state.places[output] = place
+    if state.shapes.shapes[data] == expected:
+        state.emit("Identity", data, out=output)
+        return
+    if not before.added and not place.added and state.attempt(node, expected):
+        return
+    target = state.numbers(node.inputs[1]) if node.op == "Reshape" else None
+    targets = []
+    if target is not None and place == before and not place.added and not node.attrs.get("allowzero"):
+        targets.append([*target[: place.axis], 0, *target[place.axis + 1 :]])  # 0 copies the size
+    shape = list(place.freed(after, -1)) if place.is_exact else list(after)
+    shape[place.axis] = -1
+    for numbers in [*targets, shape]:
+        if state.attempt(Node("Reshape", [data, state.ints(*numbers)], [output], {}, node.name), expected):
+            return
+    state.refuse(node, f"its shape {list(after)} has no axis for the batch")
+
+
+def _place_after(state: Propagation, node: Node) -> Place:
+    """Where a reshape takes the batch: to an axis of its own if there is one."""
+    before, after = state.fixed.shapes[node.inputs[0]], state.fixed.shapes[node.outputs[0]]
+    place = state.places[node.inputs[0]]
+    places = places_after_reshape(place, before, after, state.batch)
+    # Axes that only hold the batch come first, then those that the reshape has split or merged.
+    places.sort(key=lambda p: (not p.is_exact, p.axis != place.axis or place.added, after[p.axis] in before))
+    if state.batch == 1 and (place.added or place.is_exact):
+        own = sum(p.is_exact for p in places)
+        places.insert(own if place.added or node.op == "Squeeze" else len(places), ADDED)
+    if not places:
+        state.refuse(node, f"its shape {list(after)} has no axis for the batch")
+    return state.choose(places)
+
+
+def squeeze(state: Propagation, node: Node) -> None:
+    data = node.inputs[0]
+    place, shape = state.places[data], state.fixed.shapes[data]
+    axes = state.axes(node, 1, [a for a, size in enumerate(shape) if size == 1])
+    if axes is None or place.added or place.axis in axes:
+        reshape(state, node)
+        return
+    # Without axes it would also remove a batch of 1.
+    state.write(Node("Squeeze", [data, state.ints(*axes)], list(node.outputs), {}, node.name))
+
+
+def unsqueeze(state: Propagation, node: Node) -> None:
+    place = state.places[node.inputs[0]]
+    if place.added or not place.is_exact:
+        reshape(state, node)
+    else:
+        state.write(node)
 
 
 def write_node(state: Propagation, node: Node) -> None:

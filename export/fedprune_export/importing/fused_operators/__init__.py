@@ -6,6 +6,6 @@ every import is.
 """
 
 from fedprune_export.importing.fused_operators.decomposition import DECOMPOSED, decompose_fused
-from fedprune_export.importing.fused_operators.early_norms import name_early_norms, restore_early_norms
+from fedprune_export.importing.fused_operators.stand_ins import name_early_norms, restore_early_norms
 
 __all__ = ["DECOMPOSED", "decompose_fused", "name_early_norms", "restore_early_norms"]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from fedprune.core.errors import ModelError, value_text
 from fedprune.core.text import first_few
 from fedprune_export.importing.fused_operators import activations, attention, convolutions, norms, products
-from fedprune_export.importing.fused_operators.early_norms import FUSED_DOMAIN
 from fedprune_export.importing.fused_operators.fused_node import RULES, FusedNode
+from fedprune_export.importing.fused_operators.stand_ins import FUSED_DOMAIN
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.measured_shapes import run_values
 from fedprune_export.ir.opset_lowering import lower_to_opset
 from fedprune_export.ir.shape_inference import InferredShapes, ShapeError, infer_node, set_value
+from fedprune_export.ir.trace import run_values
 
 # The files whose rules are registered when they are imported.
 RULE_FILES = (activations, attention, convolutions, norms, products)

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from fedprune_export.importing.fused_operators.early_norms import FUSED_DOMAIN, name_early_norms
+from fedprune_export.ir.graph import read_opset
 
 # Outputs with the shape of the first input; further outputs of these, such as sums, have it, too.
 _SHAPE_PRESERVING = frozenset(
@@ -23,6 +23,13 @@ _SUM_OUTPUTS = {"SkipGroupNorm": 1, "SkipLayerNormalization": 3, "SkipSimplified
 
 _GEMM_ATTRIBUTES = ("alpha", "beta", "transA", "transB")
 _ACTIVATION_ATTRIBUTES = ("activation", "activation_params")
+
+
+FUSED_DOMAIN = "com.microsoft"
+
+# Norms that onnxruntime writes into the standard's domain although the standard has none of them at that opset: the
+# opset from which on it has the operator; None if it never has it.
+_STANDARD_SINCE = {"LayerNormalization": 17, "SimplifiedLayerNormalization": None}
 
 
 def put_stand_ins(model: onnx.ModelProto) -> None:
@@ -60,3 +67,25 @@ def _stand_ins(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> I
         yield from (helper.make_node("Gather", [inputs[2], inputs[0]], [name], axis=0) for name in names if name)
     else:
         yield node
+
+
+def name_early_norms(model: onnx.ModelProto) -> bool:
+    """Move such norms to onnxruntime's own domain, so that onnx's checker and converter let them pass.
+
+    The model is changed. Returns whether it has any.
+    """
+    opset = read_opset(model)
+    early = {op for op, since in _STANDARD_SINCE.items() if since is None or opset < since}
+    nodes = [n for n in model.graph.node if n.op_type in early and n.domain in ("", "ai.onnx")]
+    for node in nodes:
+        node.domain = FUSED_DOMAIN
+    if nodes and all(o.domain != FUSED_DOMAIN for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(FUSED_DOMAIN, 1))
+    return bool(nodes)
+
+
+def restore_early_norms(model: onnx.ModelProto) -> None:
+    """Move such norms back to the standard's domain, where onnxruntime's kernels for them are. The model is changed."""
+    for node in model.graph.node:
+        if node.op_type in _STANDARD_SINCE and node.domain == FUSED_DOMAIN:
+            node.domain = ""

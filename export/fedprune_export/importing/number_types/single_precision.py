@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from fedprune.core.errors import ModelError, error_reason
+from fedprune_export.importing.graph_writer import value_types
 from fedprune_export.importing.model_file import parse_model
-from fedprune_export.importing.number_types.conversion import convert_to_float32
-from fedprune_export.importing.number_types.float_types import SIGNIFICANT_BITS, computed_types
 from fedprune_export.importing.original import random_feeds, relative_distance
 from fedprune_export.importing.raw_file import raw_session
-from fedprune_export.ir.graph import Array, Graph
+from fedprune_export.ir.graph import Array, Graph, read_tensor
 from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.sample_inputs import vocabulary_size
 
@@ -34,6 +33,16 @@ _TYPE_NAMES: dict[int, str] = {
     TensorProto.BFLOAT16: "bfloat16",
     TensorProto.DOUBLE: "float64",
 }
+
+
+_MAX_FLOAT32 = np.finfo(np.float32).max
+
+
+# Significant bits of the types that are computed in float32 instead, the leading one included.
+SIGNIFICANT_BITS: dict[int, int] = {TensorProto.FLOAT16: 11, TensorProto.BFLOAT16: 8, TensorProto.DOUBLE: 53}
+
+# Attributes that name a type.
+TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type", "softmax_precision"})
 
 
 @dataclass(frozen=True)
@@ -150,3 +159,93 @@ def _as_type(value: Array, type_name: str) -> Array:
     """An array in onnxruntime's type of an input, such as "tensor(float16)"."""
     name = type_name.removeprefix("tensor(").removesuffix(")")
     return value.astype(_NUMPY_NAMES.get(name, name))
+
+
+def convert_to_float32(model: onnx.ModelProto) -> None:
+    """Write every float of a model as float32, also in functions and sub-graphs. Whole numbers keep their types.
+
+    Numbers beyond float32, such as the lowest float64 in a mask, become its largest. Raises `ModelError` if a tensor is
+    damaged.
+    """
+    _convert_graph(model.graph)
+    for function in model.functions:
+        _convert_nodes(function.node)
+        _convert_attributes(function.attribute_proto)
+        del function.value_info[:]
+
+
+def _convert_graph(graph: onnx.GraphProto) -> None:
+    # Types of inner values are inferred again.
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        _convert_type(value.type)
+    for tensor in (*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)):
+        _convert_tensor(tensor)
+    _convert_nodes(graph.node)
+
+
+def _convert_type(declared: onnx.TypeProto) -> None:
+    kind = declared.WhichOneof("value")
+    if kind == "tensor_type" and declared.tensor_type.elem_type in SIGNIFICANT_BITS:
+        declared.tensor_type.elem_type = TensorProto.FLOAT
+    elif kind in ("sequence_type", "optional_type"):
+        _convert_type(getattr(declared, kind).elem_type)
+
+
+def _convert_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        _convert_attributes(node.attribute)
+
+
+def _convert_attributes(attributes: Iterable[onnx.AttributeProto]) -> None:
+    for attribute in attributes:
+        if attribute.name in TYPE_ATTRIBUTES and attribute.i in SIGNIFICANT_BITS:
+            attribute.i = TensorProto.FLOAT
+        if attribute.HasField("t"):
+            _convert_tensor(attribute.t)
+        if attribute.HasField("sparse_tensor"):
+            _convert_tensor(attribute.sparse_tensor.values)
+        for tensor in attribute.tensors:
+            _convert_tensor(tensor)
+        for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            _convert_graph(graph)
+
+
+def _convert_tensor(tensor: onnx.TensorProto) -> None:
+    if tensor.data_type not in SIGNIFICANT_BITS:
+        return
+    value = read_tensor(tensor)
+    if tensor.data_type == TensorProto.DOUBLE:
+        value = np.where(np.isfinite(value), np.clip(value, -_MAX_FLOAT32, _MAX_FLOAT32), value)
+    tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), tensor.name))
+
+
+def computed_types(proto: onnx.ModelProto) -> set[int]:
+    """The types of `SIGNIFICANT_BITS` that a model without functions computes in.
+
+    A value that depends on neither inputs nor weights doesn't count: it is folded in the type that the file gives it.
+    Neither does a weight of 16 bits that is only rearranged before it is cast (`stored_weights`).
+    """
+    graph = proto.graph
+    stored = [(tensor.name, tensor) for tensor in graph.initializer]
+    constants = [node for node in graph.node if node.op_type == "Constant"]
+    stored += [(node.output[0], a.t) for node in constants for a in node.attribute if a.name == "value"]
+    declared = {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
+    declared.update(tensor.data_type for _, tensor in stored)
+    declared.update(a.i for n in graph.node for a in n.attribute if a.name in TYPE_ATTRIBUTES)
+    if not declared & SIGNIFICANT_BITS.keys():
+        return set()
+    halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    from_weights = {name for name, tensor in stored if tensor.data_type in halves and math.prod(tensor.dims) > 1}
+    initializer_names = {tensor.name for tensor in graph.initializer}
+    values = {v.name for v in graph.input if v.name not in initializer_names}
+    for node in graph.node:
+        if values.intersection(node.input):
+            values.update(node.output)
+        elif from_weights.intersection(node.input):
+            from_weights.update(node.output)
+            # Arithmetic on weights is trained through, so it has to be in float32.
+            if node.op_type not in REARRANGEMENTS:
+                values.update(node.output)
+    types = value_types(proto)
+    return {types[name] for name in values if types.get(name) in SIGNIFICANT_BITS}

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from fedprune_export.importing.quantised.numbers import Quantisation, dequantised, refuse, unpack_blocks
-from fedprune_export.importing.quantised.rewriter import Rewriter, Rule
-from fedprune_export.importing.quantised.roundings import OPERATOR_STEPS, ROUNDING_STEPS
+from fedprune_export.importing.quantised.rewriter import OPERATOR_STEPS, ROUNDING_STEPS, Rewriter, Rule
 from fedprune_export.ir.graph import Node
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
@@ -19,22 +20,35 @@ from fedprune_export.importing.batches.layout import move_batch_first, possible_
 from fedprune_export.importing.graph_writer import FLOAT_TYPES, value_types
 from fedprune_export.importing.original import relative_distance
 from fedprune_export.importing.quantised.numbers import FLOAT_MODEL_HINT, Quantisation
-from fedprune_export.importing.quantised.rewriter import Rewriter
-from fedprune_export.importing.quantised.roundings import Rounding
-from fedprune_export.importing.quantised.saturation import avoid_saturation
+from fedprune_export.importing.quantised.rewriter import Rewriter, Rounding
 from fedprune_export.importing.raw_file import BatchLayout
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.translation import upgrade_model
 from fedprune_export.ir.graph import Array, Graph, Port, node_label
-from fedprune_export.ir.measured_shapes import shapes_at_batch
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.ir.shape_inference import ShapeError
+from fedprune_export.ir.trace import shapes_at_batch
 
 _FLOAT = onnx.TensorProto.FLOAT
 _PREFIX = "float/"  # of the float model's values, in the graph that has both
 _BATCHES = (2, 1)
 _TOLERANCE = 1e-4  # between float outputs, relative to the largest number
 _STEP_TOLERANCE = 1e-2  # float32 rounds numbers that are up to 2^16 steps large
+
+
+# By operator: the place of the other factor's zero point, or None where that factor is uint8, and the places of weights
+# and their zero points.
+_WEIGHT_PLACES: dict[str, tuple[int | None, tuple[tuple[int, int], ...]]] = {
+    "QLinearConv": (2, ((3, 5),)),
+    "QLinearMatMul": (2, ((3, 5),)),
+    "QGemm": (2, ((3, 5),)),
+    "MatMulInteger": (2, ((1, 3),)),
+    "ConvInteger": (2, ((1, 3),)),
+    "MatMulIntegerToFloat": (4, ((1, 5),)),
+    "DynamicQuantizeMatMul": (None, ((1, 3),)),
+    "DynamicQuantizeLSTM": (None, ((1, 9), (2, 11))),
+    "QAttention": (6, ((1, 7),)),
+}
 
 
 def prove(state: Rewriter, floats: onnx.ModelProto) -> None:
@@ -57,7 +71,12 @@ def prove(state: Rewriter, floats: onnx.ModelProto) -> None:
         for name, rounding in steps.items():
             _check_steps(state, rounding, float(outputs[name]))
         for old, new in pairs:
-            _check_output(old, outputs[old], outputs[new])
+            if not relative_distance(outputs[old], outputs[new]) <= _TOLERANCE:
+                raise ModelError(
+                    f"the float model of a quantised file differs at its output {value_text(old)}",
+                    expected=f"what the file computes from the same numbers, to {_TOLERANCE:g}",
+                    hint=FLOAT_MODEL_HINT,
+                )
 
 
 def _fitting_layout(graph: Graph) -> tuple[BatchLayout, Graph]:
@@ -207,10 +226,36 @@ def _check_steps(state: Rewriter, rounding: Rounding, steps: float) -> None:
         )
 
 
-def _check_output(name: str, before: Array, after: Array) -> None:
-    if not relative_distance(before, after) <= _TOLERANCE:
-        raise ModelError(
-            f"the float model of a quantised file differs at its output {value_text(name)}",
-            expected=f"what the file computes from the same numbers, to {_TOLERANCE:g}",
-            hint=FLOAT_MODEL_HINT,
-        )
+def avoid_saturation(graph: onnx.GraphProto) -> None:
+    """Give the graph's products of uint8 and constant int8 numbers weights in uint8.
+
+    On x86 processors with AVX2 and without VNNI, onnxruntime adds up pairs of products of uint8 and int8 in 16 bits,
+    which saturate (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). Weights and their
+    zero points that are 128 higher come to the same sums.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    unsigned = {name for name, tensor in constants.items() if tensor.data_type == onnx.TensorProto.UINT8}
+    unsigned |= {name for node in graph.node if node.op_type == "DynamicQuantizeLinear" for name in node.output}
+    for node in graph.node:
+        other, places = _WEIGHT_PLACES.get(node.op_type, (None, ()))
+        if other is not None and (len(node.input) <= other or node.input[other] not in unsigned):
+            continue
+        for weight, zero in places:
+            _raise_weight(graph, node, constants, weight, zero)
+
+
+def _raise_weight(
+    graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], weight: int, zero: int
+) -> None:
+    zero_name = node.input[zero] if zero < len(node.input) else ""
+    tensors = [constants.get(node.input[weight]), constants.get(zero_name) if zero_name else None]
+    if tensors[0] is None or tensors[0].data_type != onnx.TensorProto.INT8 or (zero_name and tensors[1] is None):
+        return
+    node.input.extend([""] * (zero + 1 - len(node.input)))
+    for place, tensor in zip((weight, zero), tensors, strict=True):
+        values = np.zeros((), np.int8) if tensor is None else numpy_helper.to_array(tensor)
+        # Their own names: others may read the same weights.
+        name = f"raised/{len(graph.initializer)}"
+        raised = numpy_helper.from_array((values.astype(np.int16) + 128).astype(np.uint8), name)
+        graph.initializer.append(raised)
+        node.input[place] = name
