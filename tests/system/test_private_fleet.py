@@ -11,8 +11,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.updates.privacy_cost import epsilon_for
 from fedprune_device.privacy.budget import BoardPrivacyBudget
-from fedprune_server.cli.status import job_status
-from fedprune_server.cli.status_text import status_text
+from fedprune_server.cli.status import job_status, status_text
 from support.processes.real_site import Site, write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.soak]

@@ -22,8 +22,7 @@ import pytest
 from fedprune.core.disk import file_lock
 from fedprune.core.errors import ExitCode
 from fedprune.wire.messages import Birth, Offer, Refusal
-from fedprune_server.cli.status import server_status
-from fedprune_server.cli.status_text import status_text
+from fedprune_server.cli.status import server_status, status_text
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.monitor import DATABASE_WAIT_LIMIT_S, Monitor

@@ -6,7 +6,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,14 +16,14 @@ from fedprune.coordination import State
 from fedprune.core.errors import ProtocolError
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Progress
+from fedprune.jobs.state import JobDevice, Progress
 from fedprune.model.architecture import Architecture
+from fedprune.planning.correction import Correction
 from fedprune.planning.costs import costs_at
-from fedprune.wire.messages import RoundProgress
+from fedprune.planning.width_plan import WidthPlan
+from fedprune.wire.lost_pieces import LostPieces, dropping_broker_message
+from fedprune.wire.messages import BlobRequest, RoundProgress
 from fedprune_server.devices.clone_detection import CloneDetector
-from fedprune_server.devices.contacts import Contact
-from fedprune_server.devices.plan_log import PlanLog
-from fedprune_server.devices.transfer_watch import TransferWatch
 
 log = logging.getLogger("fedprune.server")
 
@@ -34,6 +36,50 @@ SLOW_S = 60.0
 
 # The phase of a board's part before it has everything that it was offered.
 _DOWNLOAD = "download"
+
+
+# Plans whose texts are cached: devices of one plan share them.
+_MAX_CACHED_PLANS = 4096
+
+
+# Shared by all devices without metrics, to save memory: metrics are replaced, never changed in place.
+_NO_METRICS: Mapping[str, float] = {}
+
+
+@dataclass(slots=True)
+class Contact:
+    """A device's volatile state, in addition to the coordinator's.
+
+    Attributes:
+        bytes_down: Payload bytes to the device, over all starts of the server.
+        bytes_up: Payload bytes from it.
+        progress: Its last report on its current part.
+        sent_part: Round and attempt of the last offer that was really sent to it.
+        offered_at: Time at which that was first sent; None once its update has arrived.
+        sent_at: Time at which it was last sent, in seconds of listening (`ListeningClock`).
+        heard_at: Time of its last sign of working on that offer; at first, of the sending. In seconds of listening.
+        part_seconds: Time from its last offer until its update arrived.
+        metrics: Scores of the model that it serves, on its own test samples, as last reported.
+        introduced: Hash of the plan with which it was last logged.
+        problem: The reason for which it can't take part; empty without one.
+        temperature_c: As reported last: at its start, or while it worked.
+        last_message_at: Seconds since 1970; None before the first message since the server's start.
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    progress: RoundProgress | None = None
+    software: str = ""
+    sent_part: tuple[int, int] | None = None
+    offered_at: float | None = None
+    sent_at: float = 0.0
+    heard_at: float = 0.0
+    part_seconds: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=lambda: _NO_METRICS)
+    introduced: int = 0
+    problem: str = ""
+    temperature_c: float | None = None
+    last_message_at: float | None = None
 
 
 class DeviceRegistry:
@@ -251,3 +297,100 @@ class DeviceRegistry:
 
 def submodel_parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
     return sum(math.prod(architecture.shape(spec.name, widths)) for spec in architecture.trainable)
+
+
+class TransferWatch:
+    """The transfers under way to and from `admitted` devices: a stranger may use any number of names. Times are in
+    seconds of `listening`: pieces that wait in the server are not lost."""
+
+    def __init__(self, admitted: Container[str], listening: Callable[[], float]) -> None:
+        self._admitted, self._listening = admitted, listening
+        self._lost_downloads = defaultdict[str, LostPieces](LostPieces)
+        self._lost_uploads = defaultdict[str, LostPieces](LostPieces)
+
+    def note_download_request(self, device: str, request: BlobRequest) -> None:
+        """Note that a device requests pieces of a blob of which none waits to be sent to it."""
+        if device in self._admitted:
+            self._lost_downloads[device].note_request(request, self._listening())
+
+    def note_upload_request(self, device: str, request: BlobRequest) -> None:
+        """Note that pieces of its update are requested from a device."""
+        if device in self._admitted:
+            self._lost_uploads[device].note_request(request, self._listening())
+
+    def drop_reasons(self) -> dict[str, str]:
+        """Texts about devices whose pieces of blobs, sent or requested, seem to be dropped by the broker."""
+        reasons = {name: "gets no piece of its model: " + dropping_broker_message("what is sent to it")
+                   for name, lost_pieces in self._lost_downloads.items() if lost_pieces.is_stuck}  # fmt: skip
+        update_reason = "announces its update, and no piece of it comes: " + dropping_broker_message("what it sends")
+        for name, lost_pieces in self._lost_uploads.items():
+            if lost_pieces.is_stuck:
+                reasons[name] = update_reason
+        return reasons
+
+    def note_complete_download(self, device: str) -> None:
+        """Note that a device has all that it was offered."""
+        self._lost_downloads.pop(device, None)
+
+    def forget(self, device: str) -> None:
+        """Forget the requests under way to and from a device: their pieces can no longer be missed."""
+        self._lost_uploads.pop(device, None)
+        self._lost_downloads.pop(device, None)
+
+
+class PlanLog:
+    """Logs devices of a job once for each plan."""
+
+    def __init__(self, job: Job, architecture: Architecture, model_parameters: int, prefix: str) -> None:
+        self._job, self._architecture, self._model_parameters = job, architecture, model_parameters
+        self._prefix = prefix
+        self._doubted = set[str]()
+        self._descriptions: dict[int, tuple[str, str]] = {}  # first line and warning of a logged plan, by its hash
+
+    def introduce(self, name: str, contact: Contact, device: JobDevice) -> None:
+        """Log a connected device once per plan, with the plan; only its first line if that plan was logged before."""
+        introduction = hash((device.widths, device.excluded, device.profile.get("name")))
+        if introduction == contact.introduced:
+            return
+        contact.introduced = introduction
+        title = device.profile.get("title") or device.profile.get("name")
+        if device.excluded:
+            log.warning("%sdevice %s (%s) is excluded: %s", self._prefix, name, title, device.excluded)
+            return
+        description = (name, title, device.samples, contact.software or "?")
+        log.info("%sdevice %s is connected: %s, %d samples, %s", self._prefix, *description)
+        plan_hash = hash(device.plan if device.plan is not None else (device.widths, device.density))
+        if plan_hash not in self._descriptions:
+            if len(self._descriptions) >= _MAX_CACHED_PLANS:
+                self._descriptions.clear()
+            self._descriptions[plan_hash] = self._log_plan(device)
+        elif device.plan is not None or device.density != self._job.density:
+            log.info("  %s", self._descriptions[plan_hash][0])
+        if warning := self._descriptions[plan_hash][1]:
+            log.warning("%sdevice %s: %s", self._prefix, name, warning)
+
+    def warn_of_doubt(self, name: str, device: JobDevice) -> None:
+        """Log once that a device's rounds are far from what it measured of itself."""
+        doubt = Correction(**device.correction).doubt
+        if doubt and name not in self._doubted:
+            log.warning("%sdevice %s: %s; it is planned by its rounds", self._prefix, name, doubt)
+            self._doubted.add(name)
+
+    def _log_plan(self, device: JobDevice) -> tuple[str, str]:
+        """Log a plan for the first time. Returns its first line and warning, for other devices with this plan."""
+        if device.plan is None:
+            kept_share = costs_at(self._architecture, device.widths).parameters / self._model_parameters
+            decider = "job" if device.density == self._job.density else "strategy"
+            lines = [
+                f"density {device.density:.3g}, as the {decider} says: keeps {100 * kept_share:.0f}% of the weights"
+            ]
+            warning = ""
+        else:
+            plan = WidthPlan.from_dict(device.plan)
+            lines = plan.describe(self._model_parameters).splitlines()
+            warning = "; ".join(filter(None, (plan.doubt, plan.warning)))
+            lines[0] = f"{lines[0]}, {plan.unbound_line() or f'bound by {plan.bound}'}"
+        log.info("  %s", lines[0])
+        for line in lines[1:]:  # for everyday use `status` and the console's page of the board have them
+            log.debug("  %s", line)
+        return lines[0], warning

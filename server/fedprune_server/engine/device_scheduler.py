@@ -153,3 +153,24 @@ class DeviceScheduler:
             else:
                 self._unsuitable_jobs.setdefault(device, set()).add(job)
                 self.job_of_device.pop(device, None)
+
+
+class SingleJobScheduler:
+    """Assigns every device to a job as soon as it connects. `connected` are the connected devices, each with its birth
+    (the message by which it announces itself)."""
+
+    def __init__(self, runner: JobRunner, connected: Mapping[str, Birth]) -> None:
+        self._runner, self._connected = runner, connected
+
+    def assignments(self) -> Mapping[str, str]:
+        """The job of each connected device."""
+        return dict.fromkeys(self._connected, self._runner.job.name)
+
+    def on_connect(self, device: str, *, reconnected: bool) -> None:
+        self._runner.assign([self._connected[device]])
+
+    def on_disconnect(self, device: str, session: int) -> None:
+        self._runner.unassign(device, session)
+
+    def share_devices(self, now: float, *, finished: bool) -> None:
+        """Do nothing: no device waits for a job."""

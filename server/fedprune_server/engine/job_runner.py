@@ -418,7 +418,10 @@ class JobRunner:
                 case do.WakeAt():
                     heapq.heappush(self._alarms, command.at)
                 case do.Finish():
-                    self._finish(command)
+                    if not self.is_finished:
+                        self.is_finished = self.needs_assignment = True
+                        reason_text = f"; it {command.reason}" if command.reason else ""
+                        log.info("job %s is finished: global model %s%s", self.job.name, command.model, reason_text)
                 case do.SumMasked():
                     self._channel.begin_sums(command)
                 case do.Score():
@@ -433,12 +436,6 @@ class JobRunner:
                 case _:
                     for event in self._dispatcher.run(command):
                         self._handle(event)
-
-    def _finish(self, command: do.Finish) -> None:
-        if not self.is_finished:
-            self.is_finished = self.needs_assignment = True
-            reason_text = f"; it {command.reason}" if command.reason else ""
-            log.info("job %s is finished: global model %s%s", self.job.name, command.model, reason_text)
 
     # Time.
 

@@ -28,10 +28,9 @@ from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import STRANGERS, Quarantined, Released
 from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
-from fedprune_server.engine.device_scheduler import DeviceScheduler
+from fedprune_server.engine.device_scheduler import DeviceScheduler, SingleJobScheduler
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
-from fedprune_server.engine.single_job_scheduler import SingleJobScheduler
 from fedprune_server.messaging import transport
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
 from fedprune_server.observation.observer import LoopBlocked, Observer, Observers, ServerEnding, TurnEvent
@@ -356,17 +355,13 @@ class Server:
             for runner in self.runners.values():
                 runner.send_finished([device])
         else:
-            self._assign(birth, previous_birth)
-
-    def _assign(self, birth: Birth, previous_birth: Birth | None) -> None:
-        """Have a device assigned to a job; `previous_birth` is the one before `birth`."""
-        self._scheduler.on_connect(
-            birth.device, reconnected=previous_birth is None or previous_birth.session != birth.session
-        )
-        # The only job keeps the probe itself; without it, the births of ten thousand devices take far less memory.
-        # Several jobs need it when they assign the device again.
-        if isinstance(self._scheduler, SingleJobScheduler):
-            self._connected[birth.device] = replace(birth, probe=None)
+            self._scheduler.on_connect(
+                birth.device, reconnected=previous_birth is None or previous_birth.session != birth.session
+            )
+            # The only job keeps the probe itself; without it, the births of ten thousand devices take far less memory.
+            # Several jobs need it when they assign the device again.
+            if isinstance(self._scheduler, SingleJobScheduler):
+                self._connected[birth.device] = replace(birth, probe=None)
 
     def _on_disconnect(self, device: str) -> None:
         """Note that a device has disconnected, by its will, its silence or an operator's decision."""

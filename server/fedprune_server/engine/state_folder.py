@@ -149,7 +149,13 @@ class StateFolder(Closeable):
         if state is None:
             state = worker.begin()
         else:
-            self._copy_needed_blobs(config, stored_settings or {}, state)
+            needed_digests = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
+            blob_place.copy_needed_blobs(self.path, self.store, stored_settings or {}, needed_digests)
+            if not self.store.has(state.model):
+                raise StorageError(
+                    f"the global model {state.model} is missing from {self.store.describe()}",
+                    hint="Restore the server's backup.",
+                )
             self._rank_again_if_changed(state, model)
             # A new job's folder isn't swept: its worker has just put graphs there, to which no state refers yet.
             sweep_blobs(self.store, state, config.keep, config.job.recipe.judged_by)
@@ -256,16 +262,6 @@ class StateFolder(Closeable):
             raise ConfigError(
                 f"{path} is another model, and {self.path} holds no job",
                 hint="Name a folder of its own with --state, or move the file away.",
-            )
-
-    def _copy_needed_blobs(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
-        """Copy the blobs that a stored job needs into its store. Raises `StorageError` if the model is missing."""
-        needed_digests = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
-        blob_place.copy_needed_blobs(self.path, self.store, stored_settings, needed_digests)
-        if not self.store.has(state.model):
-            raise StorageError(
-                f"the global model {state.model} is missing from {self.store.describe()}",
-                hint="Restore the server's backup.",
             )
 
     def _rank_again_if_changed(self, state: State, model: Model) -> None:

@@ -25,7 +25,7 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import AdvanceBar
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, BackupEntry, BackupManifest
-from fedprune_server.maintenance.blob_files import find_blob_files
+from fedprune_server.maintenance.blob_checks import find_blob_files
 from fedprune_server.maintenance.job_needs import read_job_needs
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import open_blobs_reader

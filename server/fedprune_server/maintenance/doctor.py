@@ -27,7 +27,7 @@ from fedprune_server.enrollment.pki import IDENTITY_FOLDER as IDENTITY
 from fedprune_server.executor.divergence import is_uncalibrated
 from fedprune_server.maintenance import connection_checks
 from fedprune_server.maintenance.backup_manifest import last_backup
-from fedprune_server.maintenance.checked_site import CheckedSite, TooSlowError, run_within
+from fedprune_server.maintenance.connection_checks import CheckedSite, TooSlowError, run_within
 from fedprune_server.maintenance.finding import (
     Finding,
     Severity,

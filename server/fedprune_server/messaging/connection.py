@@ -23,9 +23,8 @@ from fedprune_server.enrollment.pki import IDENTITY_FOLDER, IdentityFolder
 from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker, PortTakenError
 from fedprune_server.messaging.broker.programs import TlsFiles
-from fedprune_server.messaging.rate_limit import RateLimitedLink
 from fedprune_server.messaging.second_server import ServerInstance, second_server_guard
-from fedprune_server.messaging.transport import Wire
+from fedprune_server.messaging.transport import DroppedMessage, Item, Relay, Wire
 
 log = logging.getLogger("fedprune.server")
 
@@ -159,3 +158,30 @@ def _embedded_broker(config: BrokerSettings, identity: IdentityFolder | None) ->
     port = _TLS_PORT if config.port is None else config.port
     identity.update_revocations()  # Mosquitto reads the list when it starts
     return EmbeddedBroker(config.host, port, TlsFiles(*identity.listener_files("broker", hosts), identity.site))
+
+
+class RateLimitedLink(Relay):
+    """A connection without the messages that a quarantine drops. Signatures are checked behind it, if messages are
+    signed, because each check costs as much as dropping a dozen messages here; then its sender is charged behind it."""
+
+    def __init__(self, link: Wire, quarantine: Quarantine, *, is_signed: bool = False) -> None:
+        super().__init__(link)
+        self._quarantine, self._is_signed = quarantine, is_signed
+
+    def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
+        event = self._quarantine.next_event()
+        if event is not None:
+            return event
+        item = self._link.get(timeout)
+        if isinstance(item, tuple):
+            device, is_chunk = _device_level(item[0]), item[0].endswith("/blob")
+            is_verified = not self._is_signed
+            if not self._quarantine.charge_message(device, len(item[1]), chunk=is_chunk, is_verified=is_verified):
+                return DroppedMessage()
+        return item
+
+
+def _device_level(topic: str) -> str:
+    """The topic's level that names the device. Its text is a sender's, and need not be a valid name."""
+    levels = topic.split("/", 4)
+    return levels[3] if len(levels) > 3 else ""

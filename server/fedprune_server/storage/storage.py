@@ -7,7 +7,7 @@ out. So everything that was done had been saved, and everything that was saved c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import wraps
@@ -22,14 +22,13 @@ from fedprune.core.closeable import Closeable
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError, search_location
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.state import DeviceTask, JobDevice
+from fedprune.jobs.packed_json import PackedJson
+from fedprune.jobs.state import EVICTED_ATTRIBUTES, DeviceTask, JobDevice
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.storage.database import Database
-from fedprune_server.storage.devices_away import DevicesAway
 from fedprune_server.storage.event_log import MIN_LOGGED_EVENTS, EventLog
 from fedprune_server.storage.folder_layout import DATABASE_FILE, URL_FILE, database_url, has_database
-from fedprune_server.storage.open_database import open_tables, private_url, sqlite_url
-from fedprune_server.storage.schema import has_tables
+from fedprune_server.storage.open_database import has_tables, open_tables, private_url, sqlite_url
 from fedprune_server.storage.tables import (
     DEVICES,
     PARTICIPANTS,
@@ -65,6 +64,10 @@ Rows = Mapping[str, dict[str, Any] | None]
 
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
+
+
+# Number of absent devices that stay in memory, those that left last: most devices that come back do so soon.
+MAX_AWAY_IN_MEMORY = 1000
 
 
 def _retry_while_away(
@@ -315,3 +318,43 @@ class Storage(Closeable):
                 if number in summaries:
                     summaries[number]["devices"][device] = read_json_column(body, self.url)
         return list(summaries.values())[::-1]
+
+
+class DevicesAway:
+    """Drops fields of saved devices that are needed only when a device comes back (`EVICTED_ATTRIBUTES`) from memory.
+
+    Active devices keep them: a device is active while it is connected, has a part, or was in the latest round. `read`
+    returns a device's saved row."""
+
+    def __init__(self, read: Callable[[str], Mapping[str, Any]]) -> None:
+        self._read_row = read
+        # Absent devices that are complete in memory, the longest absent first.
+        self._away_in_memory: dict[str, None] = {}
+        self._away_but_active: list[str] = []  # those that stay in memory until the round is over, as they have a part
+
+    def on_saved(self, state: State, changed_names: Iterable[str], *, round_over: bool) -> None:
+        """Put away absent devices without a part in this or the latest round, after the state was saved with these
+        changed devices. At the end of a round (`round_over`) those of earlier rounds can be put away, too."""
+        state.devices.fetch = self._fetch
+        if round_over:
+            self._away_in_memory = dict.fromkeys([*self._away_but_active, *self._away_in_memory])
+            self._away_but_active = []
+        for name in changed_names:
+            self._away_in_memory.pop(name, None)
+            if (device := state.devices.get(name)) is not None and not device.online:
+                self._away_in_memory[name] = None
+        latest_devices = state.history[-1]["devices"] if state.history else {}
+        while len(self._away_in_memory) > MAX_AWAY_IN_MEMORY:
+            name = next(iter(self._away_in_memory))
+            del self._away_in_memory[name]
+            device = state.devices.get(name)
+            if name in state.tasks or name in latest_devices:
+                self._away_but_active.append(name)
+            elif device is not None and not device.online:
+                device.evict(EVICTED_ATTRIBUTES)
+
+    def _fetch(self, name: str) -> dict[str, Any]:
+        """The dropped fields of a device, from its saved row."""
+        row = self._read_row(name)
+        self._away_in_memory[name] = None
+        return {key: None if row[key] is None else PackedJson(row[key]) for key in EVICTED_ATTRIBUTES}

@@ -32,7 +32,7 @@ from fedprune_server.devices.quarantine import (
     Released,
     read_quarantine_rows,
 )
-from fedprune_server.messaging.rate_limit import RateLimitedLink
+from fedprune_server.messaging.connection import RateLimitedLink
 from support.fakes.fleet import Fleet, larger
 from support.fakes.tiny_job import JOB
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis

@@ -23,8 +23,7 @@ from fedprune.secure_aggregation.shamir import SHARE_BYTES
 from fedprune.strategies import compose
 from fedprune.wire.messages import Cancelled, Refusal, SecureStep, TrainingDone, UpdateAnnouncement, parse_message
 from fedprune_export.pruning.model import Model
-from fedprune_server.cli.status import job_status
-from fedprune_server.cli.status_text import status_text
+from fedprune_server.cli.status import job_status, status_text
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.storage.storage import Storage

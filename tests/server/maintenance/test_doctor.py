@@ -32,7 +32,7 @@ from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance import connection_checks, doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
-from fedprune_server.maintenance.checked_site import CheckedSite
+from fedprune_server.maintenance.connection_checks import CheckedSite
 from fedprune_server.maintenance.finding import Finding, Severity, alert_finding
 from fedprune_server.maintenance.job_checks import job_findings
 from fedprune_server.maintenance.stored_job import StoredJob

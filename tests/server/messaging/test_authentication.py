@@ -36,7 +36,7 @@ from fedprune_server.devices.quarantine import (
 )
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging import authentication as server_side
-from fedprune_server.messaging.rate_limit import RateLimitedLink
+from fedprune_server.messaging.connection import RateLimitedLink
 from fedprune_server.messaging.transport import DeviceRevoked, DuplicateIdentity
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from support.faults.failing_disk import fault

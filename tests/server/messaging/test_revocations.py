@@ -10,8 +10,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.maintenance.checked_site import CheckedSite
-from fedprune_server.maintenance.connection_checks import check_revocations
+from fedprune_server.maintenance.connection_checks import CheckedSite, check_revocations
 from fedprune_server.messaging.broker import revocations
 from fedprune_server.messaging.broker.revocations import (
     RevocationCommandError,

@@ -9,7 +9,7 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError
 from fedprune.jobs.state import DeviceTask, JobDevice
-from fedprune_server.storage import devices_away
+from fedprune_server.storage import storage as state_storage
 from fedprune_server.storage.storage import Storage
 
 PROFILE = {"name": "board"}
@@ -42,7 +42,7 @@ def devices_in_memory(state: State) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def memory_limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices_away, "MAX_AWAY_IN_MEMORY", getattr(request, "param", 0))
+    monkeypatch.setattr(state_storage, "MAX_AWAY_IN_MEMORY", getattr(request, "param", 0))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import sqlalchemy as sql
 
 from fedprune.core.errors import StorageError
-from fedprune_server.storage.schema import FORMAT
+from fedprune_server.storage.open_database import FORMAT
 from fedprune_server.storage.storage import Storage
 from fedprune_server.storage.tables import META
 

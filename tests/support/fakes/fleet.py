@@ -44,7 +44,7 @@ from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.runnable_job import DeviceServices, RunnableJob
 from fedprune_server.engine.server import Server
-from fedprune_server.messaging.rate_limit import RateLimitedLink
+from fedprune_server.messaging.connection import RateLimitedLink
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.display import RoundLines
 from fedprune_server.observation.observer import TurnEvent
