@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune_device.sensors.config import read_sensor_config
-from fedprune_device.sensors.drop_counts import DropCounts
-from fedprune_device.sensors.sample_collector import SampleCollector
+from fedprune_device.sensors.sample_collector import DropCounts, SampleCollector
 
 _HEAD = 'broker = "mqtt://127.0.0.1"\nboard = "127.0.0.1:80"\nperiod = 60\nmax_age = 150\n'
 _ROOM = '[[channels]]\npath = "temperature"\nrange = [-40, 80]\n[[channels]]\npath = "humidity"\n'

@@ -6,26 +6,40 @@ A model takes boxes as [most, 5]: class, centre x, centre y, width, height, as s
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from xml.parsers import expat
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, shape_text
+from fedprune.core.errors import ConfigError, DataError, error_reason, shape_text
 from fedprune.model.lengths import Shape
-from fedprune_device.data.boxes import MAX_CLASS, yolo_boxes
-from fedprune_device.data.class_lists import find_class_list
+from fedprune_device.data.boxes import MAX_CLASS, Boxes, clipped_box, yolo_boxes
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.layouts import IMAGES, NO_LABELS, LabelledImages
 from fedprune_device.data.part_lists import PartLists, voc_part_lists, yolo_part_lists
-from fedprune_device.data.voc_boxes import voc_boxes
-from fedprune_device.data.yolo_settings import read_yolo_settings
+from fedprune_device.data.yolo_settings import read_text, read_yolo_settings, yaml_files, yaml_names
 
 _OUTLINES_NOTE = "outlines of objects become the boxes around them"
 _UNLISTED_NOTE = "images that no list or folder of a part has are left out"
 _KEYPOINTS_NOTE = "keypoints of objects are left out: their boxes are read"
+
+
+_CLASS_TEXTS = ("classes.txt", "obj.names")  # a name in each line: Label Studio, LabelImg; darknet, CVAT
+_CLASS_NOTES = "notes.json"  # Label Studio's, which has the numbers, too
+
+
+_SIZE = ("annotation", "size")
+_OBJECT = ("annotation", "object")
+_BOX = (*_OBJECT, "bndbox")
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+_MAX_DEPTH = 32
+_MAX_TEXT = 1000  # characters of a name or a number
 
 
 def takes_boxes(targets: Targets) -> bool:
@@ -202,3 +216,113 @@ def _pad_boxes(boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.N
     largest_boxes = np.argsort(-boxes[:, 3] * boxes[:, 4], kind="stable")[: len(out)]
     out[: len(largest_boxes)] = boxes[np.sort(largest_boxes)]
     return out
+
+
+def find_class_list(folders: Iterable[Path]) -> tuple[str, ...]:
+    """The names in the first of these files in one of the folders, in the order of their numbers; empty without one.
+
+    Raises `ConfigError` if a file can't be understood, `StorageError` if it can't be read.
+    """
+    candidates = (
+        [*(folder / name for name in _CLASS_TEXTS), *yaml_files(folder), folder / _CLASS_NOTES] for folder in folders
+    )
+    for path in chain.from_iterable(candidates):
+        if not path.is_file():
+            continue
+        text = read_text(path)
+        if path.name in _CLASS_TEXTS:
+            return tuple(filter(None, map(str.strip, text.splitlines())))
+        names = _categories(text) if path.name == _CLASS_NOTES else yaml_names(text)
+        if names is None:
+            raise ConfigError(
+                f"names in {path}",
+                expected="a list, or a mapping of the numbers from 0",
+                got="something else",
+                hint=f"Or write {_CLASS_TEXTS[0]} beside it, with a name in each line.",
+            )
+        if names:
+            return names
+    return ()
+
+
+def _categories(text: str) -> tuple[str, ...] | None:
+    """The names in `notes.json`; empty if it is another tool's file, None if they aren't numbered from 0."""
+    try:
+        categories = json.loads(text)["categories"]
+        names = {category["id"]: category["name"] for category in categories}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()
+    is_list = list(names) == list(range(len(categories))) and all(isinstance(name, str) for name in names.values())
+    return tuple(names.values()) if is_list else None
+
+
+class _Annotation:
+    """What a parser has read: the image's width and height, and texts of each object."""
+
+    def __init__(self) -> None:
+        self.size: dict[str, str] = {}
+        self.objects: list[dict[str, str]] = []
+        self._path: list[str] = []
+        self._text = ""
+
+    def on_start(self, tag: str, _attributes: object) -> None:
+        self._path.append(tag)
+        self._text = ""
+        if len(self._path) > _MAX_DEPTH:
+            raise DataError("labels", expected=f"elements of at most {_MAX_DEPTH} levels", got="more")
+        if tuple(self._path) == _OBJECT:
+            self.objects.append({})
+
+    def on_text(self, text: str) -> None:
+        self._text = (self._text + text)[:_MAX_TEXT]
+
+    def on_end(self, tag: str) -> None:
+        parent = tuple(self._path[:-1])
+        if parent == _SIZE:
+            self.size[tag] = self._text.strip()
+        elif parent == _BOX or (parent == _OBJECT and tag == "name"):
+            self.objects[-1][tag] = self._text.strip()
+        self._path.pop()
+        self._text = ""
+
+    def on_doctype(self, *_: object) -> None:
+        # A few lines of entities can unfold to gigabytes, or name any file of the board.
+        raise DataError("labels", expected="XML without a DOCTYPE", got="one")
+
+
+def voc_boxes(body: bytes, names: Sequence[str]) -> Boxes:
+    """The boxes [n, 5] of an annotation, with the numbers of their names in `names`.
+
+    Pixels count from 1, and a box has its last ones; those of tools that count from 0 begin at most a pixel earlier.
+    Raises `DataError`, which names the object by its number.
+    """
+    annotation = _Annotation()
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = annotation.on_start, annotation.on_end
+    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = annotation.on_text, annotation.on_doctype
+    try:
+        parser.Parse(body, True)
+    except (expat.ExpatError, ValueError, LookupError) as error:
+        raise DataError("labels", expected="XML of Pascal VOC", got=error_reason(error)) from error
+    width, height = (_number(annotation.size.get(name, "")) for name in ("width", "height"))
+    if not (width >= 1 and height >= 1):
+        raise DataError("labels", expected="<size> with the image's width and height", got="none")
+    boxes = []
+    for number, texts in enumerate(annotation.objects, 1):
+        place = f"object {number} of the labels"
+        if texts.get("name", "") not in names:
+            raise DataError(place, expected="a name of --class-names", got="another one")
+        left, top, right, bottom = (_number(texts.get(side, "")) for side in _SIDES)
+        left, top = (side - 1 if side >= 1 else min(side, 0.0) for side in (left, top))
+        centre = (left + right) / 2 / width, (top + bottom) / 2 / height
+        sides = (*centre, (right - left) / width, (bottom - top) / height)
+        boxes.append([names.index(texts["name"]), *clipped_box(sides, place)])
+    return np.array(boxes, np.float32).reshape(-1, 5)
+
+
+def _number(text: str) -> float:
+    """The number of a text; NaN if it has none."""
+    try:
+        return float(text) if "_" not in text else float("nan")
+    except ValueError:
+        return float("nan")

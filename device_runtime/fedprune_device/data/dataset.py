@@ -5,6 +5,8 @@ They never leave the board. Its server learns only how many there are, and how e
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,6 @@ from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis
 from fedprune_device.data.data_source import LABELS, ArrayType, Schema
 from fedprune_device.data.labels import Targets, effective_classes
-from fedprune_device.data.notes import Notes
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_samples, common_type
 from fedprune_device.data.sequences import PaddedRows, pad_labels, pad_samples
 from fedprune_device.data.spooled_arrays import spool_large
@@ -26,6 +27,9 @@ from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray, 
 
 SPLITS = ("train", "test", "val")  # the suffixes of the arrays in a file, and in `LocalData`
 _NO_SAMPLES = np.zeros((0, 0), np.float32)
+
+
+_LOG = logging.getLogger("fedprune.device")
 
 
 @dataclass(frozen=True)
@@ -251,3 +255,24 @@ class ReadSource:
     @property
     def notes(self) -> tuple[str, ...]:
         return self._notes.texts
+
+
+class Notes:
+    """Sentences about a source, such as what it chose where its samples can be read in several ways, without any of its
+    numbers or names. Each is logged when it is new."""
+
+    def __init__(self, source: object) -> None:
+        self._source = source
+        self.texts: tuple[str, ...] = ()
+        self._warnings: tuple[str, ...] = ()
+
+    def replace(self, texts: Iterable[str], warnings: Iterable[str] = ()) -> None:
+        """State what holds now, in place of all earlier notes. Warnings are problems of the samples, and no notes."""
+        old_warnings, self._warnings = self._warnings, tuple(warnings)
+        for text in self._warnings:
+            if text not in old_warnings:
+                _LOG.warning("%s: %s", self._source, text)
+        old, self.texts = self.texts, tuple(texts)
+        for text in self.texts:
+            if text not in old:
+                _LOG.info("%s: %s", self._source, text)

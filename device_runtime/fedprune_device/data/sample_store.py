@@ -107,7 +107,13 @@ class SampleStore(Closeable):
         self._declined = 0
         self._training_labels: dict[str, int] = {}  # labels of the samples that would be trained on
         self.input_shape: Shape | None = None
-        self._read_model()
+        try:
+            body = atomic_file.read_document(self._root / _MODEL_FILE) or {"input": None, "unlabelled": False}
+            shape, unlabelled = body["input"], body["unlabelled"] is True
+            self.input_shape = None if shape is None else read_shape(shape)
+            self._reservoir.unlabelled_wait = not unlabelled
+        except (DataError, StorageError, KeyError, TypeError) as error:
+            _LOG.warning("what the last model takes is unknown until the next round (%s)", error)
         self._replay()
 
     @property
@@ -336,16 +342,6 @@ class SampleStore(Closeable):
     def _collect_training(self) -> None:
         classes = self._reservoir.names_by_class().items()
         self._training_labels = {n: c for c, names in classes for n in names if self._is_for_training(n, c)}
-
-    def _read_model(self) -> None:
-        """Read the input shape of the last model; if the file is damaged, it is unknown until the next round."""
-        try:
-            body = atomic_file.read_document(self._root / _MODEL_FILE) or {"input": None, "unlabelled": False}
-            shape, unlabelled = body["input"], body["unlabelled"] is True
-            self.input_shape = None if shape is None else read_shape(shape)
-            self._reservoir.unlabelled_wait = not unlabelled
-        except (DataError, StorageError, KeyError, TypeError) as error:
-            _LOG.warning("what the last model takes is unknown until the next round (%s)", error)
 
     def _write_model(self, shape: Shape, unlabelled: bool) -> None:
         """Keep the input shape of a round's model: the number of its training samples is reported before the next."""

@@ -173,7 +173,12 @@ class SegmentLog:
         """Write records, all or none, and return where their payloads are stored; without `sync` they may get lost."""
         with storage_errors(f"can't write {self._root}"):
             if self.needs_new_segment(sum(r.size for r in records)):
-                self._begin_segment()
+                self.close()
+                number = self._last_segment + 1
+                path = self.path(number)
+                self._descriptor = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+                flush_folder(self._root)
+                self._last_segment, self._sizes[number], self._torn = number, 0, False
             if self._descriptor is None:
                 self._descriptor = open_own_file(self.path(self._last_segment), os.O_RDWR)
             descriptor = self._descriptor
@@ -199,14 +204,6 @@ class SegmentLog:
                 raise
             self._sizes[self._last_segment], self._torn = end, False
         return positions
-
-    def _begin_segment(self) -> None:
-        self.close()
-        number = self._last_segment + 1
-        path = self.path(number)
-        self._descriptor = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        flush_folder(self._root)
-        self._last_segment, self._sizes[number], self._torn = number, 0, False
 
     def _seal(self, head: bytes) -> bytes:
         return hashlib.blake2b(head, digest_size=_SEAL_BYTES, key=self._key).digest()

@@ -5,24 +5,26 @@ Nothing of the table stays in memory but these places, and a mark for each row i
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.disk import storage_errors, write_all
-from fedprune.core.errors import DataError
+from fedprune.core.disk import open_file, storage_errors, write_all
+from fedprune.core.errors import DataError, error_reason
 from fedprune.core.median import median
-from fedprune.core.text import quantity
+from fedprune.core.text import encoding_of, quantity
+from fedprune_device.data.csv_tables import open_csv
 from fedprune_device.data.labels import effective_classes
-from fedprune_device.data.row_counters import RowCounters
+from fedprune_device.data.parquet_tables import open_parquet
 from fedprune_device.data.stored_array import Array, OpenFiles, Rows, StoredArray
-from fedprune_device.data.table_columns import TableColumns
+from fedprune_device.data.table_columns import OpenTable, TableColumns
 from fedprune_device.data.table_options import TableOptions
-from fedprune_device.data.tables import open_table
 
 NO_NUMBER, NO_CLASS = 1, 2  # marks of rows
 
@@ -34,6 +36,14 @@ _WHEN_MISSING = {
     "mean": "each is the mean of its column over the training rows",
     "drop": "windows that have one are left out",
 }
+
+
+_MIN_COUNTED_ROWS = 10  # fewer may be measurements that happen to rise
+
+
+CSV, PARQUET = (".csv", ".tsv"), ".parquet"
+
+_DEFAULTS = TableOptions()
 
 
 @dataclass(frozen=True)
@@ -224,3 +234,49 @@ def _with_marks(stored: StoredTable) -> StoredTable:
             axis=1
         ) + NO_CLASS * are_missing[:, numbers:].any(axis=1)
     return replace(stored, marks=marks)
+
+
+class RowCounters:
+    """Columns of `width` that rise, or fall, by one from each row to the next."""
+
+    def __init__(self, width: int) -> None:
+        self._is_rising, self._is_falling = np.ones(width, bool), np.ones(width, bool)
+        self._last = np.zeros((0, width), np.float32)
+        self._count = 0
+
+    def add(self, rows: Array) -> None:
+        """Add the next rows [n, width]; NaN is a missing number."""
+        steps = np.diff(np.concatenate([self._last, rows]), axis=0)
+        self._is_rising &= (steps == 1).all(axis=0)
+        self._is_falling &= (steps == -1).all(axis=0)
+        self._last = rows[-1:] if len(rows) else self._last
+        self._count += len(rows)
+
+    @property
+    def positions(self) -> Rows:
+        """The columns [n] that count; none of a table of a few rows."""
+        return np.flatnonzero((self._is_rising | self._is_falling) & (self._count >= _MIN_COUNTED_ROWS))
+
+
+@contextmanager
+def open_table(path: Path, class_names: tuple[str, ...], options: TableOptions = _DEFAULTS) -> Iterator[OpenTable]:
+    """The columns of a file, and its rows in blocks. A missing number is NaN if the options allow it, else an error.
+
+    A class is a number; for a name in `class_names` it is the name's index. Raises `DataError`, which names the file
+    and the row, `StorageError` if the file can't be read, `MissingExtraError` for Parquet without pyarrow.
+    """
+    try:
+        with storage_errors(f"can't read {path}"):
+            if path.suffix.lower() == PARQUET:
+                with open_parquet(path, class_names, options) as table:
+                    yield table
+            else:
+                with open_file(path) as start:
+                    encoding = encoding_of(start.read(2))
+                with path.open(encoding=encoding, newline="") as file:
+                    yield open_csv(file, class_names, options)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (UnicodeError, csv.Error) as error:
+        hint = "Save it as CSV UTF-8." if isinstance(error, UnicodeError) else ""
+        raise DataError(f"{path} is no table", expected="CSV in UTF-8", got=error_reason(error), hint=hint) from error

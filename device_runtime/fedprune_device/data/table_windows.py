@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, shape_text
@@ -18,11 +19,9 @@ from fedprune_device.data.dataset import SPLITS, Channels, LocalData, ReadSource
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray
-from fedprune_device.data.stored_table import NO_CLASS, NO_NUMBER, StoredTable, read_table
-from fedprune_device.data.table_blocks import block_starts, splits_of_blocks
+from fedprune_device.data.stored_table import CSV, NO_CLASS, NO_NUMBER, PARQUET, StoredTable, read_table
 from fedprune_device.data.table_columns import CLASS, TARGET, ColumnsError, TableColumns
 from fedprune_device.data.table_options import TableOptions
-from fedprune_device.data.tables import CSV, PARQUET
 
 TABLE_BYTES = 2**30  # most bytes of a table's numbers on the disk
 
@@ -30,6 +29,15 @@ _COUNTER_WARNING = (
     "column {} counts the rows, which is no measurement: leave it out (--columns), or call it time if it is the time"
 )
 _STATISTICS_ROWS = 2**13  # rows that are read at once for their mean
+
+
+# Windows, end to end, in a block. A block's last rows are lost to windows that would reach into the next one, so that
+# longer blocks lose less, and shorter ones spread the parts more evenly. A short table needs short blocks to have
+# several, and rows that are appended must not change the blocks before them: blocks grow along the file.
+_MIN_BLOCK_WINDOWS, MAX_BLOCK_WINDOWS = 2, 8
+_BLOCK_GROWTH = 5  # a block has this share of the windows before it: of 1 to 5, the one that keeps --test-share best
+# (√5 − 1) / 2: its multiples modulo 1 fill the range from 0 to 1 evenly, however many there are.
+_GOLDEN_RATIO = 0.6180339887498949
 
 
 def is_table(path: Path) -> bool:
@@ -260,3 +268,26 @@ def column_layout(begin: int, count: int, channels_first: bool, rank: int) -> Ca
         return np.ascontiguousarray(chosen.reshape(len(chosen), count * rows.shape[1]) if rank == 1 else chosen)
 
     return select_columns
+
+
+def block_starts(rows: int, span: int, shares: SplitShares) -> Rows:
+    """The first rows [n], ascending, of the blocks of a table of so many rows, with windows of `span` rows.
+
+    If all is for training, the table is one block.
+    """
+    if not shares.test and not shares.validation:
+        return np.zeros(1, np.int64)
+    starts, size = [0], _MIN_BLOCK_WINDOWS
+    while size < MAX_BLOCK_WINDOWS:
+        starts.append(starts[-1] + size)
+        size = max(_MIN_BLOCK_WINDOWS, min(MAX_BLOCK_WINDOWS, starts[-1] // _BLOCK_GROWTH))
+    short_blocks = np.array(starts[:-1], np.int64) * span
+    long_blocks = np.arange(starts[-1] * span, max(rows, 1), MAX_BLOCK_WINDOWS * span, dtype=np.int64)
+    return np.concatenate([short_blocks[short_blocks < max(rows, 1)], long_blocks])
+
+
+def splits_of_blocks(blocks: Rows, shares: SplitShares) -> npt.NDArray[np.str_]:
+    """The split of each of these blocks [n], by their numbers from 0."""
+    # 1 minus the sequence: the first block then is for training, whatever the shares are.
+    positions = 1 - (blocks * _GOLDEN_RATIO) % 1
+    return np.array([shares.split_at(n) for n in positions], "U5")

@@ -15,8 +15,7 @@ from fedprune.wire.messages import BlobRequest, Offer
 from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.connection import BoardConnection
-from fedprune_device.network.http_download import HttpFetch
-from fedprune_device.network.leaf_reuse import reuse_leaves
+from fedprune_device.network.http_download import HttpFetch, reuse_leaves
 from fedprune_device.network.uplink import Uplink
 
 

@@ -13,15 +13,16 @@ import http.client
 import logging
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 
-from fedprune.blobs.blob_ref import DIGEST_BYTES, LEAF_BYTES, BlobRef, read_table_file
+from fedprune.blobs.blob_ref import DIGEST_BYTES, LEAF_BYTES, BlobRef, leaf_digests, read_table_file
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.core.errors import StorageError
 from fedprune.wire.transfer import MIN_BYTES_PER_S
 from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.http_transfer import HttpTransfer, HttpTransferError
-from fedprune_device.network.leaf_reuse import reuse_leaves
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -171,3 +172,35 @@ def _gaps(present: bytearray) -> Iterator[tuple[int, int]]:
         end = len(present) if end < 0 else end
         yield first, end
         first = present.find(0, end)
+
+
+def reuse_leaves(store: BlobStore, partial: PartialBlob) -> int:
+    """Copy leaves that a blob lacks from stored blobs, instead of requesting them; returns their number.
+
+    The next round's weights with frozen tensors differ from the last round's in a part only, and where both files have
+    the same layout their leaves are equal. When a blob's leaf table comes, the tables of the stored blobs, 32 bytes for
+    every 32 KiB, are searched for what it lacks. A copied leaf is hashed like one from the network, so that a donor may
+    be damaged, or deleted meanwhile. Equal bytes that are shifted against the leaves' borders are not found.
+    """
+    missing = dict[bytes, list[int]]()
+    for index, digest in enumerate(leaf_digests(partial.table or b"")):
+        if not partial.present_leaves[index]:
+            missing.setdefault(digest, []).append(index)
+    count_before = partial.present_count
+    for donor in store.names() if missing else ():
+        for digest, leaf in _matching_leaves(store, donor, missing):
+            if all(partial.write(index, leaf) for index in missing[digest]):  # all or none: their bytes are the same
+                del missing[digest]
+        if not missing:
+            break
+    if count := partial.present_count - count_before:
+        _LOG.info("%d of %d leaves of blob %s were here", count, partial.ref.leaf_count, partial.ref.sha256[:12])
+    return partial.present_count - count_before
+
+
+def _matching_leaves(store: BlobStore, donor: str, missing: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Leaves of a stored blob that are missing elsewhere, with their digests."""
+    with suppress(StorageError):  # deleted, or damaged
+        for number, digest in enumerate(leaf_digests(store.table(donor))):
+            if digest in missing:
+                yield digest, store.read_leaves(donor, number, 1)

@@ -21,8 +21,7 @@ from fedprune.wire.queues import ConnectionDown, ConnectionUp, Event, Inbox, Ret
 from fedprune_device.client import Board, BoardError
 from fedprune_device.data.table_windows import column_layout, steps_and_order
 from fedprune_device.sensors.config import SensorConfig
-from fedprune_device.sensors.drop_counts import DropCounts
-from fedprune_device.sensors.sample_collector import SampleCollector
+from fedprune_device.sensors.sample_collector import DropCounts, SampleCollector
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune_device.sensors.config import SensorChannel, SensorConfig, SensorValue
-from fedprune_device.sensors.drop_counts import DropCounts
 from fedprune_device.sensors.payload import NoReadingError, Payload, ReadingError, label_of, number_of
 
 # Devices that wildcards stand for. Each takes the memory of its channels' values and of one sample.
@@ -20,6 +20,9 @@ _MAX_DEVICES = 256
 _MAX_LATENESS_S = 1800.0
 
 Device = tuple[str, ...]  # what the wildcards of its topics stand for; empty for topics without any
+
+
+_MAX_NAMES = 6  # of one reason that a line lists
 
 
 @dataclass(frozen=True)
@@ -192,3 +195,23 @@ class SampleCollector:
         gone: Iterable[Device] = [devices] if devices else list(source.values)
         if sum(source.values.pop(device, None) is not None for device in gone):
             self._drops.add("values of devices that went offline", source.settings.name)
+
+
+class DropCounts:
+    """Counts by the reason and by the channel."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counter[str]] = {}
+
+    def add(self, reason: str, name: str = "", number: int = 1) -> None:
+        self._counts.setdefault(reason, Counter())[name] += number
+
+    def take(self) -> str:
+        """What was counted since the last call, as a text; empty if nothing was."""
+        counts, self._counts, texts = self._counts, {}, []
+        for reason, names in counts.items():
+            most = [f"{name} {n}" if len(names) > 1 else name for name, n in names.most_common(_MAX_NAMES) if name]
+            more = "" if len(names) <= _MAX_NAMES else " and others"
+            listed = f" ({', '.join(most)}{more})" if most else ""
+            texts.append(f"{names.total()} {reason}{listed}")
+        return "; ".join(texts)

@@ -15,18 +15,19 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from fedprune import __version__
 from fedprune.core import atomic_file
 from fedprune.core.disk import open_own_file
 from fedprune.core.errors import BrokerError, FedpruneError, IdentityError, JoinError
-from fedprune.wire.fleet_messages import MAX_CRASH_TEXT
+from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, MAX_FRAMES
 from fedprune_device.hardware.readings import memory, temperature_c
-from fedprune_device.privacy.redaction import WITHHELD, error_name, redact
-from fedprune_device.telemetry.crash_frames import exception_frames, fault_frames
+from fedprune_device.privacy.redaction import WITHHELD, error_name, module_of, module_of_file, redact
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -41,6 +42,9 @@ _SAFE_CAUSES = ("signal", "killed")  # causes whose texts don't quote an excepti
 _MAX_FAULT_BYTES = 65_536  # bytes of faulthandler's text that are read
 _FATAL = re.compile(r"^(?:Fatal Python error|Windows fatal exception): (.{1,200})$", re.MULTILINE)
 _BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
+
+
+_FAULT_FRAME = re.compile(r'^  File "([^"\n]{1,4096})", line ([0-9]{1,9}) in ([^\n]{1,128})$')
 
 
 class CrashReports:
@@ -116,7 +120,10 @@ class CrashReports:
                 if enabled and sys.__stderr__ is not None:
                     with contextlib.suppress(OSError, ValueError):
                         faulthandler.enable(sys.__stderr__)
-                self._delete_mark()
+                with contextlib.suppress(FedpruneError):
+                    atomic_file.remove_durably(self._folder / MARK_FILE)
+                with contextlib.suppress(OSError):
+                    (self._folder / FAULT_FILE).unlink(missing_ok=True)
 
     def _detect_last_crash(self) -> None:
         """The trace of the last run: a fault, or the mark of a killed one."""
@@ -192,12 +199,6 @@ class CrashReports:
         except OSError:
             return 0
 
-    def _delete_mark(self) -> None:
-        with contextlib.suppress(FedpruneError):
-            atomic_file.remove_durably(self._folder / MARK_FILE)
-        with contextlib.suppress(OSError):
-            (self._folder / FAULT_FILE).unlink(missing_ok=True)
-
     def _read_mark(self) -> dict[str, Any] | None:
         try:
             mark = atomic_file.read_document(self._folder / MARK_FILE)
@@ -218,3 +219,31 @@ def _boot_id() -> str:
         return _BOOT_ID_FILE.read_text(encoding="ascii", errors="replace").strip()[:64]
     except OSError:
         return ""
+
+
+def exception_frames(trace: TracebackType | None) -> list[dict[str, Any]]:
+    """The innermost frames of an exception, by module and line."""
+    rows = []
+    for frame, line in traceback.walk_tb(trace):
+        module = module_of(str(frame.f_globals.get("__name__", "")))
+        ours = module.startswith("fedprune")
+        line, function = (line, frame.f_code.co_name[:128]) if ours else (0, "")
+        rows.append({"module": module, "line": line, "function": function})
+    return rows[::-1][:MAX_FRAMES]
+
+
+def fault_frames(fault: str) -> list[dict[str, Any]]:
+    """The frames of the thread in which a fault happened, of what faulthandler wrote."""
+    rows: list[dict[str, Any]] = []
+    current = False
+    for text in fault.splitlines():
+        if text.startswith(("Current thread", "Stack (most recent call first)")):
+            current = True
+        elif current and (frame := _FAULT_FRAME.match(text)):
+            module = module_of_file(frame[1])
+            ours = module.startswith("fedprune")
+            function = redact(frame[3], 128) if ours else ""
+            rows.append({"module": module, "line": int(frame[2]) if ours else 0, "function": function})
+        elif current and not text.startswith("  "):
+            break
+    return rows[:MAX_FRAMES]

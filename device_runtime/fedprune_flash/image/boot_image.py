@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import os
 import re
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from fedprune.core.atomic_file import atomic_write
-from fedprune.core.errors import ImageError, KitError, UsageError
+from fedprune.core.disk import open_file, storage_errors
+from fedprune.core.errors import ImageError, KitError, UsageError, error_reason, path_remedy
 from fedprune.output.tables import AdvanceBar, ignore_progress
 from fedprune_flash.image.board_setup import FirstBoot
-from fedprune_flash.image.ext4 import Ext4
-from fedprune_flash.image.fat import Fat
 from fedprune_flash.image.first_boot import CMDLINE_FILE, KIT_FOLDER, Scheme, first_boot_files, recognise_scheme
-from fedprune_flash.image.partitions import Partitions, read_partitions
-from fedprune_flash.image.unpacking import packing_of, unpack_image
+from fedprune_flash.image.partitions import Fat, Partition, Partitions, read_partitions
+from fedprune_flash.image.programs import run_program
 from fedprune_flash.kit.kit import Kit
 
 _MOUNTS = ("/boot/firmware", "/boot")
@@ -37,6 +39,26 @@ _USER_KEYS = {
 }
 
 _SPARE_CLUSTERS = 64  # clusters for folders, in addition to those of files
+
+
+# Short targets are stored in the inode itself, and printed so.
+_LINK = re.compile(r'^Fast link dest: "([^"\n]*)"$', re.MULTILINE)
+_MAX_STATUS = 2**16
+
+
+MAX_IMAGE_BYTES = 2**40  # no card is larger: a stream that unpacks for ever must end
+# Bytes that are unpacked at a time; a block of zeros becomes a hole in the file, and larger ones are rarely all zeros.
+_READ_BYTES = 4 * 2**20
+_ISO_MAGIC_OFFSET = 32_769  # where an ISO 9660 file system has its identifier, CD001
+# Magic numbers of packed images, and of files that users take for images.
+_PACKINGS = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip"}
+_UNSUPPORTED_FILES = {
+    b"PK\x03\x04": ("a ZIP file", "Unpack it first."),
+    b"\x28\xb5\x2f\xfd": ("a file packed with zstd", "Unpack it first, with `unzstd`."),
+    b"BZh": ("a file packed with bzip2", "Unpack it first, with `bunzip2`."),
+    b"7z\xbc\xaf\x27\x1c": ("a 7-Zip file", "Unpack it first."),
+    b"QFI\xfb": ("an image for QEMU", "Convert it with `qemu-img convert -O raw`."),
+}
 
 
 @dataclass(frozen=True)
@@ -218,3 +240,96 @@ def _read_system(root: Ext4 | None) -> ImageSystem:
 
 def _read_text(root: Ext4, path: str) -> str:
     return root.read(path, 64 * 1024).decode("utf-8", "replace")
+
+
+class Ext4:
+    """The file system of a partition in an image, read by debugfs of e2fsprogs; nothing is ever written.
+
+    Paths must be constants of the code, since debugfs has a quoting of its own.
+    """
+
+    def __init__(self, image: Path, partition: Partition) -> None:
+        self._image, self._start = image, partition.start
+
+    def exists(self, path: str) -> bool:
+        return self._status(path).startswith("Inode:")
+
+    def read(self, path: str, limit: int) -> bytes:
+        """The beginning of a file; empty if there is no file, or it can't be read."""
+        return self._run_debugfs(f"cat {path}", limit)
+
+    def link_target(self, path: str) -> str:
+        """The target of a symbolic link; empty if the path is no link."""
+        target = _LINK.search(self._status(path))
+        return "" if target is None else target[1]
+
+    def _status(self, path: str) -> str:
+        return self._run_debugfs(f"stat {path}", _MAX_STATUS).decode("utf-8", "replace")
+
+    def _run_debugfs(self, request: str, limit: int) -> bytes:
+        # By the number of an open file, because debugfs takes a question mark in a path for the beginning of options.
+        with self._image.open("rb") as file:
+            words = ["-R", request, f"/dev/fd/{file.fileno()}?offset={self._start}"]
+            return run_program("debugfs", words, limit, environment={"DEBUGFS_PAGER": "cat"}, file=file.fileno()).output
+
+
+def packing_of(source: Path) -> str:
+    """The packing of an image: `xz`, `gzip`, or empty. Raises `ImageError` if it isn't an image."""
+    try:
+        with open_file(source) as file:
+            head = file.read(_ISO_MAGIC_OFFSET + 5)
+    except OSError as error:
+        raise ImageError(f"can't read {source}: {error.strerror}", hint=path_remedy(error)) from error
+    for magic, (kind_text, hint) in _UNSUPPORTED_FILES.items():
+        if head.startswith(magic):
+            raise ImageError(f"{source}", expected="an image (.img, .img.xz, .img.gz)", got=kind_text, hint=hint)
+    # Hybrid ISO images have a master boot record, too.
+    if head[_ISO_MAGIC_OFFSET:] == b"CD001" and head[510:512] != b"\x55\xaa":
+        raise ImageError(f"{source}", expected="an image of a card", got="an ISO image of a CD")
+    if head[_ISO_MAGIC_OFFSET:] == b"CD001":
+        raise ImageError(f"{source}", expected="an image of a card", got="an ISO image that also boots from USB")
+    return next((name for magic, name in _PACKINGS.items() if head.startswith(magic)), "")
+
+
+def unpack_image(source: Path, out: IO[bytes], advance: AdvanceBar = ignore_progress) -> int:
+    """Copy an image, unpacked, into an empty file; runs of zeros take no space. Returns its size in bytes.
+
+    `advance` is called with the bytes of the source that were read since the last call. Raises `ImageError` if it isn't
+    an image, or is damaged or cut short.
+    """
+    kind = packing_of(source)
+    size = read_bytes = 0
+    with open_file(source) as raw:
+        stream = _unpacked_stream(raw, kind)
+        while piece := _read_block(stream, source):
+            size += len(piece)
+            if size > MAX_IMAGE_BYTES:
+                raise ImageError(f"{source}", expected=f"at most {MAX_IMAGE_BYTES} bytes", got="more")
+            with storage_errors(f"can't write {out.name}"):
+                if piece.count(0) == len(piece):
+                    out.seek(len(piece), os.SEEK_CUR)
+                else:
+                    out.write(piece)
+            advance(raw.tell() - read_bytes)
+            read_bytes = raw.tell()
+    with storage_errors(f"can't write {out.name}"):
+        out.truncate(size)
+        out.flush()
+    return size
+
+
+def _unpacked_stream(raw: IO[bytes], kind: str) -> IO[bytes]:
+    if kind == "xz":
+        return cast("IO[bytes]", lzma.LZMAFile(raw))
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if kind == "gzip" else raw
+
+
+def _read_block(stream: IO[bytes], source: Path) -> bytes:
+    try:
+        return stream.read(_READ_BYTES)
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise ImageError(
+            f"{source} is damaged or cut short ({error_reason(error)})", hint="Fetch the image again."
+        ) from error
+    except OSError as error:
+        raise ImageError(f"can't read {source}: {error.strerror}", hint=path_remedy(error)) from error

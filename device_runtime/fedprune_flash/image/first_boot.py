@@ -26,7 +26,7 @@ from pathlib import PurePosixPath
 
 from fedprune.core.errors import ImageError
 from fedprune_flash.image.board_setup import FirstBoot
-from fedprune_flash.image.fat import Fat
+from fedprune_flash.image.partitions import Fat
 from fedprune_flash.on_board.board_system import FIRST_BOOT_UNIT
 
 CMDLINE_FILE = "cmdline.txt"

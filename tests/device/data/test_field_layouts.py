@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ConfigError, DataError
-from fedprune_device.data.class_lists import find_class_list
+from fedprune_device.data.box_layouts import find_class_list
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_folder import SampleFolder

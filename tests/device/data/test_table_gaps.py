@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from fedprune.core.errors import DataError
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.stored_table import open_table
 from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_windows import TableFile
-from fedprune_device.data.tables import open_table
 
 pytestmark = pytest.mark.board
 

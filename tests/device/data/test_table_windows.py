@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from fedprune.core.errors import DataError, FedpruneError
 from fedprune.model.input_type import FLOATS
 from fedprune.model.lengths import Lengths
-from fedprune_device.data import tables
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.stored_table import open_table
 from fedprune_device.data.table_options import TableOptions
 from fedprune_device.data.table_windows import TableFile
 
@@ -114,7 +114,7 @@ def test_a_few_bytes_that_unfold_to_billions_of_numbers_are_refused_unread(tmp_p
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2**20, np.int8)), pa.array([1.5], pa.float32()))
     parquet_module.write_table(pa.table({f"c{n}": column for n in range(300)}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 2**21
-    with pytest.raises(DataError, match="unpacked"), tables.open_table(tmp_path / "a.parquet", ()):
+    with pytest.raises(DataError, match="unpacked"), open_table(tmp_path / "a.parquet", ()):
         pass
 
 
@@ -185,7 +185,7 @@ def rows_in(path: Path, text: str | bytes, names: tuple[str, ...] = ()) -> Any:
 
 
 def rows_read(path: Path, names: tuple[str, ...] = ()) -> Any:
-    with tables.open_table(path, names) as table:
+    with open_table(path, names) as table:
         return np.concatenate([block.numbers for block in table.blocks])
 
 

@@ -14,10 +14,9 @@ from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
 from fedprune_device.hardware.layer_timing import LayerNets, load_or_measure_table, measure_layers
-from fedprune_device.hardware.line_process import LineProcess
 from fedprune_device.hardware.probe import probe
 from fedprune_device.hardware.readings import is_throttled, memory, temperature_c
-from fedprune_device.hardware.runtime_process import RuntimeProcess, check_runtime
+from fedprune_device.hardware.runtime_process import LineProcess, RuntimeProcess, check_runtime
 from support.fakes.cuda_runtime import CudaRuntime
 
 pytestmark = pytest.mark.board
@@ -64,7 +63,7 @@ def test_a_probe_says_why_it_measured_the_processor_instead_of_the_gpu(monkeypat
 
 PEAK = """
 from fedprune_device.hardware.readings import peak_memory
-from fedprune_device.hardware.line_process import LineProcess
+from fedprune_device.hardware.runtime_process import LineProcess
 from fedprune_device.hardware.probe import probe
 from fedprune_device.hardware.runtime_process import RuntimeProcess
 before = peak_memory()

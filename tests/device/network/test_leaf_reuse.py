@@ -17,7 +17,7 @@ from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Offer
 from fedprune.wire.transfer import Pull
-from fedprune_device.network.leaf_reuse import reuse_leaves
+from fedprune_device.network.http_download import reuse_leaves
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board

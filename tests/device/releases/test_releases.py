@@ -30,8 +30,7 @@ from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.fleet_messages import MAX_MANIFEST_BYTES
 from fedprune_device.launcher.launcher import SlotExit, launch
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL
-from fedprune_device.releases.installer import ReleaseInstaller
-from fedprune_device.releases.release_checks import packages_on_board
+from fedprune_device.releases.installer import ReleaseInstaller, packages_on_board
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from support.fakes.runtime_releases import KEY, PUBLIC, make_release, make_wheel, source, versions_in
 

@@ -10,8 +10,7 @@ from paho.mqtt.client import topic_matches_sub
 
 from fedprune.core.errors import ConfigError
 from fedprune_device.sensors.config import read_sensor_config
-from fedprune_device.sensors.drop_counts import DropCounts
-from fedprune_device.sensors.sample_collector import SampleCollector
+from fedprune_device.sensors.sample_collector import DropCounts, SampleCollector
 from support.paths import ROOT
 
 pytestmark = pytest.mark.board

@@ -21,7 +21,7 @@ from fedprune.wire.link import BrokerLink
 from fedprune_device.cli.main import main
 from fedprune_device.network import enrollment
 from fedprune_device.network.enrollment import enrol, join_urls
-from fedprune_device.network.renewal import Renewal
+from fedprune_device.network.membership import Renewal
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder

@@ -22,11 +22,10 @@ from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import DamagedError, LauncherState
 from fedprune_device.privacy.redaction import redact
 from fedprune_device.sensors.config import read_sensor_config
-from fedprune_device.sensors.drop_counts import DropCounts
-from fedprune_device.sensors.sample_collector import SampleCollector
+from fedprune_device.sensors.sample_collector import DropCounts, SampleCollector
 from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.storage.local_state import LocalState
-from fedprune_device.telemetry.crash_frames import fault_frames
+from fedprune_device.telemetry.crash_reports import fault_frames
 from support.faults.parser_target import Target, as_file, as_object, as_text, json_seeds, scratch
 from support.faults.parsers_of_files import picture
 from support.faults.parsers_of_samples import sample_targets

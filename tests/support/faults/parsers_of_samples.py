@@ -15,19 +15,18 @@ from fedprune.model.input_type import InputType
 from fedprune_device.cli.predict import _read_samples as samples_to_predict
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.audio_decoding import Audio
+from fedprune_device.data.box_layouts import voc_boxes
 from fedprune_device.data.boxes import yolo_boxes
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.file_index import FileIndex
 from fedprune_device.data.image_decoding import Pixels, read_mask
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import SampleLimits
-from fedprune_device.data.sample_folder import SampleFolder
+from fedprune_device.data.sample_folder import FileIndex, SampleFolder
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.segment_log import Kind, LogRecord, SegmentLog
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import chunks
 from fedprune_device.data.table_windows import TableFile
-from fedprune_device.data.voc_boxes import voc_boxes
 from support.fakes.sample_files import wav
 from support.faults.parser_target import Target, as_file, scratch
 from support.faults.parsers_of_files import npz, picture

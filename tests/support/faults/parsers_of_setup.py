@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fedprune.security.authority import Authority
 from fedprune.security.join_claim import JoinClaim
+from fedprune_flash.image.boot_image import unpack_image
 from fedprune_flash.image.partitions import read_partitions
-from fedprune_flash.image.unpacking import unpack_image
 from fedprune_flash.kit.board_settings import check_authorities
 from fedprune_flash.kit.kit import open_kit
 from fedprune_flash.on_board.kit_folder import KitFolder
