@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.epoch_file import EpochFile
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune_device.network.signed_channel import SignedChannel
+from fedprune_device.network.membership import SignedChannel
 from fedprune_server.enrollment.pki import IdentityFolder
 
 _BLOCK_LENGTH = 256

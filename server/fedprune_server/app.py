@@ -56,9 +56,8 @@ from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver, console_start
 from fedprune_server.web.process import ConsoleProcess
 from fedprune_server.web.start_checks import check_address_free, check_console
-from fedprune_server.web.state.admin_executor import AdminExecutor
 from fedprune_server.web.state.membership_poller import MembershipPoller
-from fedprune_server.web.state.order_handler import OrderHandler
+from fedprune_server.web.state.order_handler import AdminExecutor, OrderHandler
 from fedprune_server.web.state.order_queue import OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter

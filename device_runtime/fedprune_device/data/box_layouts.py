@@ -22,8 +22,15 @@ from fedprune.model.lengths import Shape
 from fedprune_device.data.boxes import MAX_CLASS, Boxes, clipped_box, yolo_boxes
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.layouts import IMAGES, NO_LABELS, LabelledImages
-from fedprune_device.data.part_lists import PartLists, voc_part_lists, yolo_part_lists
-from fedprune_device.data.yolo_settings import read_text, read_yolo_settings, yaml_files, yaml_names
+from fedprune_device.data.part_lists import (
+    PartLists,
+    read_text,
+    read_yolo_settings,
+    voc_part_lists,
+    yaml_files,
+    yaml_names,
+    yolo_part_lists,
+)
 
 _OUTLINES_NOTE = "outlines of objects become the boxes around them"
 _UNLISTED_NOTE = "images that no list or folder of a part has are left out"

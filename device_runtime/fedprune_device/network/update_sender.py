@@ -5,13 +5,18 @@ The server fetches the bytes over MQTT, in chunks, or names a URL to which the b
 
 from __future__ import annotations
 
+import base64
+import http.client
 import logging
+import re
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
+from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.blob_sender import BlobSender
 from fedprune.wire.chunk import DEFAULT_MAX_PACKET
@@ -21,15 +26,86 @@ from fedprune.wire.messages import BlobNotFound, BlobRequest, UpdateAnnouncement
 from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.request_numbers import SeenRequests
 from fedprune.wire.topics import NO_JOB
+from fedprune.wire.transfer import MIN_BYTES_PER_S
 from fedprune.wire.urls import UploadUrl
+from fedprune_device.network import http_transfer
 from fedprune_device.network.backoff import MIN_ANNOUNCE_INTERVAL_S, Backoff
 from fedprune_device.network.connection import BoardConnection
-from fedprune_device.network.http_upload import HttpUpload
+from fedprune_device.network.http_transfer import HttpTransfer, HttpTransferError
 from fedprune_device.network.uplink import Uplink
 
 _LOG = logging.getLogger("fedprune.device")
 
 _MAX_REQUESTS = 64  # requests that are kept; the server repeats those that are dropped beyond
+
+
+_SUCCESS_STATUSES = (200, 201, 204)
+_CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")  # an object store's reason
+_REASON_BYTES = 2048
+
+
+class HttpUpload(HttpTransfer):
+    """Uploads a blob of a store to an address, beginning at once."""
+
+    def __init__(
+        self,
+        store: BlobStore,
+        url: UploadUrl,
+        ref: BlobRef,
+        context: Callable[[], ssl.SSLContext],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(url, context, clock, http_transfer.STALL_TIMEOUT_S)
+        self.url, self.ref = url, ref
+        self._store = store
+        self._thread.start()
+
+    def _log_end(self) -> None:
+        if self.failure:
+            _LOG.warning("the update can't be uploaded to %s: %s; it goes over MQTT", self.url, self.failure)
+        else:
+            _LOG.info("%d bytes of the update were uploaded to %s", self.ref.size, self.url)
+
+    def _transfer(self) -> None:
+        checksum = base64.b64encode(bytes.fromhex(self.ref.sha256)).decode()
+        with self._pause_stall_clock():
+            file = self._store.open(self.ref.sha256)
+        with file:
+            connection = self._connection
+            connection.putrequest("PUT", self.url.target, skip_accept_encoding=True)
+            for name, value in (
+                ("Content-Length", str(self.ref.size)),
+                ("Content-Type", "application/octet-stream"),
+                # By it a bucket verifies the bytes.
+                ("x-amz-checksum-sha256", checksum),
+                ("User-Agent", "fedprune"),
+            ):
+                connection.putheader(name, value)
+            try:
+                connection.endheaders()
+                while chunk := file.read(LEAF_BYTES):
+                    self._check_stop()
+                    connection.send(chunk)
+                    self._note_progress(len(chunk) / MIN_BYTES_PER_S)
+            except (ConnectionError, ssl.SSLError):
+                if connection.sock is None:
+                    raise
+                self._read_refusal(connection)  # the server may have sent the reason before it hung up
+                raise
+            self._check_answer(connection.getresponse())
+
+    def _read_refusal(self, connection: http.client.HTTPConnection) -> None:
+        try:
+            answer = connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            return
+        self._check_answer(answer)
+
+    def _check_answer(self, answer: http.client.HTTPResponse) -> None:
+        if answer.status in _SUCCESS_STATUSES:
+            return
+        code = _CODE.search(answer.read(_REASON_BYTES) if answer.status >= 400 else b"")
+        raise HttpTransferError(f"it answers {answer.status}" + (f" ({code[1].decode()})" if code else ""))
 
 
 class UpdateSender:

@@ -29,7 +29,7 @@ from fedprune.wire.messages import (
 )
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.network.http_upload import HttpUpload
+from fedprune_device.network.update_sender import HttpUpload
 from support.fakes.agent_fleet import TOPICS
 from support.fakes.agent_harness import Bench, expected_tensors, same
 from support.fakes.web_server import Handler, WebPlace

@@ -17,9 +17,9 @@ from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.jobs.job import Job
+from fedprune.secure_aggregation.keys import SHARE_BYTES
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import SecureSumSession
-from fedprune.secure_aggregation.shamir import SHARE_BYTES
 from fedprune.strategies import compose
 from fedprune.wire.messages import Cancelled, Refusal, SecureStep, TrainingDone, UpdateAnnouncement, parse_message
 from fedprune_export.pruning.model import Model

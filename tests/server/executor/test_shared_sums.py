@@ -15,7 +15,7 @@ from fedprune.aggregation.update_sums import PartialSums
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor import pool_tasks, shared_sums
+from fedprune_server.executor import distributed, pool_tasks
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.pool_tasks import Task
 from fedprune_server.executor.worker import Worker
@@ -181,7 +181,7 @@ def test_helpers_that_hang_are_waited_for_once(
     expected = play_round(alone, folds, close)
     mine = worker(model, tmp_path, STRATEGIES["plain"])
     helpers = Hanging(mine, never)
-    monkeypatch.setattr(shared_sums, "time", SimpleNamespace(monotonic=lambda: helpers.now))
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: helpers.now))
     crew = DistributedWorker(mine, helpers, block=500, batch=4)
     orders = [do.Extract(f.contribution.basis, f.contribution.part) for f in folds]
     crew.expect(orders)

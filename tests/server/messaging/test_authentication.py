@@ -25,7 +25,7 @@ from fedprune.wire.fleet_messages import APPROVED, REFUSED, JoinAnswer, JoinRequ
 from fedprune.wire.messages import Birth, Death, Finished, Hello, RoundProgress, parse_message
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
-from fedprune_device.network import signed_channel as device_side
+from fedprune_device.network import membership as device_side
 from fedprune_device.network.connection import BoardConnection, ReceivedMessage
 from fedprune_server.devices import quarantine as quarantine_module
 from fedprune_server.devices.quarantine import (

@@ -19,7 +19,7 @@ from fedprune.core.lock_holders import command_text, file_lock_holders
 from fedprune.core.lock_wait import wait_hook
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage import postgresql_engine, sqlite_engine
+from fedprune_server.storage import database, sqlite_engine
 from fedprune_server.storage.database import Database, translate_errors
 from fedprune_server.storage.folder_layout import DATABASE_FILE
 from fedprune_server.storage.open_database import open_database
@@ -43,7 +43,7 @@ class EndedError(Exception):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_engine, "SQLITE_RETRY_S", 0.02)
-    monkeypatch.setattr(postgresql_engine, "LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.05)
     monkeypatch.setattr(lock_wait, "FIRST_LOG_AFTER_S", 0.0)
     monkeypatch.setattr(lock_wait, "LOOKUP_INTERVAL_S", 0.0)
 

@@ -20,7 +20,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.wire.link import tls_context
 from fedprune.wire.messages import PUT_ABILITY, UploadRequest
 from fedprune.wire.urls import UploadUrl
-from fedprune_device.network.http_upload import HttpUpload
+from fedprune_device.network.update_sender import HttpUpload
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server
 from fedprune_server.storage.s3.bucket import BLOBS_PREFIX, Bucket, BucketError, parse_bucket_url

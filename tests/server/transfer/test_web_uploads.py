@@ -20,7 +20,7 @@ from fedprune.security.certificates import save_tls_key
 from fedprune.security.tls import pinned_context
 from fedprune.wire.messages import PUT_ABILITY, UploadRequest
 from fedprune.wire.urls import UploadUrl
-from fedprune_device.network.http_upload import HttpUpload
+from fedprune_device.network.update_sender import HttpUpload
 from fedprune_export.importing import import_onnx
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server

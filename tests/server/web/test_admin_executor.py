@@ -22,8 +22,8 @@ from fedprune_server.monitoring.situation import Situation
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.open_database import open_database
-from fedprune_server.web.state.admin_executor import MAX_WAITING_ORDERS, AdminExecutor
 from fedprune_server.web.state.membership_poller import Member, MembershipPoller, PollResult
+from fedprune_server.web.state.order_handler import MAX_WAITING_ORDERS, AdminExecutor
 from fedprune_server.web.state.order_queue import EXPIRED, Order, OrderAnswer
 from support.fakes.members import member_certificate, serials_of
 from support.fakes.runtime_releases import make_release

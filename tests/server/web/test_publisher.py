@@ -26,10 +26,9 @@ from fedprune_server.observation.observer import Observer, Observers
 from fedprune_server.observation.snapshot import DeviceSnapshot, FleetSnapshot, JobSnapshot
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
-from fedprune_server.web.state.admin_executor import AdminExecutor
 from fedprune_server.web.state.fleet_view import FleetView
 from fedprune_server.web.state.membership_poller import MembershipPoller
-from fedprune_server.web.state.order_handler import OrderHandler
+from fedprune_server.web.state.order_handler import AdminExecutor, OrderHandler
 from fedprune_server.web.state.order_queue import INTERRUPTED, Order, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status_writer import STATUS_FILE, StatusWriter

@@ -7,12 +7,11 @@ from random import Random
 import numpy as np
 
 from fedprune.secure_aggregation.collector import Collector
-from fedprune.secure_aggregation.keys import own_mask_key, pair_mask_key, restored_mask_key
+from fedprune.secure_aggregation.keys import join_shares, own_mask_key, pair_mask_key, restored_mask_key
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_bits, decode_roster, decode_unmasking
 from fedprune.secure_aggregation.participant import Participant
 from fedprune.secure_aggregation.session import SecureSumSession
-from fedprune.secure_aggregation.shamir import join_shares
 from fedprune.security.keys import SigningKey, VerifyingKey
 
 IDENTITIES = {f"b{i:03}": SigningKey.make() for i in range(120)}

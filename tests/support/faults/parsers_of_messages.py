@@ -21,7 +21,7 @@ from fedprune.planning.latency_model import typical_table
 from fedprune.releases.release import Release, ReleaseFile, sign_manifest, verified_release
 from fedprune.runtime.precision import pack_graphs, unpack_graphs
 from fedprune.runtime.precision_files import INT8, precision_graphs
-from fedprune.secure_aggregation.keys import ADVERTISEMENT_BYTES, SEALED_BYTES, Advertisement
+from fedprune.secure_aggregation.keys import ADVERTISEMENT_BYTES, SEALED_BYTES, SHARE_BYTES, Advertisement
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import (
     decode_delivery,
@@ -31,7 +31,6 @@ from fedprune.secure_aggregation.messages import (
     encode_roster,
 )
 from fedprune.secure_aggregation.session import SecureSumSession
-from fedprune.secure_aggregation.shamir import SHARE_BYTES
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import (
     certificate_name,

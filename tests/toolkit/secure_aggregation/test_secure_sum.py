@@ -10,12 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import FedpruneError, ProtocolError, SignatureError
-from fedprune.secure_aggregation.keys import ADVERTISEMENT_BYTES, SEALED_BYTES, pair_mask_key, restored_mask_key
+from fedprune.secure_aggregation.keys import (
+    ADVERTISEMENT_BYTES,
+    SEALED_BYTES,
+    SHARE_BYTES,
+    pair_mask_key,
+    restored_mask_key,
+)
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import encode_bits
 from fedprune.secure_aggregation.participant import Participant
 from fedprune.secure_aggregation.session import SecureSumSession
-from fedprune.secure_aggregation.shamir import SHARE_BYTES
 from fedprune.security.keys import transcript
 from support.fakes.masked_cohort import (
     DIRECTORY,

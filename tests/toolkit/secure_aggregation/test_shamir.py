@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProtocolError
-from fedprune.secure_aggregation.shamir import PRIME, SECRET_BYTES, SHARE_BYTES, check_share, join_shares, split_secret
+from fedprune.secure_aggregation.keys import PRIME, SECRET_BYTES, SHARE_BYTES, check_share, join_shares, split_secret
 
 pytestmark = pytest.mark.board
 

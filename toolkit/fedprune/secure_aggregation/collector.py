@@ -28,6 +28,7 @@ from fedprune.secure_aggregation.keys import (
     SEALED_BYTES,
     Advertisement,
     commitment_to,
+    join_shares,
     own_mask_key,
     pair_mask_key,
     restored_mask_key,
@@ -41,7 +42,6 @@ from fedprune.secure_aggregation.messages import (
     split_bytes,
 )
 from fedprune.secure_aggregation.session import SecureSumSession
-from fedprune.secure_aggregation.shamir import join_shares
 from fedprune.security.keys import VerifyingKey
 
 

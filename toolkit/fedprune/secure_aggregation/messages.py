@@ -18,9 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedprune.core.errors import ProtocolError, value_text
-from fedprune.secure_aggregation.keys import ADVERTISEMENT_BYTES, SEALED_BYTES, Advertisement
+from fedprune.secure_aggregation.keys import ADVERTISEMENT_BYTES, SEALED_BYTES, SHARE_BYTES, Advertisement, check_share
 from fedprune.secure_aggregation.session import SecureSumSession
-from fedprune.secure_aggregation.shamir import SHARE_BYTES, check_share
 from fedprune.wire.topics import check_device
 
 

@@ -18,11 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedprune.core.errors import ProtocolError
-from fedprune.secure_aggregation.keys import Advertisement, BoardKeys, own_mask_key
+from fedprune.secure_aggregation.keys import SHARE_BYTES, Advertisement, BoardKeys, own_mask_key, split_secret
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_bits, decode_delivery, decode_roster
 from fedprune.secure_aggregation.session import SecureSumSession
-from fedprune.secure_aggregation.shamir import SHARE_BYTES, split_secret
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.topics import check_device
 
