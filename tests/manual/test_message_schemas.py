@@ -85,7 +85,9 @@ def test_a_damaged_message_is_taken_by_the_parser_where_it_is_valid_and_only_the
     if data.draw(st.booleans()):
         del inner[path[-1]]
     else:
-        inner[path[-1]] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
+        # Within free JSON a schema can't say how large numbers may be; fields with all of them are tried below.
+        odd = [v for v in ODD if v != 2**63 or len(path) == 1]
+        inner[path[-1]] = copy.deepcopy(data.draw(st.sampled_from(odd)))
 
     assert takes(body) == valid(body)
 
