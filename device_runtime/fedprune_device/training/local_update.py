@@ -26,7 +26,7 @@ from fedprune_device.storage.local_state import LocalState, RoundState
 from fedprune_device.storage.state_store import StateStore
 from fedprune_device.training.carried_state import ReadBlob, carried_optimizer_state
 from fedprune_device.training.evaluation import PROBE_SAMPLES
-from fedprune_device.training.received_weights import unpack_weights
+from fedprune_device.training.received_weights import unpack_drift, unpack_weights
 from fedprune_device.training.serving_average import blended_average, updated_average
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingResult
@@ -64,8 +64,9 @@ class LocalUpdate:
     """A board's training for an offer.
 
     `tensors` are what training begins with: what was received, with the board's personal tensors in it. `mask` tells
-    which elements are active, None for all; `round_state` is None where the recipe keeps nothing between rounds. Raises
-    `BundleError` if the files don't fit each other, `TrainingError` if they don't fit the graph.
+    which elements are active, None for all; `drift` is what is added to gradients; `round_state` is None
+    where the recipe keeps nothing between rounds. Raises `BundleError` if the files don't fit each other,
+    `TrainingError` if they don't fit the graph.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class LocalUpdate:
         recipe: Recipe,
         weights: bytes,
         mask: bytes | None,
+        drift: bytes | None,
         trainer: Trainer,
         states: StateStore,
         device: str,
@@ -88,6 +90,8 @@ class LocalUpdate:
         self._calibrates = recipe.calibrate and trainer.has_batch_norm
         maskable = {*trainer.trainable, *trainer.frozen}
         received, self.mask = unpack_weights(weights, mask, recipe, trainer.axes, offer.widths, maskable)
+        trained = {n: v for n, v in received.items() if n in trainer.trainable}
+        self.drift = unpack_drift(drift, recipe, self.mask, trained)
         self.tensors = received
         unblended = {*self._personal, *trainer.frozen}
         self._received = {n: v for n, v in received.items() if n not in unblended} if recipe.blend else {}

@@ -87,6 +87,7 @@ class OfflineTraining:
             recipe=recipe,
             codec=None,
             coded=None,
+            drift=None,  # it is of the round that is over
             seed=offer.seed + 1 + int(self._recorded_number("times")),
         )
 

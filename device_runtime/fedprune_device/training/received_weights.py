@@ -52,6 +52,23 @@ def unpack_weights(
         raise BundleError(f"mask and weights of the offer don't fit each other: {error}") from error
 
 
+def unpack_drift(file: bytes | None, recipe: Recipe, mask: ElementMask, trained: Tensors) -> Tensors:
+    """What is added to gradients of the `trained` tensors, 0 where masked. Raises `BundleError` if the file is invalid
+    or doesn't fit them."""
+    if file is None:
+        return {}
+    if not recipe.drift:
+        raise BundleError("the offer has a drift", expected="recipe.drift true", got="false")
+    drift = unpack_active(mask, tensorfile.decode(file))
+    for name, value in drift.items():
+        expected = f"float32 {trained[name].shape}" if name in trained else "none"
+        if f"{value.dtype} {value.shape}" != expected:
+            raise BundleError(f"drift of {name}", expected=expected, got=f"{value.dtype} {value.shape}")
+        if not np.isfinite(value).all():
+            raise BundleError(f"drift of {name}", expected="finite numbers", got="some that aren't")
+    return drift
+
+
 def decode_weights(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:
     """The weights file of an offer, decoded; None if the digest is another, so that it must be downloaded as it is."""
     if offer.coded is None:

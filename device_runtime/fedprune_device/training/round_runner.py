@@ -130,8 +130,8 @@ class RoundRunner:
         update's noise differs each time. A private update reports nothing else that was measured on samples, nor that
         training diverged. `report` gets phase, units done and units in all; `stop` is called between training steps and
         after them. Raises `DamagedBlobError` if a blob must be downloaded again, `ConfigError` for a recipe or codec,
-        `BundleError` for weights or mask, `DataError` for local data, `TrainingError`, `TrainingStoppedError` if `stop`
-        returned True, `ModelError` if a graph doesn't load or the new model fails its check, `StorageError`.
+        `BundleError` for weights, mask or drift, `DataError` for local data, `TrainingError`, `TrainingStoppedError` if
+        `stop` returned True, `ModelError` if a graph doesn't load or the new model fails its check, `StorageError`.
         """
         recipe = Recipe.from_dict(offer.recipe)
         work, trainer, evaluation, inputs = self._prepare(offer, recipe)
@@ -144,7 +144,7 @@ class RoundRunner:
         result = self._train(offer, recipe, work, trainer, inputs, TrainingControl(partial(report, "train"), stop))
         report("evaluate", 1, 2)
         # From here on a small board has memory only for the new tensors, the loaded model and what is blended in.
-        work.tensors = {}
+        work.tensors, work.drift = {}, {}
         graphs = offer.training.sha256, offer.inference.sha256
         checks = self._checked_graphs is None or graphs not in self._checked_graphs
         files = work.make_files(result, self._blobs.put, self._read_blob, evaluates=evaluates, compares=checks)
@@ -183,7 +183,7 @@ class RoundRunner:
         """Read all of an offer's blobs and the samples of the round."""
         # Damaged weights are found first, before a graph is loaded.
         weights = self._load_weights(offer)
-        mask = None if offer.mask is None else self._read_blob(offer.mask)
+        mask, drift = (None if ref is None else self._read_blob(ref) for ref in (offer.mask, offer.drift))
         base = self._base_path(offer)
         trainer = self._trainer.of(offer.training.sha256, lambda: self._read_blob(offer.training), base)
         targets = trainer.targets(recipe, offer.classes)
@@ -200,6 +200,7 @@ class RoundRunner:
             recipe,
             weights,
             mask,
+            drift,
             trainer,
             states=self._states,
             device=self._device,
@@ -236,6 +237,7 @@ class RoundRunner:
             round=offer.round,
             widths=offer.widths,
             mask=work.mask,
+            drift=work.drift,
             moments=moments,
             optimizer_steps=optimizer_steps,
         )

@@ -20,7 +20,7 @@ from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.random_inputs import RandomInputs
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ALL_ACTIVE, ElementMask
-from fedprune.model.step_feeds import anchor_feeds, divisor_share
+from fedprune.model.step_feeds import divisor_share, term_feeds
 from fedprune.runtime.onnx_subgraph import Subgraphs
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.batches import MicroBatch
@@ -84,7 +84,8 @@ class StepGraph:
         optimizer = "adam" if step_contract.EPSILON in inputs else "lion" if step_contract.BETA1 in inputs else "sgd"
         required = {step_contract.X, step_contract.Y}
         numbers = step_contract.OPTIMIZER_NUMBERS.items()
-        required.update(name for name, number in numbers if number.is_read(Features(optimizer=optimizer)))
+        features = Features(optimizer=optimizer, decay=step_contract.WEIGHT_DECAY in inputs)
+        required.update(name for name, number in numbers if number.is_read(features))
         missing = sorted(required - {*inputs}) + sorted({step_contract.LOSS} - outputs)
         if missing:
             raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
@@ -119,6 +120,7 @@ class StepGraph:
         inputs, outputs = set(self._session.inputs), set(self._session.outputs)
         contract = step_contract
         of_tensors = contract.anchor_name, contract.strength_name, contract.mask_name, contract.threshold_name
+        of_tensors += (contract.drift_name,)
         fed = {*contract.INPUTS, *self.names, *self.optimizer_states, *self._sums, *self._base_names}
         fed |= {*self.random_inputs.draws, *(input_of(n) for n in self.trainable for input_of in of_tensors)}
         if inputs - fed:
@@ -164,11 +166,17 @@ class StepGraph:
         return bool(self._sums)
 
     def constant_inputs(
-        self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: ElementMask = ALL_ACTIVE
+        self,
+        tensors: Mapping[str, Array],
+        y: Inputs,
+        recipe: Recipe,
+        classes: int,
+        mask: ElementMask = ALL_ACTIVE,
+        drift: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """The inputs that are the same in every step; `y` are all training labels, converted by `targets`. Raises
         `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range."""
-        feeds = loss_terms(y, recipe, classes) | anchor_feeds(recipe, tensors, self.trainable)
+        feeds = loss_terms(y, recipe, classes) | term_feeds(recipe, tensors, self.trainable, drift)
         feeds |= self.mask_inputs(tensors, recipe, mask)
         step_inputs = {*step_contract.SAMPLE_INPUTS, step_contract.STEP_NUMBER, step_contract.DIVISOR}
         required = set(self._session.inputs) - step_inputs - {*self.names, *self.optimizer_states, *self._sums}

@@ -73,6 +73,7 @@ class TrainingTask:
         seed: The job's seed: with round and device it decides the order of the samples.
         widths: Channels per group that the tensors have; needed only for ordered dropout.
         mask: Which elements of the tensors are active; the others are 0.
+        drift: What is added to the gradients of tensors, by their names.
         moments: The optimiser's state to begin with, by the names of the training graph; missing arrays begin at 0.
         optimizer_steps: Steps behind that state.
     """
@@ -84,6 +85,7 @@ class TrainingTask:
     round: int
     widths: Sequence[int] = ()
     mask: ElementMask = field(default_factory=dict)
+    drift: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
     optimizer_steps: int = 0
 

@@ -1,4 +1,4 @@
-"""Writes weights' updates from their gradients: proximal term, clipping, the optimisers of torch.optim, and Lion."""
+"""Writes weights' updates from their gradients: proximal term, clipping, drift, the optimisers of torch.optim, Lion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from fedprune.model import step_contract
-from fedprune.model.features import Features
+from fedprune.model.features import DECOUPLED, Features
 from fedprune_export.autodiff.tape import Shape, Tape, port
 from fedprune_export.ir.graph import Graph
 
@@ -67,7 +67,7 @@ def add_inputs(g: Graph, tensors: Sequence[TrainedTensor], features: Features) -
     g.inputs += [port(name, (), n.dtype) for name, n in read.items()]
     arrays = [*step_contract.state_names(features.optimizer)]
     arrays += [step_contract.anchor_name] * features.proximal + [step_contract.mask_name] * features.element_mask
-    arrays += [step_contract.gradient_sum_name] * features.accumulate
+    arrays += [step_contract.gradient_sum_name] * features.accumulate + [step_contract.drift_name] * features.drift
     for tensor in tensors:
         g.inputs += [port(array(tensor.name), tensor.shape) for array in arrays]
         scalars = [step_contract.strength_name] * features.proximal
@@ -89,14 +89,13 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[TrainedTensor], featur
     update = _UPDATES[features.optimizer](g, fit)
     for tensor, gradient in zip(tensors, gradients, strict=True):
         name = tensor.name
-        mask = step_contract.mask_name(name) if features.element_mask else ""
-        target = step_contract.next_name(name)
-        if mask:
+        is_kept = g.emit("Greater", step_contract.mask_name(name), g.scalar(0)) if features.element_mask else ""
+        gradient, target = _with_terms(g, tensor, gradient, features, fit), step_contract.next_name(name)
+        if is_kept:
             # Weight decay and momentum would move masked elements, too.
-            is_kept = g.emit("Greater", mask, g.scalar(0))
-            g.emit("Where", is_kept, update(tensor, gradient, mask, None), name, out=target)
+            g.emit("Where", is_kept, update(tensor, gradient, None), name, out=target)
         else:
-            update(tensor, gradient, mask, target)
+            update(tensor, gradient, target)
         arrays = [name, *(state(name) for state in step_contract.state_names(features.optimizer))]
         g.outputs += [port(step_contract.next_name(n), tensor.shape) for n in arrays]
 
@@ -142,18 +141,28 @@ def _objective(g: Graph, tape: Tape, tensor: TrainedTensor, features: Features, 
     return gradient
 
 
-# Takes a tensor, its gradient, its mask (or "") and a name; writes the next state, and the next tensor by this name.
-_Update = Callable[[TrainedTensor, str, str, "str | None"], str]
+def _with_terms(g: Graph, tensor: TrainedTensor, gradient: str, features: Features, fit: _FittedScalars) -> str:
+    """A clipped gradient and what is added to it: the drift and, unless the optimiser decays weights itself, wd · w."""
+    terms = []
+    if features.drift:
+        terms.append(step_contract.drift_name(tensor.name))
+    if features.decay and features.optimizer not in DECOUPLED:
+        terms.append(g.emit("Mul", tensor.name, fit(step_contract.WEIGHT_DECAY, tensor)))
+    for term in terms:
+        gradient = g.emit("Add", gradient, term)
+    masks = terms and features.element_mask
+    return g.emit("Mul", gradient, step_contract.mask_name(tensor.name)) if masks else gradient
+
+
+# Takes a tensor, its gradient and a name; writes the next state, and the next tensor by this name.
+_Update = Callable[[TrainedTensor, str, "str | None"], str]
 
 
 def _sgd(g: Graph, fit: _FittedScalars) -> _Update:
-    """g += wd · w; buf = m · buf + g; w −= lr · buf (torch.optim.SGD)."""
+    """buf = m · buf + g; w −= lr · buf (torch.optim.SGD)."""
 
-    def update(tensor: TrainedTensor, gradient: str, mask: str, out: str | None) -> str:
+    def update(tensor: TrainedTensor, gradient: str, out: str | None) -> str:
         name, state = tensor.name, step_contract.momentum_name(tensor.name)
-        gradient = g.emit("Add", gradient, g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
-        if mask:
-            gradient = g.emit("Mul", gradient, mask)
         decayed = g.emit("Mul", state, fit(step_contract.MOMENTUM, tensor))
         momentum = g.emit("Add", decayed, gradient, out=step_contract.next_name(state))
         return g.emit("Sub", name, g.emit("Mul", momentum, fit(step_contract.LR, tensor)), out=out)
@@ -164,7 +173,7 @@ def _sgd(g: Graph, fit: _FittedScalars) -> _Update:
 def _adam(g: Graph, fit: _FittedScalars, *, decoupled: bool) -> _Update:
     """torch.optim.Adam, with `decoupled` torch.optim.AdamW.
 
-    g += wd · w (Adam only); m = β1·m + (1 − β1)·g; v = β2·v + (1 − β2)·g²;
+    m = β1·m + (1 − β1)·g; v = β2·v + (1 − β2)·g²;
     w −= lr/(1 − β1^t) · m / (√v/√(1 − β2^t) + ε), with AdamW also lr · wd · w.
     """
 
@@ -176,11 +185,8 @@ def _adam(g: Graph, fit: _FittedScalars, *, decoupled: bool) -> _Update:
     root = _to_float32(g, g.emit("Sqrt", bias2))
     shrink = g.emit("Mul", step_contract.LR, step_contract.WEIGHT_DECAY) if decoupled else ""
 
-    def update(tensor: TrainedTensor, gradient: str, mask: str, out: str | None) -> str:
+    def update(tensor: TrainedTensor, gradient: str, out: str | None) -> str:
         name = tensor.name
-        if not decoupled:
-            gradient = g.emit("Add", gradient, g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
-            gradient = g.emit("Mul", gradient, mask) if mask else gradient
         first, second = step_contract.momentum_name(name), step_contract.second_moment_name(name)
         addend = g.emit("Mul", gradient, fit(take1, tensor))
         mean = g.emit("Add", g.emit("Mul", first, fit(keep1, tensor)), addend, out=step_contract.next_name(first))
@@ -201,7 +207,7 @@ def _lion(g: Graph, fit: _FittedScalars) -> _Update:
     optimization algorithms", NeurIPS 2023, Alg. 2)."""
     (keep1, take1), (keep2, take2) = (_decay_shares(g, beta) for beta in (step_contract.BETA1, step_contract.BETA2))
 
-    def update(tensor: TrainedTensor, gradient: str, mask: str, out: str | None) -> str:
+    def update(tensor: TrainedTensor, gradient: str, out: str | None) -> str:
         name, state = tensor.name, step_contract.momentum_name(tensor.name)
         direction = g.emit("Add", g.emit("Mul", state, fit(keep1, tensor)), g.emit("Mul", gradient, fit(take1, tensor)))
         decayed, addend = g.emit("Mul", state, fit(keep2, tensor)), g.emit("Mul", gradient, fit(take2, tensor))

@@ -1,4 +1,4 @@
-"""Makes the blobs that an offer names (weights, masks, graphs), and puts each into the blob store once."""
+"""Makes the blobs that an offer names (weights, masks, drift, graphs), and puts each into the blob store once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LOG = logging.getLogger("fedprune.server")
 
 
 class OfferBlobs:
-    """Makes the blobs that offers name: weights, masks and graphs. Boards may serve at the lower `precisions`, too."""
+    """Makes the blobs that offers name: weights, masks, drift, graphs. Boards may serve at lower `precisions`, too."""
 
     def __init__(self, model: Model, store: BlobStore, precisions: Sequence[str] = ()) -> None:
         self._model = model
@@ -87,6 +87,8 @@ class OfferBlobs:
             body["lowered"] = self.lowered_refs(widths)
         if mask:
             body["mask"] = self._store.put(tensorfile.encode(mask_to_bits(mask))).to_dict()
+        if drift := {n: v for n, v in submodel.drift.items() if n not in withheld_names}:
+            body["drift"] = self._store.put(tensorfile.encode(pack_active(mask, drift))).to_dict()
         return body
 
     def training_ref(self, recipe: Recipe, unit: str = CPU) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class OfferMaker:
     def _new_offer(self, command: do.Extract) -> dict[str, Any]:
         cut = self._updates.cut(command.basis, command.part)
         submodel = self._strategy.extract(cut)
-        recipe = _mask_recipe(self._recipe(command), submodel)
+        recipe = _submodel_recipe(self._recipe(command), submodel)
         held_submodel = command.coding.received
         previous_selection = None
         if held_submodel is not None and self._store.has(held_submodel.ranking):
@@ -105,8 +105,10 @@ class OfferMaker:
         return self._store.put(selection.with_widths(self._architecture.sizes).to_json().encode()).sha256
 
 
-def _mask_recipe(recipe: Recipe, submodel: Submodel) -> Recipe:
-    """The recipe of a masked submodel, whose mask stays as it is or follows a threshold of magnitudes."""
+def _submodel_recipe(recipe: Recipe, submodel: Submodel) -> Recipe:
+    """The recipe of a submodel: with its drift, if it has one, and with its mask, which stays as it is or follows a
+    threshold of magnitudes."""
+    recipe = replace(recipe, drift=recipe.drift or bool(submodel.drift))
     if not submodel.mask:
         return recipe
     if recipe.mask == "threshold":

@@ -23,7 +23,7 @@ def download_sizes(offer: Mapping[str, Any], held_digests: Collection[str]) -> d
 
     `held_digests` are those of blobs that the board has already; weights that it can decode with them travel encoded.
     """
-    refs = [offer[k] for k in (*_BLOB_ENTRIES, "mask", "moved") if offer.get(k)]
+    refs = [offer[k] for k in (*_BLOB_ENTRIES, "mask", "drift", "moved") if offer.get(k)]
     sizes, encoded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
     weights = offer["weights"]["sha256"]
     if encoded and offer.get("held", encoded["sha256"]) in (*held_digests, encoded["sha256"]):

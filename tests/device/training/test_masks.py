@@ -20,8 +20,9 @@ from fedprune.model.selection import ElementMask, Tensors
 from fedprune.runtime.session import OnnxSession
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState
+from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.storage.state_store import FolderStateStore
-from fedprune_device.training.received_weights import unpack_weights
+from fedprune_device.training.received_weights import unpack_drift, unpack_weights
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingResult, TrainingTask
 from support.fakes.hidden_board import (
@@ -143,6 +144,42 @@ def test_a_mask_that_does_not_fit_is_refused(graphs: Path, change: dict[str, Any
         change = {"mask": tensorfile.encode(change["bits"])}
     with pytest.raises(BundleError, match=text):
         unpack_weights(**{**arguments, **change})
+
+
+def test_a_drift_moves_the_elements_that_are_active(board: HiddenBoard) -> None:
+    """By −lr · drift in a round of one step, whose gradients are the same without it."""
+    weights, recipe = hidden_weights(), Recipe(max_steps=1, batch_size=16, mask="hard", drift=True, lr=0.25)
+    mask, drift = half(weights), {n: v + 1 for n, v in hidden_weights(seed=5).items() if n in ("w1", "b2")}
+    with DeviceStore(board.root) as store:
+        ref = store.blobs.put(tensorfile.encode(pack_active(mask, drift)))
+    changes: dict[str, Any] = {"graph": "drift", "mask": mask}
+    offers = [board.offer(1, recipe, weights, **changes), board.offer(1, recipe, weights, **changes, drift=ref)]
+    assert ref in offers[1].blobs()
+    plain, drifted = (unpack_active(mask, board.carry_out(offer)[1]) for offer in offers)
+    for name, value in apply_mask(mask, weights).items():
+        expected = plain[name] - 0.25 * apply_mask(mask, drift)[name] if name in drift else plain[name]
+        np.testing.assert_allclose(drifted[name], expected, rtol=1e-5, atol=1e-6)
+        assert (plain[name] != value).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"w1": np.zeros((9, 9), np.float32)}, "active values of w1"),
+        ({"b2": np.zeros(CLASSES + 1, np.float32)}, "drift of b2"),
+        ({"b2": np.zeros(CLASSES, np.float64)}, "drift of b2"),
+        ({"b2": np.full(CLASSES, np.nan, np.float32)}, "finite"),
+        ({"mean": np.zeros(HIDDEN, np.float32)}, "drift of mean"),
+        ({}, r"recipe\.drift"),
+    ],
+)
+def test_a_drift_that_does_not_fit_is_refused(change: Tensors, text: str) -> None:
+    weights = hidden_weights()
+    mask, recipe = half(weights, "w1"), replace(HARD, drift=bool(change))
+    drift = pack_active(mask, {n: weights[n] for n in ("w1", "b2")}) | change
+    trained = {n: v for n, v in weights.items() if n not in ("mean", "var")}
+    with pytest.raises(BundleError, match=text):
+        unpack_drift(tensorfile.encode(drift), recipe, mask, trained)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4))

@@ -72,7 +72,7 @@ def start(run: OnnxSession) -> Arrays:
     rng = np.random.default_rng(3)
     out = {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
     for name, (_, shape) in run.inputs.items():
-        if "::" in name and not name.endswith(("::mu", "::mask", "::anchor")):
+        if "::" in name and not name.endswith(("::mu", "::mask", "::anchor", "::drift")):
             out[name] = np.zeros(shape, np.float32)
     return out
 
@@ -254,6 +254,37 @@ def test_pull_and_mask_act_with_every_optimizer(optimizer: str) -> None:
         np.testing.assert_allclose(got[step_contract.next_name(name)], expected, rtol=1e-5, atol=1e-6)
         masked = np.broadcast_to(masks[name] == 0, SHAPES[name])
         np.testing.assert_array_equal(got[step_contract.next_name(name)][masked], state[name][masked])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_drift_is_added_to_clipped_gradients(optimizer: str, masked: bool, decay: float) -> None:
+    """By torch.optim on the gradient, clipped, and the drift; masked elements have neither, in weights and state."""
+    features = Recipe(optimizer=optimizer, drift=True, weight_decay=decay).features
+    run = session(optimizer, drift=True, element_mask=masked, clip=True, decay=features.decay)
+    rng, given_gradients = np.random.default_rng(9), gradients(1, 5, 1.0)[0]
+    drift = {n: np.asarray(rng.standard_normal(s), np.float32) for n, s in SHAPES.items()}
+    masks = {n: np.asarray(np.logical_not(masked) | (rng.random(s) < 0.6), np.float32) for n, s in SHAPES.items()}
+    numbers = scalars(lr=0.1, weight_decay=decay, clip_norm=0.5, momentum=0.9, beta1=0.9, beta2=0.99, epsilon=1e-8)
+    state = start(run) | {f(n): masks[n] for n in SHAPES for f in step_contract.state_names(optimizer)}
+    extra = {step_contract.mask_name(n): m for n, m in masks.items()}
+    extra |= {step_contract.drift_name(n): d for n, d in drift.items()}
+    fed = {**numbers, **state, **extra, **given_gradients, step_contract.STEP_NUMBER: np.array(5, np.int64)}
+    got = run.run({k: v for k, v in fed.items() if k in run.inputs})
+    kept = {n: given_gradients[f"d{n}"] * masks[n] for n in SHAPES}
+    norm = np.sqrt(sum(float(np.sum(np.square(v, dtype=np.float64))) for v in kept.values()))
+    clipped = {n: kept[n] * min(1.0, 0.5 / (norm + 1e-6)) for n in SHAPES}
+    summed = {f"d{n}": ((clipped[n] + drift[n]) * masks[n]).astype(np.float32) for n in SHAPES}
+    want = oracle(optimizer, numbers, state, summed, 0, 5, torch.float64)
+    for name, value in want.items():
+        mask = masks[name.partition("::")[0]]
+        expected = value if "::" in name else np.where(mask > 0, value, state[name])
+        is_compared = mask > 0 if "::" in name else np.full(mask.shape, True)  # the oracle decays what is masked, too
+        np.testing.assert_allclose(
+            got[step_contract.next_name(name)][is_compared], expected[is_compared], rtol=1e-5, atol=1e-6
+        )
+        assert not got[step_contract.next_name(name)][mask == 0].any() or "::" not in name
 
 
 def test_sums_are_those_of_the_data_loss_alone() -> None:

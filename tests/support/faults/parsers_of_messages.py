@@ -147,7 +147,7 @@ def _messages() -> list[Any]:
     place = {"job": "toy", "round": 3, "attempt": 1}
     offer = Offer(
         **place, seed=1, architecture=ZERO, selection=ZERO, widths=(4, 8), classes=3, weights=REF, training=SMALL,
-        inference=SMALL, recipe=Recipe().to_offer(), mask=SMALL, ranking=ZERO, lowered={"int8": SMALL},
+        inference=SMALL, recipe=Recipe().to_offer(), mask=SMALL, drift=SMALL, ranking=ZERO, lowered={"int8": SMALL},
         blobs_at="https://models.example:8443/lab",
     )  # fmt: skip
     return [

@@ -137,6 +137,7 @@ COMPILED = {
     "mixup": (linear, Features(label_pairs=True, accumulate=True, label_smoothing=True, class_weight=True)),
     "kept": (hidden_layer_model, Features(axes=True)),
     "masked": (hidden_layer_model, Features(element_mask=True, axes=True, gradients=True)),
+    "drift": (hidden_layer_model, Features(element_mask=True, axes=True, drift=True, decay=False)),
     "threshold": (hidden_layer_model, Features(threshold=True, axes=True)),
     "scaled": (hidden_layer_model, Features(scale=True, axes=True, gradients=True)),
 }

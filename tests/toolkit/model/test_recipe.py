@@ -39,6 +39,7 @@ settings = st.builds(
     scale=st.floats(1, 16),
     patience=st.integers(0, 9),
     report_squares=st.booleans(),
+    drift=st.booleans(),
     best_epoch=st.booleans(),
     keep_optimizer_state=st.booleans(),
     lr_warmup=st.floats(0, 9),
@@ -60,6 +61,7 @@ NON_FLAGS = {
     "frozen": ("a*",),
     "trainable": ("a*",),
     "augment": ("flip",),
+    "decay": False,
 }
 
 

@@ -1,5 +1,6 @@
 """What travels in codecs counts in plans."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +54,20 @@ def test_no_weights_are_larger_than_planned(down: str) -> None:
     assert len(weights.encode(codec, after, before, trained)) <= foreseen.down_bytes
     assert len(weights.encode(codec, after, None, trained)) <= foreseen.first_bytes
     assert foreseen.round_bytes == max(foreseen.first_bytes, foreseen.down_bytes) + foreseen.up_bytes
+
+
+@pytest.mark.parametrize("down", [None, "int8"])
+def test_a_drift_is_planned_for(down: str | None) -> None:
+    """It travels beside the weights, without a codec, and a board stores and holds it."""
+    plain, drifts = (
+        predict_costs(NET, NET.sizes, PI, replace(RECIPE, drift=d), 10, codecs=(None, down)) for d in (False, True)
+    )
+    trained = {t.name for t in NET.trainable}
+    file = tensorfile.encode({n: v for n, v in tensors(NET, NET.sizes, 0).items() if n in trained})
+    for planned in ("first_bytes", "down_bytes", "storage_bytes"):
+        assert getattr(drifts, planned) - getattr(plain, planned) >= len(file)
+    assert (drifts.up_bytes, drifts.transfer_s > plain.transfer_s) == (plain.up_bytes, True)
+    assert drifts.memory_bytes - plain.memory_bytes >= 4 * sum(math.prod(t.shape) for t in NET.trainable)
 
 
 def test_a_codec_widens_the_model_of_a_board_with_a_tight_link() -> None:

@@ -26,6 +26,7 @@ def compose_for_flower(job: Job, sizes: tuple[int, ...]) -> Strategy:
             strategy.observes_movement
         ),
         "it continues from a device's last update, which fedprune's own server keeps": strategy.keeps_past,
+        "devices are sent a drift of their gradients, which a node's own loop doesn't add": recipe.drift,
         "devices train under masks of elements": strategy.uses_masks or recipe.mask != "none",
         "a part of the model stays on the device, which a node of Flower doesn't keep": bool(recipe.personal),
         "the optimiser's state stays on the device, which a node of Flower doesn't keep": recipe.keep_optimizer_state,

@@ -20,6 +20,8 @@ class Features:
             the weight of each class's positive labels.
         class_mask: A vector [classes]: logits of classes with 0 are replaced by 0 before the loss (HeteroFL).
         proximal: Per trained tensor an anchor and a strength µ: adds µ/2 · |w − anchor|² to the loss.
+        drift: Per trained tensor an array that is added to its gradient after clipping.
+        decay: Weights decay; only where there is a drift can it be left out, whose time it takes.
         element_mask: Per trained tensor a 0/1 mask: masked elements are 0 in the forward pass and stay put.
         gradients: The gradients are outputs, too.
         loss: One of `LOSSES`; `custom` for the model's own.
@@ -62,6 +64,8 @@ class Features:
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     augment: tuple[str, ...] = ()
+    drift: bool = False
+    decay: bool = True
 
     def target_shape(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
         """One sample's labels for outputs of this shape; a model's own loss may take others."""
@@ -123,3 +127,6 @@ METRICS_OF = {
 
 # Optimisers, with the number of arrays of a tensor's shape that each keeps between steps.
 OPTIMIZERS = {"sgd": 1, "adam": 2, "adamw": 2, "lion": 1}
+
+# Those that shrink weights themselves; with the others, weight decay is added to gradients.
+DECOUPLED = ("adamw", "lion")

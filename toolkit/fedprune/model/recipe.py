@@ -19,7 +19,7 @@ from fedprune.core.metrics import ACCURACY, LOSS, METRICS, SCORE
 from fedprune.core.settings import bounded, check_fields, choice_of
 from fedprune.core.validation import is_number
 from fedprune.model import augmentation, mixup, scaling
-from fedprune.model.features import CUSTOM_LOSS, JUDGED_LABELS, METRICS_OF, OPTIMIZERS, Features, labels_of
+from fedprune.model.features import CUSTOM_LOSS, DECOUPLED, JUDGED_LABELS, METRICS_OF, OPTIMIZERS, Features, labels_of
 from fedprune.model.losses import LOSSES
 from fedprune.model.rule import SettingRule, check_rules
 
@@ -160,6 +160,7 @@ class LocalMethod(mixup.Mixup):
         patience: Training ends when the loss of the device's validation samples hasn't fallen below its lowest for so
             many epochs; 0 trains all epochs.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
+        drift: Steps add the offer's drift, a tensor per trained one, to gradients after clipping; where it has none, 0.
     """
 
     proximal: float = bounded(0.0, 0, 1e6)
@@ -177,6 +178,7 @@ class LocalMethod(mixup.Mixup):
     mask_threshold: float = bounded(0.0, 0, 1e6)
     patience: int = bounded(0, 0, 10_000)
     report_squares: bool = False
+    drift: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,18 +263,20 @@ class Recipe(LocalMethod, PlainTraining):
             frozen=self.frozen,
             trainable=self.trainable,
             augment=self.augment,
+            drift=self.drift,
+            decay=self.weight_decay > 0 or not self.drift or self.optimizer in DECOUPLED,
         )
 
     @property
     def extra_files(self) -> int:
-        """Files of a model's size that a board stores in addition to those of every round, at the peak. These are a
-        served model that differs from the update, and three records of the board's average, personal tensors and
-        optimiser's state: the newest, the one that it was made from, and the staged one."""
+        """Files of a model's size that a board stores in addition to those of every round, at the peak. These are the
+        drift, a served model that differs from the update, and three records of the board's average, personal tensors
+        and optimiser's state: the newest, the one that it was made from, and the staged one."""
         differs = self.calibrate or self.mask != "none" or self.report_squares or self.update_clip > 0
         differs = differs or self.secure_aggregation
         serves = differs or self.average > 0 or bool(self.personal)
         records = (self.average > 0) + bool(self.personal) + self._kept_states
-        return int(serves) + 3 * records + self.report_squares
+        return int(serves) + 3 * records + self.report_squares + self.drift
 
     @property
     def extra_copies(self) -> int:

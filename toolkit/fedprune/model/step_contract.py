@@ -15,10 +15,10 @@ Inputs:
     `y_partner` (with pairs of labels): int64 [N, ...], those of the sample that was mixed into each: `y` in another
         order; `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ
         is 1.
-    Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam, AdamW and Lion `beta1` and `beta2`
-        (float64); with Adam and AdamW `epsilon` and `step_number` (int64, counting optimiser steps from 1);
-        `label_smoothing`, `huber_delta`, `distill_temperature`, `clip_norm` as asked for. float32 where nothing
-        else is said.
+    Scalars (shape []): `lr`, `weight_decay` (with `drift`, SGD and Adam only if it isn't 0); with SGD `momentum`; with
+        Adam, AdamW and Lion `beta1` and `beta2` (float64); with Adam and AdamW `epsilon` and `step_number` (int64,
+        counting optimiser steps from 1); `label_smoothing`, `huber_delta`, `distill_temperature`, `clip_norm` as asked
+        for. float32 where nothing else is said.
     `divisor` (with accumulation): what the sum of the losses is divided by, for the whole batch of which `x` is a part:
         its number of samples; in cross-entropy of labels that count or, with class weights, the sum of their weights.
     `output_scale` (with a scaler, shape []): outputs of every layer with weights, but the last, are multiplied by it.
@@ -30,7 +30,7 @@ Inputs:
         along axes on which numbers are dropped together. Per draw of random numbers in the model the numbers
         (`noise`). Both: `fedprune.model.random_inputs`.
     On demand, per trained tensor: anchor and µ (shape []), mask (0 or 1), `threshold_name` θ (shape [], 0 for none),
-        the gradients so far of this batch (`sum`).
+        the gradients so far of this batch (`sum`), the linear term (`drift`).
 
 Outputs:
     `loss` (float32 []): the data loss, without the proximal term. With accumulation it is this part's share: shares
@@ -112,7 +112,7 @@ def _is_read_by_loss(setting: str, features: Features) -> bool:
 OPTIMIZER_NUMBERS = {
     LR: Number("lr"),
     MOMENTUM: Number("momentum", lambda f: f.optimizer == "sgd"),
-    WEIGHT_DECAY: Number("weight_decay"),
+    WEIGHT_DECAY: Number("weight_decay", lambda f: f.decay),
     BETA1: Number("beta1", lambda f: f.optimizer != "sgd", np.float64),
     BETA2: Number("beta2", lambda f: f.optimizer != "sgd", np.float64),
     EPSILON: Number("epsilon", _is_adam),
@@ -171,6 +171,11 @@ def strength_name(name: str) -> str:
 def mask_name(name: str) -> str:
     """A tensor's element mask."""
     return f"{name}::mask"
+
+
+def drift_name(name: str) -> str:
+    """What is added to a tensor's gradient after clipping, in every step of a round."""
+    return f"{name}::drift"
 
 
 def threshold_name(name: str) -> str:

@@ -27,12 +27,21 @@ def number_feeds(recipe: Recipe) -> dict[str, Array]:
     return out | ({Y_SHARE: np.array(1, np.float32)} if recipe.features.label_pairs else {})
 
 
-def anchor_feeds(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:
-    """The anchors, if the recipe has a proximal term: the trained tensors as they are now."""
-    if not recipe.features.proximal:
-        return {}
-    out: dict[str, Array] = {step_contract.anchor_name(n): np.asarray(tensors[n], order="C") for n in trained}
-    return out | {step_contract.strength_name(n): np.array(recipe.proximal, np.float32) for n in trained}
+def term_feeds(
+    recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str], drift: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
+    """The terms that a recipe adds to gradients: of a proximal one the anchors, the trained tensors as they are now;
+    and the drift, 0 where there is none."""
+    out: dict[str, Array] = {}
+    if recipe.features.proximal:
+        out = {step_contract.anchor_name(n): np.asarray(tensors[n], order="C") for n in trained}
+        out |= {step_contract.strength_name(n): np.array(recipe.proximal, np.float32) for n in trained}
+    if recipe.drift:
+        values = {n: (drift or {}).get(n) for n in trained}
+        # `zeros`, unlike `zeros_like`, takes no memory until something writes into it.
+        zeros = {n: np.zeros(tensors[n].shape, np.float32) for n, v in values.items() if v is None}
+        out |= {step_contract.drift_name(n): zeros[n] if v is None else v for n, v in values.items()}
+    return out
 
 
 def divisor_share(y: Array, ignored: int | None = None, class_weight: Array | None = None) -> float:
@@ -50,7 +59,7 @@ def first_step_feeds(
     that `inputs` names."""
     trained = [n for n in tensors if step_contract.momentum_name(n) in inputs]
     inputs_by_name: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
-    inputs_by_name |= number_feeds(recipe) | anchor_feeds(recipe, tensors, trained)
+    inputs_by_name |= number_feeds(recipe) | term_feeds(recipe, tensors, trained)
     inputs_by_name[step_contract.STEP_NUMBER] = np.array(1, np.int64)
     inputs_by_name[step_contract.OUTPUT_SCALE] = inputs_by_name[Y_SHARE] = np.array(1, np.float32)
     inputs_by_name[Y_PARTNER] = y

@@ -76,6 +76,7 @@ def predict_costs(
     first_bytes, down_bytes, up_bytes = _transfer_bytes(
         architecture, widths, costs.wire_bytes, recipe, codecs, frozen_names
     )
+    first_bytes, down_bytes = (n + recipe.drift * costs.wire_bytes for n in (first_bytes, down_bytes))
     if active_share < 1:
         masked = sum(
             math.prod(architecture.shape(name, widths)) for name in {r.weight for r in architecture.layers if r.weight}

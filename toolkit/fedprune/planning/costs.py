@@ -203,7 +203,7 @@ class Costs:
         extra_copies = 2 * (features.proximal + features.element_mask + features.threshold)
         # Each is there twice: what goes into a step, and what comes out of it.
         extra_copies += 2 * (len(step.state_names(features.optimizer)) - 1)
-        extra_copies += features.gradients + features.accumulate
+        extra_copies += features.gradients + features.accumulate + features.drift
         copies = own_copies + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + extra_copies)
         frozen = self.base_bytes > 0
         passing = PASSING_COPIES * (self.activation_bytes - self.kept_bytes)

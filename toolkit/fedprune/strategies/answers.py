@@ -74,6 +74,8 @@ def _check_submodel(answer: Any, architecture: Architecture, *, missing: bool) -
         raise UnfitError(".selection", "one of the job's model", "one of another model")
     shapes = answer.selection.shapes()
     _check_tensors(answer.tensors, shapes, ".tensors", missing=missing)
+    trained_shapes = {t.name: shapes[t.name] for t in architecture.trainable}
+    _check_finite_tensors(answer.drift, trained_shapes, ".drift", missing=True)
     _check_type(Mapping, answer.mask, ".mask", "arrays of bool by tensor")
     for name, active in answer.mask.items():
         if not isinstance(active, np.ndarray) or active.dtype != np.bool_ or active.shape != shapes.get(name):
@@ -90,7 +92,11 @@ def _check_closing(answer: Any, arguments: Sequence[Any]) -> None:
 
 
 def _check_model(answer: Any, architecture: Architecture, part: str) -> None:
-    _check_tensors(answer, {t.name: t.shape for t in architecture.tensors}, part, missing=False)
+    _check_finite_tensors(answer, {t.name: t.shape for t in architecture.tensors}, part, missing=False)
+
+
+def _check_finite_tensors(answer: Any, shapes: Mapping[str, tuple[int, ...]], part: str, *, missing: bool) -> None:
+    _check_tensors(answer, shapes, part, missing=missing)
     # A single NaN would spread to every device in the next round.
     for name, value in answer.items():
         if not np.isfinite(value).all():

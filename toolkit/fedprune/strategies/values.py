@@ -69,11 +69,13 @@ class Submodel:
         selection: Where its channels live.
         tensors: In the selection's coordinates.
         mask: Which of its elements are active, in the same coordinates.
+        drift: What the device adds to its gradients in every step, by trained tensor, in the same coordinates.
     """
 
     selection: Selection
     tensors: Tensors
     mask: ElementMask = field(default_factory=dict)
+    drift: Tensors = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,6 +67,9 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     mask: BlobRef | None = None
     """Which elements are active (`element_mask.mask_to_bits`): of masked tensors `weights` has the active values alone,
     and so has the update. None where all are."""
+    drift: BlobRef | None = None
+    """What is added to the gradients of trained tensors in every step, a tensor file by their names; of masked tensors
+    the active values alone. None for nothing."""
     ranking: Digest | None = None
     """Digest of the order of channels that the selection is the beginning of. Selections of other widths with the same
     digest are nested. None where nothing is known of it."""
@@ -111,7 +114,7 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """The blobs that it needs, graphs first."""
-        optional_blobs = [blob for blob in (self.mask, self.moved) if blob is not None]
+        optional_blobs = [blob for blob in (self.mask, self.drift, self.moved) if blob is not None]
         return (*self.graphs, self.weights, *optional_blobs)
 
     def blobs_to_pull(self, has: Callable[[str], bool]) -> tuple[BlobRef, ...]:
