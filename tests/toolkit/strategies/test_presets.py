@@ -169,7 +169,7 @@ def test_fedprox_pulls_and_fedavg_does_not() -> None:
 
 
 # The presets that secure aggregation and shared noise go with, by docs/secure-aggregation.md and docs/privacy.md.
-SUMS_ONLY = {"fedavg", "fedper", "fedprox", "fedprune", "heterofl", "fedrolex", "plain"}
+SUMS_ONLY = {"fedavg", "fedcm", "fedper", "fedprox", "fedprune", "heterofl", "fedrolex", "plain"}
 OVERRIDES: dict[str, tuple[Callable[..., Any], bool]] = {
     "begin": (lambda self, architecture, model: model, True),
     "rank": (lambda self, scene: Strategy.rank(self, scene), True),

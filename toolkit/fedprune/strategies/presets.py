@@ -11,6 +11,7 @@ from fedprune.strategies.job_schedule import with_schedule
 from fedprune.strategies.methods.asynchronous import fedasync, fedbuff, fedfix
 from fedprune.strategies.methods.autoflip import autoflip
 from fedprune.strategies.methods.ca_hfp import ca_hfp
+from fedprune.strategies.methods.drift import fedcm, feddyn, scaffold
 from fedprune.strategies.methods.fedavg import fedavg, fedprox
 from fedprune.strategies.methods.fedobp import fedobp
 from fedprune.strategies.methods.fedper import fedper, local
@@ -38,6 +39,8 @@ PRESETS: dict[str, Preset] = {
     "fedasync": fedasync,
     "fedavg": fedavg,
     "fedbuff": fedbuff,
+    "fedcm": fedcm,
+    "feddyn": feddyn,
     "fedfix": fedfix,
     "fedobp": fedobp,
     "fedper": fedper,
@@ -50,6 +53,7 @@ PRESETS: dict[str, Preset] = {
     "fedprune": fedprune,
     "plain": plain_strategy,
     "pr-fl": pr_fl,
+    "scaffold": scaffold,
     "subflot": subflot,
 }
 
