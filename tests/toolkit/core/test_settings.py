@@ -22,6 +22,7 @@ from fedprune.strategies.methods import (
     asynchronous,
     autoflip,
     ca_hfp,
+    drift,
     fedavg,
     fedobp,
     fedper,
@@ -52,6 +53,8 @@ OPTIONS = {
     "fedasync": asynchronous.FedAsyncOptions,
     "fedavg": fedavg.FedAvgOptions,
     "fedbuff": asynchronous.FedBuffOptions,
+    "fedcm": drift.FedCmOptions,
+    "feddyn": drift.FedDynOptions,
     "fedfix": asynchronous.FedFixOptions,
     "fedobp": fedobp.FedObpOptions,
     "fedper": fedper.FedPerOptions,
@@ -63,6 +66,7 @@ OPTIONS = {
     "history": history.HistoryOptions,
     "local": fedper.LocalOptions,
     "pr-fl": pr_fl.PrFlOptions,
+    "scaffold": drift.ScaffoldOptions,
     "subflot": subflot.SubFlotOptions,
 }
 

@@ -75,7 +75,7 @@ def test_strategies_are_private_or_refused_by_name(name: str) -> None:
 
 
 _MEASURED = ("autoflip", "pr-fl")
-_SUMS = ("fedavg", "fedprox", "fedper", "fedprune", "fedrolex", "heterofl", "plain")
+_SUMS = ("fedavg", "fedcm", "fedprox", "fedper", "fedprune", "fedrolex", "heterofl", "plain")
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,6 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     mask: BlobRef | None = None
     """Which elements are active (`element_mask.mask_to_bits`): of masked tensors `weights` has the active values alone,
     and so has the update. None where all are."""
-    drift: BlobRef | None = None
-    """What is added to the gradients of trained tensors in every step, a tensor file by their names; of masked tensors
-    the active values alone. None for nothing."""
     ranking: Digest | None = None
     """Digest of the order of channels that the selection is the beginning of. Selections of other widths with the same
     digest are nested. None where nothing is known of it."""
@@ -98,6 +95,9 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     """Frozen weights in low precision, which both graphs read and no round changes. None where there are none."""
     blobs_at: WebAddress | None = None
     """A web server that has these blobs, too (`fedprune.wire.urls`); None for MQTT alone."""
+    drift: BlobRef | None = None
+    """What is added to the gradients of trained tensors in every step, a tensor file by their names; of masked tensors
+    the active values alone. None for nothing."""
 
     def check(self) -> None:
         check_free_form(self.recipe, "offer: recipe", ProtocolError)

@@ -192,17 +192,16 @@ def advanced_boards(
     sums = {n: len(known) * v.astype(np.float64) for n, v in scene.memory.get(SHARED, {}).items()}
     for report in reports:
         trained, name = report.trained, OWN + report.cut.turn.device
-        # As it was when the drift was made of it: in asynchronous jobs the same update may count again.
-        before, latest = (s.memory.get(name, {}) for s in (report.cut.scene, scene))
+        before = scene.memory.get(name, {})
         own = {n: np.array(before.get(n, np.zeros(shape)), np.float64) for n, shape in shapes.items()}
         for n, value in own.items():
             index, sent, y = mesh(trained.selection.maps(n)), report.sent.tensors[n], trained.tensors[n]
             # A tensor that no update carries is the server's own, while a codec may have changed what was sent.
-            if not np.array_equal(y, report.cut.scene.model[n][index]):
+            if not np.array_equal(y, scene.model[n][index]):
                 following = advance(report, n, value[index], sent.astype(np.float64) - y)
                 value[index] = np.where(trained.mask.get(n, True), following, value[index])
             own[n] = value.astype(np.float32)
-            sums[n] = sums.get(n, 0) + own[n] - latest.get(n, np.float32(0))
+            sums[n] = sums.get(n, 0) + own[n] - before.get(n, np.float32(0))
         memories[name] = own
     count = len(known | memories.keys())
     return memories | {SHARED: {n: (v / count).astype(np.float32) for n, v in sums.items()}} if count else memories
