@@ -92,6 +92,12 @@ def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_pat
     run_both(tmp_path, job, digits_model(), deal_digits([b.name for b in DEMO_BOARDS], seed=SEED))
 
 
+def test_a_drift_of_the_servers_gives_the_same_models(tmp_path: Path) -> None:
+    job = replace(plain_job(epochs=1, momentum=0.0), strategy="scaffold", options={"densities": [1.0, 0.5]})
+    _, simulation = run_both(tmp_path, job, digits_model(), deal_digits([b.name for b in DEMO_BOARDS], seed=SEED))
+    assert all(task.offer and task.offer["drift"] for task in simulation.state.tasks.values())
+
+
 # At every push `test_resumed_runs.py` has what a simulation judges, and `test_served_average.py` what a board serves.
 @pytest.mark.soak
 def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):

@@ -64,9 +64,8 @@ class LocalUpdate:
     """A board's training for an offer.
 
     `tensors` are what training begins with: what was received, with the board's personal tensors in it. `mask` tells
-    which elements are active, None for all; `drift` is what is added to gradients; `round_state` is None
-    where the recipe keeps nothing between rounds. Raises `BundleError` if the files don't fit each other,
-    `TrainingError` if they don't fit the graph.
+    which elements are active, None for all; `drift` is added to gradients; `round_state` is None where the recipe keeps
+    nothing. Raises `BundleError` if the files don't fit each other, `TrainingError` if they don't fit the graph.
     """
 
     def __init__(

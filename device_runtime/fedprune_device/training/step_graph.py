@@ -119,8 +119,8 @@ class StepGraph:
         """Refuse a training graph with an input that nothing here feeds, or without an output that a step needs."""
         inputs, outputs = set(self._session.inputs), set(self._session.outputs)
         contract = step_contract
-        of_tensors = contract.anchor_name, contract.strength_name, contract.mask_name, contract.threshold_name
-        of_tensors += (contract.drift_name,)
+        of_tensors = [contract.anchor_name, contract.strength_name, contract.mask_name, contract.threshold_name]
+        of_tensors += [contract.drift_name]
         fed = {*contract.INPUTS, *self.names, *self.optimizer_states, *self._sums, *self._base_names}
         fed |= {*self.random_inputs.draws, *(input_of(n) for n in self.trainable for input_of in of_tensors)}
         if inputs - fed:
@@ -166,17 +166,11 @@ class StepGraph:
         return bool(self._sums)
 
     def constant_inputs(
-        self,
-        tensors: Mapping[str, Array],
-        y: Inputs,
-        recipe: Recipe,
-        classes: int,
-        mask: ElementMask = ALL_ACTIVE,
-        drift: Mapping[str, Array] | None = None,
+        self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: ElementMask = ALL_ACTIVE
     ) -> dict[str, Array]:
         """The inputs that are the same in every step; `y` are all training labels, converted by `targets`. Raises
         `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range."""
-        feeds = loss_terms(y, recipe, classes) | term_feeds(recipe, tensors, self.trainable, drift)
+        feeds = loss_terms(y, recipe, classes) | term_feeds(recipe, tensors, self.trainable)
         feeds |= self.mask_inputs(tensors, recipe, mask)
         step_inputs = {*step_contract.SAMPLE_INPUTS, step_contract.STEP_NUMBER, step_contract.DIVISOR}
         required = set(self._session.inputs) - step_inputs - {*self.names, *self.optimizer_states, *self._sums}

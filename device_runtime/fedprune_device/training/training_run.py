@@ -63,7 +63,8 @@ class TrainingRun:
         self._targets = graph.targets(recipe, classes)
         data.check(self._targets, graph.input_shape, input_type=graph.input_type)
         self._y = self._targets(data.y_train)
-        self._constants = graph.constant_inputs(tensors, self._y, recipe, classes, task.mask, task.drift)
+        self._constants = graph.constant_inputs(tensors, self._y, recipe, classes, task.mask)
+        self._constants |= {step_contract.drift_name(n): v for n, v in task.drift.items()}
         # Copies, because steps write into them.
         start = {**tensors, **{n: task.moments.get(n, np.float32(0)) for n in graph.optimizer_states}}
         shapes = {n: tensors[n.partition("::")[0]].shape for n in start}

@@ -143,9 +143,7 @@ def _objective(g: Graph, tape: Tape, tensor: TrainedTensor, features: Features, 
 
 def _with_terms(g: Graph, tensor: TrainedTensor, gradient: str, features: Features, fit: _FittedScalars) -> str:
     """A clipped gradient and what is added to it: the drift and, unless the optimiser decays weights itself, wd · w."""
-    terms = []
-    if features.drift:
-        terms.append(step_contract.drift_name(tensor.name))
+    terms = [step_contract.drift_name(tensor.name)] * features.drift
     if features.decay and features.optimizer not in DECOUPLED:
         terms.append(g.emit("Mul", tensor.name, fit(step_contract.WEIGHT_DECAY, tensor)))
     for term in terms:

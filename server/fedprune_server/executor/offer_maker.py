@@ -106,8 +106,7 @@ class OfferMaker:
 
 
 def _submodel_recipe(recipe: Recipe, submodel: Submodel) -> Recipe:
-    """The recipe of a submodel: with its drift, if it has one, and with its mask, which stays as it is or follows a
-    threshold of magnitudes."""
+    """The recipe of a submodel with its drift, and its mask, which stays as it is or follows a threshold."""
     recipe = replace(recipe, drift=recipe.drift or bool(submodel.drift))
     if not submodel.mask:
         return recipe

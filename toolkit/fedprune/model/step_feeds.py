@@ -27,20 +27,15 @@ def number_feeds(recipe: Recipe) -> dict[str, Array]:
     return out | ({Y_SHARE: np.array(1, np.float32)} if recipe.features.label_pairs else {})
 
 
-def term_feeds(
-    recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str], drift: Mapping[str, Array] | None = None
-) -> dict[str, Array]:
+def term_feeds(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:
     """The terms that a recipe adds to gradients: of a proximal one the anchors, the trained tensors as they are now;
-    and the drift, 0 where there is none."""
+    and a drift of 0."""
     out: dict[str, Array] = {}
     if recipe.features.proximal:
         out = {step_contract.anchor_name(n): np.asarray(tensors[n], order="C") for n in trained}
         out |= {step_contract.strength_name(n): np.array(recipe.proximal, np.float32) for n in trained}
-    if recipe.drift:
-        values = {n: (drift or {}).get(n) for n in trained}
-        # `zeros`, unlike `zeros_like`, takes no memory until something writes into it.
-        zeros = {n: np.zeros(tensors[n].shape, np.float32) for n, v in values.items() if v is None}
-        out |= {step_contract.drift_name(n): zeros[n] if v is None else v for n, v in values.items()}
+    if recipe.drift:  # unlike `zeros_like`, `zeros` takes no memory until it is written to
+        out |= {step_contract.drift_name(n): np.zeros(tensors[n].shape, np.float32) for n in trained}
     return out
 
 

@@ -74,8 +74,7 @@ def _check_submodel(answer: Any, architecture: Architecture, *, missing: bool) -
         raise UnfitError(".selection", "one of the job's model", "one of another model")
     shapes = answer.selection.shapes()
     _check_tensors(answer.tensors, shapes, ".tensors", missing=missing)
-    trained_shapes = {t.name: shapes[t.name] for t in architecture.trainable}
-    _check_finite_tensors(answer.drift, trained_shapes, ".drift", missing=True)
+    _check_tensors(answer.drift, {t.name: shapes[t.name] for t in architecture.trainable}, ".drift", missing=True)
     _check_type(Mapping, answer.mask, ".mask", "arrays of bool by tensor")
     for name, active in answer.mask.items():
         if not isinstance(active, np.ndarray) or active.dtype != np.bool_ or active.shape != shapes.get(name):
@@ -92,15 +91,7 @@ def _check_closing(answer: Any, arguments: Sequence[Any]) -> None:
 
 
 def _check_model(answer: Any, architecture: Architecture, part: str) -> None:
-    _check_finite_tensors(answer, {t.name: t.shape for t in architecture.tensors}, part, missing=False)
-
-
-def _check_finite_tensors(answer: Any, shapes: Mapping[str, tuple[int, ...]], part: str, *, missing: bool) -> None:
-    _check_tensors(answer, shapes, part, missing=missing)
-    # A single NaN would spread to every device in the next round.
-    for name, value in answer.items():
-        if not np.isfinite(value).all():
-            raise UnfitError(f"{part}[{name!r}]", "finite numbers", "some that aren't")
+    _check_tensors(answer, {t.name: t.shape for t in architecture.tensors}, part, missing=False)
 
 
 def _check_admission(answer: Any, arguments: Sequence[Any]) -> None:
@@ -154,7 +145,7 @@ def _check_type(kind: type | tuple[type, ...], answer: Any, part: str = "", expe
 def _check_tensors(
     answer: Any, shapes: Mapping[str, tuple[int, ...]], part: str, *, missing: bool, exact: bool = True
 ) -> None:
-    """Check that tensors have these shapes and no others, and are float32 if `exact`."""
+    """Check that tensors have these shapes and no others and, if `exact`, are finite float32 numbers."""
     _check_type(Mapping, answer, part, "a dict of arrays by tensor")
     for name, value in answer.items():
         if name not in shapes:
@@ -165,6 +156,9 @@ def _check_tensors(
             raise UnfitError(
                 f"{part}[{name!r}]", f"an array of {expected_type} {shape_text(*shapes[name])}", _type_text(value)
             )
+        # A single NaN would spread to every device in the next round.
+        if exact and not np.isfinite(value).all():
+            raise UnfitError(f"{part}[{name!r}]", "finite numbers", "some that aren't")
     for name in shapes:
         if not missing and name not in answer:
             raise UnfitError(f"{part}[{name!r}]", f"an array {shape_text(*shapes[name])}", "nothing")

@@ -96,8 +96,7 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     blobs_at: WebAddress | None = None
     """A web server that has these blobs, too (`fedprune.wire.urls`); None for MQTT alone."""
     drift: BlobRef | None = None
-    """What is added to the gradients of trained tensors in every step, a tensor file by their names; of masked tensors
-    the active values alone. None for nothing."""
+    """What is added to gradients, a tensor file by names of trained tensors, packed by the mask. None for nothing."""
 
     def check(self) -> None:
         check_free_form(self.recipe, "offer: recipe", ProtocolError)

@@ -1,14 +1,13 @@
-"""SCAFFOLD (Karimireddy et al. 2020), FedDyn (Acar et al. 2021) and FedCM (Xu et al. 2021): boards add a term to their
-gradients.
+"""SCAFFOLD (Karimireddy et al. 2020), FedDyn (Acar et al. 2021) and FedCM (Xu et al. 2021): gradients with a drift.
 
-The server holds all of their state, and sends each board its term as `Submodel.drift`. `docs/strategies/drift.md` has
-equations, readings and options.
+The server holds all state, and sends each board its drift. `docs/strategies/drift.md` has equations and readings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors, mesh
+from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.options import read_options
@@ -78,15 +77,14 @@ class Scaffold(ServerRate):
         return with_drift(super().extract(cut), drift)
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
-        return advanced_boards(scene, reports(), self.next_control)
+        recipe, shared = scene.recipe, scene.memory.get(SHARED)
+        lr = recipe.learning_rate(scene.round, 0.5)
 
-    def next_control(self, report: UpdateReport, name: str, control: Any, moved: Any) -> Any:
-        """The next c_i of a tensor where the board holds it, from c_i and x − y_i."""
-        scene = report.cut.scene
-        shared = scene.memory.get(SHARED)
-        mean = 0 if shared is None else shared[name][mesh(report.trained.selection.maps(name))]
-        reach = sgd_reach(scene.recipe, report.steps) * scene.recipe.learning_rate(report.cut.turn.round, 0.5)
-        return control - mean + moved / reach if reach else control
+        def advance(report: UpdateReport, name: str, index: Any, control: Any, moved: Any) -> Any:
+            mean = 0 if shared is None else shared[name][index]
+            return control - mean + moved / (sgd_reach(recipe, report.steps) * lr) if lr else control
+
+        return advanced_boards(scene, reports(), advance)
 
 
 @dataclass(frozen=True)
@@ -108,15 +106,17 @@ class FedDyn(Strategy):
     ) -> RoundClosing:
         closing = super().close(fold, scene, rate, reports)
         counted = (report for report, _ in reports() if report.cut.turn.device not in closing.rejected)
-        memories = advanced_boards(scene, counted, lambda _report, _name, h, moved: h + self.alpha * moved)
-        moved = {n: closing.model[n] - v / np.float32(self.alpha) for n, v in memories.get(SHARED, {}).items()}
-        return replace(closing, model=closing.model | held(fold, moved, closing.model), memories=memories)
+        memories = advanced_boards(scene, counted, lambda *a: a[-2] + self.alpha * a[-1])
+        model = dict(closing.model)
+        for n, h in memories.get(SHARED, {}).items():
+            model[n] = np.where(fold.mass(n) > 0, model[n] - h / np.float32(self.alpha), model[n])
+        return replace(closing, model=model, memories=memories)
 
 
 @dataclass(frozen=True)
 class FedCm(ServerRate):
-    """Boards step along α·g + (1 − α)·Δ, where Δ is the fleet's last move by step and learning rate (Alg. 2). They do
-    so with the learning rate α·lr and the drift (1 − α)/α·Δ."""
+    """Boards step along α·g + (1 − α)·Δ, where Δ is the fleet's last move by step and learning rate (arXiv 2106.10874).
+    They do so with the learning rate α·lr and the drift (1 − α)/α·Δ."""
 
     alpha: float = FedCmOptions.alpha
 
@@ -132,35 +132,23 @@ class FedCm(ServerRate):
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         lr, mean = scene.recipe.learning_rate(scene.round, 0.5), fold.close()[0]
-        zeros = {t.name: np.zeros(t.shape, np.float32) for t in scene.architecture.trainable}
-        before = scene.memory.get(SHARED, zeros)
-        moved = {n: (scene.model[n] - mean[n]) / np.float32(lr) if lr else v for n, v in before.items()}
-        return {SHARED: held(fold, moved, before)}
+        names = [t.name for t in scene.architecture.trainable]
+        return {SHARED: {n: np.asarray((scene.model[n] - mean[n]) / np.float32(lr)) for n in names}} if lr else {}
 
 
-def scaffold(job: Job) -> Strategy:
-    options = read_options(job, ScaffoldOptions)
-    return _composed(Scaffold(job.strategy, inputs="updates", server_lr=options.server_lr), job, options.densities)
+def _composed(kind: Callable[..., Strategy], options_kind: type[Any], inputs: str, job: Job) -> Strategy:
+    """A preset's strategy. Raises `ConfigError` if it needs boards that train by SGD, whose moves are gradients."""
+    options = dict(vars(read_options(job, options_kind)))
+    if kind is not FedDyn and job.recipe.optimizer != "sgd":
+        what, expected = ("job", "recipe", "optimizer"), "sgd, whose moves are gradients"
+        raise ConfigError(what, expected=expected, got=job.recipe.optimizer)
+    allocator = density_allocator(job, options.pop("densities"), default=(1.0,))
+    return kind(job.strategy, inputs=inputs, aggregator=Mean(weighting="uniform"), allocator=allocator, **options)
 
 
-def feddyn(job: Job) -> Strategy:
-    options = read_options(job, FedDynOptions)
-    return _composed(FedDyn(job.strategy, inputs="updates", alpha=options.alpha), job, options.densities)
-
-
-def fedcm(job: Job) -> Strategy:
-    options = read_options(job, FedCmOptions)
-    strategy = FedCm(job.strategy, inputs="sum", server_lr=options.server_lr, alpha=options.alpha)
-    return _composed(strategy, job, options.densities)
-
-
-def _composed(strategy: Strategy, job: Job, densities: tuple[Any, ...]) -> Strategy:
-    """The preset of a strategy. Raises `ConfigError` if boards don't train by SGD, whose moves are gradients."""
-    if isinstance(strategy, ServerRate) and job.recipe.optimizer != "sgd":
-        path, got = ("job", "recipe", "optimizer"), repr(job.recipe.optimizer)
-        raise ConfigError(f"{job.strategy} reads gradients from moves", path=path, expected="'sgd'", got=got)
-    allocator = density_allocator(job, densities, default=(1.0,))
-    return replace(strategy, aggregator=Mean(weighting="uniform"), allocator=allocator)
+scaffold = partial(_composed, Scaffold, ScaffoldOptions, "updates")
+feddyn = partial(_composed, FedDyn, FedDynOptions, "updates")
+fedcm = partial(_composed, FedCm, FedCmOptions, "sum")
 
 
 def sgd_reach(recipe: Recipe, steps: int) -> float:
@@ -170,38 +158,31 @@ def sgd_reach(recipe: Recipe, steps: int) -> float:
 
 def with_drift(submodel: Submodel, drift: Tensors) -> Submodel:
     """A submodel with its part of a drift in global coordinates."""
-    selection: Selection = submodel.selection
-    return replace(submodel, drift={n: v[mesh(selection.maps(n))] for n, v in drift.items()})
-
-
-def held(fold: Fold, tensors: Tensors, otherwise: Tensors) -> Tensors:
-    """Tensors where a round's updates hold their elements, and others elsewhere."""
-    return {n: np.where(fold.mass(n) > 0, v, otherwise[n]) for n, v in tensors.items()}
+    return replace(submodel, drift={n: v[mesh(submodel.selection.maps(n))] for n, v in drift.items()})
 
 
 def advanced_boards(
-    scene: Scene, reports: Iterable[UpdateReport], advance: Callable[[UpdateReport, str, Any, Any], Any]
+    scene: Scene, reports: Iterable[UpdateReport], advance: Callable[[UpdateReport, str, Any, Any, Any], Any]
 ) -> NewMemory:
     """The memory of boards after their updates, and its mean over all boards that have ever handed one in.
 
-    `advance` takes an update, a tensor's name, what is remembered of the elements that the board holds, and how far
-    they moved, x − y. Elements that it lacks keep their values.
+    `advance` takes an update, a tensor's name, the index of the elements that the board holds, what is remembered of
+    them, and how far they moved, x − y. Elements that it lacks keep their values.
     """
-    shapes = {t.name: t.shape for t in scene.architecture.trainable}
     known, memories = {name for name in scene.memory if name.startswith(OWN)}, NewMemory()
     sums = {n: len(known) * v.astype(np.float64) for n, v in scene.memory.get(SHARED, {}).items()}
     for report in reports:
-        trained, name = report.trained, OWN + report.cut.turn.device
-        before = scene.memory.get(name, {})
-        own = {n: np.array(before.get(n, np.zeros(shape)), np.float64) for n, shape in shapes.items()}
+        trained, key = report.trained, OWN + report.cut.turn.device
+        own = memories[key] = {t.name: np.zeros(t.shape, np.float32) for t in scene.architecture.trainable}
+        for n, before in scene.memory.get(key, {}).items():
+            own[n] += before
+            sums[n] -= before
         for n, value in own.items():
             index, sent, y = mesh(trained.selection.maps(n)), report.sent.tensors[n], trained.tensors[n]
             # A tensor that no update carries is the server's own, while a codec may have changed what was sent.
             if not np.array_equal(y, scene.model[n][index]):
-                following = advance(report, n, value[index], sent.astype(np.float64) - y)
+                following = advance(report, n, index, value[index], sent.astype(np.float64) - y)
                 value[index] = np.where(trained.mask.get(n, True), following, value[index])
-            own[n] = value.astype(np.float32)
-            sums[n] = sums.get(n, 0) + own[n] - before.get(n, np.float32(0))
-        memories[name] = own
+            sums[n] = sums.get(n, 0) + value
     count = len(known | memories.keys())
-    return memories | {SHARED: {n: (v / count).astype(np.float32) for n, v in sums.items()}} if count else memories
+    return memories | {SHARED: {n: np.asarray(v / count, np.float32) for n, v in sums.items()}} if count else memories
