@@ -313,8 +313,10 @@ def test_only_the_model_of_the_last_offer_is_trained_on(at: At) -> None:
 
 
 def test_what_was_added_to_gradients_in_the_last_round_is_left_out(at: At) -> None:
+    before = at.store.slots.current()
     at.store.accept(replace(at.store.task.offer, drift=at.store.task.offer.weights))
     assert at.goes_by(DAY)
+    assert at.store.slots.current() != before
 
 
 def test_what_validation_samples_call_worse_does_not_serve(

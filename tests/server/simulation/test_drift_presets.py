@@ -232,7 +232,6 @@ def test_a_drift_travels_from_the_second_round_on_and_its_bytes_count(tmp_path: 
 
 @pytest.mark.parametrize("strategy", ["scaffold", "feddyn", "fedcm"])
 def test_what_no_update_carries_has_no_drift_and_stays(tmp_path: Path, model: Model, strategy: str) -> None:
-    """Though a codec changes what of it is sent."""
     job = job_of(strategy, {}, frozen=("inner.weight",), personal=("outer.bias",))
     simulation, _ = simulate(tmp_path, model, replace(job, compression_down="int8"))
     weights = final_weights(simulation)

@@ -179,10 +179,8 @@ def advanced_boards(
             sums[n] -= before
         for n, value in own.items():
             index, sent, y = mesh(trained.selection.maps(n)), report.sent.tensors[n], trained.tensors[n]
-            # A tensor that no update carries is the server's own, while a codec may have changed what was sent.
-            if not np.array_equal(y, scene.model[n][index]):
-                following = advance(report, n, index, value[index], sent.astype(np.float64) - y)
-                value[index] = np.where(trained.mask.get(n, True), following, value[index])
+            following = advance(report, n, index, value[index], sent.astype(np.float64) - y)
+            value[index] = np.where(trained.mask.get(n, True), following, value[index])
             sums[n] = sums.get(n, 0) + value
     count = len(known | memories.keys())
     return memories | {SHARED: {n: np.asarray(v / count, np.float32) for n, v in sums.items()}} if count else memories
