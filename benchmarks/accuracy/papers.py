@@ -149,7 +149,7 @@ def _links(scale: float) -> tuple[Board, ...]:
 def _weather(scale: float) -> dict[str, float]:
     return {
         "links_sigma": 0.3, "draws": 20, "server_sigma": 0.1,
-        "server_up_mb_s": 10 * scale, "server_down_mb_s": 50 * scale,
+        "server_up_mb_s": 10 * scale, "server_down_mb_s": 50 * scale, "server_cache": True,
     }  # fmt: skip
 
 

@@ -98,6 +98,19 @@ def test_a_drift_of_the_servers_gives_the_same_models(tmp_path: Path) -> None:
     assert all(task.offer and task.offer["drift"] for task in simulation.state.tasks.values())
 
 
+# At every push `test_increments.py` has what a board pulls, and `test_residual_split.py` what a simulation does.
+@pytest.mark.soak
+def test_boards_that_put_increments_together_give_the_same_models(tmp_path):
+    """With the residual split and without it, in processes and simulated."""
+    data, models = deal_digits([b.name for b in DEMO_BOARDS], seed=SEED), []
+    for split in (False, True):
+        options = {"densities": [0.6, 0.3, 0.1], "stage1": False, "synchronous": True, "split": split}
+        job = replace(plain_job(epochs=1), strategy="pr-fl", options=options)
+        record, _ = run_both(tmp_path / str(split), job, digits_model(), data)
+        models.append([r.model for r in record.rounds])
+    assert models[0] == models[1]
+
+
 # At every push `test_resumed_runs.py` has what a simulation judges, and `test_served_average.py` what a board serves.
 @pytest.mark.soak
 def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):

@@ -91,11 +91,13 @@ class Downloader:
         pull = self._pulls.get(sha256)
         if self.offer is None or self._web_fetch is not None or pull is None or pull.is_done:
             return
-        if pull.ref != self.offer.coded:
+        if pull.ref not in self.offer.encoded:
             raise ProtocolError(f"the server no longer has blob {sha256[:12]}")
-        del self._pulls[sha256]
-        weights = self._pulls[self.offer.weights.sha256] = self._new_pull(self.offer.weights)
-        self._uplink.request_chunks(self.offer.job, weights.start(now))
+        pulls, self._without_codec = self._pulls, True
+        self._prepare_pulls(self.offer)
+        started = {digest: pulls[digest] for digest in self._pulls if digest in pulls}
+        self._pulls |= started
+        self._request(lambda pull: [] if pull.ref.sha256 in started else pull.start(now))
 
     def turn(self, now: float) -> float | None:
         """Continue the download; returns the seconds that it took, once it is complete."""

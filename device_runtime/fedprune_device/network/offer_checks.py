@@ -48,8 +48,7 @@ def fits_disk(offer: Offer, store: DeviceStore) -> bool:
 
 def _needed_bytes(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
     """Bytes on the disk that an offer needs in addition to what has arrived."""
-    blobs = offer.blobs() if offer.coded is None else (*offer.blobs(), offer.coded)
-    missing = [r for r in blobs if not store.blobs.has(r.sha256)]
+    missing = [r for r in (*offer.blobs(), *offer.encoded) if not store.blobs.has(r.sha256)]
     # With a codec, three copies more: the serving weights, which the update's file no longer holds, and the remainder
     # of encoding before and after the round.
     codec_copies = 0 if offer.codec is None else 3

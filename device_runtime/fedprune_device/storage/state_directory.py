@@ -218,7 +218,7 @@ class DeviceStore(Closeable):
             if not task.done:
                 needed.update(r.sha256 for r in offer.blobs())
                 needed.update({offer.held} if offer.held else ())
-                needed.update({offer.coded.sha256} if offer.coded else ())
+                needed.update(r.sha256 for r in offer.encoded)
         if self.pending is not None:
             needed.add(self.pending.weights.sha256)
         with storage_errors(f"can't read {self.blobs.root}"):

@@ -12,7 +12,7 @@ from fedprune.model.element_mask import mask_from_bits, unpack_active
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ALL_ACTIVE, ElementMask, Tensors
-from fedprune.updates import Codec, weights
+from fedprune.updates import Codec, increments, weights
 from fedprune.updates.relocation import relocate
 from fedprune.wire.messages import Offer
 
@@ -66,20 +66,30 @@ def unpack_drift(file: bytes | None, recipe: Recipe, mask: ElementMask, trained:
     return drift
 
 
-def decode_weights(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:
-    """The weights file of an offer, decoded; None if the digest is another, so that it must be downloaded as it is."""
+def decode_weights(offer: Offer, read: Callable[[str], bytes]) -> tuple[bytes, ...]:
+    """The files of an offer's weights and mask that its encoded blobs make, the weights last; none if a digest is
+    another, so that they must be downloaded as they are."""
+    refs = (offer.weights,) if offer.coded is not None or offer.mask is None else (offer.mask, offer.weights)
+    try:
+        files = _decoded_files(offer, read)
+    except (BundleError, ConfigError, ProtocolError):
+        return ()
+    return files if [tensorfile.sha256_hex(file) for file in files] == [ref.sha256 for ref in refs] else ()
+
+
+def _decoded_files(offer: Offer, read: Callable[[str], bytes]) -> tuple[bytes, ...]:
     if offer.coded is None:
-        return None
+        most_elements = max(2 * offer.weights.size, 8 * (offer.mask.size if offer.mask else 0))
+        most_bytes = 2 * offer.weights.size + most_elements // 8 + 2**16
+        raw_increments = (read(ref.sha256) for ref in offer.increments)
+        weights_file, mask_file = increments.decode(raw_increments, most_bytes, most_elements)
+        return (mask_file, weights_file) if mask_file else (weights_file,)
     raw = read(offer.coded.sha256)
     base = None if offer.held is None else read(offer.held)
-    try:
-        codec = Codec.parse(offer.weights_codec, "offer: weights_codec")
-        if codec is None:
-            return None
-        base_weights = None if base is None else tensorfile.decode(base)
-        if base_weights is not None and offer.moved is not None:
-            base_weights = relocate(base_weights, read(offer.moved.sha256), 2 * offer.weights.size + 2**20)
-        file = tensorfile.encode(weights.decode(codec, raw, base_weights, offer.weights.size))
-    except (BundleError, ConfigError, ProtocolError):
-        return None
-    return file if tensorfile.sha256_hex(file) == offer.weights.sha256 else None
+    codec = Codec.parse(offer.weights_codec, "offer: weights_codec")
+    if codec is None:
+        return ()
+    base_weights = None if base is None else tensorfile.decode(base)
+    if base_weights is not None and offer.moved is not None:
+        base_weights = relocate(base_weights, read(offer.moved.sha256), 2 * offer.weights.size + 2**20)
+    return (tensorfile.encode(weights.decode(codec, raw, base_weights, offer.weights.size)),)

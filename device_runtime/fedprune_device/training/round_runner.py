@@ -344,13 +344,14 @@ class RoundRunner:
 
     def _load_weights(self, offer: Offer) -> bytes:
         """The received weights, decoded if they were sent encoded."""
-        if offer.coded is not None and not self._blobs.has(offer.weights.sha256):
-            raw = decode_weights(offer, self._read_digest)
-            if raw is None:
+        if offer.encoded and not self._blobs.has(offer.weights.sha256):
+            files = decode_weights(offer, self._read_digest)
+            if not files:
                 damaged = DamagedBlobError("the weights that were decoded are not those that were offered")
-                damaged.sha256 = offer.coded.sha256
+                damaged.sha256 = offer.encoded[0].sha256
                 raise damaged
-            self._blobs.put(raw)
+            for file in files:
+                self._blobs.put(file)
         return self._read_blob(offer.weights)
 
     def _received_candidate(self, offer: Offer, changed: bytes | None) -> Predictor:

@@ -5,8 +5,9 @@ Devices that would get the same submodel, recipe and graphs share one offer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
@@ -14,11 +15,14 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
+from fedprune.model.element_mask import gather_mask
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection
+from fedprune.model.selection import ALL_ACTIVE, Selection
 from fedprune.strategies import Strategy
+from fedprune.strategies.element_masks import global_mask
 from fedprune.strategies.importance.element_ranking import magnitudes, mask_threshold
 from fedprune.strategies.values import Cut, Submodel
+from fedprune.updates import increments
 from fedprune_server.executor.offer_blobs import OfferBlobs
 from fedprune_server.executor.offer_entries import blobs_of_offer, offer_graphs
 from fedprune_server.executor.round_closer import RoundCloser
@@ -39,6 +43,8 @@ class OfferMaker:
         self._seed, self._architecture, self._strategy, self._store = job.seed, architecture, strategy, store
         self._updates, self._blobs, self._closer, self._unit = updates, blobs, closer, unit
         self._shared_offers: dict[Hashable, dict[Hashable, dict[str, Any]]] = {}
+        # Of the latest basis, by the densities from which and to which they go.
+        self._increments: tuple[Hashable, dict[tuple[float, float], dict[str, Any]]] = None, {}
 
     def note(self, command: do.Extract, event: on.Extracted) -> None:
         """Note a new offer, perhaps of a helper: its graphs, and that other devices may get the same offer."""
@@ -59,7 +65,7 @@ class OfferMaker:
         # Density tells submodels of equal widths apart only with element masks.
         density = command.part.density if command.basis.order is not None else 1.0
         submodel_key = command.part.widths, density
-        return _basis_key(command), submodel_key, command.coding, self._recipe(command), unit
+        return _basis_key(command), submodel_key, command.coding, self._recipe(command), unit, command.levels
 
     def _recipe(self, command: do.Extract) -> Recipe:
         recipe = self._updates.recipe(self._updates.turn(command.basis, command.part))
@@ -84,6 +90,7 @@ class OfferMaker:
         previous_selection = None
         if held_submodel is not None and self._store.has(held_submodel.ranking):
             previous_selection = self._updates.archive.selection(held_submodel.ranking, held_submodel.widths)
+        body = self._blobs.body(submodel, recipe, command.unit or self._unit, command.coding, previous_selection)
         return {
             **self._closer.offer_fields(command.basis, command.part, submodel.selection),
             "seed": self._seed,
@@ -92,8 +99,36 @@ class OfferMaker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self._architecture.classes,
-            **self._blobs.body(submodel, recipe, command.unit or self._unit, command.coding, previous_selection),
+            **body,
+            **self._increment_fields(command, cut, submodel, recipe, body),
         }
+
+    def _increment_fields(
+        self, command: do.Extract, cut: Cut, submodel: Submodel, recipe: Recipe, body: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The increments of a submodel at full width; none where they would be more bytes than a plan counts, or where
+        frozen tensors, which boards keep from round to round, would travel again."""
+        may_split = command.levels and cut.order and cut.turn.widths == self._architecture.sizes
+        if not may_split or "coded" in body or self._blobs.withheld_names(recipe):
+            return {}
+        densities = [*(d for d in command.levels if d < cut.turn.density), cut.turn.density]
+        cuts = [replace(cut, turn=replace(cut.turn, density=density)) for density in densities]
+        masks = [gather_mask(global_mask(smaller_cut), submodel.selection) for smaller_cut in cuts]
+        # In a tiny model a smaller density may keep all elements, too; and a whole model alone has no increments.
+        if not all(masks[:-1]) or masks == [ALL_ACTIVE]:
+            return {}
+        basis, refs = _basis_key(command), []
+        if self._increments[0] != basis:
+            self._increments = basis, {}
+        for smaller, larger in pairwise((None, *range(len(masks)))):
+            key = 0.0 if smaller is None else densities[smaller], densities[larger]
+            ref = self._increments[1].get(key)
+            if ref is None or not self._store.has(ref["sha256"]):
+                raw = increments.encode(submodel.tensors, None if smaller is None else masks[smaller], masks[larger])
+                ref = self._increments[1][key] = self._store.put(raw).to_dict()
+            refs.append(ref)
+        most_bytes = body["weights"]["size"] + sum(v.size for v in (cut.order or {}).values()) // 8
+        return {"increments": refs} if sum(ref["size"] for ref in refs) <= most_bytes else {}
 
     def _ranking(self, basis: do.Basis, cut: Cut, selection: Selection) -> str:
         """The ranking whose first channels a submodel has: the round's, or a ranking of its own.

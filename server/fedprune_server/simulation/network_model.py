@@ -87,6 +87,9 @@ class Weather:
     )
     server_down_mb_s: float = setting(0.0, "MB/s that it can receive; 0 for no limit.", within=(0, 1e6))
     server_sigma: float = setting(0.0, "σ of the factor on both in a round.", within=(0, 3))
+    server_cache: bool = setting(
+        False, "Whether devices download through a cache, to which the server sends each file of a round once."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, ("weather",))
@@ -101,17 +104,14 @@ class Weather:
         constant_factor = self._constant_factor(seed, device, "compute", self.compute_spread)
         return constant_factor * self._round_factor(self.compute_sigma, seed, number, device, "compute")
 
-    def transfer_times(
-        self, seed: int, number: int, device: str, link: LinkFigures, direction: str, size: int, now: float, free: float
-    ) -> tuple[float, float]:
-        """Transfer bytes between the server and a device in a round; arguments and results as `transfer_end`."""
+    def rates(self, seed: int, number: int, device: str, link: LinkFigures, direction: str) -> tuple[float, float]:
+        """Capacities of a device's link and of the server's in a round, in bytes/s."""
         speed = link.down_bytes_s if direction == "down" else link.up_bytes_s
         rate = speed * self.link_factor(seed, number, device, direction)
         # Seen from the server, devices' downloads go up.
         limit = MEGABYTE * (self.server_up_mb_s if direction == "down" else self.server_down_mb_s) or math.inf
         limit *= self._round_factor(self.server_sigma, seed, number, "server", direction)
-        arrived, free = transfer_end(now, free, size, rate, limit)
-        return arrived + link.delay_s, free
+        return rate, limit
 
     def _round_factor(self, sigma: float, seed: int, number: int, name: str, quantity: str) -> float:
         if not sigma:
@@ -140,6 +140,24 @@ def transfer_end(now: float, free: float, size: int, rate: float, limit: float) 
     return starts_at + size / min(rate, limit), starts_at + size / limit
 
 
+def cached_transfer_end(
+    now: float, free: float, sizes: Mapping[str, int], rate: float, limit: float, cached: dict[str, float]
+) -> tuple[float, float]:
+    """Send a device files, one after the other, through a cache (PR-FL's simulation); otherwise as `transfer_end`.
+
+    Args:
+        sizes: Bytes of each file.
+        cached: When the cache had the last byte of each file that it has; new ones are added.
+    """
+    arrives_at = now
+    for name, size in sizes.items():
+        if name not in cached:
+            free = cached[name] = max(now, free) + size / limit
+        # The cache passes on what it has got so far.
+        arrives_at = max(max(arrives_at, cached[name] - size / limit) + size / rate, cached[name])
+    return arrives_at, free
+
+
 # Down and up, in MB/s, of the ten clients of PR-FL's simulation (arXiv:2403.15439, public code).
 PR_FL_LINKS = (
     (20.0, 5.0), (18.0, 4.0), (12.0, 3.0), (10.0, 2.5), (6.0, 1.5),
@@ -147,7 +165,9 @@ PR_FL_LINKS = (
 )  # fmt: skip
 
 # Variation of the same simulation's devices and server.
-PR_FL_WEATHER = Weather(links_sigma=0.3, draws=20, server_up_mb_s=10.0, server_down_mb_s=50.0, server_sigma=0.1)
+PR_FL_WEATHER = Weather(
+    links_sigma=0.3, draws=20, server_up_mb_s=10.0, server_down_mb_s=50.0, server_sigma=0.1, server_cache=True
+)
 
 
 # Environments of published simulations.

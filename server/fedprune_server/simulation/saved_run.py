@@ -28,7 +28,7 @@ from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.state import SimulationState, TrainingEnd, WindowEnd
 
-FORMAT = "fedprune.simulation/10"
+FORMAT = "fedprune.simulation/11"
 CONFIG_FILE = "config.json"
 STATE_FILE = "simulation.json"
 ROUNDS_FILE = "rounds.jsonl"
@@ -44,7 +44,7 @@ _ITEM_TYPES: dict[str, type[Any]] = {
 
 # Attributes that are saved as they are.
 _PLAIN_ATTRIBUTES = (
-    "clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free",
+    "clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free", "cached",
     "refusal", "macs",
 )  # fmt: skip
 

@@ -58,6 +58,7 @@ class SimulationState:
         bounds: Maximum bytes of that update in the offered codec.
         boards: Digest of each board's state between rounds.
         free: Times at which the server's link is free: `DOWN` for sending to devices, `UP` for receiving.
+        cached: When the cache between server and devices had each of the present round's files (`server_cache`).
         now: Notes of the current round.
         rounds: Notes of finished rounds, by number.
         refusal: Reason of the last refused offer.
@@ -76,6 +77,7 @@ class SimulationState:
     bounds: dict[str, int] = field(default_factory=dict)
     boards: dict[str, str] = field(default_factory=dict)
     free: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    cached: dict[str, float] = field(default_factory=dict)
     down: int = 0
     up: int = 0
     macs: int = 0
@@ -139,7 +141,7 @@ class SimulationState:
     def finish_round(self, number: int) -> None:
         self.now.down, self.now.up = self.down, self.up
         self.rounds[number] = self.now
-        self.now = RoundNotes()
+        self.now, self.cached = RoundNotes(), {}
 
     def references(self) -> set[str]:
         """All strings of queued items, any of which may be the digest of a blob."""

@@ -9,7 +9,7 @@ from fedprune.blobs.blob_ref import BlobRef, leaf_digests
 from fedprune.blobs.blob_store import BlobStore
 from fedprune_server.executor.offer_entries import UPDATE_BOUND, UPDATE_SIZE, update_misfit
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.network_model import Weather
+from fedprune_server.simulation.network_model import Weather, cached_transfer_end, transfer_end
 from fedprune_server.simulation.state import DOWN, UP, SimulationState
 
 # Leaf tables in memory: devices have the weights of this round or the one before, of a few widths.
@@ -29,6 +29,10 @@ def download_sizes(offer: Mapping[str, Any], held_digests: Collection[str]) -> d
     if encoded and offer.get("held", encoded["sha256"]) in (*held_digests, encoded["sha256"]):
         # Encoded weights need the board's old ones; a board without them fetches the plain file.
         sizes[weights] = int(encoded["size"])
+    elif offer.get("increments") and weights not in held_digests:
+        replaced = {weights, *([offer["mask"]["sha256"]] if offer.get("mask") else [])}
+        sizes = {sha256: size for sha256, size in sizes.items() if sha256 not in replaced}
+        sizes |= {r["sha256"]: int(r["size"]) for r in offer["increments"]}
     return sizes
 
 
@@ -55,10 +59,10 @@ class Transfers:
         if reused_bytes := self._reused_bytes(name, weights, downloads, held_digests):
             # Boards fetch leaves of 32 KiB, and copy those that they have.
             missing[weights.sha256] -= reused_bytes
-        run.held[name] = list(downloads)
-        size = sum(missing.values())
-        run.down += size
-        return self._transfer(device, number, DOWN, size)
+        # A board keeps the files that increments make.
+        run.held[name] = list(download_sizes({k: v for k, v in offer.items() if k != "increments"}, held_digests))
+        run.down += sum(missing.values())
+        return self._transfer(device, number, DOWN, missing)
 
     def misfit(self, device: str, ref: BlobRef) -> str:
         """Why an announced update can't be the one that the device was asked for; empty if it can."""
@@ -68,16 +72,17 @@ class Transfers:
     def upload(self, device: VirtualDevice, number: int, ref: BlobRef) -> float:
         """Receive a device's update of a round; returns when the last byte arrives."""
         self._run.up += ref.size
-        return self._transfer(device, number, UP, ref.size)
+        return self._transfer(device, number, UP, {ref.sha256: ref.size})
 
-    def _transfer(self, device: VirtualDevice, number: int, direction: int, size: int) -> float:
-        run = self._run
+    def _transfer(self, device: VirtualDevice, number: int, direction: int, sizes: Mapping[str, int]) -> float:
+        run, size, link, weather = self._run, sum(sizes.values()), device.profile.link, self._weather
         run.device_costs(device.name)[direction] += size
-        arrives_at, run.free[direction] = self._weather.transfer_times(
-            self._seed, number, device.name, device.profile.link, "down" if direction == DOWN else "up", size,
-            run.clock, run.free[direction],
-        )  # fmt: skip
-        return arrives_at
+        rate, limit = weather.rates(self._seed, number, device.name, link, "down" if direction == DOWN else "up")
+        if direction == DOWN and weather.server_cache:
+            arrives_at, run.free[DOWN] = cached_transfer_end(run.clock, run.free[DOWN], sizes, rate, limit, run.cached)
+        else:
+            arrives_at, run.free[direction] = transfer_end(run.clock, run.free[direction], size, rate, limit)
+        return arrives_at + link.delay_s
 
     def _reused_bytes(
         self, name: str, weights: BlobRef, downloads: Mapping[str, int], held_digests: Sequence[str]

@@ -116,6 +116,24 @@ def test_what_could_be_decoded_and_is_gone_is_done_without(
     assert store.has(source.weights.sha256)
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+def test_increments_of_which_one_is_gone_are_done_without(
+    downloader: Downloader, source: Source, store: BlobStore, gone: int
+) -> None:
+    mask, *increments = (source.store.put(name * LEAF_BYTES) for name in (b"m", b"1", b"2"))
+    offer = structs.replace(source.offer(), coded=None, mask=mask, increments=tuple(increments))
+    downloader.begin(offer, 0.0)
+    assert {r.sha256 for r in source.new} == digests(source.graph, *increments)
+    source.new = [request for request in source.new if request.sha256 != increments[gone].sha256]
+    for _ in range(2):
+        downloader.on_blob_not_found(increments[gone].sha256, 0.0)
+    asked = [request.sha256 for request in source.new if request.sha256 == source.graph.sha256]
+    assert len(asked) == 1, "what is on its way is not requested again"
+    source.feed(downloader)
+    assert store.has(source.weights.sha256)
+    assert store.has(mask.sha256)
+
+
 def test_weights_or_a_graph_that_are_gone_end_it(downloader: Downloader, source: Source) -> None:
     downloader.begin(source.offer(), 0.0, without_codec=True)
     downloader.on_blob_not_found("0" * 64, 1.0)  # somebody else's

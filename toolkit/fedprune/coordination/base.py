@@ -218,7 +218,7 @@ class Coordinator(ABC):
             task.offered_at = None  # on the clock of the shell that has ended
             task.deadline = None if task.deadline is None else now + self.job.deadline_s
             if task.progress is Progress.EXTRACTING:
-                commands.append(self.part_commands.extract_command(name, task))
+                commands += self.part_commands.extract_commands([name])
             elif task.progress is Progress.PULLING and task.update is not None:
                 # The announcement will be repeated, too; pulling is resumed from what is on disk.
                 commands.append(do.PullUpdate(name, self.state.round_of(task), task.attempt, task.update))

@@ -116,6 +116,7 @@ class Extract:
     Attributes:
         accumulate: Micro-batches in which the device works through a batch, unless the recipe asks for more.
         unit: What the device has measured that it trains on: `cpu` or `cuda`; empty where it hasn't measured.
+        levels: Densities at which submodels of the same basis are split into increments (`Strategy.levels`).
     """
 
     basis: Basis
@@ -123,6 +124,7 @@ class Extract:
     coding: Coding = Coding()
     accumulate: int = 1
     unit: str = ""
+    levels: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

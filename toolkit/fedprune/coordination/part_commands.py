@@ -23,17 +23,19 @@ class PartCommands:
         state = self._state
         return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
 
-    def extract_command(self, name: str, task: DeviceTask) -> do.Extract:
-        """Have a device's submodel cut, and encoded as the device can decode it."""
+    def extract_commands(self, names: Iterable[str]) -> list[do.Command]:
+        """Have the submodels of these devices cut, and encoded as the devices can decode them."""
+        devices = self._state.devices.values()
+        levels = self._strategy.levels(d.density for d in devices if d.widths and not d.excluded)
+        return [self._extract_command(name, self._state.tasks[name], levels) for name in names]
+
+    def _extract_command(self, name: str, task: DeviceTask, levels: tuple[float, ...]) -> do.Extract:
         device = self._state.devices[name]
         received = convert(device.held, do.ReceivedWeights | None)
         coding = do.Coding(*self._strategy.codecs(self._job, device.profile.get("name"), device.codecs), received)
         part = _device_part(name, task)
-        return do.Extract(self.basis_of(task), part, coding, task.accumulate, (device.probe or {}).get("unit", ""))
-
-    def extract_commands(self, names: Iterable[str]) -> list[do.Command]:
-        """The same for these devices."""
-        return [self.extract_command(name, self._state.tasks[name]) for name in names]
+        unit = (device.probe or {}).get("unit", "")
+        return do.Extract(self.basis_of(task), part, coding, task.accumulate, unit, levels)
 
     def basis_of(self, task: DeviceTask) -> do.Basis:
         """What a part was cut from: in an asynchronous job an earlier round's, which the part itself remembers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedprune.model.element_mask import apply_mask, gather_mask
@@ -10,6 +11,9 @@ from fedprune.strategies.importance.element_ranking import top_mask
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Submodel
 
+# Each increment costs up to a bit for each element that is still missing.
+_MAX_LEVELS = 16
+
 
 @dataclass(frozen=True)
 class MaskedElements(Strategy):
@@ -17,7 +21,18 @@ class MaskedElements(Strategy):
 
     The turn's density is the active share, if the device has all channels. The masks of a round lie inside each other
     (PR-FL, Sec. "Stage 1"; `docs/strategies/pr-fl.md`). Where the ranking has no order of elements, none is masked.
+
+    Attributes:
+        splits: Whether submodels travel as increments, each from one density of the fleet to the next.
     """
+
+    splits: bool = False
+
+    def levels(self, densities: Iterable[float]) -> tuple[float, ...]:
+        distinct = sorted(set(densities)) if self.splits else []
+        if len(distinct) > _MAX_LEVELS:  # a board between two of them gets its last increment for itself
+            distinct = [distinct[i * (len(distinct) - 1) // (_MAX_LEVELS - 1)] for i in range(_MAX_LEVELS)]
+        return tuple(distinct) if len(distinct) > 1 else ()
 
     @property
     def is_device_independent(self) -> bool:

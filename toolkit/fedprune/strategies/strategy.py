@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -111,6 +111,11 @@ class Strategy:
         override takes channels that are not the first ones of `cut.selection`, the offer carries a ranking of its own,
         and `UpdateReport.trained` has its channels in that order."""
         return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
+
+    def levels(self, densities: Iterable[float]) -> tuple[float, ...]:
+        """The densities, ascending, at which a round's nested submodels are split into increments that boards share;
+        `densities` are the fleet's. None where each board downloads a submodel of its own."""
+        return ()
 
     def reconstruct(self, report: UpdateReport) -> Submodel:
         """The part of a trained submodel that enters the sums, in global coordinates."""

@@ -127,12 +127,12 @@ def is_packed(raw: bytes | memoryview) -> bool:
     return bytes(raw[:4]) == _MAGIC
 
 
-def pack_tensors(tensors: Mapping[str, Array]) -> bytes:
-    """Tensors in an envelope, smaller where zlib can make them so. Raises `BundleError` if a tensor's type has no
-    safetensors code."""
+def pack_tensors(tensors: Mapping[str, Array], strategy: int = zlib.Z_FILTERED) -> bytes:
+    """Tensors in an envelope, smaller where zlib can make them so, by one of its strategies. Raises `BundleError` if a
+    tensor's type has no safetensors code."""
     # Filtered: numbers repeat themselves only by chance, so that Huffman codes gain more than searching for
     # repetitions.
-    compressor = zlib.compressobj(_ZLIB_LEVEL, strategy=zlib.Z_FILTERED)
+    compressor = zlib.compressobj(_ZLIB_LEVEL, strategy=strategy)
     header = tensorfile.header_for_tensors(tensors)
     chunks, size = [compressor.compress(header)], len(header)
     for value in tensors.values():

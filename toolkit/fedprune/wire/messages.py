@@ -37,6 +37,7 @@ from fedprune.wire.fields import (
 from fedprune.wire.urls import BlobUrl, UploadUrl
 
 _MAX_PRECISIONS = 8
+_MAX_INCREMENTS = 64
 
 
 class Offer(CheckedMessage, frozen=True, tag="offer"):
@@ -82,6 +83,9 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
     these bytes in place of `weights`."""
     held: Digest | None = None
     """sha256 of the blob that `coded` is the difference to; None for the difference to 0."""
+    increments: Annotated[tuple[BlobRef, ...], item_count(_MAX_INCREMENTS)] = ()
+    """The blobs that make `weights` and `mask` (`fedprune.updates.increments`), which other boards' offers name, too: a
+    board may pull them in place of both. Empty where there are none."""
     moved: BlobRef | None = None
     """Where the channels are that a device was sent last (`fedprune.updates.relocation`); None where they are as they
     were, or where that is unknown."""
@@ -116,14 +120,20 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
         optional_blobs = [blob for blob in (self.mask, self.drift, self.moved) if blob is not None]
         return (*self.graphs, self.weights, *optional_blobs)
 
+    @property
+    def encoded(self) -> tuple[BlobRef, ...]:
+        """The blobs that may be pulled in place of others."""
+        return self.increments if self.coded is None else (self.coded,)
+
     def blobs_to_pull(self, has: Callable[[str], bool]) -> tuple[BlobRef, ...]:
         """The blobs to pull, with the encoded weights in place of plain ones if these are missing and can be decoded.
 
         `has` tells whether a blob of a digest is here.
         """
-        if self.coded is None or has(self.weights.sha256) or not (self.held is None or has(self.held)):
+        if not self.encoded or has(self.weights.sha256) or not (self.held is None or has(self.held)):
             return self.blobs()
-        return tuple(self.coded if r == self.weights else r for r in self.blobs())
+        replaced = (self.weights,) if self.coded is not None else (self.weights, self.mask)
+        return (*(r for r in self.blobs() if r not in replaced), *self.encoded)
 
 
 # Leaves or pieces of one `BlobRequest`: 32 MiB, far more than a window.

@@ -66,6 +66,7 @@ class PrFlOptions:
     window_s: float = bounded(1.0, 1e-3, 1e8)
     least: int = 2
     keep: bool = True
+    split: bool = True
     a: float = bounded(0.6, 0, 1e6)
     synchronous: bool = False
     evaluate_every: int = 1
@@ -227,7 +228,14 @@ def pr_fl(job: Job) -> Strategy:
     reporting = math.ceil(options.reported * options.interval - 1e-9)
     # Channels are ranked every I rounds by the asynchronous schedule, and in every round by rounds in step.
     strategy = (
-        PrFl(job.strategy, inputs="measurements", importance=importance, reporting_rounds=reporting, uses_masks=True)
+        PrFl(
+            job.strategy,
+            inputs="measurements",
+            importance=importance,
+            reporting_rounds=reporting,
+            uses_masks=True,
+            splits=options.split,
+        )
         if elements
         else RankedChannels(job.strategy, inputs="measurements", scorer="magnitude")
     )
