@@ -72,8 +72,8 @@ def test_each_of_many_densities_is_made_of_few_increments(tmp_path: Path) -> Non
     for offer in offers.values():
         made = increments.decode((read(ref["sha256"]) for ref in offer["increments"]), 10**6, 10**6)
         assert [tensorfile.sha256_hex(file) for file in made if file] == [ref["sha256"] for ref in whole(offer)]
-    assert max(len(offer["increments"]) for offer in offers.values()) == 16
-    # Four boards are between two levels, and share all but their last increments.
+    assert max(len(offer["increments"]) for offer in offers.values()) == 12
+    # Eight boards are between two levels, and share all but their last increments.
     assert len({digest for offer in offers.values() for digest in downloads(offer)}) == 20
 
 

@@ -200,7 +200,7 @@ def test_tables_of_the_simulator_s_own_are_read(write):
         "[simulation]\ncheckpoints = 5\nworkers = 2\ncuda = true\n"
     )
     plan = read_fleet_plan(write(text))
-    weather = Weather(0.1, draws=20, server_up_mb_s=3.0, server_down_mb_s=50.0, server_sigma=0.1)
+    weather = Weather(0.1, draws=20, server_up_mb_s=3.0, server_down_mb_s=50.0, server_sigma=0.1, server_cache=True)
     assert plan.weather == weather
     assert plan.availability == Availability(100, 0.5, 0.7)
     assert (plan.checkpoints, plan.workers, plan.cuda) == (5, 2, True)

@@ -12,7 +12,7 @@ from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Submodel
 
 # Each increment costs up to a bit for each element that is still missing.
-_MAX_LEVELS = 16
+_MAX_LEVELS = 12
 
 
 @dataclass(frozen=True)
