@@ -112,21 +112,20 @@ class OfferMaker:
         if not may_split or "coded" in body or self._blobs.withheld_names(recipe):
             return {}
         densities = [*(d for d in command.levels if d < cut.turn.density), cut.turn.density]
-        cuts = [replace(cut, turn=replace(cut.turn, density=density)) for density in densities]
-        masks = [gather_mask(global_mask(smaller_cut), submodel.selection) for smaller_cut in cuts]
-        # In a tiny model a smaller density may keep all elements, too; and a whole model alone has no increments.
-        if not all(masks[:-1]) or masks == [ALL_ACTIVE]:
-            return {}
-        basis, refs = _basis_key(command), []
-        if self._increments[0] != basis:
-            self._increments = basis, {}
-        for smaller, larger in pairwise((None, *range(len(masks)))):
-            key = 0.0 if smaller is None else densities[smaller], densities[larger]
-            ref = self._increments[1].get(key)
-            if ref is None or not self._store.has(ref["sha256"]):
-                raw = increments.encode(submodel.tensors, None if smaller is None else masks[smaller], masks[larger])
-                ref = self._increments[1][key] = self._store.put(raw).to_dict()
-            refs.append(ref)
+        if self._increments[0] != _basis_key(command):
+            self._increments = _basis_key(command), {}
+        steps, made = list(pairwise((0.0, *densities))), self._increments[1]
+        missing = {step for step in steps if step not in made or not self._store.has(made[step]["sha256"])}
+        if missing:
+            cuts = [replace(cut, turn=replace(cut.turn, density=density)) for density in densities]
+            masks = [gather_mask(global_mask(smaller_cut), submodel.selection) for smaller_cut in cuts]
+            # In a tiny model a smaller density may keep all elements, too; and a whole model alone has no increments.
+            if not all(masks[:-1]) or masks == [ALL_ACTIVE]:
+                return {}
+            for step, smaller, mask in zip(steps, (None, *masks), masks, strict=False):
+                if step in missing:
+                    made[step] = self._store.put(increments.encode(submodel.tensors, smaller, mask)).to_dict()
+        refs = [made[step] for step in steps]
         most_bytes = body["weights"]["size"] + sum(v.size for v in (cut.order or {}).values()) // 8
         return {"increments": refs} if sum(ref["size"] for ref in refs) <= most_bytes else {}
 

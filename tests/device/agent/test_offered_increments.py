@@ -43,6 +43,7 @@ def run_round(bench: Bench, offer: Offer) -> tuple[set[str], set[str]]:
     assert not bench.server.of(Refusal)
     assert bench.server.updates[1].base == offer.weights.sha256
     pulled = {m.sha256 for m in bench.server.of(BlobRequest)}
+    assert offer.mask is not None
     return pulled & {r.sha256 for r in offer.increments}, pulled & {offer.weights.sha256, offer.mask.sha256}
 
 
