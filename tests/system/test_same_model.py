@@ -98,7 +98,7 @@ def test_a_drift_of_the_servers_gives_the_same_models(tmp_path: Path) -> None:
     assert all(task.offer and task.offer["drift"] for task in simulation.state.tasks.values())
 
 
-# At every push `test_offered_increments.py` has what a board pulls, and `test_residual_split.py` what a simulation does.
+# At every push `test_offered_increments.py` has what a board pulls, `test_residual_split.py` what is simulated.
 @pytest.mark.soak
 def test_boards_that_put_increments_together_give_the_same_models(tmp_path):
     """With the residual split and without it, in processes and simulated."""
