@@ -140,11 +140,7 @@ def test_the_asyncapi_document_has_every_topic_and_every_message() -> None:
     body = asyncapi.document()
     topics = Topics("lab")
     ours = [
-        *(
-            topics.up("pi", "job"),
-            topics.up_blob("pi", "job"),
-            topics.down("pi", "job"),
-        ),
+        *(topics.up("pi", "job"), topics.up_blob("pi", "job"), topics.down("pi", "job")),
         *(topics.down_blob("pi", "job"), topics.broadcast()),
         *(topics.join_request("ab" * 16), topics.join_answer("ab" * 16), topics.servers()),
     ]

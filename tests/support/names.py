@@ -57,10 +57,7 @@ PRODUCT = Limits(1, 2.5, shared_names=60, min_comments_per_1000=25)
 TESTS = Limits(2, 5)
 
 # Each tree with its folders.
-TREES = (
-    ("the product", ("toolkit", "export", "device_runtime", "server"), PRODUCT),
-    ("the tests", ("tests",), TESTS),
-)
+TREES = (("the product", ("toolkit", "export", "device_runtime", "server"), PRODUCT), ("the tests", ("tests",), TESTS))
 
 
 @dataclass

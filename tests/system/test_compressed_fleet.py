@@ -33,8 +33,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("setting", "down"),
-    [("top-k:0.1", "int4"), pytest.param("int8", "int8", marks=pytest.mark.soak)],
+    ("setting", "down"), [("top-k:0.1", "int4"), pytest.param("int8", "int8", marks=pytest.mark.soak)]
 )
 def test_a_fleet_trains_with_what_travels_in_a_codec(material: Path, tmp_path: Path, setting: str, down: str) -> None:
     with Site(material, tmp_path, CONFIG.format(setting, down), DEVICES, 120, mosquitto=True) as site:

@@ -211,11 +211,7 @@ def test_without_an_identity_nothing_leaves_this_machine(
 
 # At every push `tests/server/messaging/test_authentication.py` has boards in memory join again.
 @pytest.mark.soak
-@pytest.mark.parametrize(
-    "site",
-    ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)],
-    indirect=True,
-)
+@pytest.mark.parametrize("site", ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)], indirect=True)
 def test_a_fleet_joins_again_after_the_keys_of_its_server_were_replaced(site: Site) -> None:
     """As docs/runbook.md says for a server whose keys were stolen; the job goes on where it was."""
     config = site.folder / "fleet.toml"

@@ -172,11 +172,7 @@ def numbers(data: Digits) -> Digits:
     ids=["squares", "recipe", "torch", "own"],
 )
 def test_frozen_tensors_and_numbers_give_the_same_models(
-    tmp_path: Path,
-    make: Callable[[], bytes],
-    recipe: dict[str, Any],
-    of: Callable[[Digits], Digits],
-    still: set[str],
+    tmp_path: Path, make: Callable[[], bytes], recipe: dict[str, Any], of: Callable[[Digits], Digits], still: set[str]
 ) -> None:
     raw = make()
     job = replace(plain_job(epochs=1, **recipe), scorer="ordered", rule="fill", server_momentum=0.7)

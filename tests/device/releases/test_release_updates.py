@@ -30,12 +30,7 @@ from fedprune_device.launcher.launcher import run_service
 from fedprune_device.launcher.state import STABLE
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.releases.installer import ReleaseInstaller, ReleaseSource
-from fedprune_device.releases.release_agent import (
-    NO_IDENTITY,
-    NO_LAUNCHER,
-    ReleaseAgent,
-    board_installer,
-)
+from fedprune_device.releases.release_agent import NO_IDENTITY, NO_LAUNCHER, ReleaseAgent, board_installer
 from support.fakes.release_site import SHARED, Board, ReleaseServer
 from support.fakes.runtime_releases import make_release, make_wheel, set_up
 from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power

@@ -267,10 +267,7 @@ def test_what_is_no_board_or_no_release_is_said_so(board: ReleaseInstaller, tmp_
         board.arm()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../out.py", "/etc/out.py", "a\\b.py", "a/__pycache__/b.pyc"],
-)
+@pytest.mark.parametrize("name", ["../out.py", "/etc/out.py", "a\\b.py", "a/__pycache__/b.pyc"])
 def test_a_name_that_leads_out_of_the_slot_is_refused(tmp_path: Path, name: str) -> None:
     for prefix in ("", "app-1.data/platlib/"):
         with pytest.raises(ReleaseError, match="plain file"):

@@ -415,11 +415,7 @@ for _largest in (0, 1):
 
 row(
     "numbers made of TopK's indices",
-    [
-        pieces("TopK", ["v", "places"], "x", "k", axis=1),
-        node("Cast", "places", out="p", to=1),
-        node("Mul", "v", "p"),
-    ],
+    [pieces("TopK", ["v", "places"], "x", "k", axis=1), node("Cast", "places", out="p", to=1), node("Mul", "v", "p")],
     lambda x: x.topk(3, 1).values * x.topk(3, 1).indices,
     {"x": normal(3, 7, 4)},
     {"x": ("N", 7, "c")},

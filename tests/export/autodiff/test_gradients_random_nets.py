@@ -68,7 +68,7 @@ def hard_net(name: str) -> Model:
             "PlaceAttention",
             "TokenMixing",
             "SliceWrites",
-        ),
+        )
     ],
 )
 def test_gradients_of_computed_places_and_waves_are_torchs(name: str, density: float) -> None:

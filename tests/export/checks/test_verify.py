@@ -81,10 +81,7 @@ def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: M
     ids=lambda r: r.features.key,
 )
 def test_every_recipe_can_be_tried(model: Model, half: Selection, recipe: Recipe, tmp_path: Path) -> None:
-    assert passed_checks(save_files(tmp_path / "b", bundle_files(model, half, recipe), half, recipe)) == (
-        CHECKS,
-        None,
-    )
+    assert passed_checks(save_files(tmp_path / "b", bundle_files(model, half, recipe), half, recipe)) == (CHECKS, None)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -136,11 +136,7 @@ def test_flags_that_make_no_sense_are_one_line(
 
 @pytest.mark.parametrize(
     ("target", "code"),
-    [
-        ("raspberry-pi-5", ExitCode.PROFILE),
-        ("jetson-orin-nano", ExitCode.OK),
-        ("generic-x86-64", ExitCode.OK),
-    ],
+    [("raspberry-pi-5", ExitCode.PROFILE), ("jetson-orin-nano", ExitCode.OK), ("generic-x86-64", ExitCode.OK)],
 )
 def test_a_probe_of_a_gpu_is_of_a_board_that_may_have_one(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, code: ExitCode

@@ -337,10 +337,7 @@ def test_external_data_elsewhere_is_refused(tmp_path: Path, place: str) -> None:
         load(path)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("length", "1000000000000"), ("offset", "-4"), ("", "")],
-)
+@pytest.mark.parametrize(("key", "value"), [("length", "1000000000000"), ("offset", "-4"), ("", "")])
 def test_external_data_that_do_not_fit_are_refused(tmp_path: Path, key: str, value: str) -> None:
     path = _external(tmp_path, "w.bin")
     (path.parent / "w.bin").write_bytes(W.tobytes())

@@ -121,11 +121,7 @@ def test_a_table_goes_by_its_own_plan_and_the_last_norm_by_the_average() -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("padded_shortcuts", set()),
-        ("tied_language_model", {"norm2", "norm"}),
-    ],
+    ("name", "expected"), [("padded_shortcuts", set()), ("tied_language_model", {"norm2", "norm"})]
 )
 def test_what_follows_a_sum_is_found_in_the_table_of_layers(name: str, expected: set[str]) -> None:
     net = whole_models.whole_model(name).architecture

@@ -185,11 +185,7 @@ def test_norms_behind_layers_are_gone_and_others_stay(name: str, left: int) -> N
 
 
 @pytest.mark.parametrize(
-    "name",
-    mark_soak(
-        ["normalizer_free", "conv_mixer", "group_norm_resnet"],
-        soak=["group_norm_resnet"],
-    ),
+    "name", mark_soak(["normalizer_free", "conv_mixer", "group_norm_resnet"], soak=["group_norm_resnet"])
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_follows_from_weights_alone_is_prepared(name: str, precision: str, tmp_path: Path) -> None:

@@ -438,10 +438,7 @@ def test_a_jetsons_kit_does_not_go_into_an_image_of_a_pi(
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [
-        ("--hostname", "a;reboot", "host name"),
-        ("--wifi", "x" * 33, "name of the wireless network"),
-    ],
+    [("--hostname", "a;reboot", "host name"), ("--wifi", "x" * 33, "name of the wireless network")],
 )
 def test_settings_are_checked(
     option: str, value: str, words: str, kit: Kit, key: Path, tmp_path: Path, capsys: Capture

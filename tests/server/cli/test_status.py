@@ -128,9 +128,7 @@ def test_a_free_board_of_two_jobs_is_told_from_a_dead_one(
     assert [(d["online"], d["job"]) for d in other_devices] == [(True, "other"), (True, None), (False, None)]
 
 
-def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
-    stopped_state: Path,
-) -> None:
+def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(stopped_state: Path) -> None:
     ended_at = time.time() - 1000.0
 
     def monitor(*alerts: Alert) -> Monitor:

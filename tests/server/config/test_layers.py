@@ -134,10 +134,7 @@ def test_a_table_in_a_file_and_a_variable_of_its_key_are_joined(tmp_path: Path, 
 
 def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
     layer = environment_layer({"FEDPRUNE_JOB_SCHEDULE": '{kind = "async", foo = 1}'})
-    with (
-        pytest.raises(ConfigError, match=r"FEDPRUNE_JOB_SCHEDULE: "),
-        errors_with_origin([layer]),
-    ):
+    with pytest.raises(ConfigError, match=r"FEDPRUNE_JOB_SCHEDULE: "), errors_with_origin([layer]):
         raise ConfigError(("job", "schedule", "foo"), expected="no such key")
 
 

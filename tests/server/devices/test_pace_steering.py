@@ -73,8 +73,7 @@ def within(count: float, expected: float, sigmas: float = 5.0) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("boards", "target"),
-    [(1_000, 100), (10_000, 500), pytest.param(100_000, 2_000, marks=pytest.mark.soak)],
+    ("boards", "target"), [(1_000, 100), (10_000, 500), pytest.param(100_000, 2_000, marks=pytest.mark.soak)]
 )
 def test_as_many_boards_are_connected_as_the_target_names_and_each_visit_replaces_them_once(
     boards: int, target: int

@@ -96,11 +96,7 @@ def test_a_profile_may_have_a_codec_of_its_own(simulate: Callable[..., Simulatio
 
 @pytest.mark.parametrize(
     ("board_codecs", "coding"),
-    [
-        (CODECS, do.Coding("top-k:0.1", "int8")),
-        (("int8", "newer"), do.Coding(None, "int8")),
-        ((), do.Coding()),
-    ],
+    [(CODECS, do.Coding("top-k:0.1", "int8")), (("int8", "newer"), do.Coding(None, "int8")), ((), do.Coding())],
 )
 def test_a_board_gets_no_codec_that_it_does_not_know(
     model: Model, board_codecs: tuple[str, ...], coding: do.Coding

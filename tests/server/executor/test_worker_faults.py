@@ -79,12 +79,7 @@ def add_unknown(update: Update) -> None:
     update[step_contract.squares_name("nobody")] = np.zeros(3, np.float32)
 
 
-BAD = {
-    "shape": swap_axes,
-    "nan": fill_one(np.nan),
-    "negative": fill_one(-1.0),
-    "name": add_unknown,
-}
+BAD = {"shape": swap_axes, "nan": fill_one(np.nan), "negative": fill_one(-1.0), "name": add_unknown}
 
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD)

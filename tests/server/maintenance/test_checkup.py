@@ -247,13 +247,7 @@ def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path)
     (store.root / "notes.txt").write_text("mine")
     before, needed = contents(state / BLOBS_FOLDER), model_and_references(state)[1]
     texts = " ".join(f.message for f in findings_of(state))
-    for words in (
-        "what nothing refers to",
-        "without a blob",
-        "that no board sends",
-        "temporary files",
-        "notes.txt",
-    ):
+    for words in ("what nothing refers to", "without a blob", "that no board sends", "temporary files", "notes.txt"):
         assert words in texts
     assert run("--state", state) == ExitCode.OK
     assert contents(state / BLOBS_FOLDER) == before

@@ -28,12 +28,7 @@ from fedprune.wire.topics import Topics
 from fedprune_device.network import membership as device_side
 from fedprune_device.network.connection import BoardConnection, ReceivedMessage
 from fedprune_server.devices import quarantine as quarantine_module
-from fedprune_server.devices.quarantine import (
-    BYTES_PER_POINT,
-    MAX_POINTS,
-    STRANGERS,
-    Quarantine,
-)
+from fedprune_server.devices.quarantine import BYTES_PER_POINT, MAX_POINTS, STRANGERS, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging import authentication as server_side
 from fedprune_server.messaging.connection import RateLimitedLink

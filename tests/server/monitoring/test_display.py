@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.coordination import Phase
-from fedprune_server.monitoring.display import (
-    LiveTable,
-    RoundLines,
-    make_display,
-    round_line,
-)
+from fedprune_server.monitoring.display import LiveTable, RoundLines, make_display, round_line
 from fedprune_server.monitoring.situation import WatchedJob
 from fedprune_server.observation.observer import RoundEnded, ServerEnding
 from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot, LazyMapping

@@ -115,11 +115,7 @@ def test_a_round_that_begins_drops_what_has_arrived_of_blobs_that_no_longer_arri
 @pytest.mark.parametrize(
     ("judged_by", "scores", "kept_rounds"),
     [
-        (
-            "accuracy",
-            [0.5, 0.7, 0.7, 0.6, None],
-            [2, 5],
-        ),  # the earliest of equals; the last wasn't evaluated
+        ("accuracy", [0.5, 0.7, 0.7, 0.6, None], [2, 5]),  # the earliest of equals; the last wasn't evaluated
         ("loss", [2.0, 0.9, 1.1], [2, 3]),
         ("accuracy", [0.5, 0.6, 0.9], [3]),
         ("accuracy", [None, None], [2]),

@@ -70,10 +70,7 @@ def objects(s3: S3, url: str) -> list[str]:
     return sorted(k for k in s3.keys(parse_bucket_url(url)[0]) if k.startswith(f"a/fleet/{BLOBS_PREFIX}"))
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["s3://b", "http://bucket/x", "s3://bucket/../x", "s3://key:hush@bucket/x"],
-)
+@pytest.mark.parametrize("url", ["s3://b", "http://bucket/x", "s3://bucket/../x", "s3://key:hush@bucket/x"])
 def test_what_is_no_address_of_a_bucket_is_refused_and_no_secret_shown(url: str) -> None:
     with pytest.raises(ConfigError, match="s3://bucket/prefix") as raised:
         parse_bucket_url(url)
@@ -309,8 +306,7 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
 
 
 @pytest.mark.parametrize(
-    ("name", "host"),
-    [("bucket", "bucket.s3.eu-central-1.amazonaws.com"), ("buc.ket", "s3.eu-central-1.amazonaws.com")],
+    ("name", "host"), [("bucket", "bucket.s3.eu-central-1.amazonaws.com"), ("buc.ket", "s3.eu-central-1.amazonaws.com")]
 )
 def test_an_address_for_an_upload_to_amazon_names_the_region(
     monkeypatch: pytest.MonkeyPatch, name: str, host: str

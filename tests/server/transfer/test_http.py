@@ -269,10 +269,7 @@ def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: 
         assert web.server is not None
         assert ask(web.server, place(REF))[:2] == (200, BLOB)
         assert ask(web.server, place(SECRET))[0] == 404
-    with (
-        pytest.raises(ConfigError, match="serve_blobs"),
-        web_blobs(ServerConfig(serve_blobs="0.0.0.0:0"), None),
-    ):
+    with pytest.raises(ConfigError, match="serve_blobs"), web_blobs(ServerConfig(serve_blobs="0.0.0.0:0"), None):
         pass
 
 

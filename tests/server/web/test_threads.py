@@ -93,10 +93,7 @@ class Stand:
 
 @pytest.mark.parametrize(
     ("operators", "expected"),
-    [
-        (["ann"] * 40, events.MAX_STREAMS_OF_OPERATOR),
-        ([f"operator-{i % 30}" for i in range(300)], events.MAX_STREAMS),
-    ],
+    [(["ann"] * 40, events.MAX_STREAMS_OF_OPERATOR), ([f"operator-{i % 30}" for i in range(300)], events.MAX_STREAMS)],
 )
 def test_the_limit_of_streams_holds_for_requests_at_the_same_time(operators: list[str], expected: int) -> None:
     async def run() -> None:

@@ -162,10 +162,7 @@ EXAMPLES: list[Message] = [
     Refusal("pi-1", "j", 1, 0, "no room", 30),
     UpdateAnnouncement("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
     Hello(1_800_000_000),
-    Offer(
-        *("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
-        {"int8": REF},
-    ),
+    Offer(*("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST), {"int8": REF}),
     TrainingDone("pi-1", "j", 1, 0, DIGEST, 100, 40, {"loss": 0.5}),
     SecureStep.of("j", 1, 0, DIGEST[:32], "keys", b"abc"),
     Accepted("j", 1, 0, DIGEST),

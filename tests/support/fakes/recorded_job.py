@@ -24,12 +24,7 @@ JOB = Job(rounds=3, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
 
 
 def play_job(
-    state: Path,
-    *,
-    events: int = 10**6,
-    keep: int = 3,
-    database: str | None = None,
-    blobs: str = "folder",
+    state: Path, *, events: int = 10**6, keep: int = 3, database: str | None = None, blobs: str = "folder"
 ) -> State:
     """Play a job, or continue with one: the board adds the round's number to the weights that it got.
 

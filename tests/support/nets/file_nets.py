@@ -20,9 +20,7 @@ def _make_seeded(make: object) -> nn.Module:
 
 def autoencoder() -> nn.Module:
     """Pictures of 96 x 96 through an eighth of their numbers."""
-    return _make_seeded(
-        lambda: _Net((3, 96, 96), nn.Conv2d(3, 8, 8, 8), nn.ReLU(), nn.ConvTranspose2d(8, 3, 8, 8)),
-    )
+    return _make_seeded(lambda: _Net((3, 96, 96), nn.Conv2d(3, 8, 8, 8), nn.ReLU(), nn.ConvTranspose2d(8, 3, 8, 8)))
 
 
 def listener() -> nn.Module:

@@ -439,8 +439,7 @@ def test_excluded_tensors_keep_their_bits_and_need_not_come(
 
 
 @pytest.mark.parametrize(
-    "active",
-    [{"nowhere": np.ones(3, np.bool_)}, {"weight": np.ones(4, np.bool_)}, {"weight": np.ones(3)}],
+    "active", [{"nowhere": np.ones(3, np.bool_)}, {"weight": np.ones(4, np.bool_)}, {"weight": np.ones(3)}]
 )
 def test_masks_that_do_not_fit_are_refused_and_leave_nothing_behind(active: dict[str, Any]) -> None:
     base = model(NORM, 0)

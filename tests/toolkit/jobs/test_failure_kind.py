@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 
 from fedprune.aggregation.fixed_point import check_range
-from fedprune.core.errors import (
-    BundleError,
-    ExitCode,
-    ProtocolError,
-    StrategyError,
-)
+from fedprune.core.errors import BundleError, ExitCode, ProtocolError, StrategyError
 from fedprune.core.tensorfile import decode
 from fedprune.jobs.failure_kind import FailureKind, kind_of_exit_code, kind_of_update_error
 

@@ -33,10 +33,7 @@ def test_any_bytes_raise_nothing_but_protocol_errors(raw: bytes) -> None:
     assert chunk.to_bytes() == raw
 
 
-@pytest.mark.parametrize(
-    ("limit", "leaves"),
-    [(48 * 1024, 1), (256 * 1024, 7), (2**28, 32)],
-)
+@pytest.mark.parametrize(("limit", "leaves"), [(48 * 1024, 1), (256 * 1024, 7), (2**28, 32)])
 def test_chunks_stay_below_a_broker_s_packet_limit(limit: int, leaves: int) -> None:
     assert leaves_per_chunk(limit) == leaves
     topic = Topics("s" * 64).down_blob("d" * 64, "j" * 64)

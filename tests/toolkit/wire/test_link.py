@@ -37,8 +37,7 @@ def connect(url: str, name: str, topics: list[str] | None = None, **options: Any
 
 @pytest.mark.board
 @pytest.mark.parametrize(
-    "url",
-    ["", "http://broker", "mqtt://", "mqtt://h:70000", "mqtt://h:1x", "mqtt://[::1", "mqtt://h/path"],
+    "url", ["", "http://broker", "mqtt://", "mqtt://h:70000", "mqtt://h:1x", "mqtt://[::1", "mqtt://h/path"]
 )
 def test_what_is_no_broker_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="broker URL"):
@@ -77,10 +76,7 @@ def test_attempts_that_fail_before_they_connect_leave_no_file_open(tmp_path: Pat
 
 @pytest.mark.board
 def test_a_server_that_is_no_broker_is_given_up() -> None:
-    with (
-        socket.create_server(("127.0.0.1", 0)) as silent,
-        pytest.raises(BrokerError, match=r"no answer within 0\.5 s"),
-    ):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(BrokerError, match=r"no answer within 0\.5 s"):
         BrokerLink(f"mqtt://127.0.0.1:{silent.getsockname()[1]}", "x").start(timeout=0.5)
 
 
