@@ -36,8 +36,7 @@ def test_a_board_installs_offline_joins_trains_and_counts(system: System, own_wh
         claim=site.claim(),
         signer=SigningKey.load(site.state / "identity/signing.key"),
     )
-    output = install(board, kit.folder)
-    assert "make the system user fedprune" in output
+    assert "make the system user fedprune" in install(board, kit.folder)
     (board.root / "srv/fedprune").mkdir(parents=True)
     shutil.copyfile(site.samples, board.root / SAMPLES[1:])
     with (board.root / "etc/fedprune/device.env").open("a") as file:

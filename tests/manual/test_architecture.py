@@ -10,17 +10,12 @@ SOURCES = ("toolkit", "export", "device_runtime", "server")
 PAGES = ("architecture.md", "concurrency.md")
 
 
-def named_files(text: str) -> list[str]:
-    """Paths in code that begin with a package's name."""
-    return re.findall(r"`(fedprune\w*/[\w./-]+)`", text)
-
-
 def missing(names: list[str]) -> list[str]:
     return [name for name in names if not any((ROOT / source / name).exists() for source in SOURCES)]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_names_exists(page: str) -> None:
-    names = named_files((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    names = re.findall(r"`(fedprune\w*/[\w./-]+)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
     assert len(names) > 50
     assert missing(names) == []

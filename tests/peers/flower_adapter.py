@@ -130,8 +130,7 @@ def case_order_changes_no_bit() -> None:
 
 
 def case_mixed_widths_are_our_fold() -> None:
-    strategy = FedpruneStrategy(model(), "plain", density=[0.75, 0.5, 0.25], **QUIET)
-    _, replies, ours = one_round(strategy)
+    _, replies, ours = one_round(FedpruneStrategy(model(), "plain", density=[0.75, 0.5, 0.25], **QUIET))
     architecture, tensors = model().architecture, model().tensors
     from fedprune.strategies.importance.scoring import channel_scores, rank_channels
 
@@ -413,8 +412,7 @@ def case_nodes_without_torch_train_the_graph() -> None:
         return replies
 
     grid = InProcess(4, run_block("client_app", code["client_app.py, with a graph"]), change)
-    server = code["server_app.py, with a graph"]
-    run_app(grid, run_block("server_app", server), {})
+    run_app(grid, run_block("server_app", code["server_app.py, with a graph"]), {})
     assert len(losses) == 3
     assert losses[2] < losses[1] < losses[0]
 

@@ -98,8 +98,7 @@ def size(round_: int, name: str) -> Any:
 @pytest.mark.parametrize("aggregator", [Mean(), Mean(rule="fill"), DeltaMean()], ids=["mean", "fill", "moves"])
 def test_means_agree(flower: dict[str, Any], aggregator: Aggregator) -> None:
     for r in range(ROUNDS):
-        got = ours(aggregator, r).model
-        for name, value in got.items():
+        for name, value in ours(aggregator, r).model.items():
             theirs = flower[f"mean/{r}/{name}"].astype(np.float64)
             # Theirs rounds every product and every sum to float32; ours is rounded once.
             assert (np.abs(value - theirs) <= (CLIENTS + 3) * UNIT * size(r, name)).all()
@@ -114,8 +113,7 @@ def test_means_agree(flower: dict[str, Any], aggregator: Aggregator) -> None:
 )
 def test_medians_and_trimmed_means_agree(flower: dict[str, Any], statistic: str, robustness: Robustness) -> None:
     for r in range(ROUNDS):
-        got = ours(RobustAggregator(Mean(), robustness), r).model
-        for name, value in got.items():
+        for name, value in ours(RobustAggregator(Mean(), robustness), r).model.items():
             theirs = flower[f"{statistic}/{r}/{name}"].astype(np.float64)
             assert (np.abs(value - theirs) <= (CLIENTS + 3) * UNIT * size(r, name) + 2.0**-34).all()
 

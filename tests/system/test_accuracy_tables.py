@@ -37,8 +37,7 @@ TABLES = PROTOCOLS
 
 
 def noise(name, n=3000):
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (n, *SHAPES[name]), np.uint8)
+    x = np.random.default_rng(0).integers(0, 256, (n, *SHAPES[name]), np.uint8)
     if name == "har":
         x = x.astype(np.float32)
     y = np.arange(n) % (6 if name == "har" else 10)

@@ -105,8 +105,7 @@ def test_kills_are_survived_and_the_log_still_leads_to_the_same_state(site: Site
         wait_for_round(site, number)
         site.kill(victim)
         site.let_go(number)
-    state = finish(site)
-    assert [h["round"] for h in state.history] == list(range(1, 9))
+    assert [h["round"] for h in finish(site).history] == list(range(1, 9))
     assert contradictions(site) == []
 
 

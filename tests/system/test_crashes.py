@@ -80,8 +80,7 @@ def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed:
         site.wait_for_the_middle(number)
         site.kill(victim)
         site.let_go(number)
-    state = site.finish()
-    assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
+    assert [r["model"] for r in site.finish().history] == [r["model"] for r in undisturbed.history]
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ def weights() -> Tensors:
 def field(tmp_path: Path, weights: Tensors) -> Iterator[Field]:
     rng = np.random.default_rng(5)
     np.savez(tmp_path / "data.npz", x=rng.standard_normal((90, 6)).astype(np.float32), y=rng.integers(0, 3, 90))
-    server = MemoryServer(tmp_path / "server", GRAPHS, weights, time.monotonic)
-    with running(tmp_path, server) as field:
+    with running(tmp_path, MemoryServer(tmp_path / "server", GRAPHS, weights, time.monotonic)) as field:
         yield field
 
 

@@ -107,14 +107,11 @@ def test_a_wrong_kernel_is_told_from_rounding() -> None:
         losses[step:] = change(losses[step:])
         return judge(replace(ours, **{field: losses}), exact, [torchs, nudged])
 
-    def replaced(name: str, value: Any) -> Any:
-        return judge(replace(ours, state={**ours.state, name: value}), exact, [torchs, nudged])
-
     lacks_a_row = ours.state["7.weight"].copy()
     lacks_a_row[np.linalg.norm(lacks_a_row, axis=1).argmax()] = 0
     first = next(iter(exact.state))
     for name, value in ((first, 1.04 * ours.state[first]), ("7.weight", lacks_a_row)):
-        verdict = replaced(name, value)
+        verdict = judge(replace(ours, state={**ours.state, name: value}), exact, [torchs, nudged])
         assert (verdict["ok"], verdict["tensor"]) == (False, name)
     assert not changed("still", 0, lambda losses: losses * (1 + 1e-4))["ok"], "what TF32 does"
     assert not changed("still", 6, lambda _: ours.still[5])["ok"], "a replay of what was read before"

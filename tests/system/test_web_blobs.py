@@ -81,8 +81,7 @@ def ran(made: Site) -> tuple[list[str], int, int]:
     finally:
         chunks = ear.close()
     logs = "".join((made.folder / f"{name}.log").read_text() for name in DEVICES)
-    counts = re.findall(r"(\d+) bytes came from", logs)
-    return models, sum(map(int, counts)), chunks
+    return models, sum(map(int, re.findall(r"(\d+) bytes came from", logs))), chunks
 
 
 def own(material: Path, folder: Path) -> list[str]:

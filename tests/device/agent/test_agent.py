@@ -251,8 +251,7 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
     bench.run(until_finished=False)
     assert 4 not in server.updates
     with bench.reopen_store() as store:
-        current = store.slots.current()
-        assert current.round == (3 if cancelled else 5)
+        assert store.slots.current().round == (3 if cancelled else 5)
         for job, rounds in {"job": [3], "other": [1, 2] if cancelled else [2, 5]}.items():
             store.local_states.switch_to_job(job)
             assert sorted(LocalState.from_bytes(r).round for r in store.local_states.read().values()) == rounds

@@ -166,5 +166,4 @@ def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, 
     bench.run(until_finished=False)
     assert server.of(Refusal)[0].exit_code == ExitCode.MODEL
     with bench.reopen_store() as store:
-        serving = store.slots.current()
-        assert serving.round == 1
+        assert store.slots.current().round == 1

@@ -111,8 +111,7 @@ def test_the_vector_that_is_masked_is_of_the_noised_update(board: HiddenBoard) -
 def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
     recipe = replace(PLAIN, update_clip=1e-6, update_noise=0.5)
     raw, _, state = carry_out(board, board.offer(1, recipe, SENT, graph="kept", codec=text))
-    codec = Codec.parse(text)
-    decoded = decode(codec, raw, SENT, set(SENT) - set(STATISTICS))
+    decoded = decode(Codec.parse(text), raw, SENT, set(SENT) - set(STATISTICS))
     change = np.concatenate([(decoded[n] - SENT[n]).ravel() for n in decoded if n not in STATISTICS])
     residuals = [] if state is None else [state.residual.get(n, np.zeros(0)).ravel() for n in SENT]
     # A millionth of an update and much noise: what travels, and what is left for later, is of the noise.

@@ -198,8 +198,7 @@ def test_an_image_waits_for_a_person_who_looks_at_it_and_labels_it(local: LocalB
         np.testing.assert_allclose(x, (pixels.transpose(2, 0, 1) / 255 - [[[0.4]], [[0.5]], [[0.6]]]) / 0.2, atol=1e-5)
         local.board.label(name, "bee")
         assert local.board.unlabelled_samples() == []
-        window = local.board.add(np.ones(6))["id"]
-        for sample, status in ((window, 422), ("0" * 32, 404)):
+        for sample, status in ((local.board.add(np.ones(6))["id"], 422), ("0" * 32, 404)):
             with pytest.raises(BoardError) as refusal:
                 local.board.sample(sample, "image/png")
             assert refusal.value.status == status

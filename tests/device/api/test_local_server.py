@@ -57,8 +57,7 @@ def test_what_is_no_request_of_this_interface_is_answered_with_its_status(
 
 def check(open_board: LocalBoard, raw: bytes) -> None:
     """Whatever is sent: whole answers with known statuses or none at all, no traceback, and then all is as before."""
-    answers = parse_answers(open_board.exchange(raw))
-    for status, body in answers:
+    for status, body in parse_answers(open_board.exchange(raw)):
         assert status in ALLOWED
         assert "Traceback" not in str(body)
         assert (status < 300) == ("error" not in body)

@@ -119,8 +119,7 @@ def test_padding_is_no_number() -> None:
 
 
 def test_deviations_of_large_numbers_are_exact() -> None:
-    x = (1e6 + np.arange(1000) % 2)[:, None].astype(np.float32)
-    (channel,) = channel_ranges(x)
+    (channel,) = channel_ranges((1e6 + np.arange(1000) % 2)[:, None].astype(np.float32))
     assert (channel.mean, channel.deviation) == (pytest.approx(1e6 + 0.5), pytest.approx(0.5))
 
 

@@ -129,8 +129,7 @@ def test_predicted_numbers_have_the_names_and_steps_of_their_columns(
     np.savez(tmp_path / "d.npz", x=data.x_test, y=y, columns=names, target_columns=np.array(columns))
     command = ["predict", "--state", str(state), "--input", str(tmp_path / "d.npz")]
     assert main.main([*command, "--json"]) == ExitCode.OK
-    outputs = json.loads(capsys.readouterr().out)[0]["outputs"]
-    assert [output["output"] for output in outputs] == expected
+    assert [output["output"] for output in json.loads(capsys.readouterr().out)[0]["outputs"]] == expected
 
 
 def without_names(bundle: Path) -> Path:

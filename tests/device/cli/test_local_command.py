@@ -35,8 +35,7 @@ def await_board(board: Board, process: subprocess.Popen[str]) -> None:
 
 
 def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_path: Path, graphs: Path) -> None:
-    local = LocalBoard(tmp_path, graphs)
-    local.install(3)
+    LocalBoard(tmp_path, graphs).install(3)
     socket = tmp_path / "state" / "local.sock"
     board = Board(f"unix:{socket}", timeout=10, tries=1)
     for added, end in enumerate((signal.SIGKILL, signal.SIGTERM)):

@@ -67,8 +67,7 @@ def test_masks_are_the_labels_of_images_of_the_same_name(tmp_path: Path, caplog:
     put(tmp_path, "masks/wrong.png", image_file(np.full((8, 6), 4, np.uint8)))
     put(tmp_path, "images/colours.png", picture(9))
     put(tmp_path, "masks/colours.png", picture(9))
-    samples = folder(tmp_path)
-    data = samples.snapshot(SHAPE, DENSE)
+    data = folder(tmp_path).snapshot(SHAPE, DENSE)
     labels = by_image(data)
     assert labels.keys() == expected.keys()
     for x, classes in expected.items():

@@ -92,5 +92,4 @@ def test_samples_that_need_no_label_are_a_uniform_choice() -> None:
 
 
 def test_what_is_too_large_for_the_room_is_declined() -> None:
-    reservoir = Reservoir(SampleLimits(10, 100), 0)
-    assert not reservoir.decide("a", 0, 101).is_kept
+    assert not Reservoir(SampleLimits(10, 100), 0).decide("a", 0, 101).is_kept

@@ -71,8 +71,7 @@ def folder(root: Path, files: dict[str, bytes]) -> SampleFolder:
 @pytest.mark.once
 def test_a_folder_may_have_several_formats(tmp_path: Path) -> None:
     files = {"0/a.flac": sound("FLAC", TONE), "1/b.mp3": sound("MP3", TONE), "1/c.wav": as_wav(TONE)}
-    samples = folder(tmp_path, files)
-    data = samples.snapshot((RATE // 2,), Targets("cross_entropy", 2))
+    data = folder(tmp_path, files).snapshot((RATE // 2,), Targets("cross_entropy", 2))
     assert sorted(np.asarray(data.y_train).tolist()) == [0, 0, 1, 1, 1, 1]
 
 

@@ -34,8 +34,7 @@ def test_the_profile_says_what_computes_unless_the_command_line_does(
 ) -> None:
     choice = tier_of(*options, profile=None if profile is None else profile_store.find_profile(profile))
     assert (choice.name, choice.cuda) == (tier, cuda)
-    selector = choice.selector(tmp_path)
-    assert (selector is not None) == engines
+    assert (choice.selector(tmp_path) is not None) == engines
     assert list(tmp_path.iterdir()) == []
 
 
@@ -47,5 +46,4 @@ def test_a_plan_comes_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine\.json"):
         tier_of("--engine-plan", str(path))
     path.write_text(EnginePlan(level=1).to_json())
-    selector = tier_of("--engine-plan", str(path), "--tier", "tensorrt").selector(tmp_path)
-    assert selector.plan.level == 1
+    assert tier_of("--engine-plan", str(path), "--tier", "tensorrt").selector(tmp_path).plan.level == 1

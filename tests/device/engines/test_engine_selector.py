@@ -114,8 +114,7 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
     board.set(**{setting: True})
     for seed in (2, 3):
         request = board.model(seed)
-        session = board.answering(selector, request)
-        agree(session, request)
+        agree(board.answering(selector, request), request)
         assert selector.facts["way"] == REBUILD
     tries = board.calls().count("refit from a file")
     assert tries == (0 if setting == "no_refitter" else 1)
@@ -223,8 +222,7 @@ def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> N
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
     path.write_bytes(raw)
-    session = board.answering(board.selector(), request)
-    agree(session, request)
+    agree(board.answering(board.selector(), request), request)
 
 
 @pytest.mark.parametrize("setting", ["no_builder", "no_runtime"])
@@ -237,8 +235,7 @@ def test_what_the_bindings_raise_is_a_reason(board: EngineBoard, setting: str) -
     board.set()
     assert board.answering(selector, board.model(1))
     board.set(**{setting: True})
-    session = board.answering(board.selector(), board.model(1))
-    assert (session is None) == (setting == "no_runtime")
+    assert (board.answering(board.selector(), board.model(1)) is None) == (setting == "no_runtime")
 
 
 @pytest.mark.parametrize("setting", ["run_fails", "run_raises"])

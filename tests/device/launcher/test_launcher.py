@@ -93,8 +93,7 @@ def test_a_release_that_is_no_good_is_rolled_back_by_itself(
 ) -> None:
     update(board, tmp_path, app, seconds=1 if "within 1 s" in reason else 60)  # a start alone may take a second
     assert boot(board) == ("version 1 ['run', '--patient']", 7)
-    state = board.home.load()
-    assert state.outcome == UpdateOutcome(2, ROLLED_BACK, reason)
+    assert board.home.load().outcome == UpdateOutcome(2, ROLLED_BACK, reason)
 
 
 @pytest.mark.parametrize("arguments", ["slots", "predict --top 1", "--help", "run --help"])
@@ -170,8 +169,7 @@ def test_a_slot_that_was_changed_gives_way_to_the_other(board: ReleaseInstaller,
     assert boot(board) == ("version 2 ['run', '--patient']", 7)
     take_over(board, "b")
     assert boot(board) == ("version 1 ['run', '--patient']", 7)
-    state = board.home.load()
-    assert "slot b: the server's key has not signed what is in it" in state.outcome.reason
+    assert "slot b: the server's key has not signed what is in it" in board.home.load().outcome.reason
 
 
 def test_a_damaged_key_starts_nothing(board: ReleaseInstaller) -> None:

@@ -143,8 +143,7 @@ def test_a_connection_that_is_cut_again_and_again_is_resumed_some_times_and_then
     blob = np.random.default_rng(1).bytes(8 * batches * LEAF_BYTES)  # leaves are taken eight at a time
     ref = BlobStore(web.root, durable=False).put(blob)
     web.behave = lambda h, data: not h.path.endswith(".leaves") and not h.give(data, until=8 * LEAF_BYTES + 5)
-    fetch = run_fetch(store, web.url, ref)
-    assert (fetch.failure == "") is store.has(ref.sha256) is is_enough
+    assert (run_fetch(store, web.url, ref).failure == "") is store.has(ref.sha256) is is_enough
 
 
 BAD: dict[str, tuple[Callable[[Handler, bytes], object], str]] = {
@@ -264,8 +263,7 @@ class TestTls:
         self, store: BlobStore, tmp_path: Path, authority: Authority
     ) -> None:
         with self.place(tmp_path, authority) as web:
-            failure = run_fetch(store, web.url, tls=tls_context).failure
-            assert failure.startswith("TLS failed")
+            assert run_fetch(store, web.url, tls=tls_context).failure.startswith("TLS failed")
             assert web.asked == []
 
     def test_a_certificate_for_another_host_is_refused(

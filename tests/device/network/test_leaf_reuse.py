@@ -71,8 +71,7 @@ def stores(tmp_path: Path) -> tuple[BlobStore, BlobStore]:
 
 def test_a_leaf_that_has_rotted_in_the_donor_travels(stores: tuple[BlobStore, BlobStore]) -> None:
     source, target = stores
-    path = target.path(target.put(blob("abcd")).sha256)
-    with path.open("r+b") as file:
+    with target.path(target.put(blob("abcd")).sha256).open("r+b") as file:
         file.seek(LEAF_BYTES + 7)
         file.write(b"rot")
     ref = source.put(blob("abcdefgh"))

@@ -88,8 +88,7 @@ def hangs(board: Board) -> Callable[[Handler, bytes], bool]:
 def test_a_web_server_that_dies_in_the_middle_leaves_the_rest_to_mqtt(
     board: Board, graphs: Path, weights: Tensors, data: LocalData, caplog: pytest.LogCaptureFixture
 ) -> None:
-    offer = board.offer(1)
-    board.server.plan = [offer]
+    board.server.plan = [board.offer(1)]
     board.web.answers = 1
     board.run()
     assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))

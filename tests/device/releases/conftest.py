@@ -26,8 +26,4 @@ def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def copy_board(fresh: Path, tmp_path: Path) -> Callable[..., Path]:
     """Make a copy of that board."""
-
-    def copy(name: str = "board") -> Path:
-        return Path(shutil.copytree(fresh, tmp_path / name))
-
-    return copy
+    return lambda name="board": Path(shutil.copytree(fresh, tmp_path / name))

@@ -73,8 +73,7 @@ def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releas
     it = board(releases[3], releases[4])
     it.run_until_idle()
     assert states(it, 3) == [DOWNLOADING, STAGED, TRIAL, ROLLED_BACK]
-    ended = it.server.final_report(3)
-    assert "exit code 1" in ended.reason
+    assert "exit code 1" in it.server.final_report(3).reason
     assert it.ran == [1, 3, 3, 3, 1, 4], "a release that went back is not tried again, a higher one is"
 
 
@@ -95,8 +94,7 @@ def test_an_offer_of_what_the_board_knows_is_answered_from_its_disk(board: Make,
     assert reported == [(3, ROLLED_BACK), (1, REFUSED), (2, COMMITTED)], (
         "it runs the second, whatever came of the third"
     )
-    ended = it.server.final_report(1)
-    assert "expected a number above 3" in ended.reason
+    assert "expected a number above 3" in it.server.final_report(1).reason
     assert it.server.wants == wants, "nothing is pulled again"
 
 

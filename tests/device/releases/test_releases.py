@@ -306,8 +306,7 @@ def test_whatever_a_wheel_is_made_of_nothing_is_written_outside(
     slot.mkdir(parents=True)
     try:
         make_wheel(path, dict.fromkeys(names, "x"))
-        wheel = Wheel(path, "w.whl")
-        list(wheel.unpack(slot))
+        list(Wheel(path, "w.whl").unpack(slot))
     except (
         ReleaseError,
         OSError,

@@ -44,8 +44,7 @@ def trial_of(board: ReleaseInstaller, slot: str = "b") -> ReleaseTrial | None:
 
 
 def outcome(home: SlotStore) -> UpdateOutcome | None:
-    state = home.load()
-    return state.outcome
+    return home.load().outcome
 
 
 def test_a_beat_comes_with_the_loop_and_not_more_often_than_needed() -> None:
@@ -97,8 +96,7 @@ def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: 
     files = {name: file_digest(model / name) for name in ("inference.onnx", "weights.safetensors")}
     Predictor(model).check(3)
     slots.install(ServingRecord("job", 1, 3, files))
-    trial = trial_of(board)
-    trial.check(lambda: check_model(tmp_path / "serving"))
+    trial_of(board).check(lambda: check_model(tmp_path / "serving"))
     state = board.home.load()
     assert (state.phase, "not reached the broker" in state.trouble) == (TRIAL, True)
 

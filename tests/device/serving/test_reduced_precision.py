@@ -137,8 +137,7 @@ def test_a_model_that_says_something_else_does_not_serve(board: Board, caplog: p
 
 @pytest.mark.parametrize("what", ["other", "graph"])
 def test_graphs_that_are_none_leave_float32(board: Board, what: str, caplog: pytest.LogCaptureFixture) -> None:
-    raw = (board.graphs / "hidden_half_int8.safetensors").read_bytes()
-    graphs = unpack_graphs(raw, "int8")
+    graphs = unpack_graphs((board.graphs / "hidden_half_int8.safetensors").read_bytes(), "int8")
     broken = {
         "other": (board.graphs / "hidden_half_float16.safetensors").read_bytes(),
         "graph": pack_graphs(graphs | {"prepare-int8.onnx": b"no graph"}),

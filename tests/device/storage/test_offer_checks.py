@@ -30,8 +30,7 @@ pytestmark = pytest.mark.board
 def test_the_state_of_the_optimizer_counts(
     tmp_path: Path, graphs: Path, weights: Tensors, recipe: Recipe, copies: int
 ) -> None:
-    server = MemoryServer(tmp_path / "server", graphs, weights, time.monotonic)
-    offer = server.offer(1, recipe)
+    offer = MemoryServer(tmp_path / "server", graphs, weights, time.monotonic).offer(1, recipe)
     with DeviceStore(tmp_path / "state") as store:
 
         def check(memory: int) -> None:

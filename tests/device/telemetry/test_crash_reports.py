@@ -169,8 +169,7 @@ def test_a_fault_in_native_code_is_reported_at_the_next_start(tmp_path: Path) ->
 
 def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> None:
     killed = "os.kill(os.getpid(), signal.SIGKILL)"
-    body = report_after(tmp_path, killed)
-    assert body["cause"] == "killed"
+    assert report_after(tmp_path, killed)["cause"] == "killed"
     CrashReports(tmp_path).delete_report()
     assert report_after(tmp_path, killed, boot="before the power came back") is None
 

@@ -154,8 +154,7 @@ def check_convolution(
         "pads": [p[0] for p in case["pads"]] + [p[1] for p in case["pads"]],
         "group": groups,
     }
-    sizes = Symbols(data, shapes).sizes
-    narrow = {name: max(1, size - 2) for name, size in sizes.items()}
+    narrow = {name: max(1, size - 2) for name, size in Symbols(data, shapes).sizes.items()}
     check([node("Conv", *data, **attrs)], oracle, data, shapes, sums=True, narrow=narrow)
 
 

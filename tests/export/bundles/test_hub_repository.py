@@ -126,8 +126,7 @@ def test_class_names_go_along_from_a_folder_to_bundles_and_folders(folder: Path,
 def test_recorded_ranks_go_along_if_they_are_of_the_models_groups(model: fx.Model, tmp_path: Path) -> None:
     ranked = with_weights(model, model.tensors, "x", (np.array([2, 0, 3, 1]),))
     folder = fx.save_pretrained(ranked, tmp_path / "saved")
-    reloaded = fx.load(folder)
-    assert [r.tolist() for r in reloaded.ranks or ()] == [[2, 0, 3, 1]]
+    assert [r.tolist() for r in fx.load(folder).ranks or ()] == [[2, 0, 3, 1]]
 
     proto = onnx.load(folder / HUB_GRAPH_FILE)
     (ranks_entry,) = (p for p in proto.metadata_props if p.key == RANKS_KEY)
@@ -138,8 +137,7 @@ def test_recorded_ranks_go_along_if_they_are_of_the_models_groups(model: fx.Mode
             fx.load(folder)
     ranks_entry.value = json.dumps({"groups": "0" * 64, "ranks": [[0, 1]]})
     onnx.save(proto, folder / HUB_GRAPH_FILE)
-    unranked = fx.load(folder)
-    assert unranked.ranks is None
+    assert fx.load(folder).ranks is None
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}"], ids=["written", "damaged", "without a digest"])

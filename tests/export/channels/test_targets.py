@@ -76,8 +76,7 @@ def test_a_torch_module_is_exported_once_for_all_targets(
     assert main([*words, "--out", str(tmp_path / "out")]) == ExitCode.OK
     assert capsys.readouterr().out.endswith("; torch exported net_of_targets:net once for all\n")
     # The collector, which would look through all of torch, is paused while the module is made, and no longer.
-    calls = importlib.import_module("net_of_targets").calls
-    assert (calls, gc.isenabled()) == ([False], True)
+    assert (importlib.import_module("net_of_targets").calls, gc.isenabled()) == ([False], True)
 
 
 def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:

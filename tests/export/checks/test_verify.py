@@ -121,11 +121,7 @@ def of_another_width(files: dict[str, bytes], model: Model, half: Selection) -> 
 
 def edits(name: str) -> Callable[[Callable[[onnx.ModelProto], None]], Damage]:
     """A damage of one graph, by what it does to the file."""
-
-    def damage_of(change: Callable[[onnx.ModelProto], None]) -> Damage:
-        return lambda files, model, half: {name: change_model(files[name], change)}
-
-    return damage_of
+    return lambda change: lambda files, model, half: {name: change_model(files[name], change)}
 
 
 @edits(TRAINING)
@@ -228,8 +224,7 @@ def test_another_model_is_told_apart(files: dict[str, bytes], half: Selection, m
     folder = save_files(tmp_path / "b", files, half)
     graph = model.graph.copy()
     graph.initializers["fc.weight"] = graph.initializers["fc.weight"] + np.float32(0.01)
-    scaled_model = Model(graph, model.architecture, model.notes, model.values)
-    done, error = passed_checks(folder, scaled_model)
+    done, error = passed_checks(folder, Model(graph, model.architecture, model.notes, model.values))
     assert (done, type(error)) == (CHECKS, BundleError)
     assert "other weights than the model: expected 17 equal tensors, got 1 others, such as fc.weight" in str(error)
 

@@ -36,8 +36,7 @@ def lenet_bytes() -> bytes:
 @pytest.mark.parametrize("name", ["lenet", "vgg11_bn", "concat_net"])
 def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> None:
     model = imported(name)
-    reimported = import_onnx(model.graph.to_bytes(), name)
-    assert reimported.architecture.digest == model.architecture.digest
+    assert import_onnx(model.graph.to_bytes(), name).architecture.digest == model.architecture.digest
 
 
 def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +46,7 @@ def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    model = load("my_own_net:small", input_shape=(3, 2, 2))
-    assert [g.size for g in model.architecture.groups] == [5]
+    assert [g.size for g in load("my_own_net:small", input_shape=(3, 2, 2)).architecture.groups] == [5]
 
 
 def test_a_file_is_loaded_by_path(tmp_path: Path, lenet_bytes: bytes) -> None:
@@ -105,8 +103,7 @@ def test_a_parameter_that_the_forward_pass_never_uses_is_left_out_with_a_note() 
     note = next(n for n in model.notes if "unused" in n)
     assert note == "The forward pass doesn't use unused.weight, unused.bias: left as they are, and in no bundle."
     assert all(p.requires_grad for p in module.parameters())
-    reimported = import_onnx(model.graph.to_bytes(), "spare")
-    assert note in reimported.notes
+    assert note in import_onnx(model.graph.to_bytes(), "spare").notes
 
 
 def test_a_parameter_that_the_export_loses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,7 @@ def random(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
 def model_of(build: Callable[[Graph], str], *shape: int, out: int = 2, opset: int = 17) -> tuple[Model, Graph]:
     """The import of a graph whose nodes `build` emits, and that graph."""
     graph = Graph(inputs=[Port("image", F32, ("batch", *shape))], opset=opset)
-    name = build(graph)
-    graph.outputs = [Port(name, F32, ("batch", out))]
+    graph.outputs = [Port(build(graph), F32, ("batch", out))]
     return import_onnx(graph.to_bytes(), "net"), graph
 
 

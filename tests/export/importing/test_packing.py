@@ -208,8 +208,7 @@ def test_named_arrays_that_dont_fit_are_named(tmp_path: Path, name: str, value: 
 def test_a_state_dict_has_the_authors_names() -> None:
     module = Two()
     model = fx.load(module)
-    reloaded = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
-    for candidate in (model, reloaded):
+    for candidate in (model, import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")):
         state = state_dict(candidate.tensors, candidate.graph)
         assert set(state) == {n for n, _ in module.named_parameters()}
         assert check_state_parity(state, candidate.graph, candidate.graph) == 0

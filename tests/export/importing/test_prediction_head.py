@@ -207,5 +207,4 @@ def test_an_end_that_would_fill_the_memory_is_left_out(op: str) -> None:
     if op == "Add":
         nodes.insert(2, helper.make_node("Cast", ["count"], ["many"], to=FLOAT))
     raw = file_of(nodes, {"label": (INT64, ["N"]), "wide": (FLOAT, [None] * (2 if op == "Tile" else 5))})
-    model = import_onnx(raw, "model")
-    assert any("Predictions lack the file's own end" in note for note in model.notes)
+    assert any("Predictions lack the file's own end" in note for note in import_onnx(raw, "model").notes)

@@ -232,8 +232,7 @@ def test_fewer_integers_than_the_type_has_are_a_narrower_range() -> None:
     ]
     w = np.random.default_rng(4).standard_normal((5, 3)).astype(np.float32)
     values = {"w": w, "ws": np.float32([0.02, 0.03, 0.01]), "wz": np.int8([0, 0, 0]), "s": np.float32(0.05)}
-    raw = file_of(nodes, {**values, "z": np.uint8(64), "most": np.uint8(127)}, 13)
-    model = import_onnx(raw, "net")
+    model = import_onnx(file_of(nodes, {**values, "z": np.uint8(64), "most": np.uint8(127)}, 13), "net")
     assert operators(model) == {"MatMul": 1}
     np.testing.assert_array_equal(model.tensors["w"], w)
 

@@ -108,8 +108,7 @@ def graph_of(odd: np.ndarray[Any, Any]) -> Graph:
     """A graph that doesn't say which initialisers are weights."""
     graph = Graph(inputs=[Port("image", F32, ("N", 6))])
     graph.initializers = {"odd": odd, "w": np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)}
-    value = graph.emit("Gemm", graph.emit("Max", "image", "odd"), "w")
-    graph.outputs = [Port(value, F32, ("N", 4))]
+    graph.outputs = [Port(graph.emit("Gemm", graph.emit("Max", "image", "odd"), "w"), F32, ("N", 4))]
     return graph
 
 

@@ -192,8 +192,7 @@ def test_resizing_before_opset_11_keeps_its_numbers(opset: int, mode: str, scale
             return g.emit("Resize" if opset == 10 else "Upsample", "image", amounts, attrs={"mode": mode})
         return g.emit("Upsample", "image", attrs={"mode": mode, "scales": [1.0, 1.0, *scales]})
 
-    model = import_built(build, (3, 8, 8), 3 * math.prod(sizes), opset)
-    training_graph(model, Features())
+    training_graph(import_built(build, (3, 8, 8), 3 * math.prod(sizes), opset), Features())
 
 
 def test_resizing_to_sizes_with_empty_scales_beside_them() -> None:
@@ -204,8 +203,7 @@ def test_resizing_to_sizes_with_empty_scales_beside_them() -> None:
         )
         return g.emit("Resize", "image", empty, empty, sizes, attrs={"mode": "linear"})
 
-    model = import_built(build, (2, 3, 4), 96, 11)
-    training_graph(model, Features(loss="mse"))
+    training_graph(import_built(build, (2, 3, 4), 96, 11), Features(loss="mse"))
 
 
 def test_a_size_that_follows_from_a_comparison() -> None:
@@ -328,8 +326,7 @@ def test_opsets_before_13_are_raised(opset: int) -> None:
         node("MatMul", "d w", "y"),
     ]
     tensors = {"w": random(6, 2), **({} if clip else {"low": np.float32(-1), "high": np.float32(1)})}
-    model = _same(_raw(nodes, tensors, (6, 3), opset), (6, 3))
-    assert set(model.tensors) == {"w"}
+    assert set(_same(_raw(nodes, tensors, (6, 3), opset), (6, 3)).tensors) == {"w"}
 
 
 def test_what_a_vector_computes_alone_is_folded_unless_it_is_a_weight() -> None:

@@ -108,8 +108,7 @@ def test_a_norm_after_a_sum_goes_by_the_average(back: bool) -> None:
 
 
 def test_a_table_goes_by_its_own_plan_and_the_last_norm_by_the_average() -> None:
-    raw = export_torch((Words(), torch.zeros(2, 7, dtype=torch.int64)))
-    net = import_onnx(raw, "words").architecture
+    net = import_onnx(export_torch((Words(), torch.zeros(2, 7, dtype=torch.int64))), "words").architecture
     small = Selection.of(net, [n // 2 for n in net.sizes])
     source, target = numbers(net, 0), small.gather(numbers(net, 1))
     got = align(source, Selection.full(net), target, small)

@@ -258,8 +258,7 @@ def test_int8_computes_what_the_standard_says(name: str, tmp_path: Path) -> None
 def test_int8_tensors_are_those_of_the_formulas(tmp_path: Path) -> None:
     model = net("layers")[1]
     x = inputs(model, 64)
-    selection = Selection.of(model.architecture, model.architecture.sizes)
-    bundle(tmp_path, model, selection, "int8", x)
+    bundle(tmp_path, model, Selection.of(model.architecture, model.architecture.sizes), "int8", x)
     tensors, w = tensorfile.load_tensors(tmp_path / "int8.safetensors"), model.tensors
     factor = w["norm.weight"] / np.sqrt(w["norm.running_var"] + 1e-5)
     weight = w["first.weight"] * factor[:, None]
@@ -285,8 +284,7 @@ def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
     """Weights of zero have no scale of their own: an int32 of a tiny one could not say the bias."""
     model = net("lenet")[1]
     x = inputs(model, 32)
-    selection = Selection.of(model.architecture, model.architecture.sizes)
-    bundle(tmp_path, model, selection, "int8", x)
+    bundle(tmp_path, model, Selection.of(model.architecture, model.architecture.sizes), "int8", x)
     tensors = {n: np.array(v) for n, v in model.tensors.items()}
     tensors["conv1.weight"][2] = 0
     tensors["conv1.bias"][2] = 3.0

@@ -64,8 +64,7 @@ def trials(model: Model, density: float) -> PrecisionTrials:
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_int8_begins_with_the_ranges_of_the_file(quantised: bytes, density: float) -> None:
     model = import_onnx(quantised, "net")
-    again = import_onnx(onnx_file(model.graph, model.tensors, "net"), "net")
-    trial = trials(again, density).run("int8")
+    trial = trials(import_onnx(onnx_file(model.graph, model.tensors, "net"), "net"), density).run("int8")
     ranges = tensorfile.decode(trial.files[weights_file("int8")])[RANGES]
     # The pictures are from 0 to 1, and everything behind Relu begins at 0.
     assert ranges.shape == (len(trial.lowered.activations), 2)

@@ -173,8 +173,7 @@ def test_identifiers_are_whole_numbers_that_the_model_knows(
 
 def test_labels_of_every_kind_are_scored(digits: Path, tmp_path: Path) -> None:
     architecture = import_onnx(digits.read_bytes(), "d").architecture
-    random = np.random.default_rng(0)
-    out = random.standard_normal((4, 10)).astype(np.float32)
+    out = np.random.default_rng(0).standard_normal((4, 10)).astype(np.float32)
     wrong = (out > 0).astype(np.float32)
     wrong[0, :5] = 1 - wrong[0, :5]
     np.savez(tmp_path / "multi.npz", x=X, y=wrong)

@@ -420,8 +420,7 @@ def test_images_that_would_not_become_the_board_are_refused(
     tmp_path: Path,
     capsys: Capture,
 ) -> None:
-    source = make_source(**changes)
-    check_refusal(capsys, command(source, tmp_path / "out.img", kit, key), code, words)
+    check_refusal(capsys, command(make_source(**changes), tmp_path / "out.img", kit, key), code, words)
     assert not (tmp_path / "out.img").exists()
 
 

@@ -142,8 +142,7 @@ def test_claims_go_to_a_new_file_that_its_owner_alone_reads(state: str, tmp_path
     out = tmp_path / "claims"
     capsys.readouterr()
     assert main(["claim", "--state", state, "--count", "2", "--hours", "24", "--out", str(out)]) == ExitCode.OK
-    output = capsys.readouterr().out
-    assert output.startswith(f"{out}: 2 claims for any name that is free, valid until ")
+    assert capsys.readouterr().out.startswith(f"{out}: 2 claims for any name that is free, valid until ")
     assert len({JoinClaim.parse(line).id for line in out.read_text().splitlines()}) == 2
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert main(["claim", "--state", state, "--out", str(out)]) == ExitCode.USAGE

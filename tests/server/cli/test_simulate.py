@@ -56,8 +56,7 @@ def test_a_configuration_becomes_a_report(config, tmp_path, capsys):
 def test_the_strategy_is_said_on_the_command_line(config, tmp_path, capsys):
     out, arguments = tmp_path / "out", ["--config", config(), "--rounds", "1"]
     assert main([*arguments, "--out", str(out), "--strategy", "fedavg"]) == ExitCode.OK
-    record = Record.load(out / "metrics.json")
-    assert record.job["strategy"] == "fedavg"
+    assert Record.load(out / "metrics.json").job["strategy"] == "fedavg"
     assert main([*arguments, "--out", str(tmp_path / "no"), "--strategy", "fedavgg"]) == ExitCode.CONFIG
     assert "fedavgg" in capsys.readouterr().err
     assert demo_plan(strategy="heterofl").job.strategy == demo_plan(strategy="heterofl").title == "heterofl"

@@ -65,7 +65,6 @@ def test_a_prediction_is_the_one_before_any_round_whatever_rounds_taught() -> No
 
 
 def test_widths_that_the_job_gives_are_predicted_for_too() -> None:
-    device = state(METRICS).devices["pi"]
-    bare = replace(device, plan=None)
+    bare = replace(state(METRICS).devices["pi"], plan=None)
     assert predicted_figures("pi", bare, JOB, toy.ARCHITECTURE) == vars(PLAN.prediction)
     assert predicted_figures("pi", replace(bare, widths=()), JOB, toy.ARCHITECTURE) is None

@@ -94,8 +94,7 @@ def run_with_silent_board(fleet: Fleet, speaks_after: float | None = None) -> tu
 
     fleet.air.on_idle = idle
     daemon.run()
-    state = daemon.main_runner.state
-    return daemon, {n: d.online for n, d in state.devices.items()}, gone_at[0]
+    return daemon, {n: d.online for n, d in daemon.main_runner.state.devices.items()}, gone_at[0]
 
 
 @pytest.fixture

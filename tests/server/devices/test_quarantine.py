@@ -280,8 +280,7 @@ def test_what_happened_is_kept_for_status(tmp_path: Path, clock: Clock) -> None:
     assert read_quarantine_rows(tmp_path)["a"]["until"] is None
     # A server that starts anew knows of nothing, and says so.
     clock.now += 100
-    restarted = Quarantine(clock, tmp_path / QUARANTINE_FILE)
-    restarted.save()
+    Quarantine(clock, tmp_path / QUARANTINE_FILE).save()
     assert read_quarantine_rows(tmp_path) == {}
 
 

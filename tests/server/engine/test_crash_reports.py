@@ -70,8 +70,7 @@ def test_watching_changes_nothing_and_counts_what_happened(tmp_path: Path) -> No
         fleet.air.now += 0.01
         raise OSError("no place is left")
 
-    watched = fleet.run(observers=[Watcher(fail_slowly), metrics])
-    assert watched.model == plain.model
+    assert fleet.run(observers=[Watcher(fail_slowly), metrics]).model == plain.model
     text = metrics.text().decode()
     folded = sum(p["progress"] == "folded" for r in plain.history for p in r["devices"].values())
     assert f'fedprune_updates_counted_total{{job="{JOB.name}"}} {folded:.1f}' in text

@@ -57,8 +57,7 @@ def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fle
 
 def test_nobody_waits_behind_a_message_to_a_device_that_is_not_let_in_any_more(fleet: Fleet) -> None:
     fleet.air.shut.add("b")
-    state = fleet.run()
-    assert counted_devices(state) == [["a", "c"]] * 3
+    assert counted_devices(fleet.run()) == [["a", "c"]] * 3
 
 
 def test_an_update_is_acknowledged_only_when_it_is_on_the_disk(fleet: Fleet) -> None:
@@ -105,8 +104,7 @@ def test_an_update_that_the_worker_rejects_does_not_count(fleet: Fleet) -> None:
 def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(fleet: Fleet) -> None:
     liar = fleet.air.devices["a"]
     liar.lie = larger
-    state = fleet.run()
-    assert counted_devices(state) == [["b", "c"]] * 3
+    assert counted_devices(fleet.run()) == [["b", "c"]] * 3
     assert not any(isinstance(m, BlobRequest) for m in liar.heard)
 
 
@@ -176,5 +174,4 @@ def test_an_update_that_its_device_has_lost_is_rejected(fleet: Fleet) -> None:
         return update
 
     device.lie = forget
-    state = fleet.run()
-    assert counted_devices(state) == [["b", "c"]] * 3
+    assert counted_devices(fleet.run()) == [["b", "c"]] * 3

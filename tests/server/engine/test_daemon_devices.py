@@ -56,8 +56,7 @@ def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts
     fleet.restart()
     board.session = 2
     fleet.air.devices["a"] = board
-    state = fleet.run()
-    assert "a" in counted_devices(state)[-1]
+    assert "a" in counted_devices(fleet.run())[-1]
     assert fleet.storage.unplanned_devices() == {}
 
 
@@ -137,8 +136,7 @@ def test_a_refusal_is_told_on_one_line(fleet: Fleet, caplog: pytest.LogCaptureFi
     device.take = lambda offer: device.say(  # type: ignore[method-assign]
         Refusal("c", offer.job, offer.round, offer.attempt, "no room\n12:00 job toy is finished", 30)
     )
-    state = fleet.run()
-    assert state.history[0]["devices"]["c"]["reason"] == "no room 12:00 job toy is finished"
+    assert fleet.run().history[0]["devices"]["c"]["reason"] == "no room 12:00 job toy is finished"
     assert not [r for r in caplog.records if "\n" in r.getMessage()]
 
 
@@ -146,8 +144,7 @@ def test_profiles_of_a_folder_of_ones_own_are_found(fleet: Fleet, tmp_path: Path
     user_profile = replace(find_profile("raspberry-pi-5"), name="greenhouse-pi")
     (tmp_path / "greenhouse-pi.json").write_text(user_profile.to_json())
     fleet.air.devices["a"].profile = "greenhouse-pi"
-    state = fleet.run(profiles=(tmp_path,))
-    assert state.devices["a"].profile["name"] == "greenhouse-pi"
+    assert fleet.run(profiles=(tmp_path,)).devices["a"].profile["name"] == "greenhouse-pi"
 
 
 def test_a_message_in_the_name_of_another_device_is_ignored(fleet: Fleet) -> None:
@@ -188,8 +185,7 @@ def test_what_an_earlier_start_could_not_do_says_nothing_of_a_board_that_runs(fl
         take(offer)
 
     board.take = late  # type: ignore[method-assign]
-    state = fleet.run()
-    assert counted_devices(state) == [["a", "b", "c"]] * JOB.rounds
+    assert counted_devices(fleet.run()) == [["a", "b", "c"]] * JOB.rounds
     assert fleet.storage.unplanned_devices() == {}
 
 

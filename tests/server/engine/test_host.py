@@ -26,8 +26,7 @@ def test_two_jobs_that_need_all_devices_take_turns_and_end_as_if_alone(tmp_path:
     states = several.run()
     assert [counted_devices(s) for s in states.values()] == [[["a", "b", "c"]] * 3, [["a", "b", "c"]] * 2]
     for job in jobs:
-        alone = Fleet(tmp_path / f"alone-{job.name}", job)
-        assert alone.run().model == states[job.name].model
+        assert Fleet(tmp_path / f"alone-{job.name}", job).run().model == states[job.name].model
     assert several.clashes == []
 
 
@@ -43,8 +42,7 @@ def test_a_host_killed_anywhere_goes_on_to_the_same_models(tmp_path: Path, point
     with pytest.raises(KilledError):
         several.run(host)
     several.restart()
-    states = several.run()
-    assert {n: s.model for n, s in states.items()} == expected
+    assert {n: s.model for n, s in several.run().items()} == expected
     assert several.clashes == []
 
 
@@ -114,8 +112,7 @@ def test_a_device_that_connects_anew_at_work_goes_on_with_what_it_owes(tmp_path:
         device.send_birth()
 
     device.take = dying  # type: ignore[method-assign]
-    states = several.run()
-    assert all(counted_devices(s) == [["a", "b", "c"]] * 3 for s in states.values())
+    assert all(counted_devices(s) == [["a", "b", "c"]] * 3 for s in several.run().values())
     assert several.air.now < JOB.deadline_s
     assert several.clashes == []
 
@@ -134,8 +131,7 @@ def test_a_device_that_no_job_can_plan_for_holds_nobody_up(tmp_path: Path, caplo
     several = SeveralJobs(tmp_path, [rename_job(JOB, "one"), rename_job(JOB, "two")], "abcd")
     several.air.devices["b"].profile = "unknown-board"
     host = several.host()
-    states = several.run(host)
-    assert all(counted_devices(s) == [["a", "c", "d"]] * 3 for s in states.values())
+    assert all(counted_devices(s) == [["a", "c", "d"]] * 3 for s in several.run(host).values())
     assert "b" in host.connected
     assert "b" not in host.fleet_snapshot().job_of_device
     assert "there is no hardware profile called" in caplog.text
@@ -155,8 +151,7 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
         several.air.inbox.extend([ConnectionDown("an outage"), ConnectionUp()])
 
     gone.take = vanish  # type: ignore[method-assign]
-    states = several.run(host)
-    assert all(s.phase is Phase.FINISHED for s in states.values())
+    assert all(s.phase is Phase.FINISHED for s in several.run(host).values())
     assert "c" not in host.fleet_snapshot().job_of_device
     assert "c" not in host.connected
     assert several.clashes == []

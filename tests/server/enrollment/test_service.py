@@ -192,8 +192,7 @@ def test_a_certificate_is_renewed_with_a_new_key_by_who_is_let_in_alone(
     NOW[0] += 500 * DAY
     device.admit(ask(device, None), claim.pin)
 
-    new = (tmp_path / "board" / "device.pem").read_text()
-    assert new != old
+    assert (tmp_path / "board" / "device.pem").read_text() != old
     assert not device.needs_renewal()
     device.tls_context()  # certificate and key are a pair
     assert answer(identity, bare(None))[0] == WAITING  # another key of that name has to wait

@@ -54,8 +54,7 @@ def join(identity: IdentityFolder, name: str) -> JoinRequest:
 
 def listed_serials(identity: IdentityFolder) -> set[int]:
     """Certificates on the list that the broker gets."""
-    crl = x509.load_pem_x509_crl(identity.authority.crl_path.read_bytes())
-    return {r.serial_number for r in crl}
+    return {r.serial_number for r in x509.load_pem_x509_crl(identity.authority.crl_path.read_bytes())}
 
 
 def copy_identity(first: Path, second: Path) -> None:
@@ -165,8 +164,7 @@ def test_a_server_notices_what_another_machine_changes(
     with serving(first, url) as identity:
         now = [0.0]
         link = AuthenticatedLink(Inbox(), identity, lambda: now[0])
-        claim = JoinClaim.parse(command("claim", "--device", "pi-1").strip())
-        asked = request(claim, "pi-1")
+        asked = request(JoinClaim.parse(command("claim", "--device", "pi-1").strip()), "pi-1")
         assert EnrollmentService(identity).answer(asked).status == APPROVED
         now[0] += 1.0
         assert link.get() is None

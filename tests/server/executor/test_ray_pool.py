@@ -157,8 +157,7 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         # A node dies under a task: it starts again on the other one.
         where = tmp_path / "began"
         future = pool.submit(slow, str(where))
-        pid = int(until(lambda: where.exists() and where.read_text().split())[0])
-        raylet = _node_of(pid, cluster)
+        raylet = _node_of(int(until(lambda: where.exists() and where.read_text().split())[0]), cluster)
         cluster.remove_node(raylet, allow_graceful=False)
         assert future.result(120) == "done"
         assert len(where.read_text().split()) == 2

@@ -115,8 +115,7 @@ def contributions(w: Worker, model: Model, ranking: str, federation: Digits) -> 
 def test_a_round_makes_the_model_better(model: Model, federation: Digits, tmp_path: Path) -> None:
     w = worker(model, tmp_path, federation)
     start = w.put_initial_model()
-    ranking = rank(w)
-    updates = contributions(w, model, ranking, federation)
+    updates = contributions(w, model, rank(w), federation)
     for update in updates:
         assert w.execute(fold(update)) == on.Folded(update.part.device, 1, 1)
     closed = w.execute(close(updates))

@@ -125,8 +125,7 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, final_s
         assert not identity.store.is_empty
     with RolloutStore(new) as rollouts, RolloutStore(state) as old:
         assert rollouts.blobs.names() == old.blobs.names() != []
-    end = play_job(new)
-    assert [r["model"] for r in end.history] == [r["model"] for r in final_state.history]
+    assert [r["model"] for r in play_job(new).history] == [r["model"] for r in final_state.history]
 
 
 def test_further_jobs_are_restored_with_the_first(state: Path, tmp_path: Path) -> None:
@@ -177,8 +176,7 @@ def test_the_next_backup_adds_what_is_new_and_lets_go_of_what_is_not_needed(stat
 
 def test_what_is_damaged_in_a_backup_is_written_again_by_the_next(state: Path, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
-    manifest = back_up(state, backup, ignore_progress)
-    for entry in manifest.entries:
+    for entry in back_up(state, backup, ignore_progress).entries:
         (backup / entry.backup_path).write_bytes(b"x" * entry.size)
     back_up(state, backup, ignore_progress)
     assert rows(restore(backup, tmp_path / "new")) == rows(state)
@@ -200,8 +198,7 @@ def test_backups_of_a_job_that_goes_on_are_each_of_one_moment(tmp_path: Path) ->
         while not over.is_set() or not number:
             number += 1
             rounds.add(back_up(state, tmp_path / f"backup{number % 2}", ignore_progress).round)
-            new = restore(tmp_path / f"backup{number % 2}", tmp_path / f"new{number}")
-            assert wrong(new) == []
+            assert wrong(restore(tmp_path / f"backup{number % 2}", tmp_path / f"new{number}")) == []
     finally:
         player.join()
     assert number > 1
@@ -368,8 +365,7 @@ def test_what_is_no_manifest_is_an_error(raw: bytes) -> None:
 
 def test_a_damaged_blob_is_not_backed_up(state: Path, tmp_path: Path) -> None:
     back_up(state, tmp_path / "backup", ignore_progress)
-    store = BlobStore(state / BLOBS_FOLDER)
-    path = store.path(stored_state(state).model)
+    path = BlobStore(state / BLOBS_FOLDER).path(stored_state(state).model)
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(StorageError, match="damaged"):
         back_up(state, tmp_path / "other", ignore_progress)
@@ -383,8 +379,7 @@ def test_a_restored_servers_epochs_are_later_than_all_that_the_old_one_used(stat
     back_up(state, tmp_path / "backup", ignore_progress)
     with IdentityFolder(state) as old:
         used = [old.epochs.next() for _ in range(600)]
-    new = restore(tmp_path / "backup", tmp_path / "new")
-    with IdentityFolder(new) as identity:
+    with IdentityFolder(restore(tmp_path / "backup", tmp_path / "new")) as identity:
         assert identity.epochs.next() > max(used)
 
 

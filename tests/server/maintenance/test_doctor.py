@@ -363,8 +363,7 @@ def test_the_command_says_what_why_and_what_to_do(folder: Path, capsys: pytest.C
         assert main(["doctor", "--state", str(folder)]) == ExitCode.OK
     assert "nothing is wrong" in capsys.readouterr().out
     assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FINDINGS
-    body = json.loads(capsys.readouterr().out)
-    assert [f["kind"] for f in body["findings"]] == ["server-not-running"]
+    assert [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]] == ["server-not-running"]
     assert main(["doctor", "--state", str(folder)]) == ExitCode.FINDINGS
     assert capsys.readouterr().out.count("\n  do:  fedprune-server run --state") == 1
 

@@ -182,8 +182,7 @@ def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[
 def exposed_names() -> set[str]:
     metrics = Metrics(Path("/nowhere"), AlertBook().counts)
     show(metrics, RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}), TurnEnded(0.1))
-    families = text_string_to_metric_families(metrics.text().decode())
-    return {s.name for f in families for s in f.samples}
+    return {s.name for f in text_string_to_metric_families(metrics.text().decode()) for s in f.samples}
 
 
 def asked_for(expression: str) -> set[str]:

@@ -53,10 +53,6 @@ def is_long(topic: str, payload: bytes) -> bool:
     return len(payload) > LONGEST
 
 
-def is_of_a(topic: str, payload: bytes) -> bool:
-    return "/a/" in topic
-
-
 def alerts_after(
     folder: Path, spoil: Callable[[Dropping], None], seconds: float
 ) -> dict[str, tuple[set[str | None], float]]:
@@ -109,7 +105,7 @@ def silence_a_after_its_birth(air: Dropping) -> None:
     heard: list[str] = []
 
     def drops(topic: str, payload: bytes) -> bool:
-        if not is_of_a(topic, payload):
+        if "/a/" not in topic:
             return False
         heard.append(topic)
         return len(heard) > 1

@@ -125,8 +125,7 @@ def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> Non
     for device in fleet.updated.values():
         device.end = ROLLED_BACK
     fleet.air.now = 1.0
-    rollout = fleet.until_over(tmp_path)
-    (first,) = rollout.failures()
+    (first,) = fleet.until_over(tmp_path).failures()
     other_boards = [d for n, d in fleet.updated.items() if n != first]
     assert all(d.told is None for d in other_boards)
     fleet.restart()

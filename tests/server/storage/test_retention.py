@@ -131,8 +131,7 @@ def test_the_best_model_stays_beside_the_latest(
         state.history.append({"round": number, "at": 0.0, "model": state.model, "metrics": metrics, "devices": {}})
         # A server that is started again begins with a sweep, and its collector knows of no earlier state.
         sweep_blobs(store, state, 1, judged_by)
-        collector = BlobCollector(store, 1, judged_by)
-        collector.collect(state, frozenset())
+        BlobCollector(store, 1, judged_by).collect(state, frozenset())
 
     models = [row["model"] for row in state.history]
     assert sorted(store.names()) == sorted(models[number - 1] for number in kept_rounds)

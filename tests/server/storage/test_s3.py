@@ -189,8 +189,7 @@ def test_the_bucket_is_told_the_digest_to_compare_what_it_gets_with(at_s3: S3, u
         sent.append(base64.b64decode(request.headers["x-amz-checksum-sha256"]).hex())
 
     store.bucket._client.meta.events.register("before-send.s3.PutObject", look)
-    ref = store.put(b"good")
-    assert sent == [ref.sha256]
+    assert sent == [store.put(b"good").sha256]
 
 
 @pytest.mark.parametrize("secure", [False, True])

@@ -94,8 +94,7 @@ def test_what_is_asked_for_again_before_it_was_sent_is_sent_once(
 def test_other_requests_are_answered_after_the_one_under_way(
     store: BlobStore, downloads: Downloads, changed: dict[str, Any]
 ) -> None:
-    digest = store.put(b"x" * (12 * LEAF_BYTES)).sha256
-    asked = BlobRequest(digest, "data", 0, 8)
+    asked = BlobRequest(store.put(b"x" * (12 * LEAF_BYTES)).sha256, "data", 0, 8)
     downloads.add("a", asked)
     assert downloads.next_chunk() is not None
     downloads.add("a", replace(asked, **changed))

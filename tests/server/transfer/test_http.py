@@ -196,8 +196,7 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
     for device in ("attic", "cellar"):
         fleet.certify(device)
     fleet.offers = {"attic": {REF.sha256}, "cellar": {SECRET.sha256}}
-    config = ServerConfig(state=fleet.root / "state", serve_blobs="0")
-    with web_blobs(config, fleet.identity) as web:
+    with web_blobs(ServerConfig(state=fleet.root / "state", serve_blobs="0"), fleet.identity) as web:
         assert web.url is not None
         assert web.url.startswith("https://127.0.0.1:")
         assert "answers 404" in fleet.fetch("attic", web)  # nothing is given yet
@@ -298,8 +297,7 @@ def test_what_somebody_else_serves_is_only_named() -> None:
         assert (web.url, web.server) == (None, None)
     with web_blobs(ServerConfig(blob_url="https://models.example/fleet/"), None) as web:
         assert (web.url, web.server) == ("https://models.example/fleet", None)
-    both = ServerConfig(blob_url="http://localhost:9/x", serve_blobs="127.0.0.1:0")
-    with web_blobs(both, None) as web:
+    with web_blobs(ServerConfig(blob_url="http://localhost:9/x", serve_blobs="127.0.0.1:0"), None) as web:
         assert web.url == "http://localhost:9/x"
         assert web.server is not None
 

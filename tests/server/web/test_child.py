@@ -150,14 +150,12 @@ def test_half_requests_of_strangers_keep_nobody_out(tmp_path: Path) -> None:
 
 def test_nobody_waits_for_another_process_that_writes(tmp_path: Path) -> None:
     now = [1e9]
-    here = trial(tmp_path, clock=lambda: now[0])
-    browser = here.browser("viewer")
+    browser = trial(tmp_path, clock=lambda: now[0]).browser("viewer")
     writer = sqlite3.connect(tmp_path / "console.db", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     now[0] += 600  # so that the session's last use would be written
     answers: list[int] = []
-    asking = threading.Thread(target=lambda: answers.append(browser.get("/").status), daemon=True)
-    asking.start()
+    threading.Thread(target=lambda: answers.append(browser.get("/").status), daemon=True).start()
     until(lambda: answers)  # the lock is held all the while
     writer.execute("ROLLBACK")
     writer.close()

@@ -178,8 +178,7 @@ def test_finding_a_device_and_reading_its_plan(open_console: Open, console: Serv
     expect(page.get_by_role("row", name="Peak memory in training")).to_contain_text("84.1 MB")
     expect(page.locator(".facts", has_text="Runs")).to_contain_text("release 6 in slot b")
     expect(page.locator("svg.strip")).to_have_count(8)
-    layer_row = page.get_by_role("row", name="layer7.conv").first
-    expect(layer_row).to_contain_text("128 of 512")
+    expect(page.get_by_role("row", name="layer7.conv").first).to_contain_text("128 of 512")
     page.get_by_text("Channels as numbers").click()
     expect(page.get_by_role("region", name="Channels as numbers")).to_contain_text("layer7.conv")
 
@@ -321,8 +320,7 @@ def test_a_round_under_way_and_its_curves(open_console: Open, console: ServedCon
     numbers = page.locator("details", has_text="Global loss as numbers")
     numbers.locator("summary").click()
     ended = len(page.locator("section", has_text="Finished rounds").locator("tbody tr").all())
-    plot = page.locator(".plot").first
-    box = plot.bounding_box()
+    box = page.locator(".plot").first.bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + 2, box["y"] + 20)
     expect(page.locator("figure output").first).to_contain_text("round 1:")

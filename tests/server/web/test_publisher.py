@@ -278,8 +278,7 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
 
 def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fedprune.server")
-    fleet = Fleet(tmp_path, JOB)
-    daemon, console = watched_server(fleet)
+    daemon, console = watched_server(Fleet(tmp_path, JOB))
     number = console.order("pause", job=JOB.name)
     console.flush()
     assert console.answer(number) is None
@@ -331,8 +330,7 @@ def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(tmp_path: P
 
 
 def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    _, console = watched_server(fleet)
+    _, console = watched_server(Fleet(tmp_path, JOB))
     numbers = [
         console.order("pause", job="nobodys"), console.order("look", device="nobody"),
         console.order("approve", device="a", key="x"), console.order("release_quarantine", device="nobody"),
@@ -347,8 +345,7 @@ def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
 def test_a_server_carries_out_only_the_orders_that_it_allows(
     tmp_path: Path, allowed: str, expected: list[bool]
 ) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    _, console = watched_server(fleet, allowed=allowed)
+    _, console = watched_server(Fleet(tmp_path, JOB), allowed=allowed)
     numbers = [console.order("pause", job=JOB.name), console.order("coverage", job=JOB.name)]
     console.flush()
     assert [(console.answer(n) or (None,))[0] for n in numbers] == expected
@@ -426,8 +423,7 @@ def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_pat
 
 
 def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    _, console = watched_server(fleet)
+    _, console = watched_server(Fleet(tmp_path, JOB))
     log = logging.getLogger("fedprune.server.trial")
     log.addHandler(console.publisher.tap)
     try:
@@ -452,8 +448,7 @@ def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
 
 
 def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    _, console = watched_server(fleet)
+    _, console = watched_server(Fleet(tmp_path, JOB))
     log = logging.getLogger("fedprune.server.trial")
     log.addHandler(console.publisher.tap)
     try:

@@ -55,8 +55,7 @@ def test_cookies_are_kept_from_scripts_and_other_sites(tmp_path: Path) -> None:
     )
     here.console.exposure = Exposure(has_tls=True)
 
-    browser = Browser(make_app(here.console), secure=True)
-    cookies = browser.login(here.console, "viewer").cookies()
+    cookies = Browser(make_app(here.console), secure=True).login(here.console, "viewer").cookies()
     assert cookies
     assert all("Secure" in c and "HttpOnly" in c and "Path=/" in c and c.startswith("__Host-") for c in cookies)
 
@@ -205,8 +204,7 @@ def test_a_proxy_is_believed_only_where_there_is_one(tmp_path: Path) -> None:
     here = trial(tmp_path, around=Exposure(has_proxy=True))
     headers = {"x-forwarded-for": "10.0.0.1, 203.0.113.9", "x-forwarded-proto": "https"}
     here.browser().ask("GET", "/login", headers=headers)
-    reply = here.browser().ask("GET", "/login", headers=headers)
-    assert all("Secure" in c for c in reply.cookies())
+    assert all("Secure" in c for c in here.browser().ask("GET", "/login", headers=headers).cookies())
     assert all(
         "Secure" not in c for c in here.browser(address="192.0.2.1").ask("GET", "/login", headers=headers).cookies()
     )

@@ -98,8 +98,7 @@ class Browser:
 
         async def receive() -> Any:
             if left:
-                piece = left.pop(0)
-                return {"type": "http.request", "body": piece, "more_body": bool(left)}
+                return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:

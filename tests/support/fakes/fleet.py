@@ -303,11 +303,10 @@ def quick(folder: Path) -> Storage:
     """A database that doesn't wait for the disk: these tests kill objects, not machines."""
     storage = Storage.open_in(folder)
 
-    def relax(connection: Any, record: object) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
-
     storage.database.engine.dispose()
-    sqlalchemy.event.listen(storage.database.engine, "connect", relax)
+    sqlalchemy.event.listen(
+        storage.database.engine, "connect", lambda connection, record: connection.execute("PRAGMA synchronous=OFF")
+    )
     return storage
 
 

@@ -1,6 +1,6 @@
 """Updates as a strategy sees them, without a server."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
@@ -61,7 +61,4 @@ def close_fold(
     for each in all_reports:
         aggregator.add(fold, each, each.trained)
 
-    def reread_updates() -> Iterator[tuple[UpdateReport, Submodel]]:
-        return ((r, r.trained) for r in all_reports)
-
-    return aggregator.close(fold, at, rate, reread_updates), fold
+    return aggregator.close(fold, at, rate, lambda: ((r, r.trained) for r in all_reports)), fold

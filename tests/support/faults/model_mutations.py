@@ -153,8 +153,7 @@ def _numbers(proto: onnx.ModelProto, rng: Rng) -> None:
 
 
 def _port(proto: onnx.ModelProto, rng: Rng) -> None:
-    value = _any([*proto.graph.input, *proto.graph.output], rng)
-    tensor = value.type.tensor_type
+    tensor = _any([*proto.graph.input, *proto.graph.output], rng).type.tensor_type
     kind = rng.integers(3)
     if kind == 0:
         tensor.elem_type = int(_any(TYPES, rng))

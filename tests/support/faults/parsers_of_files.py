@@ -305,9 +305,6 @@ def _wheels() -> tuple[Target, ...]:
             raise ValueError(f"files {inside}")
         return done
 
-    def name(raw: bytes) -> object:
-        return parse_wheel_name(Path(raw.decode("utf-8", "replace").replace("\0", "") or "x"), ReleaseError)
-
     return (
         Target("wheel.unpacked", as_file(unpack_wheel, "one.whl"), seeds, factor=2200, constant=_FILES, share=0.2),
         Target(
@@ -320,7 +317,7 @@ def _wheels() -> tuple[Target, ...]:
         ),
         Target(
             "wheel.file name",
-            name,
+            lambda raw: parse_wheel_name(Path(raw.decode("utf-8", "replace").replace("\0", "") or "x"), ReleaseError),
             (b"fedprune-0.1.0-cp311-cp311-manylinux_2_17_aarch64.whl", b"a-1-py3-none-any.whl"),
             text=True,
         ),

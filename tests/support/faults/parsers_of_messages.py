@@ -224,8 +224,7 @@ def _upload_urls() -> tuple[bytes, ...]:
 
 def _pull_chunk(raw: bytes) -> object:
     """A chunk that comes in the middle of a transfer of which one leaf is here."""
-    store = BlobStore(scratch() / "pull", durable=False)
-    pull = Pull(REF, store.partial(REF))
+    pull = Pull(REF, BlobStore(scratch() / "pull", durable=False).partial(REF))
     pull.start(0.0)
     pull.on_chunk(Chunk(REF.sha256, "leaves", 0, leaf_table(BLOB)), 0.0)
     wants = pull.on_chunk(Chunk.parse(raw), 1.0)
@@ -276,8 +275,7 @@ def _opener() -> Opener:
 def _joining() -> tuple[Target, ...]:
     authority = Authority.make(scratch() / "authority", "lab")
     csr = make_csr(make_tls_key(), "pi-1")
-    claim = JoinClaim.make(authority.pin)
-    request = make_join_request("lab", "pi-1", KEY, csr, claim)
+    request = make_join_request("lab", "pi-1", KEY, csr, JoinClaim.make(authority.pin))
     certificate = authority.issue_device("lab", "pi-1", csr)
     body = {
         "request": request_digest(request), "status": APPROVED, "reason": "", "time": authority.now(),

@@ -80,15 +80,12 @@ def _images() -> tuple[Target, ...]:
     image = bytes(head)
     out = scratch() / "unpacked.img"
 
-    def table(raw: bytes) -> object:
-        return read_partitions(io.BytesIO(raw), len(raw))
-
     def unpack(path: Path) -> object:
         with out.open("wb") as file:
             return unpack_image(path, file)
 
     packed = (gzip.compress(image, mtime=0), lzma.compress(image))
     return (
-        Target("image.partitions", table, (image,), constant=_FILES),
+        Target("image.partitions", lambda raw: read_partitions(io.BytesIO(raw), len(raw)), (image,), constant=_FILES),
         Target("image.packed", as_file(unpack, "packed.img"), (*packed, image), constant=80 * 2**20, share=0.2),
     )

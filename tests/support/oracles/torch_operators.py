@@ -52,15 +52,11 @@ for _name, _function in {
     OPERATORS[_name] = _unary(_function)
 
 
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    return torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc")
-
-
 for _name, _function in {
     "Add": torch.add,
     "Sub": torch.sub,
     "Mul": torch.mul,
-    "Div": _divide,
+    "Div": lambda a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc"),
     "Pow": torch.pow,
     "MatMul": torch.matmul,
     "Equal": torch.eq,
@@ -153,10 +149,7 @@ def _axes(a: Mapping[str, Any], x: Tensor, axes_input: Tensor | None) -> tuple[i
 
 
 def _reduction(function: Function) -> Function:
-    def reduce(a: Mapping[str, Any], x: Tensor, axes: Tensor | None = None) -> Tensor:
-        return function(x, dim=_axes(a, x, axes), keepdim=bool(a.get("keepdims", 1)))
-
-    return reduce
+    return lambda a, x, axes=None: function(x, dim=_axes(a, x, axes), keepdim=bool(a.get("keepdims", 1)))
 
 
 for _name, _function in {

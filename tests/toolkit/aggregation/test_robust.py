@@ -54,8 +54,7 @@ def stacks(name: str, current_scene: Scene, reports: list[UpdateReport]) -> tupl
     for k, each in enumerate(reports):
         index = np.ix_(*each.trained.selection.maps(name)) if spec.axes else ...
         values[k, ...][index] = each.trained.tensors[name]
-        mask = each.trained.mask
-        coverage[k, ...][index] = mask.get(name, True)
+        coverage[k, ...][index] = each.trained.mask.get(name, True)
     return values, coverage
 
 

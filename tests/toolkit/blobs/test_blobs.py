@@ -177,8 +177,7 @@ def test_of_leaves_that_come_together_the_right_ones_are_kept(
 def test_a_reference_whose_leaves_are_another_blob_s_is_found_out(tmp_path: Path) -> None:
     data = noise(2 * LEAF_BYTES)
     ref = BlobRef("ab" * 32, len(data), BlobRef.of(data).leaves)
-    store = BlobStore(tmp_path)
-    partial = store.partial(ref)
+    partial = BlobStore(tmp_path).partial(ref)
     partial.set_table(leaf_table(data))
     for i in range(2):
         partial.write(i, leaf(data, i))

@@ -78,8 +78,7 @@ def test_steps_are_the_batches_of_all_epochs_up_to_the_limit(recipe: Recipe, sam
 
 @given(recipes, st.floats(0, 1), st.integers(1, 9))
 def test_numbers_do_not_name_another_graph(recipe: Recipe, lr: float, epochs: int) -> None:
-    variant = Recipe.from_dict({**recipe.to_dict(), "lr": lr, "epochs": epochs})
-    assert variant.features == recipe.features
+    assert Recipe.from_dict({**recipe.to_dict(), "lr": lr, "epochs": epochs}).features == recipe.features
 
 
 def test_every_feature_has_a_key_of_its_own() -> None:

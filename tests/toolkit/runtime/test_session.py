@@ -319,8 +319,7 @@ def placed_runs(small: Path, runs: int) -> None:
     name = session.outputs[0]
     rng = np.random.default_rng(0)
     for number in range(runs):
-        feeds = feeds_of(session)
-        samples = {n: rng.standard_normal(v.shape).astype(v.dtype) for n, v in feeds.items()}
+        samples = {n: rng.standard_normal(v.shape).astype(v.dtype) for n, v in feeds_of(session).items()}
         expected = plain.run(samples)[name]
         place = session.place({name: np.zeros_like(expected)}, f"outputs {number % 2}")
         assert session.run(samples, into=place)[name] is place[name]
