@@ -75,8 +75,7 @@ def check(run, protocol, folder, rounds=1):
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.soak
 def test_a_table_runs(accuracy, table, tmp_path):
-    run = accuracy
-    check(run, small(TABLES[table]), tmp_path / "runs")
+    check(accuracy, small(TABLES[table]), tmp_path / "runs")
 
 
 CIFAR = TABLES["cifar10-dirichlet"]
@@ -109,13 +108,6 @@ def by_hand(method, sent, found, step=1.0):
     return {"method": method, "seed": 0, "devices": {"a": [1.0, 1, 1]}, "rounds": rows}
 
 
-def run_benchmark(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.accuracy", *arguments],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -127,7 +119,8 @@ def run_benchmark(*arguments, **environment):
 )
 @pytest.mark.at_push(1)
 def test_a_mistake_is_one_line(arguments, code, said):
-    ended = run_benchmark(*arguments, FEDPRUNE_DATA="/nowhere")
+    command, environment = [sys.executable, "-m", "benchmarks.accuracy", *arguments], {"FEDPRUNE_DATA": "/nowhere"}
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert ended.returncode == code
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr

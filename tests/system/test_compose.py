@@ -131,7 +131,9 @@ def database(composed: Composed) -> Iterator[Postgres]:
 def test_a_round_runs_through_what_compose_starts(composed: Composed, database: Postgres) -> None:
     site = composed
     assert database.sql("SELECT 1").stdout.strip() == "1"
-    assert Postgres.sql(_without_password(database), "SELECT 1", check=False).returncode != 0
+    other = object.__new__(Postgres)
+    other.__dict__.update(database.__dict__ | {"_password": ""})
+    assert Postgres.sql(other, "SELECT 1", check=False).returncode != 0
     for _ in range(2):  # as at every `up`: the second finds the identity
         done = site.run("prepare")
         assert done.returncode == 0, done.stderr
@@ -174,9 +176,3 @@ def test_a_round_runs_through_what_compose_starts(composed: Composed, database: 
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == ExitCode.OK, site.logs()
     assert not pulse.exists()
-
-
-def _without_password(database: Postgres) -> Postgres:
-    other = object.__new__(Postgres)
-    other.__dict__.update(database.__dict__ | {"_password": ""})
-    return other

@@ -81,11 +81,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def closed_port() -> int:
-    return machine.free_port()
-
-
 def test_a_wrong_model_file(model: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
@@ -123,7 +118,8 @@ def test_a_full_disk_at_the_server(model: Path, small_disk: Path) -> None:
     expect(done, ExitCode.STORAGE_FULL)
 
 
-def test_a_broker_that_a_device_cannot_reach(data: Path, tmp_path: Path, closed_port: int) -> None:
+def test_a_broker_that_a_device_cannot_reach(data: Path, tmp_path: Path) -> None:
+    closed_port = machine.free_port()
     url = f"mqtt://127.0.0.1:{closed_port}"
     args = ["--device", "a", "--data", data, "--state", tmp_path / "state", "--no-probe"]
     done = run("fedprune-device", "run", "--insecure", "--broker", url, *args, "--profile", "generic-x86-64")

@@ -171,8 +171,7 @@ def test_a_part_that_fails_loses_no_other_parts_rows(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(harness, "RESULTS", results)
     monkeypatch.setattr(command, "PARTS", {"rows": broken, "predictions": slow})
     machine = Machine(dry=True, end=float("inf"))
-    code = command.run_parts(machine, ["rows", "predictions"], lambda body: harness.save("gpu", body))
-    assert code == 1
+    assert command.run_parts(machine, ["rows", "predictions"], lambda body: harness.save("gpu", body)) == 1
     written = json.loads((results / "gpu.json").read_text())
     assert (written["rows"], len(written["predictions"])) == ([], 1)
     assert written["failed"] == ["rows (RuntimeError: CUDA failure 700)", "predictions: lenet 0.5"]

@@ -110,8 +110,7 @@ def test_a_talkative_fleet_tells_no_secrets(
     for name in site.devices:
         claim = (site.folder / f"{name}.claim").read_text().strip()
         secrets += [claim, claim.replace("-", "")[3:35], *[p for p in claim.split("-")[1:] if len(p) >= 8]]
-    keys = [*(site.state / "identity").glob("*.key"), *site.folder.glob("*/**/*.key")]
-    for path in keys:
+    for path in [*(site.state / "identity").glob("*.key"), *site.folder.glob("*/**/*.key")]:
         lines = path.read_bytes().decode(errors="replace").splitlines()
         secrets += [line for line in lines if len(line) > 30 and "-----" not in line]
     assert len(secrets) > 10

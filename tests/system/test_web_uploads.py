@@ -104,12 +104,6 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ceph]:
     made.close()
 
 
-def count_bucket_uploads(site: Site, s3: Ceph) -> int:
-    """Updates that boards put into the bucket."""
-    logs = "".join((site.folder / f"{name}.log").read_text() for name in DEVICES)
-    return logs.count(f"bytes of the update were uploaded to {s3.secure_endpoint}")
-
-
 @pytest.mark.soak  # a Ceph cluster
 def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
     material: Path, tmp_path: Path, over_mqtt: list[str], s3: Ceph
@@ -134,7 +128,8 @@ def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
         site.kill("server")
         s3.resume()
         assert models(site.finish_complete()) == over_mqtt
-        assert count_bucket_uploads(site, s3) == 4
+        logs = "".join((site.folder / f"{name}.log").read_text() for name in DEVICES)
+        assert logs.count(f"bytes of the update were uploaded to {s3.secure_endpoint}") == 4
         assert taken_in(site) == 0
         assert "bytes came from https://127.0.0.1" in site.logs_in_full()
         assert failed_uploads(site) == []

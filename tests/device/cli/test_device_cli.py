@@ -76,14 +76,6 @@ def test_the_likeliest_classes_are_printed(tmp_path: Path, state: Path, data: Lo
     assert printed == lines
 
 
-def predict_source(source: Path | str, state: Path, capsys: Capture, *options: str) -> tuple[int, str]:
-    """How many samples were predicted, and what was said of them."""
-    code = main.main(["predict", "--state", str(state), "--input", str(source), *options])
-    output = capsys.readouterr()
-    assert code == ExitCode.OK, output.err
-    return len(output.out.splitlines()), output.err
-
-
 @pytest.mark.parametrize(
     ("options", "samples", "array"),
     [((), 20, "x_test"), (("--split", "train"), 70, "x_train"), (("--split", "val"), 7, "x_val")],
@@ -93,7 +85,10 @@ def test_a_file_that_trains_is_predicted(
 ) -> None:
     arrays = {f"{kind}_{split}": getattr(data, f"{kind}_{split}") for kind in "xy" for split in ("train", "test")}
     np.savez(tmp_path / "d.npz", **arrays, x_val=data.x_test[:7], y_val=data.y_test[:7])
-    count, report = predict_source(tmp_path / "d.npz", state, capsys, *options)
+    code = main.main(["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), *options])
+    output = capsys.readouterr()
+    assert code == ExitCode.OK, output.err
+    count, report = len(output.out.splitlines()), output.err
     assert count == samples
     assert f"{array} of {tmp_path / 'd.npz'}" in report
     assert f" on {samples} samples" in report

@@ -27,13 +27,6 @@ def start(root: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def await_board(board: Board, process: subprocess.Popen[str]) -> None:
-    for _ in attempts("a healthy board", pause_s=0.05):
-        if board.healthy():
-            return
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-
-
 def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_path: Path, graphs: Path) -> None:
     LocalBoard(tmp_path, graphs).install(3)
     socket = tmp_path / "state" / "local.sock"
@@ -41,7 +34,10 @@ def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_pa
     for added, end in enumerate((signal.SIGKILL, signal.SIGTERM)):
         process = start(tmp_path, "--local")
         try:
-            await_board(board, process)
+            for _ in attempts("a healthy board", pause_s=0.05):
+                if board.healthy():
+                    break
+                assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert board.predict(X).round == 3
             board.add(X[added], "bee")
             assert board.samples()["classes"]["1"]["kept"] == added + 1

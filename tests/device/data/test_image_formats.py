@@ -86,8 +86,7 @@ def test_files_without_one_picture_of_colours_are_refused_with_a_way_out(body: b
 
 
 def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size() -> None:
-    photograph = Image.new("RGB", (6000, 4000), (200, 100, 50))
-    pixels = decode_image(image_file(photograph, "JPEG"), "RGB", (20, 12))
+    pixels = decode_image(image_file(Image.new("RGB", (6000, 4000), (200, 100, 50)), "JPEG"), "RGB", (20, 12))
     np.testing.assert_allclose(pixels, np.broadcast_to([200, 100, 50], (12, 20, 3)), atol=3)
 
 

@@ -81,8 +81,7 @@ def test_arrays_of_a_table_are_scaled_as_the_table(tmp_path: Path, first: bool, 
     read, recipe = load_data(str(tmp_path / "a.npz")), replace(MSE, scaling=scaling)
     for found, expected in zip(*(splits(scale_samples(data, recipe)[0]) for data in (read, raw)), strict=True):
         np.testing.assert_array_equal(found, expected)
-    parted = load_data(str(tmp_path / "a.npz"), validation_share=0.2, spool=tmp_path)
-    assert parted.channels == read.channels
+    assert load_data(str(tmp_path / "a.npz"), validation_share=0.2, spool=tmp_path).channels == read.channels
     np.savez(tmp_path / "b.npz", **parts, columns=np.array(["heat", "hpa"]))
     with pytest.raises(DataError, match="columns"):
         load_data(str(tmp_path / "b.npz"))

@@ -20,17 +20,12 @@ def run(bundle: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def promised_lines() -> list[str]:
-    """What docs/jetson.md says that it prints."""
-    page = (ROOT / "docs" / "jetson.md").read_text()
-    assert "**This has not run on a Jetson yet.**" in page
-    return re.findall(r"^    ok    (.*)$", page, re.MULTILINE)
-
-
 def test_it_prints_what_the_page_promises(board: EngineBoard, bundle: Path) -> None:
     done = run(bundle)
     lines = done.stdout.splitlines()
-    promises = promised_lines()
+    page = (ROOT / "docs" / "jetson.md").read_text()
+    assert "**This has not run on a Jetson yet.**" in page
+    promises = re.findall(r"^    ok    (.*)$", page, re.MULTILINE)
     assert [line[6:].partition(":")[0] for line in lines[:-1]] == [w.partition(":")[0] for w in promises], done.stderr
     for line, words in zip(lines, promises, strict=False):
         name = words.partition(":")[0]

@@ -207,8 +207,7 @@ def test_what_fails_goes_over_mqtt_and_the_next_update_is_uploaded_again(
 
 def test_the_same_request_twice_is_one_upload_and_another_meanwhile_is_none(board: Board, stall_after: None) -> None:
     def often(request: UploadRequest) -> None:
-        later = UploadRequest(request.sha256, request.url, 1000 + board.number)
-        for message in (request, request, later):
+        for message in (request, request, UploadRequest(request.sha256, request.url, 1000 + board.number)):
             board.server.say(message)
 
     board.on_request = often

@@ -64,13 +64,8 @@ def test_only_leaves_that_nobody_has_travel(donors: list[tuple[str, str]], text:
         assert target.read(ref.sha256) == blob(text, tail)
 
 
-@pytest.fixture
-def stores(tmp_path: Path) -> tuple[BlobStore, BlobStore]:
-    return BlobStore(tmp_path / "a", durable=False), BlobStore(tmp_path / "b", durable=False)
-
-
-def test_a_leaf_that_has_rotted_in_the_donor_travels(stores: tuple[BlobStore, BlobStore]) -> None:
-    source, target = stores
+def test_a_leaf_that_has_rotted_in_the_donor_travels(tmp_path: Path) -> None:
+    source, target = BlobStore(tmp_path / "a", durable=False), BlobStore(tmp_path / "b", durable=False)
     with target.path(target.put(blob("abcd")).sha256).open("r+b") as file:
         file.seek(LEAF_BYTES + 7)
         file.write(b"rot")

@@ -34,10 +34,9 @@ def train(board: HiddenBoard, offer: Any, floor: PrivacyPolicy | None = None) ->
     """The update's tensors; every call is a process of its own."""
     with DeviceStore(board.root) as store:
         store.apply_policy(floor)
-        bench = RoundRunner(
+        result = RoundRunner(
             DEVICE, store.blobs, store.slots, board.data, states=store.local_states, noise=store.privacy.draw
-        )
-        result = bench.carry_out(offer)
+        ).carry_out(offer)
         return tensorfile.decode(store.blobs.read(result.update.weights.sha256)), result
 
 

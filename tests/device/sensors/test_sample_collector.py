@@ -147,8 +147,7 @@ def test_a_number_has_the_meaning_that_the_settings_give_to_its_text(tmp_path: P
         """,
     )
     door.send("door", {"open": body})
-    samples = door.collector.collect(1.0, 1)
-    assert [(sample.rows, sample.label) for sample in samples] == [([[5.0]], "open")]
+    assert [(sample.rows, sample.label) for sample in door.collector.collect(1.0, 1)] == [([[5.0]], "open")]
 
 
 def test_a_state_in_another_case_has_the_meaning_that_the_settings_give_it(tmp_path: Path) -> None:

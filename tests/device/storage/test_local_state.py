@@ -43,8 +43,7 @@ AVERAGE = Recipe(epochs=1, batch_size=16, average=DECAY)
 
 def train_plainly(board: HiddenBoard, number: int, weights: Tensors) -> Tensors:
     """What plain training makes of them in a round."""
-    trainer = Trainer(board.graphs / "kept.onnx")
-    result = trainer.train(
+    result = Trainer(board.graphs / "kept.onnx").train(
         weights, board.data, TrainingTask(PLAIN, seed=SEED, device=DEVICE, round=number, classes=CLASSES)
     )
     return {n: v.copy() for n, v in result.tensors.items()}

@@ -173,13 +173,9 @@ def test_a_file_with_adapters_is_read_again(tmp_path: Path) -> None:
     reloaded = import_onnx(model.graph.to_bytes(), "net")
     assert reloaded.architecture.digest == model.architecture.digest
     assert reloaded.frozen == model.frozen
+    (tmp_path / "adapted.onnx").write_bytes(raw)
     with pytest.raises(ModelError, match=r"q\.weight"):
-        fx.load(_save(tmp_path / "adapted.onnx", raw), lora="2:q.weight")
-
-
-def _save(path: Path, raw: bytes) -> Path:
-    path.write_bytes(raw)
-    return path
+        fx.load(tmp_path / "adapted.onnx", lora="2:q.weight")
 
 
 @pytest.mark.parametrize(

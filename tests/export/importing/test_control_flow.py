@@ -200,10 +200,9 @@ def test_loops_that_depend_on_the_data_or_are_too_long_are_named(body: str, text
 
 
 def test_a_branch_that_is_taken_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = f"""{START} yes = Constant<value_int=1>() is = Cast<to=9>(yes) m = MatMul(start, w)
+    raw = model_bytes(f"""{START} yes = Constant<value_int=1>() is = Cast<to=9>(yes) m = MatMul(start, w)
         h = If(is)<then_branch = a () => (float[N,6] p) {{ p = Relu(m) }},
-                   else_branch = b () => (float[N,6] q) {{ q = Tanh(m) }}>"""
-    raw = model_bytes(body)
+                   else_branch = b () => (float[N,6] q) {{ q = Tanh(m) }}>""")
     same(raw)
 
     def mistaken(model: onnx.ModelProto, notes: list[str]) -> onnx.ModelProto:

@@ -440,20 +440,14 @@ def test_a_decision_behind_fused_operators_is_left_to_predictions(name: str) -> 
     proto.graph.output.append(onnx.helper.make_tensor_value_info("best", onnx.TensorProto.INT64, ["N", 1, 3]))
     raw = proto.SerializeToString()
     for model in (import_onnx(raw, "net"), import_onnx(raw, "net", ImportChoices(output="y"))):
-        check_equal_values(model, raw)
-
-
-def check_equal_values(model: Model, raw: bytes) -> None:
-    """The model ends at `y`, of which the file tells the largest."""
-    x = samples(model, 5)
-    assert (outputs(model.graph, x).argmax(1)[:, None] == OnnxSession(raw).run({"x": x})["best"]).all()
+        x = samples(model, 5)  # of `y`, where the model ends, the file tells the largest
+        assert (outputs(model.graph, x).argmax(1)[:, None] == OnnxSession(raw).run({"x": x})["best"]).all()
 
 
 def test_fused_operators_in_branches_and_functions() -> None:
-    branch = """yes = Constant<value_int=1>() on = Cast<to=9>(yes) q = MatMul(x, w)
+    raw = file_of("""yes = Constant<value_int=1>() on = Cast<to=9>(yes) q = MatMul(x, w)
         g = If(on)<then_branch = a () => (float[N,6,8] p) { p = ms.BiasGelu(q, b) },
-                   else_branch = e () => (float[N,6,8] o) { o = Relu(q) }> h = MatMul(g, w)"""
-    raw = file_of(branch)
+                   else_branch = e () => (float[N,6,8] o) { o = Relu(q) }> h = MatMul(g, w)""")
     proto = onnx.load_from_string(raw)
     tensor = numpy_helper.from_array(np.linspace(-1, 1, WIDTH, dtype=np.float32), "b")
     proto.graph.initializer.append(tensor)

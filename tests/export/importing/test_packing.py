@@ -47,8 +47,7 @@ class Fusion(nn.Module):
 
 def loss(kind: Tensor, path: Tensor, labels: Tensor) -> Tensor:
     """The kind of motion by its likelihood, and the error of a path."""
-    of_kind = -(kind.log_softmax(1) * labels[:, :3]).sum(1)
-    return of_kind + ((path.flatten(1) - labels[:, 3:]) ** 2).mean(1)
+    return -(kind.log_softmax(1) * labels[:, :3]).sum(1) + ((path.flatten(1) - labels[:, 3:]) ** 2).mean(1)
 
 
 loss.target_shape = (7,)  # type: ignore[attr-defined]

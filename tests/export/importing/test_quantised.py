@@ -175,8 +175,7 @@ def test_a_quantised_lstm_and_attention_become_those_of_floats(*, per_channel: b
     written = {n.op_type for n in onnx.load(after).graph.node}
     assert written >= {"DynamicQuantizeLSTM", "QAttention"}
     raw = read_source(after)
-    floats = onnx.load_model_from_string(raw)
-    stored = {t.name: numpy_helper.to_array(t) for t in floats.graph.initializer}
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load_model_from_string(raw).graph.initializer}
     proto = onnx.load_model_from_string(sequence_net())
     for tensor in proto.graph.initializer:
         if tensor.name in stored:
@@ -337,8 +336,7 @@ def test_what_a_decision_reads_is_compared_with_the_file(*, is_wrong: bool, monk
             state.graph.initializers["w"] = state.graph.initializers["w"] * np.float32(1.01)
 
     monkeypatch.setitem(RULES, "DequantizeLinear", write_wrongly)
-    values = {"s": np.float32(0.1), "z": np.uint8(128), "w": W}
-    raw = file_of(nodes, values, 17, ("N",), TensorProto.INT64)
+    raw = file_of(nodes, {"s": np.float32(0.1), "z": np.uint8(128), "w": W}, 17, ("N",), TensorProto.INT64)
     if not is_wrong:
         assert import_onnx(raw, "net").architecture.classes == 3
         return

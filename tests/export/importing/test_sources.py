@@ -31,11 +31,6 @@ pytestmark = pytest.mark.torch
 F32 = np.dtype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def lenet_bytes() -> bytes:
-    return export_torch(nets.lenet())
-
-
 def _port(*shape: int | str) -> list[Port]:
     return [Port("x", F32, shape)]
 
@@ -97,8 +92,8 @@ def test_a_frozen_parameter_that_is_renamed() -> None:
 
 @pytest.mark.parametrize("text", ["3", "[1]", '["nothing"]', "[" * 5000])
 @pytest.mark.parametrize("key", [FROZEN_KEY, PARAMETERS_KEY])
-def test_metadata_that_make_no_sense_are_refused(lenet_bytes: bytes, key: str, text: str) -> None:
-    proto = onnx.load_model_from_string(lenet_bytes)
+def test_metadata_that_make_no_sense_are_refused(key: str, text: str) -> None:
+    proto = onnx.load_model_from_string(export_torch(nets.lenet()))
     write_properties(proto, {key: text})
     with pytest.raises(ModelError, match=f"metadata {key}"):
         import_onnx(proto.SerializeToString(), "net")

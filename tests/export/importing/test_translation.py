@@ -331,8 +331,7 @@ def test_opsets_before_13_are_raised(opset: int) -> None:
 
 def test_what_a_vector_computes_alone_is_folded_unless_it_is_a_weight() -> None:
     nodes = [node("Add", "a b", "c"), node("Mul", "w c", "v"), node("Gemm", "x v", "y")]
-    tensors = {"a": np.float32(2), "b": np.float32(0.5), "w": random(6, 2)}
-    model = _same(_raw(nodes, tensors, (6,), 17), (6,))
+    model = _same(_raw(nodes, {"a": np.float32(2), "b": np.float32(0.5), "w": random(6, 2)}, (6,), 17), (6,))
     assert [n.op for n in model.graph.nodes] == ["Mul", "Gemm"]
     assert list(model.tensors) == ["w"]
     assert math.isclose(sum(float(v) for n, v in model.graph.initializers.items() if v.size == 1), 2.5)

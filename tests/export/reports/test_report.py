@@ -146,22 +146,15 @@ def test_a_file_that_is_no_data_ends_with_the_code_of_data(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.fixture
-def tokens(tmp_path: Path) -> Path:
+def test_identifiers_are_whole_numbers_that_the_model_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tokens.onnx").write_bytes(token_net(20))
-    return tmp_path / "tokens.onnx"
-
-
-def test_identifiers_are_whole_numbers_that_the_model_knows(
-    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     random = np.random.default_rng(0)
     x, y = random.integers(0, 20, (9, 3)), random.integers(0, 5, 9)
     np.savez(tmp_path / "good.npz", x=x.astype(np.int32), y=y)
     np.savez(tmp_path / "float.npz", x=x.astype(np.float32), y=y)
     np.savez(tmp_path / "far.npz", x=x + 20, y=y)
     codes = [
-        export(tokens, tmp_path / f"b-{name}", "--data", str(tmp_path / f"{name}.npz"))
+        export(tmp_path / "tokens.onnx", tmp_path / f"b-{name}", "--data", str(tmp_path / f"{name}.npz"))
         for name in ("good", "float", "far")
     ]
     assert codes == [ExitCode.OK, ExitCode.DATA, ExitCode.DATA]

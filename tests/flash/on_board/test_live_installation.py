@@ -85,7 +85,8 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     if "== mounted" not in done.stdout:
         pytest.skip("no system can be mounted here")
     assert done.returncode == 0, done.stdout + done.stderr
-    first_rows, second_rows, upgrade_rows, rest, user, removed, purged = _sections(done.stdout)
+    sections = ("== installed\n" + done.stdout.partition("== mounted\n")[2]).split("== ")[1:]
+    first_rows, second_rows, upgrade_rows, rest, user, removed, purged = (s.splitlines()[1:] for s in sections)
     for rows in (first_rows, upgrade_rows):
         entries = [row.split() for row in rows if re.fullmatch(r"\w+ \d+ /\S+", row)]
         owners = {name: [user, mode] for user, mode, name in entries}
@@ -107,10 +108,3 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     assert "now: delete /opt/fedprune" in removed
     assert purged[-1] == "nobody"
     assert "fedprune" not in purged
-
-
-def _sections(text: str) -> list[list[str]]:
-    """Lines of each part of what the script prints."""
-    return [
-        section.splitlines()[1:] for section in ("== installed\n" + text.partition("== mounted\n")[2]).split("== ")[1:]
-    ]

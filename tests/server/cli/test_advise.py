@@ -116,8 +116,7 @@ def test_variants_that_come_to_the_same_are_tried_once(advise, boards, names, mi
 
 def test_the_best_is_taken_that_all_boards_can_train(advise):
     curves = {"fedavg": [(0.9,), (0.91,)], "one-width": [(0.8,), (0.82,)], "fedprune": [(0.6,), (0.61,)]}
-    sent = {"one-width": 1000}
-    advice = advise(ONE_NARROW, curves, rounds=1, sent=sent)["advice"]
+    advice = advise(ONE_NARROW, curves, rounds=1, sent={"one-width": 1000})["advice"]
     assert advice["taken"]["variant"] == "one-width"
     assert advice["doubts"] == []
 

@@ -156,13 +156,9 @@ def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def fleet(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Fleet:
     monkeypatch.setattr(retry_policy, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(retry_policy, "MAX_PAUSE_S", 0.02)
-
-
-@pytest.fixture
-def fleet(tmp_path: Path, url: str, quick: None) -> Fleet:
     fleet = Fleet(tmp_path)
     store = BucketStore(tmp_path / "blobs", url)
     store.retry.is_endless = True

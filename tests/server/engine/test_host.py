@@ -65,8 +65,7 @@ def stop_at_end(host: Server, job: str, snapshot: JobSnapshot, event: object) ->
 
 
 def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None:
-    jobs = [rename_job(JOB, "one"), rename_job(JOB, "two")]
-    several = SeveralJobs(tmp_path, jobs, "abc", {"two": 0.0})
+    several = SeveralJobs(tmp_path, [rename_job(JOB, "one"), rename_job(JOB, "two")], "abc", {"two": 0.0})
     host = several.host(observers=[Watcher(lambda snapshot, event: stop_at_end(host, "one", snapshot, event))])
     states = several.run(host)
     assert [s.phase for s in states.values()] == [Phase.FINISHED, Phase.WAITING]

@@ -196,13 +196,9 @@ def test_a_late_refusal_of_an_earlier_round_leaves_a_board_in_its_sum(model: Mod
 EIGHT = ("a", "b", "c", "d", "e", "f", "g", "h")
 
 
-def random_vector(vector: bytes) -> bytes:
-    return os.urandom(len(vector))
-
-
 def test_a_board_that_spoils_sums_is_found_named_and_left_out(model: Model, tmp_path: Path) -> None:
     fleet = SecureFleet(tmp_path, model, EIGHT, secure_aggregation=True, rounds=5)
-    fleet.board("c").spoil_vector = random_vector
+    fleet.board("c").spoil_vector = lambda vector: os.urandom(len(vector))
     state = fleet.run()
     assert state.at_fault == ["c"]
     assert state.devices["c"].excluded
@@ -229,8 +225,7 @@ def test_a_board_that_sends_false_shares_is_found(model: Model, tmp_path: Path) 
         if "/c/" in topic and b'"unmasking"' in payload:
             step = parse_message(payload)
             assert isinstance(step, SecureStep)
-            content = bytes(SHARE_BYTES)[:-1] + b"\x01"
-            shares = content * (len(step.content) // SHARE_BYTES)
+            shares = (bytes(SHARE_BYTES)[:-1] + b"\x01") * (len(step.content) // SHARE_BYTES)
             payload = SecureStep.of(step.job, step.round, step.attempt, step.sum, step.step, shares).to_bytes()
         to_server(topic, payload)
 

@@ -11,18 +11,14 @@ from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.digits import load_digits
 
 
-def first_layer(tensors, x):
-    """What the first normalisation sees, by definition of a convolution."""
-    kernel = tensors["conv1.weight"][:, 0].astype(np.float64)
-    padded = np.pad(x[:, 0].astype(np.float64), ((0, 0), (1, 1), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
-    return np.einsum("nhwij,cij->nchw", windows, kernel)
-
-
 def test_first_statistics_are_those_of_the_samples(model):
     x, _ = load_digits()
     out = Calibration(model, x[:90], Features())(model.tensors)
-    values = first_layer(model.tensors, x[:90])
+    # What the first normalisation sees, by definition of a convolution.
+    kernel = model.tensors["conv1.weight"][:, 0].astype(np.float64)
+    padded = np.pad(x[:90, 0].astype(np.float64), ((0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    values = np.einsum("nhwij,cij->nchw", windows, kernel)
     np.testing.assert_allclose(out["bn1.running_mean"], values.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     # The running variance is the unbiased one, as torch keeps it.
     np.testing.assert_allclose(out["bn1.running_var"], values.var((0, 2, 3), ddof=1), rtol=2e-3)

@@ -193,8 +193,7 @@ def fold(worker: Worker, offer: dict[str, Any], weights: str, codec: str | None)
 def train_offer(worker: Worker, offer: dict[str, Any], federation: Digits) -> tuple[dict[str, Any], dict[str, Any]]:
     """The weights that were sent, and what training made of them."""
     start = tensorfile.decode(worker.store.read(offer["weights"]["sha256"]))
-    trainer = Trainer(worker.store.read(offer["training"]["sha256"]))
-    result = trainer.train(
+    result = Trainer(worker.store.read(offer["training"]["sha256"])).train(
         start, federation.devices[KINDS[0]], TrainingTask(Recipe(), seed=0, device="a", round=1, classes=10)
     )
     return start, {n: v.copy() for n, v in result.tensors.items()}

@@ -213,8 +213,7 @@ def test_backups_are_remembered(tmp_path: Path) -> None:
 
 def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     def look(now: float) -> list[Alert]:
-        facts = replace(site_facts(tmp_path, {}), disk=None)
-        return evaluate_alerts(Situation(tmp_path, site=facts), now)
+        return evaluate_alerts(Situation(tmp_path, site=replace(site_facts(tmp_path, {}), disk=None)), now)
 
     with IdentityFolder.make(tmp_path, "lab") as identity:
         assert look(time.time()) == []

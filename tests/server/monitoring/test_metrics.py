@@ -201,8 +201,7 @@ def test_the_dashboard_asks_for_figures_that_there_are() -> None:
 
 
 def test_the_alerts_ask_for_figures_that_there_are() -> None:
-    yaml = pytest.importorskip("yaml")
-    groups = yaml.safe_load((DOCS / "prometheus" / "alerts.yml").read_text())["groups"]
+    groups = pytest.importorskip("yaml").safe_load((DOCS / "prometheus" / "alerts.yml").read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     names = exposed_names()
     assert len(rules) >= 6

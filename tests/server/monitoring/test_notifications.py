@@ -131,8 +131,7 @@ def test_a_restarted_server_does_not_tell_again_but_tells_the_end() -> None:
 
 def test_an_alert_that_changes_its_severity_is_sent_again_if_it_got_worse_and_resolved_once() -> None:
     due, sent = NotificationSchedule(AlertSettings(), "lab"), []
-    severities = ["warning"] * 60 + ["critical"] * 60 + ["warning"] * 60 + [""] * 60
-    for second, severity in enumerate(severities):
+    for second, severity in enumerate(["warning"] * 60 + ["critical"] * 60 + ["warning"] * 60 + [""] * 60):
         opened = [alert("disk", severity)] if severity else []
         sent += [(second, m.event, m.alerts[0].severity) for m in due.due_messages(opened, float(second), NOON)]
     assert sent == [(0, "opened", "warning"), (60, "opened", "critical"), (180, "resolved", "critical")]

@@ -133,12 +133,7 @@ def test_an_address_is_for_one_object_of_one_length_and_digest_for_a_while(bench
     assert all(f"/{BLOBS_PREFIX}{REF.sha256}." in path for path in paths)
 
 
-def on_ceph(test: Callable[..., None]) -> Callable[..., None]:
-    """A test of what moto doesn't do."""
-    return pytest.mark.parametrize("at_s3", ["ceph"], indirect=True)(test)
-
-
-@on_ceph
+@pytest.mark.parametrize("at_s3", ["ceph"], indirect=True)  # moto doesn't do it
 def test_an_address_lets_nothing_else_be_put(at_s3: S3, url: str, bench: Bench) -> None:
     request = bench.ask()
     for target in (

@@ -82,8 +82,7 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(
 
 
 def test_a_board_is_turned_away_and_one_that_is_in_stays(state: Path, executor: AdminExecutor) -> None:
-    key = asks(state, "attic")
-    assert send_order(executor, "approve", device="attic", key=key.fingerprint).ok
+    assert send_order(executor, "approve", device="attic", key=asks(state, "attic").fingerprint).ok
     asks(state, "attic")
     assert send_order(executor, "deny", device="attic").text == "attic: 1 key turned away"
     assert not send_order(executor, "deny", device="attic").ok
@@ -104,8 +103,7 @@ def test_a_board_that_is_shut_out_has_no_key_and_no_certificate_any_more(state: 
 
 
 def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor: AdminExecutor, tmp_path: Path) -> None:
-    key = asks(state, "attic")
-    assert send_order(executor, "approve", device="attic", key=key.fingerprint).ok
+    assert send_order(executor, "approve", device="attic", key=asks(state, "attic").fingerprint).ok
     with IdentityFolder(state) as identity:
         for number in (1, 2, 8):
             make_release(tmp_path / "releases" / f"release-{number}", number, key=identity.key)

@@ -54,8 +54,7 @@ def test_only_lines_before_the_latest_many_are_deleted(tmp_path: Path) -> None:
         audit = Audit(database)
         audit.note("ann", "10.0.0.1", "login")
         audit.note("bob", "10.0.0.1", "login")
-        last = "UPDATE sqlite_sequence SET seq = ? WHERE name = 'audit'"
-        database.execute(last, MAX_AUDIT_LINES)
+        database.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'audit'", MAX_AUDIT_LINES)
         audit.note("eve", "10.0.0.1", "login")
         assert [r["operator"] for r in audit.page().items] == ["eve", "bob"]
         with pytest.raises(StorageError, match="append only"):

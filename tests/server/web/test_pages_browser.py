@@ -352,15 +352,11 @@ def test_pages_can_be_read_without_scripts(open_console: Open) -> None:
     expect(page.locator("#found")).to_have_text("1 device of 240")
 
 
-def _axe() -> Any:
-    reason = "axe-playwright-python is not installed"
-    return pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason).Axe()
-
-
 @pytest.mark.parametrize("place", ["login", *PLACES])
 def test_everybody_can_use_the_page(open_console: Open, place: str) -> None:
     """axe finds nothing in light or dark, and a phone's width shows all of it."""
-    axe = _axe()
+    reason = "axe-playwright-python is not installed"
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason).Axe()
     page = open_console(PLACES.get(place, "/login"), None if place == "login" else "admin", color_scheme="light")
     page.evaluate("document.querySelector('details')?.setAttribute('open', '')")
     results = axe.run(page)

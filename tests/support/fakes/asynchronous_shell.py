@@ -17,8 +17,7 @@ RECIPE: dict[str, Any] = {"epochs": 1, "batch_size": 5}
 def job_of(
     *, rounds: int = 3, deadline_s: float = 100, devices: int = 3, weighting: str = "samples", **schedule: Any
 ) -> Job:
-    body = {"kind": "asynchronous", **schedule}
-    options = {"schedule": body, "weighting": weighting}
+    options = {"schedule": {"kind": "asynchronous", **schedule}, "weighting": weighting}
     return replace(
         JOB,
         rounds=rounds,

@@ -38,13 +38,6 @@ from support.fakes.masked_cohort import Transcript
 STATISTICS = ("mean", "var")
 
 
-def board_tensors(name: str, number: int, sent: Tensors) -> Tensors:
-    """What a board makes of a submodel in a round: the same each time."""
-    dice = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:4], "big"))
-    new_tensors = {n: (v + 0.05 * dice.standard_normal(v.shape)).astype(np.float32) for n, v in sent.items()}
-    return {n: np.abs(v) if n.endswith("var") else v for n, v in new_tensors.items()}
-
-
 class MaskingBoard(ToyDevice):
     """A board that trains by chance. It masks its update where the offer says so."""
 
@@ -111,7 +104,11 @@ class MaskingBoard(ToyDevice):
         if self.stops_at == "trained":
             return
         sent = tensorfile.decode(self.store.read(offer.weights.sha256))
-        tensors = board_tensors(self.name, offer.round, sent)
+        # What a board makes of a submodel in a round is the same each time.
+        seed = hashlib.sha256(f"{self.name} {offer.round}".encode()).digest()[:4]
+        dice = np.random.default_rng(int.from_bytes(seed, "big"))
+        tensors = {n: (v + 0.05 * dice.standard_normal(v.shape)).astype(np.float32) for n, v in sent.items()}
+        tensors = {n: np.abs(v) if n.endswith("var") else v for n, v in tensors.items()}
         if clip := offer.recipe.get("update_clip"):
             noise = GaussianNoise.from_key(self.name, offer.round)
             names = [name for name in sent if not name.endswith(STATISTICS)]

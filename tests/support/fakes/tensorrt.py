@@ -206,7 +206,10 @@ def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
 
     class ICudaEngine:
         def __init__(self, raw: bytes) -> None:
-            self.header, self.graph, self.weights = unpack_engine(raw)
+            line, _, rest = bytes(raw).partition(b"\n")
+            self.header = json.loads(line.removeprefix(b"DOUBLE "))
+            size = self.header["sizes"][0]
+            self.graph, self.weights = rest[:size], rest[size:]
             if (self.header["version"], self.header["sm"]) != (version, os.environ["DOUBLE_SM"]):
                 raise ValueError("the engine is of another version or device")
             place = Path(tempfile.mkdtemp(dir=folder))
@@ -346,13 +349,6 @@ def _constants(name: str, *names: str) -> Any:
 def pack_engine(header: dict[str, Any], graph: bytes, weights: bytes) -> bytes:
     header = {**header, "sizes": [len(graph), len(weights)]}
     return b"DOUBLE " + json.dumps(header).encode() + b"\n" + graph + weights
-
-
-def unpack_engine(raw: bytes) -> tuple[dict[str, Any], bytes, bytes]:
-    line, _, rest = bytes(raw).partition(b"\n")
-    header = json.loads(line.removeprefix(b"DOUBLE "))
-    size = header["sizes"][0]
-    return header, rest[:size], rest[size:]
 
 
 def weights_name(graph: bytes) -> str:

@@ -209,7 +209,9 @@ def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
     if len(finished) < rounds:
         raise LedgerError(f"{len(finished)} rounds were finished, not {rounds}")
     counted = _counted_updates(site)
-    notes = {name: _notes(site.notes(name)) for name in site.devices}
+    texts = {name: site.notes(name).read_text() for name in site.devices}
+    # The last line of a board's ledger may be cut off.
+    notes = {name: [json.loads(n) for n in t[: t.rfind("\n") + 1].splitlines()] for name, t in texts.items()}
     for summary, calm_summary in zip(finished, expected, strict=False):
         number = summary["round"]
         if summary["model"] != calm_summary["model"]:
@@ -224,12 +226,6 @@ def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
                 raise LedgerError(f"round {number}: {name} was told that {strange} count, and {digest} does")
     note_counts = Counter(n[0] for lines in notes.values() for n in lines)
     return {"rounds": len(finished), "counted": len(finished) * len(site.devices), **note_counts}
-
-
-def _notes(path: Path) -> list[list[Any]]:
-    """A board's ledger; its last line may be cut off."""
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def finished_rounds(site: Site) -> list[dict[str, Any]]:

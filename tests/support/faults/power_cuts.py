@@ -101,7 +101,7 @@ class Power:
                 self._unsynced[target] = None
         elif name == "rename":
             source, target = Path(arguments[0]), Path(arguments[1])
-            self._later(target, lambda: _back(source, target))
+            self._later(target, lambda: target.exists() and not source.exists() and target.rename(source))
         elif name == "unlink" and "dir_fd" not in named:
             path = Path(arguments[0])
             if path.exists():
@@ -139,12 +139,6 @@ def _put(path: Path, content: tuple[bytes, int] | None) -> None:
     if content is not None and path.parent.is_dir():
         path.write_bytes(content[0])
         path.chmod(content[1])
-
-
-def _back(source: Path, target: Path) -> None:
-    """Undo the renaming of a folder."""
-    if target.exists() and not source.exists():
-        target.rename(source)
 
 
 @contextmanager

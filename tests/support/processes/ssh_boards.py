@@ -98,7 +98,10 @@ class Boards:
         lines = [f"[127.0.0.1]:{board.port} {key_text}\n" for board in self.boards]
         (folder / "known_hosts").write_text("".join(lines))
         for board in self.boards:
-            _wait_for(board.port)
+            deadline = time.monotonic() + 30
+            while not listens(board.port):
+                assert time.monotonic() < deadline, "sshd doesn't answer"
+                time.sleep(0.05)
 
     def _start(self, program: str, name: str, path: str) -> Board:
         root = self.folder / "roots" / name
@@ -138,10 +141,3 @@ class Boards:
             board.process.terminate()
         for board in self.boards:
             board.process.wait(timeout=20)
-
-
-def _wait_for(port: int) -> None:
-    deadline = time.monotonic() + 30
-    while not listens(port):
-        assert time.monotonic() < deadline, "sshd doesn't answer"
-        time.sleep(0.05)

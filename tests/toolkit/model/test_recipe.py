@@ -123,10 +123,9 @@ def test_settings_that_the_loss_has_no_meaning_for_are_refused(name: str, loss: 
 
 
 def test_plain_training_has_nothing_of_a_strategys() -> None:
-    method = Recipe(
+    assert Recipe(
         lr=0.2, average=0.5, blend=0.1, validate_blend=True, mixup=0.3, mask="threshold", mask_threshold=0.1
-    )
-    assert method.plain_training == Recipe(lr=0.2)
+    ).plain_training == Recipe(lr=0.2)
 
 
 def test_what_a_board_holds_beside_training_is_counted() -> None:

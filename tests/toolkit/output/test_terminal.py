@@ -31,8 +31,7 @@ def print_sample(width: int, monkeypatch: pytest.MonkeyPatch, **environment: str
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     stream = Terminal()
-    rows = [(*row[:-1], (row[-1], GOOD)) for row in ROWS]
-    print_table(COLUMNS, rows, stream=stream)
+    print_table(COLUMNS, [(*row[:-1], (row[-1], GOOD)) for row in ROWS], stream=stream)
     return stream.getvalue()
 
 

@@ -75,18 +75,14 @@ def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_o
     assert stalls == [1, 0]
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(Pull.__init__.__kwdefaults__, "patience_s", 0.5)
-
-
 @pytest.mark.mosquitto
 @pytest.mark.system
 @pytest.mark.parametrize("setting", ["message_size_limit 65536", "max_packet_size 65536"])
 def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_64_kib(
-    setting: str, start_mosquitto: Callable[..., Any], impatient: None, tmp_path: Path
+    setting: str, start_mosquitto: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One of the settings drops what is larger without a word, the other one the connection with it."""
+    monkeypatch.setitem(Pull.__init__.__kwdefaults__, "patience_s", 0.5)
     broker = start_mosquitto(settings="listener {port} 127.0.0.1\nallow_anonymous true\n" + setting + "\n")
     here, there = BlobStore(tmp_path / "server", durable=False), BlobStore(tmp_path / "pi", durable=False)
     weights, graph = here.put(bytes(range(256)) * 8000), here.put(b"graph")
