@@ -88,16 +88,13 @@ def noisy(message: Message, context: Context) -> Message:
 def one_round(strategy: Any, nodes: int = 3, **how: Any) -> tuple[InProcess, list[Message], dict[str, np.ndarray]]:
     """A round of noisy nodes: the grid, their replies and the new model."""
     grid = InProcess(nodes, noisy, **how)
-    sent = list(strategy.configure_train(1, start_of(strategy), ConfigRecord(), grid))
+    start = ArrayRecord({n: Array(v) for n, v in model().tensors.items()})
+    if isinstance(strategy, FedpruneStrategy):
+        start = strategy.arrays
+    sent = list(strategy.configure_train(1, start, ConfigRecord(), grid))
     replies = list(grid.send_and_receive(sent))
     arrays, _ = strategy.aggregate_train(1, replies)
     return grid, replies, read(arrays)
-
-
-def start_of(strategy: Any) -> ArrayRecord:
-    if isinstance(strategy, FedpruneStrategy):
-        return strategy.arrays
-    return ArrayRecord({n: Array(v) for n, v in model().tensors.items()})
 
 
 def read(arrays: ArrayRecord) -> dict[str, np.ndarray]:

@@ -114,9 +114,6 @@ class UpdatedSite(Site):
     def rollout(self, release: Path, *words: object) -> dict[str, Any]:
         """Roll a release out; what became of it."""
         self.command_line("rollout", "start", release, *words)
-        return self.wait_for_rollout_end()
-
-    def wait_for_rollout_end(self) -> dict[str, Any]:
         self.wait_for(lambda: self.status()["phase"] != "running", "the rollout ends")
         return self.status()
 

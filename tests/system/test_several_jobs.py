@@ -54,9 +54,6 @@ class SharedSite(Site):
     def second(self) -> Path:
         return self.state / "jobs" / "second"
 
-    def add_job(self, text: str) -> None:
-        (self.folder / "second.toml").write_text(text + self.files())
-
     def saved_second(self) -> State | None:
         if not (self.second / "server.db").is_file():
             return None
@@ -80,7 +77,7 @@ def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 def site(material: Path, tmp_path: Path) -> Iterator[SharedSite]:
     web = f'[server]\nserve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
     with SharedSite(material, tmp_path, FIRST + web, DEVICES, 120, secure=True, may_hold=True) as made:
-        made.add_job(SECOND)
+        (made.folder / "second.toml").write_text(SECOND + made.files())
         yield made
 
 

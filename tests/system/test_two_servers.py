@@ -50,13 +50,10 @@ class TwoServers(Watched):
         assert code is None or done.returncode == code, done.stdout + done.stderr + self.logs()
         return done.stdout + done.stderr
 
-    def log_of(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()
-
     def ends(self, name: str, code: ExitCode) -> str:
         """Wait for the end of a process; what it wrote."""
         assert self.processes.pop(name).wait(self.patience_s) == code, self.logs()
-        return self.log_of(name)
+        return (self.folder / f"{name}.log").read_text()
 
     def round_of(self, state: Path) -> int:
         with Storage.open_existing(state) as storage:

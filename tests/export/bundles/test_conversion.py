@@ -120,22 +120,16 @@ def test_the_other_channels_are_zeroed_or_kept(digits: Path, bundle: Path, tmp_p
     assert (distance(full_logits, logits(bundle / "inference.onnx", X)) < 1e-5) == (others == "zero")
 
 
-@pytest.fixture
-def board(bundle: Path, tmp_path: Path) -> Path:
-    """A board's state folder whose model, of other weights than the bundle's, serves."""
-    slots = ModelSlots(tmp_path / "board" / "serving")
+def test_what_a_board_serves_goes_out(
+    bundle: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = tmp_path / "board"  # whose model, of other weights than the bundle's, serves
+    slots = ModelSlots(board / "serving")
     slots.prepare()
     scaled = {n: v * np.float32(1.1) for n, v in tensorfile.load_tensors(bundle / "weights.safetensors").items()}
     stage = slots.stage(bundle / "inference.onnx", tensorfile.encode(scaled))
     files = {name: file_digest(stage / name) for name in ("inference.onnx", "weights.safetensors")}
     slots.install(ServingRecord("job", 7, 10, files))
-    return tmp_path / "board"
-
-
-def test_what_a_board_serves_goes_out(
-    board: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    slots = ModelSlots(board / "serving")
     folder = slots.folder(slots.current() or pytest.fail("nothing serves"))
     assert main(["to-onnx", str(board), str(tmp_path / "o.onnx")]) == ExitCode.OK
     assert main(["to-torch", str(board), str(tmp_path / "s.safetensors")]) == ExitCode.OK

@@ -15,16 +15,6 @@ from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
 from fedprune_export.cli.main import main
 
 
-@pytest.fixture
-def tight(tmp_path: Path) -> Path:
-    """A board whose link carries next to nothing in a round."""
-    lines = (profile_store.shipped_profiles_folder() / "raspberry-pi-5.toml").read_text().splitlines()
-    lines = ["bytes_per_round = 1000" if n.startswith("bytes_per_round") else n for n in lines]
-    path = tmp_path / "tight.toml"
-    path.write_text("\n".join(lines).replace('name = "raspberry-pi-5"', 'name = "tight"') + "\n")
-    return path
-
-
 def manifest_without_reports(bundle: Path) -> dict[str, Any]:
     """A bundle's manifest, but for the reports, which have the minute of their making."""
     manifest: dict[str, Any] = json.loads((bundle / MANIFEST).read_text())
@@ -46,9 +36,14 @@ def test_every_target_gets_the_bundle_that_it_would_get_alone(digits: Path, tmp_
 
 
 def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
-    digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+    # A board whose link carries next to nothing in a round.
+    lines = (profile_store.shipped_profiles_folder() / "raspberry-pi-5.toml").read_text().splitlines()
+    lines = ["bytes_per_round = 1000" if n.startswith("bytes_per_round") else n for n in lines]
+    tight = tmp_path / "tight.toml"
+    tight.write_text("\n".join(lines).replace('name = "raspberry-pi-5"', 'name = "tight"') + "\n")
     assert main([str(digits), "--target", f"{tight},raspberry-pi-5", "--out", str(out)]) == ExitCode.PLAN
     output = capsys.readouterr()
     assert output.err.count("\n") == 1

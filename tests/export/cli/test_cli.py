@@ -85,21 +85,14 @@ def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -
     assert report["parity"]["max_relative_error"] < 1e-5
 
 
-def small_board(folder: Path, memory: int) -> Path:
-    """The file of a board whose training may take that many bytes."""
-    board = profile_store.find_profile("raspberry-pi-5")
-    memory_of = replace(board.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0)
-    path = folder / "small.json"
-    path.write_text(replace(board, memory=memory_of).to_json())
-    return path
-
-
 def test_a_board_with_little_memory_gets_parts_of_a_batch(
     lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batches = ("--set", "batch_size=256", "--samples", "256")
-    board = str(small_board(tmp_path, 110 * 10**6))
-    assert export(lenet_file, tmp_path / "b", *batches, target=board) == ExitCode.OK
+    board = profile_store.find_profile("raspberry-pi-5")
+    memory = replace(board.memory, total_bytes=1110 * 10**6, reserve_bytes=10**9, training_share=1.0)
+    (tmp_path / "small.json").write_text(replace(board, memory=memory).to_json())
+    assert export(lenet_file, tmp_path / "b", *batches, target=str(tmp_path / "small.json")) == ExitCode.OK
     output = capsys.readouterr().out
     bundle, plan = open_bundle(tmp_path / "b"), json.loads((tmp_path / "b" / "report.json").read_text())["plan"]
     assert plan["density"] == 1

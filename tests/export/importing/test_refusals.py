@@ -161,13 +161,11 @@ def test_a_file_that_onnxruntime_does_not_run_is_to_be_exported_again() -> None:
 
     def build(g: Graph) -> str:
         rows = g.emit("Transpose", "image", attrs={"perm": [1, 0, 2]})
-        state = g.emit("Expand", "state", g.emit("Concat", g.ints(1), sample_count(g), g.ints(9), attrs={"axis": 0}))
+        samples = g.emit("Gather", g.emit("Shape", "image"), g.ints(0), attrs={"axis": 0})
+        state = g.emit("Expand", "state", g.emit("Concat", g.ints(1), samples, g.ints(9), attrs={"axis": 0}))
         hidden = g.emit("RNN", rows, "w", "r", "", "", state, attrs={"hidden_size": 3})
         last = g.emit("Squeeze", g.emit("Gather", hidden, g.ints(4), attrs={"axis": 0}), g.ints(0, 1))
         return g.emit("MatMul", last, "last")
-
-    def sample_count(g: Graph) -> str:
-        return g.emit("Gather", g.emit("Shape", "image"), g.ints(0), attrs={"axis": 0})
 
     tensors = {"w": random(1, 3, 6), "r": random(1, 3, 3), "state": random(1, 1, 9), "last": random(3, 4)}
     check_refusal(raw(build, tensors, (5, 6)), "the file as it is: onnxruntime", "torch's other exporter")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -386,17 +386,6 @@ def test_a_kit_that_is_not_signed_needs_to_be_asked_for(make_kit: MakeKit, kit: 
 
 
 @pytest.fixture
-def crashing(tmp_path: Path, wheels: Path) -> Iterator[Path]:
-    """Wheels whose onnxruntime dies of an instruction that the processor lacks."""
-    links = tmp_path / "links"
-    shutil.copytree(wheels, links)
-    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
-    code = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
-    tiny_wheels.wheel(links, "onnxruntime", "1.21", {"onnxruntime/__init__.py": code})
-    return links
-
-
-@pytest.fixture
 def jetson_kit(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
     """A kit for a Jetson, but for this processor."""
     links = tmp_path / "links"
@@ -505,13 +494,19 @@ def with_service(root: Path) -> Path:
     return root / "run/up"
 
 
-def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
+def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     root = tmp_path / "root"
     up = with_service(root)
     assert run(make_kit("good").folder, root).returncode == 0
     assert up.exists()
     before = home(root).load()
-    bad = make_kit("bad", links=[crashing]).folder
+    # An onnxruntime that dies of an instruction that the processor lacks.
+    links = tmp_path / "links"
+    shutil.copytree(wheels, links)
+    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
+    tiny_wheels.wheel(links, "onnxruntime", "1.21", {"onnxruntime/__init__.py": code})
+    bad = make_kit("bad", links=[links]).folder
     done = run(bad, root)
     assert (done.returncode, "onnxruntime" in done.stderr) == (ExitCode.RUNTIME, True)
     assert "stop fedprune.service" in (root / "run/calls").read_text()

@@ -193,21 +193,17 @@ def test_one_file_serves_simulator_and_server(config, tmp_path):
 
 
 def test_a_missing_extra_is_named(config, tmp_path):
-    done = without_onnx(["--config", config(), "--out", str(tmp_path / "out")])
-    assert done.returncode == ExitCode.MISSING_EXTRA
-    assert done.stderr.count("\n") == 1
-    assert install_command("server") in done.stderr
-
-
-def without_onnx(arguments):
     code = (
         "import sys\n"
         "sys.modules['onnx'] = None\n"
         "from fedprune_server.cli.simulate import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    words = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    words = [sys.executable, "-c", code, "--config", config(), "--out", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == ExitCode.MISSING_EXTRA
+    assert done.stderr.count("\n") == 1
+    assert install_command("server") in done.stderr
 
 
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path, capsys):

@@ -159,6 +159,11 @@ def pi_1(site: Site) -> DeviceIdentity:
     return site.device("pi-1")
 
 
+@pytest.fixture(scope="module")
+def pi_2(site: Site) -> DeviceIdentity:
+    return site.device("pi-2")
+
+
 READERS_AND_WRITERS = {
     **{LAB.up(name, job): ({"server"}, {name}) for name in ("pi-1", "pi-2") for job in ("-", "job")},
     **{LAB.up_blob(name): ({"server"}, {name}) for name in ("pi-1", "pi-2")},
@@ -193,7 +198,7 @@ def start_broker(site: Site, kind: str, stack: ExitStack) -> tuple[int, int]:
 @pytest.mark.mosquitto
 @pytest.mark.parametrize("kind", ["broker-config", "mosquitto", "amqtt"])
 def test_every_broker_that_we_set_up_lets_the_same_clients_reach_the_same_topics(
-    site: Site, pi_1: DeviceIdentity, kind: str
+    site: Site, pi_1: DeviceIdentity, pi_2: DeviceIdentity, kind: str
 ) -> None:
     filters = ["#", "+/+/+/+/+/+", "$SYS/#", "fedprune/1/lab/+/-/joined", *READERS_AND_WRITERS]
     with ExitStack() as stack:
@@ -201,7 +206,7 @@ def test_every_broker_that_we_set_up_lets_the_same_clients_reach_the_same_topics
         clients = {
             "server": Client(site.identity.tls_context(), filters, "0" * 32),
             "pi-1": Client(pi_1.tls_context(), filters, "1" * 32),
-            "pi-2": Client(site.device("pi-2").tls_context(), filters, "2" * 32),
+            "pi-2": Client(pi_2.tls_context(), filters, "2" * 32),
             "stranger": Client(unpinned_context(), filters, "3" * 32, "fedprune-server"),
             "wildcard": Client(unpinned_context(), filters, "+"),
         }

@@ -196,16 +196,12 @@ def test_an_older_token_writes_nothing_in_sqlite_either(tmp_path: Path) -> None:
     with StateFolder(tmp_path / "one") as first:
         save(first, 1)
         with first.storage.database.transaction() as connection:
-            body = json.dumps(row_of(connection) | {"token": 2})
+            text = connection.exec_driver_sql("SELECT value FROM meta WHERE key = 'lease'").scalar()
+            body = json.dumps(json.loads(text) | {"token": 2})
             connection.exec_driver_sql("UPDATE meta SET value = ? WHERE key = 'lease'", (body,))
         with pytest.raises(LeaseLostError):
             save(first, 2)
         assert rounds(first.storage) == [1]
-
-
-def row_of(connection: object) -> dict[str, object]:
-    text = connection.exec_driver_sql("SELECT value FROM meta WHERE key = 'lease'").scalar()  # type: ignore[attr-defined]
-    return dict(json.loads(text))
 
 
 @pytest.mark.postgresql

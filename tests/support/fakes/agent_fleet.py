@@ -138,7 +138,8 @@ class MemoryServer:
         message = parse_message(raw)
         self.seen.append(message)
         if isinstance(message, BlobRequest):
-            for chunk in self._chunks_for(message):
+            answer = BlobSender(self.blobs).answer(message)
+            for chunk in answer if hasattr(answer, "__iter__") else ():
                 self.link.deliver(TOPICS.down_blob("d", "job"), chunk)
         elif isinstance(message, Birth):
             self._offered_at = 0.0
@@ -169,10 +170,6 @@ class MemoryServer:
 
     def of(self, kind: type) -> list[Any]:
         return [m for m in self.seen if isinstance(m, kind)]
-
-    def _chunks_for(self, want: BlobRequest) -> list[bytes]:
-        answer = BlobSender(self.blobs).answer(want)
-        return [] if not hasattr(answer, "__iter__") else list(answer)
 
     def _ask(self, wants: list[BlobRequest]) -> None:
         for want in wants:

@@ -147,7 +147,11 @@ class Site:
         self.holds.mkdir(exist_ok=True)
         (folder / "fleet.toml").write_text(config + self.files())
         if secure:
-            self._make_identities()
+            with IdentityFolder.make(self.state, "default") as identity:
+                for name in self.devices:
+                    (folder / f"{name}.claim").write_text(identity.make_claim(name, 3600).text)
+                if mosquitto:
+                    self.write_broker(identity)
         elif mosquitto:
             (folder / "mosquitto.conf").write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n")
 
@@ -157,13 +161,6 @@ class Site:
         for name in ("model.onnx", "evaluation.npz"):
             text = text.replace(f'"{name}"', json.dumps(str(self.material / name)))
         return text
-
-    def _make_identities(self) -> None:
-        with IdentityFolder.make(self.state, "default") as identity:
-            for name in self.devices:
-                (self.folder / f"{name}.claim").write_text(identity.make_claim(name, 3600).text)
-            if self.mosquitto:
-                self.write_broker(identity)
 
     def write_broker(self, identity: IdentityFolder) -> None:
         """Give Mosquitto the files that the server writes for it."""
