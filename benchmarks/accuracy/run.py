@@ -28,7 +28,7 @@ from benchmarks.accuracy.strategy_code import strategy_digest
 from benchmarks.harness import processor
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.rng import keyed_generator
-from fedprune.jobs.job import Job
+from fedprune.jobs.job import NO_UPDATE_LIMITS, Job
 from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.planning.profile_store import find_profile
 from fedprune.strategies.allocation import natural_sort_key
@@ -47,7 +47,7 @@ SMALL = 60_000_000
 """Numbers that fit into memory as they are; larger data sets are read again for every training."""
 
 
-UNLIMITED = {"move_limit": 0.0, "weight_limit": 0.0, "ignores_plans": True}
+UNLIMITED = {**NO_UPDATE_LIMITS, "ignores_plans": True}
 """Tables compare strategies as they are published, without limits on updates, and with a paper's own tiers."""
 
 

@@ -51,7 +51,9 @@ def build_advise_parser() -> CommandParser:
 def _advise(options: argparse.Namespace) -> int:
     # These imports take a while, in which the user sees that something happens.
     with progress("reading the fleet"):
+        from fedprune.jobs.job import NO_UPDATE_LIMITS
         from fedprune_server.simulation.advisor import VariantRuns, advice_figures, advice_rows, advise
+        from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
         from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
         from fedprune_server.simulation.job_variants import choose_variants
         from fedprune_server.simulation.results.comparison import write_comparison
@@ -62,8 +64,10 @@ def _advise(options: argparse.Namespace) -> int:
         (variants, refused), job_rounds = choose_variants(options.config, plan), plan.job.rounds
         rounds = options.rounds or min(ADVISED_ROUNDS, job_rounds)
         seeds = range(plan.job.seed, plan.job.seed + options.seeds)
-        # A total is the whole job's: these runs are short by their rounds.
-        short = {"rounds": rounds, "total_bytes": 0, "total_macs": 0, "total_hours": 0}
+        # A server will run the job, with its limits on updates. A total is the whole job's: these runs are short by their
+        # rounds.
+        limits = {k: getattr(read_fleet_tables(options.config).config.job, k) for k in NO_UPDATE_LIMITS}
+        short = {"rounds": rounds, "total_bytes": 0, "total_macs": 0, "total_hours": 0, **limits}
         rows = [{"name": v.name, "job": {**v.job, **short}} for v in variants]
         runs = variant_runs(options.config.resolve(), rows, seeds, str(options.config))
     records, failed = run_variants(runs, out, workers=options.workers)

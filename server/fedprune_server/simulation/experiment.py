@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fedprune import __version__
 from fedprune.core.errors import value_text
 from fedprune.core.text import first_few
-from fedprune.jobs.job import Job
+from fedprune.jobs.job import NO_UPDATE_LIMITS, Job
 from fedprune.strategies import compose
 from fedprune.strategies.user_code_digest import user_code_digest
 from fedprune_export.pruning.model import Model
@@ -26,6 +26,10 @@ from fedprune_server.simulation.network_model import Availability, DropOuts, Wea
 
 # Title of the reference run, see `fedavg_job`.
 REFERENCE = "FedAvg"
+
+# Strategies that are simulated with a server's limits on updates. All others, a user's own too, have equations that say
+# nothing of limits, and are compared by these.
+LIMITED_STRATEGIES = ("fedprune", "plain")
 
 # Settings that don't affect the result: what [data] has dealt is in the digests of the devices' samples.
 _IRRELEVANT_SETTINGS = ("title", "checkpoints", "data")
@@ -155,6 +159,11 @@ def _value_text(value: Any) -> str:
         return "nothing"
     text = json.dumps(value)
     return text if len(text) <= _MAX_VALUE_LENGTH else value_text(value)
+
+
+def job_without_limits(job: Job, settings: Mapping[str, Any]) -> Job:
+    """The job without the server's limits on updates, which no paper has, except those that its table [job] sets."""
+    return replace(job, **{k: v for k, v in NO_UPDATE_LIMITS.items() if k not in settings})
 
 
 def fedavg_job(job: Job) -> Job:

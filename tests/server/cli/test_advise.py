@@ -83,6 +83,8 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
         assert row["macs_share"] == pytest.approx(runs[name].macs() / runs["fedavg"].macs())
         assert row["global_accuracy"] == last.accuracy
     assert {d.density for d in runs["fedavg"].devices} == {1.0}, "the reference trains what these boards couldn't"
+    limits = {run.job["move_limit"] for run in runs.values()}
+    assert limits == {Job.move_limit}, "a server runs the job, with its limits"
     best_variant = advice["advice"]["taken"]
     for key, value in tomllib.loads(best_variant["toml"])["job"].items():
         assert getattr(Job.from_dict(runs[best_variant["variant"]].job), key) == value

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import StorageError
-from fedprune.jobs.job import Job
+from fedprune.jobs.job import NO_UPDATE_LIMITS, Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.fleet_data import FleetData
@@ -30,7 +30,7 @@ from fedprune_server.simulation.results.report import (
     run_document,
     write_report,
 )
-from fedprune_server.simulation.results.tables import final_figures, final_rows
+from fedprune_server.simulation.results.tables import final_figures, final_rows, tail_note
 
 GOLDEN = Path(__file__).with_name("golden_report.md")
 GROUPS = (("stem", 8), ("body", 24))
@@ -240,6 +240,14 @@ def test_the_best_round_is_named_beside_the_last():
     assert (figures["best_round"], figures["best_global_accuracy"], figures["best_model"]) == (2, 0.9, f"{2:064}")
     unmeasured = replace(run, rounds=tuple(replace(r, metrics={}) for r in rounds))
     assert final_figures(unmeasured)["best_round"] is None
+
+
+def test_runs_without_limits_on_updates_are_named_below_the_results():
+    free, limited = (
+        replace(record(name), job=Job(**job).to_dict()) for name, job in (("free", NO_UPDATE_LIMITS), ("limited", {}))
+    )
+    assert "free." in tail_note([free, limited, record()])
+    assert "limits" not in tail_note([limited, record()])
 
 
 def test_page_refers_to_nothing_outside_itself(tmp_path):

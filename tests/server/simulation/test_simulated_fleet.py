@@ -238,6 +238,22 @@ def test_whatever_the_strategy_is_the_reference_is_fedavg():
     assert (plain.rounds, plain.seed, plain.recipe.lr) == (7, 9, job.recipe.lr)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "line", "limits"),
+    [
+        ("fedavg", "", (0, 0)),
+        ("fedavg", "move_limit = 2", (2, 0)),
+        ("fedprune", "", (Job.move_limit, Job.weight_limit)),
+        ("fedprune", "move_limit = 2", (2, Job.weight_limit)),
+    ],
+)
+def test_published_strategies_have_no_limits_on_updates_that_the_job_does_not_set(write, strategy, line, limits):
+    head = HEAD.replace("rounds = 2", f"rounds = 2\nstrategy = '{strategy}'\n{line}")
+    plan = read_fleet_plan(write(ROW, head), reference=True)
+    assert (plan.job.move_limit, plan.job.weight_limit) == limits
+    assert (plan.reference.move_limit, plan.reference.weight_limit) == (2 if line else 0, 0)
+
+
 # What a run leaves behind.
 
 

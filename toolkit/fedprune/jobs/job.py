@@ -22,6 +22,9 @@ SCORERS = ("ordered", "magnitude", "curvature")
 # Settings that only the plain strategy reads: another one would ignore them, so that a job that has both is refused.
 _PLAIN_STRATEGY_SETTINGS = ("scorer", "warmup_rounds", "rule", "server_momentum")
 
+# Settings of a job whose updates count as they arrive, as in the equations of papers.
+NO_UPDATE_LIMITS = {"move_limit": 0.0, "weight_limit": 0.0}
+
 
 @dataclass(frozen=True)
 class Job:

@@ -32,7 +32,13 @@ from fedprune_server.executor.server_samples import (
 from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.datasets.fleet_data import FleetData
-from fedprune_server.simulation.experiment import REFERENCE, Experiment, fedavg_job
+from fedprune_server.simulation.experiment import (
+    LIMITED_STRATEGIES,
+    REFERENCE,
+    Experiment,
+    fedavg_job,
+    job_without_limits,
+)
 from fedprune_server.simulation.fleet.device_table import name_source, read_devices
 from fedprune_server.simulation.fleet.fleet_tables import FleetTables, SimulationSettings, read_fleet_tables
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
@@ -113,7 +119,11 @@ def _build_plan(
         form=form_of(model, job.recipe),
     )
     # After the fleet is read: rounds can't wait for more devices than there are.
-    job = replace(job, devices=_awaited_devices(fleet_tables.body.get("job", {}), job, len(devices)))
+    job_table = fleet_tables.body.get("job", {})
+    job = replace(job, devices=_awaited_devices(job_table, job, len(devices)))
+    reference_job = job_without_limits(fedavg_job(job), job_table) if reference else None
+    if job.strategy not in LIMITED_STRATEGIES:
+        job = job_without_limits(job, job_table)
     evaluation, calibration = None, None
     if config.evaluation is not None:
         with name_source(("evaluation", "data")):
@@ -142,7 +152,7 @@ def _build_plan(
         workers=settings.workers,
         cuda=settings.cuda,
         partition=_fleet_data(devices, federation, fleet_tables.data),
-        reference=fedavg_job(job) if reference else None,
+        reference=reference_job,
         track=track_targets(settings.track, ("simulation", "track")),
     )
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.text import quantity
+from fedprune.core.text import first_few, quantity
+from fedprune.jobs.job import NO_UPDATE_LIMITS
 from fedprune.output.document import Document, Table
 from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
@@ -116,10 +117,12 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
 
 
 def tail_note(runs: Sequence[Record]) -> str:
-    """A sentence on the rounds of the means in `final_rows`."""
+    """Which rounds the means in `final_rows` are over, and which runs were without limits on updates."""
     rounds = quantity(min(TAIL_ROUNDS, max(len(run.rounds) for run in runs)), "round")
     best = ", except the best, which is that of one round" if any(len(run.rounds) > 1 for run in runs) else ""
-    return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}{best}."
+    unlimited = [run.title for run in runs if not any(run.job.get(name, True) for name in NO_UPDATE_LIMITS)]
+    limits = f" Without the server's limits on updates, as in papers: {first_few(unlimited)}." if unlimited else ""
+    return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}{best}.{limits}"
 
 
 def tera_macs_text(macs: float | None) -> str:
