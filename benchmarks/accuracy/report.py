@@ -5,16 +5,14 @@ Pages show these records (`benchmarks.tables`); what they mean is written there.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from scipy.stats import t
-
 from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Protocol
+from fedprune_server.simulation.results.differences import difference_text, standard_error
 
 Run = dict[str, Any]
 Read = Callable[[dict[str, Any]], "float | None"]
@@ -112,18 +110,6 @@ def _origin(run: Run) -> tuple[Any, Any]:
     return run.get("code"), run.get("machine")
 
 
-def standard_error(gaps: Sequence[float]) -> float:
-    return statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-
-
-def written(gaps: Sequence[float]) -> str | None:
-    """Mean of differences ± half of its 95 % interval by Student's t."""
-    if not gaps:
-        return None
-    half = f" ± {float(t.ppf(0.975, len(gaps) - 1)) * standard_error(gaps):.1f}" if len(gaps) > 1 else ""
-    return f"{statistics.fmean(gaps):+.1f}{half}".replace("-", "−")
-
-
 def mean(runs: Sequence[Run], name: str, value: Value) -> float | None:
     found = [v for r in runs if r["method"] == name and (v := value(r)) is not None]
     return statistics.fmean(found) if found else None
@@ -185,7 +171,7 @@ def rows(protocol: Protocol, runs: Sequence[Run], *, equal_bytes: bool = False) 
         for name in ("serves", "average", "global"):
             other = method.name != protocol.reference
             gaps = differences(runs, method.name, protocol.reference, values[name]) if other else []
-            row[f"{name}_gap"] = written(gaps)
+            row[f"{name}_gap"] = difference_text(gaps)
         submodels = [f"{d:g}" for d in protocol.densities if d < 1]
         row["sub"] = {d: mean(made, method.name, read(measured(f"sub@{d}"))) for d in submodels}
         row["reached"] = reached(protocol, made)
@@ -247,7 +233,7 @@ def _against(
     allowed = standard_error(gaps) if margin is None else margin
     beyond = f"; may be behind by {allowed:.1f}" if allowed else ""
     whole = all(run_of(runs, name, seed) for name in (OURS, *rivals) for seed in protocol.seeds)
-    text = f"{means[OURS]:.1f}, {best} {means[best]:.1f}: {written(gaps)}{beyond}"
+    text = f"{means[OURS]:.1f}, {best} {means[best]:.1f}: {difference_text(gaps)}{beyond}"
     return _verdict(promise, text, -statistics.fmean(gaps) - allowed if whole else None)
 
 
@@ -270,7 +256,7 @@ def at_best(protocol: Protocol, runs: Sequence[Run]) -> str | None:
     def value(run: Run) -> float | None:
         return served(protocol, run) if run["method"] == OURS else values[best](run)
 
-    gap = written(differences(runs, OURS, best[0], value)) or "–"
+    gap = difference_text(differences(runs, OURS, best[0], value)) or "–"
     return f"{mine:.1f}, {best[0]}'s {MODELS[best[1]]} {means[best]:.1f}: {gap}"
 
 

@@ -64,8 +64,8 @@ def _advise(options: argparse.Namespace) -> int:
         (variants, refused), job_rounds = choose_variants(options.config, plan), plan.job.rounds
         rounds = options.rounds or min(ADVISED_ROUNDS, job_rounds)
         seeds = range(plan.job.seed, plan.job.seed + options.seeds)
-        # A server will run the job, with its limits on updates. A total is the whole job's: these runs are short by their
-        # rounds.
+        # A server will run the job, with its limits on updates. A total is the whole job's: these runs are short by
+        # their rounds.
         limits = {k: getattr(read_fleet_tables(options.config).config.job, k) for k in NO_UPDATE_LIMITS}
         short = {"rounds": rounds, "total_bytes": 0, "total_macs": 0, "total_hours": 0, **limits}
         rows = [{"name": v.name, "job": {**v.job, **short}} for v in variants]

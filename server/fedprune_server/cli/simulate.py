@@ -218,10 +218,13 @@ def _run(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     with progress("reading the runs"):
         from fedprune_server.simulation.results.comparison import (
+            board_figures,
             equal_cost_figures,
+            group_by_seed,
             print_comparison,
             read_runs,
             target_figures,
+            variant_figures,
             write_comparison,
         )
         from fedprune_server.simulation.results.rows import write_csv
@@ -234,8 +237,9 @@ def _compare(options: argparse.Namespace) -> None:
         if options.csv is not None:
             write_csv(options.csv, runs)
     if options.json:
-        rows = [{**final_figures(run), "targets": [target_figures(run, t) for t in targets]} for run in runs]
-        cli.print_json({"runs": rows, "equal_cost": equal_cost_figures(runs), "report": str(page)})
+        rows = [{**final_figures(run, runs), "targets": [target_figures(run, t) for t in targets]} for run in runs]
+        tables = {"variants": variant_figures(group_by_seed(runs)), "equal_cost": equal_cost_figures(runs)}
+        cli.print_json({"runs": rows, **tables, "boards": board_figures(runs), "report": str(page)})
         return
     print_comparison(runs, targets)
     print(f"\nReport: {page}")
@@ -257,7 +261,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if records and options.csv is not None:
         write_csv(options.csv, records)
     if options.json:
-        rows = [final_figures(record) for record in records]
+        rows = [final_figures(record, records) for record in records]
         means = variant_figures(variants)
         report = None if page is None else str(page)
         cli.print_json({"runs": rows, "variants": means, "failed": failure_rows(failed), "report": report})

@@ -13,15 +13,21 @@ from typing import Any
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import check_whole
 from fedprune.jobs.job import Job
-from fedprune.output.document import Document, Drawing
 from fedprune.strategies.strategy import Strategy
 from fedprune_export.bundles.hub_repository import save_pretrained
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan, read_fleet_plan
-from fedprune_server.simulation.results import charts
+from fedprune_server.simulation.results.comparison import (
+    board_figures,
+    comparison_document,
+    group_by_seed,
+    variant_figures,
+    variant_rows,
+)
 from fedprune_server.simulation.results.model_card import model_card
+from fedprune_server.simulation.results.publication import save_figure, save_table
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.rows import device_rows, round_rows
@@ -112,14 +118,35 @@ class Comparison:
         """Results per run; the first row is the header."""
         return final_rows(self.runs)
 
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        """Runs that differ in their seeds alone as a row: mean, standard deviation, and the difference from the first
+        such row, paired by seed, with half of its 95 % interval (`..._delta`, `..._delta_half`); empty if every run has
+        settings of its own."""
+        return variant_figures(group_by_seed(self.runs))
+
+    @property
+    def boards(self) -> list[dict[str, Any]]:
+        """A row per run and board: the latest score of the model that it serves, and, if the run of the strategy
+        `local` with the same seed is compared, its gain over training alone."""
+        return board_figures(self.runs)
+
     def plot(self) -> Page:
-        """The overlaid curves of all runs, and the table."""
-        title = ", ".join(run.title for run in self.runs)
-        blocks = (result_table(self.table), tail_note(self.runs), Drawing(charts.learning_curves(self.runs)))
-        return Page(Document(title, {}, {"": blocks}).to_html())
+        """The overlaid curves of all runs, and the tables."""
+        return Page(comparison_document(self.runs).to_html())
+
+    def save_figure(self, path: str | Path, along: str = "round") -> Path:
+        """Draw the curves as SVG, PDF or PNG; see `publication.save_figure`."""
+        return save_figure(self.runs, Path(path), along)
+
+    def save_table(self, path: str | Path) -> Path:
+        """Write the results for LaTeX (`.tex`) or as CSV; see `publication.save_table`."""
+        return save_table(self.runs, Path(path))
 
     def __str__(self) -> str:
-        return f"{result_table(self.table).to_markdown()}\n\n{tail_note(self.runs)}"
+        variants = group_by_seed(self.runs)
+        rows = [self.table, *([variant_rows(variants)] if variants else [])]
+        return "\n\n".join([*(result_table(r).to_markdown() for r in rows), tail_note(self.runs)])
 
     __repr__ = __str__
 

@@ -25,7 +25,7 @@ TARGETS = [(python, machine) for python in ("3.10", "3.11", "3.12", "3.13") for 
 """The Pythons and processors of boards; servers begin with 3.11."""
 
 IMAGE = ("server", "console", "notify", "privacy", "tracing")
-NOT_LISTED = {"dev", "docs", "flower", "jetson", "subflot", "torch"}
+NOT_LISTED = {"dev", "docs", "figures", "flower", "jetson", "subflot", "torch"}
 """Extras whose packages no release lists: those of the project itself, and those that are large or the user's own."""
 
 

@@ -37,11 +37,15 @@ def test_the_page_s_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest
     config.write_text(config.read_text().replace("rounds = 12", "rounds = 1"))
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "simulate.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page.partition("## From Python")[2], re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", page.partition("## From Python")[2], re.DOTALL)
 
     names: dict[str, Any] = {}
-    exec(block, names)  # noqa: S102
+    for block in blocks:
+        exec(block, names)  # noqa: S102
     assert len(names["run"].rows()) == 1
+    assert [row["runs"] for row in names["comparison"].variants] == [2, 2]
+    assert Path("curve.svg").exists()
+    assert Path("table.tex").read_text().count("\n") == 8
     assert "<svg" in (tmp_path / "curves.html").read_text()
 
 
@@ -91,7 +95,7 @@ def test_there_is_a_row_per_round_or_per_round_and_device(fleet: dict[str, Any],
     assert [(row["round"], row["device"]) for row in devices] == [(r, name) for r in (1, 2) for name in names]
     first, row = run.record.rounds[0], devices[0]
     assert [row[name] for name in COST_COLUMNS] == first.spent[names[0]]
-    assert (row["accuracy_after"], row["density"]) == (first.local[names[0]], 1.0)
+    assert (row["local_accuracy"], row["density"]) == (first.local[names[0]], 1.0)
 
 
 def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path) -> None:

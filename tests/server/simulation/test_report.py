@@ -1,27 +1,36 @@
 """Reports: every number is the record's, claims are judged by the numbers, pages need nothing else."""
 
+import csv
 import html
 import json
 import math
+import random
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from fedprune.core.errors import StorageError
+from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
 from fedprune.jobs.job import NO_UPDATE_LIMITS, Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.comparison import (
+    board_figures,
     comparison_document,
     equal_cost_figures,
     equal_cost_rows,
+    group_by_seed,
     variant_figures,
     variant_rows,
 )
+from fedprune_server.simulation.results.differences import board_gains, student_quantile
+from fedprune_server.simulation.results.publication import save_figure, save_table
 from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.simulation.results.report import (
     claims,
@@ -30,6 +39,7 @@ from fedprune_server.simulation.results.report import (
     run_document,
     write_report,
 )
+from fedprune_server.simulation.results.rows import device_rows
 from fedprune_server.simulation.results.tables import final_figures, final_rows, tail_note
 
 GOLDEN = Path(__file__).with_name("golden_report.md")
@@ -263,13 +273,113 @@ def test_names_cannot_break_the_page(tmp_path):
     assert "a \\| <b>" in run_document(run).to_markdown()
 
 
-def test_variants_have_the_mean_and_the_deviation_of_their_runs():
-    variants = {"a": [record(accuracy=0.7), record(accuracy=0.8), record(accuracy=0.9)], "b": [record(accuracy=0.5)]}
-    first, second = variant_figures(variants)
-    assert (first["runs"], first["global_accuracy"]) == (3, pytest.approx(0.8))
-    assert first["global_accuracy_std"] == pytest.approx(0.1)
-    assert second["global_accuracy_std"] is None
-    rows = variant_rows(variants)
-    assert rows[0] == ("variant", "runs", "local accuracy", "global accuracy")
-    assert rows[1] == ("a", "3", "90.0% ± 0.0%", "80.0% ± 10.0%")
-    assert rows[2] == ("b", "1", "90.0%", "50.0%")
+def seeded(strategy, seed, **scores):
+    """A run of a strategy with a seed."""
+    run = record(f"{strategy}-{seed}", **scores)
+    return replace(run, job=Job(strategy=strategy, seed=seed).to_dict())
+
+
+def test_variants_have_means_and_differences_paired_by_seed():
+    accuracies = {"fedavg": (0.5, 0.7, 0.9), "fedprox": (0.51, 0.73, 0.95)}
+    runs = [seeded(name, i, accuracy=a) for name, values in accuracies.items() for i, a in enumerate(values)]
+    variants = group_by_seed(random.sample(runs, len(runs)))
+    first, second = variant_figures({name: variants[name] for name in accuracies})
+    assert (first["runs"], first["global_accuracy"]) == (3, pytest.approx(0.7))
+    assert first["global_accuracy_std"] == pytest.approx(0.2)
+    assert first["global_accuracy_delta"] is None
+    differences = np.array([0.01, 0.03, 0.05])
+    half = stats.t.ppf(0.975, 2) * stats.sem(differences)
+    assert second["global_accuracy_delta"] == pytest.approx(differences.mean())
+    assert second["global_accuracy_delta_half"] == pytest.approx(half)
+    head, _, row = variant_rows({name: variants[name] for name in accuracies})
+    assert dict(zip(head, row, strict=True))["Δ global accuracy"] == f"+3.0 ± {100 * half:.1f}"
+
+
+def test_runs_that_differ_in_more_than_their_seeds_are_no_variant():
+    assert group_by_seed([seeded("fedavg", 0), seeded("fedprox", 1)]) == {}
+    assert group_by_seed([seeded("fedavg", 0), seeded("fedavg", 0)]) == {}
+    smaller = replace(seeded("fedavg", 1), devices=record().devices[:1])
+    assert group_by_seed([seeded("fedavg", 0), smaller]) == {}
+
+
+@pytest.mark.parametrize("degrees", [*range(1, 12), 30, 99])
+def test_the_quantile_of_an_interval_is_scipy_s(degrees):
+    assert student_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-9)
+
+
+def test_gains_are_those_over_training_alone_with_the_same_seed():
+    alone = seeded("local", 1, local=0.91)
+    runs = [seeded("local", 0, local=0.5), alone, seeded("fedavg", 1)]
+    rounds = (*runs[2].rounds[:-1], replace(runs[2].rounds[-1], local={"orin": 0.95, "zero": 0.8}))
+    runs[2] = replace(runs[2], rounds=rounds)
+    assert board_gains(runs[2], runs) == pytest.approx({"zero": -0.09, "orin": 0.02})
+    figures = final_figures(runs[2], runs)
+    assert (figures["gain_over_local"], figures["gaining_boards"]) == (pytest.approx(-0.035), 1)
+    head, *rows = final_rows(runs)
+    row = dict(zip(head, rows[2], strict=True))
+    assert (row["gain over local"], row["boards that gain"]) == ("−3.5", "1 of 2")
+    gains = {row["device"]: row["gain_over_local"] for row in board_figures(runs) if row["run"] == "fedavg-1"}
+    assert gains == board_gains(runs[2], runs)
+    assert "| zero | 48.0% (+0.0) | 89.0% (+0.0) | 80.0% (−9.0) |" in comparison_document(runs).to_markdown()
+    assert "gain_over_local" not in final_figures(runs[2], [runs[0], runs[2]])
+
+
+def test_the_worst_board_and_the_deviation_over_boards_stand_beside_the_mean():
+    run = asked_in_turn()
+    assert run.worst_locals() == pytest.approx((0.2, 0.2, 0.4, 0.6))
+    assert run.local_deviations() == pytest.approx((0, 0.1, 0.1, 0.1))
+    figures = final_figures(run)
+    assert figures["worst_local_accuracy"] == pytest.approx(0.35)
+    assert figures["board_std"] == pytest.approx(0.075)
+    losses = replace(run, job={"recipe": {"loss": "mse", "metric": "loss"}})
+    assert losses.worst_locals() == pytest.approx((0.2, 0.4, 0.6, 0.8))
+
+
+def test_a_device_serves_its_last_model_where_it_delivers_nothing():
+    rounds = tuple(replace(r, spent={"orin": [1, 0, 0, 0], "zero": [1, 0, 0, 0]}) for r in asked_in_turn().rounds)
+    rows = device_rows(replace(asked_in_turn(), rounds=rounds))
+    served = [(row["round"], row["device"], row["local_accuracy"]) for row in rows]
+    assert served == [
+        (1, "orin", None), (1, "zero", 0.2), (2, "orin", 0.4), (2, "zero", 0.2),
+        (3, "orin", 0.4), (3, "zero", 0.6), (4, "orin", 0.8), (4, "zero", 0.6),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "head"), [("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_curves_are_drawn_for_papers(tmp_path, suffix, head):
+    path = tmp_path / f"curve.{suffix}"
+    assert save_figure([seeded("fedavg", 0), seeded("fedavg", 1), record("$x$")], path, "MB") == path
+    assert path.read_bytes().startswith(head)
+
+
+def test_tables_are_written_for_papers(tmp_path):
+    run = replace(record("50% of_a & b"), ended_early="")
+    lines = save_table([run], tmp_path / "table.tex").read_text().splitlines()
+    assert lines[0].startswith(r"\begin{tabular}{lrr")
+    assert lines[1:4:2] == [r"\toprule", r"\midrule"]
+    assert lines[4].startswith(r"50\% of\_a \& b & 4 & 8 & ")
+    assert r"-- & 90.0\% & 80.0\% &" in lines[4]
+    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+    assert len({line.count(" & ") for line in (lines[2], lines[4].replace(r"\&", ""))}) == 1
+    runs = [seeded(name, i, accuracy=a) for name, a in (("fedavg", 0.8), ("fedprox", 0.9)) for i in (0, 1)]
+    assert r"10.0 $\pm$ 0.0" in save_table(runs, tmp_path / "variants.tex").read_text()
+    with save_table(runs, tmp_path / "variants.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["fedavg", "fedprox"]
+    assert float(rows[1]["global_accuracy_delta"]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("save", "name", "arguments"),
+    [(save_figure, "curve.doc", ()), (save_figure, "curve.svg", ("hours",)), (save_table, "table.xls", ())],
+)
+def test_unknown_formats_and_axes_are_refused_before_anything_is_written(tmp_path, save, name, arguments):
+    with pytest.raises(ConfigError):
+        save([record()], tmp_path / name, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match="figures"):
+        save_figure([record()], tmp_path / "curve.svg")

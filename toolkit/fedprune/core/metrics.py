@@ -44,6 +44,9 @@ class Metric:
     def best(self, values: Iterable[float]) -> float:
         return max(values) if self.higher_is_better else min(values)
 
+    def worst(self, values: Iterable[float]) -> float:
+        return min(values) if self.higher_is_better else max(values)
+
     def best_index(self, values: Sequence[float | None]) -> int | None:
         """The index of the best value, the first of equals; None if nothing was measured."""
         measured = [value for value in values if value is not None]

@@ -28,8 +28,11 @@ MAX_MEASUREMENT_CURVES = 6  # measurements of a simulation that get curves
 
 _EPSILON_METRIC = Metric(EPSILON, "ε", higher_is_better=False, is_share=False)
 
+# A round's position on an x axis.
+RoundPosition = Callable[[RoundRow], float]
+
 # The x axes of curves: rounds, bytes sent so far both ways, virtual time.
-_X_AXES: tuple[tuple[str, Callable[[RoundRow], float]], ...] = (
+X_AXES: tuple[tuple[str, RoundPosition], ...] = (
     ("round", lambda r: r.round),
     ("MB", lambda r: (r.down + r.up) / 1e6),
     ("seconds", lambda r: r.elapsed_s),
@@ -46,8 +49,8 @@ def learning_curves(runs: Sequence[Record]) -> str:
     """
     all_charts = [
         _curve(f"curve-{i}-{label}", f"{title}, by {label}", runs, values, metric, label, along)
-        for i, (title, metric, values) in enumerate(_curve_rows(runs))
-        for label, along in _X_AXES
+        for i, (title, metric, values) in enumerate(curve_rows(runs))
+        for label, along in X_AXES
     ]
     drawn_charts = [c for c in all_charts if c is not None]
     return charts_html(drawn_charts, "curves") if drawn_charts else ""
@@ -125,7 +128,7 @@ def coverage_map(run: Record) -> str:
     return text + heat_scale() + bars_html(rows, "Coverage of every round")
 
 
-def _curve_rows(runs: Sequence[Record]) -> list[tuple[str, Metric, RoundValues]]:
+def curve_rows(runs: Sequence[Record]) -> list[tuple[str, Metric, RoundValues]]:
     """The title, metric and values of each curve that has values."""
     kind, metric = runs[0].measure, runs[0].metric
     rows: list[tuple[str, Metric, RoundValues]] = [
@@ -152,7 +155,7 @@ def _curve(
     values: RoundValues,
     metric: Metric,
     label: str,
-    along: Callable[[RoundRow], float],
+    along: RoundPosition,
 ) -> Chart | None:
     points = {
         run.title: [(along(r), v) for r, v in zip(run.rounds, values(run), strict=True) if v is not None]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,22 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.simulation.results import charts, tables
+from fedprune_server.simulation.results.differences import (
+    board_gains,
+    half_interval,
+    paired_differences,
+    score_difference_text,
+)
 from fedprune_server.simulation.results.record import Record, score_text
 from fedprune_server.simulation.results.run_folder import RECORD_FILE
 
 PAGE_FILE = "comparison.html"
 
 EQUAL_COST = "At equal cost: each run's last measured round before it had spent more than the run that spent least"
+
+VARIANTS = (
+    "Mean ± standard deviation of each variant's runs; Δ from the first, paired by seed, ± half of its 95 % interval"
+)
 
 _MAX_VALUES = 5
 
@@ -53,35 +63,95 @@ def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
     )
 
 
+def group_by_seed(runs: Sequence[Record]) -> dict[str, list[Record]]:
+    """The runs that differ in their seeds alone, by strategy or, where groups share it, by their first run's title;
+    empty if there are none."""
+    groups: dict[str, list[Record]] = {}
+    for run in runs:
+        settings = {k: v for k, v in run.job.items() if k not in ("name", "seed")}
+        fleet = [run.partition.settings, sorted(device.name for device in run.devices)]
+        groups.setdefault(json.dumps([settings, fleet], sort_keys=True, default=str), []).append(run)
+    seeds = [[run.job.get("seed", 0) for run in group] for group in groups.values()]
+    if max(map(len, seeds), default=0) < 2 or any(len(set(numbers)) < len(numbers) for numbers in seeds):
+        return {}
+    strategies = [str(group[0].job.get("strategy")) for group in groups.values()]
+    return {
+        strategy
+        if strategies.count(strategy) == 1
+        else group[0].title.removesuffix(f"-{group[0].job.get('seed', 0)}"): group
+        for strategy, group in zip(strategies, groups.values(), strict=True)
+    }
+
+
 def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """Means over each variant's runs of their final measures, and standard deviations if there are several runs.
+    """Means over each variant's runs of their final measures, standard deviations if there are several runs, and mean
+    differences from the first variant, paired by seed, with half of their 95 % intervals.
 
     Runs without such a measure are left out.
     """
-    figures = []
-    for name, runs in variants.items():
-        row: dict[str, Any] = {"variant": name, "runs": len(runs)}
-        for side, index in (("local", 0), ("global", 1)):
-            values = [v for v in (run.final(tables.TAIL_ROUNDS)[index] for run in runs) if math.isfinite(v)]
-            key = f"{side}_{runs[0].measure}"
+    kind = next(iter(variants.values()))[0].measure if variants else ""
+    final_figures = {name: [tables.final_figures(run) for run in runs] for name, runs in variants.items()}
+    rows: list[dict[str, Any]] = [{"variant": name, "runs": len(runs)} for name, runs in variants.items()]
+    for key in _variant_keys(kind):
+        scores_by_seed = [
+            {run.job.get("seed", 0): figures[key] for run, figures in zip(runs, final_figures[name], strict=True)}
+            for name, runs in variants.items()
+        ]
+        for row, scores in zip(rows, scores_by_seed, strict=True):
+            values = [figures[key] for figures in final_figures[row["variant"]] if figures[key] is not None]
+            differences = [] if row is rows[0] else paired_differences(scores, scores_by_seed[0])
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        figures.append(row)
-    return figures
+            row[f"{key}_delta"] = statistics.fmean(differences) if differences else None
+            row[f"{key}_delta_half"] = half_interval(differences)
+    return rows
+
+
+def _variant_keys(kind: str) -> list[str]:
+    return [f"{side}_{kind}" for side in ("local", "worst_local", "global")]
 
 
 def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ...]]:
-    """The same as a table: mean ± standard deviation; the first row is the header."""
+    """The same as a table: mean ± standard deviation, and Δ ± half of the interval; the first row is the header."""
     first = next(iter(variants.values()))[0]
-    keys = [f"{side}_{first.measure}" for side in ("local", "global")]
+    keys, metric = _variant_keys(first.measure), first.metric
 
-    def cell(row: Mapping[str, Any], key: str) -> str:
-        mean, spread = (score_text(row[k], first.metric) for k in (key, f"{key}_std"))
-        return mean if row[f"{key}_std"] is None else f"{mean} ± {spread}"
+    def cells(row: Mapping[str, Any], key: str) -> Iterator[str]:
+        mean, spread = (score_text(row[k], metric) for k in (key, f"{key}_std"))
+        yield mean if row[f"{key}_std"] is None else f"{mean} ± {spread}"
+        if len(variants) > 1:
+            yield score_difference_text(metric, row[f"{key}_delta"], row[f"{key}_delta_half"])
 
-    rows: list[tuple[str, ...]] = [("variant", "runs", *(key.replace("_", " ") for key in keys))]
-    rows += [(r["variant"], str(r["runs"]), *(cell(r, key) for key in keys)) for r in variant_figures(variants)]
-    return rows
+    titles = [(title, f"Δ {title}")[: min(2, len(variants))] for title in (key.replace("_", " ") for key in keys)]
+    rows = [
+        (row["variant"], str(row["runs"]), *chain.from_iterable(cells(row, key) for key in keys))
+        for row in variant_figures(variants)
+    ]
+    return [("variant", "runs", *chain.from_iterable(titles)), *rows]
+
+
+def board_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
+    """The latest score that each board serves in each run, and its gain over training alone: over the run of `local`
+    with the same seed, if there is one."""
+    figures: list[dict[str, Any]] = []
+    for run in runs:
+        gains = board_gains(run, runs)
+        for device, score in sorted(run.latest.items()):
+            row = {"run": run.title, "seed": run.job.get("seed", 0), "device": device, f"local_{run.measure}": score}
+            figures.append(row | {"gain_over_local": gains.get(device)})
+    return figures
+
+
+def _board_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
+    """The same as a table with a row per board; the first row is the header."""
+    metric, cells = runs[0].metric, {}
+    for row in board_figures(runs):
+        gain = row["gain_over_local"]
+        suffix = "" if gain is None else f" ({score_difference_text(metric, gain)})"
+        cells[row["device"], row["run"]] = score_text(row[f"local_{runs[0].measure}"], metric) + suffix
+    devices = dict.fromkeys(device for device, _ in cells)
+    rows = [(device, *(cells.get((device, run.title), "–") for run in runs)) for device in devices]
+    return [("device", *(run.title for run in runs)), *rows]
 
 
 def target_figures(run: Record, target: float) -> dict[str, float | None]:
@@ -185,7 +255,8 @@ def _comparison_tables(
     target_tables = {
         f"Until the global model's {measure} was {score_text(t, runs[0].metric)}": target_rows(runs, t) for t in targets
     }
-    variant_table = {} if not variants else {"Mean ± standard deviation of each variant's runs": variant_rows(variants)}
+    variants = variants or group_by_seed(runs)
+    variant_table = {} if not variants else {VARIANTS: variant_rows(variants)}
     equal_cost_table = {EQUAL_COST: equal_cost_rows(runs)} if len(runs) > 1 else {}
     return {"Results": tables.final_rows(runs), **variant_table, **equal_cost_table, **target_tables}
 
@@ -213,6 +284,9 @@ def comparison_document(
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
         **{title: [tables.result_table(rows)] for title, rows in _comparison_tables(runs, targets, variants).items()},
+        "Local scores by device, and gains over training alone": [
+            tables.result_table(_board_rows(runs)) if any(board_gains(run, runs) for run in runs) else ""
+        ],
         "Learning": [Drawing(charts.learning_curves(runs))],
         "Data of the devices": [Drawing(runs[0].partition.heat_map())],
         **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},
@@ -221,4 +295,4 @@ def comparison_document(
     facts_of_runs = [run.facts() for run in runs]
     values = {key: list(dict.fromkeys(f[key] for f in facts_of_runs if f[key])) for key in facts_of_runs[0]}
     facts = {k: ", ".join(v) if len(v) <= _MAX_VALUES else f"{len(v)} different" for k, v in values.items()}
-    return Document("Runs compared", facts, sections)
+    return Document("Runs compared" if len(runs) > 1 else runs[0].title, facts, sections)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -140,7 +141,7 @@ class Record:
 
     def own_means(self, metric: str) -> tuple[float | None, ...]:
         """Mean over devices of their latest value of a metric, per round; None before the first."""
-        return _running_means(row.device_metrics.get(metric, {}) for row in self.rounds)
+        return _running(_mean, (row.device_metrics.get(metric, {}) for row in self.rounds))
 
     def measured_values(self, name: str) -> tuple[float | None, ...]:
         """A measurement of the global model per round; None where missing."""
@@ -175,7 +176,15 @@ class Record:
 
         Rounds ask different devices, so a mean over those of one round would compare different fleets.
         """
-        return _running_means(row.local for row in self.rounds)
+        return _running(_mean, (row.local for row in self.rounds))
+
+    def worst_locals(self) -> tuple[float | None, ...]:
+        """The worst of the devices' latest measures, per round; None before the first."""
+        return _running(self.metric.worst, (row.local for row in self.rounds))
+
+    def local_deviations(self) -> tuple[float | None, ...]:
+        """Standard deviation over devices of their latest measure, per round; None before the first."""
+        return _running(statistics.pstdev, (row.local for row in self.rounds))
 
     @property
     def latest(self) -> dict[str, float]:
@@ -238,14 +247,21 @@ def score_text(value: float | None, metric: Metric) -> str:
 def last_mean(values: Sequence[float | None], rounds: int) -> float | None:
     """The mean of the values of the last rounds; None if nothing was measured in them."""
     measured_values = [v for v in values[-rounds:] if v is not None]
-    return sum(measured_values) / len(measured_values) if measured_values else None
+    return _mean(measured_values) if measured_values else None
 
 
-def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, ...]:
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _running(
+    statistic: Callable[[Sequence[float]], float], rows: Iterable[Mapping[str, float]]
+) -> tuple[float | None, ...]:
+    """A statistic of the devices' latest values, per round."""
     latest_values: dict[str, float] = {}
-    means: list[float | None] = []
+    results: list[float | None] = []
     for row in rows:
-        # A device that isn't asked keeps its last value, so that means don't jump with who is asked.
+        # A device that isn't asked keeps its last value, so that results don't jump with who is asked.
         latest_values.update(row)
-        means.append(sum(latest_values.values()) / len(latest_values) if latest_values else None)
-    return tuple(means)
+        results.append(statistic(list(latest_values.values())) if latest_values else None)
+    return tuple(results)

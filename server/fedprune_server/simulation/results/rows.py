@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,26 @@ def round_rows(record: Record) -> list[dict[str, Any]]:
 
 
 def device_rows(record: Record) -> list[dict[str, Any]]:
-    """A row per round and device that received, trained or delivered something in it."""
+    """A row per round and device that received, trained or delivered something in it. The score of the model that the
+    device serves stays that of its last update until its next one."""
     metrics = sorted(set().union(*(r.device_metrics for r in record.rounds)))
-    return [
-        {
-            "round": r.round,
-            "time_s": r.elapsed_s,
-            "device": device,
-            "density": r.density.get(device),
-            **dict(zip_longest(COST_COLUMNS, r.spent.get(device, ()))),
-            **{m: r.device_metrics.get(m, {}).get(device) for m in metrics},
-        }
-        for r in record.rounds
-        for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.device_metrics.values()))
-    ]
+    served_scores: dict[str, float] = {}
+    rows = []
+    for r in record.rounds:
+        served_scores |= r.local
+        rows += [
+            {
+                "round": r.round,
+                "time_s": r.elapsed_s,
+                "device": device,
+                "density": r.density.get(device),
+                **dict(zip_longest(COST_COLUMNS, r.spent.get(device, ()))),
+                f"local_{record.measure}": served_scores.get(device),
+                **{m: r.device_metrics.get(m, {}).get(device) for m in metrics},
+            }
+            for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.device_metrics.values()))
+        ]
+    return rows
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
@@ -55,9 +61,13 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
         for record in records
         for row in round_rows(record)
     ]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_atomically(path, csv_bytes(rows))
+
+
+def csv_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as a CSV file with all their columns."""
     text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    return text.getvalue().encode()

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedprune.core.text import first_few, quantity
@@ -13,6 +14,7 @@ from fedprune.jobs.job import NO_UPDATE_LIMITS
 from fedprune.output.document import Document, Table
 from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
+from fedprune_server.simulation.results.differences import ALONE, board_gains, score_difference_text
 from fedprune_server.simulation.results.record import Record, last_mean, measured_moments, measured_names, score_text
 
 TAIL_ROUNDS = 5  # rounds in a final mean: single rounds of a small test set are noisy
@@ -20,6 +22,8 @@ MAX_RESULT_ROWS = 1000  # devices in a table
 
 # Columns of text; the others hold numbers.
 _TEXT_COLUMNS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
+
+_COST_TITLES = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs")
 
 _DROP_ORDER = {"training TMACs": 3, "rounds": 4}
 
@@ -45,9 +49,12 @@ def _column(title: str) -> Column:
     )
 
 
-def final_figures(run: Record) -> dict[str, str | float | None]:
-    """A run's results: its costs in all, and its measures as means over the last rounds; None without a measurement."""
-    kind = run.measure
+def final_figures(run: Record, runs: Sequence[Record] = ()) -> dict[str, Any]:
+    """A run's results: its costs in all, and its measures as means over the last rounds; None without a measurement.
+
+    If a run of `local` with its seed is among `runs`, they include the boards' latest gains over training alone.
+    """
+    kind, gains = run.measure, list(board_gains(run, runs).values())
     local_score, global_score = run.final(TAIL_ROUNDS)
     best = run.best
     return {
@@ -62,6 +69,9 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
         "training_macs": run.macs() or None,
         f"local_{kind}": finite_or_none(local_score),
         f"global_{kind}": finite_or_none(global_score),
+        f"worst_local_{kind}": last_mean(run.worst_locals(), TAIL_ROUNDS),
+        "board_std": last_mean(run.local_deviations(), TAIL_ROUNDS),
+        **({"gain_over_local": fmean(gains), "gaining_boards": sum(gain > 0 for gain in gains)} if gains else {}),
         f"best_global_{kind}": None if best is None else best.metrics[kind],
         "best_round": None if best is None else best.round,
         "best_model": None if best is None else best.model,
@@ -78,42 +88,46 @@ def finite_or_none(value: float) -> float | None:
 
 
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Final results: measures as means over the last rounds, amounts and privacy costs in all; the first row is the
-    header."""
-    kind, metric = runs[0].measure, runs[0].metric
-    privacy_columns = (EPSILON, "delta") if any(run.is_private for run in runs) else ()
-    own_metrics = [f"{kind}_{m}" for m in measured_moments(runs)]
-    names = measured_names(runs)
-    limits = ("updates limited",) if any(run.count_limited[0] for run in runs) else ()
-    head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
-    best = (f"best global {kind} (round)",) if any(len(run.rounds) > 1 for run in runs) else ()
-    rows = [(*head, *best, *(f"local {m.partition('_')[2]}" for m in own_metrics), *names, *privacy_columns, *limits)]
-    for run in runs:
-        best_round, (limited, updates) = run.best, run.count_limited
-        best_text = (
-            "–" if best_round is None else score_text(best_round.metrics[kind], metric) + f" ({best_round.round})"
-        )
-        figures: dict[str, Any] = final_figures(run) | {
-            key: last_mean(run.own_means(key), TAIL_ROUNDS) for key in own_metrics
-        }
-        measures = [
-            score_text(figures.get(key), metric) for key in (f"local_{kind}", f"global_{kind}", *own_metrics, *names)
-        ]
-        rows.append(
-            (
-                run.title,
-                f"{len(run.rounds)} of {run.job['rounds']}" if run.ended_early else str(len(run.rounds)),
-                f"{figures['seconds']:,.0f}",
-                *(f"{figures[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
-                tera_macs_text(figures["training_macs"]),
-                *measures[:2],
-                *(best_text for _ in best),
-                *measures[2:],
-                *("–" if (cost := figures.get(key)) is None else f"{cost:.3g}" for key in privacy_columns),
-                *(f"{limited:,} of {updates:,}" if updates else "–" for _ in limits),
-            )
-        )
-    return rows
+    """Final results: measures as means over the last rounds, amounts and privacy costs in all, and gains of the boards
+    over training alone, as measured last; the first row is the header."""
+    cells_of_runs = [_final_cells(run, runs) for run in runs]
+    # What no run has measured needs no column.
+    titles = [t for t in cells_of_runs[0] if t in _COST_TITLES or any(cells[t] != "–" for cells in cells_of_runs)]
+    return [tuple(titles), *(tuple(cells[title] for title in titles) for cells in cells_of_runs)]
+
+
+def _final_cells(run: Record, runs: Sequence[Record]) -> dict[str, str]:
+    """A run's row of `final_rows` by title; – for what wasn't measured."""
+    kind, figures, best = run.measure, final_figures(run, runs), run.best
+    limited, updates = run.count_limited
+    own_means = {f"local {m}": last_mean(run.own_means(f"{kind}_{m}"), TAIL_ROUNDS) for m in measured_moments(runs)}
+    has_best = best is not None and any(len(r.rounds) > 1 for r in runs)
+    best_text = f"{score_text(figures[f'best_global_{kind}'], run.metric)} ({figures['best_round']})"
+    gains = board_gains(run, runs).values() if run.job.get("strategy") != ALONE else ()
+    costs = (
+        run.title,
+        f"{len(run.rounds)} of {run.job['rounds']}" if run.ended_early else str(len(run.rounds)),
+        f"{figures['seconds']:,.0f}",
+        *(f"{figures[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
+        tera_macs_text(figures["training_macs"]),
+    )
+    scores: dict[str, Any] = {f"{side} {kind}": figures[f"{side}_{kind}"] for side in ("local", "global")}
+    board_scores = {f"worst local {kind}": figures[f"worst_local_{kind}"], "std over boards": figures["board_std"]}
+    further_scores = own_means | {name: figures.get(name) for name in measured_names(runs)}
+    return {
+        **dict(zip(_COST_TITLES, costs, strict=True)),
+        **{title: score_text(value, run.metric) for title, value in scores.items()},
+        f"best global {kind} (round)": best_text if has_best else "–",
+        **{
+            title: score_text(value if len(run.latest) > 1 else None, run.metric)
+            for title, value in board_scores.items()
+        },
+        "gain over local": score_difference_text(run.metric, fmean(gains) if gains else None),
+        "boards that gain": f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else "–",
+        **{title: score_text(value, run.metric) for title, value in further_scores.items()},
+        **{key: "–" if (cost := figures.get(key)) is None else f"{cost:.3g}" for key in (EPSILON, "delta")},
+        "updates limited": f"{limited:,} of {updates:,}" if updates and any(r.count_limited[0] for r in runs) else "–",
+    }
 
 
 def tail_note(runs: Sequence[Record]) -> str:
