@@ -190,7 +190,7 @@ def run(
             raise _TimeIsUpError
 
     try:
-        record = simulate_in_folder(experiment, place, timed)
+        record, _ = simulate_in_folder(experiment, place, timed)
     except _TimeIsUpError:
         record = running[0].record()
     spent = used()

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.simulation.stamps import Stamps
 from fedprune.core import tensorfile
 from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
-from fedprune_server.simulation.results.run_folder import simulate_to_model
+from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.simulation import Simulation
 
 
@@ -31,7 +31,7 @@ def main(folder: Path, rounds: int, out: Path) -> None:
             stamps.add()
 
     with TemporaryDirectory() as run:
-        record, _ = simulate_to_model(plan, Path(run), stamp)
+        record, _ = simulate_in_folder(plan, Path(run), stamp)
     accuracies = [row.metrics["accuracy"] for row in record.rounds]
     out.write_text(json.dumps({**stamps.result(), "accuracies": accuracies, "threads": 1}))
 

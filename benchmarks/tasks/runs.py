@@ -156,7 +156,7 @@ def federated(task: Task, method: str, seed: int, changes: Changes) -> dict[str,
         last[:] = [simulation.store.read(simulation.state.model)]
 
     experiment = Experiment(method, job, model, fleet(found.boards), (found.x, found.y), measure=measure)
-    record = simulate_in_folder(experiment, progress=progress)
+    record, _ = simulate_in_folder(experiment, progress=progress)
     kind, rounds = record.measure, record.rounds
     scores = [row.measured[f"sub@{narrow[0]:g}"] if narrow else row.metrics[kind] for row in rounds]
     numbers: dict[str, Any] = {

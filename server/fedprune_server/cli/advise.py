@@ -42,6 +42,12 @@ def build_advise_parser() -> CommandParser:
         metavar="N",
         help=f"runs of each variant, with the job's seed and those after it (default: {ADVISED_SEEDS})",
     )
+    parser.add_argument(
+        "--judge",
+        choices=("global", "served", "worst"),
+        help="score that decides: the global model's on the server's samples, or of the models that boards serve the "
+        "mean or the worst (default: global, or served where the server has no samples)",
+    )
     parser.add_argument("--workers", type=positive_integer, default=1, metavar="N", help="runs at a time")
     add_json_option(parser)
     parser.set_defaults(run=with_extra("server", _advise))
@@ -76,7 +82,8 @@ def _advise(options: argparse.Namespace) -> int:
     finished_records = [record for trial in trials for record in trial.runs]
     advice = page = None
     if trials:
-        advice = advise(trials, job_rounds, 0 if plan.evaluation is None else len(plan.evaluation[1]))
+        samples = 0 if plan.evaluation is None else len(plan.evaluation[1])
+        advice = advise(trials, job_rounds, samples, options.judge)
         page = write_comparison(out, finished_records, variants={t.variant.name: t.runs for t in trials})
     if options.json:
         print_json(
@@ -99,7 +106,7 @@ def _advise(options: argparse.Namespace) -> int:
             f"MACs are a share of {trials[0].variant.name}'s; MB and time are those of the job's "
             f"{quantity(job_rounds, 'round')} at this pace.\n"
         )
-        print("\n".join((advice.reason, *advice.doubts)))
+        print("\n".join(filter(None, (advice.reason, *advice.doubts, advice.worth))))
         if advice.taken is not None:
             print(
                 f"\nPut these lines in place of the job's strategy, codecs and [job.options]:\n\n{advice.taken.toml()}"

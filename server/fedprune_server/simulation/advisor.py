@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fedprune.core.metrics import Metric
 from fedprune.core.text import first_few, quantity
 from fedprune_server.simulation.job_variants import Variant
+from fedprune_server.simulation.results.differences import ALONE, board_gains, score_difference_text, standard_error
 from fedprune_server.simulation.results.record import Record, score_text
 from fedprune_server.simulation.results.tables import finite_or_none
 
-Side = Literal["global", "local"]
+# The score that decides: the global model's on the server's samples, the mean of what boards serve, or the worst of it.
+Judge = Literal["global", "served", "worst"]
+
+# How tables call what judges.
+_SIDES: Mapping[str, Judge] = {"global": "global", "local": "served", "worst_local": "worst"}
 
 
 @dataclass(frozen=True)
@@ -23,16 +29,21 @@ class VariantRuns:
     variant: Variant
     runs: tuple[Record, ...]
 
-    def score(self, side: Side, rounds: int | None = None) -> float:
-        """The mean over the runs of the last score, or of that at the end of the first rounds; NaN if a run has
-        none."""
-        return statistics.fmean(_last_score(run, side, rounds) for run in self.runs)
+    def scores(self, judge: Judge, rounds: int | None = None) -> list[float]:
+        """Each run's last score, or that at the end of the first rounds; NaN where it has none."""
+        # Boards that train alone leave the global model as it was.
+        measured = not (judge == "global" and self.variant.name == ALONE)
+        return [_last_score(run, judge, rounds) if measured else math.nan for run in self.runs]
 
-    def expected_score(self, side: Side, rounds: int) -> float:
+    def score(self, judge: Judge, rounds: int | None = None) -> float:
+        """The mean of the runs' scores; NaN if a run has none."""
+        return statistics.fmean(self.scores(judge, rounds))
+
+    def expected_score(self, judge: Judge, rounds: int) -> float:
         """The score after more rounds, extrapolated as if it approached its limit like 1 / rounds, at the pace of the
         last quarter. NaN after a single round."""
         round_count = len(self.runs[0].rounds)
-        earlier_score, last_score = self.score(side, 3 * round_count // 4), self.score(side)
+        earlier_score, last_score = self.score(judge, 3 * round_count // 4), self.score(judge)
         if round_count < 2:
             return math.nan
         # Score(t) = end − c / t, with c from the last quarter, at t = rounds.
@@ -56,9 +67,9 @@ class VariantRuns:
         return statistics.fmean(run.last.elapsed_s / len(run.rounds) for run in self.runs)
 
 
-def _last_score(run: Record, side: Side, rounds: int | None = None) -> float:
-    values = run.global_values() if side == "global" else run.mean_locals()
-    measured = [value for value in values[:rounds] if value is not None]
+def _last_score(run: Record, judge: Judge, rounds: int | None = None) -> float:
+    values_by_judge = {"global": run.global_values, "served": run.mean_locals, "worst": run.worst_locals}
+    measured = [value for value in values_by_judge[judge]()[:rounds] if value is not None]
     return measured[-1] if measured else math.nan
 
 
@@ -71,41 +82,46 @@ class Advice:
         noise: Differences of scores up to this say nothing.
         reason: Why that variant, in a sentence.
         doubts: Why these runs are too few or too short to say, in sentences.
+        gains: By how much each board's served model is better with that variant than if the board trains alone; of the
+            best variant with a fleet, where training alone is taken.
+        worth: For whom the fleet is worth it, in a sentence; empty where nothing was measured.
     """
 
     taken: Variant | None
     noise: float
     reason: str
     doubts: tuple[str, ...] = ()
+    gains: Mapping[str, float] = field(default_factory=dict)
+    worth: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         chosen_variant = None if self.taken is None else {"variant": self.taken.name, "toml": self.taken.toml()}
         return {**vars(self), "taken": chosen_variant, "doubts": list(self.doubts)}
 
 
-def advise(trials: Sequence[VariantRuns], rounds: int, samples: int = 0) -> Advice:
+def advise(trials: Sequence[VariantRuns], rounds: int, samples: int = 0, judge: Judge | None = None) -> Advice:
     """The best of the variants that all boards can train. Of those within noise of the best it is the one with fewest
     bytes.
-
-    The global model's score decides or, where the server has no samples, that of the models that boards serve.
 
     Args:
         trials: One or more, with equal seeds.
         rounds: Those of the job.
         samples: The server's.
+        judge: By default the global model's score or, where the server has no samples, that of the models that boards
+            serve.
     """
     run = trials[0].runs[0]
-    side: Side = "global" if samples else "local"
+    judge = judge or ("global" if samples else "served")
     sign = 1 if run.metric.higher_is_better else -1
-    scores = {t.variant.name: sign * t.score(side) for t in trials}
+    scores = {t.variant.name: sign * t.score(judge) for t in trials}
     trainable = [t for t in trials if not t.variant.misfit and math.isfinite(scores[t.variant.name])]
     if not trainable:
-        return Advice(None, 0.0, f"No variant that all boards can train has a {side} {run.measure}.")
+        return Advice(None, 0.0, f"No variant that all boards can train has a {judge} {run.measure}.")
     best = max(trainable, key=lambda t: scores[t.variant.name])
-    noise = _noise(trials, side)
-    if samples and run.metric.is_share:
+    noise = _noise(trials, judge)
+    if judge == "global" and run.metric.is_share:
         # The standard error of a share measured on as many samples, which seeds on the same samples don't show.
-        noise = max(noise, math.sqrt(best.score(side) * (1 - best.score(side)) / samples))
+        noise = max(noise, math.sqrt(best.score(judge) * (1 - best.score(judge)) / samples))
     gaps = {t.variant.name: scores[best.variant.name] - scores[t.variant.name] for t in trainable}
     # Within noise of the best the score says nothing more, and bytes are what boards pay.
     choice = min((t for t in trainable if gaps[t.variant.name] <= noise), key=lambda t: t.bytes)
@@ -114,7 +130,7 @@ def advise(trials: Sequence[VariantRuns], rounds: int, samples: int = 0) -> Advi
     def distance(value: float) -> str:
         return f"{100 * value:.1f} points" if run.metric.is_share else f"{value:.3g}"
 
-    reason = f"Take {choice.variant.name}: {side} {run.measure} {score_text(choice.score(side), run.metric)}, "
+    reason = f"Take {choice.variant.name}: {judge} {run.measure} {score_text(choice.score(judge), run.metric)}, "
     if len(trainable) == 1:
         reason += "and no other variant can be trained by all boards."
     elif within_noise:
@@ -125,25 +141,47 @@ def advise(trials: Sequence[VariantRuns], rounds: int, samples: int = 0) -> Advi
     else:
         lead = min(gap for name, gap in gaps.items() if name != choice.variant.name)
         reason += f"the best that all boards can train, {distance(lead)} ahead where {distance(noise)} are noise."
-    return Advice(choice.variant, noise, reason, tuple(_doubts(trainable, choice, rounds, side, noise)))
+    doubts = tuple(_doubts(trainable, choice, rounds, judge, noise))
+    fleets = [t for t in trainable if t.variant.name != ALONE]
+    fleet = choice if choice in fleets else max(fleets, key=lambda t: scores[t.variant.name], default=None)
+    gains = {} if fleet is None else _mean_gains(fleet, trials)
+    worth = "" if fleet is None else _worth(fleet.variant.name, gains, run.metric)
+    return Advice(choice.variant, noise, reason, doubts, gains, worth)
 
 
-def _noise(trials: Sequence[VariantRuns], side: Side) -> float:
+def _mean_gains(fleet: VariantRuns, trials: Sequence[VariantRuns]) -> dict[str, float]:
+    """Each board's mean gain over training alone, over the seeds."""
+    runs = [run for trial in trials for run in trial.runs]
+    gains_of_runs = [board_gains(run, runs) for run in fleet.runs]
+    devices = sorted(set().union(*gains_of_runs))
+    return {device: statistics.fmean(gains[device] for gains in gains_of_runs if device in gains) for device in devices}
+
+
+def _worth(name: str, gains: Mapping[str, float], metric: Metric) -> str:
+    parts = []
+    for verb, is_gain in (("gain", True), ("don't gain", False)):
+        if boards := {device: gain for device, gain in gains.items() if (gain > 0) == is_gain}:
+            mean = score_difference_text(metric, statistics.fmean(boards.values())) + " points" * metric.is_share
+            parts.append(f"{len(boards)} of {len(gains)} boards {verb}, on average {mean}: {first_few(list(boards))}")
+    return f"With {name}, compared with training alone: {'; '.join(parts)}." if parts else ""
+
+
+def _noise(trials: Sequence[VariantRuns], judge: Judge) -> float:
     """Twice the standard error, over the seeds, of a variant's distance from the first one.
 
     It is the median variant's: one that learns nothing must not make noise of all differences.
     """
     errors = [0.0]
     for trial in trials[1:]:
-        gaps = [_last_score(a, side) - _last_score(b, side) for a, b in zip(trial.runs, trials[0].runs, strict=True)]
+        gaps = [a - b for a, b in zip(trial.scores(judge), trials[0].scores(judge), strict=True)]
         if len(gaps) > 1 and all(map(math.isfinite, gaps)):
             # Distances within one seed: data and start of a seed move all variants alike, and cancel out.
-            errors.append(statistics.stdev(gaps) / math.sqrt(len(gaps)))
+            errors.append(standard_error(gaps))
     return 2 * statistics.median(errors[1:] or errors)
 
 
 def _doubts(
-    trainable: Sequence[VariantRuns], choice: VariantRuns, rounds: int, side: Side, noise: float
+    trainable: Sequence[VariantRuns], choice: VariantRuns, rounds: int, judge: Judge, noise: float
 ) -> Iterator[str]:
     if len(choice.runs) == 1:
         yield "One seed doesn't show what is noise: give --seeds 2 or more."
@@ -152,7 +190,7 @@ def _doubts(
     if round_count >= rounds:  # the job has no more
         return
     sign = 1 if run.metric.higher_is_better else -1
-    expected_scores = {t.variant.name: sign * t.expected_score(side, rounds) for t in trainable}
+    expected_scores = {t.variant.name: sign * t.expected_score(judge, rounds) for t in trainable}
     leader, chosen_score = max(expected_scores, key=expected_scores.__getitem__), expected_scores[choice.variant.name]
     if not math.isfinite(chosen_score):
         doubt = f"{quantity(round_count, 'round')} can't show what is ahead after the job's {rounds}."
@@ -170,8 +208,7 @@ def advice_figures(trials: Sequence[VariantRuns], rounds: int) -> list[dict[str,
     return [
         {
             "variant": trial.variant.name,
-            f"global_{measure}": finite_or_none(trial.score("global")),
-            f"local_{measure}": finite_or_none(trial.score("local")),
+            **{f"{side}_{measure}": finite_or_none(trial.score(judge)) for side, judge in _SIDES.items()},
             "macs_share": trial.macs / full_macs if full_macs else None,
             "bytes": trial.bytes * rounds,
             "hours": trial.seconds * rounds / 3600,
@@ -184,11 +221,11 @@ def advice_figures(trials: Sequence[VariantRuns], rounds: int) -> list[dict[str,
 
 def advice_rows(trials: Sequence[VariantRuns], rounds: int) -> list[tuple[str, ...]]:
     """The same as a table; the first row is the header."""
-    measure, metric, sides = trials[0].runs[0].measure, trials[0].runs[0].metric, ("global", "local")
+    measure, metric = trials[0].runs[0].measure, trials[0].runs[0].metric
     costs: tuple[str, ...] = ("MACs", "MB", "time")
-    rows = [("variant", *(f"{side} {measure}" for side in sides), *costs, "why not")]
+    rows = [("variant", *(f"{side.replace('_', ' ')} {measure}" for side in _SIDES), *costs, "why not")]
     for row in advice_figures(trials, rounds):
-        scores = (score_text(row[f"{side}_{measure}"], metric) for side in sides)
+        scores = (score_text(row[f"{side}_{measure}"], metric) for side in _SIDES)
         share = "–" if row["macs_share"] is None else f"{row['macs_share']:.0%}"
         duration = f"{row['hours']:.3g} h" if row["hours"] >= 1 else f"{60 * row['hours']:.3g} min"
         costs = (share, f"{row['bytes'] / 1e6:,.2f}", duration)

@@ -31,7 +31,7 @@ from fedprune_server.simulation.results.publication import save_figure, save_tab
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.rows import device_rows, round_rows
-from fedprune_server.simulation.results.run_folder import simulate_to_model
+from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.results.runs_progress import RunDisplay, is_watched
 from fedprune_server.simulation.results.tables import final_rows, result_table, tail_note
 from fedprune_server.simulation.results.tracked_rounds import track_rounds
@@ -271,4 +271,4 @@ def _simulate_experiment(
             if display is not None:
                 display.show(simulation)
 
-        return simulate_to_model(experiment, folder, show, on_begin=begin)
+        return simulate_in_folder(experiment, folder, show, on_begin=begin)

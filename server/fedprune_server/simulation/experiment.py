@@ -163,7 +163,8 @@ def _value_text(value: Any) -> str:
 
 def job_without_limits(job: Job, settings: Mapping[str, Any]) -> Job:
     """The job without the server's limits on updates, which no paper has, except those that its table [job] sets."""
-    return replace(job, **{k: v for k, v in NO_UPDATE_LIMITS.items() if k not in settings})
+    changes: dict[str, Any] = {k: v for k, v in NO_UPDATE_LIMITS.items() if k not in settings}
+    return replace(job, **changes)
 
 
 def fedavg_job(job: Job) -> Job:

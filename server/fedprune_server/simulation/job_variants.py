@@ -18,13 +18,14 @@ from fedprune.core.text import first_few
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import JobDevice
 from fedprune.model.initial_values import is_untrained
-from fedprune.planning.width_plan import NOTHING_BINDS
+from fedprune.planning.width_plan import BYTES, LINK, NOTHING_BINDS
 from fedprune.strategies import Strategy, compose
 from fedprune.strategies.methods.fedprune import CORE_BOARD_SHARE
 from fedprune.updates import CODECS, PLAIN
 from fedprune_server.config.layers import setting_value_text
 from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
 from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan
+from fedprune_server.simulation.results.differences import ALONE
 
 # Lets simulated boards train the whole model where real ones couldn't, so that there is something to compare with.
 _NO_LIMITS = {"ignores_plans": True, "deadline_s": 1e7}
@@ -36,6 +37,7 @@ _JOBS_BY_VARIANT: Mapping[str, Mapping[str, Any]] = {
     "fedprune": {"strategy": "fedprune", **_INT8},
     "fedprune-core": {"strategy": "fedprune", **_INT8, "options": {"core": CORE_BOARD_SHARE}},
     "one-width": {"strategy": "fedprune", **_INT8, "options": {"core": 1.0}},
+    ALONE: {"strategy": ALONE, "ignores_plans": True},  # it sends nothing, and plans count bytes
 }
 
 
@@ -82,7 +84,12 @@ def choose_variants(path: Path, plan: FleetPlan) -> tuple[list[Variant], dict[st
         # can't hold is said beside it.
         if strategy.core is None:
             # Why boards can't train the whole model; empty if all can.
-            narrow = [name for name, device in devices.items() if device.excluded or device.density < 1]
+            narrow = [
+                n
+                for n, device in devices.items()
+                if (device.excluded or device.density < 1)
+                and not (name == ALONE and device.plan and device.plan["bound"] in (LINK, BYTES))
+            ]
             bounds = sorted({device.plan["bound"] for device in devices.values() if device.plan} - {NOTHING_BINDS})
             limits = f" ({', '.join(bounds)})" if bounds else ""
             misfit = f"too much for {first_few(narrow, max_names=3)}{limits}" if narrow else ""

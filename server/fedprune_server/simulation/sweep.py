@@ -121,5 +121,5 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:
         report(len(simulation.state.history) / plan.job.rounds, simulation.score_note)
 
     with track_rounds(plan.track, plan, folder) as track:
-        record = simulate_in_folder(plan, folder, progress, on_begin=track)
+        record, _ = simulate_in_folder(plan, folder, progress, on_begin=track)
     write_report(folder, record)

@@ -36,7 +36,7 @@ def fleet_of(folder, boards, rounds=12, **recipe):
 def advise(tmp_path, monkeypatch, capsys):
     """Gives advice on runs of these curves of the global model, by variant and seed, instead of training."""
 
-    def curves_of(boards, curves, *arguments, usual=(0.5,), sent=None, further="", **recipe):
+    def curves_of(boards, curves, *arguments, usual=(0.5,), sent=None, served=None, further="", **recipe):
         path = fleet_of(tmp_path / "fleet", boards, **recipe)
         path.write_text(path.read_text() + further)
 
@@ -47,11 +47,21 @@ def advise(tmp_path, monkeypatch, capsys):
                 variant, _, seed = run.name.rpartition("-")
                 curve = (curves.get(variant) or [usual] * 2)[int(seed)]
                 rows = [
-                    RoundRow(i, 60.0 * i, "a" * 64, {metric: score}, {}, 1, (sent or {}).get(variant, 10) * i, 0)
+                    RoundRow(
+                        i,
+                        60.0 * i,
+                        "a" * 64,
+                        {metric: score},
+                        (served or {}).get(variant, {}),
+                        1,
+                        (sent or {}).get(variant, 10) * i,
+                        0,
+                    )
                     for i, score in enumerate(curve, 1)
                 ]
                 (out / run.name).mkdir(parents=True, exist_ok=True)
-                Record(run.name, job, (), (), tuple(rows)).save(out / run.name / "metrics.json")
+                settings = {**job, "strategy": run.settings["changes"]["job"]["strategy"], "seed": int(seed)}
+                Record(run.name, settings, (), (), tuple(rows)).save(out / run.name / "metrics.json")
             return [RunEnd(run.name) for run in runs]
 
         metric = recipe.get("metric", "accuracy")
@@ -81,7 +91,8 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
         assert row["bytes"] == last.down + last.up
         assert row["hours"] * 3600 == pytest.approx(last.elapsed_s)
         assert row["macs_share"] == pytest.approx(runs[name].macs() / runs["fedavg"].macs())
-        assert row["global_accuracy"] == last.accuracy
+        assert row["global_accuracy"] == (None if name == "local" else last.accuracy)
+        assert row["worst_local_accuracy"] == min(runs[name].latest.values())
     assert {d.density for d in runs["fedavg"].devices} == {1.0}, "the reference trains what these boards couldn't"
     limits = {run.job["move_limit"] for run in runs.values()}
     assert limits == {Job.move_limit}, "a server runs the job, with its limits"
@@ -99,10 +110,10 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
 @pytest.mark.parametrize(
     ("boards", "names", "misfits"),
     [
-        pytest.param(WIDE, ["fedavg", "fedavg-int8", "fedprune"], [], id="all hold the whole model"),
+        pytest.param(WIDE, ["fedavg", "fedavg-int8", "fedprune", "local"], [], id="all hold the whole model"),
         pytest.param(
             ONE_NARROW,
-            ["fedavg", "fedavg-int8", "fedprune", "fedprune-core", "one-width"],
+            ["fedavg", "fedavg-int8", "fedprune", "fedprune-core", "one-width", "local"],
             ["fedavg", "fedavg-int8"],
             id="one holds less than the others",
         ),
@@ -121,6 +132,26 @@ def test_the_best_is_taken_that_all_boards_can_train(advise):
     advice = advise(ONE_NARROW, curves, rounds=1, sent={"one-width": 1000})["advice"]
     assert advice["taken"]["variant"] == "one-width"
     assert advice["doubts"] == []
+
+
+@pytest.mark.parametrize(
+    ("judge", "taken"), [([], "fedavg"), (["--judge", "served"], "local"), (["--judge", "worst"], "fedprune")]
+)
+def test_the_named_score_decides_and_boards_that_gain_are_said(advise, judge, taken):
+    """Boards that train alone serve the best models on average, though not each; they have no global model."""
+    served = {
+        "local": {"a": 0.98, "b": 0.9, "c": 0.2},
+        "fedavg": {"a": 0.5, "b": 0.5, "c": 0.5},
+        "fedavg-int8": {"a": 0.5, "b": 0.5, "c": 0.5},
+        "fedprune": {"a": 0.6, "b": 0.6, "c": 0.6},
+    }
+    curves = {"fedavg": [(0.9,), (0.9,)], "local": [(0.99,), (0.99,)]}
+    advice = advise(WIDE, curves, *judge, rounds=1, served=served)["advice"]
+    assert advice["taken"]["variant"] == taken
+    fleet = "fedavg" if taken == "fedavg" else "fedprune"
+    expected = {board: served[fleet][board] - score for board, score in served["local"].items()}
+    assert advice["gains"] == pytest.approx(expected)
+    assert re.search(r"1 of 3 boards gain, .*: c; 2 of 3 boards don't gain, .*: a, b", advice["worth"])
 
 
 def test_advice_names_what_is_within_noise_of_what_it_takes(advise):
@@ -145,6 +176,8 @@ def test_a_variant_that_the_jobs_settings_refuse_is_left_out_and_said(advise):
     private = '\n[job.privacy]\nclip = 1.0\nnoise_multiplier = 1.0\nnoise = "shared"\nboards = 1\n'
     advice = advise(WIDE, {"fedavg": [(0.9,), (0.9,)]}, rounds=1, further=private)
     assert [row["variant"] for row in advice["variants"]] == ["fedavg"]
-    assert [row["variant"] for row in advice["refused"]] == ["fedavg-int8", "fedprune", "fedprune-core", "one-width"]
-    assert all("compression" in row["why"] for row in advice["refused"])
+    *refused, alone = advice["refused"]
+    assert [row["variant"] for row in refused] == ["fedavg-int8", "fedprune", "fedprune-core", "one-width"]
+    assert all("compression" in row["why"] for row in refused)
+    assert alone["variant"] == "local", "its boards hand in nothing that noise could protect"
     assert advice["advice"]["taken"]["variant"] == "fedavg"

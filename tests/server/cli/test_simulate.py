@@ -214,17 +214,3 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path, capsys):
     assert "holds something that is not a run's" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["report.md"]
     assert (out / "report.md").read_text() == "mine"
-
-
-def test_the_examples_in_python_run(config, tmp_path, monkeypatch, capsys):
-    config()
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text().partition("## From Python")[2], re.DOTALL)
-
-    for block in blocks:
-        exec(compile(block, str(DOCS), "exec"), {"__name__": "example"})  # noqa: S102 - the page's own examples
-
-    lines = capsys.readouterr().out.splitlines()
-    (_, _, first, second) = [line.split("|")[1] for line in lines if line.startswith("|")]
-    assert ("heterofl" in first, "fedavg" in second) == (True, True)  # two runs of one job
-    assert (tmp_path / "curves.html").is_file()

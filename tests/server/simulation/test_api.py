@@ -30,7 +30,9 @@ FLEET: dict[str, Any] = {
 }
 
 
-def test_the_page_s_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_s_python_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In the folder of a fleet to begin with, for a round."""
     write_starter(tmp_path, STARTER_BOARDS)
     config = tmp_path / "fleet.toml"
@@ -42,6 +44,8 @@ def test_the_page_s_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)  # noqa: S102
+    titles = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [title.partition(" ")[2] for title in titles] == ["(heterofl)", "(fedrolex)"]
     assert len(names["run"].rows()) == 1
     assert [row["runs"] for row in names["comparison"].variants] == [2, 2]
     assert Path("curve.svg").exists()

@@ -194,7 +194,7 @@ def run_harsh(folder: str | Path, progress: Callable[[Simulation], None] | None 
         checkpoints=2,
         workers=workers,
     )
-    return simulate_in_folder(experiment, Path(folder), progress)
+    return simulate_in_folder(experiment, Path(folder), progress)[0]
 
 
 def test_a_run_on_several_processes_ends_as_one_on_one(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_finished_round_is_written_once(build: Build, tmp_path: Path) -> None:
 
 def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: Path) -> None:
     """Whoever comes second is told so and has changed nothing; whoever waited takes up what was done meanwhile."""
-    alone = simulate_in_folder(experiment, tmp_path / "alone")
+    alone, _ = simulate_in_folder(experiment, tmp_path / "alone")
     second = Simulation(experiment, BlobStore(tmp_path / "run" / "run" / "blobs"), folder=tmp_path / "run" / "run")
     attempts = []
 
@@ -253,7 +253,7 @@ def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: P
             with pytest.raises(StorageError, match=str(tmp_path)):
                 second.run()
 
-    first = simulate_in_folder(experiment, tmp_path / "run", meanwhile)
+    first, _ = simulate_in_folder(experiment, tmp_path / "run", meanwhile)
     assert attempts
     assert first.rounds == alone.rounds
     second.run(lambda _: pytest.fail("something was trained again"))
@@ -272,13 +272,13 @@ def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, 
 
 @pytest.mark.parametrize("name", ["simulation.json", "rounds.jsonl", "config.json"])
 def test_the_advice_for_a_damaged_state_leads_to_a_run(experiment: Experiment, tmp_path: Path, name: str) -> None:
-    undamaged = simulate_in_folder(experiment, tmp_path)
+    undamaged, _ = simulate_in_folder(experiment, tmp_path)
     (tmp_path / "run" / name).write_bytes(b"{")
     with pytest.raises(StorageError, match=f"delete {tmp_path / 'run'}"):
         simulate_in_folder(experiment, tmp_path)
     shutil.rmtree(tmp_path / "run")
     assert is_run(tmp_path)  # so that the command line takes it
-    assert simulate_in_folder(experiment, tmp_path).rounds == undamaged.rounds
+    assert simulate_in_folder(experiment, tmp_path)[0].rounds == undamaged.rounds
 
 
 def test_a_run_does_not_go_on_with_other_code(
@@ -322,7 +322,7 @@ def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:
 
 
 def test_slow_devices_do_not_end_an_asynchronous_simulation(experiment: Experiment) -> None:
-    record = simulate_in_folder(slow_fleet(experiment, windows=True))
+    record, _ = simulate_in_folder(slow_fleet(experiment, windows=True))
     assert [set(r.local) for r in record.rounds] == [{"a", "c"}] * 2
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from fedprune.core.metrics import Metric
-from fedprune.core.text import amount, quantity
+from fedprune.core.text import quantity
 from fedprune.output.chart import Chart, lay_out_chart, merge_curves, series_classes, share_strip
 from fedprune.output.chart_html import heat_scale
 from fedprune.output.page import Bar, bars_html, charts_html, colour_legend, paragraph_html
@@ -81,16 +81,6 @@ def device_score_charts(run: Record, reference: Record | None) -> str:
     legend = colour_legend(names) if len(runs) > 1 else ""
     text = paragraph_html("The model that each device serves, on its own test data, as measured last; – for never.")
     return "".join(blocks) + text + legend + bars_html(rows, f"Local {kind} of each device")
-
-
-def traffic_bars(runs: Sequence[Record]) -> str:
-    largest_bytes = max(max(r.last.down, r.last.up) for r in runs) or 1
-    rows = []
-    for i, run in enumerate(runs):
-        for direction, count in (("down", run.last.down), ("up", run.last.up)):
-            strip = (f"part {series_classes(i)}", 0.0, count / largest_bytes)
-            rows.append(Bar(f"{run.title}, {direction}", (strip,), amount(count, "bytes")))
-    return bars_html(rows, "Bytes down and up")
 
 
 def channel_map(run: Record) -> str:

@@ -17,7 +17,6 @@ from fedprune_server.simulation.results import charts, tables
 from fedprune_server.simulation.results.differences import (
     board_gains,
     half_interval,
-    paired_differences,
     score_difference_text,
 )
 from fedprune_server.simulation.results.record import Record, score_text
@@ -71,16 +70,16 @@ def group_by_seed(runs: Sequence[Record]) -> dict[str, list[Record]]:
         settings = {k: v for k, v in run.job.items() if k not in ("name", "seed")}
         fleet = [run.partition.settings, sorted(device.name for device in run.devices)]
         groups.setdefault(json.dumps([settings, fleet], sort_keys=True, default=str), []).append(run)
-    seeds = [[run.job.get("seed", 0) for run in group] for group in groups.values()]
+    seeds = [[run.seed for run in group] for group in groups.values()]
     if max(map(len, seeds), default=0) < 2 or any(len(set(numbers)) < len(numbers) for numbers in seeds):
         return {}
-    strategies = [str(group[0].job.get("strategy")) for group in groups.values()]
-    return {
-        strategy
-        if strategies.count(strategy) == 1
-        else group[0].title.removesuffix(f"-{group[0].job.get('seed', 0)}"): group
-        for strategy, group in zip(strategies, groups.values(), strict=True)
-    }
+    variants: dict[str, list[Record]] = {}
+    strategies = [group[0].job.get("strategy") for group in groups.values()]
+    for group in groups.values():
+        strategy, title = group[0].job.get("strategy"), group[0].title.removesuffix(f"-{group[0].seed}")
+        name = str(strategy) if strategies.count(strategy) == 1 else title
+        variants[name if name not in variants else f"{name} ({len(variants) + 1})"] = group
+    return variants
 
 
 def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
@@ -89,21 +88,20 @@ def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, 
 
     Runs without such a measure are left out.
     """
-    kind = next(iter(variants.values()))[0].measure if variants else ""
-    final_figures = {name: [tables.final_figures(run) for run in runs] for name, runs in variants.items()}
-    rows: list[dict[str, Any]] = [{"variant": name, "runs": len(runs)} for name, runs in variants.items()]
-    for key in _variant_keys(kind):
-        scores_by_seed = [
-            {run.job.get("seed", 0): figures[key] for run, figures in zip(runs, final_figures[name], strict=True)}
-            for name, runs in variants.items()
-        ]
-        for row, scores in zip(rows, scores_by_seed, strict=True):
-            values = [figures[key] for figures in final_figures[row["variant"]] if figures[key] is not None]
-            differences = [] if row is rows[0] else paired_differences(scores, scores_by_seed[0])
-            row[key] = statistics.fmean(values) if values else None
-            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+    rows: list[dict[str, Any]] = []
+    first: dict[int, dict[str, Any]] = {}
+    for name, runs in variants.items():
+        figures_by_seed = {run.seed: tables.final_figures(run) for run in runs}
+        rows.append(row := {"variant": name, "runs": len(runs)})
+        for key in _variant_keys(runs[0].measure):
+            scores = {seed: figures[key] for seed, figures in figures_by_seed.items() if figures[key] is not None}
+            pairs = [(score, first[seed][key]) for seed, score in scores.items() if seed in first]
+            differences = [score - reference for score, reference in pairs if reference is not None]
+            row[key] = statistics.fmean(scores.values()) if scores else None
+            row[f"{key}_std"] = statistics.stdev(scores.values()) if len(scores) > 1 else None
             row[f"{key}_delta"] = statistics.fmean(differences) if differences else None
             row[f"{key}_delta_half"] = half_interval(differences)
+        first = first or figures_by_seed
     return rows
 
 
@@ -119,15 +117,14 @@ def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ..
     def cells(row: Mapping[str, Any], key: str) -> Iterator[str]:
         mean, spread = (score_text(row[k], metric) for k in (key, f"{key}_std"))
         yield mean if row[f"{key}_std"] is None else f"{mean} ± {spread}"
-        if len(variants) > 1:
-            yield score_difference_text(metric, row[f"{key}_delta"], row[f"{key}_delta_half"])
+        yield score_difference_text(metric, row[f"{key}_delta"], row[f"{key}_delta_half"])
 
-    titles = [(title, f"Δ {title}")[: min(2, len(variants))] for title in (key.replace("_", " ") for key in keys)]
+    titles = [title for key in keys for title in (key.replace("_", " "), f"Δ {key.replace('_', ' ')}")]
     rows = [
         (row["variant"], str(row["runs"]), *chain.from_iterable(cells(row, key) for key in keys))
         for row in variant_figures(variants)
     ]
-    return [("variant", "runs", *chain.from_iterable(titles)), *rows]
+    return tables.drop_empty_columns([("variant", "runs", *titles), *rows])
 
 
 def board_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
@@ -137,7 +134,7 @@ def board_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
     for run in runs:
         gains = board_gains(run, runs)
         for device, score in sorted(run.latest.items()):
-            row = {"run": run.title, "seed": run.job.get("seed", 0), "device": device, f"local_{run.measure}": score}
+            row = {"run": run.title, "seed": run.seed, "device": device, f"local_{run.measure}": score}
             figures.append(row | {"gain_over_local": gains.get(device)})
     return figures
 
@@ -240,10 +237,8 @@ def print_comparison(
     runs: Sequence[Record], targets: Sequence[float] = (), variants: Mapping[str, Sequence[Record]] | None = None
 ) -> None:
     """Print the tables: fitted to a terminal, as Markdown elsewhere."""
-    for number, (title, rows) in enumerate(_comparison_tables(runs, targets, variants).items()):
-        if not number:
-            tables.print_results(runs)
-            continue
+    tables.print_results(runs)
+    for title, rows in list(_comparison_tables(runs, targets, variants).items())[1:]:
         print(f"\n{title}")
         tables.print_rows(rows)
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +111,7 @@ class Record:
             "Recipe": ", ".join([*settings_of, length]) if recipe else "",
             "Devices": f"{len(self.devices):,}",
             "Rounds": f"{len(self.rounds):,}",
-            "Seed": str(job.get("seed", 0)),
+            "Seed": str(self.seed),
             "fedprune": self.version,
             "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         }
@@ -119,6 +122,10 @@ class Record:
         if not self.rounds:
             raise StorageError(f"run {self.title!r} has no finished round")
         return self.rounds[-1]
+
+    @property
+    def seed(self) -> int:
+        return int(self.job.get("seed", 0))
 
     @property
     def measure(self) -> str:
@@ -189,10 +196,7 @@ class Record:
     @property
     def latest(self) -> dict[str, float]:
         """The latest measure of each device that ever delivered."""
-        latest: dict[str, float] = {}
-        for row in self.rounds:
-            latest.update(row.local)
-        return latest
+        return deque(latest_values([{}, *(row.local for row in self.rounds)]), maxlen=1)[0]
 
     def final(self, rounds: int = 1) -> tuple[float, float]:
         """Mean local and global measure over the last `rounds` rounds; NaN without measurements."""
@@ -254,14 +258,14 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def latest_values(rows: Iterable[Mapping[str, float]]) -> Iterator[dict[str, float]]:
+    """The devices' latest values, per round."""
+    # A device that isn't asked keeps its last value, so that statistics don't jump with who is asked.
+    return accumulate(map(dict, rows), operator.or_)
+
+
 def _running(
     statistic: Callable[[Sequence[float]], float], rows: Iterable[Mapping[str, float]]
 ) -> tuple[float | None, ...]:
     """A statistic of the devices' latest values, per round."""
-    latest_values: dict[str, float] = {}
-    results: list[float | None] = []
-    for row in rows:
-        # A device that isn't asked keeps its last value, so that results don't jump with who is asked.
-        latest_values.update(row)
-        results.append(statistic(list(latest_values.values())) if latest_values else None)
-    return tuple(results)
+    return tuple(statistic([*latest.values()]) if latest else None for latest in latest_values(rows))

@@ -14,7 +14,14 @@ from fedprune_server.devices import plan_vs_actual
 from fedprune_server.executor.divergence import diagnose_losses
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import DeviceRow, Record, score_text
-from fedprune_server.simulation.results.tables import TAIL_ROUNDS, final_rows, result_table, tail_note, write_page
+from fedprune_server.simulation.results.tables import (
+    TAIL_ROUNDS,
+    drop_empty_columns,
+    final_rows,
+    result_table,
+    tail_note,
+    write_page,
+)
 
 MAX_LOST_POINTS = 2.0  # points by which the fleet's accuracies may fall below the reference's
 MAX_LOSS_EXCESS = 0.05  # relative excess of the fleet's losses over the reference's, for regression
@@ -73,7 +80,7 @@ def round_table(run: Record) -> list[tuple[str, ...]]:
     }
     values = zip(run.rounds, *columns.values(), strict=True)
     rows = [(str(row.round), *(score_text(value, run.metric) for value in scores)) for row, *scores in values]
-    return _drop_empty_columns([("round", *columns), *rows])
+    return drop_empty_columns([("round", *columns), *rows])
 
 
 def plan_rows(run: Record) -> list[tuple[str, ...]]:
@@ -87,7 +94,7 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
         width = (f"{d.density:.3f}" if d.widths else "–", d.bound or "the job", " · ".join(map(str, d.widths)))
         costs = (f"{d.parameters:,}", "–" if d.train_j is None else amount(d.train_j, "J"))
         rows.append((*board, *width, *costs, score_text(latest.get(d.name), run.metric), _absence_reason(run, d)))
-    return _drop_empty_columns(rows)
+    return drop_empty_columns(rows)
 
 
 def absences(run: Record) -> list[str]:
@@ -118,12 +125,6 @@ def _absence_reason(run: Record, device: DeviceRow) -> str:
     return f"{text}, lastly: {device.why}" if device.why else text
 
 
-def _drop_empty_columns(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Drop the empty columns of a table."""
-    filled_columns = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
-    return [tuple(row[i] for i in filled_columns) for row in rows]
-
-
 def closing_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
     """The text below a run's results: caveats, and the verdicts if the run is judged."""
     verdicts = claims(run, reference) if reference is not None and judged else ()
@@ -144,7 +145,7 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     )
     verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
     compared = [(d.name, d.compared) for d in run.devices if d.widths]
-    predictions = _drop_empty_columns(plan_vs_actual.comparison_rows(compared))
+    predictions = drop_empty_columns(plan_vs_actual.comparison_rows(compared))
     warned_devices: dict[str, list[str]] = {}
     for d in run.devices:
         if d.warning:
@@ -159,7 +160,6 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
         ],
         "Devices": [Drawing(charts.device_score_charts(run, reference))],
         "Data of the devices": [Drawing(run.partition.heat_map())],
-        "Bytes between server and devices": [Drawing(charts.traffic_bars(runs))],
         "Channels of the devices": [Drawing(charts.channel_map(run))],
         "Channels over the rounds": [Drawing(charts.coverage_map(run))],
         "Plans": [result_table(plan_rows(run)), warnings],

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedprune.core.atomic_file import write_atomically
 from fedprune_server.monitoring.round_rows import COMMON_COLUMNS, WideRows
-from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.record import Record, latest_values
 
 COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs")  # costs of a device since the previous round
 
@@ -34,33 +34,25 @@ def device_rows(record: Record) -> list[dict[str, Any]]:
     """A row per round and device that received, trained or delivered something in it. The score of the model that the
     device serves stays that of its last update until its next one."""
     metrics = sorted(set().union(*(r.device_metrics for r in record.rounds)))
-    served_scores: dict[str, float] = {}
-    rows = []
-    for r in record.rounds:
-        served_scores |= r.local
-        rows += [
-            {
-                "round": r.round,
-                "time_s": r.elapsed_s,
-                "device": device,
-                "density": r.density.get(device),
-                **dict(zip_longest(COST_COLUMNS, r.spent.get(device, ()))),
-                f"local_{record.measure}": served_scores.get(device),
-                **{m: r.device_metrics.get(m, {}).get(device) for m in metrics},
-            }
-            for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.device_metrics.values()))
-        ]
-    return rows
+    return [
+        {
+            "round": r.round,
+            "time_s": r.elapsed_s,
+            "device": device,
+            "density": r.density.get(device),
+            **dict(zip_longest(COST_COLUMNS, r.spent.get(device, ()))),
+            f"local_{record.measure}": served.get(device),
+            **{m: r.device_metrics.get(m, {}).get(device) for m in metrics},
+        }
+        for r, served in zip(record.rounds, latest_values(r.local for r in record.rounds), strict=True)
+        for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.device_metrics.values()))
+    ]
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
     """Write the rounds of runs below each other for a spreadsheet, with a run's title and its job's seed in each row.
     Raises `StorageError` if the disk fails."""
-    rows = [
-        {"run": record.title, "seed": record.job.get("seed", 0), **row}
-        for record in records
-        for row in round_rows(record)
-    ]
+    rows = [{"run": record.title, "seed": record.seed, **row} for record in records for row in round_rows(record)]
     write_atomically(path, csv_bytes(rows))
 
 

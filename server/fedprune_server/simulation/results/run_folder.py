@@ -24,17 +24,6 @@ def simulate_in_folder(
     progress: Callable[[Simulation], None] | None = None,
     *,
     on_begin: Callable[[Simulation], None] | None = None,
-) -> Record:
-    """Run an experiment as `simulate_to_model` does; returns only its record."""
-    return simulate_to_model(experiment, folder, progress, on_begin=on_begin)[0]
-
-
-def simulate_to_model(
-    experiment: Experiment,
-    folder: Path | None = None,
-    progress: Callable[[Simulation], None] | None = None,
-    *,
-    on_begin: Callable[[Simulation], None] | None = None,
 ) -> tuple[Record, Model]:
     """Run an experiment to its end, from its last saved state; returns its record and the last global model.
 

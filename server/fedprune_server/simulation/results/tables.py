@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +14,7 @@ from fedprune.jobs.job import NO_UPDATE_LIMITS
 from fedprune.output.document import Document, Table
 from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
-from fedprune_server.simulation.results.differences import ALONE, board_gains, score_difference_text
+from fedprune_server.simulation.results.differences import board_gains, score_difference_text
 from fedprune_server.simulation.results.record import Record, last_mean, measured_moments, measured_names, score_text
 
 TAIL_ROUNDS = 5  # rounds in a final mean: single rounds of a small test set are noisy
@@ -22,8 +22,6 @@ MAX_RESULT_ROWS = 1000  # devices in a table
 
 # Columns of text; the others hold numbers.
 _TEXT_COLUMNS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
-
-_COST_TITLES = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs")
 
 _DROP_ORDER = {"training TMACs": 3, "rounds": 4}
 
@@ -91,40 +89,39 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results: measures as means over the last rounds, amounts and privacy costs in all, and gains of the boards
     over training alone, as measured last; the first row is the header."""
     cells_of_runs = [_final_cells(run, runs) for run in runs]
-    # What no run has measured needs no column.
-    titles = [t for t in cells_of_runs[0] if t in _COST_TITLES or any(cells[t] != "–" for cells in cells_of_runs)]
-    return [tuple(titles), *(tuple(cells[title] for title in titles) for cells in cells_of_runs)]
+    return drop_empty_columns([tuple(cells_of_runs[0]), *(tuple(cells.values()) for cells in cells_of_runs)])
+
+
+def drop_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Drop the columns of a table that are empty below the header."""
+    filled_columns = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
+    return [tuple(row[i] for i in filled_columns) for row in rows]
 
 
 def _final_cells(run: Record, runs: Sequence[Record]) -> dict[str, str]:
     """A run's row of `final_rows` by title; – for what wasn't measured."""
-    kind, figures, best = run.measure, final_figures(run, runs), run.best
+    kind, figures = run.measure, final_figures(run, runs)
     limited, updates = run.count_limited
-    own_means = {f"local {m}": last_mean(run.own_means(f"{kind}_{m}"), TAIL_ROUNDS) for m in measured_moments(runs)}
-    has_best = best is not None and any(len(r.rounds) > 1 for r in runs)
-    best_text = f"{score_text(figures[f'best_global_{kind}'], run.metric)} ({figures['best_round']})"
-    gains = board_gains(run, runs).values() if run.job.get("strategy") != ALONE else ()
-    costs = (
-        run.title,
-        f"{len(run.rounds)} of {run.job['rounds']}" if run.ended_early else str(len(run.rounds)),
-        f"{figures['seconds']:,.0f}",
-        *(f"{figures[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
-        tera_macs_text(figures["training_macs"]),
-    )
-    scores: dict[str, Any] = {f"{side} {kind}": figures[f"{side}_{kind}"] for side in ("local", "global")}
-    board_scores = {f"worst local {kind}": figures[f"worst_local_{kind}"], "std over boards": figures["board_std"]}
-    further_scores = own_means | {name: figures.get(name) for name in measured_names(runs)}
+    gains = board_gains(run, runs).values()
+
+    def scores(values: Mapping[str, float | None]) -> dict[str, str]:
+        return {title: score_text(value, run.metric) for title, value in values.items()}
+
+    best = scores({"": figures[f"best_global_{kind}"] if any(len(r.rounds) > 1 for r in runs) else None})[""]
+    boards = {f"worst local {kind}": figures[f"worst_local_{kind}"], "std over boards": figures["board_std"]}
     return {
-        **dict(zip(_COST_TITLES, costs, strict=True)),
-        **{title: score_text(value, run.metric) for title, value in scores.items()},
-        f"best global {kind} (round)": best_text if has_best else "–",
-        **{
-            title: score_text(value if len(run.latest) > 1 else None, run.metric)
-            for title, value in board_scores.items()
-        },
+        "run": run.title,
+        "rounds": f"{len(run.rounds)} of {run.job['rounds']}" if run.ended_early else str(len(run.rounds)),
+        "seconds": f"{figures['seconds']:,.0f}",
+        **{f"MB {way}": f"{figures[f'bytes_{way}'] / 1e6:,.2f}" for way in ("down", "up")},
+        "training TMACs": tera_macs_text(figures["training_macs"]),
+        **scores({f"{side} {kind}": figures[f"{side}_{kind}"] for side in ("local", "global")}),
+        f"best global {kind} (round)": best if best == "–" else f"{best} ({figures['best_round']})",
+        **(scores(boards) if len(run.latest) > 1 else dict.fromkeys(boards, "–")),
         "gain over local": score_difference_text(run.metric, fmean(gains) if gains else None),
         "boards that gain": f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else "–",
-        **{title: score_text(value, run.metric) for title, value in further_scores.items()},
+        **scores({f"local {m}": last_mean(run.own_means(f"{kind}_{m}"), TAIL_ROUNDS) for m in measured_moments(runs)}),
+        **scores({name: figures.get(name) for name in measured_names(runs)}),
         **{key: "–" if (cost := figures.get(key)) is None else f"{cost:.3g}" for key in (EPSILON, "delta")},
         "updates limited": f"{limited:,} of {updates:,}" if updates and any(r.count_limited[0] for r in runs) else "–",
     }
