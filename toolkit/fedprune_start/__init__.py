@@ -54,10 +54,7 @@ _COMMANDS = {
         "fedprune_server.cli.main", "server", ("onnx", "onnxruntime", "sqlalchemy", "amqtt"), "train a model on a fleet"
     ),
     "device": _Command(
-        "fedprune_device.cli.main",
-        "board",
-        ("onnxruntime",),
-        "train and predict on a board, in a fleet or alone",
+        "fedprune_device.cli.main", "board", ("onnxruntime",), "train and predict on a board, in a fleet or alone"
     ),
     "flash": _Command("fedprune_flash.cli.main", "flash", ("packaging", "rich"), "install fedprune on boards"),
 }
@@ -120,10 +117,7 @@ def _help_text() -> str:
         f"  {name:<9} {command.description}" + (f"  [needs the extra {command.extra}]" if command.is_missing else "")
         for name, command in _COMMANDS.items()
     ]
-    lines += [
-        "",
-        "`fedprune completion bash` (or zsh) prints what lets a shell complete all of these.",
-    ]
+    lines += ["", "`fedprune completion bash` (or zsh) prints what lets a shell complete all of these."]
     lines += ["", "examples:", "  fedprune server demo", "  fedprune simulate new fleet"]
     lines += ["  fedprune export model.onnx --target raspberry-pi-zero-2w --out bundle"]
     if any(command.is_missing for command in _COMMANDS.values()):

@@ -203,6 +203,5 @@ def _call_user_code(source: str, seed: int, device: str) -> object:
         raise
     except Exception as error:  # the user's code may raise anything
         raise DataError(
-            f"data source {source} failed ({type(error).__name__}: {error})",
-            hint="Run it by itself on this device.",
+            f"data source {source} failed ({type(error).__name__}: {error})", hint="Run it by itself on this device."
         ) from error

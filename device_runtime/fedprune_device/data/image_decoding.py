@@ -16,12 +16,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ConfigError, DataError, MissingExtraError, error_reason, shape_text
 from fedprune.model.lengths import Shape
 from fedprune_device.data.colours import WHITE, Colour
-from fedprune_device.data.viewer_image import (
-    check_single_frame,
-    check_size,
-    upright_image,
-    viewer_image,
-)
+from fedprune_device.data.viewer_image import check_single_frame, check_size, upright_image, viewer_image
 
 # What Pillow may open, whatever a file's extension: some of its other formats run programs on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

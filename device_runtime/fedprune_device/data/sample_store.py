@@ -33,14 +33,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.reservoir import UNLABELLED, Reservoir, ReservoirDecision, SampleLimits, sample_counts
 from fedprune_device.data.sample_log import SEGMENTS, SampleLog
-from fedprune_device.data.segment_log import (
-    HEAD_BYTES,
-    Kind,
-    LogRecord,
-    RecordPosition,
-    counts_in,
-    payload_name,
-)
+from fedprune_device.data.segment_log import HEAD_BYTES, Kind, LogRecord, RecordPosition, counts_in, payload_name
 from fedprune_device.data.splits import SplitShares, claim_folder
 from fedprune_device.data.stored_array import FILE_STRIDE, Array, OpenFiles
 

@@ -84,10 +84,7 @@ def read_table(
     Raises `DataError` if it can't be read, or its numbers take more than `max_bytes` bytes.
     """
     count, labels, missing_cells = 0, Counter[float](), 0
-    with (
-        open_table(path, class_names, options) as table,
-        storage_errors("can't write the numbers of a table"),
-    ):
+    with open_table(path, class_names, options) as table, storage_errors("can't write the numbers of a table"):
         file, time_file, times_of_rows = OpenFiles.in_folder(spool), OpenFiles.in_folder(spool), _Times(options.step)
         row_counters = RowCounters(len(table.columns.inputs))
         for numbers, times in table.blocks:

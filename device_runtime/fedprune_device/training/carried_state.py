@@ -42,11 +42,7 @@ def carried_arrays(
 
 
 def carried_optimizer_state(
-    base: LocalState | None,
-    optimizer: str,
-    offer: Offer,
-    tensors: Mapping[str, npt.NDArray[Any]],
-    read: ReadBlob,
+    base: LocalState | None, optimizer: str, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: ReadBlob
 ) -> tuple[Tensors, int]:
     """The optimiser's state that a round begins with, and the steps that led to it; empty if it begins at zero.
 

@@ -195,11 +195,7 @@ def open_kit(folder: Path, signer: SigningKey | None = None) -> Kit:
 
 
 def _manifest_text(
-    rows: Sequence[dict[str, Any]],
-    target: BoardTarget,
-    board: BoardSettings,
-    contents: str,
-    signer: SigningKey | None,
+    rows: Sequence[dict[str, Any]], target: BoardTarget, board: BoardSettings, contents: str, signer: SigningKey | None
 ) -> str:
     body: dict[str, Any] = {
         "version": KIT_VERSION,

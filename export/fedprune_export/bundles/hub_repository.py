@@ -93,11 +93,7 @@ class ModelCard:
         body = Document(
             architecture.name,
             self.facts,
-            {
-                "": [summary],
-                **self.sections,
-                "Licence": [f"{self.license}." if self.license else _LICENCE_PLACEHOLDER],
-            },
+            {"": [summary], **self.sections, "Licence": [f"{self.license}." if self.license else _LICENCE_PLACEHOLDER]},
         )
         return "\n".join(["---", *lines, "---", "", body.to_markdown(), _USAGE_SECTION])
 

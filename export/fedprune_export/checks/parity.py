@@ -148,12 +148,7 @@ def random_labels(recipe: Recipe, samples: int, classes: int, form: tuple[str, S
 
 
 def step_feeds(
-    session: OnnxSession,
-    recipe: Recipe,
-    tensors: Mapping[str, Array],
-    x: Array,
-    y: Array,
-    classes: int,
+    session: OnnxSession, recipe: Recipe, tensors: Mapping[str, Array], x: Array, y: Array, classes: int
 ) -> dict[str, Array]:
     """All inputs of a first training step of a graph on one batch. Nothing is drawn.
 

@@ -64,10 +64,7 @@ def check_form(node: Node, opset: int) -> None:
     try:
         schema = onnx.defs.get_schema(node.op, opset, "")
     except onnx.defs.SchemaError as error:
-        raise ModelError(
-            f"operator {node.op} ({node.name}) does not exist in opset {opset}",
-            hint=hint,
-        ) from error
+        raise ModelError(f"operator {node.op} ({node.name}) does not exist in opset {opset}", hint=hint) from error
     extra = sorted(set(node.attrs) - set(schema.attributes))
     # Inputs that are left out at the end don't count.
     used = len(node.inputs)

@@ -47,10 +47,7 @@ _DERIVATIVES: dict[str, tuple[str, Slope]] = {
     "Cosh": ("dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x)),
     "Asinh": ("dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _one_plus(g, _square(g, x))))),
     "Atanh": ("dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _one_minus(g, _square(g, x)))),
-    "Acosh": (
-        "dx = dy / √(x² − 1).",
-        lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _square(g, x), g.scalar(1)))),
-    ),
+    "Acosh": ("dx = dy / √(x² − 1).", lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _square(g, x), g.scalar(1))))),
     "Reciprocal": ("dx = −dy · y².", lambda g, x, y: g.emit("Neg", _square(g, y))),
     "Erf": (
         "dx = dy · 2/√π · e^(−x²).",

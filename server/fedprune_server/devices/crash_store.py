@@ -98,10 +98,7 @@ class CrashStore(Closeable):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
+        self, folder: Path, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock, self._monotonic = clock, monotonic
         self._waiting: deque[tuple[Any, ...]] = deque()

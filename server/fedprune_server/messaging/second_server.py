@@ -245,11 +245,7 @@ def server_text(server: ServerPresence) -> str:
 
 @contextmanager
 def second_server_guard(
-    url: str,
-    identity: IdentityFolder,
-    ca: Path | None,
-    server: ServerInstance,
-    stopping: threading.Event | None = None,
+    url: str, identity: IdentityFolder, ca: Path | None, server: ServerInstance, stopping: threading.Event | None = None
 ) -> Iterator[SecondServerGuard]:
     """A guard with a connection of its own, which is closed at the end. `ca` is the authority of the broker's
     certificate, the server's own by default. Raises `IdentityError` if the identity's or the authorities' files can't

@@ -58,11 +58,7 @@ class ChildProcess(Generic[Message]):
         self._messages: queue.Queue[Message | None] = queue.Queue(max_unread)
         self.has_ended = False  # whether all its messages have been received and it sends no more
         self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own module, in this Python
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
         thread = f"fedprune-{name.split()[-1]}"
         threading.Thread(target=self._write, args=(self._process.stdin,), name=thread, daemon=True).start()

@@ -250,11 +250,7 @@ def _strategy_name(strategy: str | Callable[[Job], Strategy] | None) -> str | No
 
 
 def _simulate_experiment(
-    experiment: Experiment,
-    folder: Path | None,
-    targets: Sequence[TrackTarget],
-    *,
-    shows_progress: bool,
+    experiment: Experiment, folder: Path | None, targets: Sequence[TrackTarget], *, shows_progress: bool
 ) -> tuple[Record, Model]:
     with (
         track_rounds(targets, experiment, folder) as track,

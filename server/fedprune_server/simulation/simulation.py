@@ -126,9 +126,7 @@ class Simulation:
         return "" if leading_metric is None else leading_metric[0].titled_value(leading_metric[1])
 
     def run(
-        self,
-        progress: Callable[[Simulation], None] | None = None,
-        on_begin: Callable[[Simulation], None] | None = None,
+        self, progress: Callable[[Simulation], None] | None = None, on_begin: Callable[[Simulation], None] | None = None
     ) -> list[dict[str, Any]]:
         """Run the job to its end, from its last saved state. A finished job that was given more rounds continues.
 

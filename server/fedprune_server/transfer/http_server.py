@@ -83,11 +83,7 @@ class BlobServer(WebServer):
     uploaded; `sent` counts bytes, and `received` updates."""
 
     def __init__(
-        self,
-        host: str,
-        port: int,
-        context: Callable[[], ssl.SSLContext] | None,
-        connections: int = BASE_CONNECTIONS,
+        self, host: str, port: int, context: Callable[[], ssl.SSLContext] | None, connections: int = BASE_CONNECTIONS
     ) -> None:
         self.jobs: Sequence[ServedJob] = ()
         self.sent = self.received = 0

@@ -9,8 +9,7 @@ try:
     import flwr.serverapp.strategy  # noqa: F401
 except ImportError as error:
     raise MissingExtraError(
-        "fedprune.flower needs Flower, which is not installed here or is older than 1.41",
-        extra="flower",
+        "fedprune.flower needs Flower, which is not installed here or is older than 1.41", extra="flower"
     ) from error
 
 from fedprune.flower.client import NodePart, answer

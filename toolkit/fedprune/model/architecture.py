@@ -268,8 +268,7 @@ class Architecture:
         # A file of another machine may hold anything: these are what reading the wrong JSON values raises.
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BundleError(
-                f"this is not an architecture ({type(error).__name__}: {error})",
-                hint="Export the model again.",
+                f"this is not an architecture ({type(error).__name__}: {error})", hint="Export the model again."
             ) from error
         architecture.validate()
         return architecture

@@ -54,11 +54,7 @@ def section_html(title: str, *content: str) -> str:
 
 
 def table_html(
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    words: Sequence[int] = (),
-    label: str = "",
+    titles: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int] = (), label: str = ""
 ) -> str:
     """A table; a long one has a search field and scrolls.
 

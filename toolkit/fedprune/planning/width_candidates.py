@@ -51,11 +51,7 @@ class WidthCandidate:
 
 
 def width_candidates(
-    architecture: Architecture,
-    table: LatencyTable,
-    batch: int,
-    densities: Sequence[float],
-    bandwidth: float = math.inf,
+    architecture: Architecture, table: LatencyTable, batch: int, densities: Sequence[float], bandwidth: float = math.inf
 ) -> tuple[WidthCandidate, ...]:
     """The candidates of a model on a board, widest first: at most one for each density. `table` has the times of the
     board's kernels; `bandwidth` of its main memory, in bytes per second, bounds a step beyond these."""

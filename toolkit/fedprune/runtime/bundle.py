@@ -187,11 +187,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _check_agreement(path: Path, body: Mapping[str, Any], selection: Selection) -> None:
     """Check that the manifest agrees with the files, because some readers read only the manifest."""
     architecture = selection.architecture
-    facts = {
-        "architecture": architecture.digest,
-        "widths": list(selection.widths),
-        "classes": architecture.classes,
-    }
+    facts = {"architecture": architecture.digest, "widths": list(selection.widths), "classes": architecture.classes}
     for key, fact in facts.items():
         if body.get(key) != fact:
             raise BundleError(

@@ -16,13 +16,7 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, value_text
 from fedprune.model.step_contract import X
-from fedprune.runtime.precision_files import (
-    INT8,
-    calibrate_file,
-    precision_graphs,
-    prepare_file,
-    weights_file,
-)
+from fedprune.runtime.precision_files import INT8, calibrate_file, precision_graphs, prepare_file, weights_file
 from fedprune.runtime.session import OnnxSession
 
 Array = npt.NDArray[Any]

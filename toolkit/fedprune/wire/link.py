@@ -161,10 +161,7 @@ class BrokerLink(Closeable):
                 return
             reason = self._failure or f"no answer within {timeout:g} s"
         self.close()
-        raise BrokerError(
-            f"can't connect to the MQTT broker at {self.url}: {reason}",
-            hint=connection_remedy(reason),
-        )
+        raise BrokerError(f"can't connect to the MQTT broker at {self.url}: {reason}", hint=connection_remedy(reason))
 
     @property
     def connected(self) -> bool:

@@ -8,12 +8,7 @@ import numpy as np
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.importing.batches.layout import (
-    end_with,
-    move_batch_first,
-    move_outputs_first,
-    possible_layouts,
-)
+from fedprune_export.importing.batches.layout import end_with, move_batch_first, move_outputs_first, possible_layouts
 from fedprune_export.importing.batches.propagation import FREE_BATCH_HINT, FreeingError, Propagation
 from fedprune_export.importing.batches.rules import write_node
 from fedprune_export.importing.original import relative_distance

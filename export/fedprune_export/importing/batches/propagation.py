@@ -25,7 +25,7 @@ FREE_BATCH_HINT = (
 
 # Operators whose output consists of numbers of the first input, or of all.
 _MOVING = frozenset({"Cast", "Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"}) | {
-    *("Transpose", "Unsqueeze", "Tile"),
+    *("Transpose", "Unsqueeze", "Tile")
 }
 
 # Batch sizes for shapes. The first that is no other size of the graph is taken, so that nothing broadcasts by chance.

@@ -15,7 +15,7 @@ from fedprune_export.ir.opset_lowering import REDUCTIONS
 from fedprune_export.ir.shape_inference import ShapeError
 
 _BROADCASTING = frozenset(MANY_TO_ONE) | {
-    *("And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Mod", "MatMul"),
+    *("And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Mod", "MatMul")
 }
 
 

@@ -57,11 +57,7 @@ class FusedNode:
         return self.shapes.numbers.get(name) if value is None else value
 
     def refuse(self, reason: str, expected: str | None = None, hint: str = UNFUSED_HINT) -> NoReturn:
-        raise ModelError(
-            f"{node_label(self.node)} can't be taken apart: {reason}",
-            expected=expected,
-            hint=hint,
-        )
+        raise ModelError(f"{node_label(self.node)} can't be taken apart: {reason}", expected=expected, hint=hint)
 
     # -- what rules write --------------------------------------------------------------------------------------------
 

@@ -213,12 +213,7 @@ class Rewriter(QuantisedFile):
         self._round(integers, value, quantisation, None, ROUNDING_STEPS)
 
     def _round(
-        self,
-        integers: str,
-        value: str,
-        quantisation: Quantisation,
-        bounds: tuple[int, int] | None,
-        steps: float,
+        self, integers: str, value: str, quantisation: Quantisation, bounds: tuple[int, int] | None, steps: float
     ) -> None:
         if value not in self.graph.initializers and bounds is not None:
             value = self._clipped(integers, value, quantisation, bounds)

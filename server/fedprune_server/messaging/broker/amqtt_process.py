@@ -28,7 +28,7 @@ def main() -> None:
     binds = {"default": arguments.bind} | ({} if arguments.join is None else {"joining": arguments.join})
     tls: dict[str, object] = {}
     plugins: dict[str, dict[str, str]] = {
-        "amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True},  # type: ignore[dict-item]
+        "amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}  # type: ignore[dict-item]
     }
     if arguments.tls is not None:
         certificate, key, authority = arguments.tls

@@ -34,9 +34,7 @@ _BATCH_ROWS = 1024  # rows of a Parquet file that are read at once
 _FEATURES_KEY = b"huggingface"
 
 _PLAIN_FEATURES = ("Value", "List", "LargeList", "Sequence", "ClassLabel", "Array2D", "Array3D", "Array4D", "Array5D")
-_HINTS = {
-    "text": "Tokenise it first with Dataset.map, into lists of whole numbers of one length.",
-}
+_HINTS = {"text": "Tokenise it first with Dataset.map, into lists of whole numbers of one length."}
 
 
 @dataclass

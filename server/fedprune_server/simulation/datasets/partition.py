@@ -29,13 +29,7 @@ def iid(rows: Rows, devices: int, *, seed: int) -> list[Rows]:
 
 
 def dirichlet(
-    rows: Rows,
-    labels: Labels,
-    devices: int,
-    *,
-    alpha: float,
-    seed: int,
-    min_samples: int = 10,
+    rows: Rows, labels: Labels, devices: int, *, alpha: float, seed: int, min_samples: int = 10
 ) -> list[Rows]:
     """Of every class, each device gets a share drawn from a Dirichlet distribution (Hsu et al., arXiv:1909.06335).
 

@@ -21,9 +21,7 @@ DATA_FOLDER_VARIABLE = "FEDPRUNE_DATA"
 
 
 def read_samples(
-    source: str | Path,
-    columns: ParquetColumns | None = None,
-    decoding: Decoding | None = None,
+    source: str | Path, columns: ParquetColumns | None = None, decoding: Decoding | None = None
 ) -> Samples:
     """Read a data set.
 

@@ -84,9 +84,7 @@ def read_devices(
         rows_by_name[row.name] = row.where
     if federation is not None and len(device_rows) != len(federation.names):
         raise ConfigError(
-            ("devices",),
-            expected=f"as many devices as [data] deals out: {len(federation.names)}",
-            got=len(device_rows),
+            ("devices",), expected=f"as many devices as [data] deals out: {len(federation.names)}", got=len(device_rows)
         )
     profiles: dict[tuple[str, str], HardwareProfile] = {}  # devices of one kind share one
     devices = []

@@ -139,13 +139,7 @@ def curve_rows(runs: Sequence[Record]) -> list[tuple[str, Metric, RoundValues]]:
 
 
 def _curve(
-    key: str,
-    title: str,
-    runs: Sequence[Record],
-    values: RoundValues,
-    metric: Metric,
-    label: str,
-    along: RoundPosition,
+    key: str, title: str, runs: Sequence[Record], values: RoundValues, metric: Metric, label: str, along: RoundPosition
 ) -> Chart | None:
     points = {
         run.title: [(along(r), v) for r, v in zip(run.rounds, values(run), strict=True) if v is not None]

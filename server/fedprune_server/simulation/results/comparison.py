@@ -14,11 +14,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.simulation.results import charts, tables
-from fedprune_server.simulation.results.differences import (
-    board_gains,
-    half_interval,
-    score_difference_text,
-)
+from fedprune_server.simulation.results.differences import board_gains, half_interval, score_difference_text
 from fedprune_server.simulation.results.record import Record, score_text
 from fedprune_server.simulation.results.run_folder import RECORD_FILE
 

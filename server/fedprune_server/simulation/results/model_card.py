@@ -28,10 +28,7 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
     seconds = rows[0].index("seconds")  # a server's have no beginning
     limits = "To be written by the publisher of the model: what it is for, and what it must not be used for."
     sections: dict[str, Sequence[Block]] = {
-        "Accuracy": [
-            about,
-            result_table([(*row[:seconds], *row[seconds + 1 :]) for row in rows]),
-        ],
+        "Accuracy": [about, result_table([(*row[:seconds], *row[seconds + 1 :]) for row in rows])],
         "Plan": [_boards(run.devices)],
         "Data": [
             (f"{run.partition.data}: " if run.partition.data else "")

@@ -24,9 +24,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.metrics import AVERAGED_SUFFIX, METRICS, TRAINED_SUFFIX, Metric
 from fedprune.core.text import quantity
 from fedprune.model.recipe import judged_by
-from fedprune_server.devices.plan_vs_actual import (
-    RoundComparison,
-)
+from fedprune_server.devices.plan_vs_actual import RoundComparison
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.monitoring.round_rows import PRIVACY_METRICS, RoundRow
 from fedprune_server.simulation.datasets.fleet_data import FleetData

@@ -107,9 +107,7 @@ def movement_scores(architecture: Architecture, evidence: Evidence) -> Scores:
 
 
 def channel_sums(
-    architecture: Architecture,
-    quantity: Callable[[str], npt.NDArray[np.float64]],
-    kinds: Sequence[TensorKind],
+    architecture: Architecture, quantity: Callable[[str], npt.NDArray[np.float64]], kinds: Sequence[TensorKind]
 ) -> Scores:
     """Sums of a quantity per coordinate over the coordinates that make each channel, in tensors of these kinds.
     `quantity` returns an array of a tensor's shape by the tensor's name."""

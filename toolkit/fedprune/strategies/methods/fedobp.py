@@ -82,11 +82,7 @@ class FedObp(Strategy):
 def fedobp(job: Job) -> Strategy:
     options = read_options(job, FedObpOptions)
     return FedObp(
-        NAME,
-        q=options.q,
-        inputs="updates",
-        allocator=density_allocator(job, options.densities),
-        keeps_past=True,
+        NAME, q=options.q, inputs="updates", allocator=density_allocator(job, options.densities), keeps_past=True
     )
 
 

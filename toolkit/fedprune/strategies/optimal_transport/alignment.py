@@ -32,10 +32,7 @@ from fedprune.strategies.optimal_transport.solver import exact_plan
 
 
 def align(
-    source: Mapping[str, Floats],
-    source_selection: Selection,
-    target: Mapping[str, Floats],
-    target_selection: Selection,
+    source: Mapping[str, Floats], source_selection: Selection, target: Mapping[str, Floats], target_selection: Selection
 ) -> Tensors:
     """The source model on the target's channels: W_aligned, in the target's shapes.
 
