@@ -102,9 +102,7 @@ def count_moved_tensors(step: Mapping[str, npt.NDArray[Any]], architecture: Arch
 
     Raises `TrainingError` if its loss or a next value isn't finite, a tensor has another shape, or none has moved.
 
-    Args:
-        step: The step's outputs.
-        tensors: The weights before the step.
+    `step`: the step's outputs; `tensors`: the weights before the step.
     """
     if not np.isfinite(step[LOSS]):
         raise TrainingError(

@@ -88,12 +88,8 @@ def _tie_groups(
 ) -> AtomRow:
     """Tie the channels that a grouped convolution can lose only together: a group, or a position of every group.
 
-    Args:
-        written_row: Output channels of all groups, where the weight has an axis of them (Conv).
-        inside: The weight's axis of one group's channels: inputs (Conv) or outputs (ConvTranspose).
-
-    Returns:
-        The output's channels.
+    `written_row`: output channels of all groups, where the weight has an axis of them (Conv); `inside`: the weight's
+    axis of one group's channels: inputs (Conv) or outputs (ConvTranspose). Returns the output's channels.
     """
     blocks = read_row.reshape(groups, -1)
     # Without an axis of all outputs (ConvTranspose) each group has the same ones.

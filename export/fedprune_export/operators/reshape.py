@@ -149,9 +149,7 @@ def unsqueeze(tape: Tape, node: Node) -> Pull:
 def carry_rows(channels: Channels, node: Node, rows: Sequence[AtomRow], run: AxisRun | None) -> dict[int, AtomRow]:
     """Carry the atoms of a run's old axes to its new axes. Returns the rows of those that get atoms.
 
-    Args:
-        rows: The atoms of the run's old axes.
-        run: None for axes without common factors: their channels stay.
+    `rows`: the atoms of the run's old axes; `run`: none for axes without common factors: their channels stay.
     """
     if not any(row.any() for row in rows):
         return {}

@@ -85,13 +85,9 @@ class Lowered:
 def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collection[str] = ()) -> Lowered:
     """Lower a submodel. The result depends on widths alone, not on weights.
 
-    Args:
-        precision: One of `fedprune.runtime.precision_files.PRECISIONS`.
-        keep: With int8, outputs of layers that stay in float32.
-
-    Raises:
-        BundleError: The widths don't fit the architecture.
-        ModelError: There is no such precision, or nothing of the model can be computed with 8 bits.
+    `precision`: one of `fedprune.runtime.precision_files.PRECISIONS`; `keep`: with int8, outputs of layers that stay in
+    float32. Raises `BundleError`: the widths don't fit the architecture. `ModelError`: there is no such precision, or
+    nothing of the model can be computed with 8 bits.
     """
     if precision not in PRECISIONS:
         raise ModelError("precision", expected=" or ".join(PRECISIONS), got=precision)

@@ -60,12 +60,9 @@ def check_state(
 ) -> Iterator[Finding]:
     """Check a state folder, on which a server may be `running`; yields findings as they are found.
 
-    Args:
-        advance: Called with the bytes of blobs that were read.
-        allowed: Names of functions that may be called: the log of a job with a user's own strategy needs it.
-
-    Raises:
-        StorageError: There is no database, it is damaged, or it can't be read, so that nothing else can be checked.
+    `advance`: called with the bytes of blobs that were read; `allowed`: names of functions that may be called: the log
+    of a job with a user's own strategy needs it. Raises `StorageError`: there is no database, it is damaged, or it
+    can't be read, so that nothing else can be checked.
     """
     with Storage.open_existing(folder) as storage:
         # More thoroughly than at every start. PostgreSQL compares each page with its checksum as it is read below.

@@ -103,12 +103,8 @@ def advise(trials: Sequence[VariantRuns], rounds: int, samples: int = 0, judge: 
     """The best of the variants that all boards can train. Of those within noise of the best it is the one with fewest
     bytes.
 
-    Args:
-        trials: One or more, with equal seeds.
-        rounds: Those of the job.
-        samples: The server's.
-        judge: By default the global model's score or, where the server has no samples, that of the models that boards
-            serve.
+    `trials`: one or more, with equal seeds; `rounds`: those of the job; `samples`: the server's; `judge`: by default
+    the global model's score or, where the server has no samples, that of the models that boards serve.
     """
     run = trials[0].runs[0]
     judge = judge or ("global" if samples else "served")

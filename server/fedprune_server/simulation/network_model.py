@@ -129,12 +129,8 @@ def transfer_end(now: float, free: float, size: int, rate: float, limit: float) 
     While a slow device still receives the end of one transfer, the server's link already serves the next. Returns the
     time of arrival of the last byte, and the new time at which the server's link is free.
 
-    Args:
-        now: Time at which the bytes are ready, in seconds.
-        free: Time at which the server's link is free.
-        size: Bytes.
-        rate: Capacity of the device's link, in bytes/s.
-        limit: Capacity of the server's link, in bytes/s.
+    `now`: time at which the bytes are ready, in seconds; `free`: time at which the server's link is free; `size`:
+    bytes; `rate`: capacity of the device's link, in bytes/s; `limit`: capacity of the server's link, in bytes/s.
     """
     starts_at = max(now, free)
     return starts_at + size / min(rate, limit), starts_at + size / limit

@@ -60,10 +60,8 @@ def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], lab
 
     Raises `ConfigError` if a key is missing, unknown or wrong, or two runs have the same name.
 
-    Args:
-        rows: Tables as [[runs]] of a sweep's file has them.
-        seeds: Those of variants without seeds of their own.
-        label: The name of the rows in errors.
+    `rows`: tables as [[runs]] of a sweep's file has them; `seeds`: those of variants without seeds of their own;
+    `label`: the name of the rows in errors.
     """
     runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(number, row, seeds, config, label)]
     names = [r.name for r in runs]

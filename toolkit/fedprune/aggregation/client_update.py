@@ -143,12 +143,8 @@ def rebase_update(
     shapes, and are float64 where they were moved. Raises `ProtocolError` if a sum is out of bounds; the message names
     the tensor.
 
-    Args:
-        trained: w_k, checked.
-        sent: w_sent, checked.
-        base: w_t, the whole model.
-        bounds: By tensor the largest magnitude that a sum accepts.
-        left_out: Tensors that don't enter the sums.
+    `trained`: w_k, checked; `sent`: w_sent, checked; `base`: w_t, the whole model; `bounds`: by tensor the largest
+    magnitude that a sum accepts; `left_out`: tensors that don't enter the sums.
     """
     rebased_tensors: dict[str, npt.NDArray[Any]] = dict(trained)
     for spec in architecture.trainable:

@@ -168,13 +168,9 @@ def close_sums(
 ) -> bool:
     """Put total · factor · share into `out` in another order, or the base where the share is 0.
 
-    Args:
-        total: Sums [rows, columns, numbers side by side].
-        share: [rows, columns].
-        factor: The sums' unit.
-        rows: By row of the sums, where it is in `base` and `out`.
-        columns: The same by column.
-        base: Of `total`'s shape, as `out`.
+    `total`: sums [rows, columns, numbers side by side]; `share`: [rows, columns]; `factor`: the sums' unit; `rows`: by
+    row of the sums, where it is in `base` and `out`; `columns`: the same by column; `base`: of `total`'s shape, as
+    `out`.
     """
     kernel = _compiled.get("close")
     grid = (rows.size, columns.size)

@@ -69,10 +69,8 @@ def staleness_share(schedule: Schedule, arrival: Arrival) -> float:
 def update_weights(schedule: Schedule, arrivals: Sequence[Arrival], total: int, *, uniform: bool = False) -> list[int]:
     """The weight of each update in the sums: whole numbers from 1 up, `MAX_WEIGHT` at most in all.
 
-    Args:
-        total: Σ n_j of all devices that could ever take part, or their number where they count alike: it decides
-            how finely shares are resolved.
-        uniform: Devices count alike, whatever their samples.
+    `total`: Σ n_j of all devices that could ever take part, or their number where they count alike: it decides how
+    finely shares are resolved; `uniform`: devices count alike, whatever their samples.
     """
     shares = [_exact_share(schedule, a, uniform=uniform) for a in arrivals]
     is_exact = schedule.mixing == "unbiased" or all(staleness_share(schedule, a) == 1 for a in arrivals)

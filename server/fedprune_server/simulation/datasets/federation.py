@@ -137,12 +137,9 @@ def federate(
 
     Raises `DataError` if names repeat or are too few, or a device has too few samples to split.
 
-    Args:
-        test: Share of a device's rows for tests.
-        validation: Share of the remaining rows for validation.
-        server: Rows of the server, for evaluation.
-        calibration: Rows of the server, for batch-norm statistics.
-        preparation: Conversion of inputs when they are loaded.
+    `test`: share of a device's rows for tests; `validation`: share of the remaining rows for validation; `server`: rows
+    of the server, for evaluation; `calibration`: rows of the server, for batch-norm statistics; `preparation`:
+    conversion of inputs when they are loaded.
     """
     device_names = list(names) if names is not None else default_names(len(hands))
     if len(device_names) != len(hands) or len(set(device_names)) != len(device_names):

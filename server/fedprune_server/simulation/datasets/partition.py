@@ -37,9 +37,7 @@ def dirichlet(
     small alpha), devices with too few samples take some from those with the most. Raises `DataError` if alpha is not
     above 0, or there are too few rows.
 
-    Args:
-        alpha: Concentration: the smaller, the more uneven the split.
-        min_samples: Minimum samples per device.
+    `alpha`: concentration: the smaller, the more uneven the split; `min_samples`: minimum samples per device.
     """
     _check(rows, devices, max(1, min_samples))
     if not 0 < alpha < np.inf:

@@ -122,12 +122,8 @@ def assemble_samples(
 ) -> Samples:
     """Make a data set of its splits.
 
-    Args:
-        splits: Inputs, labels and whether they are test samples.
-        owners: Owners per split, as whole numbers or texts.
-
-    Raises:
-        DataError: As `Samples`; or a split has another number of labels than inputs.
+    `splits`: inputs, labels and whether they are test samples; `owners`: owners per split, as whole numbers or texts.
+    Raises `DataError`: as `Samples`; or a split has another number of labels than inputs.
     """
     filled_splits = [(x, y, is_test) for x, y, is_test in splits if len(y) or len(x)]
     for x, y, _ in filled_splits:
