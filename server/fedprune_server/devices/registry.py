@@ -380,10 +380,7 @@ class PlanLog:
         """Log a plan for the first time. Returns its first line and warning, for other devices with this plan."""
         if device.plan is None:
             kept_share = costs_at(self._architecture, device.widths).parameters / self._model_parameters
-            decider = "job" if device.density == self._job.density else "strategy"
-            lines = [
-                f"density {device.density:.3g}, as the {decider} says: keeps {100 * kept_share:.0f}% of the weights"
-            ]
+            lines = [f"density {device.density:.3g}, as asked: keeps {100 * kept_share:.0f}% of the weights"]
             warning = ""
         else:
             plan = WidthPlan.from_dict(device.plan)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import DataError
-from fedprune_device.data.boxes import yolo_boxes
+from fedprune_device.data.box_layouts import yolo_boxes
 from fedprune_device.data.image_decoding import Pixels, read_mask
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_folder import SampleFolder

@@ -74,8 +74,8 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
     ("strategy", "options"),
     [
         ("fedprune", {"core": 0}),  # with a core steps are of another width than plans think
-        ("subflot", {"planned": True}),
-        ("heterofl", {"planned": True}),
+        ("subflot", {"densities": [1.0]}),
+        ("heterofl", {"densities": [1.0]}),
         ("history", {"mu": 1.0}),
         ("ca-hfp", {}),
         ("fedobp", {}),

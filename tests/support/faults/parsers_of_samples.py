@@ -15,8 +15,7 @@ from fedprune.model.input_type import InputType
 from fedprune_device.cli.predict import _read_samples as samples_to_predict
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.audio_decoding import Audio
-from fedprune_device.data.box_layouts import voc_boxes
-from fedprune_device.data.boxes import yolo_boxes
+from fedprune_device.data.box_layouts import voc_boxes, yolo_boxes
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.image_decoding import Pixels, read_mask
 from fedprune_device.data.labels import Targets

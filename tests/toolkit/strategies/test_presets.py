@@ -74,7 +74,6 @@ def test_widths_come_from_the_option_then_the_job_then_the_preset() -> None:
         assert compose(Job(strategy=name, density=0.3)).allocator == Fixed(0.3)
     assert compose(job("fedavg")).allocator == Fixed(1.0, whole=True)
     assert compose(job("heterofl")).allocator == Tiers(LEVELS)
-    assert compose(job("heterofl", planned=True)).allocator is None
     assert compose(job("ca-hfp")).allocator is None
 
 

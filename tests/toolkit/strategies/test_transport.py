@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import MissingExtraError
 from fedprune.strategies.optimal_transport import Coupling, exact_plan, solver
-from fedprune.strategies.optimal_transport.distances import squared_distances
+from fedprune.strategies.optimal_transport.alignment import squared_distances
 from support.nets.drawn_models import seeds
 from support.oracles.pot_plans import pot
 

@@ -43,7 +43,6 @@ class HeteroFlOptions:
     """Options of `heterofl` and `fedrolex`, which `docs/strategies/heterofl.md` explains."""
 
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    planned: bool = False
     label_rows: bool = True
 
 
@@ -105,5 +104,5 @@ def _compose_heterofl(job: Job, kind: type[HeteroFL]) -> Strategy:
         job.strategy,
         aggregator=Mean(weighting="uniform", only_changed="rows" if counts_label_rows else ""),
         inputs="sum",
-        allocator=density_allocator(job, options.densities, default=() if options.planned else LEVELS),
+        allocator=density_allocator(job, options.densities, default=LEVELS),
     )

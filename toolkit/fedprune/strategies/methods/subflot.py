@@ -40,7 +40,6 @@ class SubFlotOptions:
     sar: float = bounded(1.0, 0, 5e5)  # 2·λ is the most that boards are asked to pull with
     sar_scale: SarScale = "step"
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    planned: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,14 +115,12 @@ def subflot(job: Job) -> Strategy:
                 expected=f"a recipe without {key}",
                 hint="Tensors that must stay as they are go with fedavg, fedper or heterofl.",
             )
-    # The paper's widths, unless the user or the planner decides.
-    densities = options.densities or (() if options.planned or job.density else PAPER_DENSITIES)
     return SubFlot(
         name,
         alpha=options.alpha,
         sar=options.sar,
         sar_scale=options.sar_scale,
         inputs="updates",
-        allocator=density_allocator(job, densities),
+        allocator=density_allocator(job, options.densities, default=PAPER_DENSITIES),
         keeps_past=True,
     )
