@@ -103,7 +103,14 @@ def test_models_come_over_https_from_the_server_itself(material: Path, tmp_path:
 def test_mqtt_takes_over_when_the_web_server_dies(material: Path, tmp_path: Path) -> None:
     models = own(material, tmp_path / "own")
     with site(material, tmp_path / "other", 'blob_url = "https://127.0.0.1:1"') as made:
-        with WebPlace(BlobStore(made.state / "blobs"), web_tls_context(made)) as web:
+        with IdentityFolder(made.state) as identity:  # the web server has a certificate of the fleet's authority
+            key = make_tls_key()
+            save_tls_key(key, made.folder / "web.key")
+            certificate = identity.authority.issue_broker(["127.0.0.1"], make_request(key, "web"))
+            (made.folder / "web.pem").write_text(certificate)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(made.folder / "web.pem", made.folder / "web.key")
+        with WebPlace(BlobStore(made.state / "blobs"), context) as web:
             config = made.folder / "fleet.toml"
             config.write_text(config.read_text().replace("https://127.0.0.1:1", web.url))
             web.behave = dies_after(web, 3)
@@ -113,17 +120,6 @@ def test_mqtt_takes_over_when_the_web_server_dies(material: Path, tmp_path: Path
         assert over_mqtt > 0
         logs = "".join((made.folder / f"{name}.log").read_text() for name in DEVICES)
         assert "what is lacking comes over MQTT" in logs
-
-
-def web_tls_context(made: Site) -> ssl.SSLContext:
-    """TLS of a web server with a certificate of the fleet's authority."""
-    with IdentityFolder(made.state) as identity:
-        key = make_tls_key()
-        save_tls_key(key, made.folder / "web.key")
-        (made.folder / "web.pem").write_text(identity.authority.issue_broker(["127.0.0.1"], make_request(key, "web")))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(made.folder / "web.pem", made.folder / "web.key")
-    return context
 
 
 def dies_after(web: WebPlace, answers: int) -> Behaviour:
