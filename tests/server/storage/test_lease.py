@@ -195,9 +195,8 @@ def test_sqlites_standby_waits_for_the_folder(tmp_path: Path) -> None:
 def test_an_older_token_writes_nothing_in_sqlite_either(tmp_path: Path) -> None:
     with StateFolder(tmp_path / "one") as first:
         save(first, 1)
+        body = json.dumps(row(first.storage) | {"token": 2})
         with first.storage.database.transaction() as connection:
-            text = connection.exec_driver_sql("SELECT value FROM meta WHERE key = 'lease'").scalar()
-            body = json.dumps(json.loads(text) | {"token": 2})
             connection.exec_driver_sql("UPDATE meta SET value = ? WHERE key = 'lease'", (body,))
         with pytest.raises(LeaseLostError):
             save(first, 2)

@@ -59,7 +59,7 @@ class Power:
         self.is_off = False
         self._inside = False
         self._unsynced: dict[Path, None] = {}
-        self._undo: dict[Path, list[Callable[[], None]]] = {}
+        self._undo: dict[Path, list[Callable[[], object]]] = {}
 
     def step(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if self._inside:  # pathlib calls os
@@ -108,7 +108,7 @@ class Power:
                 gone = _content(path)
                 self._later(path, lambda: _put(path, gone))
 
-    def _later(self, path: Path, undo: Callable[[], None]) -> None:
+    def _later(self, path: Path, undo: Callable[[], object]) -> None:
         self._undo.setdefault(path.parent, []).append(undo)
 
     def _path(self, descriptor: int) -> Path:
