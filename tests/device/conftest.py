@@ -60,16 +60,14 @@ def open_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBoard]
 def data() -> LocalData:
     rng = np.random.default_rng(5)
     y = rng.integers(0, CLASSES, 90)
-    centres = rng.standard_normal((CLASSES, FEATURES)) * 2
-    x = (centres[y] + rng.standard_normal((90, FEATURES))).astype(np.float32)
+    x = ((rng.standard_normal((CLASSES, FEATURES)) * 2)[y] + rng.standard_normal((90, FEATURES))).astype(np.float32)
     return LocalData(x[:70], y[:70], x[70:], y[70:])
 
 
 @pytest.fixture
 def weights() -> Tensors:
-    rng = np.random.default_rng(6)
     return {
-        "w": (0.1 * rng.standard_normal((CLASSES, FEATURES))).astype(np.float32),
+        "w": (0.1 * np.random.default_rng(6).standard_normal((CLASSES, FEATURES))).astype(np.float32),
         "b": np.zeros(CLASSES, np.float32),
     }
 

@@ -71,8 +71,7 @@ def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeyp
     bench.run()
     graphs = server.graphs["plain"].size, server.graphs["inference"].size
     assert max(weights for _, weights in measurements) == WEIGHT_FILES
-    documents = 8192
-    assert max(total for total, _ in measurements) <= storage_bytes(server.weights.size, *graphs) + documents
+    assert max(total for total, _ in measurements) <= storage_bytes(server.weights.size, *graphs) + 8192
 
 
 def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: ElementMask) -> Offer:
@@ -157,8 +156,7 @@ def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, 
     bench.run()
     # The offset of the graph's second tensor, changed in place: it reads b from the middle of w.
     graph = server.blobs.read(server.graphs["inference"].sha256)
-    raw = tensorfile.encode(weights)
-    start = tensorfile.tensor_offsets(raw)["b"][2]
+    start = tensorfile.tensor_offsets(tensorfile.encode(weights))["b"][2]
     wrong = graph.replace(str(start).encode(), str(start - 16).encode())
     assert wrong != graph
     server.plan = [server.offer(2, inference=server.blobs.put(wrong))]

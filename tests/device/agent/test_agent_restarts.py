@@ -66,8 +66,7 @@ def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_f
     form = VectorForm({name: TensorGrid(Range(5, 1)) for name in weights})
     wide = 1 + sum(value.size for value in weights.values())
     secure = {"tensors": form.to_json(), "narrow": 0, "wide": wide}
-    recipe = Recipe(epochs=2, batch_size=16, secure_aggregation=True)
-    offer = server.offer(1, recipe, secure=secure)
+    offer = server.offer(1, Recipe(epochs=2, batch_size=16, secure_aggregation=True), secure=secure)
     server.plan, server.accepts = [offer], False
     bench.stop_on(TrainingDone)
     bench.run(until_finished=False)

@@ -96,8 +96,7 @@ class Sums:
             self._collector.add_shares("d", content)
             deliveries: Mapping[str, bytes] = self._collector.deliveries()
             for name, participant in self._participants.items():
-                vector = participant.mask(deliveries[name], Vector.zeros(self._session))
-                self._collector.add_masked(name, vector)
+                self._collector.add_masked(name, participant.mask(deliveries[name], Vector.zeros(self._session)))
             self._awaits_vector = True
             self._send("delivery", deliveries["d"])
         elif step == "unmasking" and self.total is None:
@@ -110,8 +109,7 @@ class Sums:
             self._bench.stop_once_quiet()
 
     def _send(self, step: str, content: bytes) -> None:
-        number = f"{self._attempt:032x}"
-        self._bench.server.say(SecureStep.of("job", 1, self._attempt, number, step, content))
+        self._bench.server.say(SecureStep.of("job", 1, self._attempt, f"{self._attempt:032x}", step, content))
 
 
 @pytest.mark.parametrize("attempts", [1, 2])

@@ -32,8 +32,7 @@ def test_a_batch_is_predicted_as_the_model_computes_it(serving_board: LocalBoard
     np.testing.assert_allclose(prediction.probabilities, softmax(X @ weights["w"].T + weights["b"]), atol=1e-5)
     assert prediction.classes == np.argmax(prediction.probabilities, 1).tolist()
     assert (prediction.job, prediction.round) == ("job", 1)
-    current = serving_board.slots.current()
-    assert prediction.digest == current.weights
+    assert prediction.digest == serving_board.slots.current().weights
     assert [p["name"] for p in prediction.predictions] == [NAMES[c] for c in prediction.classes]
 
 
@@ -164,8 +163,7 @@ def test_an_image_before_the_first_model_gets_the_shape_that_the_request_states(
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
     picture = image_file(pixels)
     with local.serving(pixels=Pixels()):
-        name = local.board.add(picture, "bee", shape=(3, 5, 4))["id"]
-        x = np.load(io.BytesIO(local.board.sample(name)))
+        x = np.load(io.BytesIO(local.board.sample(local.board.add(picture, "bee", shape=(3, 5, 4))["id"])))
         np.testing.assert_allclose(x, pixels.transpose(2, 0, 1) / 255, atol=1e-6)
         for shape in ((3, 0, 4), (2, 5, 4), (3, 99_999, 99_999)):
             with pytest.raises(BoardError, match="1 or 3 colours") as refusal:
@@ -192,8 +190,7 @@ def test_an_image_waits_for_a_person_who_looks_at_it_and_labels_it(local: LocalB
         assert local.board.status()["input"] == [3, 5, 4]
         name = local.board.add(image_file(pixels))["id"]
         assert local.board.unlabelled_samples() == [name]
-        viewer_image = image.open(io.BytesIO(local.board.sample(name, "image/png")))
-        assert (np.asarray(viewer_image) == pixels).all()
+        assert (np.asarray(image.open(io.BytesIO(local.board.sample(name, "image/png")))) == pixels).all()
         x = np.load(io.BytesIO(local.board.sample(name)))
         np.testing.assert_allclose(x, (pixels.transpose(2, 0, 1) / 255 - [[[0.4]], [[0.5]], [[0.6]]]) / 0.2, atol=1e-5)
         local.board.label(name, "bee")

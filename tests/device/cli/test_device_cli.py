@@ -128,8 +128,7 @@ def test_predicted_numbers_have_the_names_and_steps_of_their_columns(
 
 
 def without_names(bundle: Path) -> Path:
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    (bundle / MANIFEST).write_text(json.dumps({**manifest, "class_names": []}))
+    (bundle / MANIFEST).write_text(json.dumps({**json.loads((bundle / MANIFEST).read_text()), "class_names": []}))
     return bundle
 
 
@@ -176,8 +175,7 @@ def test_names_of_classes_count_in_predictions_and_stay_in_what_is_trained_with_
     by_folder = capsys.readouterr().out.splitlines()
     # One recording is predicted as the same one in its folder.
     assert main.main(["predict", "--bundle", out, "--input", str(folder / "a" / "0.wav")]) == ExitCode.OK
-    line = capsys.readouterr().out.strip()
-    assert line.removeprefix("0: ") in {each.partition(": ")[2] for each in by_folder}
+    assert capsys.readouterr().out.strip().removeprefix("0: ") in {each.partition(": ")[2] for each in by_folder}
     assert main.main(["predict", "--bundle", out, "--input", str(folder / "none.wav")]) == ExitCode.DATA
     # Names that aren't as many as the outputs can't be the model's.
     assert (

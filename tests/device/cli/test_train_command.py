@@ -119,6 +119,5 @@ def test_the_result_takes_the_place_of_nothing_else(
     (tmp_path / "full" / "letter.txt").write_text("dear")
     assert train(bundle, samples, tmp_path / "full") == ExitCode.BUNDLE
     assert "holds no bundle" in capsys.readouterr().err
-    body = json.loads((bundle / MANIFEST).read_text())
-    (bundle / MANIFEST).write_text(json.dumps({**body, "widths": [9]}))
+    (bundle / MANIFEST).write_text(json.dumps({**json.loads((bundle / MANIFEST).read_text()), "widths": [9]}))
     assert train(bundle, samples, tmp_path / "out") == ExitCode.BUNDLE

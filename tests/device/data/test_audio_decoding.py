@@ -85,8 +85,7 @@ def test_recordings_are_samples_of_their_folders_class_and_windows_of_one_share_
     for label in range(2):
         (tmp_path / str(label)).mkdir()
         for n in range(10):
-            level = (1 + label * 10 + n) / 100
-            (tmp_path / str(label) / f"{n}.WAV").write_bytes(wav(pcm_bytes([level] * 900, 2)))
+            (tmp_path / str(label) / f"{n}.WAV").write_bytes(wav(pcm_bytes([(1 + label * 10 + n) / 100] * 900, 2)))
     (tmp_path / "0" / "torn.wav").write_bytes(b"RIFF")
     folder = SampleFolder(tmp_path, (Audio(),), SplitShares(0.4), 1000)
     data = folder.snapshot((1, 300))

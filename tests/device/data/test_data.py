@@ -40,8 +40,7 @@ def test_validation_samples_are_taken_from_those_that_would_be_trained_on(tmp_pa
     )
     assert (data.samples, len(data.y_val), len(data.y_test)) == (12, 4, 4)
     assert np.array_equal(data.x_test, undivided.x_test)
-    got = np.concatenate([data.x_train, data.x_val])
-    assert sorted(map(tuple, got)) == sorted(map(tuple, undivided.x_train))
+    assert sorted(map(tuple, np.concatenate([data.x_train, data.x_val]))) == sorted(map(tuple, undivided.x_train))
     assert all(
         int(y) == int(Y[np.flatnonzero((x == X).all(1))[0]]) for x, y in zip(data.x_val, data.y_val, strict=True)
     )

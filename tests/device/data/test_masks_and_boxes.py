@@ -47,8 +47,7 @@ def x_of(body: bytes) -> bytes:
 @pytest.mark.parametrize("mode", ["L", "1", "P", "I;16"])
 def test_a_mask_is_resized_to_its_nearest_pixels(old: tuple[int, int], mode: str) -> None:
     numbers = np.random.default_rng(0).integers(0, 2 if mode == "1" else 200, old)
-    kind = {"1": np.bool_, "I;16": np.uint16}.get(mode, np.uint8)
-    image = Image.fromarray(numbers.astype(kind))
+    image = Image.fromarray(numbers.astype({"1": np.bool_, "I;16": np.uint16}.get(mode, np.uint8)))
     if mode == "P":
         image.putpalette([c for n in range(256) for c in (n, 255 - n, 7)])
     expected = Image.fromarray(numbers.astype(np.uint8)).resize((6, 8), Image.Resampling.NEAREST)
@@ -76,8 +75,7 @@ def test_masks_are_the_labels_of_images_of_the_same_name(tmp_path: Path, caplog:
     assert "colours.png is left out: a mask: expected one number per pixel" in caplog.text
     data.check(DENSE, SHAPE)
     assert data.y_train.nbytes <= 16 * len(labels), "masks are held in memory"
-    ignored = folder(tmp_path).snapshot(SHAPE, Targets("cross_entropy", 4, ("h", "w"), -100))
-    for x, y in by_image(ignored).items():
+    for x, y in by_image(folder(tmp_path).snapshot(SHAPE, Targets("cross_entropy", 4, ("h", "w"), -100))).items():
         np.testing.assert_array_equal(y, np.where(expected[x] == 255, -100, expected[x].astype(int)))
 
 

@@ -73,8 +73,7 @@ def test_a_part_is_for_ever_and_as_large_as_asked_for() -> None:
     splits = [SHARES.split_of(n) for n in names]
     assert splits == [SHARES.split_of(n) for n in names]
     for split, share in (("test", 0.25), ("val", 0.75 * 0.25), ("train", 0.75 * 0.75)):
-        deviation = (share * (1 - share) / len(names)) ** 0.5
-        assert abs(splits.count(split) / len(names) - share) < 4 * deviation
+        assert abs(splits.count(split) / len(names) - share) < 4 * ((share * (1 - share) / len(names)) ** 0.5)
     assert [SplitShares(0.25, 0.25, seed=4, device="d").split_of(n) for n in names] != splits
 
 

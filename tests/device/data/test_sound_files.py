@@ -39,8 +39,7 @@ def as_wav(numbers: Any) -> bytes:
 @pytest.mark.once
 @pytest.mark.parametrize(("kind", "tolerance"), [("FLAC", 1e-4), ("AIFF", 1e-4), ("OGG", 0.02), ("MP3", 0.02)])
 def test_a_recording_is_what_wav_has_of_it_at_the_rate_that_is_asked_for(kind: str, tolerance: float) -> None:
-    stereo = np.stack([TONE, TONE / 2], 1)
-    recording = read_recording(sound(kind, stereo), 8000)
+    recording = read_recording(sound(kind, np.stack([TONE, TONE / 2], 1)), 8000)
     expected = read_recording(as_wav(TONE * 0.75), 8000)
     length = min(len(recording), len(expected))
     assert abs(len(recording) - len(expected)) <= (2000 if kind == "MP3" else 0)  # MP3 fills its last frame

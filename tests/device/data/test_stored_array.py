@@ -59,8 +59,7 @@ SETS = np.arange(3 * len(CLASSES), dtype=np.uint8).reshape(-1, 3) % 2
 def test_training_on_samples_on_the_disk_gives_the_same_bits(
     graph: str, y: npt.NDArray[Any], settings: dict[str, Any], tmp_path: Path, weights: Tensors
 ) -> None:
-    x = np.random.default_rng(0).standard_normal((len(y), 6)).astype(np.float32)
-    np.savez(tmp_path / "d.npz", x=x, y=y)
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).standard_normal((len(y), 6)).astype(np.float32), y=y)
     recipe = Recipe(max_steps=5, batch_size=16, lr=0.1, **settings)
     stored = load_data(str(tmp_path / "d.npz"))
     assert isinstance(stored.x_train, StoredArray)

@@ -43,8 +43,7 @@ def test_no_window_spans_a_gap_or_goes_back_in_time(
     expected = []
     for first in range(len(times) - span + 1):
         rows = range(first, first + span)
-        is_whole = all(0 <= times[row + 1] - times[row] <= 1.5 for row in rows[:-1])
-        if is_whole:
+        if all(0 <= times[row + 1] - times[row] <= 1.5 for row in rows[:-1]):
             expected.append(list(rows))
     if expected:
         assert windows(source, span).astype(int).tolist() == expected
@@ -193,8 +192,7 @@ def test_timestamps_of_parquet_are_times(tmp_path: Path) -> None:
             stamps = pa.array((1_711_836_000 + seconds) * factor, pa.timestamp(kind, "UTC"))
             pq.write_table(pa.table({"a": np.arange(6.0), name: stamps}), path)
             assert windows(TableFile(path, ALL, 99), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
-    days = pa.array([1, 2, 3, 9, 10, 11], pa.date32())
-    pq.write_table(pa.table({"a": np.arange(6.0), "date": days}), path)
+    pq.write_table(pa.table({"a": np.arange(6.0), "date": pa.array([1, 2, 3, 9, 10, 11], pa.date32())}), path)
     assert windows(TableFile(path, ALL, 99), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -225,8 +223,7 @@ def test_a_missing_number_is_treated_as_the_options_say(tmp_path: Path, word: st
     assert found("hold") == [[1, 2], [2, 2], [2, 2], [2, 5], [5, 6], [8, 9]]
     mean = np.float32(np.nanmean(GAPPY))
     filled = [mean if n != n else n for n in GAPPY]
-    expected = [filled[n : n + 2] for n in range(9) if n != 6]
-    np.testing.assert_allclose(found("mean"), expected, rtol=1e-6)
+    np.testing.assert_allclose(found("mean"), [filled[n : n + 2] for n in range(9) if n != 6], rtol=1e-6)
 
 
 def test_the_mean_is_that_of_the_training_rows(tmp_path: Path) -> None:

@@ -55,8 +55,7 @@ def window_starts(x: Any, rows: Any) -> list[int]:
 def test_windows_and_what_follows_them_are_samples(tmp_path: Path, kind: str, first: bool) -> None:
     rows, steps, horizon = series(300), 6, 3
     numbers = [[str(n), *map(float, row)] for n, row in enumerate(rows)]
-    make = write if kind == ".csv" else parquet
-    path = make(tmp_path / f"a{kind}", ["time", "a", "b"], numbers)
+    path = (write if kind == ".csv" else parquet)(tmp_path / f"a{kind}", ["time", "a", "b"], numbers)
 
     def layout(*sizes: int) -> tuple[int, ...]:
         return sizes[::-1] if first else sizes
@@ -97,8 +96,7 @@ def test_columns_to_predict_are_no_inputs(tmp_path: Path) -> None:
 def test_a_windows_class_is_that_of_its_last_row(tmp_path: Path, names: tuple[str, ...], kind: str) -> None:
     rows, classes = series(200), np.random.default_rng(1).integers(0, 3, 200)
     cells = [[names[c] if names else int(c), *map(float, row)] for c, row in zip(classes, rows, strict=True)]
-    make = write if kind == ".csv" else parquet
-    path = make(tmp_path / f"a{kind}", ["class", "a", "b"], cells)
+    path = (write if kind == ".csv" else parquet)(tmp_path / f"a{kind}", ["class", "a", "b"], cells)
     targets = Targets("cross_entropy", 3)
     table = TableFile(path, ALL, 1000, names)
     assert table.effective_classes == 3

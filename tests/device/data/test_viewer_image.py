@@ -83,8 +83,7 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("body", TRANSPARENT.values(), ids=TRANSPARENT)
 def test_what_is_transparent_is_drawn_on_white(body: bytes) -> None:
-    over = Image.open(io.BytesIO(body)).convert("RGBA")
-    numbers = np.asarray(over).astype(float)
+    numbers = np.asarray(Image.open(io.BytesIO(body)).convert("RGBA")).astype(float)
     share = numbers[:, :, 3:] / 255
     assert (share < 1).any()
     np.testing.assert_allclose(decode_pixels(body), numbers[:, :, :3] * share + 255 * (1 - share), atol=1)

@@ -116,8 +116,7 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
         request = board.model(seed)
         agree(board.answering(selector, request), request)
         assert selector.facts["way"] == REBUILD
-    tries = board.calls().count("refit from a file")
-    assert tries == (0 if setting == "no_refitter" else 1)
+    assert board.calls().count("refit from a file") == (0 if setting == "no_refitter" else 1)
 
 
 def test_where_refittable_engines_compute_something_else_plain_ones_are_built(board: EngineBoard) -> None:

@@ -121,8 +121,7 @@ def test_increments_of_which_one_is_gone_are_done_without(
     downloader: Downloader, source: Source, store: BlobStore, gone: int
 ) -> None:
     mask, *increments = (source.store.put(name * LEAF_BYTES) for name in (b"m", b"1", b"2"))
-    offer = structs.replace(source.offer(), coded=None, mask=mask, increments=tuple(increments))
-    downloader.begin(offer, 0.0)
+    downloader.begin(structs.replace(source.offer(), coded=None, mask=mask, increments=tuple(increments)), 0.0)
     assert {r.sha256 for r in source.new} == digests(source.graph, *increments)
     source.new = [request for request in source.new if request.sha256 != increments[gone].sha256]
     for _ in range(2):
@@ -182,8 +181,7 @@ def test_the_web_server_is_asked_first_and_what_it_gave_is_not_requested_again(
 
     with WebPlace(source.store) as web:
         web.behave = cut
-        offer = structs.replace(source.offer(), weights=weights, blobs_at=web.url)
-        downloader.begin(offer, 0.0, without_codec=True)
+        downloader.begin(structs.replace(source.offer(), weights=weights, blobs_at=web.url), 0.0, without_codec=True)
         assert started.wait(60)
         downloader.on_connect(0.5)
         downloader.repeat_requests(0.5)

@@ -82,8 +82,7 @@ def test_only_the_process_on_trial_may_end_it(board: ReleaseInstaller) -> None:
     assert ReleaseTrial.current({}) is None
     trial = trial_of(board)
     with board.home.lock_state():
-        state = board.home.load()
-        board.home.save(state.roll_back("its time is over"))
+        board.home.save(board.home.load().roll_back("its time is over"))
     trial.commit()
     assert outcome(board.home) == UpdateOutcome(2, ROLLED_BACK, "its time is over"), "too late"
 

@@ -174,8 +174,7 @@ def test_samples_share_no_rows_and_span_no_gap(room: Sensors) -> None:
             room.send("home/room", {"temperature": second, "humidity": 0})
         room.now += 10
         samples += room.collector.collect(room.now, 2)
-    first_columns = [[row[0] for row in sample.rows] for sample in samples]
-    assert first_columns == [[0, 1], [2, 3], [3, 3], [8, 9], [10, 11]]
+    assert [[row[0] for row in sample.rows] for sample in samples] == [[0, 1], [2, 3], [3, 3], [8, 9], [10, 11]]
     room.send("home/room", {"temperature": 0, "humidity": 0})
     assert room.collector.collect(room.now, 2) == []
     room.collector.drop_rows()

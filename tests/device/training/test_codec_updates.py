@@ -36,10 +36,8 @@ def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalSt
     """The update's bytes, the tensors that serve, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
         bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.local_states)
-        update = bench.commit(bench.carry_out(offer))
-        raw = store.blobs.read(update.weights.sha256)
-        record = store.slots.current()
-        serves = tensorfile.load_tensors(board.root / "serving" / record.slot / "weights.safetensors")
+        raw = store.blobs.read(bench.commit(bench.carry_out(offer)).weights.sha256)
+        serves = tensorfile.load_tensors(board.root / "serving" / store.slots.current().slot / "weights.safetensors")
         records = [LocalState.from_bytes(r) for r in store.local_states.read().values()]
     return raw, serves, max(records, key=lambda state: state.round, default=None)
 
@@ -89,8 +87,7 @@ def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard)
     sent = hidden_weights(seed=1)
     mask = {"w1": rng.random(sent["w1"].shape) < 0.5, "w2": rng.random(sent["w2"].shape) < 0.5}
     masked = apply_mask(mask, sent)
-    recipe = replace(PLAIN, mask="hard")
-    offer = board.offer(1, recipe, masked, graph="masked", mask=mask, codec="int8")
+    offer = board.offer(1, replace(PLAIN, mask="hard"), masked, graph="masked", mask=mask, codec="int8")
     raw, serves, state = carry_out(board, offer)
     decoded = unpack_active(mask, read(raw, "int8", pack_active(mask, masked)))
     for name in set(sent) - STATISTICS:

@@ -278,8 +278,7 @@ def test_narrower_steps_train_prefixes_alone(graphs: Path, hidden_model: Tensors
     for widths in ((), (0.5,)):
         recipe = Recipe.from_dict({**NARROW.to_dict(), "ordered_dropout": list(widths) or [1.0]})
         got[widths] = train(graphs / "narrow.onnx", hidden_model, data, recipe, widths=(HIDDEN,)).tensors
-    chosen = [int(keyed_generator(7, 1, "d", "widths", n).integers(2)) for n in range(1, 16)]
-    assert 0 < sum(chosen) < 15
+    assert 0 < sum([int(keyed_generator(7, 1, "d", "widths", n).integers(2)) for n in range(1, 16)]) < 15
     one, two = got.values()
     for name in ("w1", "w2", "gamma"):
         assert not np.array_equal(one[name], two[name])
@@ -321,8 +320,7 @@ def test_a_narrower_step_is_the_step_of_the_narrower_model(
     half = {n: v[index[n]].copy() if n in index else v for n, v in hidden_model.items()}
     narrow = train(graphs / "narrow.onnx", half, data, recipe, widths=(HIDDEN // 2,), seed=seed).tensors
     for name in ("w1", "gamma", "beta", "w2", "b2"):
-        prefix = wide[name][index[name]] if name in index else wide[name]
-        assert prefix.tobytes() == narrow[name].tobytes(), name
+        assert (wide[name][index[name]] if name in index else wide[name]).tobytes() == narrow[name].tobytes(), name
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------------
@@ -462,8 +460,7 @@ def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: 
             store.blobs.put(server.blobs.read(ref.sha256))
         training = store.blobs.put((graphs / "bias.onnx").read_bytes())
         bench = RoundRunner("d", store.blobs, store.slots, data)
-        offer = server.offer(1, Recipe(trainable=("b",)), training=training)
-        update = bench.commit(bench.carry_out(offer))
+        update = bench.commit(bench.carry_out(server.offer(1, Recipe(trainable=("b",)), training=training)))
         sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
         predictor, record = store.slots.open()
         assert list(sent) == ["b"]
@@ -471,5 +468,4 @@ def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: 
         assert record.weights != update.weights.sha256
         assert not store.blobs.has(record.weights)
         assert store.blobs.has(server.weights.sha256)
-    expected = data.x_test @ weights["w"].T + sent["b"]
-    np.testing.assert_allclose(predictor.predict(data.x_test), expected, atol=1e-5)
+    np.testing.assert_allclose(predictor.predict(data.x_test), data.x_test @ weights["w"].T + sent["b"], atol=1e-5)

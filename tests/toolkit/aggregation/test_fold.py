@@ -381,8 +381,7 @@ def test_updates_of_earlier_models_move_the_model_of_now(
     got, _ = fold.close()
     for spec in architecture.trainable:
         total, mass = plain_sums(spec.name, architecture, moves)
-        expected = base[spec.name] + total / np.maximum(mass, 1)
-        assert np.allclose(got[spec.name], expected, rtol=1e-6, atol=ATOL)
+        assert np.allclose(got[spec.name], base[spec.name] + total / np.maximum(mass, 1), rtol=1e-6, atol=ATOL)
         assert got[spec.name][mass == 0].tobytes() == base[spec.name][mass == 0].tobytes()
     for spec in architecture.statistics:
         assert (got[spec.name] >= 0).all() or not spec.name.endswith("var")
@@ -414,8 +413,7 @@ def test_damped_momentum_is_a_moving_average(
         direction = mean[spec.name].astype(np.float64) - base[spec.name]
         speed = np.where(covered, beta * before[spec.name] + (1 - beta) * rate * direction, before[spec.name])
         assert np.allclose(velocity[spec.name], speed, rtol=1e-5, atol=1e-5)
-        expected = base[spec.name] + np.where(covered, speed, 0)
-        assert np.allclose(got[spec.name], expected, rtol=1e-5, atol=1e-5)
+        assert np.allclose(got[spec.name], base[spec.name] + np.where(covered, speed, 0), rtol=1e-5, atol=1e-5)
 
 
 @given(masked_rounds(), st.sampled_from([0.0, 0.5]))

@@ -109,8 +109,7 @@ def test_neither_order_nor_memory_changes_a_bit(
 
 
 def test_memory_does_not_grow_with_the_fleet() -> None:
-    channels = Axis((Segment(0, 0, 64),))
-    kind = TensorSpec("w", TensorKind.WEIGHT, (channels, Axis.fixed(4096)))
+    kind = TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 64),)), Axis.fixed(4096)))
     architecture = Architecture("big", (ChannelGroup("c", 64),), (kind,), (), (), (3,), (1,))
     base = model(architecture, 0)
     current_scene, budget = scene(architecture, base), 2 * base["w"].nbytes
@@ -119,10 +118,9 @@ def test_memory_does_not_grow_with_the_fleet() -> None:
     ]
     peaks = []
     for fleet in (8, 64):
-        widths_ = [(64, 32)[k % 2] for k in range(fleet)]
         reports = [
             report(current_scene, Selection.of(architecture, (n,)), submodels[k % 2], device=f"d{k}")
-            for k, n in enumerate(widths_)
+            for k, n in enumerate([(64, 32)[k % 2] for k in range(fleet)])
         ]
         close(
             RobustAggregator(Mean(), Robustness(), budget), current_scene, reports[:2]
@@ -150,8 +148,7 @@ def test_less_than_half_can_t_move_a_median_out_of_what_the_others_say(
     reports = [report(current_scene, full_selection, p, 1, device=f"h{k}") for k, p in enumerate(honest)]
     reports += [report(current_scene, full_selection, worst, 1000, device=f"bad{k}") for k in range(3)]
     for how in (Robustness(centre="median"), Robustness(centre="trimmed", trim=0.43)):
-        got = close(RobustAggregator(Mean(rule=rule), how), current_scene, reports).model
-        for name, value in got.items():
+        for name, value in close(RobustAggregator(Mean(rule=rule), how), current_scene, reports).model.items():
             lowest, highest = (f([p[name] for p in honest], axis=0) for f in (np.min, np.max))
             assert ((value >= lowest - 1e-6) & (value <= highest + 1e-6)).all()
 

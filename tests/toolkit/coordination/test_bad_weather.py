@@ -213,8 +213,7 @@ class Weather(RuleBasedStateMachine):
         """All that was acknowledged was folded and is in its round's model, and nothing else is."""
         for row in self.state.history if hasattr(self, "job") else []:
             counted = {(p.part.device, p.part.attempt) for p in self.closed[row["round"]]}
-            noted = {(n, d["attempt"]) for n, d in row["devices"].items() if d["progress"] == "folded"}
-            assert counted == noted
+            assert counted == {(n, d["attempt"]) for n, d in row["devices"].items() if d["progress"] == "folded"}
             assert {(n, a) for n, r, a in self.folded if r == row["round"]} == counted
             assert {(n, a) for n, r, a, _ in self.acknowledged if r == row["round"]} == counted
 

@@ -101,8 +101,7 @@ def test_tiers_are_dealt_by_what_boards_can_hold_and_not_by_their_names() -> Non
     assert densities(job, boards | {"c": with_room(ORIN, 0.01)}) == pytest.approx(
         {"a": 0.5, "b": 1.0, "c": 0.1}, abs=0.1
     )
-    equal = dict.fromkeys(("b10", "b2", "b1"), PI)
-    assert densities(job, equal) == {"b1": 1.0, "b2": 0.5, "b10": 0.25}
+    assert densities(job, dict.fromkeys(("b10", "b2", "b1"), PI)) == {"b1": 1.0, "b2": 0.5, "b10": 0.25}
     assert densities(replace(job, ignores_plans=True), boards) == {"a": 1.0, "b": 0.5, "c": 0.25}
 
 

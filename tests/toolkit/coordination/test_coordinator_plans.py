@@ -167,6 +167,5 @@ def test_a_board_is_made_a_submodel_for_the_unit_that_it_measured() -> None:
     for name, unit in (("gpu", "cuda"), ("processor", "cpu"), ("unmeasured", None)):
         probe = None if unit is None else ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, unit=unit).to_dict()
         coordinator.handle(on.DeviceBorn(name, 1, PI.to_dict(), 10, probe), 0.0)
-    asked = coordinator.handle(on.Scored(1, "r"), 0.0)
-    units = {c.part.device: c.unit for c in asked if isinstance(c, do.Extract)}
+    units = {c.part.device: c.unit for c in coordinator.handle(on.Scored(1, "r"), 0.0) if isinstance(c, do.Extract)}
     assert units == {"gpu": "cuda", "processor": "cpu", "unmeasured": ""}

@@ -59,8 +59,7 @@ def play(jobs: list[Job], devices: list[str], seconds: int) -> list[tuple[int, s
                     job.ends |= {d: now + s for d, s in zip(got, steps, strict=True)}
                     job.rounds += 1
                     log.append((now, job.name, tuple(got)))
-        at_work = {d: j.name for j in jobs for d in j.ends}
-        lending.charge(at_work, 1.0)
+        lending.charge({d: j.name for j in jobs for d in j.ends}, 1.0)
         for job in jobs:
             job.time += len(job.ends)
         first = min(jobs, key=lambda job: lending.charged_seconds(job.name) / job.weight)

@@ -90,8 +90,7 @@ def test_boards_without_anything_new_silence_nobody() -> None:
 @pytest.mark.parametrize("boards", [1, 2, 5])
 def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> None:
     """All boards of a round double their update each time, as those that sit at the bound do."""
-    honest = limits({f"d{i}": 0.1 for i in range(boards)})
-    remembered, length = honest.references, 0.1
+    remembered, length = limits({f"d{i}": 0.1 for i in range(boards)}).references, 0.1
     for _ in range(30):
         length *= 8
         influence = limits({f"d{i}": length for i in range(boards)}, remembered)

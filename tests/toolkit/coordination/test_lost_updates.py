@@ -32,8 +32,7 @@ class BoardReturn:
         session = shell.state.devices["a"].session
         shell.inbox = [e for e in shell.inbox if not isinstance(e, on.UpdateStored)]  # its upload ends with it
         shell.feed(on.DeviceDied("a", session))
-        birth = BIRTH if reconnects else replace(BIRTH, session=session)
-        self.answers = shell.coordinator.handle(birth, shell.now)
+        self.answers = shell.coordinator.handle(BIRTH if reconnects else replace(BIRTH, session=session), shell.now)
 
     def _announcements(self) -> Iterator[on.UpdateAnnounced]:
         while True:
@@ -56,8 +55,7 @@ class BoardReturn:
         return self.shell.coordinator.handle(update, self.shell.now)
 
     def store(self, update: on.UpdateAnnounced) -> list[do.Command]:
-        stored = on.UpdateStored("a", update.round, update.attempt, str(update.weights["sha256"]))
-        return self.shell.feed(stored)
+        return self.shell.feed(on.UpdateStored("a", update.round, update.attempt, str(update.weights["sha256"])))
 
 
 @pytest.fixture(params=["synchronous", "asynchronous"])

@@ -42,8 +42,7 @@ def test_more_are_asked_and_the_round_closes_with_enough() -> None:
 
 @pytest.mark.parametrize(("seconds", "counts_in"), [(60.0, [4, 8, 12]), (1000.0, [])])
 def test_who_is_let_go_again_and_again_is_waited_for_up_to_the_deadline(seconds: float, counts_in: list[int]) -> None:
-    boards = {**fleet(4), "d0": Board(seconds)}
-    shell = shell_of(boards, rounds=12, participation=0.75, over_selection=0.4)
+    shell = shell_of({**fleet(4), "d0": Board(seconds)}, rounds=12, participation=0.75, over_selection=0.4)
     shell.run()
     assert [i for i, c in enumerate(shell.counted_devices(), 1) if "d0" in c] == counts_in
     ends = [0.0, *(summary["at"] for summary in shell.state.history)]

@@ -180,8 +180,7 @@ def test_a_crash_counts_nothing_twice_and_forgets_nothing(privacy: Privacy) -> N
     job = replace(toy.JOB, rounds=2, privacy=privacy)
     uninterrupted = Fleet(job)
     uninterrupted.run()
-    length = 40
-    for at in range(1, length):
+    for at in range(1, 40):
         fleet = Fleet(job)
         fleet.arrive()
         for _ in range(at):

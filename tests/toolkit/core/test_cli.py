@@ -116,8 +116,7 @@ def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
 def test_a_usage_error_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     def build() -> CommandParser:
         parser = CommandParser(prog="tool")
-        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        look = commands.add_parser("look")
+        look = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser("look")
         look.add_argument("--number", type=int, required=True)
         look.add_argument("--share", type=float)
         return parser

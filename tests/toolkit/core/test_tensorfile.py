@@ -176,8 +176,7 @@ def npy_bytes(value: np.ndarray, **how: bool) -> bytes:
     st.booleans(),
 )
 def test_what_numpy_writes_is_read(value: np.ndarray, fortran: bool) -> None:
-    raw = npy_bytes(np.asfortranarray(value) if fortran and value.ndim else value)
-    got = float32_array(raw, value.shape, "x")
+    got = float32_array(npy_bytes(np.asfortranarray(value) if fortran and value.ndim else value), value.shape, "x")
     assert (got.dtype, got.flags.c_contiguous) == (np.float32, True)
     np.testing.assert_array_equal(got, value)
 

@@ -56,8 +56,7 @@ def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: i
         side //= 2
         values.append(Activation(f"pool{i}", axis, side * side, True))
         before = axis
-    last = len(channels) - 1
-    flat = Axis((Segment(last, 0, channels[-1], side * side),))
+    flat = Axis((Segment(len(channels) - 1, 0, channels[-1], side * side),))
     tensors.append(TensorSpec("fc.weight", TensorKind.WEIGHT, (Axis.fixed(classes), flat)))
     tensors.append(TensorSpec("fc.bias", TensorKind.BIAS, (Axis.fixed(classes),)))
     layers.append(LayerRow("fc", "Gemm", "fc.weight", 1))
@@ -80,8 +79,7 @@ def nets(draw: st.DrawFn) -> Architecture:
 def nets_at_two_widths(draw: st.DrawFn) -> tuple[Architecture, tuple[int, ...], tuple[int, ...]]:
     net = draw(nets())
     wide = tuple(draw(st.integers(1, n)) for n in net.sizes)
-    narrow = tuple(draw(st.integers(1, n)) for n in wide)
-    return net, narrow, wide
+    return net, tuple(draw(st.integers(1, n)) for n in wide), wide
 
 
 @pytest.mark.board

@@ -113,12 +113,7 @@ def test_a_measured_gpu_that_the_profile_does_not_know_is_typical() -> None:
 
 @pytest.mark.parametrize(
     ("unit", "trains"),
-    [
-        ({}, True),
-        ({"kind": "other"}, False),
-        ({"peak_flops": None}, False),
-        ({"bandwidth_bytes_s": None}, True),
-    ],
+    [({}, True), ({"kind": "other"}, False), ({"peak_flops": None}, False), ({"bandwidth_bytes_s": None}, True)],
 )
 def test_a_gpu_trains_if_it_speaks_cuda_and_its_rate_is_known(unit: dict[str, object], trains: bool) -> None:
     profile = replace(NANO, accelerator=replace(NANO.accelerator, **unit))

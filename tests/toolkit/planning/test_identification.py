@@ -41,10 +41,7 @@ def test_a_board_is_known_by_its_name(model: str, name: str) -> None:
     assert identified.is_certain
 
 
-@pytest.mark.parametrize(
-    ("memory", "name"),
-    [(7_600_000_000, "jetson-orin-nano"), (65_800_000_000, "jetson-agx-orin")],
-)
+@pytest.mark.parametrize(("memory", "name"), [(7_600_000_000, "jetson-orin-nano"), (65_800_000_000, "jetson-agx-orin")])
 def test_memory_tells_modules_of_one_processor_apart(memory: int, name: str) -> None:
     identified = identify(aarch64("ACME Box", "acme,box", "nvidia,tegra234", memory_total=memory))
 

@@ -121,10 +121,9 @@ def measurements(table: LatencyTable, nets: list[Architecture], count: int = 30)
             widths = tuple(int(random.integers(1, n + 1)) for n in architecture.sizes)
             batch = int(random.integers(1, 17))
             step = float(table.step_seconds(architecture, widths, batch)[0])
-            latency = float(table.latency_seconds(architecture, widths)[0])
             out += [
                 Measurement(architecture, widths, batch, step, True),
-                Measurement(architecture, widths, 1, latency, False),
+                Measurement(architecture, widths, 1, float(table.latency_seconds(architecture, widths)[0]), False),
             ]
     return out
 
@@ -198,8 +197,7 @@ def test_rungs_lie_on_one_another_and_are_not_slower_than_uniform_width(seed: in
         for mine, its in zip(times(candidate.widths), times(equal_work), strict=True):
             assert mine <= its * (1 + 1e-9)
     # What the smallest board can hold is no question of speed.
-    narrowest = widths_at(architecture, DENSITIES[-1])
-    assert ladder[-1].widths == tuple(map(min, narrowest, ladder[-2].widths))
+    assert ladder[-1].widths == tuple(map(min, widths_at(architecture, DENSITIES[-1]), ladder[-2].widths))
 
 
 def test_a_cliff_is_kept_to_the_cheap_side_of() -> None:

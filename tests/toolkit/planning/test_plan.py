@@ -193,10 +193,7 @@ def test_a_plan_survives_json(situation: dict[str, Any]) -> None:
     assert WidthPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
-WIDE = replace(
-    NET,
-    activations=(Activation("conv", MAPS, 2**14, True), Activation("fc", HIDDEN, 1, True)),
-)
+WIDE = replace(NET, activations=(Activation("conv", MAPS, 2**14, True), Activation("fc", HIDDEN, 1, True)))
 """A net whose activations take most of its memory."""
 STATISTICS = TensorSpec("norm.mean", TensorKind.STAT_MEAN, (MAPS,))
 NORMALISED = replace(WIDE, tensors=(*WIDE.tensors, STATISTICS))
@@ -355,8 +352,7 @@ def test_a_correction_is_learnt_from_what_was_measured() -> None:
     assert learnt.step == pytest.approx(1.5)
     assert learnt.latency == 1
     corrected = predict_costs(NET, NET.sizes, BOARD, RECIPE, 500, correction=learnt)
-    corrected_twice = learnt.corrected_by(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s})
-    assert corrected_twice.step == pytest.approx(1.5)
+    assert learnt.corrected_by(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s}).step == pytest.approx(1.5)
 
 
 def test_a_correction_has_bounds() -> None:
@@ -379,8 +375,7 @@ def test_measured_memory_corrects_predictions_within_bounds(peak: float, learnt:
 def test_a_board_that_measured_more_memory_gets_a_narrower_model() -> None:
     board = memory_of(FULL.memory_bytes * 1.01)
     assert PlanSearch(NET, board, RECIPE, 500).search().widths == NET.sizes
-    learnt = Correction(memory=0.05 * FULL.memory_bytes)
-    plan = PlanSearch(NET, board, RECIPE, 500, correction=learnt).search()
+    plan = PlanSearch(NET, board, RECIPE, 500, correction=Correction(memory=0.05 * FULL.memory_bytes)).search()
     assert plan.widths < NET.sizes or plan.accumulate > 1
     assert plan.prediction.memory_bytes <= board.training_memory_bytes
 

@@ -131,9 +131,8 @@ def own(folder: Path, name: str, title: str) -> Path:
 
 
 def test_a_file_is_read_by_its_path_or_in_a_folder_by_its_name(tmp_path: Path) -> None:
-    path = own(tmp_path, "my-board", "Mine")
     assert (
-        profile_store.find_profile(str(path)).title
+        profile_store.find_profile(str(own(tmp_path, "my-board", "Mine"))).title
         == profile_store.find_profile("my-board", [tmp_path]).title
         == "Mine"
     )

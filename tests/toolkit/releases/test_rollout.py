@@ -162,8 +162,7 @@ def test_whatever_is_reported_no_stage_begins_before_the_last_one_did_well(
             assert commands == [] or wake(commands) > now, "it always says when it is to be woken"
             for stage, limits in enumerate(chosen.stages):
                 names = [b for b in rollout.boards.values() if b.stage == stage and b.fate is not Fate.GONE]
-                bad = sum(b.fate is Fate.FAILED for b in names)
-                assert bad <= limits.errors * len(names) + 1e-9
+                assert sum(b.fate is Fate.FAILED for b in names) <= limits.errors * len(names) + 1e-9
         copy = Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
         assert copy == rollout
         now += seconds
@@ -209,8 +208,7 @@ def test_a_board_that_is_on_its_way_gets_more_time_but_never_beyond_its_stage() 
 
 def test_boards_get_their_time_anew_after_nobody_could_listen() -> None:
     rollout = Rollout.for_boards(plan(Stage(0.5, success=0.5, seconds=1000), Stage(1.0), board_seconds=100), NAMES[:4])
-    first = given_by(rollout.tick(0))
-    rollout.report_success(first[0], 10)
+    rollout.report_success(given_by(rollout.tick(0))[0], 10)
     assert wake(rollout.restore_deadlines(5000)) == 5100
     assert rollout.failures() == {}
     rollout.tick(5100)
@@ -270,8 +268,7 @@ def test_whatever_happens_nothing_is_given_while_it_is_paused(events: list[tuple
         assert Rollout.from_dict(json.loads(json.dumps(rollout.to_dict()))) == rollout
     if rollout.phase.is_under_way:
         rollout.resume(100)
-        waiting = [n for n, b in rollout.boards.items() if b.fate is Fate.WAITING and b.stage <= rollout.stage]
-        assert waiting == []
+        assert [n for n, b in rollout.boards.items() if b.fate is Fate.WAITING and b.stage <= rollout.stage] == []
 
 
 def apply_step(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutCommand]:

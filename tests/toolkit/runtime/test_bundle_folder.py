@@ -36,10 +36,9 @@ SELECTION = Selection.of(ARCHITECTURE, [2], [[3, 1, 0, 2]])
 
 def export(folder: Path, rate: float, target: str = TARGET) -> None:
     """Write a bundle of which every file tells by which learning rate it is."""
-    tensors = {"w": np.full((4, 3), rate, np.float32)}
     files = {
         "inference.onnx": f"fedprune weights.safetensors {rate}".encode(),
-        "weights.safetensors": tensorfile.encode(SELECTION.gather(tensors)),
+        "weights.safetensors": tensorfile.encode(SELECTION.gather({"w": np.full((4, 3), rate, np.float32)})),
         "training.onnx": f"training {rate}".encode(),
         "architecture.json": ARCHITECTURE.to_json().encode(),
         "submodel.json": SELECTION.to_json().encode(),

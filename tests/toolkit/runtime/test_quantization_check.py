@@ -18,9 +18,8 @@ def classes(decided: list[int], of: int = 4) -> np.ndarray:
 def test_the_share_of_other_decisions_decides(n: int, data: st.DataObject) -> None:
     changed_count = data.draw(st.integers(0, n))
     reference = classes([0] * n)
-    outputs = classes([1] * changed_count + [0] * (n - changed_count))
 
-    verdict = compare_outputs("cross_entropy", reference, outputs)
+    verdict = compare_outputs("cross_entropy", reference, classes([1] * changed_count + [0] * (n - changed_count)))
 
     assert verdict.same == pytest.approx(1 - changed_count / n)
     assert (verdict.refusal == "") == (changed_count <= max(1, (1 - MIN_SAME_SHARE) * n + 1e-6))
@@ -29,9 +28,8 @@ def test_the_share_of_other_decisions_decides(n: int, data: st.DataObject) -> No
 @given(st.integers(100, 1000), st.integers(0, 30))
 def test_lost_answers_decide(n: int, lost: int) -> None:
     y = np.zeros(n, np.int64)
-    outputs = classes([1] * lost + [0] * (n - lost))
 
-    verdict = compare_outputs("cross_entropy", classes([0] * n), outputs, y)
+    verdict = compare_outputs("cross_entropy", classes([0] * n), classes([1] * lost + [0] * (n - lost)), y)
 
     assert verdict.right == pytest.approx((1.0, 1 - lost / n))
     assert (verdict.refusal == "") == (lost <= max(1, MAX_ACCURACY_LOSS * n + 1e-6))
@@ -65,9 +63,7 @@ def test_what_is_not_finite_never_serves(loss: str) -> None:
     outputs = classes([0, 1])
     outputs[0, 3] = np.nan
 
-    verdict = compare_outputs(loss, classes([0, 1]), outputs)
-
-    assert "not finite" in verdict.refusal
+    assert "not finite" in compare_outputs(loss, classes([0, 1]), outputs).refusal
 
 
 @pytest.mark.parametrize("labels", [False, True])

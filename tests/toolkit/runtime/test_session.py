@@ -149,11 +149,9 @@ def test_large_arrays_are_let_go_after_each_run(small: Path) -> None:
     session = OnnxSession(small)
     feeds = feeds_of(session, 200_000)
     assert feeds["x"].nbytes > 2**22
-    into = {name: np.empty_like(value) for name, value in session.run(feeds).items()}
-    session.run(feeds, into=into)
-    array = weakref.ref(feeds.pop("x"))
+    session.run(feeds, into={name: np.empty_like(value) for name, value in session.run(feeds).items()})
 
-    assert array() is None
+    assert weakref.ref(feeds.pop("x"))() is None
 
 
 def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:

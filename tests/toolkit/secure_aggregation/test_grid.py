@@ -73,8 +73,7 @@ def test_boards_that_mask_give_the_bits_of_a_plain_fold() -> None:
     selection = Selection.of(ARCHITECTURE, (4, 3), ([5, 0, 3, 1, 2, 4], [1, 0, 2, 4, 3]))
     plain, masked = Fold(ARCHITECTURE, base, excluded=["head"]), Fold(ARCHITECTURE, base, excluded=["head"])
     grid, sent = exact(masked, selection, 8), selection.gather(base)
-    session = SecureSumSession(b"grid", 8, 5, grid.narrow, grid.wide)
-    cohort, names = MaskedCohort(session, NAMES[:8]), NAMES[:8]
+    cohort, names = MaskedCohort(SecureSumSession(b"grid", 8, 5, grid.narrow, grid.wide), NAMES[:8]), NAMES[:8]
     updates = {name: perturb_submodel(selection, base, i) for i, name in enumerate(names)}
     vectors = {name: grid.form.encode(tensors, sent)[0] for name, tensors in updates.items()}
     board_sum = cohort.carry_out(vectors, {"mask": {names[1]}, "unmask": {names[4]}})
@@ -137,14 +136,12 @@ def test_the_largest_codes_of_the_most_boards_fit() -> None:
     far = {n: np.full(v.shape, 8.0 if n in TRAINED else 2.0**24, np.float32) for n, v in base.items()}
     for sign, steps in ((1, {}), (-1, {}), (1, dict.fromkeys(TRAINED, -5)), (-1, dict.fromkeys(TRAINED, -5))):
         fold, grid = coded_grid(base, steps, MAX_WEIGHT)
-        new = {n: v if n == "a.var" else np.float32(sign) * v for n, v in far.items()}
-        vector, _ = grid.form.encode(new, base)
+        vector, _ = grid.form.encode({n: v if n == "a.var" else np.float32(sign) * v for n, v in far.items()}, base)
         boards = Vector(vector.narrow * np.uint32(MAX_WEIGHT), vector.wide * np.uint64(MAX_WEIGHT))
         sums = grid.partial_sums(boards, MAX_WEIGHT, base)
         assert sums.weight == MAX_WEIGHT
         for name in TRAINED:
-            per_board = MAX_CODE * 2.0**-5 if steps else 8.0
-            units = round(per_board / fold.sum_range(name).unit)
+            units = round((MAX_CODE * 2.0**-5 if steps else 8.0) / fold.sum_range(name).unit)
             assert np.array_equal(sums.arrays["value", name, 0], np.full(base[name].shape, sign * MAX_WEIGHT * units))
 
 

@@ -193,8 +193,7 @@ def test_an_own_mask_stays_when_a_vector_comes_too_late() -> None:
     cohort = MaskedCohort(SMALL, SIX)
     late, inputs = SIX[2], vectors(SMALL, SIX)
     total = cohort.carry_out(inputs, {"mask": {late}})
-    delivery = cohort.transcript.requests["mask"][late]
-    sent = cohort.boards[late].mask(delivery, inputs[late].copy())
+    sent = cohort.boards[late].mask(cohort.transcript.requests["mask"][late], inputs[late].copy())
     with pytest.raises(ProtocolError, match=f"masked vector of {late}"):
         cohort.collector.add_masked(late, sent)
     assert same_vector(total, plain_sum([inputs[n] for n in SIX if n != late], SMALL))

@@ -137,8 +137,7 @@ def test_what_a_request_asks_for_beside_its_key_is_not_given(authority: Authorit
 def test_a_second_authority_does_not_take_the_first_one_s_place(authority: Authority, tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="has an authority already"):
         Authority.make(tmp_path / "identity", "lab")
-    second = Authority.make(tmp_path / "other", "lab")
-    (tmp_path / "identity" / "authority.pem").write_text(second.pem)
+    (tmp_path / "identity" / "authority.pem").write_text(Authority.make(tmp_path / "other", "lab").pem)
     with pytest.raises(IdentityError, match="don't belong together"):
         Authority(tmp_path / "identity")
 

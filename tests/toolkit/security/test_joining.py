@@ -85,8 +85,7 @@ def test_no_part_of_a_request_can_be_changed_by_somebody_in_between(claim: JoinC
 
 def test_a_claim_can_t_be_used_for_another_s_key_though_that_one_signs_well(claim: JoinClaim) -> None:
     mine = make_join_request("lab", "pi-1", KEY, CSR, claim)
-    thief = SigningKey.make()
-    stolen = make_join_request("lab", "pi-1", thief, CSR, JoinClaim.make(claim.pin))
+    stolen = make_join_request("lab", "pi-1", SigningKey.make(), CSR, JoinClaim.make(claim.pin))
     stolen = replace(stolen, claim=mine.claim, mac=mine.mac, nonce=mine.nonce)
     assert not holds_claim(stolen, claim.key)
     with pytest.raises(SignatureError):

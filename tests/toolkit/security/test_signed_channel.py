@@ -224,8 +224,7 @@ def test_it_means_nothing_on_another_topic_wherever_the_border_is(
 
 
 def test_another_s_key_is_not_taken_even_where_it_names_the_right_one() -> None:
-    foreign_key = SigningKey.make()
-    raw = seal(foreign_key, "a", 1, 1, b"{}")
+    raw = seal(SigningKey.make(), "a", 1, 1, b"{}")
     with pytest.raises(SignatureError, match="signed by another key"):
         unseal(KEY.verifying_key, "a", raw)
 

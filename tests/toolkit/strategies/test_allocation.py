@@ -65,8 +65,7 @@ def test_equal_times_are_the_fixed_point(density: float, ratio: float) -> None:
 @given(st.lists(st.tuples(DENSITIES, SECONDS), min_size=2, max_size=6), st.floats(0.05, 0.5))
 def test_times_move_densities_within_their_bounds(density_times: list[tuple[float, float]], floor: float) -> None:
     names = [f"d{i}" for i in range(len(density_times))]
-    start = Tiers(tuple(max(floor, d) for d, _ in density_times))
-    allocator = TimeDriven(start, None, interval=1, floor=floor)
+    allocator = TimeDriven(Tiers(tuple(max(floor, d) for d, _ in density_times)), None, interval=1, floor=floor)
     fleet = fleet_of(allocator, *names)
     before = densities(fleet)
     for name, (_, seconds) in zip(names, density_times, strict=True):
@@ -88,8 +87,7 @@ def test_times_of_another_density_say_nothing() -> None:
         deliver(allocator, fleet, name, seconds)
     assert allocator.review(fleet, {})
     assert densities(fleet) == [1.0, 0.25]
-    old = DeviceTask(1, ARCHITECTURE.sizes, 1.0)
-    allocator.learn(fleet, "b", old, 60.0)
+    allocator.learn(fleet, "b", DeviceTask(1, ARCHITECTURE.sizes, 1.0), 60.0)
     fleet.state.round = 4
     assert not allocator.review(fleet, {}), "b has shown nothing at its new density yet"
     deliver(allocator, fleet, "b", 30.0)
@@ -167,8 +165,7 @@ def test_what_allocators_remember_survives_json_and_is_replaced_not_changed(data
             assert json.dumps(allocation) == text
             if json.dumps(device.allocation) != text:
                 assert device.allocation is not allocation
-        restored = State.from_json(fleet.state.to_json())
-        assert restored == fleet.state
+        assert State.from_json(fleet.state.to_json()) == fleet.state
         assert all(0.1 <= d <= 1 for d in densities(fleet))
 
 

@@ -51,8 +51,7 @@ def test_pr_fl_by_elements_and_by_channels() -> None:
     assert reporting_offers(elements, range(1, 101)) == [1, *range(46, 51), 51, *range(96, 101)]
     assert reporting_offers(strategy_of("pr-fl", reported=1.0, interval=7), range(1, 15)) == [*range(1, 15)]
     assert reporting_offers(strategy_of("pr-fl", reported=0.0, interval=7), range(1, 15)) == [1, 8]
-    turn = turn_in(50)
-    assert not channels.recipe(recipe, turn).report_squares
+    assert not channels.recipe(recipe, turn_in(50)).report_squares
 
 
 @given(st.lists(st.integers(1, 130), min_size=1, max_size=60), st.sampled_from([0.0, 0.1]))
@@ -61,8 +60,7 @@ def test_every_device_reports_squares_once_an_interval_however_slow_it_is(gaps: 
     offers = np.cumsum([1, *gaps]).tolist()
     offer_numbers = reporting_offers(strategy_of("pr-fl", reported=reported), offers)
     early = [n for n in offer_numbers if (n - 1) % 50 < 50 * (1 - reported)]
-    intervals = [(n - 1) // 50 for n in offers]
-    assert {(n - 1) // 50 for n in offer_numbers} == set(intervals)
+    assert {(n - 1) // 50 for n in offer_numbers} == {(n - 1) // 50 for n in offers}
     assert len({(n - 1) // 50 for n in early}) == len(early), "one of them before its last rounds"
 
 

@@ -134,10 +134,7 @@ def test_channels_without_weights_are_cut_by_default_and_come_back_as_they_were_
     start = model(NET, 1)
     cut, uncut = (
         Play(strategy, start, {"a": Device(), "b": Device()}, move=dead_rows)
-        for strategy in (
-            compose(Job(strategy="autoflip", options={"pruned_share": 0.5})),
-            autoflip(pruned_share=0.5),
-        )
+        for strategy in (compose(Job(strategy="autoflip", options={"pruned_share": 0.5})), autoflip(pruned_share=0.5))
     )
     for play in (cut, uncut):
         play.play()

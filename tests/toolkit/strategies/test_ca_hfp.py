@@ -54,8 +54,7 @@ def a_round(current_scene: Scene, scorer: Strategy, density: float, seed: int) -
 def test_masks_are_nested_and_keep_what_the_ratio_says(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     score = data.draw(st.sampled_from(["curvature", "l1", "delta_w", "random"]))
-    base = model(architecture, seed)
-    ranking = strategy(score=score).rank(scene(architecture, base, round=2)).ranks
+    ranking = strategy(score=score).rank(scene(architecture, model(architecture, seed), round=2)).ranks
     outer_channels: set[tuple[int, int]] = {(g, c) for g, n in enumerate(architecture.sizes) for c in range(n)}
     for ratio in RATIOS:
         selection = Selection.of(architecture, widths_at(architecture, 1 - ratio), ranking)
@@ -108,8 +107,7 @@ def test_what_nobody_trained_keeps_its_estimates(data: st.DataObject, seed: int)
     base = model(architecture, seed)
     scorer = strategy()
     memory, _ = a_round(scene(architecture, base), scorer, 1.0, seed)
-    current_scene = scene(architecture, base, memory, round=2)
-    after, selection = a_round(current_scene, scorer, 0.5, seed + 1)
+    after, selection = a_round(scene(architecture, base, memory, round=2), scorer, 0.5, seed + 1)
     before, now = (Evidence.from_tensors(architecture, m[EVIDENCE]) for m in (memory, after))
     for spec in architecture.trainable:
         out = ~selection.coverage_mask(spec.name)

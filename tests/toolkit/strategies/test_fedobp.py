@@ -40,8 +40,7 @@ def own(play: Play, device: str, before: Tensors) -> dict[str, np.ndarray[Any, n
 
 @pytest.mark.parametrize("devices", [DEVICES, MIXED], ids=["whole", "mixed"])
 def test_at_q_1_it_is_fedavg_bit_for_bit(devices: dict[str, Device]) -> None:
-    plain = compose(Job(scorer="ordered", rule="coverage"))
-    expected = Play(plain, model(NET, 1), devices).play(4)
+    expected = Play(compose(Job(scorer="ordered", rule="coverage")), model(NET, 1), devices).play(4)
     assert identical(Play(fedobp(q=1.0), model(NET, 1), devices).play(4), expected)
 
 

@@ -84,8 +84,7 @@ def test_a_reconstruction_in_other_coordinates_moves_away_from_the_model_that_wa
     fold = aggregator.fold(current_scene, evidence=False)
     lifted = type(narrow_report.trained)(full_selection, perturb_submodel(full_selection, earlier, 3))
     aggregator.add(fold, narrow_report, lifted)
-    got = fold.close()[0]
-    for name, value in got.items():
+    for name, value in fold.close()[0].items():
         assert np.allclose(value, now[name] + (lifted.tensors[name] - earlier[name]), atol=1e-6)
 
 
@@ -98,8 +97,7 @@ def test_the_last_layer_is_the_one_that_makes_the_outputs() -> None:
 
 def rows_of(trained_rows: list[int], base: Tensors, seed: int, *, decay: float = 1.0) -> Tensors:
     """An update that trained everything in the body, and only some rows of the head."""
-    full_selection = Selection.full(NET)
-    out = perturb_submodel(full_selection, base, seed)
+    out = perturb_submodel(Selection.full(NET), base, seed)
     for name in ("head.weight", "head.bias"):
         still = [r for r in range(5) if r not in trained_rows]
         out[name][still] = base[name][still] * np.float32(decay)

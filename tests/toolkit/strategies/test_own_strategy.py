@@ -138,10 +138,7 @@ WRONG = [
     ("Made.extract", "Submodel(a[0].selection, {'head.bias': np.ones(3)})"),
     ("Made.extract", "Submodel(a[0].selection, a[0].scene.model, [])"),
     ("Made.extract", "Submodel(a[0].selection, a[0].scene.model, drift={'head.bias': np.ones(3)})"),
-    (
-        "Made.extract",
-        "Submodel(a[0].selection, a[0].scene.model, drift={'head.bias': np.full(3, np.nan, np.float32)})",
-    ),
+    ("Made.extract", "Submodel(a[0].selection, a[0].scene.model, drift={'head.bias': np.full(3, np.nan, np.float32)})"),
     ("Aggregator.close", "RoundClosing(a[1].model, {'x': 1})"),
 ]
 

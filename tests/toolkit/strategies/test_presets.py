@@ -83,8 +83,7 @@ def test_heterofl_s_aids_follow_the_width() -> None:
     assert (wide.scale, narrow.scale) == (1.0, 4.0)
     for recipe in (wide, narrow):
         assert (recipe.calibrate, recipe.mask_absent_classes, recipe.clip_norm) == (True, True, 1.0)
-    numbers = Recipe(loss="mse")
-    assert not compose(job("heterofl")).recipe(numbers, turn()).mask_absent_classes
+    assert not compose(job("heterofl")).recipe(Recipe(loss="mse"), turn()).mask_absent_classes
 
 
 def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
@@ -112,8 +111,7 @@ def test_a_rolling_window_moves_on_and_narrow_ones_lie_in_wide_ones(
     data: st.DataObject, seed: int, round_: int
 ) -> None:
     architecture = data.draw(architectures())
-    at = scene(architecture, model(architecture, seed), round=round_)
-    ranking = FedRolex(inputs="sum").rank(at).ranks
+    ranking = FedRolex(inputs="sum").rank(scene(architecture, model(architecture, seed), round=round_)).ranks
     windows = {d: Selection.of(architecture, widths_at(architecture, d), ranking) for d in (1.0, 0.5, 0.25)}
     for g, n in enumerate(architecture.sizes):
         for density, selection in windows.items():
@@ -129,12 +127,10 @@ def test_history_mixes_where_both_hold_a_coordinate(data: st.DataObject, seed: i
     at = scene(architecture, now)
     selection, before = data.draw(selections(architecture)), data.draw(selections(architecture))
     history_model = model(architecture, seed + 1)
-    past = PastUpdate(before, before.gather(history_model), round=1)
-    cut = Cut(at, turn(), selection, past=past)
+    cut = Cut(at, turn(), selection, past=PastUpdate(before, before.gather(history_model), round=1))
     offered = Submodel(selection, selection.gather(now))
     history = History(alpha=alpha, inputs="updates")
-    got = history.extract(cut)
-    for name, value in got.tensors.items():
+    for name, value in history.extract(cut).tensors.items():
         both = selection.gather({n: before.coverage_mask(n).astype(np.float32) for n in now})[name] > 0
         mixed = alpha * offered.tensors[name] + (1 - alpha) * selection.gather(history_model)[name]
         assert np.allclose(value[both], mixed[both], atol=1e-6)
@@ -154,8 +150,7 @@ def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: i
     cut = Cut(scene(architecture, now), turn(), selection, past=past)
     offered = Submodel(selection, selection.gather(now))
     subflot, history = SubFlot(inputs="updates"), History(alpha=0.0, inputs="updates")
-    got = subflot.resize_history(past, cut) if transported else history.extract(cut).tensors
-    for name, value in got.items():
+    for name, value in (subflot.resize_history(past, cut) if transported else history.extract(cut).tensors).items():
         active = mask.get(name, np.ones(value.shape, np.bool_))
         np.testing.assert_allclose(value, np.where(active, past.tensors[name], offered.tensors[name]), atol=1e-6)
 

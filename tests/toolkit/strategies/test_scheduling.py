@@ -58,10 +58,7 @@ def test_a_wrong_schedule_is_named(schedule: Any, message: str) -> None:
         compose(Job(density=0.5, schedule=schedule))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"over_selection": 0.2}, {"in_flight": 3}],
-)
+@pytest.mark.parametrize("setting", [{"over_selection": 0.2}, {"in_flight": 3}])
 @pytest.mark.parametrize("base", [Job(strategy="fedbuff"), job_of("semi-async")])
 def test_settings_of_rounds_in_step_are_refused_elsewhere(setting: dict[str, Any], base: Job) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):

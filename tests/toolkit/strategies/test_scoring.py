@@ -104,8 +104,7 @@ def test_a_transposed_weight_is_scored_over_its_output_axis() -> None:
         tensors=(TensorSpec("w", TensorKind.WEIGHT, (Axis.fixed(2), GROUP)),),
         layers=(LayerRow("w", "MatMul", "w", 1, output_axis=1),),
     )
-    weight = np.array([[1, 2, 3], [4, 5, -6]], np.float32)
-    assert magnitude_scores(turned, {"w": weight})[0].tolist() == [5, 7, 9]
+    assert magnitude_scores(turned, {"w": np.array([[1, 2, 3], [4, 5, -6]], np.float32)})[0].tolist() == [5, 7, 9]
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=20))
@@ -157,8 +156,7 @@ def test_evidence_survives_storage(data: st.DataObject, seed: int) -> None:
     evidence = Evidence.empty(architecture)
     for k in range(2):
         evidence.update(one_round(model(architecture, seed + k), Selection.full(architecture), seed), LR)
-    stored = tensorfile.decode(tensorfile.encode(evidence.to_tensors()))
-    restored = Evidence.from_tensors(architecture, stored)
+    restored = Evidence.from_tensors(architecture, tensorfile.decode(tensorfile.encode(evidence.to_tensors())))
     restored.update(one_round(model(architecture, seed + 2), Selection.full(architecture), seed), LR)
     evidence.update(one_round(model(architecture, seed + 2), Selection.full(architecture), seed), LR)
     assert tensorfile.encode(restored.to_tensors()) == tensorfile.encode(evidence.to_tensors())

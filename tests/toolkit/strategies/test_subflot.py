@@ -72,8 +72,7 @@ def test_a_device_s_first_submodel_is_a_slice_and_later_ones_are_led_onto_its_la
             plain = selection.gather(before)
             past = pasts.get(name)
             assert (past is None) == (round_ == min(r for r in range(1, 6) if r not in FLEET[name].absent_rounds))
-            expected = plain if past is None else prune(before, past.tensors, selection, 0.5)
-            assert identical(sent.tensors, expected)
+            assert identical(sent.tensors, plain if past is None else prune(before, past.tensors, selection, 0.5))
             assert identical(sent.tensors, plain) == (past is None)
 
 
@@ -84,8 +83,7 @@ def test_the_next_model_is_the_weighted_mean_of_models_at_full_width() -> None:
     after = play.play()
     expected = {n: np.zeros(v.shape) for n, v in before.items()}
     for name, each in play.reports.items():
-        lifted = aggregate(each.trained.tensors, each.trained.selection, before)
-        for tensor, value in lifted.items():
+        for tensor, value in aggregate(each.trained.tensors, each.trained.selection, before).items():
             expected[tensor] += FLEET[name].weight / 9 * value.astype(np.float64)
     for tensor, value in after.items():
         np.testing.assert_allclose(value, expected[tensor], atol=1e-6)
@@ -111,8 +109,7 @@ def test_alpha_0_is_the_history(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     selection = data.draw(selections(architecture))
     global_model, history = model(architecture, seed), selection.gather(model(architecture, seed + 1))
-    strategy = SubFlot(inputs="updates", alpha=0)
-    sent = strategy.extract(
+    sent = SubFlot(inputs="updates", alpha=0).extract(
         Cut(scene(architecture, global_model), turn(0.5), selection, past=PastUpdate(selection, history))
     )
     assert identical(sent.tensors, history)

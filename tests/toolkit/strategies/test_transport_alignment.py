@@ -38,8 +38,7 @@ def dense_algorithm(source: Tensors, target: Tensors) -> dict[str, Floats]:
     for layer, vectors in (("first", ("norm.weight", "norm.mean", "norm.variance")), ("second", ("second.bias",))):
         name = f"{layer}.weight"
         w = source[name].astype(np.float64) @ before
-        cost = np.sqrt(((w[:, None] - target[name].astype(np.float64)) ** 2).sum(2))
-        plan = pot(cost)
+        plan = pot(np.sqrt(((w[:, None] - target[name].astype(np.float64)) ** 2).sum(2)))
         plan = plan / plan.sum(0)
         out[name] = plan.T @ w
         for vector in vectors:

@@ -65,8 +65,7 @@ same_size = st.integers(1, 60).flatmap(
 def test_codes_are_off_by_half_a_step_at_most(text: str, both: tuple[Any, Any]) -> None:
     sent, trained = ({"w": v} for v in both)
     raw, left = encode(codec(text), trained, sent, {"w"})
-    difference = trained["w"] - sent["w"]
-    step = float(np.abs(difference).max()) / STEPS[text]
+    step = float(np.abs(trained["w"] - sent["w"]).max()) / STEPS[text]
     assert np.abs(left["w"]).max() <= 0.5 * step * (1 + 1e-5) + 1e-37
     assert np.abs(decode(codec(text), raw, sent, {"w"})["w"] - trained["w"]).max() <= 0.5 * step + 1e-6 * (
         np.abs(both).max() + step
@@ -153,8 +152,7 @@ def test_top_k_keeps_the_largest(values: Any, share: float) -> None:
     if out.size:
         smallest_kept = np.abs(values[kept_indices]).min()
         assert np.abs(values[out]).max() <= smallest_kept
-        level = np.flatnonzero(np.abs(values) == smallest_kept)
-        chosen = np.isin(level, kept_indices)
+        chosen = np.isin(np.flatnonzero(np.abs(values) == smallest_kept), kept_indices)
         assert (np.diff(chosen.astype(int)) <= 0).all()  # of equal ones the first
 
 

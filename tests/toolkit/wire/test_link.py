@@ -175,8 +175,7 @@ class TestWithMosquitto:
         monkeypatch.setattr(queues, "OUTBOX_BYTES", 1_000_000)
         with connect(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)
-            sent = [sender.publish("x", bytes(100_000)) for _ in range(20)]
-            assert sent == [True] * 10 + [False] * 10
+            assert [sender.publish("x", bytes(100_000)) for _ in range(20)] == [True] * 10 + [False] * 10
             assert not sender.room
             mosquitto.process.send_signal(18)
             assert sender.flush(30)

@@ -38,8 +38,7 @@ def serve_once(listener: socket.socket, step: int, done: threading.Event) -> Non
     with connection:
         connection.recv(4096)
         connection.sendall(_CONNACK)
-        subscribe = connection.recv(4096)
-        stream = _SUBACK_HEAD + subscribe[2:4] + b"\0" + b"".join(publish_packet(*m) for m in MESSAGES)
+        stream = _SUBACK_HEAD + connection.recv(4096)[2:4] + b"\0" + b"".join(publish_packet(*m) for m in MESSAGES)
         for start in range(0, len(stream), step):
             connection.sendall(stream[start : start + step])
         done.wait(60)

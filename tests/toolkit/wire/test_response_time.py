@@ -31,8 +31,7 @@ def test_an_answer_to_one_of_two_askings_says_nothing_about_the_time(stores: tup
     pull = Pull(ref, here.partial(ref), answers=answers)
     pull.start(0.0)
     (want,) = pull.on_tick(PATIENCE_S + 1)
-    answer = BlobSender(there).answer(want)
-    for raw in answer:  # type: ignore[union-attr]
+    for raw in BlobSender(there).answer(want):  # type: ignore[union-attr]
         pull.on_chunk(Chunk.parse(raw), PATIENCE_S + 1.01)
     assert pull.is_done
     assert answers.slowest_s == 0.0

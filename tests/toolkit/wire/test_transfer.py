@@ -217,8 +217,7 @@ def test_a_slow_link_is_not_taken_for_a_broken_one(source: BlobStore, target: Bl
                 queue += pull.on_tick(now)
             queue += pull.on_chunk(Chunk.parse(raw), now)
 
-    repeats = sum(w.count for w in asked) - 64 - 1
-    assert repeats <= 8
+    assert (sum(w.count for w in asked) - 64 - 1) <= 8
 
 
 def test_where_leaves_come_at_once_the_window_grows_and_a_few_wants_do(source: BlobStore, target: BlobStore) -> None:
@@ -250,8 +249,7 @@ def test_a_lost_leaf_that_others_have_overtaken_does_not_wait_for_a_stall(source
     serve, now, lost_at, again_at = BlobSender(source), 0.0, None, None
     queue = pull.start(now)
     while again_at is None:
-        want = queue.pop(0)
-        for chunk in chunks(serve.answer(want, 64 * 1024)):
+        for chunk in chunks(serve.answer(queue.pop(0), 64 * 1024)):
             now += 1
             late = pull.on_tick(now)
             if any(w.first <= 3 < w.first + w.count and w.part == "data" for w in late) and lost_at is not None:
