@@ -45,7 +45,6 @@ def test_what_the_boards_own_labels_say_is_in_the_probabilities(local: LocalBoar
     np.testing.assert_allclose(probabilities, softmax(logits), atol=1e-5)
 
 
-SAFETENSORS = "application/safetensors"
 JSON = "application/json"
 
 
@@ -59,7 +58,7 @@ JSON = "application/json"
         (NPY, npy(X)[:-1], "bytes of float32 [5, 6]"),
         (NPY, npy(X).replace(b"(5, 6)", b"(5.,6)"), ".npy file"),
         (NPY, npy(X).replace(b"(5, 6)", b"(-5,6)"), "bytes of float32 [-5, 6]"),
-        (SAFETENSORS, safetensors.numpy.save({"x": X})[:-1], "safetensors file"),
+        ("application/safetensors", safetensors.numpy.save({"x": X})[:-1], "safetensors file"),
         ("application/octet-stream", X.tobytes()[:-1], "bytes of raw numbers"),
         (JSON, b'{"x": [[1, 2, 3, 4, 5, 6], [1]]}', "x"),
         (JSON, b'{"x": [1e999, 2, 3, 4, 5, 6]}', "not finite"),

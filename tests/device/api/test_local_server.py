@@ -64,15 +64,12 @@ def check(open_board: LocalBoard, raw: bytes) -> None:
     assert ask(open_board, GOOD)[0] == 200
 
 
-FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
 WORDS = """GET POST /v1/predict /v1/samples ?label= HTTP/1.1 : Host Content-Length Content-Type X-Shape Expect
 100-continue Connection close 0 6 99 -1 1,6 application/x-npy application/octet-stream image/png localhost %"""
 TOKENS = [*WORDS.encode().split(), b" ", b": ", b"\r\n", b"\n", b"\0", b"\xff", npy(X), npy(X)[:20], X.tobytes()]
 
 
-@FUZZ
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400) | st.lists(st.sampled_from(TOKENS), max_size=30).map(b"".join))
 def test_any_bytes_are_answered_or_the_connection_is_closed(open_board: LocalBoard, raw: bytes) -> None:
     check(open_board, raw)

@@ -20,8 +20,6 @@ from fedprune_device.data.stored_array import StoredArray
 
 pytestmark = pytest.mark.board
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "own_source.py"
-
 
 class Source:
     """Sample n has n everywhere, and the class n modulo 3."""
@@ -193,7 +191,7 @@ def test_the_samples_of_every_source_are_one_for_a_model(tmp_path: Path) -> None
 
 
 def test_the_example_reads_what_its_logger_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = runpy.run_path(str(EXAMPLE))
+    example = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "own_source.py"))
     records = np.zeros(40, example["RECORD"])
     records["x"] = np.random.default_rng(0).standard_normal((40, 3, 128))
     records["y"] = np.arange(40) % 3

@@ -19,8 +19,7 @@ from support.fakes.sample_files import wav
 pytestmark = pytest.mark.board
 
 RATE = 16_000
-TIMES = np.arange(RATE) / RATE
-TONE = 0.5 * np.sin(2 * np.pi * 440 * TIMES)
+TONE = 0.5 * np.sin(2 * np.pi * 440 * (np.arange(RATE) / RATE))
 FLAC_HEAD = b"fLaC" + bytes(40)
 
 

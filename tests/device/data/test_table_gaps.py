@@ -78,16 +78,12 @@ def test_no_window_has_a_missing_number_and_none_is_held_over_a_gap(
             windows(source, span)
 
 
-def iso(seconds: float) -> str:
-    return (BEGIN + timedelta(seconds=seconds)).isoformat()
-
-
 def local(seconds: float, form: str) -> str:
     return (BEGIN + timedelta(seconds=seconds)).strftime(form)
 
 
 FORMATS = {
-    "iso": iso,
+    "iso": lambda s: (BEGIN + timedelta(seconds=s)).isoformat(),
     "z": lambda s: local(s, "%Y-%m-%dT%H:%M:%S.%fZ"),
     "space": lambda s: local(s, "%Y-%m-%d %H:%M:%S"),
     "offset": lambda s: (BEGIN + timedelta(seconds=s)).astimezone(timezone(timedelta(hours=2))).isoformat(),

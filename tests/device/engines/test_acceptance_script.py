@@ -12,11 +12,9 @@ from support.paths import ROOT
 
 pytestmark = pytest.mark.board
 
-SCRIPT = ROOT / "examples" / "jetson_acceptance.py"
-
 
 def run(bundle: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--bundle", str(bundle)]
+    command = [sys.executable, str(ROOT / "examples" / "jetson_acceptance.py"), "--bundle", str(bundle)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

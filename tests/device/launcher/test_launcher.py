@@ -66,10 +66,6 @@ def boot(board: ReleaseInstaller, *arguments: str) -> tuple[str, int]:
     return out.strip() or err.strip().splitlines()[-1], process.returncode
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
-    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
 def update(
     board: ReleaseInstaller, folder: Path, app: str, *, number: int = 2, attempts: int = 2, seconds: float = 1
 ) -> None:
@@ -196,7 +192,7 @@ def test_a_launcher_that_is_killed_takes_its_trial_along_and_has_counted_the_att
         assert process.stdout.readline() == "version 2\n"
         state = board.home.load()
         assert (state.phase, state.left) == (TRIAL, left)
-        (release,) = children(process)
+        (release,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
         ended = os.pidfd_open(release)
         process.kill()
         process.wait()

@@ -115,12 +115,6 @@ def stage(board: Board, release: Path, *, arm: bool = True) -> None:
             board.updater.arm(ATTEMPTS)
 
 
-def operations(board: Board) -> list[str]:
-    with power() as supply:
-        board.run_until_idle()
-    return supply.names
-
-
 # At every push the tests below cut at random operations and in the first installation, `test_release_updates.py` in
 # updates that are downloaded.
 @pytest.mark.soak
@@ -131,7 +125,9 @@ def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
 ) -> None:
     bad = BAD[how]
     calm = Board(copy_of(fresh, tmp_path / "calm"), releases, bad)
-    points = operations(calm)
+    with power() as supply:
+        calm.run_until_idle()
+    points = supply.names
     calm.settled_state()
     assert len(points) >= 150, (
         "three kinds of cut and three of bad releases: 1,600 points and more, soaked ones included"

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.board
 
 PLAIN = Recipe(epochs=1, batch_size=16)
 STATISTICS = {"mean", "var"}
-CODED = ("int8", "int4", "top-k:0.25")
 
 
 def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalState | None]:
@@ -48,7 +47,7 @@ def read(raw: bytes, text: str, sent: Tensors) -> Tensors:
     return decode(codec, raw, sent, set(sent) - STATISTICS)
 
 
-@pytest.mark.parametrize("text", CODED)
+@pytest.mark.parametrize("text", ["int8", "int4", "top-k:0.25"])
 def test_an_update_is_encoded_as_offered_and_what_was_trained_serves(board: HiddenBoard, text: str) -> None:
     sent = hidden_weights(seed=1)
     plain, serves, _ = carry_out(board, board.offer(1, PLAIN, sent, graph="kept"))

@@ -10,12 +10,10 @@ from support.paths import GRAPHS
 
 pytestmark = pytest.mark.board
 
-FILE = GRAPHS / "opsets.npz"
-
 
 @pytest.fixture(scope="module")
 def opset_arrays() -> dict[str, Any]:
-    with np.load(FILE, allow_pickle=False) as file:
+    with np.load(GRAPHS / "opsets.npz", allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 

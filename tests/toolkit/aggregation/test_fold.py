@@ -270,9 +270,8 @@ def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: in
 def random_mask(selection: Selection, seed: int) -> ElementMask:
     """A mask of about half of some trained tensors, and of nothing of the others."""
     dice = np.random.default_rng(seed)
-    shapes = selection.shapes()
     chosen = [t.name for t in selection.architecture.trainable if dice.random() < 0.7]
-    return {n: np.asarray(dice.random(shapes[n]) < 0.5) for n in chosen}
+    return {n: np.asarray(dice.random(selection.shapes()[n]) < 0.5) for n in chosen}
 
 
 @st.composite

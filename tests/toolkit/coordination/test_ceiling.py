@@ -40,14 +40,10 @@ def with_room(profile: HardwareProfile, share: float) -> HardwareProfile:
 def fleet_of(job: Job, profiles: Mapping[str, HardwareProfile]) -> Coordinator:
     coordinator = make_coordinator(replace(job, devices=len(profiles)), WIDE, State(model="m0"))
     for name, profile in profiles.items():
-        play(coordinator, coordinator.handle(on.DeviceBorn(name, 1, profile.to_dict(), 10), 0.0))
+        for command in coordinator.handle(on.DeviceBorn(name, 1, profile.to_dict(), 10), 0.0):
+            if isinstance(command, do.Score):
+                coordinator.handle(on.Scored(command.round, "r"), 0.0)
     return coordinator
-
-
-def play(coordinator: Coordinator, commands: list[do.Command]) -> None:
-    for command in commands:
-        if isinstance(command, do.Score):
-            coordinator.handle(on.Scored(command.round, "r"), 0.0)
 
 
 def parts_of(coordinator: Coordinator) -> Iterator[tuple[JobDevice, DeviceTask]]:

@@ -60,11 +60,6 @@ def test_a_total_ends_a_job_with_the_round_in_which_it_is_reached(job: Job, tota
     assert shell.state.round > 2
 
 
-def run_until(shell: Any, phase: Phase, number: int) -> None:
-    while (shell.state.phase, shell.state.round) != (phase, number):
-        shell.feed(shell.inbox.pop(0))
-
-
 @pytest.mark.parametrize("job", [replace(JOB, rounds=2), job_of(arrivals=3, rounds=2)], ids=lambda job: job.strategy)
 def test_rounds_that_were_taken_back_before_they_began_are_not_trained(job: Job) -> None:
     shell = shell_of(job)
@@ -84,7 +79,8 @@ def test_what_a_round_has_seen_stays_spent() -> None:
     """After a crash the shell may have counted less."""
     shell = shell_of(replace(JOB, rounds=9, total_bytes=2000))
     shell.arrive()
-    run_until(shell, Phase.TRAINING, 1)
+    while (shell.state.phase, shell.state.round) != (Phase.TRAINING, 1):
+        shell.feed(shell.inbox.pop(0))
     shell.feed(on.Closed(0, "m", spent_bytes=5000, spent_macs=7))
     shell.run()
     assert (shell.state.round, shell.state.spent_bytes, shell.state.spent_macs) == (1, 5000, 10)

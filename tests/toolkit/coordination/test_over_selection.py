@@ -18,12 +18,9 @@ def fleet(count: int, slow: int = 0) -> dict[str, Board]:
     return {f"d{i}": Board(seconds=60.0 + i if i < slow else 10.0 - i / 100) for i in range(count)}
 
 
-def job(**settings: object) -> object:
-    return replace(JOB, **{"devices": 10, "rounds": 6, "participation": 0.5, "over_selection": 0.4, **settings})
-
-
 def shell_of(boards: dict[str, Board], **settings: object) -> Timed:
-    return announced_shell(job(**{"devices": len(boards), **settings}), boards)  # type: ignore[arg-type]
+    values = {"devices": len(boards), "rounds": 6, "participation": 0.5, "over_selection": 0.4, **settings}
+    return announced_shell(replace(JOB, **values), boards)  # type: ignore[arg-type]
 
 
 def test_more_are_asked_and_the_round_closes_with_enough() -> None:

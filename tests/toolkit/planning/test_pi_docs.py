@@ -15,17 +15,13 @@ from support.paths import ROOT
 PAGE = (ROOT / "docs" / "pi.md").read_text()
 
 
-def commands(prog: str) -> list[list[str]]:
-    command_lines = re.findall(rf"(?:^    |ExecStart=\S+/)(?:sudo )?(?:\.venv/bin/)?{prog} (.*)$", PAGE, re.MULTILINE)
-    return [shlex.split(line) for line in command_lines]
-
-
 def test_the_server_makes_the_broker_s_files_where_the_page_has_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for words in commands("fedprune-server"):
-        assert server.main([w.replace("/etc/mosquitto", "etc") for w in words]) == ExitCode.OK
+    commands = r"(?:^    |ExecStart=\S+/)(?:sudo )?(?:\.venv/bin/)?fedprune-server (.*)$"
+    for line in re.findall(commands, PAGE, re.MULTILINE):
+        assert server.main([w.replace("/etc/mosquitto", "etc") for w in shlex.split(line)]) == ExitCode.OK
     for link in re.findall(r"ln -s /etc/mosquitto/(\S+)", PAGE):
         assert (tmp_path / "etc" / link).is_file()
     assert JoinClaim.parse((tmp_path / "attic.claim").read_text())

@@ -195,8 +195,7 @@ def test_a_plan_survives_json(situation: dict[str, Any]) -> None:
 
 WIDE = replace(NET, activations=(Activation("conv", MAPS, 2**14, True), Activation("fc", HIDDEN, 1, True)))
 """A net whose activations take most of its memory."""
-STATISTICS = TensorSpec("norm.mean", TensorKind.STAT_MEAN, (MAPS,))
-NORMALISED = replace(WIDE, tensors=(*WIDE.tensors, STATISTICS))
+NORMALISED = replace(WIDE, tensors=(*WIDE.tensors, TensorSpec("norm.mean", TensorKind.STAT_MEAN, (MAPS,))))
 """The same net with a batch norm."""
 
 

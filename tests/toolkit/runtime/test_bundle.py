@@ -21,11 +21,10 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 
 pytestmark = pytest.mark.board
 
-GROUP = Axis((Segment(0, 0, 4),))
 ARCHITECTURE = Architecture(
     "toy",
     (ChannelGroup("g0", 4),),
-    (TensorSpec("w", TensorKind.WEIGHT, (GROUP, Axis.fixed(3))),),
+    (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(3))),),
     (LayerRow("w", "Gemm", "w", 1),),
     (),
     (3,),

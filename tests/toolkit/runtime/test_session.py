@@ -172,14 +172,11 @@ def feeds_of(session: OnnxSession, rows: int = 2) -> dict[str, Any]:
     }
 
 
-SMALL = GRAPHS / "inference.onnx"
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     from fedprune.core import tensorfile
 
-    (tmp_path / "inference.onnx").write_bytes(SMALL.read_bytes())
+    (tmp_path / "inference.onnx").write_bytes((GRAPHS / "inference.onnx").read_bytes())
     weights = {"w": np.ones((3, 6), np.float32), "b": np.zeros(3, np.float32)}
     (tmp_path / "weights.safetensors").write_bytes(tensorfile.encode(weights))
     return tmp_path / "inference.onnx"
@@ -241,11 +238,6 @@ class Driver:
         return 0
 
 
-def driver_named(name: str) -> Driver:
-    assert name == "libcuda.so.1"
-    return Driver()
-
-
 @pytest.mark.parametrize("message", NO_KERNELS)
 @pytest.mark.parametrize(
     ("release", "remedy"),
@@ -261,7 +253,7 @@ def test_a_build_without_kernels_for_the_gpu_is_named_with_the_right_one(
     path = small.parent / "nv_tegra_release"
     path.write_text(release)
     monkeypatch.setattr(missing_kernels, "TEGRA_RELEASE", path)
-    monkeypatch.setattr(ctypes, "CDLL", driver_named)
+    monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": Driver()}.__getitem__)
     session = OnnxSession(small, cuda=True)
     runtime.fails, runtime.failure = True, message
 

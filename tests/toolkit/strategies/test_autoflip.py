@@ -77,13 +77,9 @@ def test_norms_and_statistics_are_never_masked() -> None:
     assert {NET.by_name[n].kind for n in masks(play, "a")} == {TensorKind.WEIGHT, TensorKind.BIAS}
 
 
-def damped_fedavg(beta: float) -> Strategy:
-    """FedAvg with damped momentum that sleeps in the first round."""
-    return MaskedElements(inputs="updates", aggregator=Mean(server_momentum=beta, damped=True), exploration_rounds=1)
-
-
 def test_without_pruning_it_is_fedavg_with_damped_momentum_bit_for_bit() -> None:
-    expected = Play(damped_fedavg(0.9), model(NET, 1), DEVICES).play(5)
+    damped = MaskedElements(inputs="updates", aggregator=Mean(server_momentum=0.9, damped=True), exploration_rounds=1)
+    expected = Play(damped, model(NET, 1), DEVICES).play(5)
     assert identical(Play(autoflip(pruned_share=0.0), model(NET, 1), DEVICES).play(5), expected)
 
 

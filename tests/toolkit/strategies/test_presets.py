@@ -36,8 +36,6 @@ from support.nets.drawn_models import architectures, model, seeds, selections
 
 pytestmark = pytest.mark.board
 
-OURS = ("fedavg", "fedprox", "heterofl", "fedrolex", "fedper", "local", "history", "ca-hfp")
-
 
 def job(strategy: str, **options: Any) -> Job:
     return Job(strategy=strategy, options=options)
@@ -69,7 +67,7 @@ def test_settings_out_of_range_are_named(name: str, options: dict[str, Any]) -> 
 
 
 def test_widths_come_from_the_option_then_the_job_then_the_preset() -> None:
-    for name in OURS:
+    for name in ("fedavg", "fedprox", "heterofl", "fedrolex", "fedper", "local", "history", "ca-hfp"):
         assert compose(job(name, densities=[1, 0.5])).allocator == Tiers((1, 0.5))
         assert compose(Job(strategy=name, density=0.3)).allocator == Fixed(0.3)
     assert compose(job("fedavg")).allocator == Fixed(1.0, whole=True)

@@ -40,13 +40,6 @@ NET = Architecture(
 )
 
 
-def evidence_of(architecture: Architecture, gradient: Tensors, curve: Tensors) -> Evidence:
-    out = Evidence.empty(architecture)
-    for spec in architecture.trainable:
-        out.gradient[spec.name], out.curvature[spec.name] = gradient[spec.name], np.abs(curve[spec.name])
-    return out
-
-
 def by_channel(architecture: Architecture, coordinate_scores: dict[str, Any]) -> list[Any]:
     """Sums over the coordinates that make each channel, by a loop over single coordinates."""
     out = [np.zeros(n) for n in architecture.sizes]
@@ -93,7 +86,10 @@ def test_curvature_sums_its_formula_over_the_coordinates_that_make_a_channel(
         t.name: formula(*(x[t.name].astype(np.float64) for x in (full, g)), np.abs(h[t.name].astype(np.float64)))
         for t in architecture.trainable
     }
-    got = curvature_scores(architecture, full, evidence_of(architecture, g, h), form)
+    evidence = Evidence.empty(architecture)
+    for spec in architecture.trainable:
+        evidence.gradient[spec.name], evidence.curvature[spec.name] = g[spec.name], np.abs(h[spec.name])
+    got = curvature_scores(architecture, full, evidence, form)
     for a, b in zip(got, by_channel(architecture, coordinate_scores), strict=True):
         assert np.allclose(a, b)
 

@@ -15,7 +15,6 @@ from support.nets.drawn_models import architectures, model, seeds, selections
 pytestmark = pytest.mark.board
 
 A, B = (Axis((Segment(g, 0, n),)) for g, n in enumerate((5, 4)))
-FLAT = Axis((Segment(1, 0, 4, 2),))
 
 NET = Architecture(
     "two hidden layers and a residual branch",
@@ -25,7 +24,7 @@ NET = Architecture(
         TensorSpec("branch", TensorKind.WEIGHT, (A, A)),
         TensorSpec("second", TensorKind.WEIGHT, (B, A)),
         TensorSpec("bias", TensorKind.BIAS, (B,)),
-        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(2), FLAT)),
+        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(2), Axis((Segment(1, 0, 4, 2),)))),
     ),
     tuple(LayerRow(n, "Gemm", n, 1) for n in ("first", "branch", "second", "head")),
     (),

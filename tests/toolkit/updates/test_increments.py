@@ -12,14 +12,13 @@ from fedprune.model.selection import ElementMask, Tensors
 from fedprune.updates import increments, packing
 
 SHAPES = {"w": (5, 7), "bias": (5,), "c": (4, 2, 3, 3), "a": (1, 3), "none": (0, 3)}
-MASKED = ("a", "c", "none", "w")
 
 
 def drawn(seed: int, shares: list[float]) -> tuple[Tensors, list[ElementMask]]:
     """Weights, and nested masks with about these shares of them; that of 1 is no mask."""
     rng = np.random.default_rng(seed)
     weights = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in SHAPES.items()}
-    ranks = {n: rng.random(SHAPES[n]) for n in MASKED}
+    ranks = {n: rng.random(SHAPES[n]) for n in ("a", "c", "none", "w")}
     return weights, [{} if share == 1 else {n: r < share for n, r in ranks.items()} for share in shares]
 
 
@@ -41,10 +40,6 @@ def test_increments_make_the_files_of_each_submodel(seed: int, shares: list[floa
         assert increments.decode(raw[:count], 10**4, 10**3) == files(weights, mask)
 
 
-def repacked(raw: bytes, **changes: np.ndarray) -> bytes:
-    return packing.pack_tensors({**packing.unpack_tensors(raw, 10**4), **changes})
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -62,7 +57,8 @@ def repacked(raw: bytes, **changes: np.ndarray) -> bytes:
 def test_what_does_not_fit_is_refused(changes: dict[str, np.ndarray]) -> None:
     weights, masks = drawn(1, [0.5, 0.9, 1.0])
     raw = encoded(weights, masks)
-    raw[2 if "w::shape" in changes else 1] = repacked(raw[2 if "w::shape" in changes else 1], **changes)
+    at = 2 if "w::shape" in changes else 1
+    raw[at] = packing.pack_tensors({**packing.unpack_tensors(raw[at], 10**4), **changes})
     with pytest.raises(ProtocolError):
         increments.decode(raw, 10**4, 10**3)
 

@@ -16,12 +16,11 @@ from support.paths import ROOT
 pytestmark = pytest.mark.mosquitto
 
 LAB = Topics("lab")
-PAGE = ROOT / "docs" / "protocol.md"
 
 
 @pytest.fixture
 def url(start_mosquitto: Callable[..., Any], tmp_path: Path) -> Iterator[str]:
-    rules = re.findall(r"^ {4}((?:pattern|user|topic) .*)$", PAGE.read_text(), re.MULTILINE)
+    rules = re.findall(r"^ {4}((?:pattern|user|topic) .*)$", (ROOT / "docs" / "protocol.md").read_text(), re.MULTILINE)
     assert len(rules) == 6
     (tmp_path / "acl").write_text("\n".join(rules) + "\n")
     settings = f"listener {{port}} 127.0.0.1\nallow_anonymous true\nacl_file {tmp_path}/acl\n"

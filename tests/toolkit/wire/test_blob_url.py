@@ -12,9 +12,8 @@ from fedprune.wire.urls import LOOPBACK, MAX_URL, BlobUrl
 pytestmark = pytest.mark.board
 
 NAME = "ab" + "0" * 62
-LABEL = st.from_regex(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 HOST = st.one_of(
-    st.lists(LABEL, min_size=1, max_size=4).map(".".join),
+    st.lists(st.from_regex(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True), min_size=1, max_size=4).map(".".join),
     st.ip_addresses(v=4).map(str),
     st.ip_addresses(v=6).map(lambda address: f"[{address}]"),
 )
