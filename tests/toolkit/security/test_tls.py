@@ -96,7 +96,7 @@ def test_the_machine_s_clock_is_not_asked_and_the_time_floor_is(
 
     assert greeting(context, port) == b"hello"
     assert greeting(context, port, "localhost") == b"hello"
-    now[0] += 2 * (24 * 3600)
+    now[0] += 2 * 24 * 3600
     with pytest.raises(ssl.SSLCertVerificationError, match="its certificate ended on 2026-11-02") as caught:
         greeting(context, port)
     assert connection_failure(caught.value) == "TLS failed (its certificate ended on 2026-11-02)"

@@ -23,7 +23,7 @@ def job_of(kind: str, strategy: str = "plain", **schedule_options: Any) -> Job:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("kind", [*("semi-async", "async"), "sync"])
+@pytest.mark.parametrize("kind", ["semi-async", "async", "sync"])
 def test_every_preset_takes_it_or_says_why_not(name: str, kind: str) -> None:
     strategy = compose(Job(strategy=name))
     moves = type(strategy.aggregator) is DeltaMean or (type(strategy.aggregator) is Mean and strategy.schedule is None)
