@@ -80,8 +80,7 @@ def main(arguments: list[str]) -> int:
     path, rooms = ROOT / RECORD, room_lines()
     text = path.read_text() if path.exists() else '{"totals": {}, "rooms": {}}'
     if arguments == ["record"]:
-        record = new_record(json.loads(text), rooms)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(json.dumps(new_record(json.loads(text), rooms), indent=1) + "\n")
         arguments, text = ["check"], path.read_text()
     if arguments != ["check"]:
         print(__doc__)

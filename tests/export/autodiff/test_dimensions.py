@@ -80,8 +80,7 @@ def test_sizes_at_run_time(form: dict, widths: tuple[int, ...], batch: int) -> N
     for name, shape in shapes.items():
         graph.inputs.append(Port(name, np.dtype(np.float32), shape))
         dims.note_shape(name, shape)
-    dim = dims.dim(form)
-    graph.emit("Identity", dims.sizes([dim, 4, "g2"]), out="sizes")
+    graph.emit("Identity", dims.sizes([dims.dim(form), 4, "g2"]), out="sizes")
     graph.outputs.append(Port("sizes", np.dtype(np.int64), (3,)))
     got = OnnxSession(graph.to_bytes()).run({n: np.zeros(s, np.float32) for n, s in sizes.items()})["sizes"]
     want = sum(c * int(np.prod([names[s] for s in m])) for m, c in form.items())

@@ -72,8 +72,7 @@ def test_max_pool_gives_the_gradient_to_torchs_maximum(case: dict[str, Any]) -> 
 def test_max_pool_on_flat_regions_is_bit_for_bit_torchs(rank: int, constant: str, kernel: int, stride: int) -> None:
     x = pool_input({"size": (8,) * rank, "constant": constant}, seed=3)
     oracle = lambda x: MAXIMA[rank](x, kernel, stride)  # noqa: E731
-    pool = node("MaxPool", "x", kernel_shape=[kernel] * rank, strides=[stride] * rank)
-    check_bits([pool], oracle, x)
+    check_bits([node("MaxPool", "x", kernel_shape=[kernel] * rank, strides=[stride] * rank)], oracle, x)
 
 
 def check_bits(nodes: list[Any], oracle: Any, x: np.ndarray[Any, Any]) -> None:

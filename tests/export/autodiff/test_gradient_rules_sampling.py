@@ -28,9 +28,8 @@ def test_samples_of_maps_are_torchs(
     mode: str, padding: str, corners: bool, size: tuple[int, ...], spread: float, seed: int
 ) -> None:
     x, grid = normal(3, 4, *size[:2], seed=seed), np.float32(spread) * normal(3, *size[2:], 2, seed=seed + 1)
-    attrs = {"mode": mode, "padding_mode": padding, "align_corners": int(corners)}
     check(
-        [node("GridSample", "x", "grid", **attrs)],
+        [node("GridSample", "x", "grid", mode=mode, padding_mode=padding, align_corners=int(corners))],
         # The nearest place doesn't move with the grid: torch's gradient is 0.
         lambda x, grid: sample_grid(
             x, grid.detach() if mode == "nearest" else grid, mode=mode, padding_mode=padding, align_corners=corners

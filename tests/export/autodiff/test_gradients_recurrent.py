@@ -141,8 +141,7 @@ def test_gru_that_resets_before_its_product(case: dict[str, Any]) -> None:
             for step in x.flip(0) if backwards else x:
                 z = torch.sigmoid(step @ wz.T + state @ rz.T + biases[0] + biases[3])
                 reset = torch.sigmoid(step @ wr.T + state @ rr.T + biases[1] + biases[4])
-                n = torch.tanh(step @ wh.T + (reset * state) @ rh.T + biases[2] + biases[5])
-                state = (1 - z) * n + z * state
+                state = (1 - z) * torch.tanh(step @ wh.T + (reset * state) @ rh.T + biases[2] + biases[5]) + z * state
                 out.append(state)
             ys.append(torch.stack(out[::-1] if backwards else out))
             last.append(state)
@@ -211,9 +210,8 @@ def test_what_has_no_rule_is_refused_by_name(what: str) -> None:
 
 def test_pruning_keeps_what_a_loop_reads() -> None:
     graph = Graph(inputs=[Port("x", np.dtype(np.float32), ("N",))], outputs=[Port("y", np.dtype(np.float32), ("N",))])
-    outer = graph.emit("Neg", "x")
     body = onnx.helper.make_graph(
-        [onnx.helper.make_node("Add", ["held", outer], ["next"])],
+        [onnx.helper.make_node("Add", ["held", graph.emit("Neg", "x")], ["next"])],
         "body",
         [onnx.helper.make_tensor_value_info(n, 1, None) for n in ("held", "slice")],
         [onnx.helper.make_tensor_value_info("next", 1, None)],

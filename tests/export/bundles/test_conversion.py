@@ -88,8 +88,7 @@ def test_weights_of_another_model_are_refused(
 ) -> None:
     weights = str(bundle / "weights.safetensors")
     assert main(["to-onnx", str(digits), str(tmp_path / "o.onnx"), "--weights", weights]) == ExitCode.BUNDLE
-    err = capsys.readouterr().err
-    assert "tensor conv1.weight: expected float32 (32, 1, 3, 3), got float32 (13, 1, 3, 3)" in err
+    assert "tensor conv1.weight: expected float32 (32, 1, 3, 3), got float32 (13, 1, 3, 3)" in capsys.readouterr().err
     assert not (tmp_path / "o.onnx").exists()
 
 

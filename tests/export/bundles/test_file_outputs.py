@@ -88,8 +88,7 @@ def test_a_board_tells_the_outputs_of_the_file_and_of_what_it_was_cut_to(tmp_pat
             else:
                 np.testing.assert_array_equal(told[name], value.astype(told[name].dtype))
         # What the board itself predicts is what the file decides.
-        first = told["map"] if outputs == PIXELS else told["which"][:, 0]
-        np.testing.assert_array_equal(first, logits.argmax(1))
+        np.testing.assert_array_equal(told["map"] if outputs == PIXELS else told["which"][:, 0], logits.argmax(1))
 
 
 def test_lower_precisions_tell_them_too(tmp_path: Path) -> None:
@@ -110,8 +109,7 @@ def predict_command(
     raw, bundle = export(root, outputs, 1)
     np.save(root / "x.npy", X)
     capsys.readouterr()
-    words = ["predict", "--bundle", str(bundle), "--input", str(root / "x.npy")]
-    return words, OnnxSession(raw).run({"image": X})
+    return ["predict", "--bundle", str(bundle), "--input", str(root / "x.npy")], OnnxSession(raw).run({"image": X})
 
 
 def test_the_command_prints_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

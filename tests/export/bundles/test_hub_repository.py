@@ -124,8 +124,7 @@ def test_class_names_go_along_from_a_folder_to_bundles_and_folders(folder: Path,
 
 
 def test_recorded_ranks_go_along_if_they_are_of_the_models_groups(model: fx.Model, tmp_path: Path) -> None:
-    ranked = with_weights(model, model.tensors, "x", (np.array([2, 0, 3, 1]),))
-    folder = fx.save_pretrained(ranked, tmp_path / "saved")
+    folder = fx.save_pretrained(with_weights(model, model.tensors, "x", (np.array([2, 0, 3, 1]),)), tmp_path / "saved")
     assert [r.tolist() for r in fx.load(folder).ranks or ()] == [[2, 0, 3, 1]]
 
     proto = onnx.load(folder / HUB_GRAPH_FILE)

@@ -51,8 +51,7 @@ def test_reshaped_rows_say_where_numpy_puts_the_elements(shapes: tuple[list[int]
     old, new = shapes
     carrier %= len(old)
     row = np.arange(1, old[carrier] + 1)
-    row_shape = [-1 if i == carrier else 1 for i in range(len(old))]
-    elements = np.broadcast_to(row.reshape(row_shape), old).reshape(new)
+    elements = np.broadcast_to(row.reshape([-1 if i == carrier else 1 for i in range(len(old))]), old).reshape(new)
     runs = axis_runs(old, new)
     assert [i for olds, _ in runs for i in olds] == list(range(len(old)))
     assert [i for _, news in runs for i in news] == list(range(len(new)))

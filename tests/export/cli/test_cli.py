@@ -57,8 +57,7 @@ def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pyt
 def test_a_board_with_tensorrt_gets_a_plan_for_its_engine(lenet_file: Path, tmp_path: Path) -> None:
     assert export(lenet_file, tmp_path / "b", "--density", "0.5", target="jetson-orin-nano") == ExitCode.OK
     assert open_bundle(tmp_path / "b").engine == EnginePlan()
-    names = {p.name for p in (tmp_path / "b").iterdir()}
-    assert names == {*FILES, MANIFEST, *REPORTS, "engine.json"}
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {*FILES, MANIFEST, *REPORTS, "engine.json"}
 
 
 def test_another_boards_bundle_is_refused_before_the_model_is_read(

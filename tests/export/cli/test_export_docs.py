@@ -29,8 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "digits.onnx").write_bytes(digits_model())
     x, y = load_digits()
     np.savez(path / "eval.npz", x=x[:50], y=y[:50])
-    tensors = import_onnx(digits_model(), "digits").tensors
-    (path / "global.safetensors").write_bytes(tensorfile.encode(tensors))
+    (path / "global.safetensors").write_bytes(tensorfile.encode(import_onnx(digits_model(), "digits").tensors))
     (path / "my-boards").mkdir()
     loss = PAGE[PAGE.index("    # my_losses.py") :].partition(COMMAND)[0]
     (path / "my_losses.py").write_text(textwrap.dedent(loss))
@@ -42,8 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "    for name in ('q', 'v', 'out'):\n        block.add_module(name, nn.Linear(24, 24))\n"
         "    net = nn.Sequential(block)\n    net.input_shape = (24,)\n    return net\n"
     )
-    shipped = ROOT / "hardware_profiles" / "raspberry-pi-5.toml"
-    (path / "my-board.toml").write_text(shipped.read_text())
+    (path / "my-board.toml").write_text((ROOT / "hardware_profiles" / "raspberry-pi-5.toml").read_text())
     return path
 
 

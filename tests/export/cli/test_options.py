@@ -141,8 +141,7 @@ def test_flags_that_make_no_sense_are_one_line(
 def test_a_probe_of_a_gpu_is_of_a_board_that_may_have_one(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, code: ExitCode
 ) -> None:
-    measured = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, unit="cuda").to_dict()
-    (tmp_path / "probe.json").write_text(json.dumps(measured))
+    (tmp_path / "probe.json").write_text(json.dumps(ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, unit="cuda").to_dict()))
     options = ("--target", target, "--out", str(tmp_path / "b"), "--probe", str(tmp_path / "probe.json"))
     assert main([str(digits), *options]) == code
     message = (

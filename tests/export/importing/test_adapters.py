@@ -225,8 +225,7 @@ def test_a_low_base_stays_the_same_bytes_through_files(base: str, tmp_path: Path
     reloaded = import_onnx(model.graph.to_bytes(), model.architecture.name)
     assert reloaded.architecture.digest == model.architecture.digest
     assert reloaded.base_file == model.base_file
-    plan = fx.plan(model, "raspberry-pi-5", recipe=Recipe(batch_size=2), density=0.5)
-    fx.export(model, plan, tmp_path / "out")
+    fx.export(model, fx.plan(model, "raspberry-pi-5", recipe=Recipe(batch_size=2), density=0.5), tmp_path / "out")
     assert open_bundle(tmp_path / "out").architecture.base == model.architecture.base
     assert (tmp_path / "out" / "base.safetensors").read_bytes() == model.base_file
     (tmp_path / "out" / "base.safetensors").unlink()

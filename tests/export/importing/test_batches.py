@@ -48,8 +48,7 @@ def mlp_end(graph: Graph, value: str) -> str:
 
 def reshaped_pictures(size: int) -> Build:
     def build(g: Graph) -> str:
-        maps = g.emit("Relu", g.emit("Conv", "image", "k"))
-        return mlp_end(g, g.emit("Reshape", maps, g.ints(size, -1)))
+        return mlp_end(g, g.emit("Reshape", g.emit("Relu", g.emit("Conv", "image", "k")), g.ints(size, -1)))
 
     return build
 
@@ -103,8 +102,7 @@ def recurrent(size: int, *, learned: bool, first: bool) -> Build:
         states = g.emit(
             "GRU", steps, "gates", "back", "", "", start, attrs={"hidden_size": 4, "linear_before_reset": 1}
         )
-        last = g.emit("Gather", g.emit("Squeeze", states, g.ints(1)), g.constant(-1, np.int64))
-        return g.emit("Gemm", last, "v")
+        return g.emit("Gemm", g.emit("Gather", g.emit("Squeeze", states, g.ints(1)), g.constant(-1, np.int64)), "v")
 
     return build
 
@@ -168,8 +166,7 @@ def squeezed(g: Graph) -> str:
 
 def single_map(g: Graph) -> str:
     rows = g.emit("Flatten", g.emit("Squeeze", "image", g.ints(0)), attrs={"axis": 1})
-    means = g.emit("ReduceMean", rows, attrs={"axes": [1], "keepdims": 0})
-    return g.emit("Add", g.emit("MatMul", means, "v"), "b")
+    return g.emit("Add", g.emit("MatMul", g.emit("ReduceMean", rows, attrs={"axes": [1], "keepdims": 0}), "v"), "b")
 
 
 def taken_sample(g: Graph) -> str:
@@ -241,8 +238,7 @@ def test_a_plan_is_that_of_a_free_batch(size: int) -> None:
 
         def build(g: Graph) -> str:
             maps = g.emit("Relu", g.emit("Conv", "image", "k"))
-            shape = g.ints(batch, -1) if isinstance(batch, int) else g.ints(0, -1)
-            return mlp_end(g, g.emit("Reshape", maps, shape))
+            return mlp_end(g, g.emit("Reshape", maps, g.ints(batch, -1) if isinstance(batch, int) else g.ints(0, -1)))
 
         model = import_onnx(file_of(build, (batch, 2, 4, 4), 2, **tensors), "net")
         return fx.plan(model, "raspberry-pi-5", density=0.5)
@@ -256,8 +252,7 @@ def masked(size: int, *, flat: bool) -> Build:
     def build(g: Graph) -> str:
         samples, places = np.meshgrid(np.arange(size), [2, 0], indexing="ij")
         if flat:
-            row = g.emit("Reshape", "image", g.ints(-1))
-            read = g.emit("Gather", row, g.constant(samples * 4 + places, np.int64))
+            read = g.emit("Gather", g.emit("Reshape", "image", g.ints(-1)), g.constant(samples * 4 + places, np.int64))
         else:
             read = g.emit("GatherND", "image", g.constant(np.stack([samples, places], -1), np.int64))
         return g.emit("MatMul", g.emit("Mul", read, "scale"), "v")
@@ -293,8 +288,7 @@ def test_positions_that_follow_from_the_batch(batch: int | str) -> None:
         count = g.emit("Gather", sizes, g.constant(0, np.int64))
         samples = g.emit("Range", g.constant(0, np.int64), count, g.constant(1, np.int64))
         starts = g.emit("Mul", g.emit("Unsqueeze", samples, g.ints(1)), g.ints(4))
-        row = g.emit("Flatten", "image", attrs={"axis": 0})
-        flat = g.emit("Reshape", row, g.ints(-1))
+        flat = g.emit("Reshape", g.emit("Flatten", "image", attrs={"axis": 0}), g.ints(-1))
         read = g.emit("Gather", flat, g.emit("Add", starts, g.constant([[2, 0, 1, 1]], np.int64)))
         tokens = g.emit("Add", g.emit("Unsqueeze", g.emit("Tanh", read), g.ints(2)), types)
         return g.emit("MatMul", g.emit("Tanh", tokens), "v")

@@ -117,8 +117,7 @@ def test_without_such_a_tensor_the_error_names_the_node_and_the_values() -> None
         import_onnx(raw, "detector")
     assert "corners, class_map" in caught.value.hint
     assert "--output" in caught.value.hint
-    model = import_onnx(raw, "detector", ImportChoices(output="class_map"))
-    assert model.architecture.output_shape == (3, 6, 6)
+    assert import_onnx(raw, "detector", ImportChoices(output="class_map")).architecture.output_shape == (3, 6, 6)
 
 
 def test_a_loss_of_ones_own_takes_the_outputs_before_it() -> None:

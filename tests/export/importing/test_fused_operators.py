@@ -347,8 +347,7 @@ def transformer_block() -> Graph:
         return name
 
     def linear(value: str, name: str, columns: int) -> str:
-        rows = WIDTH if name != "down" else 3 * WIDTH
-        product = graph.emit("MatMul", value, tensor(f"{name}.weight", rows, columns))
+        product = graph.emit("MatMul", value, tensor(f"{name}.weight", WIDTH if name != "down" else 3 * WIDTH, columns))
         return graph.emit("Add", product, tensor(f"{name}.bias", columns))
 
     def heads(value: str, *order: int) -> str:
@@ -449,8 +448,7 @@ def test_fused_operators_in_branches_and_functions() -> None:
         g = If(on)<then_branch = a () => (float[N,6,8] p) { p = ms.BiasGelu(q, b) },
                    else_branch = e () => (float[N,6,8] o) { o = Relu(q) }> h = MatMul(g, w)""")
     proto = onnx.load_from_string(raw)
-    tensor = numpy_helper.from_array(np.linspace(-1, 1, WIDTH, dtype=np.float32), "b")
-    proto.graph.initializer.append(tensor)
+    proto.graph.initializer.append(numpy_helper.from_array(np.linspace(-1, 1, WIDTH, dtype=np.float32), "b"))
     check_import(proto.SerializeToString())
     proto = onnx.load_from_string(file_of("h = ms.BiasGelu(x, b)"))
     call = proto.graph.node[0]

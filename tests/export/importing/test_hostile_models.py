@@ -28,9 +28,8 @@ def model(
     tensors: Tensors, nodes: Nodes | None = None, shape: Shape = ("N", 6), classes: int = 4, listed: str | None = None
 ) -> bytes:
     """A model; by default one matrix product with the first of its tensors."""
-    operators = nodes or [helper.make_node("Gemm", ["x", next(iter(tensors))], ["y"])]
     graph = helper.make_graph(
-        operators,
+        nodes or [helper.make_node("Gemm", ["x", next(iter(tensors))], ["y"])],
         "g",
         [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, list(shape))],
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", classes])],

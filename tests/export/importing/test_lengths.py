@@ -272,8 +272,7 @@ def test_a_predictor_takes_samples_of_any_length_within_the_bounds(tmp_path: Pat
     torch.manual_seed(0)
     module = Tagger()
     model = fx.load(module)
-    report = fx.export(model, fx.plan(model, "raspberry-pi-5", density=1.0, recipe=recipe(ignore_label=-1)), tmp_path)
-    assert report
+    assert fx.export(model, fx.plan(model, "raspberry-pi-5", density=1.0, recipe=recipe(ignore_label=-1)), tmp_path)
     predictor, x = Predictor(tmp_path), np.random.default_rng(1).integers(0, 7, (3, MAX_LENGTH))
     assert predictor.input_shape == (Lengths(MIN_LENGTH, MAX_LENGTH),)
     for n in (MIN_LENGTH, 7, MAX_LENGTH):
@@ -290,8 +289,7 @@ def test_a_predictor_takes_samples_of_any_length_within_the_bounds(tmp_path: Pat
 
 def test_a_cut_model_keeps_its_bounds() -> None:
     model = fx.load(Attention())
-    widths = tuple(max(1, size // 2) for size in model.architecture.sizes)
-    some = cut(model, Selection.of(model.architecture, widths))
+    some = cut(model, Selection.of(model.architecture, tuple(max(1, size // 2) for size in model.architecture.sizes)))
     x = pad_to_bound(floats(len(LENGTHS), 5, MAX_LENGTH), (5, Lengths(MIN_LENGTH, MAX_LENGTH)), LENGTHS)
     assert np.isfinite(OnnxSession(some.to_bytes()).run({"x": x})["logits"]).all()
     assert "fedprune.length" in some.metadata

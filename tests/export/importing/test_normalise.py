@@ -198,8 +198,7 @@ def test_a_number_that_follows_batch_or_data_stays_computed(number: Callable[[Gr
 
 def test_an_axis_of_one_sample_stays() -> None:
     def build(graph: Graph) -> str:
-        squeezed = graph.emit("Squeeze", graph.emit("Unsqueeze", "image", graph.ints(1)))
-        return linear(graph, squeezed, 3, 2)
+        return linear(graph, graph.emit("Squeeze", graph.emit("Unsqueeze", "image", graph.ints(1))), 3, 2)
 
     model, graph = model_of(build, 3)
     assert same(model, graph)

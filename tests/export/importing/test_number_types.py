@@ -71,8 +71,7 @@ def test_a_module_of_another_type_is_trained_in_float32(
     training_graph(model, Features())
     with torch.no_grad():
         expected = module(x).float().numpy()
-    samples = x.numpy() if takes_tokens else x.float().numpy()
-    assert distance(outputs(model.graph, samples), expected) < tolerance
+    assert distance(outputs(model.graph, x.numpy() if takes_tokens else x.float().numpy()), expected) < tolerance
     name = str(kind).removeprefix("torch.")
     (note,) = (note for note in model.notes if "float32" in note)
     assert name in note
@@ -87,8 +86,7 @@ def test_files_of_the_float16_converter_are_read(keeps_types: bool, kept: list[s
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     torch.manual_seed(0)
-    original = exported(convolutions().eval(), torch.randn(2, 3, 9, 9))
-    proto = onnx.load_model_from_string(original)
+    proto = onnx.load_model_from_string(exported(convolutions().eval(), torch.randn(2, 3, 9, 9)))
     raw = convert_float_to_float16(proto, keep_io_types=keeps_types, op_block_list=kept).SerializeToString()
     model = import_onnx(raw, "net")
     x = RANDOM.standard_normal((3, 3, 9, 9)).astype(np.float16)
@@ -107,8 +105,7 @@ def test_files_of_float16_are_compared_whatever_else_is_rewritten(end: str) -> N
     if end == "Classes last":
         last = ["scores = MatMul(r, v)", "y = ArgMax<axis=2, keepdims=0>(scores)"]
     noise = "RandomNormalLike<mean=0.5>(h)" if end == "Random numbers" else "Identity(h)"
-    first = "p = MatMul(x, w) h = LayerNormalization(p, g, g) n ="
-    body = " ".join([first, noise, "s = Add(h, n) r = Relu(s)", *last])
+    body = " ".join(["p = MatMul(x, w) h = LayerNormalization(p, g, g) n =", noise, "s = Add(h, n) r = Relu(s)", *last])
     head = '<ir_version: 8, opset_import: ["" : 14]>'
     proto = onnx.parser.parse_model(f"{head} net (float16[N,3,6] x) => ({shape}) {{ {body} }}")
     proto.graph.initializer.extend(
@@ -186,8 +183,7 @@ def file_of(
     ports = (helper.make_tensor_value_info(n, kind, ("n", d)) for n, d in (("x", 6), ("y", 4)))
     x, y = ports
     graph = helper.make_graph(nodes, "g", [x], [y], tensors, sparse_initializer=sparse)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    raw: bytes = model.SerializeToString()
+    raw: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     return raw
 
 
@@ -297,8 +293,7 @@ def pictures(kind: int, *, colours_last: bool, computed: Any = np.float32) -> by
     x = helper.make_tensor_value_info("x", kind, ("n", 8, 8, 3) if colours_last else ("n", 3, 8, 8))
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 4))
     graph = helper.make_graph(nodes, "g", [x], [y], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    raw: bytes = model.SerializeToString()
+    raw: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     return raw
 
 
@@ -332,8 +327,7 @@ def test_token_ids_of_any_width_are_taken(kind: int) -> None:
     ]
     x = helper.make_tensor_value_info("x", kind, ("n", 6))
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 4))
-    tensors = [tensor("table", 30, 8), tensor("w", 8, 5), tensor("v", 5, 4)]
-    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    graph = helper.make_graph(nodes, "g", [x], [y], [tensor("table", 30, 8), tensor("w", 8, 5), tensor("v", 5, 4)])
     raw = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     model = import_onnx(raw, "net")
     ids = RANDOM.integers(0, 30, (3, 6)).astype(model.graph.inputs[0].dtype)

@@ -120,8 +120,7 @@ def test_boards_train_what_torch_trains(fusion: tuple[fx.Model, Fusion], tmp_pat
 
 def test_a_cut_model_takes_the_same_rows(fusion: tuple[fx.Model, Fusion]) -> None:
     model, _ = fusion
-    full = Selection.full(model.architecture)
-    graph = cut(model, full.with_widths([size // 2 for size in model.architecture.sizes]))
+    graph = cut(model, Selection.full(model.architecture).with_widths([size // 2 for size in model.architecture.sizes]))
     x = np.random.default_rng(0).normal(size=(3, 63)).astype(np.float32)
     x[:, -1] = [0, 1, 4]
     assert OnnxSession(graph.to_bytes()).run({"x": x}, ["logits"])["logits"].shape == (3, 7)
@@ -198,8 +197,7 @@ def test_an_input_called_x_is_given_by_name_or_within_the_row(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("name", "value"), [("a", None), ("a", np.zeros((40, 3)))])
 def test_named_arrays_that_dont_fit_are_named(tmp_path: Path, name: str, value: Any) -> None:
-    arrays = {n: v for n, v in {**two_inputs(), name: value}.items() if v is not None}
-    np.savez(tmp_path / "two.npz", **arrays)
+    np.savez(tmp_path / "two.npz", **{n: v for n, v in {**two_inputs(), name: value}.items() if v is not None})
     with pytest.raises(DataError, match=r"array [ab]"):
         load_scored_data(tmp_path / "two.npz", fx.load(Two()), Recipe())
 
@@ -212,8 +210,7 @@ def test_a_state_dict_has_the_authors_names() -> None:
         assert set(state) == {n for n, _ in module.named_parameters()}
         assert check_state_parity(state, candidate.graph, candidate.graph) == 0
     module.load_state_dict({n: torch.tensor(v) for n, v in state.items()})
-    half = {n: np.ones_like(v) for n, v in model.tensors.items()}
-    assert torch.equal(fx.narrowed(module, half).lr, torch.ones(5))
+    assert torch.equal(fx.narrowed(module, {n: np.ones_like(v) for n, v in model.tensors.items()}).lr, torch.ones(5))
 
 
 def test_a_metric_of_other_labels_than_the_losss_is_refused() -> None:

@@ -56,8 +56,7 @@ def centre(g: Graph, x: str, axes: tuple[int, ...] = (-1,)) -> str:
 
 def rms(inverse: bool, power: bool) -> Build:
     def build(g: Graph, x: str) -> str:
-        root_mean_square = root(g, x, inverse=inverse, power=power)
-        return g.emit("Mul", "t", g.emit("Mul" if inverse else "Div", x, root_mean_square))
+        return g.emit("Mul", "t", g.emit("Mul" if inverse else "Div", x, root(g, x, inverse=inverse, power=power)))
 
     return build
 
@@ -65,8 +64,7 @@ def rms(inverse: bool, power: bool) -> Build:
 def layer(inverse: bool, power: bool) -> Build:
     def build(g: Graph, x: str) -> str:
         c = centre(g, x)
-        deviation = root(g, c, inverse=inverse, power=power)
-        scaled = g.emit("Mul", g.emit("Mul" if inverse else "Div", c, deviation), "t")
+        scaled = g.emit("Mul", g.emit("Mul" if inverse else "Div", c, root(g, c, inverse=inverse, power=power)), "t")
         return g.emit("Add", scaled, "u")
 
     return build
@@ -143,8 +141,7 @@ def test_gelu_by_erf(half_first: bool, divide: bool) -> None:
 def test_gelu_by_tanh(factored: bool) -> None:
     def build(g: Graph, x: str) -> str:
         if factored:
-            square = g.emit("Mul", g.emit("Mul", x, x), g.scalar(0.044715))
-            inner = g.emit("Mul", x, g.emit("Add", square, g.scalar(1)))
+            inner = g.emit("Mul", x, g.emit("Add", g.emit("Mul", g.emit("Mul", x, x), g.scalar(0.044715)), g.scalar(1)))
         else:
             cube = g.emit("Pow", x, g.scalar(3))
             inner = g.emit("Add", x, g.emit("Mul", g.scalar(0.044715), cube))

@@ -127,8 +127,7 @@ def inner_model(kind: str) -> bytes:
     outputs = [o.name for o in graph.output]
     del graph.node[2:]
     if kind == "function":
-        opsets = [helper.make_opsetid("", 17)]
-        function = helper.make_function("own", "Decide", ["h", "w"], outputs, inner, opsets)
+        function = helper.make_function("own", "Decide", ["h", "w"], outputs, inner, [helper.make_opsetid("", 17)])
         proto.functions.append(function)
         proto.opset_import.append(helper.make_opsetid("own", 1))
         graph.node.append(helper.make_node("Decide", ["h", "w"], outputs, domain="own"))

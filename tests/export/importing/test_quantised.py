@@ -49,8 +49,7 @@ def conv_net(*, opset: int = 17) -> bytes:
     h = g.emit("Relu", g.emit("Conv", h, "c.w", "c.b", out="c"), out="rc")
     h = g.emit("MaxPool", h, attrs={"kernel_shape": [2, 2], "strides": [2, 2]}, out="small")
     leaky = g.emit("LeakyRelu", g.emit("Conv", h, "d.w", out="d"), attrs={"alpha": 0.1}, out="ld")
-    gate = g.emit("Sigmoid", h, out="gate")
-    h = g.emit("Concat", leaky, gate, attrs={"axis": 1}, out="both")
+    h = g.emit("Concat", leaky, g.emit("Sigmoid", h, out="gate"), attrs={"axis": 1}, out="both")
     h = g.emit("Flatten", g.emit("GlobalAveragePool", h, out="mean"), out="flat")
     g.outputs = [Port(g.emit("Gemm", h, "o.w", "o.b", out="scores"), F32, ("N", 4))]
     return g.to_bytes()
@@ -150,8 +149,7 @@ def test_a_dynamically_quantised_transformer_trains_as_its_origin(
             str(files[1]), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatmulTransposeFusion"]
         )
         assert "DynamicQuantizeMatMul" in {n.op_type for n in onnx.load(files[2]).graph.node}
-    model = import_onnx(files[1 + optimised].read_bytes(), "net")
-    check_like(model, import_onnx(transformer(), "net"), TOKENS, 0.02)
+    check_like(import_onnx(files[1 + optimised].read_bytes(), "net"), import_onnx(transformer(), "net"), TOKENS, 0.02)
 
 
 def sequence_net() -> bytes:
@@ -172,8 +170,7 @@ def test_a_quantised_lstm_and_attention_become_those_of_floats(*, per_channel: b
     before, after = tmp_path / "float.onnx", tmp_path / "quantised.onnx"
     before.write_bytes(sequence_net())
     quantize_dynamic(before, after, per_channel=per_channel)
-    written = {n.op_type for n in onnx.load(after).graph.node}
-    assert written >= {"DynamicQuantizeLSTM", "QAttention"}
+    assert {n.op_type for n in onnx.load(after).graph.node} >= {"DynamicQuantizeLSTM", "QAttention"}
     raw = read_source(after)
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load_model_from_string(raw).graph.initializer}
     proto = onnx.load_model_from_string(sequence_net())

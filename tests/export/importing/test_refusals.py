@@ -75,11 +75,9 @@ def test_a_mask_of_weights_is_a_constant() -> None:
 @pytest.mark.parametrize("op", ["IsNaN", "Cast"])
 def test_an_output_of_whole_numbers_or_truths_is_named(op: str) -> None:
     def build(g: Graph) -> str:
-        logits = g.emit("MatMul", "image", "w", out="l")
-        return g.emit(op, logits, attrs={"to": 7} if op == "Cast" else None)
+        return g.emit(op, g.emit("MatMul", "image", "w", out="l"), attrs={"to": 7} if op == "Cast" else None)
 
-    kind = np.bool_ if op == "IsNaN" else np.int64
-    file = raw(build, {"w": random(6, 4)}, out=("N", 4), kind=kind)
+    file = raw(build, {"w": random(6, 4)}, out=("N", 4), kind=np.bool_ if op == "IsNaN" else np.int64)
     check_refusal(file, op, "--output l ")
     training_graph(import_onnx(file, "net", ImportChoices(output="l")), Features())
 

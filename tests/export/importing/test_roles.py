@@ -35,8 +35,7 @@ class Gated(nn.Module):
         self.gate, self.shift = nn.Parameter(torch.randn(8, 1, 1)), nn.Parameter(torch.randn(1, 12, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv(x) * torch.sigmoid(self.gate) + self.shift[:, :8]
-        return self.fc(h.relu().mean((2, 3)))
+        return self.fc((self.conv(x) * torch.sigmoid(self.gate) + self.shift[:, :8]).relu().mean((2, 3)))
 
 
 class Functional(nn.Module):
@@ -160,8 +159,7 @@ def test_without_a_list_what_normalises_the_input_is_a_constant_and_guesses_are_
 def test_without_a_list_grids_of_boxes_are_constants_and_named() -> None:
     def build(g: Graph) -> str:
         boxes = g.emit("Add", g.emit("MatMul", "image", "weight"), "grid")
-        bins = g.emit("Conv", g.emit("Mul", boxes, "strides"), "bins")
-        return g.emit("Flatten", bins)
+        return g.emit("Flatten", g.emit("Conv", g.emit("Mul", boxes, "strides"), "bins"))
 
     rng = np.random.default_rng(0)
     graph = Graph(inputs=[Port("image", F32, ("n", 3, 3))])
@@ -232,8 +230,7 @@ class Tokens(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = self.patches(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), patches], 1)
-        return self.fc(torch.tanh(tokens + self.places)[:, 0])
+        return self.fc(torch.tanh(torch.cat([self.token.expand(x.shape[0], -1, -1), patches], 1) + self.places)[:, 0])
 
 
 @pytest.mark.parametrize("opset", [14, 20])
@@ -257,8 +254,7 @@ def test_coordinates_beside_the_input_and_single_numbers_are_constants() -> None
     for name in ("odd", "one"):
         size = graph.emit("Concat", batch, graph.ints(sizes[name][1]), attrs={"axis": 0})
         pieces.append(graph.emit("Expand", name, size))
-    value = graph.emit("Gemm", graph.emit("Concat", *pieces, attrs={"axis": 1}), "w")
-    graph.outputs = [Port(value, F32, ("N", 4))]
+    graph.outputs = [Port(graph.emit("Gemm", graph.emit("Concat", *pieces, attrs={"axis": 1}), "w"), F32, ("N", 4))]
     model = import_onnx(graph.to_bytes(), "net")
     assert set(model.tensors) == {"w"}
     assert any("straight to the input: odd. --parameters" in note for note in model.notes)

@@ -60,8 +60,7 @@ def two_names() -> tuple[TwoNames, Model]:
 
 def test_what_has_several_names_is_one_tensor_with_the_first(two_names: tuple[TwoNames, Model]) -> None:
     module, model = two_names
-    norms = {"norm.running_mean", "norm.running_var"}
-    assert set(model.tensors) == {n for n, _ in module.named_parameters()} | norms
+    assert set(model.tensors) == {n for n, _ in module.named_parameters()} | {"norm.running_mean", "norm.running_var"}
     assert any("first.weight is second.weight and shared.weight too" in note for note in model.notes)
     x = inputs(model, 7)
     with torch.no_grad():
@@ -161,8 +160,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("example", [False, True])
 def test_identifiers_as_input(example: bool) -> None:
     module = Tokens()
-    source = (module, torch.zeros((1, 6), dtype=torch.int64)) if example else module
-    model = import_onnx(export_torch(source), "tokens")
+    model = import_onnx(export_torch((module, torch.zeros((1, 6), dtype=torch.int64)) if example else module), "tokens")
     x = np.random.default_rng(0).integers(0, 37, (7, 6))
     assert model.graph.inputs[0].dtype == np.int64
     assert model.architecture.input_shape == (6,)
@@ -210,10 +208,9 @@ try:
 except MissingExtraError as error:
     print(error)
 """
-    paths = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         capture_output=True,
         text=True,
         timeout=120,

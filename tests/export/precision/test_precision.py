@@ -222,8 +222,7 @@ def test_new_weights_need_no_new_graph(name: str, precision: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet"])
 def test_one_prepare_graph_serves_every_width(name: str, precision: str) -> None:
     model = net(name)[1]
-    prepare_graphs = {lower(model, random_selection(model, d, seed=1).widths, precision).prepare for d in DENSITIES}
-    assert len(prepare_graphs) == 1
+    assert len({lower(model, random_selection(model, d, seed=1).widths, precision).prepare for d in DENSITIES}) == 1
 
 
 @pytest.mark.parametrize(
@@ -290,8 +289,7 @@ def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
     tensors["conv1.bias"][2] = 3.0
     (tmp_path / "weights.safetensors").write_bytes(tensorfile.encode(tensors))
     (tmp_path / "int8.safetensors").write_bytes(lowered_weights(tmp_path, "int8", tensors, x))
-    logits = logits_of(tmp_path / "int8.onnx", x)
-    assert distance(logits, logits_of(tmp_path / "inference.onnx", x)) < BOUNDS["int8"]
+    assert distance(logits_of(tmp_path / "int8.onnx", x), logits_of(tmp_path / "inference.onnx", x)) < BOUNDS["int8"]
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -23,8 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("precision")
     (root / "digits.onnx").write_bytes(digits_model())
     rng = np.random.default_rng(0)
-    x = rng.uniform(0, 1, (300, 1, 8, 8)).astype(np.float32)
-    np.savez(root / "eval.npz", x=x, y=rng.integers(0, 10, 300))
+    np.savez(root / "eval.npz", x=rng.uniform(0, 1, (300, 1, 8, 8)).astype(np.float32), y=rng.integers(0, 10, 300))
     assert export(root, "bundle", "folded,float16,int8") == ExitCode.OK
     return root
 

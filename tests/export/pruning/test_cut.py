@@ -63,10 +63,8 @@ def _net(build: Callable[[Graph, np.random.Generator], str], classes: int, chann
     """A model out of nodes that `build` emits; a global pooling and a linear layer follow."""
     rng = np.random.default_rng(0)
     graph = Graph(inputs=[Port("image", np.dtype(np.float32), ("batch", channels, 8, 8))])
-    value = build(graph, rng)
-    pooled = graph.emit("Flatten", graph.emit("GlobalAveragePool", value), attrs={"axis": 1})
-    width = graph.initializers["last"].shape[0]
-    graph.initializers["head"] = rng.standard_normal((width, classes)).astype(np.float32)
+    pooled = graph.emit("Flatten", graph.emit("GlobalAveragePool", build(graph, rng)), attrs={"axis": 1})
+    graph.initializers["head"] = rng.standard_normal((graph.initializers["last"].shape[0], classes)).astype(np.float32)
     graph.emit("MatMul", pooled, "head", out="scores")
     graph.outputs = [Port("scores", np.dtype(np.float32), ("batch", classes))]
     return import_onnx(graph.to_bytes(), "net")

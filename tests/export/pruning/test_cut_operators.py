@@ -164,15 +164,13 @@ def filled_to_a_shape(graph: Graph, value: str) -> str:
 def sums_of_a_filled_shape(graph: Graph, value: str) -> str:
     """Ones in the shape of a value that loses channels; sums along them stay."""
     ones = graph.emit("ConstantOfShape", graph.emit("Shape", value), attrs={"value": np.ones(1, np.float32)})
-    numbers = graph.emit("CumSum", ones, graph.constant(1, np.int64))
-    return graph.emit("Add", value, conv(graph, numbers, "other", 8, 8))
+    return graph.emit("Add", value, conv(graph, graph.emit("CumSum", ones, graph.constant(1, np.int64)), "other", 8, 8))
 
 
 @net(6)
 def indices_of_a_pool(graph: Graph, value: str) -> str:
     pooled, where = graph.emit_many("MaxPool", value, outputs=2, attrs={"kernel_shape": [2, 2]})
-    small = graph.emit("Mul", graph.emit("Cast", where, attrs={"to": 1}), graph.scalar(1e-3))
-    return graph.emit("Add", pooled, small)
+    return graph.emit("Add", pooled, graph.emit("Mul", graph.emit("Cast", where, attrs={"to": 1}), graph.scalar(1e-3)))
 
 
 @net(3, 6)
@@ -184,8 +182,7 @@ def split_unevenly(graph: Graph, value: str) -> str:
 @net(8, 6)
 def sliced_at_other_places(graph: Graph, value: str) -> str:
     blocks = graph.emit("Conv", value, weight(graph, "blocks", 8, 4, 1, 1), attrs={"group": 2})
-    some = graph.emit("Slice", blocks, graph.ints(1), graph.ints(7), graph.ints(1))
-    return conv(graph, some, "other", 6, 8)
+    return conv(graph, graph.emit("Slice", blocks, graph.ints(1), graph.ints(7), graph.ints(1)), "other", 6, 8)
 
 
 @net(4, 6)
@@ -287,8 +284,7 @@ def flattened_and_sliced(graph: Graph, value: str) -> str:
 @net(4, 3, 6, 6, width=6)
 def a_channel_sliced_through(graph: Graph, value: str) -> str:
     flat = graph.emit("Slice", graph.emit("Flatten", value), graph.ints(0), graph.ints(150), graph.ints(1))
-    mixed = graph.emit("MatMul", flat, weight(graph, "mix", 150, 6))
-    return graph.emit("Unsqueeze", mixed, graph.ints(2, 3))
+    return graph.emit("Unsqueeze", graph.emit("MatMul", flat, weight(graph, "mix", 150, 6)), graph.ints(2, 3))
 
 
 @net(4, 6, opset=21)
@@ -299,8 +295,7 @@ def group_norm(graph: Graph, value: str) -> str:
 
 @net(8, 6, opset=23)
 def rms_norm(graph: Graph, value: str) -> str:
-    vector = weight(graph, "scale", 8, 1, 1)
-    return graph.emit("RMSNormalization", value, vector, attrs={"axis": 1})
+    return graph.emit("RMSNormalization", value, weight(graph, "scale", 8, 1, 1), attrs={"axis": 1})
 
 
 @net(8, 6)

@@ -39,8 +39,7 @@ def masked(model: Model, seed: int) -> tuple[ElementMask, Tensors]:
         bits &= random.random((shape[0], 1, *rest)) < 0.7
         active[name] = bits & (random.random((1, shape[1], *rest)) < 0.9)
     mask = active
-    weights = {n: np.zeros_like(v) if n.endswith("bias") else v for n, v in model.tensors.items()}
-    return mask, apply_mask(mask, weights)
+    return mask, apply_mask(mask, {n: np.zeros_like(v) if n.endswith("bias") else v for n, v in model.tensors.items()})
 
 
 def with_weights(model: Model, weights: Tensors) -> Model:

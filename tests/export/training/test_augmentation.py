@@ -68,8 +68,7 @@ class Several(nn.Module):
         self.out = nn.Linear(10 + math.prod(self.input_shape["other"]), K)
 
     def forward(self, image: torch.Tensor, words: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        rows = [self.conv(image).mean((2, 3)), self.table(words).mean(1), other.flatten(1)]
-        return self.out(torch.cat(rows, 1))
+        return self.out(torch.cat([self.conv(image).mean((2, 3)), self.table(words).mean(1), other.flatten(1)], 1))
 
 
 class Words(nn.Module):

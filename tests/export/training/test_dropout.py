@@ -118,16 +118,14 @@ def ratios_of(model: Model) -> list[float]:
 
 def samples_of(model: Model, count: int = SAMPLES) -> tuple[Array, Array]:
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((count, *model.architecture.input_shape), np.float32)
-    return x, rng.integers(0, CLASSES, count)
+    return rng.standard_normal((count, *model.architecture.input_shape), np.float32), rng.integers(0, CLASSES, count)
 
 
 @pytest.mark.parametrize("width", [8, 3])
 @pytest.mark.parametrize("kind", NETS)
 def test_gradients_are_torchs_with_the_same_masks_at_every_width(kind: str, width: int) -> None:
     model, (net, ratios) = model_of(kind), NETS[kind]
-    selection = Selection.of(model.architecture, [width] * len(model.architecture.groups))
-    tensors = selection.gather(model.tensors)
+    tensors = Selection.of(model.architecture, [width] * len(model.architecture.groups)).gather(model.tensors)
     session = step_of(model, gradients=True)
     x, y = samples_of(model)
     feeds = first_step_feeds(Recipe(report_squares=True), tensors, session.inputs, y, CLASSES)
@@ -148,8 +146,7 @@ def test_gradients_are_torchs_with_the_same_masks_at_every_width(kind: str, widt
 
 
 def test_masks_have_one_number_for_what_is_dropped_together() -> None:
-    masks = masks_of(step_of(model_of("spatial")))
-    drawn = list(masks.draw(model_of("spatial").tensors, 500, 0, "key").values())
+    drawn = list(masks_of(step_of(model_of("spatial"))).draw(model_of("spatial").tensors, 500, 0, "key").values())
     assert [m.shape for m in drawn] == [(500, 8, 4, 4), (500, 8, 1, 1), (500, 1, 1, 1), (500, 8)]
     for mask, ratio in zip(drawn, NETS["spatial"][1], strict=True):
         assert set(np.unique(mask)) == {np.float32(0), np.float32(1 / (1 - ratio))}
@@ -180,8 +177,7 @@ def test_training_drops_by_seed_round_and_device_and_measures_without() -> None:
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
 
     def train_round(round_: int = 1, device: str = "a") -> dict[str, Array]:
-        task = TrainingTask(recipe, CLASSES, 3, device, round_)
-        return dict(trainer.train(model.tensors, data, task).tensors)
+        return dict(trainer.train(model.tensors, data, TrainingTask(recipe, CLASSES, 3, device, round_)).tensors)
 
     first, repeated, later = train_round(), train_round(), train_round(2)
     assert all(np.array_equal(first[n], repeated[n]) for n in first)
@@ -227,8 +223,7 @@ def test_what_training_mode_does_besides_is_noted_and_the_module_stays_as_it_was
     module = Counting().train()
     before = {n: v.clone() for n, v in module.state_dict().items()}
     state = torch.get_rng_state()
-    notes = "\n".join(import_onnx(export_torch(module), "counting").notes)
-    assert "(count) in the module (Counting)" in notes
+    assert "(count) in the module (Counting)" in "\n".join(import_onnx(export_torch(module), "counting").notes)
     assert module.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
@@ -312,8 +307,7 @@ def test_attention_layers_of_torch_drop_weights_and_values() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layer(x).mean(1)
 
-    model = import_onnx(export_torch(Encoder()), "encoder")
-    assert ratios_of(model) == [0.2] * 4
+    assert ratios_of(import_onnx(export_torch(Encoder()), "encoder")) == [0.2] * 4
 
 
 class Attention(nn.Module):
@@ -406,8 +400,7 @@ def test_axes_of_a_damaged_file_are_refused(text: str) -> None:
 
 
 def test_sizes_are_solved_from_the_shapes_of_weights() -> None:
-    pairs = {"a": (("g0*9+16", 3), (43, 3)), "b": (("g0+g1",), (7,)), "c": (("g1*g2",), (20,))}
-    sizes = solve_sizes(pairs)
+    sizes = solve_sizes({"a": (("g0*9+16", 3), (43, 3)), "b": (("g0+g1",), (7,)), "c": (("g1*g2",), (20,))})
     assert sizes == {"g0": 3, "g1": 4, "g2": 5}
     assert shape_in_numbers(("N", "N*g0*2+-1", 7), {**sizes, "N": 2}) == (2, 11, 7)
     for unusable in ("g9", "g0*-1"):

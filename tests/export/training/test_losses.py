@@ -51,8 +51,7 @@ LOSSES = {
 def session(name: str, accumulates: bool = False, positions: tuple[int, ...] = ()) -> OnnxSession:
     """The loss alone, with the gradient by the logits."""
     outputs = (K, *positions)
-    asked = LOSSES[name]
-    features = Features(**{**asked.__dict__, "accumulate": accumulates})
+    features = Features(**{**LOSSES[name].__dict__, "accumulate": accumulates})
     g = Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), port(step_contract.Y, *target_shape(features, outputs))]
     g.outputs = [port(step_contract.LOSS, ())]

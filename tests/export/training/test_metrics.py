@@ -53,8 +53,7 @@ def objective(shape: tuple[int, ...], recipe: Recipe) -> Objective:
 
 
 def objective_of(model: Model, recipe: Recipe) -> Objective:
-    graph = training_graph(model, recipe.features).to_bytes()
-    return Objective(graph, recipe, K, scores=recipe.features.counts_hits)
+    return Objective(training_graph(model, recipe.features).to_bytes(), recipe, K, scores=recipe.features.counts_hits)
 
 
 def metrics_of(judge: Objective, outputs: Array, labels: Array, batches: int = 1) -> dict[str, float]:
@@ -112,8 +111,7 @@ def test_average_precision_is_scikit_learns_of_binned_scores(
 
 @given(seeds, sizes, shapes, st.integers(1, 3))
 def test_errors_of_numbers(seed: int, n: int, shape: tuple[int, ...], batches: int) -> None:
-    rng = np.random.default_rng(seed)
-    outputs, labels = rng.normal(size=(2, n, K, *shape)).astype(np.float32)
+    outputs, labels = np.random.default_rng(seed).normal(size=(2, n, K, *shape)).astype(np.float32)
     d = outputs.astype(np.float64) - labels
     for name, expected in (("rmse", np.sqrt(np.mean(d**2))), ("mae", np.mean(np.abs(d)))):
         metrics = metrics_of(objective(shape, Recipe(loss="mse", metric=name)), outputs, labels, batches)
@@ -153,8 +151,7 @@ class Determination(nn.Module):
 
 
 def test_a_metric_of_ones_own_is_computed_without_torch(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    outputs, labels = rng.normal(size=(2, 30, K)).astype(np.float32)
+    outputs, labels = np.random.default_rng(0).normal(size=(2, 30, K)).astype(np.float32)
     recipe = Recipe(loss="mse", metric="custom")
     file = tmp_path / "model.onnx"
     for metric, expected in (

@@ -50,8 +50,7 @@ def predict(model: Model, x: Array) -> Array:
 
 def samples_of(model: Model, count: int = SAMPLES) -> tuple[Array, Array]:
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((count, *model.architecture.input_shape), np.float32)
-    return x, rng.integers(0, CLASSES, count)
+    return rng.standard_normal((count, *model.architecture.input_shape), np.float32), rng.integers(0, CLASSES, count)
 
 
 class Coder(nn.Module):
@@ -248,8 +247,7 @@ class Both(nn.Module):
 
 def test_draws_survive_a_file() -> None:
     model = import_onnx(export_torch(Both()), "both")
-    reloaded = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
-    assert draws_of(reloaded) == draws_of(model)
+    assert draws_of(import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")) == draws_of(model)
     assert sorted(draw.kind for draw in draws_of(model).values()) == ["mask", "mask", "normal"]
 
 
@@ -300,8 +298,7 @@ def test_choices_and_bits_are_the_likelier_ones_in_predictions() -> None:
     ]
     x, _ = samples_of(model)
     h = module.fc1(torch.tensor(x))
-    hard = nn.functional.one_hot(h.argmax(1), 6)
-    expected = module.fc2(hard * ((h > 0).float() + 1))
+    expected = module.fc2(nn.functional.one_hot(h.argmax(1), 6) * ((h > 0).float() + 1))
     np.testing.assert_allclose(predict(model, x), expected.detach(), atol=1e-5)
 
 
@@ -374,8 +371,7 @@ def test_numbers_are_drawn_as_onnxruntime_draws_them() -> None:
         ("RandomUniform", {"low": -1.0, "high": 3.0}, Draw("uniform", -1.0, 3.0)),
     ):
         node = onnx.helper.make_node(op, [], ["r"], shape=[60_000], seed=5.0, **attributes)
-        out = onnx.helper.make_tensor_value_info("r", 1, [60_000])
-        graph = onnx.helper.make_graph([node], "g", [], [out])
+        graph = onnx.helper.make_graph([node], "g", [], [onnx.helper.make_tensor_value_info("r", 1, [60_000])])
         file = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=7)
         expected = OnnxSession(file.SerializeToString()).run({})["r"]
         numbers = draw.sample(np.random.default_rng(0), (60_000,))

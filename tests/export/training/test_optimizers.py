@@ -43,8 +43,7 @@ class Lion(torch.optim.Optimizer):
             (first, second), lr, decay = group["betas"], group["lr"], group["weight_decay"]
             for leaf in group["params"]:
                 mean = self.state[leaf]["exp_avg"]
-                direction = torch.lerp(leaf.grad, mean, first).sign()
-                leaf -= lr * (direction + decay * leaf)
+                leaf -= lr * (torch.lerp(leaf.grad, mean, first).sign() + decay * leaf)
                 self.state[leaf]["exp_avg"] = torch.lerp(leaf.grad, mean, second)
 
 
@@ -173,8 +172,7 @@ def beyond_rounding(
     off = []
     for kind, (names, terms) in sums.items():
         names = [n for n in names if n in want]
-        difference = {n: got[n].astype(np.float64) - want[n] for n in names}
-        if size(difference, names) > 4e-7 * (size(want, names) + terms):
+        if size({n: got[n].astype(np.float64) - want[n] for n in names}, names) > 4e-7 * (size(want, names) + terms):
             off.append(kind)
     return off
 
@@ -276,8 +274,7 @@ def test_a_drift_is_added_to_clipped_gradients(optimizer: str, masked: bool, dec
     norm = np.sqrt(sum(float(np.sum(np.square(v, dtype=np.float64))) for v in kept.values()))
     clipped = {n: kept[n] * min(1.0, 0.5 / (norm + 1e-6)) for n in SHAPES}
     summed = {f"d{n}": ((clipped[n] + drift[n]) * masks[n]).astype(np.float32) for n in SHAPES}
-    want = oracle(optimizer, numbers, state, summed, 0, 5, torch.float64)
-    for name, value in want.items():
+    for name, value in oracle(optimizer, numbers, state, summed, 0, 5, torch.float64).items():
         mask = masks[name.partition("::")[0]]
         expected = value if "::" in name else np.where(mask > 0, value, state[name])
         is_compared = mask > 0 if "::" in name else np.full(mask.shape, True)  # the oracle decays what is masked, too
@@ -397,15 +394,12 @@ def test_rates_of_a_schedule_are_torchs(warmup: float) -> None:
             outputs = torch.tensor(x, dtype=torch.float64) @ leaves["weight"].T + leaves["bias"]
             torch.nn.functional.cross_entropy(outputs, torch.tensor(y)).backward()
             torchs.step()
-        result = trainer.train(tensors, LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", round_))
-        tensors = result.tensors
-        expected = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
-        assert error(tensors, expected) < 1e-6
+        tensors = trainer.train(tensors, LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", round_)).tensors
+        assert error(tensors, {n: leaf.detach().numpy() for n, leaf in leaves.items()}) < 1e-6
 
 
 def test_the_loss_of_samples_whose_labels_are_all_ignored_is_0() -> None:
     recipe, x = Recipe(batch_size=4, ignore_label=255), np.ones((8, 6), np.float32)
     model = fx.load(Linear(6, 3))
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
-    data = LocalData(x, np.full(8, 255), x[:0], np.zeros(0, np.int64))
-    assert trainer.loss(model.tensors, data, recipe, 3) == 0.0
+    assert trainer.loss(model.tensors, LocalData(x, np.full(8, 255), x[:0], np.zeros(0, np.int64)), recipe, 3) == 0.0

@@ -101,8 +101,7 @@ def test_losses_of_masks_are_torchs(
     rng = np.random.default_rng(seed)
     z = (size * rng.standard_normal((batch, 2, *shape))).astype(np.float32)
     y = rng.random(z.shape)
-    masks = {"none": 0 * y, "all": 0 * y + 1, "some": y < 0.3, "shares": y}
-    agrees(name, z, masks[kind].astype(np.float32))
+    agrees(name, z, {"none": 0 * y, "all": 0 * y + 1, "some": y < 0.3, "shares": y}[kind].astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["ctc", "infonce", "triplet"])

@@ -341,8 +341,7 @@ def test_a_batch_of_one_position_keeps_statistics_finite() -> None:
             return self.fc2(torch.relu(self.norm(self.fc1(x))))
 
     flat = import_onnx(export_torch(randomise_norms(Flat())), "flat")
-    session = OnnxSession(training_graph(flat, Features()).to_bytes(), training=True)
-    got = session.run(feeds(flat, Features(), 1))
+    got = OnnxSession(training_graph(flat, Features()).to_bytes(), training=True).run(feeds(flat, Features(), 1))
     assert all(np.isfinite(v).all() for v in got.values())
 
 
@@ -411,8 +410,7 @@ def test_one_graph_gives_the_bits_of_a_graph_of_fixed_width(model: Model, densit
     fixed.inputs = [Port(p.name, p.dtype, fed[p.name].shape) for p in fixed.inputs]
     fixed.outputs = [Port(p.name, p.dtype, (None,) * len(p.shape)) for p in fixed.outputs]
     got = OnnxSession(graph.to_bytes(), training=True).run(fed)
-    want = OnnxSession(fixed.to_bytes(), training=True).run(fed)
-    for name, value in want.items():
+    for name, value in OnnxSession(fixed.to_bytes(), training=True).run(fed).items():
         np.testing.assert_array_equal(value, got[name], err_msg=name)
 
 

@@ -38,8 +38,7 @@ def net(*, decides: bool) -> bytes:
 
 
 def test_a_tensor_of_which_only_a_decision_is_made_is_named() -> None:
-    graph = training_graph(import_onnx(net(decides=True), "net"), Features())
-    (note,) = unreached_notes(graph.metadata)
+    (note,) = unreached_notes(training_graph(import_onnx(net(decides=True), "net"), Features()).metadata)
     assert note.endswith("reaches them: u, behind node opens (Greater).")
 
 

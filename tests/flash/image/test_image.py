@@ -183,8 +183,7 @@ def check_cloud_init(read: Read, key: str) -> None:
 
 
 def check_firstrun(read: Read, key: str) -> None:
-    words = read("cmdline.txt").split()
-    assert words[-3:] == [
+    assert read("cmdline.txt").split()[-3:] == [
         "systemd.run=/boot/firmware/fedprune-firstrun.sh",
         "systemd.run_success_action=reboot",
         "systemd.unit=kernel-command-line.target",
@@ -470,5 +469,4 @@ def test_only_a_kit_of_the_server_goes_into_an_image(
         check_refusal(capsys, [*words, *(["--signing-key", str(signing)] if signing else [])], code, "igned")
         assert not out.exists()
     assert cli.main([*words, "--unsigned"]) == ExitCode.OK
-    starter = mtype(out, "fedprune-install.sh", offsets(out)[0]).decode()
-    assert 'install.pyz --unsigned "$@"' in starter
+    assert 'install.pyz --unsigned "$@"' in mtype(out, "fedprune-install.sh", offsets(out)[0]).decode()

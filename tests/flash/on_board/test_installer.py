@@ -194,8 +194,7 @@ def update(root: Path, folder: Path, number: int) -> ReleaseInstaller:
     installer = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
     installer.stage(source(make_release(folder / f"release {number}", number)))
     with installer.home.lock_state():
-        state = installer.home.load()
-        installer.home.save(state.commit())
+        installer.home.save(installer.home.load().commit())
     return installer
 
 

@@ -17,14 +17,13 @@ RECIPE: dict[str, Any] = {"epochs": 1, "batch_size": 5}
 def job_of(
     *, rounds: int = 3, deadline_s: float = 100, devices: int = 3, weighting: str = "samples", **schedule: Any
 ) -> Job:
-    options = {"schedule": {"kind": "asynchronous", **schedule}, "weighting": weighting}
     return replace(
         JOB,
         rounds=rounds,
         deadline_s=deadline_s,
         devices=devices,
         strategy="support.fakes.tiny_job:scheduled",
-        options=options,
+        options={"schedule": {"kind": "asynchronous", **schedule}, "weighting": weighting},
     )
 
 

@@ -197,8 +197,7 @@ class ToyDevice:
             for raw in answer:
                 self.air.to_server(self.topics.up_blob(self.name), raw)
         elif isinstance(message, UploadRequest):
-            reason = self.upload(message, self.store.read(message.sha256))
-            self.say(UploadResult(message.sha256, reason))
+            self.say(UploadResult(message.sha256, self.upload(message, self.store.read(message.sha256))))
         elif isinstance(message, Accepted):
             if self.pending is not None and self.pending.weights.sha256 == message.weights:
                 self.pending = None
@@ -224,14 +223,13 @@ class ToyDevice:
         if self.air.now < self.ready_at:
             return
         self.pulls = {}
-        weights = self.store.put(fill("trained", self.store.read(offer.weights.sha256), self.name))
         update = UpdateAnnouncement(
             self.name,
             offer.job,
             offer.round,
             offer.attempt,
             offer.weights.sha256,
-            weights,
+            self.store.put(fill("trained", self.store.read(offer.weights.sha256), self.name)),
             10,
             5,
             {"accuracy_after": 0.25},

@@ -91,6 +91,5 @@ class HiddenBoard:
             bench = RoundRunner(DEVICE, store.blobs, store.slots, self.data, states=store.local_states)
             update = bench.commit(bench.carry_out(offer))
             sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
-            record = store.slots.current()
-            serves = tensorfile.load_tensors(self.root / "serving" / record.slot / "weights.safetensors")
+            serves = tensorfile.load_tensors(self.root / "serving" / store.slots.current().slot / "weights.safetensors")
         return update, sent, serves

@@ -60,8 +60,7 @@ def play_job(
                     known_by = (command.offer["weights"]["sha256"], weights, 50, 2)
                     queue.append(on.UpdateAnnounced("a", command.round, command.attempt, *known_by))
                 elif isinstance(command, do.PullUpdate):
-                    offer = coordinator.state.tasks["a"].offer or {}
-                    folder.store.put(board_update(folder, offer, command.round))
+                    folder.store.put(board_update(folder, coordinator.state.tasks["a"].offer or {}, command.round))
                     queue.append(on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"]))
                 elif isinstance(command, (do.Score, do.Extract, do.FoldUpdate, do.Close, do.Evaluate)):
                     queue.append(opened.worker.execute(command))

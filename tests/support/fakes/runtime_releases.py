@@ -93,6 +93,5 @@ def set_up(root: Path, folder: Path, key: VerifyingKey = PUBLIC) -> ReleaseInsta
     write_file(root / KEY_FILE, key.hex.encode())
     write_file(root / LAUNCHER_FILE, launcher_archive())
     home.save(LauncherState(SLOTS[1]))
-    release = installer.stage(source(folder))
-    home.save(LauncherState(SLOTS[0], highest=release.number))
+    home.save(LauncherState(SLOTS[0], highest=installer.stage(source(folder)).number))
     return installer

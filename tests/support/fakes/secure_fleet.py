@@ -116,8 +116,7 @@ class MaskingBoard(ToyDevice):
         if offer.secure is None:
             raw = tensorfile.encode(tensors)
         else:
-            form = MaskedForm.from_json(offer.secure)
-            vector, self.residual = form.vector.encode(tensors, sent, self.residual)
+            vector, self.residual = MaskedForm.from_json(offer.secure).vector.encode(tensors, sent, self.residual)
             raw = self.vector = vector.to_bytes()
         at = self.name, offer.job, offer.round, offer.attempt, offer.weights.sha256
         update = UpdateAnnouncement(*at, self.store.put(raw), 10, 5, {"accuracy_after": 0.25})

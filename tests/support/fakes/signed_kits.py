@@ -12,8 +12,7 @@ from support.fakes.runtime_releases import KEY
 
 def change(folder: Path, **changes: Any) -> None:
     """Change a kit's manifest and leave its signature."""
-    body = json.loads((folder / "kit.json").read_text())
-    (folder / "kit.json").write_text(json.dumps({**body, **changes}))
+    (folder / "kit.json").write_text(json.dumps({**json.loads((folder / "kit.json").read_text()), **changes}))
 
 
 def sign(folder: Path, key: SigningKey = KEY, **changes: Any) -> None:

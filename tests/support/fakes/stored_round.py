@@ -97,8 +97,7 @@ def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.FoldUp
             next(iter(update.values())).reshape(-1)[0] = np.nan
         stored = w.store.put(tensorfile.encode(update)).sha256
         sent, mask = offer["weights"]["sha256"], offer["mask"]["sha256"] if "mask" in offer else None
-        widths = tuple(offer["widths"])
         contributions.append(
-            do.Contribution(basis, device_part, sent, mask, stored, 10 + k, 3, widths, offer["ranking"])
+            do.Contribution(basis, device_part, sent, mask, stored, 10 + k, 3, tuple(offer["widths"]), offer["ranking"])
         )
     return [do.FoldUpdate(1, start, {}, c) for c in contributions], do.Close(1, start, {}, names, tuple(contributions))

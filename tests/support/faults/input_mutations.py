@@ -94,11 +94,9 @@ class Pairs(list[tuple[str, Any]]):
 def _damaged_json(raw: bytes, rng: random.Random) -> bytes:
     root: Any = [json.loads(raw, object_pairs_hook=Pairs)]
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        containers = _places(root)
-        holder, index = rng.choice(containers)
+        holder, index = rng.choice(_places(root))
         _damage(holder, index, rng)
-    text = "".join(_json_pieces(root[0], rng.random() < 0.5)) if root else ""
-    return text.encode("utf-8", "surrogatepass")
+    return ("".join(_json_pieces(root[0], rng.random() < 0.5)) if root else "").encode("utf-8", "surrogatepass")
 
 
 def _places(root: list[Any]) -> list[tuple[Any, int]]:

@@ -41,8 +41,7 @@ class Tally:
 
 def case(target: Target, number: int) -> bytes:
     """The input of a number: always the same."""
-    rng = random.Random(f"{target.name} {number}")
-    return target.frame(mutate(target.seeds, rng, text=target.text))
+    return target.frame(mutate(target.seeds, random.Random(f"{target.name} {number}"), text=target.text))
 
 
 def fuzz(target: Target, first: int, count: int, tally: Tally | None = None) -> Tally:

@@ -173,8 +173,7 @@ def _document(body: bytes) -> bytes:
 
 def _slot(body: bytes) -> bytes:
     text = body.decode("utf-8", "replace")
-    record = {"format": 1, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return json.dumps(record).encode()
+    return json.dumps({"format": 1, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
 
 
 def _slot_file_targets() -> tuple[Target, ...]:

@@ -239,8 +239,7 @@ def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> byt
     from PIL import Image
 
     file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
-    Image.fromarray(pixels).convert(mode).save(file, kind)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)).convert(mode).save(file, kind)
     return file.getvalue()
 
 

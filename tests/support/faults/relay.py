@@ -49,8 +49,7 @@ class Relay:
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
-                there = self._socket.accept()[0]
-                threading.Thread(target=self._serve, args=(there,), daemon=True).start()
+                threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
 
     def _serve(self, there: socket.socket) -> None:
         with there, suppress(OSError):

@@ -41,9 +41,7 @@ def finder() -> nn.Module:
 
 def box_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Squared distance from the boxes that there are."""
-    there = (labels[:, :, 0] >= 0).to(outputs.dtype)
-    far = ((outputs[:, None, 1:] - labels[:, :, 1:]) ** 2).sum(2)
-    return (there * far).sum(1)
+    return ((labels[:, :, 0] >= 0).to(outputs.dtype) * ((outputs[:, None, 1:] - labels[:, :, 1:]) ** 2).sum(2)).sum(1)
 
 
 box_loss.target_shape = (2, 5)  # type: ignore[attr-defined]

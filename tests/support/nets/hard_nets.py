@@ -110,8 +110,7 @@ class ECA(Images):
         self.along, self.last = nn.Conv1d(1, 1, 3, padding=1), conv(8, 8)
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.along(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
-        return self.last(x * torch.sigmoid(y)[:, :, None, None])
+        return self.last(x * torch.sigmoid(self.along(x.mean((2, 3)).unsqueeze(1)).squeeze(1))[:, :, None, None])
 
 
 @hard(1)
@@ -168,8 +167,7 @@ class EinsumAttention(Tokens):
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (torch.einsum("bnc,chd->bhnd", x, w) for w in (self.q, self.k, self.v))
-        weights = torch.einsum("bhnd,bhmd->bhnm", q, k).softmax(-1)
-        return x + torch.einsum("bhnm,bhmd,hdc->bnc", weights, v, self.o)
+        return x + torch.einsum("bhnm,bhmd,hdc->bnc", torch.einsum("bhnd,bhmd->bhnm", q, k).softmax(-1), v, self.o)
 
 
 @hard(2)
@@ -200,8 +198,7 @@ class GroupedQueries(Tokens):
             projection(x).unflatten(-1, (2, 4)).transpose(1, 2).repeat_interleave(3, 1)
             for projection in (self.k, self.v)
         )
-        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 @hard(2)
@@ -482,8 +479,7 @@ class SegmentSums(Tokens):
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.coder(x))
         where = self.segment[None, : x.shape[1], None].expand(x.shape)
-        sums = torch.zeros(x.shape[0], 3, 8).scatter_add(1, where, x)
-        return torch.tanh(sums.gather(1, where)) + x
+        return torch.tanh(torch.zeros(x.shape[0], 3, 8).scatter_add(1, where, x).gather(1, where)) + x
 
 
 @hard(1)

@@ -15,6 +15,5 @@ class Pooled(nn.Module):
         self.conv, self.head = nn.Conv1d(2, 4, 3, padding=1), nn.Linear(4, 3)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        features = torch.relu(self.conv(x)) * mask.unsqueeze(1)
-        out: Tensor = self.head(features.sum(2) / mask.sum(1, keepdim=True))
+        out: Tensor = self.head((torch.relu(self.conv(x)) * mask.unsqueeze(1)).sum(2) / mask.sum(1, keepdim=True))
         return out

@@ -51,14 +51,12 @@ def nets(draw: st.DrawFn) -> Model:
             values.append((graph.emit("Concat", value, second_value, attrs={"axis": 1}), channels + width))
         else:
             kernel = weight(channels, 1, 3, 3)
-            attrs = {"pads": [1] * 4, "group": channels}
-            values.append((graph.emit("Conv", value, kernel, attrs=attrs), channels))
+            values.append((graph.emit("Conv", value, kernel, attrs={"pads": [1] * 4, "group": channels}), channels))
     value, channels = values[-1]
     value = conv(value, channels, 4)
     pooled = graph.emit("MaxPool", value, attrs={"kernel_shape": [2, 2], "strides": [2, 2]})
     flat = graph.emit("Flatten", pooled, attrs={"axis": 1})
-    out = graph.emit("Gemm", flat, weight(3, 4 * 9), weight(3), attrs={"transB": 1})
-    graph.outputs = [Port(out, F32, ("N", 3))]
+    graph.outputs = [Port(graph.emit("Gemm", flat, weight(3, 4 * 9), weight(3), attrs={"transB": 1}), F32, ("N", 3))]
     return import_onnx(graph.to_bytes(), "random")
 
 
@@ -157,8 +155,7 @@ def mixing_nets(draw: st.DrawFn) -> Model:
         values.append(value)
     value = conv(values[-1], 12, 5)
     flat = graph.emit("Flatten", graph.emit("Tanh", value), attrs={"axis": 1})
-    out = graph.emit("Gemm", flat, weight(3, 5 * 16), weight(3), attrs={"transB": 1})
-    graph.outputs = [Port(out, F32, ("N", 3))]
+    graph.outputs = [Port(graph.emit("Gemm", flat, weight(3, 5 * 16), weight(3), attrs={"transB": 1}), F32, ("N", 3))]
     prefer = draw(st.sampled_from(["coarse", "fine"]))
     try:
         return import_onnx(graph.to_bytes(opset=21), "mixing", ImportChoices(prefer=prefer))

@@ -71,8 +71,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(self.activation(self.bn1(self.conv1(x)))))
-        return self.activation(y + self.shortcut(x))
+        return self.activation(self.bn2(self.conv2(self.activation(self.bn1(self.conv1(x))))) + self.shortcut(x))
 
 
 class ResNet20(nn.Module):
@@ -198,8 +197,7 @@ class UNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         outer = self.outer(x)
         inner = self.inner(torch.max_pool2d(outer, 2))
-        bottom = self.bottom(torch.max_pool2d(inner, 2))
-        inner = self.back_inner(torch.cat([self.up_inner(bottom), inner], 1))
+        inner = self.back_inner(torch.cat([self.up_inner(self.bottom(torch.max_pool2d(inner, 2))), inner], 1))
         outer = self.back_outer(torch.cat([self.up_outer(inner), outer], 1))
         return torch.flatten(self.head(outer), 1)
 

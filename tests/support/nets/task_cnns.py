@@ -90,8 +90,7 @@ class AttentionUNet(nn.Module):
         return self.head(self.back_a(torch.cat([self.gate_skip(1, a, below), below], 1)))
 
     def gate_skip(self, i: int, beside: Tensor, below: Tensor) -> Tensor:
-        both = torch.relu(self.below[i](below) + self.beside[i](beside))
-        return beside * torch.sigmoid(self.gate[i](both))
+        return beside * torch.sigmoid(self.gate[i](torch.relu(self.below[i](below) + self.beside[i](beside))))
 
 
 class DeepLab(nn.Module):

@@ -104,8 +104,7 @@ class NBeats(nn.Module):
         left, total = x, torch.zeros_like(x[:, :8])
         for layers, code, basis in zip(self.layers, self.codes, (self.trend, self.season, None), strict=True):
             forecast = code(layers(left))
-            both = self.any(forecast) if basis is None else forecast @ basis
-            back, ahead = both.split((24, 8), 1)
+            back, ahead = (self.any(forecast) if basis is None else forecast @ basis).split((24, 8), 1)
             left, total = left - back, total + ahead
         return total
 
@@ -144,8 +143,7 @@ class DLinear(nn.Module):
         self.slow, self.fast = nn.Linear(24, 8), nn.Linear(24, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        edges = torch.cat([x[:, :, :1].repeat(1, 1, 3), x, x[:, :, -1:].repeat(1, 1, 3)], 2)
-        slow = functional.avg_pool1d(edges, 7, 1)
+        slow = functional.avg_pool1d(torch.cat([x[:, :, :1].repeat(1, 1, 3), x, x[:, :, -1:].repeat(1, 1, 3)], 2), 7, 1)
         return self.slow(slow) + self.fast(x - slow)
 
 

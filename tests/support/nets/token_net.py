@@ -23,6 +23,5 @@ def token_net(vocabulary: int) -> bytes:
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 5])],
         [numpy_helper.from_array(random.standard_normal(v).astype(np.float32), n) for n, v in shapes.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    raw: bytes = model.SerializeToString()
+    raw: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     return raw

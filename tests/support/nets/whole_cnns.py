@@ -22,8 +22,7 @@ class GroupNormBlock(nn.Module):
         self.shortcut = nn.Conv2d(before, after, 1, stride) if before != after or stride > 1 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
-        return torch.relu(y + self.shortcut(x))
+        return torch.relu(self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))) + self.shortcut(x))
 
 
 class GroupNormResNet(nn.Module):
@@ -122,8 +121,7 @@ class PaddedShortcuts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.stem(x))
         x = torch.relu(x + self.a2(torch.relu(self.a1(x))))
-        short = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
-        x = torch.relu(short + self.b2(torch.relu(self.b1(x))))
+        x = torch.relu(functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)) + self.b2(torch.relu(self.b1(x))))
         return self.fc(x.mean((2, 3)))
 
 

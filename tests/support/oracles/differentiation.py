@@ -54,8 +54,7 @@ class Symbols:
             if not group:
                 segments.append(Segment(FIXED, 0, inner))
                 continue
-            number = list(self.sizes).index(group)
-            segments += [Segment(number, 0, self.sizes[group], inner)] * passes
+            segments += [Segment(list(self.sizes).index(group), 0, self.sizes[group], inner)] * passes
         return Axis(tuple(segments))
 
     def kept_indices(self, dim: int | str, size: int, widths: dict[str, int]) -> list[int]:

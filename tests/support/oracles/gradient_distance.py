@@ -106,9 +106,8 @@ class Distances:
         """
         if not self.is_finite:
             return False
-        extra_flips = len(self.flipped_batches(self.ours)) - len(self.flipped_batches(self.torch))
         return (
-            extra_flips <= SPARE_FLIPS
+            len(self.flipped_batches(self.ours)) - len(self.flipped_batches(self.torch)) <= SPARE_FLIPS
             and max(self.ours) <= max(CAP, 2 * max(self.torch))
             and self._calm_sizes(self.ours) >= self._calm_sizes(self.torch)
             and self.calm(self.ours) <= max(FLOOR, 2 * self.calm(self.torch))

@@ -6,8 +6,7 @@ from torch.nn import functional
 
 def focal(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     each = functional.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
-    wrong = (torch.sigmoid(outputs) - labels).abs()
-    return (wrong**2 * each).flatten(1).mean(1)
+    return ((torch.sigmoid(outputs) - labels).abs() ** 2 * each).flatten(1).mean(1)
 
 
 def dice(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,7 @@ def main(out: Path) -> None:
         step_contract.WEIGHT_DECAY: np.array(0, np.float32),
     }
     feeds |= tensors | {step_contract.momentum_name(n): np.zeros_like(v) for n, v in tensors.items()}
-    graph = (assets / "probe_training-cpu.onnx").read_bytes()
-    np.savez(out, **OnnxSession(graph, threads=1, training=True).run(feeds))
+    np.savez(out, **OnnxSession((assets / "probe_training-cpu.onnx").read_bytes(), threads=1, training=True).run(feeds))
 
 
 if __name__ == "__main__":

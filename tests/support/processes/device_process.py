@@ -73,8 +73,7 @@ class Field:
 
     def run(self, *command: str) -> subprocess.Popen[str]:
         with (self.root / "log").open("a") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, stderr=log, text=True, env=environment)
+            process = subprocess.Popen(command, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.processes.append(process)
         return process
 

@@ -77,8 +77,7 @@ def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -
     random = np.random.default_rng(0)
 
     def weight(name: str, *shape: int) -> onnx.TensorProto:
-        values = random.standard_normal(shape) / np.sqrt(shape[-1])
-        return numpy_helper.from_array(values.astype(np.float32), name)
+        return numpy_helper.from_array((random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32), name)
 
     graph = helper.make_graph(
         [
