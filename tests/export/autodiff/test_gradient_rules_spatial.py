@@ -121,15 +121,7 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def check_convolution(
     case: dict[str, Any], groups: int = 1, inputs: int | str = "c", outputs: int | str = "o", inside: int | str = "c"
 ) -> None:
-    """A convolution against torch, at full width and with two channels less.
-
-    Args:
-        case: The drawn attributes.
-        groups: Groups at full width; torch is told how many are left.
-        inputs: The input's channel dimension.
-        outputs: The output's.
-        inside: The kernel's second dimension.
-    """
+    """A convolution against torch, told how many groups are left, at full width and with two channels less."""
     rank = len(case["size"])
     data = {
         "x": normal(case["batch"], case["inputs"], *case["size"]),

@@ -42,14 +42,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def check_transposed(case: dict[str, Any], groups: int, data: Any, dims: tuple[Any, Any, Any]) -> None:
-    """Against torch, at full width and with two channels less.
-
-    Args:
-        case: The drawn attributes.
-        groups: Groups at full width; torch is told how many are left.
-        data: Input and kernel, and perhaps a bias.
-        dims: The channel dimensions of the input, inside the kernel and of the bias.
-    """
+    """Against torch, told how many groups are left, at full width and with two channels less."""
     rank = len(case["size"])
     inputs, inside, outputs = dims
     shapes: dict[str, tuple[int | str, ...]] = {

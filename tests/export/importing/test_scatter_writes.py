@@ -16,10 +16,7 @@ F32 = np.dtype(np.float32)
 
 
 def net(op: str, written: list[int], *, channels: int = 8, **attrs: Any) -> Model:
-    """Channels of a map [n, 4, channels], some of which are written with as many of another layer.
-
-    The raw file's run is the oracle of every import.
-    """
+    """Channels of a map [n, 4, channels], some written with as many of another; the raw file's run is the oracle."""
     rng = np.random.default_rng(0)
     shapes = {"a": (5, channels), "b": (5, len(written)), "c": (channels, 6), "d": (6, 3)}
     graph = Graph(inputs=[Port("image", F32, ("N", 4, 5))])

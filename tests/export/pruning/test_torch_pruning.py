@@ -47,13 +47,7 @@ EQUAL = mark_soak(
 
 @dataclass(frozen=True)
 class Difference:
-    """Groups that only one of both finds: so many channels, and the sides of layers that they touch.
-
-    Attributes:
-        why: What the difference is.
-        ours: Groups that only our analysis has.
-        theirs: Groups that only Torch-Pruning has.
-    """
+    """Groups that only one of both finds: so many channels, and the sides of layers that they touch."""
 
     why: str
     ours: tuple[str, ...]

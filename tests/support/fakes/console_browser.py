@@ -47,14 +47,7 @@ class Reply:
 
 @dataclass
 class Browser:
-    """Somebody at an application.
-
-    Attributes:
-        cookies: What it holds.
-        address: Where it is.
-        host: What it calls the console.
-        secure: Whether by TLS.
-    """
+    """Somebody at an application, whose cookies and address it holds; `host` is what it calls the console."""
 
     app: Any
     address: str = "127.0.0.1"

@@ -25,14 +25,7 @@ _STATES = ("ready", "offered", "training", "pulling", "folded", "refused", "queu
 
 
 class ConsoleFleet:
-    """What a server with a round under way publishes.
-
-    Args:
-        devices: How many there are.
-        rounds: How many rounds are over.
-        seed: Chooses everything.
-        jobs: Names of the jobs.
-    """
+    """What a server with a round under way publishes; the seed chooses everything, and `rounds` are over."""
 
     def __init__(self, devices: int = 40, rounds: int = 25, seed: int = 0, jobs: tuple[str, ...] = ("trial",)) -> None:
         self._chance = random.Random(seed)  # nosec B311  # draws a trial, and nothing secret
@@ -64,12 +57,7 @@ class ConsoleFleet:
             yield LogLine(self._now - 120 + i, level, text, names[i % len(names)], self._jobs[0], self._round)
 
     def publish(self, writer: StatusWriter, at: float | None = None) -> None:
-        """Write everything.
-
-        Args:
-            writer: The file.
-            at: Seconds since 1970; None for now.
-        """
+        """Write everything into a file; `at` is in seconds since 1970, None for now."""
         rows = {name: encode_status(row) for name, row in self.rows.items()}
         write(writer, *self.begin(), rows=rows, at=self._now if at is None else at, whole=True)
 

@@ -167,9 +167,6 @@ def assert_resumes(
         build: Makes a simulation in a folder of this name.
         kills: Calls of its progress after which each start is killed.
         same_blobs: Whether it names the same graphs in all rounds, of which a new start knows its own rounds' alone.
-
-    Returns:
-        The run that was not killed.
     """
     uninterrupted = build("whole", **settings)
     uninterrupted.run()

@@ -63,9 +63,7 @@ def fill(*inputs: object, size: int = SIZE) -> bytes:
 class ToyWorker:
     """Carries out commands on bytes that mean nothing, but depend on everything that they should.
 
-    Args:
-        store: Where they lie.
-        graph_rounds: For so many rounds offers name the same graph, and then another one; None for all rounds.
+    For `graph_rounds` rounds offers name the same graph, and then another one; None for all rounds.
     """
 
     def __init__(self, store: BlobStore, graph_rounds: int | None = None) -> None:

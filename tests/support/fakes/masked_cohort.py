@@ -94,7 +94,6 @@ class ServerView:
     Attributes:
         graph: Neighbours by board, of those that got a roster.
         shared: Boards that had shared their secrets.
-        arrived: Masked vectors by board.
         seeds: Boards whose own mask is known.
         mask_keys: Boards whose mask key is known.
     """

@@ -28,15 +28,8 @@ def play_job(
 ) -> State:
     """Play a job, or continue with one: the board adds the round's number to the weights that it got.
 
-    Args:
-        state: The state folder; made, with its model beside it, if missing.
-        events: After how many events to stop.
-        keep: As the server's setting.
-        database: Where the database is, if not in the folder.
-        blobs: As the server's setting.
-
-    Returns:
-        The last state.
+    The state folder is made, with its model beside it, if missing, and holds the database if there is no other. It
+    stops after so many events; `keep` and `blobs` are the server's settings.
     """
     model = state.parent / "model.onnx"
     if not model.exists():

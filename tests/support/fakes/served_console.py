@@ -34,11 +34,8 @@ Carried = tuple[list[StatusRecord], dict[str, str], str]
 class ServedConsole:
     """A console, its server, and what was ordered there; operators are called like their roles.
 
-    Args:
-        folder: For its databases.
-        fleet: What it shows.
-        carry: Publishes what a server would on an order, and says what came of it; None for the fleet's own answers.
-        look_s: Pause between two looks for changes.
+    `carry` publishes what a server would on an order, and says what came of it; None for the fleet's own answers.
+    `look_s` is the pause between two looks for changes.
     """
 
     def __init__(

@@ -68,10 +68,7 @@ def worker(model: Model, folder: Path, settings: dict[str, Any]) -> Worker:
 def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.FoldUpdate], do.Close]:
     """A round's updates as they come, and its end.
 
-    Args:
-        w: Makes the submodels.
-        spoilt: A device whose update holds numbers that are never accepted.
-        far: A device whose update is five times as long as the others'.
+    The device `spoilt` sends numbers that are never accepted, `far` an update five times as long as the others'.
     """
     start = w.put_initial_model()
     names = tuple(f"d{k}" for k in range(len(DENSITIES)))

@@ -42,14 +42,7 @@ Move = Callable[[Submodel, str, int], Tensors]
 
 @dataclass
 class Device:
-    """A device of the play.
-
-    Attributes:
-        widths: Its channels per group.
-        density: Its turn's density.
-        weight: What its updates count for.
-        absent: Rounds in which it takes no part.
-    """
+    """A device of the play: channels per group, what its updates count for, and rounds in which it takes no part."""
 
     widths: tuple[int, ...] = NET.sizes
     density: float = 1.0
@@ -59,18 +52,14 @@ class Device:
 
 @dataclass
 class Play:
-    """A job's rounds.
+    """A job's rounds, which replace the model.
 
     Attributes:
-        strategy: The strategy.
-        model: The global model, which rounds replace.
-        devices: Who takes part.
         move: How devices train.
         squares: What devices report of squared gradients.
         memory: What the job remembers.
         past: What devices handed in last.
-        round: The last round.
-        sent: What devices were sent in it.
+        sent: What devices were sent in the last round.
         reports: What they handed in.
         rejected: Whose updates stood out in it, and why.
     """

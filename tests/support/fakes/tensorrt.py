@@ -30,11 +30,9 @@ weights, and the newest."""
 
 
 def tensorrt_module(version: str, folder: Path) -> types.ModuleType:
-    """The module of a version.
+    """The module of one of `VERSIONS`; the real bindings of each have these names and no others of those in use.
 
-    Args:
-        version: One of `VERSIONS`; the real bindings of each have these names and no others of those in use.
-        folder: Where `settings.json` is read, and `calls.txt` written.
+    In the folder `settings.json` is read, and `calls.txt` written.
     """
     major = int(version.split(".")[0])
 

@@ -33,12 +33,7 @@ class Board:
 
 @dataclass
 class Timed(coordinator_shell.Shell):
-    """Devices at work; what the server does itself takes no time.
-
-    Attributes:
-        offered: Round, device and time of every offer.
-        max_parts_in_flight: How many parts were under way at most.
-    """
+    """Devices at work; what the server does itself takes no time. Offers are by round, device and time."""
 
     job: Job
     boards: dict[str, Board]

@@ -28,12 +28,9 @@ _EXTREMES = (0, 1, -1, -2, 0x7F, 0x80, 0x7FFF, 0x8000, 0x7FFFFFFF, -0x80000000, 
 
 
 def mutate(seeds: Sequence[bytes], rng: random.Random, *, text: bool = False) -> bytes:
-    """One of the inputs, damaged once or a few times.
+    """One of the sound inputs, damaged once or a few times; one that is JSON is damaged in its structure, too.
 
-    Args:
-        seeds: Sound inputs; one that is JSON is damaged in its structure, too.
-        rng: Says how.
-        text: Whether the inputs are text, of which words and numbers are worth changing.
+    Of text, words and numbers are worth changing.
     """
     raw = rng.choice(seeds)
     if raw[:1] in (b"{", b"[") and rng.random() < 0.6:

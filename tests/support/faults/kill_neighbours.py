@@ -21,13 +21,7 @@ SLOW = ("epochs = 2\n", "epochs = 150\n")  # rounds last long enough to be hit
 
 @dataclass
 class Struck:
-    """Kills during a job, and its progress.
-
-    Attributes:
-        killed: How often, by what it was.
-        rounds: Rounds that were finished.
-        seconds: How long it took.
-    """
+    """Kills during a job, by what was killed, and the rounds that it finished."""
 
     killed: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
@@ -35,14 +29,9 @@ class Struck:
 
 
 class DoomedNeighbours(Doomed):
-    """A site whose server has a database of its own, or helpers.
+    """A site whose server has a database of its own (SQLite without), or workers that make submodels.
 
-    Args:
-        material: As for `Doomed`; so are folder and rounds.
-        folder: The processes' own.
-        rounds: Rounds of the job.
-        database: The database's URL; SQLite without.
-        workers: Processes that make submodels.
+    Material, folder and rounds are as for `Doomed`.
     """
 
     def __init__(
@@ -60,11 +49,7 @@ class DoomedNeighbours(Doomed):
 def strike(site: DoomedNeighbours, kills: int, seed: int, *, database: Postgres | None = None) -> Struck:
     """Run a job while its server's neighbours are killed again and again; then let it finish two undisturbed rounds.
 
-    Args:
-        site: Where.
-        kills: How many.
-        seed: Of the moments and the victims.
-        database: The database to kill; None to kill the server's helpers.
+    The seed chooses moments and victims: processes of the database, or without one the server's helpers.
 
     Raises:
         LedgerError: The job doesn't get on, ends too early, or a process failed by itself.

@@ -46,7 +46,6 @@ class Life:
     """One life of a process.
 
     Attributes:
-        who: The process's name.
         at: At which flush it is to die; 0 for never.
         after: Whether after the flush instead of before it.
         file: What kind of file was being flushed, once it is dead.
@@ -60,14 +59,7 @@ class Life:
 
 @dataclass
 class Kills:
-    """What happened to a job.
-
-    Attributes:
-        lives: Those that ended as they should.
-        brokers: How often the broker was killed.
-        rounds: Rounds that were finished.
-        seconds: How long it took.
-    """
+    """What happened to a job: lives that ended as they should, kills of the broker, rounds that were finished."""
 
     lives: list[Life] = field(default_factory=list)
     brokers: int = 0
@@ -83,11 +75,7 @@ class Kills:
 class Doomed(Site):
     """One server, one broker and two boards: the broker is killed at any time, the others when they are told to die.
 
-    Args:
-        material: What `write_material` wrote for `BOARDS`.
-        folder: The processes' own.
-        rounds: Rounds of the job.
-        patience_s: How long a job may go without a finished round.
+    The material is what `write_material` wrote for `BOARDS`; a job may go `patience_s` without a finished round.
     """
 
     def __init__(self, material: Path, folder: Path, rounds: int, patience_s: float = 120) -> None:
@@ -141,10 +129,7 @@ class Doomed(Site):
 def run(site: Doomed, kills: int, seed: int = 0) -> Kills:
     """Run a job until so many processes have been killed, or it is over; then let it finish a round in peace.
 
-    Args:
-        site: Where.
-        kills: How many.
-        seed: Of the order of victims.
+    The seed chooses the order of victims.
 
     Raises:
         LedgerError: The job doesn't get on, or a process failed by itself.
@@ -194,16 +179,11 @@ def run(site: Doomed, kills: int, seed: int = 0) -> Kills:
 def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
     """Compare what the server counted with what its boards say that they sent, and with a job that nobody disturbed.
 
-    Args:
-        site: The job that was disturbed.
-        calm: The same one, undisturbed.
-        rounds: So many of its rounds must be over.
-
     Returns:
         How many updates were counted, sent in other attempts or again, and accepted.
 
     Raises:
-        LedgerError: They contradict each other.
+        LedgerError: They contradict each other, or fewer than `rounds` are over.
     """
     finished, expected = finished_rounds(site), finished_rounds(calm)
     if len(finished) < rounds:

@@ -79,12 +79,7 @@ def as_text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
 
 
 def as_file(parse: Callable[[Path], object], name: str) -> Callable[[bytes], object]:
-    """A parser of a file, as one of bytes.
-
-    Args:
-        parse: Takes its path.
-        name: Its name, which parsers may go by.
-    """
+    """A parser of a file (by its path; parsers may go by its name), as one of bytes."""
 
     def parse_file(raw: bytes) -> object:
         path = scratch() / name

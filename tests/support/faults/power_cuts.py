@@ -43,12 +43,7 @@ class CutError(BaseException):
 
 
 class Power:
-    """What has been written through it.
-
-    Attributes:
-        count: Operations so far.
-        names: What each of them was.
-    """
+    """What has been written through it: how many operations so far, and what each of them was."""
 
     def __init__(self, at: int, kind: str, gap: Callable[[], object]) -> None:
         self.at = at

@@ -16,12 +16,7 @@ from support.nets.small_nets import randomise_norms
 
 @dataclass(frozen=True)
 class Hard:
-    """A registered network.
-
-    Attributes:
-        make: Its class.
-        groups: Channel groups that must be found at least.
-    """
+    """A registered network's class, and the channel groups that must be found at least."""
 
     make: Callable[[], nn.Module]
     groups: int

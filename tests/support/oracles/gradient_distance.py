@@ -142,13 +142,7 @@ class Distances:
 
 
 class Trained:
-    """A model with its training step, by default on cross-entropy.
-
-    Args:
-        model: The model.
-        features: Its training graph's features; gradients are added.
-        loss: The same loss in torch.
-    """
+    """A model with its training step (gradients are added to its features), and the same loss in torch."""
 
     def __init__(
         self, model: Model, features: Features | None = None, loss: Loss = torch.nn.functional.cross_entropy

@@ -18,13 +18,9 @@ Tensor = torch.Tensor
 
 
 def run(graph: Graph, tensors: Mapping[str, Tensor], x: Tensor, *, training: bool) -> Tensor:
-    """The logits of a normalised graph.
+    """The logits of a normalised graph; the type of weights and statistics is the precision of everything.
 
-    Args:
-        graph: The graph.
-        tensors: Its weights and statistics; their type is the precision of everything.
-        x: Samples.
-        training: Whether batch normalisations take the batch's statistics.
+    With `training` batch normalisations take the batch's statistics.
     """
     dtype = next(iter(tensors.values())).dtype
     values: dict[str, Any] = {graph.inputs[0].name: x if x.dtype == torch.int64 else x.to(dtype)}

@@ -26,13 +26,9 @@ _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 @dataclass(frozen=True)
 class Board:
-    """A userland of its own, and what it runs on.
+    """A userland of its own, whose file system programs change, and what it runs on.
 
-    Args:
-        root: Its file system, which programs change.
-        processor: As qemu names it.
-        environment: Of all its programs.
-        plugin: A TCG plugin that watches what they execute.
+    The processor is named as qemu does; the plugin is one of TCG that watches what programs execute.
     """
 
     root: Path
@@ -44,12 +40,7 @@ class Board:
         self._look_like_a_board()
 
     def command(self, *words: str | Path, offline: bool = False) -> list[str]:
-        """What starts a program of the board on this machine.
-
-        Args:
-            words: The program and its arguments, as the board knows them.
-            offline: In a network of its own, where there is nobody.
-        """
+        """What starts a program of the board here; `offline` is in a network of its own, where there is nobody."""
         emulator = tool("qemu-aarch64-static", "qemu-user-static")
         if self.plugin is not None:  # the static emulator loads none; proot has this machine's files there
             emulator = f"{tool('qemu-aarch64', 'qemu-user')} -plugin /host-rootfs{self.plugin}"

@@ -77,12 +77,7 @@ class Image:
 
 
 def make_arm_image(folder: Path, samples: Path) -> Image:
-    """Build an image.
-
-    Args:
-        folder: Where it is built.
-        samples: What lies as the board's samples on its root partition.
-    """
+    """Build an image in a folder; `samples` lie as the board's samples on its root partition."""
     folder.mkdir(parents=True)
     root = folder / "rootfs"
     shutil.copytree(userland(BOOKWORM, PACKAGES), root, symlinks=True)

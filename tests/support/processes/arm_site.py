@@ -21,14 +21,7 @@ _ROUND_S = 600  # a round's deadline: an emulated board is slow
 
 
 class Headquarters:
-    """A server whose fleet is one board.
-
-    Args:
-        folder: All that it writes.
-        device: The board's name.
-        host: By which address the board reaches the broker.
-        density: What the board gets of the model.
-    """
+    """A server whose fleet is one board, which reaches the broker by `host` and gets `density` of the model."""
 
     def __init__(self, folder: Path, device: str, *, host: str = "127.0.0.1", density: float = 0.5) -> None:
         self.folder, self.device, self.host, self.density = folder, device, host, density

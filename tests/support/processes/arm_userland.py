@@ -31,14 +31,7 @@ _SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 @dataclass(frozen=True)
 class System:
-    """A release of Debian or Ubuntu, as a board's system has it.
-
-    Args:
-        name: The release's name.
-        python: Its Python.
-        mirror: Where its packages for arm64 are.
-        keyring: By whose keys they are signed, where this machine's own don't do.
-    """
+    """A release of Debian or Ubuntu as boards have it; `keyring` signs packages where this machine's own don't do."""
 
     name: str
     python: str
@@ -67,9 +60,7 @@ def tool(name: str, package: str) -> str:
 def userland(system: System, packages: Sequence[str] = ()) -> Path:
     """A folder with a system's files; it is kept, so copy it before something runs in it.
 
-    Args:
-        system: Which.
-        packages: What is wanted beside Python and what a runtime needs.
+    `packages` are wanted beside Python and what a runtime needs.
     """
     packages_needed = sorted({*_PACKAGES, *packages})
     key = hashlib.sha256(f"1 {system} {packages_needed}".encode()).hexdigest()[:12]

@@ -39,13 +39,7 @@ def read_compose(environment: Mapping[str, str], folder: Path = DEPLOY) -> dict[
 
 
 def mounts(body: Mapping[str, Any], service: str, folder: Path) -> dict[str, Path]:
-    """Where a service's paths lie: volumes in `folder/volumes`, its own files and secrets where the file says.
-
-    Args:
-        body: The file.
-        service: The service.
-        folder: The file's folder, as a user has it.
-    """
+    """Where a service's paths lie: volumes in `folder/volumes`, its own files and secrets where the file says."""
     targets = {}
     service_body = body["services"][service]
     for text in service_body.get("volumes", []):

@@ -12,11 +12,7 @@ ANN, NOT_ANN = "hunter2-of-the-operator", "hunter2-of-nobody-at-all"  # her pass
 
 
 class Operator:
-    """An operator who uses the console.
-
-    Args:
-        port: The console's.
-    """
+    """An operator who uses the console at a port."""
 
     def __init__(self, port: int) -> None:
         self._at = f"http://127.0.0.1:{port}"

@@ -91,9 +91,7 @@ class Field:
 def running(root: Path, server: MemoryServer) -> Iterator[Field]:
     """A broker with the server on it; processes that are still there at the end are killed.
 
-    Args:
-        root: A folder with `data.npz`, for the log and the device's state.
-        server: The server.
+    The folder has `data.npz`, and gets the log and the device's state.
     """
     with EmbeddedBroker(port=0) as broker:
         link = BrokerLink(broker.url, "server")

@@ -72,8 +72,7 @@ def make_image(
 ) -> tuple[int, int]:
     """An image as Raspberry Pi OS has it: a table, a FAT32 partition with a folder's files, an ext4 one with another's.
 
-    Returns:
-        Where the two partitions begin, in bytes.
+    Returns where the two partitions begin, in bytes.
     """
     sectors = boot_mb * 2048
     second = start + sectors

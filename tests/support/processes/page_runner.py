@@ -76,9 +76,7 @@ class Reader:
     """Who follows a page. Use it as a context: what stays in terminals ends with it.
 
     Args:
-        folder: Where it begins.
         replaced: Words of the page that are others here, such as ports.
-        patience_s: How long anything may take.
         bare: Whether it begins from a bare clone and installs; else the programs are those of this environment.
     """
 
@@ -106,11 +104,7 @@ class Reader:
             process.wait()
 
     def follow(self, page: Path) -> None:
-        """Do all that a page says.
-
-        Raises:
-            AssertionError: A command fails, doesn't end, or shows something else.
-        """
+        """Do all that a page says; an AssertionError says what fails, doesn't end, or shows something else."""
         for step in steps(page):
             for name in step.waits:
                 self._wait(name)

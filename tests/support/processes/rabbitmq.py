@@ -37,11 +37,7 @@ _DEFINITIONS = {
 
 
 class RabbitMQ:
-    """The cluster.
-
-    Attributes:
-        ports: Of MQTT, by node.
-    """
+    """The cluster; `ports` are those of MQTT, by node."""
 
     def __init__(self) -> None:
         programs = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))

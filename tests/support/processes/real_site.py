@@ -105,15 +105,12 @@ class Site:
 
     Args:
         material: What `write_material` wrote.
-        folder: The processes' own.
         config: The server's configuration, but for `FILES`.
-        devices: Names of the devices.
         patience_s: How long something may take that is waited for.
         mosquitto: Whether the broker is a process of its own, or the server's.
         amqtt: Whether the server finds no Mosquitto for its broker.
         secure: Whether the server has an identity and devices join with claims; Mosquitto gets the configuration that
             the server writes for it.
-        may_hold: Whether rounds can be held.
     """
 
     def __init__(
@@ -273,11 +270,7 @@ class Site:
         until(condition, what, explain=self.logs)
 
     def finish(self, patience_s: float | None = None) -> State:
-        """Wait for the end of all processes but Mosquitto.
-
-        Args:
-            patience_s: How long each may take; the site's patience by default.
-        """
+        """Wait for the end of all processes but Mosquitto, each for the site's patience by default."""
         for name in ("server", *self.devices):
             try:
                 code = self.processes[name].wait(patience_s or self.patience_s)

@@ -119,8 +119,7 @@ class Moto(S3):
 class Ceph(S3):
     """A Ceph cluster with a gateway, one monitor and one daemon that keeps objects in memory.
 
-    Attributes:
-        authority: Of the certificate at `secure_endpoint`.
+    `authority` is of the certificate at `secure_endpoint`.
     """
 
     def __init__(self) -> None:
