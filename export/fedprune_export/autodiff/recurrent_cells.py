@@ -1,6 +1,6 @@
 """The cells of recurrent layers (LSTM, GRU, plain), forward and backward, in one direction of a layer.
 
-Forward is one matrix product with the input over the whole sequence, and a loop (`scan_loop`) for the recurrence.
+Forward is one matrix product with the input over the whole sequence, and a loop (`scan`) for the recurrence.
 Backward a second loop does only what depends on the next step; the gradient of each parameter is then one product over
 the whole sequence. Shapes: T steps, N samples, I inputs, H hidden units. Letters as in the formulas: h and c states,
 i, o, f, z, r gates, n the candidate of a new state.

@@ -52,7 +52,7 @@ def limited_board(memory: int, storage: int) -> HardwareProfile:
     [
         ("fedprune", {}, 1, "none"),
         ("fedprune", {"average": 0.9, "blend": 0.0}, 1, "none"),
-        ("subflot", {"densities": [1.0]}, 1, "none"),
+        ("ca-hfp", {}, 1, "none"),
         ("autoflip", {}, 2, "hard"),
     ],
 )
