@@ -160,3 +160,10 @@ def test_a_lowered_share_falls_further_when_rounds_show_that_memory_is_short() -
     assert device.density < plan["density"]
     assert device.widths == widths_at(WIDE, device.density)
     assert not coordinator.allocator.open(coordinator.fleet), "a round's begin would take it back"
+
+
+def test_a_board_whose_profile_makes_no_sense_is_excluded_and_the_others_go_on() -> None:
+    coordinator = fleet_of(Job(strategy="subflot"), {"a": PI})
+    coordinator.handle(on.DeviceBorn("b", 1, {"name": "x"}, 10), 0.0)
+    assert coordinator.state.devices["b"].excluded
+    assert coordinator.state.devices["a"].widths

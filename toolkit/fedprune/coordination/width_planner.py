@@ -60,7 +60,7 @@ class WidthPlanner:
         # Per device its share as assigned last, and what it was assigned for, so that neither is looked up again.
         self._shares: dict[str, tuple[float, tuple[int, ...]]] = {}
         self._asked_shares: dict[str, tuple[Mapping[str, Any] | None, AskedShare]] = {}
-        self._step_seconds: dict[int, float] = {}
+        self._capacities: dict[str, tuple[JobDevice, Capacity]] = {}
         self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
         self._plans = BoundedCache[Hashable, _SharedPlan]()
         self._plans_by_body = BoundedCache[Mapping[str, Any], WidthPlan]()
@@ -97,16 +97,22 @@ class WidthPlanner:
     def capacity(self, name: str, device: JobDevice, *, masks_elements: bool) -> Capacity:
         """As `fedprune.strategies.allocation.Ceiling.capacity`. What rounds taught is left out: a device whose
         correction changes would change places with others, which would get other channels for it."""
-        whole_model = AskedShare(1.0, self.architecture.sizes, masks_elements)
-        plan = self._cached_plan(name, device, whole_model, NO_CORRECTION)
+        known, capacity = self._capacities.get(name, (None, (0.0, -math.inf)))
+        if known is device:  # a device that announces itself anew is another object
+            return capacity
         # Boards of a kind are equally fast, whatever they measured and however many samples they have.
-        _, profile = self._profile(device.profile)
-        if (key := id(profile)) not in self._step_seconds:
-            batch = self.job.recipe.batch_size
-            typical_device = JobDevice(session=0, online=True, profile=device.profile, probe=None, samples=batch)
-            inputs = self.job, self.strategy, self.architecture, "", typical_device, self.architecture.sizes, 1.0, batch
-            self._step_seconds[key] = predict_round(*inputs).step_s
-        return 0.0 if plan.error else plan.density, -self._step_seconds[key]
+        batch, whole = self.job.recipe.batch_size, self.architecture.sizes
+        typical_device = JobDevice(session=0, online=True, profile=device.profile, probe=None, samples=batch)
+        try:
+            plan = self._cached_plan(name, device, AskedShare(1.0, whole, masks_elements), NO_CORRECTION)
+            costs = predict_round(self.job, self.strategy, self.architecture, "", typical_device, whole, 1.0, batch)
+            capacity = 0.0 if plan.error else plan.density, -costs.step_s
+        except StrategyError:
+            raise
+        except FedpruneError:  # what it says of itself can't be read: `grant` says so
+            pass
+        self._capacities[name] = device, capacity
+        return capacity
 
     def bind(self, name: str, device: JobDevice, *, masks_elements: bool) -> None:
         """Bring a device whose widths were set past `grant` under its plan."""
@@ -222,7 +228,6 @@ class WidthPlanner:
             shared_profile = self._profiles[str(body.get("name"))] = (body, HardwareProfile.from_dict(body))
             # Keys hold the identity of a profile's object, which another one may get after it is freed.
             self._plans.clear()
-            self._step_seconds.clear()
         return shared_profile
 
     def _find_plan(

@@ -41,8 +41,7 @@ class Ceiling(Protocol):
     """The most that devices may get, by the memory, time, bytes, energy and disk space of their boards."""
 
     def grant(self, name: str, device: JobDevice, share: AskedShare) -> None:
-        """Give a device a share of the model or, where its board can't hold that, the most that it can; or the reason
-        why it takes no part."""
+        """Give a device a share or, where its board can't hold that, the most that it can; or the reason for none."""
 
     def capacity(self, name: str, device: JobDevice, *, masks_elements: bool) -> Capacity:
         """What a device can hold, whatever it is given."""
@@ -51,8 +50,7 @@ class Ceiling(Protocol):
 @dataclass(frozen=True, eq=False)
 class Fleet:
     """The input of an allocator. An allocator replaces `density`, `widths` and `allocation` of the state's devices, and
-    the state's own `allocation`, never in place; it only reads the rest. Without a `ceiling` nothing is known of
-    boards, and a device gets what it is granted."""
+    the state's own `allocation`, never in place; it only reads the rest. Without a `ceiling` no grant is lowered."""
 
     job: Job
     architecture: Architecture
@@ -64,8 +62,7 @@ class Fleet:
 
     def position(self, name: str, *, masks_elements: bool = False) -> int:
         """The position of a device among all: the most capable first, equal ones in the order of their names, in which
-        numbers count as numbers. The order is stored, since thousands of devices may announce themselves one after the
-        other."""
+        numbers count as numbers. The order is stored: thousands of devices may announce themselves one by one."""
         entry, former = self._entry(name, masks_elements), self._entries.get(name)
         if entry != former:
             if former is not None:
@@ -87,9 +84,8 @@ class Fleet:
 
     def grant(self, name: str, density: float, *, masks_elements: bool, whole: bool = False) -> bool:
         """Give a device a share of the model, above 0 and at most 1; returns whether it had another one. Times at
-        another share are forgotten. If masks are made of elements, the device keeps all channels.
-
-        A device whose plan allows less gets less; or, if the method needs the share `whole`, takes no part."""
+        another share are forgotten. If masks are made of elements, the device keeps all channels. A device whose plan
+        allows less gets less; or, if the method needs the share `whole`, takes no part."""
         device = self.state.devices[name]
         before = device.density, device.widths
         # An element mask keeps the shape of every tensor, so the board holds the whole model.
