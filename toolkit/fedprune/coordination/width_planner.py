@@ -57,7 +57,7 @@ class WidthPlanner:
         self.strategy = strategy
         self.architecture = architecture
         self.frozen = frozen
-        # Per device its share as assigned last, and what it was assigned for, so that neither is looked up again.
+        # Per device its share as assigned last, what it was assigned for, and its capacity.
         self._shares: dict[str, tuple[float, tuple[int, ...]]] = {}
         self._asked_shares: dict[str, tuple[Mapping[str, Any] | None, AskedShare]] = {}
         self._capacities: dict[str, tuple[JobDevice, Capacity]] = {}
@@ -88,8 +88,7 @@ class WidthPlanner:
             device.excluded = str(error) + (WHOLE_HINT if asked is not None and asked.whole else "")
 
     def grant(self, name: str, device: JobDevice, share: AskedShare) -> None:
-        """As `fedprune.strategies.allocation.Ceiling.grant`."""
-        # The same plan holds until something of the device changes, with which it announces itself anew.
+        """As `fedprune.strategies.allocation.Ceiling.grant`. A plan holds until the device announces itself anew."""
         if device.plan is None or device.excluded or self._asked_shares.get(name) != (device.plan, share):
             self.plan(name, device, share)
             self._asked_shares[name] = device.plan, share
@@ -98,7 +97,7 @@ class WidthPlanner:
         """As `fedprune.strategies.allocation.Ceiling.capacity`. What rounds taught is left out: a device whose
         correction changes would change places with others, which would get other channels for it."""
         known, capacity = self._capacities.get(name, (None, (0.0, -math.inf)))
-        if known is device:  # a device that announces itself anew is another object
+        if known is device:  # one that announces itself anew is another object
             return capacity
         # Boards of a kind are equally fast, whatever they measured and however many samples they have.
         batch, whole = self.job.recipe.batch_size, self.architecture.sizes
