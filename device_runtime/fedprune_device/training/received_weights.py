@@ -80,7 +80,7 @@ def decode_weights(offer: Offer, read: Callable[[str], bytes]) -> tuple[bytes, .
 def _decoded_files(offer: Offer, read: Callable[[str], bytes]) -> tuple[bytes, ...]:
     if offer.coded is None:
         most_elements = max(2 * offer.weights.size, 8 * (offer.mask.size if offer.mask else 0))
-        most_bytes = 2 * offer.weights.size + most_elements // 8 + 2**16
+        most_bytes = 2 * offer.weights.size + len(offer.increments) * most_elements // 8 + 2**16
         raw_increments = (read(ref.sha256) for ref in offer.increments)
         weights_file, mask_file = increments.decode(raw_increments, most_bytes, most_elements)
         return (mask_file, weights_file) if mask_file else (weights_file,)

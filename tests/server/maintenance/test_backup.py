@@ -281,8 +281,7 @@ def test_a_damaged_backup_is_refused_before_anything_is_written(
     place = tmp_path_factory.mktemp("damaged")
     backup = place / "backup"
     back_up(job_in_round_two, backup, ignore_progress)
-    paths = [p for p in sorted(backup.rglob("*")) if p.is_file() and p.name != "lock"]
-    path = data.draw(st.sampled_from(paths))
+    path = data.draw(st.sampled_from([p for p in sorted(backup.rglob("*")) if p.is_file() and p.name != "lock"]))
     raw = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(raw) - 1))
     kind = data.draw(st.sampled_from(["flip", "cut", "gone"]))
@@ -343,8 +342,7 @@ def test_another_jobs_backup_is_not_replaced(state: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "identity/a/b", 5, "blobs/ab/" + "ab" * 32])
 def test_a_manifest_names_no_other_files(path: Any) -> None:
-    entry = BackupEntry(DATABASE_FILE, "a" * 64, 1)
-    manifest = BackupManifest("job", "a" * 64, 1, 1, "1", (entry,), "here")
+    manifest = BackupManifest("job", "a" * 64, 1, 1, "1", (BackupEntry(DATABASE_FILE, "a" * 64, 1),), "here")
     assert BackupManifest.parse(manifest.to_bytes(), "it") == manifest
     with pytest.raises(StorageError):
         BackupManifest.parse(manifest.to_bytes().replace(b'"job":"job"', b'"job":"jab"'), "it")

@@ -286,8 +286,7 @@ def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_w
             path.unlink()
     needed = set(model_and_references(state)[1])
     hurt = {d for d in needed if not readable(store, d)}
-    named = {f.blob for f in findings_of(state) if f.severity is Severity.WRONG}
-    assert hurt <= named
+    assert hurt <= {f.blob for f in findings_of(state) if f.severity is Severity.WRONG}
     assert run("--state", state, "--repair") == (ExitCode.STORAGE if hurt else ExitCode.OK)
     assert {d for d in needed if readable(store, d)} == needed - hurt
     assert run("--state", state, "--repair", "--from", original) == ExitCode.OK

@@ -49,11 +49,10 @@ from support.processes.machine import find_mosquitto, free_port, listens
 from support.waiting import until
 
 NOW = 1_800_000_000.0
-PROFILE = {"name": "pi"}
 
 
 def board(**values: Any) -> JobDevice:
-    usual = {"session": 1, "online": True, "profile": PROFILE, "probe": None, "samples": 10, "widths": (8,)}
+    usual = {"session": 1, "online": True, "profile": {"name": "pi"}, "probe": None, "samples": 10, "widths": (8,)}
     return JobDevice(**{**usual, **values})
 
 
@@ -175,8 +174,7 @@ def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: StoredJ
     (finding,) = found_in(case)
     assert (finding.kind, finding.is_wrong) == ("model-stalls", False)
     assert cause in finding.message.rpartition(":")[2]
-    done = replace(case, state=replace(case.state, phase=Phase.FINISHED))
-    assert kinds(job_findings(done)) == {"model-stalls"}
+    assert kinds(job_findings(replace(case, state=replace(case.state, phase=Phase.FINISHED)))) == {"model-stalls"}
 
 
 HEALTHY_SCORES = {
@@ -223,8 +221,7 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
         advice = finding.todo[finding.todo.index("fedprune-server devices approve") :]
         assert main(shlex.split(advice)[1:]) == 0  # what it says can be done as it stands
         assert set(identity.store.members()) == {"pi-1"}
-    later = time.time() + 300 * 365 * 86_400
-    assert {a.kind for a in look(later)} == {"certificate", "device-unheard"}
+    assert {a.kind for a in look(time.time() + 300 * 365 * 86_400)} == {"certificate", "device-unheard"}
     (tmp_path / "identity" / "server.pem").write_text("no certificate")
     assert {(a.kind, a.severity) for a in look(time.time())} == {
         ("certificate", "critical"),
@@ -343,8 +340,7 @@ def running(folder: Path) -> Iterator[None]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     with Storage.open_in(tmp_path) as storage:
-        settings = {**HEALTHY.settings, "name": "n", "server": {"broker": "embedded", "port": 0}}
-        storage.put_settings(settings)
+        storage.put_settings({**HEALTHY.settings, "name": "n", "server": {"broker": "embedded", "port": 0}})
         storage.save(HEALTHY.state, (), NOW)
     record_backup(tmp_path)
     return tmp_path

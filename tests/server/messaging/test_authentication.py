@@ -136,8 +136,7 @@ class Lab:
     def let_in(self, name: str, folder: str) -> Board:
         claim = JoinClaim.parse(self.identity.make_claim(name, DAY).text)
         device = DeviceIdentity(self.folder / folder, "lab", name, clock=lambda: float(BUILD_TIME))
-        answer = self.answer(device.request(claim))
-        assert device.admit(answer, claim.pin) is not None
+        assert device.admit(self.answer(device.request(claim)), claim.pin) is not None
         return Board(device, lambda: self.now)
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
@@ -205,8 +204,7 @@ def test_a_message_means_nothing_on_another_s_topic_or_in_another_s_name(lab: La
     assert two.receive((TOPICS.down("pi-2", "job"), down[1]), (TOPICS.broadcast(), down[1])) == []
     # What one device signs is not the server's word to another, nor the other's word to the server.
     assert two.receive((TOPICS.down("pi-2"), two.say(birth("pi-2"))[1])) == []
-    forged = two.seal_message(Death("pi-1", 1))
-    assert server.receive(forged) == []
+    assert server.receive(two.seal_message(Death("pi-1", 1))) == []
     assert one.receive(down) != []
     assert server.receive(up) != []
 
@@ -335,8 +333,7 @@ def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is
 
 def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
     claim = JoinClaim.parse(lab.identity.make_claim(None, DAY).text)
-    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILD_TIME))
-    asked = asking(device.request(claim))
+    asked = asking(DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILD_TIME)).request(claim))
     lab.now = 100.0
     before = len(lab.server.end.sent)
     lab.server.receive(*[asked] * 300)
@@ -464,8 +461,7 @@ def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> No
     will = pi.seal_message(Death("pi-1", 1))
     assert server.receive(pi.say(birth("pi-1"))) != []
     assert server.receive(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
-    forged = two.seal_message(Death("pi-1", 1))
-    assert server.receive(forged) == []
+    assert server.receive(two.seal_message(Death("pi-1", 1))) == []
     assert lab.new_server().receive(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
 
 
@@ -594,9 +590,7 @@ def test_what_a_member_has_not_signed_is_charged_to_strangers(
     }[kind]
     server.receive(genuine)
     flood = int(1.5 * points / (1 + len(forged[1]) / BYTES_PER_POINT))
-    read = len(server.receive(*[forged] * flood))
-
-    assert read <= (flood if kind == "an unwanted chunk" else 0)
+    assert len(server.receive(*[forged] * flood)) <= (flood if kind == "an unwanted chunk" else 0)
     assert not quarantine.sentences()
     rows = quarantine.rows()
     assert rows.keys() == {STRANGERS}

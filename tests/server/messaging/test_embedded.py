@@ -254,8 +254,7 @@ def test_a_program_that_runs_and_never_answers_is_no_broker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
     monkeypatch.setattr(socket, "create_connection", Mock(side_effect=error))
-    silent = Mosquitto(str(script(tmp_path / "bin", "exec sleep 600")), "2.9")
-    broker = EmbeddedBroker(port=0, candidates=[silent])
+    broker = EmbeddedBroker(port=0, candidates=[Mosquitto(str(script(tmp_path / "bin", "exec sleep 600")), "2.9")])
     with pytest.raises(BrokerError, match=r"Mosquitto 2\.9"):
         broker.start(timeout=0.1)
     assert not broker.is_alive

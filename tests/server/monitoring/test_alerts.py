@@ -291,8 +291,7 @@ def make_alert(**values: Any) -> Alert:
 
 def test_an_alert_opens_once_and_closes_once_and_does_not_flap() -> None:
     book, slow = AlertBook(), make_alert(delay_s=10.0)
-    opened = [len(book.update([slow], 0.0 + t, NOW + t)) for t in range(12)]
-    assert opened == [0] * 10 + [1, 0]
+    assert [len(book.update([slow], 0.0 + t, NOW + t)) for t in range(12)] == [0] * 10 + [1, 0]
     for t in range(12, 40):  # away for less than its delay, again and again
         assert book.update([slow] if t % 5 else [], float(t), NOW + t) == []
     assert [a.since for a in book.open_alerts] == [NOW]
@@ -477,8 +476,7 @@ def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:
     def poison(fleet: Fleet) -> None:
         fleet.worker.poison = set(fleet.air.devices)
 
-    changes = alert_changes(tmp_path, poison)
-    assert [(kind, is_open) for _, kind, is_open in changes][:1] == [("no-progress", True)]
+    assert [(kind, is_open) for _, kind, is_open in alert_changes(tmp_path, poison)][:1] == [("no-progress", True)]
 
 
 def test_a_board_far_off_its_plan_is_found_and_shown_with_the_figures_of_status() -> None:
@@ -634,8 +632,7 @@ def test_while_the_database_is_waited_for_no_other_alert_opens_or_closes(
 
 def test_alerts_wait_until_all_jobs_of_a_server_were_seen(tmp_path: Path) -> None:
     left = Alert("round-waits", "warning", NOW, "it waits", "why", "todo", job="second")
-    folders = {"first": tmp_path, "second": tmp_path / "second"}
-    monitor = Monitor(tmp_path, {}, folders, book=AlertBook([left]))
+    monitor = Monitor(tmp_path, {}, {"first": tmp_path, "second": tmp_path / "second"}, book=AlertBook([left]))
     show(
         monitor,
         ROUND,

@@ -190,8 +190,7 @@ def test_what_is_refused_for_good_keeps_the_next_message_back_for_its_tries_alon
         outbox.put(message())
         outbox.put(message("resolved"))
         until(lambda: len(got) == MAX_TRIES + 1)
-    events = [json.loads(raw)["event"] for _, _, raw in got]
-    assert events == ["opened"] * MAX_TRIES + ["resolved"]
+    assert [json.loads(raw)["event"] for _, _, raw in got] == ["opened"] * MAX_TRIES + ["resolved"]
 
 
 @contextmanager
@@ -270,8 +269,7 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_not_again(tmp_path: Pa
         run(url, [alert("broker")])
         run(url, [alert("broker")])
         run(url, [alert("broker"), alert("disk")])
-    kinds_sent = [[a["kind"] for a in json.loads(raw)["alerts"]] for _, _, raw in got]
-    assert kinds_sent == [["broker"], ["disk"]]
+    assert [[a["kind"] for a in json.loads(raw)["alerts"]] for _, _, raw in got] == [["broker"], ["disk"]]
 
 
 # Settings and the command.

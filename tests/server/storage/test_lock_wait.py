@@ -187,8 +187,7 @@ def test_a_lock_in_postgresql_is_waited_for_and_its_session_named(
 
 def test_who_waits_for_a_database_that_is_away_shows_that_it_lives_and_can_be_stopped() -> None:
     pytest.importorskip("psycopg")
-    nowhere = "postgresql+psycopg://fedprune@127.0.0.1:1/none"
-    with Database(nowhere) as away, wait_hook(fail), pytest.raises(EndedError):
+    with Database("postgresql+psycopg://fedprune@127.0.0.1:1/none") as away, wait_hook(fail), pytest.raises(EndedError):
         away.read(lambda connection: connection.exec_driver_sql("SELECT 1"))
 
 

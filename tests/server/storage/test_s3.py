@@ -364,8 +364,7 @@ def test_a_bucket_that_is_away_is_waited_for_and_said_once(
     store = BucketStore(tmp_path, url)
     store.retry.is_endless = True
     store.bucket = Watched(url, 2)
-    ref = store.put(b"patience")
-    assert store.has(ref.sha256)
+    assert store.has(store.put(b"patience").sha256)
     assert [r.message.partition(":")[0] for r in caplog.records if "bucket" in r.message] == [
         "waiting for the bucket, nothing is lost",
         "the bucket is back",

@@ -160,3 +160,19 @@ def test_a_board_whose_profile_makes_no_sense_is_excluded_and_the_others_go_on()
     coordinator = fleet_of(Job(strategy="subflot"), {"a": PI})
     coordinator.handle(on.DeviceBorn("b", 1, {"name": "x"}, 10), 0.0)
     assert [bool(d.widths) for d in coordinator.state.devices.values()] == [True, False]
+
+
+def test_a_silent_board_that_no_longer_fits_is_not_asked_again() -> None:
+    coordinator = fleet_of(Job(density=1.0), {"a": PI, "b": PI})
+    coordinator.state.devices["a"].silent_since, coordinator.state.devices["a"].asked_again_at = 1.0, 5.0
+    coordinator.handle(on.DeviceBorn("a", 1, PI.to_dict(), 0), 2.0)  # it has lost its samples
+    coordinator.state.devices["a"].readmit()
+    assert coordinator.state.devices["a"].excluded
+
+
+def test_a_share_that_times_decide_is_what_was_wanted_and_not_what_a_board_could_hold_once() -> None:
+    job = Job(strategy="pr-fl", options={"masks": "channels", "synchronous": True})
+    coordinator = fleet_of(job, {"a": with_room(PI, 0.3)})
+    assert "instead of 1" in (coordinator.state.devices["a"].plan or {})["warning"]
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10), 0.0)
+    assert coordinator.state.devices["a"].density == 1

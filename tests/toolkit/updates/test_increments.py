@@ -52,6 +52,9 @@ def test_increments_make_the_files_of_each_submodel(seed: int, shares: list[floa
         {"w::shape": np.array([2, 2])},
         {"w::shape": np.array([-5, -7])},
         {"w::shape": np.array([5.0, 7.0])},
+        {"w::shape": np.array([[5, 7]])},
+        {"w::shape": np.array(35)},
+        {"w::shape": np.array([35] + [1] * 70)},
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, np.ndarray]) -> None:
@@ -68,5 +71,7 @@ def test_an_increment_is_no_larger_than_what_is_offered() -> None:
     for max_bytes, max_elements in ((100, 10**3), (10**4, 100)):
         with pytest.raises(ProtocolError):
             increments.decode(raw, max_bytes, max_elements)
-    with pytest.raises(ProtocolError):
-        increments.decode([b"rubbish" * 99], 10**4, 10**3)
+    many = [packing.pack_tensors({f"t{i}": np.zeros(999, np.float32)}) for i in range(3)]
+    for damaged in ([b"rubbish" * 99], many):
+        with pytest.raises(ProtocolError):
+            increments.decode(damaged, 10**4, 10**3)

@@ -213,13 +213,12 @@ class Coordinator(ABC):
 
     def _resume_parts(self, now: float) -> Commands:
         """Commands for parts that were under way."""
-        commands: Commands = []
+        extracting = [n for n, task in sorted(self.state.tasks.items()) if task.progress is Progress.EXTRACTING]
+        commands: Commands = [*self.part_commands.extract_commands(extracting)]
         for name, task in sorted(self.state.tasks.items()):
             task.offered_at = None  # on the clock of the shell that has ended
             task.deadline = None if task.deadline is None else now + self.job.deadline_s
-            if task.progress is Progress.EXTRACTING:
-                commands += self.part_commands.extract_commands([name])
-            elif task.progress is Progress.PULLING and task.update is not None:
+            if task.progress is Progress.PULLING and task.update is not None:
                 # The announcement will be repeated, too; pulling is resumed from what is on disk.
                 commands.append(do.PullUpdate(name, self.state.round_of(task), task.attempt, task.update))
         return commands
@@ -432,7 +431,8 @@ class Coordinator(ABC):
         self.planner.keep_correction(former, device)
         self.allocator.admit(self.fleet, event.device, former)
         self._bind(event.device)
-        if former is not None and former.online and former.session == event.session:  # it has not connected again
+        # It has not connected again; without a plan there is nothing that it could be asked for.
+        if device.widths and former is not None and former.online and former.session == event.session:
             device.silent_since, device.asked_again_at = former.silent_since, former.asked_again_at
             if former.excluded_by:
                 device.excluded, device.excluded_by = former.excluded, former.excluded_by

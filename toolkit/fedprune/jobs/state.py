@@ -170,7 +170,7 @@ class JobDevice(TrackedEntry):
 
     def readmit(self) -> None:
         """Ask it again, after it was silent."""
-        if self.asked_again_at is not None:
+        if self.asked_again_at is not None and self.widths:  # without a plan it has nothing to be asked for
             self.excluded, self.excluded_by = "", ""
         self.silent_since = self.asked_again_at = None
 

@@ -246,6 +246,7 @@ class PlanSearch:
         candidate_of_widths: dict[tuple[int, ...], WidthCandidate] = {}
         for density in sorted(densities, reverse=True):
             widths = self._with_least(widths_at(self.architecture, density))
+            widths = widths if asked is None else tuple(map(min, widths, asked.widths))
             candidate_of_widths.setdefault(widths, WidthCandidate(density, widths, 1))
         yield from candidate_of_widths.values()
 

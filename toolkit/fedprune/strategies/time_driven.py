@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fedprune.core.settings import bounded, check_fields
 from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.strategies.allocation import GRANTED, TIMES, Allocator, Fixed, Fleet, Tiers
-from fedprune.strategies.recovery import DONE, FLOOR, Recovery
+from fedprune.strategies.recovery import DONE, FLOOR, Recovery, wanted_density
 
 # Entry of `State.allocation`: whether a density has grown, so that times no longer change densities.
 _FROZEN = "frozen"
@@ -61,7 +61,7 @@ class TimeDriven(Allocator):
         granted_density = device.allocation.get(GRANTED)
         if granted_density is None:
             self.start.admit(fleet, name, previous)
-            granted_density = device.density
+            granted_density = wanted_density(device)
         self._grant(fleet, name, max(float(granted_density), self._density_floor(fleet)))
 
     def open(self, fleet: Fleet) -> bool:
@@ -69,7 +69,7 @@ class TimeDriven(Allocator):
         if fleet.state.round > 1 or not self.start.open(fleet):
             return False
         for name, device in fleet.state.devices.items():
-            self._grant(fleet, name, max(device.density, self._density_floor(fleet)))
+            self._grant(fleet, name, max(wanted_density(device), self._density_floor(fleet)))
         return True
 
     def learn(self, fleet: Fleet, name: str, task: DeviceTask, seconds: float | None) -> None:

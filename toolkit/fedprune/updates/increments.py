@@ -48,17 +48,14 @@ def encode(tensors: Mapping[str, npt.NDArray[np.float32]], smaller: ElementMask 
 
 def decode(increments: Iterable[bytes], max_bytes: int, max_elements: int) -> tuple[bytes, bytes]:
     """The files of weights and mask that increments make; the second is empty if they make a whole model. Raises
-    `ProtocolError` if they are damaged, don't fit each other, or hold more than is allowed.
-
-    Args:
-        max_bytes: The most bytes that an increment may unpack to.
-        max_elements: The most elements that all masked tensors may have.
-    """
+    `ProtocolError` if they are damaged, don't fit each other, unpack to more than `max_bytes` in all, or have masked
+    tensors of more than `max_elements` in all."""
     tensors: dict[str, npt.NDArray[Any]] = {}
     masks: dict[str, Flags] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for increment in increments:
         parts = packing.unpack_tensors(increment, max_bytes)
+        max_bytes -= sum(value.nbytes for value in parts.values())
         for name, values in parts.items():
             bits, shape = parts.get(name + _BITS), parts.get(name + _SHAPE)
             if name.endswith((_BITS, _SHAPE)):
@@ -96,8 +93,8 @@ def _new_elements(
     missing: npt.NDArray[np.int64] = np.flatnonzero(~active)
     if bits is not None and bits.dtype == np.uint8:
         return missing[packing.from_bitmap(bits, int(np.unpackbits(bits).sum()), missing.size, name)]
-    is_shape = shape is not None and shape.dtype == np.int64 and (shape >= 0).all()
+    is_shape = shape is not None and shape.dtype == np.int64 and shape.ndim == 1 and min(shape, default=0) >= 0
     size = math.prod(shape.tolist()) if shape is not None and is_shape else -1
-    if not 0 <= active.size - size < 8:
+    if not 0 <= active.size - size < 8 or (shape is not None and shape.size > 32) or active[size:].any():
         raise ProtocolError(f"shape of {name} in an increment", expected=f"{active.size} elements", got=size)
     return missing[missing < size]
