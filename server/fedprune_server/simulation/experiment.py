@@ -168,8 +168,8 @@ def job_without_limits(job: Job, settings: Mapping[str, Any]) -> Job:
 
 
 def fedavg_job(job: Job) -> Job:
-    """The reference run: the whole model on every device that can hold it, plain local training and the plain mean
-    (arXiv:1602.05629).
+    """The reference run: the whole model on every device, also on those that couldn't hold it, plain local training and
+    the plain mean (arXiv:1602.05629).
 
     It keeps the job's seed, rounds, totals, devices, participation and deadline, and of its recipe the steps, batch,
     loss, optimiser, augmentation, frozen parts and measurement interval.
@@ -180,8 +180,7 @@ def fedavg_job(job: Job) -> Job:
         strategy="fedavg",
         options={},
         density=0.0,
-        byte_budget=0,
-        energy_budget=0.0,
+        ignores_plans=True,
         scorer="magnitude",
         rule="coverage",
         server_momentum=0.0,
