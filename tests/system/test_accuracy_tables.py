@@ -17,6 +17,7 @@ from benchmarks.accuracy.protocols import PROTOCOLS
 from fedprune.model.recipe import Recipe
 from fedprune_server.simulation.datasets.samples import assemble_samples
 from fedprune_server.simulation.measure import ModelMeasure
+from fedprune_server.simulation.results.differences import difference_text
 from support.fakes.digits_simulation import digits, digits_experiment
 from support.paths import ROOT
 
@@ -111,7 +112,7 @@ def by_hand(method, sent, found, step=1.0):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("no-such-table",), 14, "error: table: expected list, summary or one of cifar10-dirichlet"),
+        (("no-such-table",), 14, "error: table: expected list, summary, papers, older or one of cifar10-dirichlet"),
         (("har", "--methods", "nothing"), 14, "error: rows of har: expected local"),
         (("har", "--seeds", "x"), 2, "expected whole numbers separated by commas, got 'x'"),
         (("har", "--rounds", "1"), 13, "error: data 'har': expected a .npz file or a folder that exists"),
@@ -142,9 +143,8 @@ def rows_by_hand(table, found, served=None):
 def test_an_interval_is_students():
     gaps = [1.5, -0.25, 3.0]
     oracle = ttest_1samp(gaps, 0).confidence_interval(0.95)
-    assert report.written(gaps) == f"{np.mean(gaps):+.1f} ± {(oracle.high - oracle.low) / 2:.1f}"
-    assert report.written([-1.0]) == "−1.0"
-    assert report.written([]) is None
+    assert difference_text(gaps) == f"{np.mean(gaps):+.1f} ± {(oracle.high - oracle.low) / 2:.1f}"
+    assert [difference_text([-1.0]), difference_text([])] == ["−1.0", None]
 
 
 def test_verdicts_are_computed_from_paired_runs():

@@ -34,7 +34,7 @@ secure_aggregation = true
 
 
 def test_boards_that_mask_give_the_model_of_a_simulation_that_does_not(tmp_path: Path) -> None:
-    job = replace(demo_job(SEED, rounds=2), strategy="plain", options={}, density=1.0, byte_budget=0, move_limit=0.0)
+    job = replace(demo_job(SEED, rounds=2), strategy="plain", options={}, density=1.0, ignores_plans=True, move_limit=0)
     data = deal_digits([board.name for board in DEMO_BOARDS], seed=SEED)
     folder = DemoFolder.prepare(tmp_path / "demo", SEED)
     folder.model.write_bytes(digits_model())

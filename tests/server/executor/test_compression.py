@@ -163,7 +163,7 @@ def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Si
             for digest in (offer.coded.sha256, offer.moved.sha256, offer.held or ""):
                 store.put(run.store.read(digest))
             assert set(offer.blobs_to_pull(store.has)) == {*offer.blobs(), offer.coded} - {offer.weights}
-            assert decode_weights(offer, store.read) == run.store.read(offer.weights.sha256)
+            assert decode_weights(offer, store.read) == (run.store.read(offer.weights.sha256),)
             checked.append(offer)
 
     run.run(check)
