@@ -320,9 +320,7 @@ class AsynchronousCoordinator(Coordinator):
             if task.deadline is None:
                 del state.tasks[name]
         state.closing = None
-        changed = self.allocator.review(self.fleet, metrics)
-        self._bind(*self.state.devices)
-        if changed:
+        if self.allocator.review(self.fleet, metrics):
             state.ranking = state.order = None
         if not self._is_last_round():
             return self._open_round(now)

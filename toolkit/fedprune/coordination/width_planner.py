@@ -57,9 +57,9 @@ class WidthPlanner:
         self.strategy = strategy
         self.architecture = architecture
         self.frozen = frozen
-        # Per device its share as assigned last, what it was assigned for, and its capacity.
+        # Per device its share as assigned last, what it was assigned for, and its capacity: plans may be put away.
         self._shares: dict[str, tuple[float, tuple[int, ...]]] = {}
-        self._asked_shares: dict[str, tuple[Mapping[str, Any] | None, AskedShare]] = {}
+        self._asked_shares: dict[str, tuple[JobDevice, AskedShare]] = {}
         self._capacities: dict[str, tuple[JobDevice, Capacity]] = {}
         self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
         self._plans = BoundedCache[Hashable, _SharedPlan]()
@@ -89,9 +89,10 @@ class WidthPlanner:
 
     def grant(self, name: str, device: JobDevice, share: AskedShare) -> None:
         """As `fedprune.strategies.allocation.Ceiling.grant`. A plan holds until the device announces itself anew."""
-        if device.plan is None or device.excluded or self._asked_shares.get(name) != (device.plan, share):
+        known, asked = self._asked_shares.get(name, (None, None))
+        if known is not device or asked != share or self._shares.get(name) != (device.density, device.widths):
             self.plan(name, device, share)
-            self._asked_shares[name] = device.plan, share
+            self._asked_shares[name] = device, share
 
     def capacity(self, name: str, device: JobDevice, *, masks_elements: bool) -> Capacity:
         """As `fedprune.strategies.allocation.Ceiling.capacity`. What rounds taught is left out: a device whose

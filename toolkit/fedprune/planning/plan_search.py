@@ -158,7 +158,7 @@ class PlanSearch:
             return self._plan_of(
                 narrowest, width_candidate.density, bound=MEMORY, warning=f"{measured}: {worst.describe()}"
             )
-        raise self._no_fit_error(narrowest)
+        raise self._no_fit_error(narrowest, {candidate.density for candidate in tried})
 
     def _fitting_plan(self, candidate: _Candidate, density: float, wider: Sequence[WidthCandidate]) -> WidthPlan:
         """The plan of a candidate that fits, after wider ones that don't."""
@@ -177,9 +177,8 @@ class PlanSearch:
             warning=f"{loss or f'only {kept_weights:.1%} of the weights are kept'}. {explanation}" if warns else "",
         )
 
-    def _no_fit_error(self, narrowest: _Candidate) -> PlanError:
+    def _no_fit_error(self, narrowest: _Candidate, densities: Collection[float]) -> PlanError:
         worst, name, target = narrowest.worst_limit, self.architecture.name, self.profile.name
-        densities = {candidate.density for candidate in self._candidates()}
         other_limits = [m.describe() for m in narrowest.limits if not m.fits and m is not worst]
         others_text = f"It also breaks {'; '.join(other_limits)}. " if other_limits else ""
         memory_text = f"Memory is for: {memory_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""

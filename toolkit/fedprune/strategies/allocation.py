@@ -153,6 +153,10 @@ class Fixed(Allocator):
     def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
         fleet.grant(name, self.density, masks_elements=self.masks_elements, whole=self.whole)
 
+    def density_of(self, fleet: Fleet, name: str) -> float:
+        """The density that a device is dealt, of which its plan may allow less."""
+        return self.density
+
 
 @dataclass(frozen=True)
 class Tiers(Allocator):
@@ -184,17 +188,18 @@ class Tiers(Allocator):
         check_fields(self, ("allocator",))
 
     def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
-        fleet.grant(name, self._density(fleet, name), masks_elements=self.masks_elements)
+        fleet.grant(name, self.density_of(fleet, name), masks_elements=self.masks_elements)
 
     def open(self, fleet: Fleet) -> bool:
         """Deal again: devices may have come since the last round."""
         changed = False
         for name, device in sorted(fleet.state.devices.items()):
             if not device.excluded:
-                changed |= fleet.grant(name, self._density(fleet, name), masks_elements=self.masks_elements)
+                changed |= fleet.grant(name, self.density_of(fleet, name), masks_elements=self.masks_elements)
         return changed
 
-    def _density(self, fleet: Fleet, name: str) -> float:
+    def density_of(self, fleet: Fleet, name: str) -> float:
+        """The density that a device is dealt, of which its plan may allow less."""
         # The middle of the device's share of the fleet, so that no device lies on the border of two tiers.
         position = (fleet.position(name, masks_elements=self.masks_elements) + 0.5) / len(fleet.state.devices)
         shares = self.shares or (1.0,) * len(self.densities)

@@ -73,12 +73,12 @@ class Recovery:
         for name, device in members.items():
             watch, fired = watch_score(device.allocation.get(_WATCH, {}), device.allocation.get(SCORE), self.patience)
             device.allocation = {**device.allocation, _WATCH: watch}
-            if fired and wanted_density(device) < 1:
-                new_densities[name] = self.next_density(wanted_density(device))
+            if fired and _wanted_density(device) < 1:
+                new_densities[name] = self.next_density(_wanted_density(device))
         floor = self._review_fleet(state, members, min_density)
         for name, device in members.items():
             # A device that grows above the floor by its own score keeps that density.
-            if max(wanted_density(device), new_densities.get(name, 0.0)) < floor:
+            if max(_wanted_density(device), new_densities.get(name, 0.0)) < floor:
                 new_densities[name] = floor
         return new_densities
 
@@ -87,7 +87,7 @@ class Recovery:
         device's density would follow."""
         allocation = dict(state.allocation)
         floor = max(float(allocation.get(FLOOR, 0.0)), min_density)
-        sparsest = max(floor, min(map(wanted_density, members.values())))
+        sparsest = max(floor, min(map(_wanted_density, members.values())))
         # The code has 8·P, 5·P and 2·P by how ρ_min came to be 1; one patience, the longest, serves all
         # (docs/strategies/pr-fl.md).
         patience = self.patience if sparsest < 1 else 8 * self.patience
@@ -100,10 +100,9 @@ class Recovery:
         return floor
 
 
-def wanted_density(device: JobDevice) -> float:
+def _wanted_density(device: JobDevice) -> float:
     """The density that a device was to get. Its plan may allow less, for good: the others grow and end without it."""
-    asked = (device.plan or {}).get("asked")
-    return float(asked["density"] if asked else device.allocation.get(GRANTED, device.density))
+    return float(device.allocation.get(GRANTED, device.density))
 
 
 def watch_score(old_state: Mapping[str, Any], new_score: float | None, patience: int) -> tuple[dict[str, Any], bool]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fedprune.core.settings import bounded, check_fields
 from fedprune.jobs.state import DeviceTask, JobDevice
 from fedprune.strategies.allocation import GRANTED, TIMES, Allocator, Fixed, Fleet, Tiers
-from fedprune.strategies.recovery import DONE, FLOOR, Recovery, wanted_density
+from fedprune.strategies.recovery import DONE, FLOOR, Recovery
 
 # Entry of `State.allocation`: whether a density has grown, so that times no longer change densities.
 _FROZEN = "frozen"
@@ -56,21 +56,19 @@ class TimeDriven(Allocator):
 
     def admit(self, fleet: Fleet, name: str, previous: JobDevice | None) -> None:
         """Grant the density that the device had, or its initial one, and no less than the current minimum."""
-        device = fleet.state.devices[name]
         # A device that announces itself again has its earned density, not the start's: links break often.
-        granted_density = device.allocation.get(GRANTED)
+        granted_density = fleet.state.devices[name].allocation.get(GRANTED)
         if granted_density is None:
-            self.start.admit(fleet, name, previous)
-            granted_density = wanted_density(device)
+            granted_density = self.start.density_of(fleet, name)
         self._grant(fleet, name, max(float(granted_density), self._density_floor(fleet)))
 
     def open(self, fleet: Fleet) -> bool:
-        """Deal densities by the devices' names before the first round; later nothing changes here."""
-        if fleet.state.round > 1 or not self.start.open(fleet):
+        """Deal densities anew before the first round, since devices may have come; later nothing changes here."""
+        if fleet.state.round > 1:
             return False
-        for name, device in fleet.state.devices.items():
-            self._grant(fleet, name, max(wanted_density(device), self._density_floor(fleet)))
-        return True
+        floor, devices = self._density_floor(fleet), fleet.state.devices
+        changed = [self._grant(fleet, n, max(self.start.density_of(fleet, n), floor)) for n in devices]
+        return any(changed)
 
     def learn(self, fleet: Fleet, name: str, task: DeviceTask, seconds: float | None) -> None:
         """Keep the device's validation score, and its time if that was measured at the present density."""
