@@ -32,7 +32,7 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
             expected=f"at most {profile.storage.budget_bytes} bytes",
             got=total,
         )
-    memory = _min_weight_copies(recipe) * full_size
+    memory = _min_weight_copies(recipe) * full_size + (offer.drift.size if offer.drift else 0)
     if memory > profile.training_memory_bytes:
         raise PlanError(
             "the offered model needs more memory than the profile allows",

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from fedprune.core.errors import ConfigError, PlanError
 from fedprune.model.recipe import Recipe
@@ -22,15 +23,17 @@ pytestmark = pytest.mark.board
     [
         (Recipe(), 5),
         (Recipe(optimizer="adam"), 7),
+        (Recipe(drift=True), 6),
         (Recipe(optimizer="adamw"), 7),
         (Recipe(optimizer="adam", frozen=("w",)), 1),
         (Recipe(trainable=("b",)), 1),
     ],
 )
-def test_the_state_of_the_optimizer_counts(
+def test_the_optimizers_state_and_a_drift_count(
     tmp_path: Path, graphs: Path, weights: Tensors, recipe: Recipe, copies: int
 ) -> None:
     offer = MemoryServer(tmp_path / "server", graphs, weights, time.monotonic).offer(1, recipe)
+    offer = replace(offer, drift=offer.weights if recipe.drift else None)
     with DeviceStore(tmp_path / "state") as store:
 
         def check(memory: int) -> None:
