@@ -114,8 +114,7 @@ def test_a_retained_message_is_no_new_value_but_holds_what_holds_without_end(roo
     assert room.row() == []
     room.send("home/room", {"temperature": 2, "humidity": 2})
     room.now += 1
-    samples = room.collector.collect(room.now, 1)
-    assert [(sample.rows, sample.label) for sample in samples] == [([[2.0, 2.0]], "busy")]
+    assert [(sample.rows, sample.label) for sample in room.collector.collect(room.now, 1)] == [([[2.0, 2.0]], "busy")]
     assert "2 retained" in room.drops.take()
 
 

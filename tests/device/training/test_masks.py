@@ -259,8 +259,7 @@ def validation_loss(w: Tensors, data: LocalData, max_samples: int) -> float:
     total = 0.0
     for rows in np.array_split(np.arange(len(data.y_val)), -(-len(data.y_val) // max_samples)):
         h = data.x_val[rows].astype(np.float64) @ w["w1"].T
-        step_weights = w | {"mean": h.mean(0), "var": h.var(0)}
-        z = logits(step_weights, data.x_val[rows])
+        z = logits(w | {"mean": h.mean(0), "var": h.var(0)}, data.x_val[rows])
         z = z - z.max(1, keepdims=True)
         total += float((np.log(np.exp(z).sum(1)) - z[np.arange(len(rows)), data.y_val[rows]]).sum())
     return total / len(data.y_val)
