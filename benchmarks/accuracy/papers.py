@@ -51,8 +51,8 @@ SUBFLOT_SMALL = replace(
     title="SubFLOT's regime, scaled down",
     data={**SUBFLOT_FULL.data, "most": 6_000, "pool": 2},
     net="small_cnn",
-    recipe=Recipe(epochs=5, batch_size=25, lr=0.001, momentum=0.0, evaluate_every=6),
-    rounds=24,
+    recipe=Recipe(epochs=5, batch_size=25, lr=0.001, momentum=0.0, evaluate_every=5),
+    rounds=20,
     methods=(
         *(m for m in _SUBFLOT if m.name not in ("slices", "fedprune")),
         Method("fedavg", "fedavg", densities=False),
@@ -64,8 +64,8 @@ SUBFLOT_SMALL = replace(
         Method("λ 5", "subflot", {"sar": 5.0}),
     ),
     reference="subflot",
-    every=6,
-    every_global=3,
+    every=5,
+    every_global=5,
     minutes=3,
     full=False,
 )
@@ -219,8 +219,6 @@ PR_FL_FULL = Protocol(
     full=True,
 )  # fmt: skip
 
-_LEFT_OUT = ("fedasync α .6", "fedbuff")
-
 PR_FL_SMALL = replace(
     PR_FL_FULL,
     name="pr-fl-time",
@@ -229,7 +227,7 @@ PR_FL_SMALL = replace(
     net="two_cnn",
     recipe=replace(PR_FL_FULL.recipe, lr=0.02, momentum=0.9),
     rounds=100_000,
-    methods=tuple(m for m in _pr_fl(20, 3) if m.name not in _LEFT_OUT),
+    methods=tuple(m for m in _pr_fl(20, 3) if m.name not in ("fedasync α .6", "fedbuff", "pr-fl channels")),
     boards=_links(_SCALE),
     weather=_weather(_SCALE),
     target=0.40,
@@ -309,7 +307,6 @@ AUTOFLIP_FULL = Protocol(
         Method("autoflip", "autoflip", densities=False),
         Method("autoflip warm", "autoflip", {"warm_start": "explored_mean"}, densities=False),
         Method("autoflip masks", "autoflip", {"structured": False}, densities=False),
-        Method("autoflip 95 %", "autoflip", {"masked_share": 0.95}, densities=False),
     ),
     densities=(1.0,),
     boards=_WORKSTATION,
@@ -331,7 +328,7 @@ AUTOFLIP_SMALL = replace(
     methods=tuple(
         replace(m, options={"exploration_epochs": 20, **m.options}) if m.strategy != "fedavg" else m
         for m in (*AUTOFLIP_FULL.methods, Method("random masks", f"{_OWN}random_flip", densities=False))
-        if m.name not in ("autoflip warm", "autoflip 95 %")
+        if m.name != "autoflip warm"
     ),
     every=10,
     every_global=5,

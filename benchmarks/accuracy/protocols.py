@@ -42,6 +42,9 @@ LONGER = 2.5
 """Rounds of `fedprune` for each round of other rows: within 15 % of full width's bytes and 80 % of its MACs."""
 
 
+_DRIFTS = ("scaffold", "feddyn", "fedcm")
+
+
 def _all() -> tuple[Method, ...]:
     always = {"evaluate_every": 1}  # what sends more is also read at the rounds in which it has sent no more
     return (
@@ -69,6 +72,7 @@ def _all() -> tuple[Method, ...]:
         Method("fedprox", "fedprox", {}, always, densities=False),
         Method("fedper", "fedper", {}, always, densities=False),
         Method("autoflip", "autoflip", {"exploration_epochs": 20}, always, densities=False),
+        *(Method(name, name, {}, always, densities=False) for name in _DRIFTS),
     )
 
 
@@ -83,7 +87,9 @@ def _longer(methods: Iterable[Method], rounds: int) -> tuple[Method, ...]:
     return tuple(replace(m, job=job) if m.strategy == "fedprune" and m.name != SAME_LOSS else m for m in methods)
 
 
-FINALISTS = _some("local", "heterofl", "subflot", "ca-hfp", "fedprune", SAME_LOSS, "fedavg", FULL, "fedper", "autoflip")
+FINALISTS = _some(
+    "local", "heterofl", "subflot", "ca-hfp", "fedprune", SAME_LOSS, "fedavg", FULL, "fedper", "autoflip", *_DRIFTS
+)
 """For tables that show other data, nets and fleets: those that were best or are asked for most."""
 
 CIFAR = Protocol(
@@ -199,7 +205,6 @@ SAR = replace(
     ),
     reference="literal pull",
     job={},
-    seeds=(0, 1),
     minutes=2,
 )
 

@@ -175,6 +175,9 @@ def rows(protocol: Protocol, runs: Sequence[Run], *, equal_bytes: bool = False) 
         submodels = [f"{d:g}" for d in protocol.densities if d < 1]
         row["sub"] = {d: mean(made, method.name, read(measured(f"sub@{d}"))) for d in submodels}
         row["reached"] = reached(protocol, made)
+        last_measured = [at_end(run)["measured"] for run in made]
+        personal = dict.fromkeys(n for found in last_measured for n in found if n.startswith("personal@"))
+        row["personal"] = {n.removeprefix("personal@"): statistics.fmean(f[n] for f in last_measured) for n in personal}
         table.append(row)
     return table
 
@@ -205,15 +208,11 @@ def verdicts(protocol: Protocol, runs: Sequence[Run]) -> list[dict[str, Any]]:
         _against(protocol, runs, "global, same loss", model, [SAME_LOSS], NEAR),
     ]
     for what, most in MOST.items():
-        used = mean(runs, OURS, partial(_share_of, runs, what))
+        used = mean(runs, OURS, partial(share, runs, what=what))
         whole = all(run_of(runs, row, seed) for row in (OURS, FULL) for seed in protocol.seeds)
         text = None if used is None else f"{used:.1f} % of {FULL}'s; at most {most:g} %"
         found.append(_verdict(what, text, None if used is None or not whole else used - most))
     return found
-
-
-def _share_of(runs: Sequence[Run], what: str, run: Run) -> float | None:
-    return share(runs, run, what)
 
 
 def _verdict(promise: str, text: str | None, miss: float | None) -> dict[str, Any]:

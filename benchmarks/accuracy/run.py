@@ -36,16 +36,12 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import MeasuredRound, ModelMeasure
 from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.simulation import Simulation
-
-SMALL = 60_000_000
-"""Numbers that fit into memory as they are; larger data sets are read again for every training."""
-
 
 UNLIMITED = {**NO_UPDATE_LIMITS, "ignores_plans": True}
 """Tables compare strategies as they are published, without limits on updates, and with a paper's own tiers."""
@@ -91,18 +87,10 @@ def fleet(federation: Federation, boards: tuple[Board, ...]) -> tuple[VirtualDev
     """Devices with their boards: as many of each kind, in the order of their names."""
     names = sorted(federation.names, key=natural_sort_key)
     kinds = [_profile(board) for board in boards]
-    small = sum(federation.count(n) for n in names) * math.prod(federation.samples.shape) < SMALL
     return tuple(
-        VirtualDevice(
-            name, kinds[place * len(kinds) // len(names)], federation.load(name) if small else stored(federation, name)
-        )
+        VirtualDevice(name, kinds[place * len(kinds) // len(names)], federation.load(name))
         for place, name in enumerate(names)
     )
-
-
-def stored(federation: Federation, name: str) -> StoredData:
-    """A device's data, made each time that it is needed."""
-    return StoredData(federation.count(name), federation.fingerprint(name), lambda: federation.load(name))
 
 
 class Scales:
