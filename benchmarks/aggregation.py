@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import arguments, in_turns, ratio, save, setting
+from benchmarks.harness import in_turns, parser, ratio, save, setting
 from benchmarks.synthetic_nets import resnet18, weights
 from fedprune.aggregation import compiled_kernels
 from fedprune.aggregation.fold import Fold
@@ -115,7 +115,7 @@ def peak_mb(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = parser(__doc__).parse_args()
     whole, mixed = updates((1.0,), "own"), updates(DENSITIES, "own")
     ranked, various = updates(DENSITIES, "common"), updates(DENSITIES, "various")
     compiled_kernels.load_kernels()

@@ -43,7 +43,7 @@ def run_cases(
     A case has the arguments of `run`, which returns the rest of its record. `title` is the benchmark's docstring, whose
     first line `--help` shows; `packages` are distributions whose versions matter; `constants`, for the page, are the
     same for all cases. Returns the records in the order of the cases."""
-    options = arguments(title)
+    options = parser(title).parse_args()
     wanted = [case for case in cases if all(str(case.get(k)) == v for k, v in options.only)]
     out = options.out or RESULTS / f"{name}.json"
     records = [] if options.anew or not out.exists() else json.loads(out.read_text())["rows"]
@@ -82,11 +82,6 @@ def parser(title: str | None) -> argparse.ArgumentParser:
     made.add_argument("--only", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="only these cases")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the records there, and leave the results alone")
     return made
-
-
-def arguments(title: str | None) -> argparse.Namespace:
-    """The command line of a benchmark that has no options of its own."""
-    return parser(title).parse_args()
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -157,12 +152,10 @@ def save(path: Path | str, body: Mapping[str, Any]) -> None:
     print(json.dumps(body if len(json.dumps(body)) < 4000 else {"written": str(out)}), flush=True)
 
 
-def peak_bytes(pid: int | str = "self", field: str = "VmHWM") -> int:
-    """Largest resident memory of a process so far; with `VmRSS` that of now."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
+def peak_bytes(pid: int | str = "self", field: str = "VmHWM", file: str = "status") -> int:
+    """Largest resident memory of a process so far, or what else a file of /proc says in KiB; 0 where it has ended."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
 
 
 def in_turns(

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import in_turns, parser, save, setting
+from benchmarks.measured_steps import step_feeds
+from benchmarks.planner import module_of
 from fedprune.core import tensorfile
-from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.features import Features
 from fedprune.planning.kernel_workload import workload
@@ -44,27 +45,12 @@ SHARES = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Where planned widths are compared with uniform ones."""
 
 STEPS, PREDICTIONS = 5, 15
-
-
-def nets() -> dict[str, Any]:
-    """Torch modules by name."""
-    from benchmarks.step_nets import network
-    from support.nets import published_nets as zoo
-    from support.nets import small_nets as shared
-
-    return {
-        "LeNet": network("lenet"),
-        "ResNet20": shared.resnet20_bn(),
-        "MobileNetV2": zoo.timm_model("mobilenetv2_100", 64),
-    }
+NETS = {"LeNet": ("LeNet", 0), "ResNet20": ("ResNet20-BN", 0), "MobileNetV2": ("mobilenetv2_100", 64)}
+"""What `benchmarks.planner` calls them, and the size of images."""
 
 
 class Bench:
-    """A model whose steps and predictions can be timed at any widths.
-
-    Args:
-        model: The model.
-    """
+    """A model whose steps and predictions can be timed at any widths."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.architecture = model, model.architecture
@@ -79,17 +65,8 @@ class Bench:
     def step(self, widths: Sequence[int]) -> Callable[[], object]:
         """A training step to be timed."""
         tensors = self.tensors(widths)
-        feeds: dict[str, Any] = {
-            step_contract.X: self._random.standard_normal((BATCH, *self.architecture.input_shape)).astype(np.float32),
-            step_contract.Y: self._random.integers(0, self.architecture.classes, BATCH),
-        }
-        feeds |= {
-            n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
-        }
-        feeds |= tensors
-        feeds |= {
-            step_contract.momentum_name(t.name): np.zeros_like(tensors[t.name]) for t in self.architecture.trainable
-        }
+        x = self._random.standard_normal((BATCH, *self.architecture.input_shape)).astype(np.float32)
+        feeds = step_feeds(self._step.inputs, tensors, x, self._random.integers(0, self.architecture.classes, BATCH))
         return lambda: self._step.run(feeds)
 
     def prediction(self, widths: Sequence[int]) -> Callable[[], object]:
@@ -120,10 +97,8 @@ def random_plans(architecture: Architecture, count: int, seed: int) -> list[tupl
 
 def predictions(table: LatencyTable, architecture: Architecture, plans: Sequence[Sequence[int]]) -> list[list[float]]:
     """Predicted step times and latencies."""
-    return [
-        table.step_seconds(architecture, plans, BATCH).tolist(),
-        table.latency_seconds(architecture, plans).tolist(),
-    ]
+    step_s, latency_s = table.step_seconds(architecture, plans, BATCH), table.latency_seconds(architecture, plans)
+    return [step_s.tolist(), latency_s.tolist()]
 
 
 def errors(predicted: Sequence[float], seen: Sequence[float]) -> dict[str, float]:
@@ -203,8 +178,8 @@ def main() -> None:
     command.add_argument("--plans", type=int, default=50, help="random width plans of each net (default: 50)")
     options = command.parse_args()
     wanted, probed = dict(options.only).get("net"), list[Measurement]()
-    chosen = {name: module for name, module in nets().items() if wanted in (None, name)}
-    measured = [measure_net(name, module, options.plans, probed) for name, module in chosen.items()]
+    chosen = [name for name in NETS if wanted in (None, name)]
+    measured = [measure_net(name, module_of(*NETS[name]), options.plans, probed) for name in chosen]
     table = fit_latency_table(probed)
     rows = [result_of(net, table) for net in measured]
     worst = {w: max(r[f"{w}_s"][0] / r[f"{w}_s"][1] for n in rows for r in n["planned"]) for w in ("step", "latency")}

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,56 +48,38 @@ class Decoder(Characters):
         self.place = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
 
 
-def write_samples(folder: Path) -> None:
-    """Write random samples for all steps."""
-    rng = np.random.default_rng(0)
-    x, y = (rng.integers(0, WORDS, (BATCH * STEPS, LENGTH)) for _ in range(2))
-    np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
-
-
 def measure(base: str) -> dict[str, Any]:
     """One precision's record."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
-        write_samples(Path(name))
         return trained(Decoder(), base, Path(name))
 
 
 def trained(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(0, WORDS, (BATCH * STEPS, LENGTH)) for _ in range(2))
+    np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
     model = fx.load(module, lora=fx.Lora(RANK), base=base)
     recipe = Recipe(batch_size=BATCH, epochs=1, lr=0.01)
-    samples = BATCH * STEPS
     where = folder / base
     plan = fx.plan(model, "raspberry-pi-5", recipe=recipe, density=1.0)
     fx.export(model, plan, where)
-    architecture = model.architecture
-    widths = architecture.sizes
+    architecture, widths = model.architecture, model.architecture.sizes
     costs = costs_at(architecture, widths)
-    predicted = memory_use(architecture, widths, costs, recipe, samples, model.frozen)
+    predicted = memory_use(architecture, widths, costs, recipe, BATCH * STEPS, model.frozen)
     files = {p.name: p.stat().st_size for p in where.iterdir()}
-    command = [sys.executable, "-c", _CHILD, "train", "--bundle", str(where), "--data", str(folder / "data.npz")]
+    command = [sys.executable, "-c", _CHILD, "train", "--bundle", where, "--data", folder / "data.npz"]
+    command += ["--out", folder / "trained", "--threads", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--out", str(folder / f"{base}-trained"), "--threads", "1"],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    lines = done.stdout.splitlines()
-    peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    adapters = 4 * sum(v.size for n, v in model.tensors.items() if ".lora_" in n)
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
-        "adapter_bytes": adapters,
+        "adapter_bytes": 4 * sum(v.size for n, v in model.tensors.items() if ".lora_" in n),
         "base_bytes": files.get("base.safetensors", 0),
         "weights_bytes": files["weights.safetensors"],
         "training_graph_bytes": files["training.onnx"],
-        "peak_bytes": peak,
+        "peak_bytes": 1024 * int(said.split("VmHWM:")[1].split()[0]),
         "predicted_bytes": predicted.total,
-        "costs": asdict(costs),
-        "batch": BATCH,
-        "samples": samples,
-        "trained": next(line for line in lines if line.startswith("trained")),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks.harness import arguments, save, setting
+from benchmarks.harness import parser, save, setting
 from fedprune.secure_aggregation.collector import Collector
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.participant import Participant
@@ -113,7 +113,7 @@ def _advertised(
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = parser(__doc__).parse_args()
     rows = [measured(*case) for case in CASES[: 1 if options.only else None]]
     body = {"setting": setting("cryptography"), "boards": BOARDS, "numbers": NUMBERS, "rows": rows}
     save(options.out or "secure_sums", body)

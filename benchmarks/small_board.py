@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import run_cases
+from benchmarks.harness import peak_bytes, run_cases
 
 BOARD = "raspberry-pi-zero-2w"
 NETS = {"lenet": (1, 28, 28), "mobilenetv2_100": (3, 96, 96)}
@@ -55,17 +55,6 @@ state = "state"
 """
 
 
-def module(net: str) -> Any:
-    """A net by name."""
-    if net == "lenet":
-        from benchmarks.step_nets import network
-
-        return network(net)
-    from support.nets.published_nets import timm_model
-
-    return timm_model(net, NETS[net][-1])
-
-
 @contextmanager
 def control_group(limit: int) -> Iterator[list[str]]:
     """The prefix of a command that runs within so much memory; empty without cgroup v1."""
@@ -89,19 +78,20 @@ def memory(pid: int) -> tuple[int, int]:
 
     total = loaded = 0
     for each in family(pid):
-        rows = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
-        total += 1024 * int(next(r for r in rows if r.startswith("Pss:")).split()[1])
+        total += peak_bytes(each, "Pss", "smaps_rollup")
         loaded += "onnxruntime_pybind11_state" in Path(f"/proc/{each}/maps").read_text()
     return total, loaded
 
 
 def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, Any]:
     """One job on one board, and the board afterwards."""
+    from benchmarks.planner import module_of
     from benchmarks.swarm.site import site
     from fedprune.planning.profile_store import find_profile
     from fedprune_export.importing import export_torch
 
-    (folder / "model.onnx").write_bytes(export_torch(module(net), input_shape=shape))
+    module = module_of("LeNet" if net == "lenet" else net, shape[-1])
+    (folder / "model.onnx").write_bytes(export_torch(module, input_shape=shape))
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((SAMPLES, *shape)).astype(np.float32), rng.integers(0, 10, SAMPLES)
     np.savez(folder / "samples.npz", x=x, y=y)
@@ -114,7 +104,7 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
         run += ["--profile", BOARD, "--threads", "1", "--broker", f"mqtt://127.0.0.1:{place.port}", "--device", "zero"]
         board = place.start("zero", [*within, *run, "--data", folder / "samples.npz", "--state", folder / "zero"])
-        waited(lambda: "connected" in place.log_text("zero"), "the board's connection")
+        place.wait_for("zero", lambda: "connected" in place.log_text("zero"), "the board isn't connected")
         time.sleep(IDLE_S)
         before, _ = memory(board.pid)
         place.server(config, "--verbose")  # with every limit of the plan
@@ -137,14 +127,6 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         "idle_before_bytes": before, "idle_after_bytes": after, "peak_bytes": peak, "loaded": loaded,
         "reclaimed": failed, "plan": [" ".join(line.split()[1:]) for line in plan],
     }  # fmt: skip
-
-
-def waited(condition: Callable[[], bool], what: str, most: float = 60.0) -> None:
-    until = time.monotonic() + most
-    while not condition():
-        if time.monotonic() > until:
-            raise SystemExit(f"{what}: not within {most:g} s")
-        time.sleep(0.1)
 
 
 def measure(net: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import arguments, in_fresh_process, peak_bytes, save, setting
+from benchmarks.harness import in_fresh_process, parser, peak_bytes, save, setting
 from benchmarks.measured_steps import Step, batch, our_step, torch_step
 
 DENSITIES = (1.0, 0.5, 0.25)
@@ -126,7 +126,7 @@ def measure(name: str, density: float, folder: Path, turns: int) -> list[dict[st
 def main() -> None:
     from benchmarks.step_nets import NETS
 
-    options = arguments(__doc__)
+    options = parser(__doc__).parse_args()
     only, turns = dict(options.only), 3 if options.only else TURNS
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:

@@ -6,10 +6,10 @@ import asyncio
 import json
 import os
 import random
-import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.fleet_mixture import SAMPLES, SHARES
 from benchmarks.swarm.board import Board, Works
 from benchmarks.swarm.identities import signed_channel
+from benchmarks.swarm.mqtt import KEEPALIVE
 from benchmarks.swarm.shelf import Shelf
 from benchmarks.swarm.updates import Remade, device_name
 from benchmarks.swarm.uploading import Uploader
@@ -31,7 +32,6 @@ from fedprune_device.network.connection import MessageChannel
 CONNECTING = 64
 """Connections that are being made at a time: a broker's queue of them is short."""
 
-KEEPALIVE = 30
 _BEAT_S = 0.5
 
 
@@ -129,21 +129,22 @@ class Fleet:
                 if board.index % turns == turn and board.link is not None:
                     board.link.ping()
 
-    def ledger(self) -> dict[str, Any]:
-        """What became of every device's parts."""
-        return {b.name: b.ledger() for b in self.boards}
+    def result(self) -> dict[str, Any]:
+        """What became of every device's parts, and what went through all connections."""
+        links = [b.link for b in self.boards if b.link is not None]
+        return {
+            "ledger": {b.name: b.ledger() for b in self.boards},
+            "lost": self.lost,
+            "rejected": sum(b.rejected for b in self.boards),
+            "traffic": {"sent": sum(x.sent for x in links), "received": sum(x.received for x in links)},
+        }
 
     def keep_offered(self, folder: Path) -> None:
         """Write down the weights that devices were offered, each under its digest."""
         folder.mkdir(exist_ok=True)
         for digest in {p.base for b in self.boards for p in b.parts.values()}:
-            if self.works.shelf.has(digest):
+            if digest in self.works.shelf:
                 (folder / digest).write_bytes(self.works.shelf[digest])
-
-    def traffic(self) -> dict[str, int]:
-        """Bytes that went through all connections."""
-        links = [b.link for b in self.boards if b.link is not None]
-        return {"sent": sum(x.sent for x in links), "received": sum(x.received for x in links)}
 
 
 def fail_loudly() -> None:
@@ -170,23 +171,14 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     except asyncio.TimeoutError:
         print(f"{sum(b.finished for b in fleet.boards)} of {len(fleet.boards)} devices have finished", file=sys.stderr)
     fleet.keep_offered(Path(spec["offered"]))
-    return {
-        "began": began,
-        "connected": connected,
-        "ledger": fleet.ledger(),
-        "lost": fleet.lost,
-        "rejected": sum(b.rejected for b in fleet.boards),
-        "traffic": fleet.traffic(),
-    }
+    return {"began": began, "connected": connected, **fleet.result()}
 
 
-def main() -> None:
+def main(run: Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]) -> None:
     """Read the spec's path and the result's from the command line."""
     spec = json.loads(Path(sys.argv[1]).read_text())
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     Path(sys.argv[2]).write_text(json.dumps(asyncio.run(run(spec))))
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 Heard = Callable[[str, bytes], None]
 
 _CONNECT, _CONNACK, _PUBLISH, _PUBACK, _SUBSCRIBE, _SUBACK, _PINGREQ = 0x10, 0x20, 0x30, 0x40, 0x82, 0x90, 0xC0
+KEEPALIVE = 30
+"""Seconds of silence that the broker bears."""
+
 _CLEAN, _WILL, _WILL_QOS_1 = 0x02, 0x04, 0x08
 _IDS = 65_535
 
 
 class Session(asyncio.Protocol):
-    """One client's connection.
+    """One client's connection; whoever holds it calls `ping` more often than every `KEEPALIVE` seconds.
 
     Args:
         name: Its client id.
         topics: What it subscribes to, at QoS 1.
         hears: Is given topic and payload of every message.
         will: Topic and payload that the broker publishes if the connection is lost.
-        keepalive: Seconds of silence that the broker bears; whoever holds the session calls `ping` in time.
 
     Attributes:
         up: Done as soon as the subscriptions are in force; with an error if the connection ends before.
@@ -34,15 +36,11 @@ class Session(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_hears", "_id", "_keepalive", "_name", "_rest", "_topics", "_transport", "_will", "ended", "received", "sent",
-        "up",
+        "_hears", "_id", "_name", "_rest", "_topics", "_transport", "_will", "ended", "received", "sent", "up",
     )  # fmt: skip
 
-    def __init__(
-        self, name: str, topics: Sequence[str], hears: Heard, will: tuple[str, bytes] | None = None, keepalive: int = 30
-    ) -> None:
-        self._name, self._topics, self._hears = name, topics, hears
-        self._will, self._keepalive = will, keepalive
+    def __init__(self, name: str, topics: Sequence[str], hears: Heard, will: tuple[str, bytes] | None = None) -> None:
+        self._name, self._topics, self._hears, self._will = name, topics, hears, will
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._id = 0
@@ -59,11 +57,6 @@ class Session(asyncio.Protocol):
         """Show that this client is there."""
         self._write(_PINGREQ, b"")
 
-    def close(self, *, abruptly: bool = False) -> None:
-        """End the connection; the broker publishes the will, because no DISCONNECT says that this was meant."""
-        if self._transport is not None:
-            self._transport.abort() if abruptly else self._transport.close()
-
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -73,7 +66,7 @@ class Session(asyncio.Protocol):
         if self._will is not None:
             flags |= _WILL | _WILL_QOS_1
             will = _text(self._will[0]) + len(self._will[1]).to_bytes(2, "big") + self._will[1]
-        head = _text("MQTT") + bytes((4, flags)) + self._keepalive.to_bytes(2, "big")
+        head = _text("MQTT") + bytes((4, flags)) + KEEPALIVE.to_bytes(2, "big")
         self._write(_CONNECT, head + _text(self._name) + will)
 
     def data_received(self, data: bytes) -> None:

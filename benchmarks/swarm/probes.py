@@ -10,14 +10,11 @@ Two questions are asked, ten times a second each, which the server answers at on
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.swarm.board import Board
-from benchmarks.swarm.fleet import Fleet, channel_of, fail_loudly
+from benchmarks.swarm.fleet import Fleet, channel_of, fail_loudly, main
 from benchmarks.swarm.mqtt import Session
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.wire.messages import Accepted, Cancelled, UpdateAnnouncement
@@ -36,11 +33,14 @@ class Caller:
     Args:
         channel: The site's, for a device of the name `CALLER`.
         log: Gets kind, time of asking and seconds until the answer of each question.
+
+    Attributes:
+        asked: When the questions were asked that are not answered, by both clocks.
     """
 
     def __init__(self, channel: MessageChannel, log: list[tuple[str, float, float]]) -> None:
         self._channel, self._log = channel, log
-        self._asked: dict[int, tuple[float, float]] = {}
+        self.asked: dict[int, tuple[float, float]] = {}
         self._round = 0
         self.link = Session(CALLER, channel.topics.device_subscriptions(CALLER), self._on_message)
 
@@ -48,19 +48,14 @@ class Caller:
         """Ask once more."""
         self._round += 1
         update = UpdateAnnouncement(CALLER, "yesterday", self._round, 1, "0" * 64, _NOBODYS, 1, 1)
-        self._asked[self._round] = time.time(), time.perf_counter()
+        self.asked[self._round] = time.time(), time.perf_counter()
         topic = self._channel.topics.up(CALLER, "yesterday")
         self.link.publish(topic, self._channel.seal(topic, update))
 
-    @property
-    def open(self) -> list[float]:
-        """When those questions were asked that are not answered."""
-        return [at for at, _ in self._asked.values()]
-
     def _on_message(self, topic: str, payload: bytes) -> None:
         message = self._channel.open(topic, payload)
-        if isinstance(message, Cancelled) and message.round in self._asked:
-            at, began = self._asked.pop(message.round)
+        if isinstance(message, Cancelled) and message.round in self.asked:
+            at, began = self.asked.pop(message.round)
             self._log.append(("call off", at, time.perf_counter() - began))
 
 
@@ -106,21 +101,8 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         repeaters[turn % len(repeaters)].ask()
         turn += 1
         await asyncio.sleep(EVERY_S)
-    return {
-        "latency": log,
-        "open": caller.open,
-        "ledger": fleet.ledger(),
-        "lost": fleet.lost,
-        "rejected": sum(b.rejected for b in fleet.boards),
-        "traffic": fleet.traffic(),
-    }
-
-
-def main() -> None:
-    """Read the spec's path and the result's from the command line."""
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps(asyncio.run(run(spec))))
+    return {"latency": log, "open": [at for at, _ in caller.asked.values()], **fleet.result()}
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -7,11 +7,10 @@ import hashlib
 from fedprune.blobs.blob_ref import DIGEST_BYTES, LEAF_BYTES, BlobRef
 
 
-class Shelf:
+class Shelf(dict[str, bytes]):
     """Blobs of one process by digest."""
 
     def __init__(self) -> None:
-        self._blobs: dict[str, bytes] = {}
         self._claimed: set[str] = set()
 
     def claim(self, sha256: str) -> bool:
@@ -19,17 +18,6 @@ class Shelf:
         fresh = sha256 not in self._claimed
         self._claimed.add(sha256)
         return fresh
-
-    def keep(self, sha256: str, raw: bytes) -> None:
-        """Keep a blob that is whole."""
-        self._blobs[sha256] = raw
-
-    def has(self, sha256: str) -> bool:
-        """Whether the blob is here."""
-        return sha256 in self._blobs
-
-    def __getitem__(self, sha256: str) -> bytes:
-        return self._blobs[sha256]
 
 
 class Arriving:
@@ -55,10 +43,6 @@ class Arriving:
         self.table = table
         return True
 
-    def write(self, index: int, leaf: bytes | memoryview) -> bool:
-        """Take in a leaf, if it is what the table says."""
-        return not self.write_leaves(index, leaf)
-
     def write_leaves(self, first: int, payload: bytes | memoryview) -> list[int]:
         """Take in those of some consecutive leaves that are what the table says; the indices of the others."""
         assert self.table is not None
@@ -70,15 +54,15 @@ class Arriving:
             elif not self.present_leaves[index]:
                 self.present_leaves[index] = 1
                 self.present_count += 1
-                if not self._shelf.has(self.ref.sha256):
+                if self.ref.sha256 not in self._shelf:
                     self._leaves[index] = bytes(leaf)
         return wrong
 
     def finish(self) -> None:
         """Put the blob on the shelf, unless it is there."""
-        if not self._shelf.has(self.ref.sha256):
+        if self.ref.sha256 not in self._shelf:
             raw = b"".join(self._leaves[i] for i in range(self.ref.leaf_count))
             assert hashlib.sha256(raw).hexdigest() == self.ref.sha256
-            self._shelf.keep(self.ref.sha256, raw)
+            self._shelf[self.ref.sha256] = raw
         self._leaves.clear()
         self.is_complete = True

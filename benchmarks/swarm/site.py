@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedprune.core.errors import BrokerError, FedpruneError
+from benchmarks.harness import peak_bytes
+from fedprune.core.errors import FedpruneError
 from fedprune_server.enrollment.pki import IDENTITY_FOLDER
 from support.processes.machine import find_mosquitto, free_port, listens
 
@@ -66,8 +67,8 @@ class Watch:
             OSError: It has ended.
         """
         pids = family(pid)
-        self.peak = max(self.peak, _kib(pid, "status", "VmHWM"))
-        self.shared_peak = max(self.shared_peak, sum(_kib(each, "smaps_rollup", "Pss") for each in pids))
+        self.peak = max(self.peak, peak_bytes(pid))
+        self.shared_peak = max(self.shared_peak, sum(peak_bytes(each, "Pss", "smaps_rollup") for each in pids))
         self._cpu_s |= {each: _cpu_seconds(each) for each in pids}
         self.cpu_s = sum(self._cpu_s.values())
 
@@ -103,34 +104,31 @@ class Site:
         return process
 
     def broker(self, *, signed: bool = False) -> None:
-        """Start Mosquitto, with a listener for a server with an identity where the site is `signed`.
-
-        Raises:
-            BrokerError: It doesn't listen.
-        """
+        """Start Mosquitto, with a listener for a server with an identity where the site is `signed`."""
         path = self.folder / "mosquitto.conf"
         more = SIGNED.format(port=self.tls_port, folder=self.folder / "state" / IDENTITY_FOLDER) if signed else ""
         path.write_text(MOSQUITTO.format(port=self.port) + more)
-        process = self.start("broker", [find_mosquitto(), "-c", path])
-        until = time.monotonic() + _START_S
-        while not listens(self.port):
-            if process.poll() is not None or time.monotonic() > until:
-                raise BrokerError(f"Mosquitto doesn't listen on port {self.port}", hint=self.log_text("broker"))
-            time.sleep(0.05)
+        self.start("broker", [find_mosquitto(), "-c", path])
+        self.wait_for("broker", lambda: listens(self.port), f"Mosquitto doesn't listen on port {self.port}")
 
     def server(self, config: Path, *options: str, signed: bool = False) -> None:
-        """Start the server, with further options of `run`; with its identity where the site is `signed`.
-
-        Raises:
-            FedpruneError: It ends before it is connected.
-        """
+        """Start the server, with further options of `run`; with its identity where the site is `signed`."""
         module = ["-m", "fedprune_server.cli.main", "run", "--config", str(config), *options]
         module += [] if signed else ["--insecure"]
-        process = self.start("server", [sys.executable, *module])
+        self.start("server", [sys.executable, *module])
+        up = "connected to the broker"
+        self.wait_for("server", lambda: up in self.log_text("server"), "the server doesn't come up")
+
+    def wait_for(self, name: str, condition: Callable[[], bool], failure: str) -> None:
+        """Wait until a process has come so far.
+
+        Raises:
+            FedpruneError: It has ended, or takes too long.
+        """
         until = time.monotonic() + _START_S
-        while "connected to the broker" not in self.log_text("server"):
-            if process.poll() is not None or time.monotonic() > until:
-                raise FedpruneError("the server doesn't come up", hint=self.log_text("server")[-2000:])
+        while not condition():
+            if not self.is_alive(name) or time.monotonic() > until:
+                raise FedpruneError(failure, hint=self.log_text(name)[-2000:])
             time.sleep(0.05)
 
     def watch(self, name: str, pid: int) -> None:
@@ -212,11 +210,3 @@ def family(pid: int) -> list[int]:
 def _cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
-
-
-def _kib(pid: int, file: str, key: str) -> int:
-    """Bytes that a file of /proc says in KiB."""
-    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
