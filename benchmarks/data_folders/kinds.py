@@ -32,6 +32,9 @@ class Truth:
     tolerance: float = 1e-6
 
 
+REFUSED = Truth(None)
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of data.

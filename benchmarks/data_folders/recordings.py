@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.data_folders.kinds import Array, Kind, Truth
 
 RATE, LENGTH = 8000, 800
-REFUSED = Truth(None)
+_EXTENSION = struct.pack("<HHIH", 22, 16, 4, 1) + bytes.fromhex("000000001000800000aa00389b71")
 
 
 def kinds() -> Iterator[Kind]:
@@ -21,29 +22,14 @@ def kinds() -> Iterator[Kind]:
     yield _kind("WAV, floats of 32 bits", lambda tone: _riff(3, 32, tone.astype("<f4").tobytes()), 1e-6)
     yield _kind("WAV, floats of 64 bits", lambda tone: _riff(3, 64, tone.astype("<f8").tobytes()), 1e-6)
     yield _kind("WAV, µ-law", lambda tone: _riff(7, 8, _mu_law(tone)), 0.03)
-    yield _kind("WAV with the extensible header", lambda tone: _extensible(tone), 1e-4)
-    yield _kind("WAV, two channels", lambda tone: _riff(1, 16, np.repeat(_shorts(tone), 2).tobytes(), channels=2), 1e-4)
-    yield _kind(
-        "WAV at 16 kHz, resampled",
-        lambda tone: _riff(1, 16, _shorts(_tone_at(tone, 16000)).tobytes(), rate=16000),
-        0.05,
-    )
-    yield _kind(
-        "WAV at 44.1 kHz, resampled",
-        lambda tone: _riff(1, 16, _shorts(_tone_at(tone, 44100)).tobytes(), rate=44100),
-        0.05,
-    )
+    yield _kind("WAV with the extensible header", _shorts(code=0xFFFE, extra=_EXTENSION), 1e-4)
+    yield _kind("WAV, two channels", lambda tone: _shorts(channels=2)(np.repeat(tone, 2)), 1e-4)
+    yield _kind("WAV at 16 kHz, resampled", _shorts(rate=16000), 0.05, rate=16000)
+    yield _kind("WAV at 44.1 kHz, resampled", _shorts(rate=44100), 0.05, rate=44100)
     yield _kind("WAV with chunks before and after the sound", _chunks, 1e-4)
-    yield _kind(
-        "WAV with a length of 0 in its header, as recorders leave it after a power cut",
-        lambda tone: _riff(1, 16, _shorts(tone).tobytes(), length=0),
-        1e-4,
-    )
-    yield _kind(
-        "WAV with a length of 4 GiB in its header, as pipes write it",
-        lambda tone: _riff(1, 16, _shorts(tone).tobytes(), length=0xFFFFFFFF),
-        1e-4,
-    )
+    cut = "WAV with a length of 0 in its header, as recorders leave it after a power cut"
+    yield _kind(cut, _shorts(length=0), 1e-4)
+    yield _kind("WAV with a length of 4 GiB in its header, as pipes write it", _shorts(length=0xFFFFFFFF), 1e-4)
     yield _kind("WAV, shorter than the model's input", lambda tone: _pcm(16)(tone[:600]), 1e-4, kept=600)
     yield _kind("WAV, MP3 in it", lambda tone: _riff(0x55, 0, b"\xff\xfb" * 200), None)
     yield _kind("WAV without any sound", lambda tone: _riff(1, 16, b""), None)
@@ -52,15 +38,20 @@ def kinds() -> Iterator[Kind]:
 
 
 def _kind(
-    name: str, encode: Callable[[Array], bytes], tolerance: float | None, *, kept: int = LENGTH, suffix: str = ".wav"
+    name: str,
+    encode: Callable[[Array], bytes],
+    tolerance: float | None,
+    *,
+    kept: int = LENGTH,
+    rate: int = RATE,
+    suffix: str = ".wav",
 ) -> Kind:
     def write(folder: Path) -> tuple[Path, Truth]:
         samples = []
         for label in (0, 1):
             (folder / str(label)).mkdir()
-            tone = _tone(label)
-            (folder / str(label) / f"a{suffix}").write_bytes(encode(tone))
-            samples.append((np.where(np.arange(LENGTH) < kept, tone, 0)[None], label))
+            (folder / str(label) / f"a{suffix}").write_bytes(encode(_tone(label, rate)))
+            samples.append((np.where(np.arange(LENGTH) < kept, _tone(label), 0)[None], label))
         return folder, Truth(None) if tolerance is None else Truth(samples, tolerance)
 
     return Kind("recordings", name, write, (1, LENGTH))
@@ -72,13 +63,9 @@ def _tone(label: int, rate: int = RATE) -> Array:
     return 0.5 * np.sin(2 * np.pi * (200 + 300 * label) * time) * np.sin(np.pi * 10 * time) ** 2
 
 
-def _tone_at(tone: Array, rate: int) -> Array:
-    label = int(not np.array_equal(tone, _tone(0)))
-    return _tone(label, rate)
-
-
-def _shorts(tone: Array) -> Array:
-    return np.round(tone * 32767).astype("<i2")
+def _shorts(code: int = 1, **header: Any) -> Callable[[Array], bytes]:
+    """Numbers of 16 bits behind such a header."""
+    return lambda tone: _riff(code, 16, np.round(tone * 32767).astype("<i2").tobytes(), **header)
 
 
 def _pcm(bits: int) -> Callable[[Array], bytes]:
@@ -107,13 +94,8 @@ def _riff(
     return b"RIFF" + struct.pack("<I", min(len(chunks) + len(data), 0xFFFFFFFF)) + chunks + data
 
 
-def _extensible(tone: Array) -> bytes:
-    kind = struct.pack("<H", 1) + bytes.fromhex("000000001000800000aa00389b71")
-    return _riff(0xFFFE, 16, _shorts(tone).tobytes(), extra=struct.pack("<HHI", 22, 16, 4) + kind)
-
-
 def _chunks(tone: Array) -> bytes:
-    plain = _riff(1, 16, _shorts(tone).tobytes())
+    plain = _shorts()(tone)
     extra = b"LIST" + struct.pack("<I", 6) + b"INFOab"
     return plain[:12] + extra + plain[12:] + b"id3 " + struct.pack("<I", 4) + b"tags"
 

@@ -22,15 +22,15 @@ class Stream:
 
     Attributes:
         name: What it is, in a reader's words.
-        config: The sensors' file, without its head.
         messages: Of each minute: topic, text or object, and whether the broker had retained it.
         rows: The rows that hold, one for each minute with values that are young enough.
+        config: The sensors' file, without its head.
     """
 
     name: str
-    config: str
     messages: Sequence[Sequence[tuple[Any, ...]]]
     rows: Sequence[Sequence[float]]
+    config: str = _ZIGBEE
 
 
 def read_stream(stream: Stream, folder: Path) -> tuple[list[list[float]], str]:
@@ -52,93 +52,58 @@ def streams() -> Iterator[Stream]:
     """All kinds of streams."""
     topic = "zigbee2mqtt/room"
     warm, cool = {"temperature": 21.5, "humidity": 40, "battery": 90}, {"temperature": 20, "humidity": 41.5}
-    yield Stream(
-        "Zigbee2MQTT: an object of several values",
-        _ZIGBEE,
-        [[(topic, warm)], [(topic, cool)]],
-        [[21.5, 40], [20, 41.5]],
-    )
-    yield Stream("a value that repeats until the next message", _ZIGBEE, [[(topic, warm)], []], [[21.5, 40]] * 2)
-    yield Stream(
-        "a sensor that stops: values are too old after 150 s",
-        _ZIGBEE,
-        [[(topic, warm)], [], [], [], []],
-        [[21.5, 40]] * 3,
-    )
-    yield Stream(
-        "values in messages of their own",
-        _ZIGBEE,
-        [[(topic, {"temperature": 21.5})], [(topic, {"humidity": 40})]],
-        [[21.5, 40]],
-    )
+    first, second = [21.5, 40], [20, 41.5]
+
+    def room(name: str, *bodies: Any, rows: Sequence[Sequence[float]]) -> Stream:
+        """A message of the room in each minute, or none."""
+        return Stream(name, [[] if body is None else [(topic, body)] for body in bodies], rows)
+
+    yield room("Zigbee2MQTT: an object of several values", warm, cool, rows=[first, second])
+    yield room("a value that repeats until the next message", warm, None, rows=[first] * 2)
+    old = "a sensor that stops: values are too old after 150 s"
+    yield room(old, warm, None, None, None, None, rows=[first] * 3)
+    yield room("values in messages of their own", {"temperature": 21.5}, {"humidity": 40}, rows=[first])
     for word in ("unavailable", "unknown", None, "NaN", ""):
-        yield Stream(
-            f"{json.dumps(word)} in place of a number",
-            _ZIGBEE,
-            [[(topic, warm)], [(topic, {"temperature": word, "humidity": 40})], [(topic, cool)]],
-            [[21.5, 40], [20, 41.5]],
-        )
-    yield Stream("a retained message of unknown age", _ZIGBEE, [[(topic, warm, True)], [(topic, cool)]], [[20, 41.5]])
-    yield Stream(
-        "availability: offline, then online",
-        _ZIGBEE,
-        [
-            [(topic, warm)],
-            [(f"{topic}/availability", {"state": "offline"})],
-            [(f"{topic}/availability", "online"), (topic, cool)],
-        ],
-        [[21.5, 40], [20, 41.5]],
-    )
-    yield Stream(
-        "a value out of range: 85 °C of a DS18B20 that has lost power",
-        _ZIGBEE,
-        [[(topic, warm)], [(topic, {"temperature": 85, "humidity": 40})]],
-        [[21.5, 40]] * 2,
-    )
-    yield Stream("numbers as texts", _ZIGBEE, [[(topic, {"temperature": "21.5", "humidity": "40"})]], [[21.5, 40]])
-    yield Stream("a decimal comma in a text", _ZIGBEE, [[(topic, {"temperature": "21,5", "humidity": 40})]], [])
-    yield Stream(
-        "a message that is no JSON", _ZIGBEE, [[(topic, warm)], [(topic, '{"temperature": 2')]], [[21.5, 40]] * 2
-    )
-    late = _ZIGBEE.replace("[[channels]]\n", '[[channels]]\ntime = "last_seen"\n')
-    yield Stream(
-        "messages out of order, by their own times",
-        late,
-        [
-            [(topic, {**warm, "last_seen": "2024-03-01T10:02:00Z"})],
-            [(topic, {**cool, "last_seen": "2024-03-01T10:01:00Z"})],
-        ],
-        [[21.5, 40]] * 2,
-    )
-    tasmota = '[[channels]]\ntopic = "tele/yard/SENSOR"\npath = "AM2301.Temperature"\n[[channels]]\n'
+        silent = {"temperature": word, "humidity": 40}
+        yield room(f"{json.dumps(word)} in place of a number", warm, silent, cool, rows=[first, second])
+    yield Stream("a retained message of unknown age", [[(topic, warm, True)], [(topic, cool)]], [second])
+    state = f"{topic}/availability"
+    gone = [[(topic, warm)], [(state, {"state": "offline"})], [(state, "online"), (topic, cool)]]
+    yield Stream("availability: offline, then online", gone, [first, second])
+    hot = "a value out of range: 85 °C of a DS18B20 that has lost power"
+    yield room(hot, warm, {"temperature": 85, "humidity": 40}, rows=[first] * 2)
+    yield room("numbers as texts", {"temperature": "21.5", "humidity": "40"}, rows=[first])
+    yield room("a decimal comma in a text", {"temperature": "21,5", "humidity": 40}, rows=[])
+    yield room("a message that is no JSON", warm, '{"temperature": 2', rows=[first] * 2)
+    late = {**warm, "last_seen": "2024-03-01T10:02:00Z"}, {**cool, "last_seen": "2024-03-01T10:01:00Z"}
+    timed = _ZIGBEE.replace("[[channels]]\n", '[[channels]]\ntime = "last_seen"\n')
+    yield Stream("messages out of order, by their own times", [[(topic, body)] for body in late], [first] * 2, timed)
+    yard, plug = "tele/yard/SENSOR", "tele/plug/SENSOR"
+    heat = {"Time": "2024-03-01T10:00:00", "AM2301": {"Temperature": 4.5}}
     yield Stream(
         "Tasmota: objects in objects, from two devices",
-        f'{tasmota}topic = "tele/plug/SENSOR"\npath = "ENERGY.Power"\n',
-        [
-            [
-                ("tele/yard/SENSOR", {"Time": "2024-03-01T10:00:00", "AM2301": {"Temperature": 4.5}}),
-                ("tele/plug/SENSOR", {"ENERGY": {"Power": 60}}),
-            ]
-        ],
+        [[(yard, heat), (plug, {"ENERGY": {"Power": 60}})]],
         [[4.5, 60]],
+        f'[[channels]]\ntopic = "{yard}"\npath = "AM2301.Temperature"\n'
+        f'[[channels]]\ntopic = "{plug}"\npath = "ENERGY.Power"\n',
     )
     yield Stream(
         "ESPHome: a number is the message",
-        '[[channels]]\nname = "t"\ntopic = "porch/sensor/t/state"\n[[channels]]\nname = "h"\n'
-        'topic = "porch/sensor/h/state"\n',
         [[("porch/sensor/t/state", "4.5"), ("porch/sensor/h/state", " 80\n")], [("porch/sensor/t/state", "nan")]],
         [[4.5, 80]],
+        "".join(f'[[channels]]\nname = "{name}"\ntopic = "porch/sensor/{name}/state"\n' for name in "th"),
     )
     yield Stream(
         "several devices by a wildcard, each with rows of its own",
-        f'topic = "zigbee2mqtt/+"\n{_ROOM}',
         [[("zigbee2mqtt/attic", warm), ("zigbee2mqtt/cellar", cool)], [("zigbee2mqtt/attic", cool)]],
-        [[21.5, 40], [20, 41.5], [20, 41.5], [20, 41.5]],
+        [first, second, second, second],
+        f'topic = "zigbee2mqtt/+"\n{_ROOM}',
     )
+    door = "stat/door/POWER"
     yield Stream(
         "states: ON and OFF",
-        '[[channels]]\nname = "door"\ntopic = "stat/door/POWER"\n',
-        [[("stat/door/POWER", "ON")], [("stat/door/POWER", "OFF")]],
+        [[(door, "ON")], [(door, "OFF")]],
         [[1], [0]],
+        f'[[channels]]\nname = "door"\ntopic = "{door}"\n',
     )
-    yield Stream("an object without the field", _ZIGBEE, [[(topic, {"linkquality": 90})]], [])
+    yield room("an object without the field", {"linkquality": 90}, rows=[])
