@@ -17,11 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import setting
+from benchmarks.harness import ROOT, setting
 from fedprune_server.simulation.results.record import Record
 from manual import demo, written
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def kept(path: Path) -> dict[str, Any]:

@@ -69,11 +69,8 @@ class Net(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
         self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
         self.fc1, self.fc2 = nn.Linear(1024, 64), nn.Linear(64, CLASSES)
-        self.path, self.drop1, self.drop2 = (
-            DropPath(0.2 * has_dropout),
-            nn.Dropout(0.25 * has_dropout),
-            nn.Dropout(0.5 * has_dropout),
-        )
+        self.path = DropPath(0.2 * has_dropout)
+        self.drop1, self.drop2 = nn.Dropout(0.25 * has_dropout), nn.Dropout(0.5 * has_dropout)
 
     def forward(self, x: Any) -> Any:
         """[N, 1, 8, 8] to [N, 10]."""
@@ -140,10 +137,6 @@ def theirs(seed: int, *, has_dropout: bool) -> list[dict[str, float]]:
     return curve
 
 
-def run(engine: str, seed: int) -> list[dict[str, float]]:
-    return ours(seed) if engine == "ours" else theirs(seed, has_dropout=engine == "torch")
-
-
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds at every point, and differences from torch's in standard errors."""
     out = []
@@ -180,16 +173,10 @@ def counted() -> dict[str, Any]:
         (place / "training.onnx").write_bytes(training_graph(model, Recipe().features).to_bytes())
         np.savez(place / "weights.npz", **dict(model.tensors))  # type: ignore[arg-type]
         machine = replace(board, processor=ARM_PROCESSOR)
-        instructions = {
-            e: count(machine, e, ["net@1"], ARM_BATCH, 900)["net@1"]["instructions"] for e in ("ours", "draws")
-        }
-    about = {
-        "processor": ARM_PROCESSOR,
-        "batch": ARM_BATCH,
-        "step": instructions["ours"],
-        "draws": instructions["draws"],
-    }
-    return about | {"share": instructions["draws"] / instructions["ours"]}
+        step, draws = (
+            count(machine, engine, ["net@1"], ARM_BATCH, 900)["net@1"]["instructions"] for engine in ("ours", "draws")
+        )
+    return {"processor": ARM_PROCESSOR, "batch": ARM_BATCH, "step": step, "draws": draws, "share": draws / step}
 
 
 def main() -> None:
@@ -197,12 +184,14 @@ def main() -> None:
     command.add_argument("--arm", action="store_true", help="count instructions on an emulated Arm processor, too")
     options = command.parse_args()
     stored = RESULTS / "dropout.json"
-    earlier: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() and not options.anew else {}
-    arm, losses_of = earlier.get("arm", []), {(r["engine"], r["seed"]): r["losses"] for r in earlier.get("rows", [])}
-    cases = [(engine, seed) for engine in ENGINES for seed in SEEDS]
-    rows = [{"engine": e, "seed": s, "losses": losses_of.get((e, s)) or run(e, s)} for e, s in cases]
+    earlier: dict[str, Any] = {} if options.anew or not stored.is_file() else json.loads(stored.read_text())
+    rows = earlier.get("rows", [])
+    for engine in ENGINES:
+        for seed in sorted(set(SEEDS) - {row["seed"] for row in rows if row["engine"] == engine}):
+            curve = ours(seed) if engine == "ours" else theirs(seed, has_dropout=engine == "torch")
+            rows.append({"engine": engine, "seed": seed, "losses": curve})
     body = {"setting": setting("onnxruntime", "torch"), "rows": rows, "compared": compared(rows), "limit": LIMIT}
-    save(options.out or "dropout", {**body, "arm": arm})
+    save(options.out or "dropout", {**body, "arm": earlier.get("arm", [])})
     if options.arm:
         save(options.out or "dropout", {**body, "arm": [counted()]})
 

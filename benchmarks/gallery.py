@@ -23,10 +23,9 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from benchmarks.harness import parser, save, setting
+from benchmarks.harness import RESULTS, ROOT, parser, save, setting
 from manual.pictures import stamp
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ("clothes_on_pis", "motion_on_zeros", "vit_on_orins")
 OWN = ("README.md", "*.py", "*.toml", "engine-*.json")
 """An example's own files."""
@@ -71,17 +70,9 @@ def copied(example: str, work: Path) -> Path:
 def run(block: str, folder: Path) -> str:
     """Run a block of commands with bash, and this Python's programs; the first that fails ends it, by a RuntimeError
     with all that was printed. Returns that."""
-    script = f"set -euo pipefail\n{block}"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=folder,
-        env={**os.environ, "PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command, pipe = ["bash", "-c", f"set -euo pipefail\n{block}"], subprocess.PIPE
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode} in {folder}:\n{block}\n{done.stdout}")
     return done.stdout
@@ -157,7 +148,7 @@ def main() -> None:
     command.add_argument("--work", type=Path, help="keep the copies there, and continue with what it holds")
     options = command.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    stored = ROOT / "benchmarks" / "results" / "gallery.json"
+    stored = RESULTS / "gallery.json"
     kept = json.loads(stored.read_text())["examples"] if stored.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         for example in options.examples:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +126,18 @@ def _run_programs(folder: Path, tier: str, limit_s: float, *, dry: bool) -> str:
                     [sys.executable, "-m", *command, "--until-finished"], stdout=log, stderr=log, cwd=folder
                 )
         end = time.monotonic() + limit_s
-        codes = {name: program.wait(max(0.0, end - time.monotonic())) for name, program in programs.items()}
-    except subprocess.TimeoutExpired:
-        codes = {name: program.poll() for name, program in programs.items()}  # type: ignore[misc]
+        for program in programs.values():
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(max(0.0, end - time.monotonic()))
+        codes = {name: program.poll() for name, program in programs.items()}
     finally:
         for program in programs.values():
-            if program.poll() is None:
-                program.terminate()
-                try:
-                    program.wait(10)
-                except subprocess.TimeoutExpired:
-                    program.kill()
+            program.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(10)
+            program.kill()
     texts = {name: log.read_text(errors="replace") for name, log in logs.items()}
-    if any(codes.values()) or None in codes.values():
+    if set(codes.values()) != {0}:
         said = "\n".join(f"--- {name} ({codes[name]})\n{text[-2000:]}" for name, text in texts.items())
         raise RuntimeError(f"the programs didn't end well:\n{said}")
     return texts["board"]

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.gpu.machine import Machine
 from benchmarks.harness import ROOT
 from benchmarks.step_nets import network
+from fedprune_export.cli.main import main as export
 from fedprune_export.importing import export_torch
 
 
@@ -29,29 +30,21 @@ def measure_engines(machine: Machine) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "model.onnx").write_bytes(export_torch(network("resnet20_bn")))
-        export = ["fedprune_export.cli.main", "model.onnx", "--target", "jetson-orin-nano", "--out", "bundle"]
-        subprocess.run([sys.executable, "-m", *export], cwd=folder, check=True, timeout=120)
-        script = ROOT / "examples" / "jetson_acceptance.py"
-        with (folder / "log").open("w+") as log:
+        export([str(folder / "model.onnx"), "--target", "jetson-orin-nano", "--out", str(folder / "bundle")])
+        command = [sys.executable, ROOT / "examples" / "jetson_acceptance.py", "--bundle", "bundle"]
+        with (folder / "log").open("w") as log:
             try:
-                subprocess.run(
-                    [sys.executable, str(script), "--bundle", "bundle"],
-                    cwd=folder,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=machine.seconds_left(),
-                )
+                subprocess.run(command, cwd=folder, stdout=log, stderr=log, timeout=machine.seconds_left())
             except subprocess.TimeoutExpired:
                 machine.skip("the rest of the acceptance", "no time left")
-            log.seek(0)
-            yield from acceptance_rows(log.read())
+        yield from acceptance_rows((folder / "log").read_text())
 
 
 def acceptance_rows(text: str) -> list[dict[str, Any]]:
     """A row for each check. Output without any is an error, and a row of its own."""
-    checks = [line for line in text.splitlines() if line.startswith(("ok    ", "FAIL  "))]
     rows = []
-    for line in checks:
-        check, _, result = line[6:].partition(": ")
-        rows.append({"check": check, "result": result, "ok": line.startswith("ok")})
+    for line in text.splitlines():
+        if line.startswith(("ok    ", "FAIL  ")):
+            check, _, result = line[6:].partition(": ")
+            rows.append({"check": check, "result": result, "ok": line.startswith("ok")})
     return rows or [{"check": "start", "result": text[-2000:], "ok": False}]

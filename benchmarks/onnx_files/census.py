@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.onnx_files.shelf import Facts, Shelf
+from benchmarks.onnx_files.shelf import Facts, Shelf, inputs_of
 
 Array = npt.NDArray[Any]
 Record = dict[str, Any]
@@ -104,7 +104,7 @@ def _examine(path: Path, facts: Facts, arrays: Mapping[str, Array], record: Reco
     own = facts.loss == "own"
     choices = {"loss": squares if own else facts.loss, **facts.choices}
     recipe = Recipe(loss="custom" if own else facts.loss, lr=LEARNING_RATE, momentum=0.0, batch_size=4)
-    inputs = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
+    inputs = inputs_of(arrays)
     model = fx.load(path, **choices)
     record |= {"verdict": "imported", "notes": list(model.notes), "groups": len(model.groups)}
     x = packed(model, inputs)
@@ -155,18 +155,13 @@ def raw_outputs(path: Path, facts: Facts, inputs: Mapping[str, Array]) -> dict[s
     for first, last in pairwise(bounds):
         rows = np.arange(first, first + (facts.batch or last - first)) % count
         feeds = {n: np.moveaxis(v[rows], 0, facts.axes.get(n, 0)) for n, v in inputs.items()}
-        values = session.run(names, {n: np.ascontiguousarray(v) for n, v in feeds.items()})
-        batches.append(
-            [
-                np.moveaxis(v, facts.axes.get(n, 0), 0) if isinstance(v, np.ndarray) else v
-                for n, v in zip(names, values, strict=True)
-            ]
-        )
+        batches.append(session.run(names, {n: np.ascontiguousarray(v) for n, v in feeds.items()}))
     outputs = {}
     for i, name in enumerate(names):
         parts = [b[i] for b in batches]
         if isinstance(parts[0], np.ndarray):
-            outputs[name] = np.concatenate(parts)[:count]
+            axis = facts.axes.get(name, 0)
+            outputs[name] = np.moveaxis(np.concatenate(parts, axis), axis, 0)[:count]
         elif isinstance(parts[0], list) and isinstance(parts[0][0], dict):  # ZipMap's
             outputs[name] = np.array([[row[k] for k in sorted(row)] for part in parts for row in part])[:count]
     return outputs

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from benchmarks.onnx_files.shelf import SAMPLES, Facts, Shelf, installed, open_shelf
+from benchmarks.onnx_files.shelf import SAMPLES, Facts, installed, open_shelf
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -127,11 +126,5 @@ def convert(name: str, path: Path) -> tuple[Facts, dict[str, Any]]:
     return Facts(kind=name, exporter=exporter, loss=loss, batch=batch), {f"in.{proto.graph.input[0].name}": samples}
 
 
-def main() -> None:
-    shelf: Shelf = open_shelf(__doc__, "keras", "tf2onnx")
-    for name in builds():
-        shelf.add(f"keras_{name}", partial(convert, name))
-
-
 if __name__ == "__main__":
-    main()
+    open_shelf(__doc__, "keras", "tf2onnx").add_all("keras", builds(), convert)

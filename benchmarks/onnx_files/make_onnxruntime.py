@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from benchmarks.onnx_files.shelf import Facts, Shelf, installed, open_shelf
+from benchmarks.onnx_files.shelf import Made, Shelf, count_norms, inputs_of, installed, open_shelf
 
 Tool = Callable[[Path, Path, dict[str, Any]], None]
 
@@ -147,34 +147,24 @@ def main() -> None:
             print(f"SKIPPED: files of {base}, which is not there", file=sys.stderr)
             continue
         for suffix, tool, rounding, package in tools:
-            if installed(package) is None:
+            if (found := installed(package)) is None:
                 print(f"SKIPPED: {base}-{suffix}: {package} is not installed", file=sys.stderr)
                 continue
-            shelf.add(
-                f"{base}-{suffix}", partial(_make, shelf, base, tool, rounding, f"{package} {installed(package)}")
-            )
+            shelf.add(f"{base}-{suffix}", partial(_make, shelf, base, tool, rounding, f"{package} {found}"))
 
 
-def _make(shelf: Shelf, base: str, tool: Tool, rounding: str, by: str, path: Path) -> tuple[Facts, dict[str, Any]]:
+def _make(shelf: Shelf, base: str, tool: Tool, rounding: str, by: str, path: Path) -> Made:
     facts, arrays = shelf.facts(base), shelf.arrays(base)
-    inputs = {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
+    inputs = inputs_of(arrays)
     tool(shelf.folder / f"{base}.onnx", path, inputs)
     facts.exporter, facts.rounding = f"{facts.exporter}; {by}", rounding
     facts.refused = path.stem in REFUSED
     # A step's reference holds while norms are folded, or not, as in the file that it was made with.
-    if rounding != "float32" or _norms(shelf.folder / f"{base}.onnx") != _norms(path):
-        arrays = {key: value for key, value in arrays.items() if key.startswith("in.")}
-        kind = onnx.load(path).graph.input[0].type.tensor_type.elem_type
-        if kind == onnx.TensorProto.FLOAT16:
-            arrays = {
-                key: value.astype(np.float16) if value.dtype.kind == "f" else value for key, value in arrays.items()
-            }
+    if rounding != "float32" or count_norms(shelf.folder / f"{base}.onnx") != count_norms(path):
+        if onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16:
+            inputs = {name: x.astype(np.float16) if x.dtype.kind == "f" else x for name, x in inputs.items()}
+        arrays = {f"in.{name}": x for name, x in inputs.items()}
     return facts, arrays
-
-
-def _norms(path: Path) -> int:
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    return sum(node.op_type == "BatchNormalization" for node in nodes)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.onnx_files.shelf import Facts, Shelf, installed, normal, open_shelf
+from benchmarks.onnx_files.shelf import Facts, installed, normal, open_shelf
 
 
 def lenet() -> Any:
@@ -88,11 +87,5 @@ def convert(name: str, path: Path) -> tuple[Facts, dict[str, Any]]:
     return Facts(kind=name, exporter=exporter, batch=batch), {"in.x": normal(*shape)}
 
 
-def main() -> None:
-    shelf: Shelf = open_shelf(__doc__, "paddlepaddle", "paddle2onnx")
-    for name in FILES:
-        shelf.add(f"paddle_{name}", partial(convert, name))
-
-
 if __name__ == "__main__":
-    main()
+    open_shelf(__doc__, "paddlepaddle", "paddle2onnx").add_all("paddle", FILES, convert)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.onnx_files.shelf import Facts, Shelf, installed, normal, open_shelf
+from benchmarks.onnx_files.shelf import Facts, installed, normal, open_shelf
 
 FEATURES = 8
 
@@ -90,11 +90,5 @@ def convert(name: str, path: Path) -> tuple[Facts, dict[str, Any]]:
     return facts, {f"in.{proto.graph.input[0].name}": normal(FEATURES)}
 
 
-def main() -> None:
-    shelf: Shelf = open_shelf(__doc__, "scikit-learn", "skl2onnx")
-    for name in FILES:
-        shelf.add(f"sklearn_{name}", partial(convert, name))
-
-
 if __name__ == "__main__":
-    main()
+    open_shelf(__doc__, "scikit-learn", "skl2onnx").add_all("sklearn", FILES, convert)

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 
 from benchmarks.onnx_files import picture_nets
-from benchmarks.onnx_files.shelf import SAMPLES, Facts, Shelf, installed, open_shelf
+from benchmarks.onnx_files.shelf import SAMPLES, Facts, Made, count_norms, installed, open_shelf
 from benchmarks.onnx_files.torch_files import ENDS, FILES, NETS, Export, Net
 
 LEARNING_RATE = 0.05
@@ -67,8 +66,9 @@ def make_net(net: Net) -> nn.Module:
     return module
 
 
-def export(net: Net, how: Export, path: Path) -> tuple[Facts, dict[str, Any]]:
+def export(name: str, how: Export, path: Path) -> Made:
     """Write a file."""
+    net = NETS[name]
     module, arrays = make_net(net), samples(net)
     exported = copy.deepcopy(module)
     ended = Ended(exported, how.end).eval()
@@ -97,22 +97,13 @@ def export(net: Net, how: Export, path: Path) -> tuple[Facts, dict[str, Any]]:
     exporter = f"torch {torch.__version__.partition('+')[0]}, {'dynamo' if how.dynamo else 'legacy'}"
     if net.package != "torch":
         exporter += f" ({net.package} {installed(net.package)})"
-    facts = Facts(
-        kind="",
-        exporter=exporter,
-        loss=net.loss,
-        choices=dict(how.choices),
-        batch=how.batch,
-        axes=axes,
-        refused=how.refused,
-    )
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    norms = sum(node.op_type == "BatchNormalization" for node in nodes)
+    facts = Facts(kind=name, exporter=exporter, loss=net.loss, batch=how.batch, axes=axes, refused=how.refused)
+    facts.choices = dict(how.choices)
     halves = how.dtype == torch.float16
     facts.rounding = "float16" if halves else "int8" if net.make is picture_nets.Qat else "float32"
-    step = (
-        {} if how.refused or facts.rounding != "float32" else step_of(module, arrays, net.loss, axis=axis, norms=norms)
-    )
+    step: dict[str, Any] = {}
+    if facts.rounding == "float32" and not how.refused:
+        step = step_of(module, arrays, net.loss, axis=axis, norms=count_norms(path))
     kind = {torch.float16: np.float16, torch.float64: np.float64}.get(how.dtype, np.float32)
     arrays = {name: a.astype(kind) if a.dtype.kind == "f" else a for name, a in arrays.items()}
     return facts, {f"in.{name}": a for name, a in arrays.items()} | step
@@ -213,20 +204,13 @@ def file_name(name: str, how: Export) -> str:
 
 
 def main() -> None:
-    shelf: Shelf = open_shelf(__doc__, "torch", "onnxscript")
+    shelf = open_shelf(__doc__, "torch", "onnxscript")
     for name, exports in FILES.items():
-        net = NETS[name]
-        if installed(net.package) is None:
-            print(f"SKIPPED: {name}: {net.package} is not installed", flush=True)
+        if installed(package := NETS[name].package) is None:
+            print(f"SKIPPED: {name}: {package} is not installed", flush=True)
             continue
         for how in exports:
-            shelf.add(file_name(name, how), partial(_named, name, net, how))
-
-
-def _named(name: str, net: Net, how: Export, path: Path) -> tuple[Facts, dict[str, Any]]:
-    facts, arrays = export(net, how, path)
-    facts.kind = name
-    return facts, arrays
+            shelf.add(file_name(name, how), partial(export, name, how))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ class Facts:
     refused: bool = False
 
 
+Made = tuple[Facts, dict[str, Any]]
+"""A file's facts and arrays."""
+
+
 class Shelf:
     """The folder; `add` makes a file unless it is there."""
 
@@ -56,7 +61,7 @@ class Shelf:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, name: str, make: Callable[[Path], tuple[Facts, Mapping[str, Any]]]) -> None:
+    def add(self, name: str, make: Callable[[Path], Made]) -> None:
         """Let `make` write an ONNX file; keep it with its facts and arrays: inputs as `in.NAME`, samples first, and
         `y`, `before` and `after` where torch has taken a step. A failure is shown, and other files are made."""
         path = self.folder / f"{name}.onnx"
@@ -72,6 +77,11 @@ class Shelf:
         np.savez(path.with_suffix(".npz"), **{key: np.asarray(value) for key, value in arrays.items()})
         path.with_suffix(".json").write_text(json.dumps(asdict(facts), indent=1) + "\n")
         print(f"{name} was made", file=sys.stderr, flush=True)
+
+    def add_all(self, tool: str, names: Iterable[str], convert: Callable[[str, Path], Made]) -> None:
+        """Add what a tool makes of nets by their names."""
+        for name in names:
+            self.add(f"{tool}_{name}", partial(convert, name))
 
     def facts(self, name: str) -> Facts:
         return Facts(**json.loads((self.folder / f"{name}.json").read_text()))
@@ -106,6 +116,17 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def count_norms(path: Path) -> int:
+    """How many batch norms a file has."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return sum(node.op_type == "BatchNormalization" for node in nodes)
+
+
+def inputs_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs among a file's arrays, by their names."""
+    return {key.removeprefix("in."): value for key, value in arrays.items() if key.startswith("in.")}
 
 
 def normal(*shape: int, seed: int = 5) -> Any:

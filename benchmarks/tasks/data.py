@@ -128,41 +128,42 @@ UNSEEN = 1
 """Walking upstairs: no board has it, and it is what must stand out."""
 
 
+def _people() -> tuple[Array, Array, Array, Array]:
+    """HAR: windows, normalised by the training set's, their activities, whose they are, and which are for tests."""
+    found = arrays("har")
+    x, test = found["x"], found["is_test"]
+    mean, scale = x[~test].mean((0, 2), keepdims=True), x[~test].std((0, 2), keepdims=True)
+    return ((x - mean) / scale).astype(np.float32), found["y"].astype(np.int64), found["subject"], test
+
+
+def _groups(x: Array, y: Array, subject: Array, wanted: Array, seed: int) -> dict[str, tuple[Array, Array]]:
+    """What is wanted of three people of the training set for each of seven boards."""
+    rng, parts = np.random.default_rng(seed), {}
+    for number, some in enumerate(np.array_split(np.unique(subject[wanted]), 7)):
+        rows = rng.permutation(np.flatnonzero(np.isin(subject, some) & wanted))
+        parts[f"group-{number}"] = x[rows], y[rows]
+    return parts
+
+
 def motion(seed: int) -> Dealt:
     """Seven boards with three people each of the training set, without one activity; labels are the inputs."""
-    found = arrays("har")
-    x, y, subject, test = found["x"], found["y"], found["subject"], found["is_test"]
-    mean, scale = x[~test].mean((0, 2), keepdims=True), x[~test].std((0, 2), keepdims=True)
-    x = ((x - mean) / scale).astype(np.float32)
-    people, rng, parts = np.unique(subject[~test]), np.random.default_rng(seed), {}
-    for number, some in enumerate(np.array_split(people, 7)):
-        rows = rng.permutation(np.flatnonzero(np.isin(subject, some) & (y != UNSEEN)))
-        parts[f"group-{number}"] = x[rows], x[rows]
+    x, y, subject, test = _people()
     usual = x[test & (y != UNSEEN)]
-    return dealt(parts, usual, usual)
+    return dealt(_groups(x, x, subject, ~test & (y != UNSEEN), seed), usual, usual)
 
 
 def unusual() -> tuple[Array, Array]:
     """The test set's windows of all activities, and whether each is the one that no board has."""
-    found = arrays("har")
-    x, test = found["x"], found["is_test"]
-    mean, scale = x[~test].mean((0, 2), keepdims=True), x[~test].std((0, 2), keepdims=True)
-    return ((x[test] - mean) / scale).astype(np.float32), found["y"][test] == UNSEEN
+    x, y, _, test = _people()
+    return x[test], y[test] == UNSEEN
 
 
 def sensors(seed: int) -> Dealt:
     """Seven boards with three people each of the training set; the test set's nine people are the server's."""
-    found = arrays("har")
-    x, y, subject, test = found["x"], found["y"].astype(np.int64), found["subject"], found["is_test"]
-    mean, scale = x[~test].mean((0, 2), keepdims=True), x[~test].std((0, 2), keepdims=True)
-    x = ((x - mean) / scale).astype(np.float32)
-    turns = np.array(["gyro" in str(c) for c in found["channels"]])
+    x, y, subject, test = _people()
+    turns = np.array(["gyro" in str(c) for c in arrays("har")["channels"]])
     row = np.concatenate([x[:, ~turns].reshape(len(x), -1), x[:, turns].reshape(len(x), -1)], 1)
-    rng, parts = np.random.default_rng(seed), {}
-    for number, some in enumerate(np.array_split(np.unique(subject[~test]), 7)):
-        rows = rng.permutation(np.flatnonzero(np.isin(subject, some)))
-        parts[f"group-{number}"] = row[rows], y[rows]
-    return dealt(parts, row[test], y[test])
+    return dealt(_groups(row, y, subject, ~test, seed), row[test], y[test])
 
 
 def clothes(seed: int) -> Dealt:
