@@ -116,14 +116,13 @@ def peak_mb(run: Callable[[], object]) -> float:
 
 def main() -> None:
     options = parser(__doc__).parse_args()
-    whole, mixed = updates((1.0,), "own"), updates(DENSITIES, "own")
-    ranked, various = updates(DENSITIES, "common"), updates(DENSITIES, "various")
+    whole, ranked = updates((1.0,), "own"), updates(DENSITIES, "common")
     compiled_kernels.load_kernels()
     folds = {
         "whole": whole,
-        "mixed widths, own order": mixed,
+        "mixed widths, own order": updates(DENSITIES, "own"),
         "mixed widths, one ranking": ranked,
-        "mixed widths, a ranking per device": various,
+        "mixed widths, a ranking per device": updates(DENSITIES, "various"),
     }
     whole_models: dict[str, Callable[[Updates], Callable[[], object]]] = {
         REFERENCE: plain,

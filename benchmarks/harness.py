@@ -36,19 +36,18 @@ Case = Mapping[str, Any]
 
 
 def run_cases(
-    name: str, title: str | None, cases: Iterable[Case], run: Callable[..., Record], *packages: str, **constants: Any
-) -> list[Record]:
+    name: str, title: str | None, cases: Iterable[Case], run: Callable[..., Record], *packages: str, **derived: Any
+) -> None:
     """Run all cases that have no record yet, and write each record at once: an interrupted benchmark continues.
 
     A case has the arguments of `run`, which returns the rest of its record. `title` is the benchmark's docstring, whose
-    first line `--help` shows; `packages` are distributions whose versions matter; `constants`, for the page, are the
-    same for all cases. Returns the records in the order of the cases."""
+    first line `--help` shows; `packages` are distributions whose versions matter; `derived` are functions that make
+    more for the page of all records, in the order of the cases."""
     options = parser(title).parse_args()
     wanted = [case for case in cases if all(str(case.get(k)) == v for k, v in options.only)]
     out = options.out or RESULTS / f"{name}.json"
-    records = [] if options.anew or not out.exists() else json.loads(out.read_text())["rows"]
-    began = time.monotonic()
-    body: Record = {}
+    body: Record = {} if options.anew or not out.exists() else json.loads(out.read_text())
+    records, began = body.get("rows", []), time.monotonic()
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task(name, total=len(wanted))
         for case in wanted:
@@ -60,12 +59,11 @@ def run_cases(
                 measured = run(**case)
                 made = setting(*packages)
                 records.append({**case, **measured, "made": made})
-                body = {"setting": made, **constants, "rows": records}
+                body |= {"setting": made, "rows": records}
                 write_results(out, body)
             progress.advance(bar)
-    if body:
-        save(out, body)
-    return [found for case in wanted if (found := record_of(case, records)) is not None]
+    found = [record for case in wanted if (record := record_of(case, records)) is not None]
+    save(out, {**body, **{name: make(found) for name, make in derived.items()}})
 
 
 def record_of(case: Case, records: Sequence[Record]) -> Record | None:

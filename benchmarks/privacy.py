@@ -7,17 +7,15 @@ The demo's six boards, simulated, by noise.
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS, run_cases, save
+from benchmarks.harness import Record, run_cases
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.updates.privacy import Privacy
 from fedprune_export.importing import import_onnx
@@ -64,7 +62,7 @@ def run(strategy: str, clip: float, noise: str, multiplier: float) -> dict[str, 
     }
 
 
-def secret_lots() -> list[dict[str, float]]:
+def secret_lots(_: Sequence[Record]) -> list[dict[str, float]]:
     """What thousands of boards would pay if nobody could know whom a round asks, which this server doesn't claim."""
     import dp_accounting as accounting
 
@@ -77,12 +75,5 @@ def secret_lots() -> list[dict[str, float]]:
     return rows
 
 
-def main() -> None:
-    rows = run_cases("privacy", __doc__, cases(), run, "dp-accounting")
-    if "--out" not in sys.argv and len(rows) == len(list(cases())):
-        body = json.loads((RESULTS / "privacy.json").read_text())
-        save("privacy", {**body, "secret_lots": secret_lots()})
-
-
 if __name__ == "__main__":
-    main()
+    run_cases("privacy", __doc__, cases(), run, "dp-accounting", secret_lots=secret_lots)

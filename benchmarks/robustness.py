@@ -8,9 +8,7 @@ hundreds of runs take minutes. Hostile boards know the honest boards' updates of
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -20,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.accuracy.sets import samples
-from benchmarks.harness import RESULTS, Record, run_cases, save
+from benchmarks.harness import Record, run_cases
 from fedprune.coordination.round import Round
 from fedprune.coordination.update_limits import RoundUpdate, UpdateLimits
 from fedprune.coordination.weight_limits import capped_weights
@@ -331,11 +329,5 @@ def matrix(records: Sequence[Record]) -> list[Record]:
     return list(rows.values())
 
 
-def main() -> None:
-    records = run_cases("robustness", __doc__, cases(), run)
-    if "--out" not in sys.argv:
-        save("robustness", {**json.loads((RESULTS / "robustness.json").read_text()), "matrix": matrix(records)})
-
-
 if __name__ == "__main__":
-    main()
+    run_cases("robustness", __doc__, cases(), run, matrix=matrix)

@@ -73,7 +73,7 @@ def filled(text: str, results: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         mark, file, records, template, _, end = match.groups()
-        body = read(results / file)
+        body = read(results / file, (results / file).stat().st_mtime_ns)
         *head, row = template.split("\n")
         lines = [*head, *(line(row, record, body) for record in records_of(records, body))]
         return f"{mark}\n" + "\n".join(lines) + f"\n\n{end}"
@@ -82,13 +82,9 @@ def filled(text: str, results: Path) -> str:
 
 
 @cache
-def _parsed(path: Path, _changed: int) -> Any:
+def read(path: Path, _changed: int) -> Any:
+    """A file of results, which is read again where it has changed."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read(path: Path) -> Any:
-    """A file of results."""
-    return _parsed(path, path.stat().st_mtime_ns)
 
 
 def records_of(text: str, body: Mapping[str, Any]) -> list[Any]:

@@ -92,12 +92,10 @@ def run_all(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
-    parser.add_argument("--only", type=_list_of(TASKS), default=[*TASKS], metavar="TASK,...", help="by default all")
-    parser.add_argument(
-        "--methods", type=_list_of((TORCH, *METHODS)), default=[TORCH, *METHODS], metavar="METHOD,...",
-        help=f"by default all: {', '.join((TORCH, *METHODS))}",
-    )  # fmt: skip
-    parser.add_argument("--seeds", type=_list_of("0123456789"), default=["0", "1", "2"], metavar="SEED,...")
+    methods = (TORCH, *METHODS)
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=TASKS, help="tasks (by default all)")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="rows (by default all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="SEED")
     parser.add_argument("--workers", type=int, default=1, help="how many runs at a time")
     parser.add_argument("--rounds", type=int, default=0, help="fewer or more rounds, for a look")
     parser.add_argument("--changes", type=json.loads, default={}, metavar="JSON", help="other settings, for a look")
@@ -111,7 +109,7 @@ def main() -> int:
         return 0
     changes, look = Changes(**options.changes), bool(options.rounds or options.changes)
     # All of a seed before the next one, so that a run that is cut short has compared something.
-    wanted = [Case(t, m, int(s)) for s in options.seeds for m in options.methods for t in options.only]
+    wanted = [Case(t, m, s) for s in options.seeds for m in options.methods for t in options.only]
     cases = [case for case in wanted if look or results.get(*case) is None]
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes of the runs
     if any(case.task == "adapters" for case in cases):
@@ -134,18 +132,6 @@ def main() -> int:
         for path, text in docs_pages(results.body, DOCS).items():
             path.write_text(text)
     return 0 if well else 1
-
-
-def _list_of(words: Iterable[str]) -> Callable[[str], list[str]]:
-    """Reads a list with commas of some words."""
-
-    def read(text: str) -> list[str]:
-        parts = text.split(",")
-        if wrong := [part for part in parts if part not in words]:
-            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: expected some of {', '.join(words)}")
-        return parts
-
-    return read
 
 
 if __name__ == "__main__":

@@ -299,24 +299,28 @@ def _client_id(raw: bytes) -> str:
     return raw[at + 2 : at + 2 + int.from_bytes(raw[at : at + 2], "big")].decode()
 
 
+def _published(raw: bytes) -> tuple[bytes, bytes]:
+    """Topic and payload of a PUBLISH packet."""
+    body = next(packets(raw))[0]
+    end = body + 2 + int.from_bytes(raw[body : body + 2], "big")
+    return raw[body + 2 : end], raw[end + (2 if raw[0] & 6 else 0) :]
+
+
 def _want(raw: bytes) -> BlobRequest | None:
     """What leaves a PUBLISH packet asks for, if it does."""
     if b'"type":"want"' not in raw:
         return None
-    body = next(packets(raw))[0]
-    end = body + 2 + int.from_bytes(raw[body : body + 2], "big")
-    message = parse_message(raw[end + (2 if raw[0] & 6 else 0) :])
+    message = parse_message(_published(raw)[1])
     return message if isinstance(message, BlobRequest) and message.part == "data" else None
 
 
 def _chunk(raw: bytes) -> tuple[str, int, int] | None:
     """Blob, first leaf and length of the data that a PUBLISH packet carries, if it does."""
-    body = next(packets(raw))[0]
-    end = body + 2 + int.from_bytes(raw[body : body + 2], "big")
-    if not raw[body + 2 : end].endswith(b"/blob"):
+    topic, payload = _published(raw)
+    if not topic.endswith(b"/blob"):
         return None
     try:
-        chunk = Chunk.parse(raw[end + (2 if raw[0] & 6 else 0) :])
+        chunk = Chunk.parse(payload)
     except ProtocolError:
         return None
     return (chunk.sha256, chunk.first, len(chunk.payload)) if chunk.part == "data" else None

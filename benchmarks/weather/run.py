@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +62,6 @@ ENDLESS = 100_000
 _POLL_S = 0.5
 
 
-@dataclass
-class Found:
-    """What a run came to.
-
-    Attributes:
-        rounds: The server's summaries.
-        seconds: How long it took.
-        events: What the proxy did.
-        ratios: By way, bytes that were asked for, sent and that arrived per byte of the blobs: of all, of the worst.
-        restarts: Brokers that were killed.
-    """
-
-    rounds: list[dict[str, Any]]
-    seconds: float
-    events: dict[str, int] = field(default_factory=dict)
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-    restarts: int = 0
-
-
 def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM, seed: int = 0) -> dict[str, Any]:
     """Both runs, side by side, in an empty folder. After `seconds` the round that continues is the last one in bad
     weather; `seed` keys the weather. Raises `FedpruneError` if a process died that should live, or the last round
@@ -93,31 +74,25 @@ def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM
     np.savez(material / "evaluation.npz", x=hands.x, y=hands.y)
     for name in names:
         write_device_data(material / f"{name}.npz", hands.devices[name])
-    stormy = _run(folder / "storm", material, names, weather, seconds, None, seed)
-    calm = _run(folder / "calm", material, names, Weather(), seconds, len(stormy.rounds), seed)
-    same = [a["model"] == b["model"] for a, b in zip(stormy.rounds, calm.rounds, strict=True)]
-    counted = [sum(d["progress"] == "folded" for d in r["devices"].values()) for r in stormy.rounds]
-    accuracy = {
-        kind: [r["metrics"].get("accuracy") for r in run.rounds] for kind, run in (("storm", stormy), ("calm", calm))
-    }
+    storm, stormy = _run(folder / "storm", material, names, weather, seconds, None, seed)
+    calm, peaceful = _run(folder / "calm", material, names, Weather(), seconds, len(storm), seed)
+    rounds = {"storm": storm, "calm": calm}
     return {
+        **stormy,
         "devices": devices,
         "weather": asdict(weather),
         "restart_s": RESTART_S,
-        "rounds": len(stormy.rounds),
-        "counted": counted,
-        "same_model": same,
-        "accuracy": accuracy,
-        "seconds": {"storm": stormy.seconds, "calm": calm.seconds},
-        "events": stormy.events,
-        "restarts": stormy.restarts,
-        "ratios": stormy.ratios,
+        "rounds": len(storm),
+        "counted": [sum(d["progress"] == "folded" for d in r["devices"].values()) for r in storm],
+        "same_model": [a["model"] == b["model"] for a, b in zip(storm, calm, strict=True)],
+        "accuracy": {kind: [r["metrics"].get("accuracy") for r in found] for kind, found in rounds.items()},
+        "seconds": {"storm": stormy["seconds"], "calm": peaceful["seconds"]},
     }
 
 
 def _run(
     folder: Path, material: Path, names: list[str], weather: Weather, seconds: float, rounds: int | None, seed: int
-) -> Found:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     folder.mkdir()
     for path in material.iterdir():
         (folder / path.name).symlink_to(path)
@@ -127,8 +102,10 @@ def _run(
 
 async def _weathered(
     place: Site, names: list[str], weather: Weather, seconds: float, rounds: int | None, seed: int
-) -> Found:
-    """Run until as many rounds are over, or the first that ends after so many seconds."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run until as many rounds are over, or the first that ends after so many seconds. Returns the server's summaries;
+    and how long it took, what the proxy did, how many brokers were killed, and by way the bytes that were asked for,
+    sent and that arrived per byte of the blobs: of all, of the worst."""
     proxy, began, restarts = Proxy(weather, place.port, seed), time.monotonic(), 0
     await proxy.start()
     config = place.folder / "fleet.toml"
@@ -161,8 +138,8 @@ async def _weathered(
     for name in (*names, "server"):
         place.stop(name)
     await proxy.stop()
-    tally = proxy.tally
-    return Found(_finished(place.folder / "state"), lived, dict(tally.events), tally.table(), restarts)
+    done_by = {"events": dict(proxy.tally.events), "restarts": restarts, "ratios": proxy.tally.table()}
+    return _finished(place.folder / "state"), {"seconds": lived, **done_by}
 
 
 def _board(folder: Path, name: str, port: int) -> list[str | Path]:
