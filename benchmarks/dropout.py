@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.harness import RESULTS, parser, save, setting
+from benchmarks.harness import parser, run_cases
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
@@ -137,6 +137,10 @@ def theirs(seed: int, *, has_dropout: bool) -> list[dict[str, float]]:
     return curve
 
 
+def run(engine: str, seed: int) -> dict[str, Any]:
+    return {"losses": ours(seed) if engine == "ours" else theirs(seed, has_dropout=engine == "torch")}
+
+
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds at every point, and differences from torch's in standard errors."""
     out = []
@@ -183,17 +187,10 @@ def main() -> None:
     command = parser(__doc__)
     command.add_argument("--arm", action="store_true", help="count instructions on an emulated Arm processor, too")
     options = command.parse_args()
-    stored = RESULTS / "dropout.json"
-    earlier: dict[str, Any] = {} if options.anew or not stored.is_file() else json.loads(stored.read_text())
-    rows = earlier.get("rows", [])
-    for engine in ENGINES:
-        for seed in sorted(set(SEEDS) - {row["seed"] for row in rows if row["engine"] == engine}):
-            curve = ours(seed) if engine == "ours" else theirs(seed, has_dropout=engine == "torch")
-            rows.append({"engine": engine, "seed": seed, "losses": curve})
-    body = {"setting": setting("onnxruntime", "torch"), "rows": rows, "compared": compared(rows), "limit": LIMIT}
-    save(options.out or "dropout", {**body, "arm": earlier.get("arm", [])})
-    if options.arm:
-        save(options.out or "dropout", {**body, "arm": [counted()]})
+    cases = [{"engine": engine, "seed": seed} for engine in ENGINES for seed in SEEDS]
+    derived: dict[str, Any] = {"compared": compared, "limit": lambda _: LIMIT}
+    derived |= {"arm": lambda _: [counted()]} if options.arm else {}
+    run_cases("dropout", None, cases, run, "onnxruntime", "torch", options=options, **derived)
 
 
 if __name__ == "__main__":

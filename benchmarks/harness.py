@@ -36,18 +36,27 @@ Case = Mapping[str, Any]
 
 
 def run_cases(
-    name: str, title: str | None, cases: Iterable[Case], run: Callable[..., Record], *packages: str, **derived: Any
+    name: str,
+    title: str | None,
+    cases: Iterable[Case],
+    run: Callable[..., Record],
+    *packages: str,
+    options: argparse.Namespace | None = None,
+    **derived: Callable[[list[Record]], Any],
 ) -> None:
     """Run all cases that have no record yet, and write each record at once: an interrupted benchmark continues.
 
-    A case has the arguments of `run`, which returns the rest of its record. `title` is the benchmark's docstring, whose
-    first line `--help` shows; `packages` are distributions whose versions matter; `derived` are functions that make
-    more for the page of all records, in the order of the cases."""
-    options = parser(title).parse_args()
+    A case has the arguments of `run`, which returns the rest of its record, and what else its `made` is to say. `title`
+    is the benchmark's docstring, whose first line `--help` shows; `packages` are distributions whose versions matter;
+    `options` are those of a benchmark with more than `parser`'s; `derived` are functions that make more for the page of
+    all records, in the order of the cases."""
+    options, cases = options or parser(title).parse_args(), list(cases)
     wanted = [case for case in cases if all(str(case.get(k)) == v for k, v in options.only)]
     out = options.out or RESULTS / f"{name}.json"
-    body: Record = {} if options.anew or not out.exists() else json.loads(out.read_text())
+    body: Record = json.loads(out.read_text()) if out.exists() else {}
     records, began = body.get("rows", []), time.monotonic()
+    if options.anew:
+        records = [record for record in records if all(record_of(case, [record]) is None for case in wanted)]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task(name, total=len(wanted))
         for case in wanted:
@@ -58,12 +67,12 @@ def run_cases(
                 progress.update(bar, description=", ".join(f"{k} {v}" for k, v in case.items()))
                 measured = run(**case)
                 made = setting(*packages)
-                records.append({**case, **measured, "made": made})
+                records.append({**case, **measured, "made": made | measured.get("made", {})})
                 body |= {"setting": made, "rows": records}
                 write_results(out, body)
             progress.advance(bar)
-    found = [record for case in wanted if (record := record_of(case, records)) is not None]
-    save(out, {**body, **{name: make(found) for name, make in derived.items()}})
+    found = [record for case in cases if (record := record_of(case, records)) is not None]
+    save(out, {**body, "rows": found, **{name: make(found) for name, make in derived.items()}})
 
 
 def record_of(case: Case, records: Sequence[Record]) -> Record | None:
@@ -75,7 +84,7 @@ def record_of(case: Case, records: Sequence[Record]) -> Record | None:
 def parser(title: str | None) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     made = argparse.ArgumentParser(description=(title or "").partition("\n")[0])
-    made.add_argument("--anew", action="store_true", help="forget earlier records")
+    made.add_argument("--anew", action="store_true", help="forget earlier records of these cases")
     made.add_argument("--minutes", type=float, default=60.0, help="start no case after so many minutes (default: 60)")
     made.add_argument("--only", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="only these cases")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the records there, and leave the results alone")

@@ -331,11 +331,6 @@ class Shell:
         heapq.heappush(self.later, (at, self.order, event, session))
 
 
-def encoded(entry: Any) -> str:
-    """A row's text."""
-    return json.dumps(entry.to_dict(), sort_keys=True, separators=(",", ":"))
-
-
 def measure(**case: Any) -> dict[str, Any]:
     """Run a case in a process of its own."""
     net = in_fresh_process(architecture)
@@ -350,8 +345,8 @@ def simulated(case: Case, net: str) -> dict[str, Any]:
     shell.run()
     gc.callbacks.clear()
     cpu = time.process_time() - cpu
-    state, peak = shell.state, peak_bytes() / 2**20
-    counted = shell.counted
+    peak, counted = peak_bytes() / 2**20, shell.counted
+    entries = (entry for roll in (shell.state.devices, shell.state.tasks) for entry in roll.values())
     each = {k: shell.spent[k] / shell.timed[k] / 1e3 for k in counted if shell.timed[k]}
     events, spent = sum(counted.values()), sum(each[k] * counted[k] for k in each)
     ended = [r for r in shell.rounds if "ended" in r]
@@ -372,7 +367,7 @@ def simulated(case: Case, net: str) -> dict[str, Any]:
         "peak_mb": round(peak),
         "fleet_mb": round(fleet - base),
         "base_mb": round(base),
-        "state_bytes": sum(len(encoded(e)) for roll in (state.devices, state.tasks) for e in roll.values()),
+        "state_bytes": sum(len(json.dumps(e.to_dict(), separators=(",", ":"))) for e in entries),
         "rounds": len(ended),
         "round_s": [round(float(q), 1) for q in np.quantile(lasted, (0.1, 0.5, 0.9))] if lasted else [],
         "asked": round(float(np.median([r["asked"] for r in ended]))) if ended else 0,

@@ -40,16 +40,12 @@ Count = Mapping[str, int]
 
 def prepare(folder: Path, nets: Sequence[str], densities: Sequence[float]) -> None:
     """Write the files that a server sends and those that torch needs, a folder for each net and width."""
+    from benchmarks.precision import make
     from benchmarks.step_nets import network
-    from fedprune.core import tensorfile
     from fedprune.model.architecture import widths_at
     from fedprune.model.features import Features
     from fedprune.model.selection import Selection
-    from fedprune.runtime.precision import lowered_weights
-    from fedprune.runtime.precision_files import INT8, weights_file
-    from fedprune_export.bundles.inference import inference_model
     from fedprune_export.importing import export_torch, import_onnx
-    from fedprune_export.precision import lower
     from fedprune_export.training.step_graph import training_graph
 
     for name in nets:
@@ -64,12 +60,8 @@ def prepare(folder: Path, nets: Sequence[str], densities: Sequence[float]) -> No
             (place / "shape.json").write_text(json.dumps(architecture.input_shape))
             (place / "training.onnx").write_bytes(step)
             np.savez(place / "weights.npz", **tensors)  # type: ignore[arg-type]
-            (place / "inference.onnx").write_bytes(inference_model(model, widths))
-            (place / "weights.safetensors").write_bytes(tensorfile.encode(tensors))
-            for file, raw in lower(model, widths, INT8).files.items():
-                (place / file).write_bytes(raw)
             x = np.random.default_rng(1).standard_normal((64, *architecture.input_shape)).astype(np.float32)
-            (place / weights_file(INT8)).write_bytes(lowered_weights(place, INT8, tensors, x))
+            make(place, model, widths, x)
             (place / "plain.onnx").write_bytes(plain(network(name), tensors))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS, ROOT, parser, ratio, save, setting
+from benchmarks.harness import ROOT, parser, ratio, run_cases
 from benchmarks.simulation.material import write_material
 from benchmarks.simulation.tasks import TASKS, Task
 
@@ -45,36 +45,20 @@ def main() -> None:
     command.add_argument("--turns", type=int, default=TURNS, metavar="N", help=f"default: {TURNS}")
     command.add_argument("--rounds", type=int, metavar="N", help="at least 2; default: each net's own number")
     options = command.parse_args()
-    if options.turns < 1 or (options.rounds is not None and options.rounds < 2):
-        command.error("--turns takes 1 or more, --rounds 2 or more")
-    only = dict(options.only).get("net")
     pythons = {OURS: Path(sys.executable), LOOP: Path(sys.executable)}
     if options.flower is None:
         print("Flower is left out: --flower names the interpreter of its environment", file=sys.stderr)
     else:
         pythons[FLOWER] = options.flower.absolute()
-    out = options.out or RESULTS / "simulation.json"
-    rows = [] if options.anew or not out.exists() else json.loads(out.read_text())["rows"]
     versions = _flower_versions(options.flower)
-    failures: list[str] = []
-    for task in TASKS.values():
-        if only in (None, task.name):
-            with TemporaryDirectory() as folder:
-                rounds = options.rounds or task.rounds
-                try:
-                    measured = measure(task, Path(folder) / task.name, pythons, options.turns, rounds)
-                except (SideError, subprocess.TimeoutExpired) as error:  # the other nets are measured all the same
-                    failures.append(f"{task.name}: {error}")
-                    print(failures[-1], file=sys.stderr, flush=True)
-                    continue
-                row = {**measured, "made": {**setting("onnxruntime", "torch"), **versions}}
-            print(row, file=sys.stderr, flush=True)
-            rows = [row, *(other for other in rows if other["net"] != task.name)]
-            rows.sort(key=lambda row: list(TASKS).index(row["net"]))
-            # After each net, so that an interrupted run loses one; `--only net=NAME` measures it again.
-            save(out, {"rows": rows, "ratios": _means(rows)})
-    if failures:
-        raise SystemExit("\n".join(failures))
+
+    def run(net: str) -> dict[str, Any]:
+        with TemporaryDirectory() as folder:
+            rounds = options.rounds or TASKS[net].rounds
+            return {**measure(TASKS[net], Path(folder) / net, pythons, options.turns, rounds), "made": versions}
+
+    cases = [{"net": net} for net in TASKS]
+    run_cases("simulation", None, cases, run, "onnxruntime", "torch", options=options, ratios=_means)
 
 
 def measure(task: Task, folder: Path, pythons: Mapping[str, Path], turns: int, rounds: int) -> dict[str, Any]:
@@ -86,8 +70,7 @@ def measure(task: Task, folder: Path, pythons: Mapping[str, Path], turns: int, r
         for side in list(pythons)[:: -1 if turn % 2 else 1]:
             out = folder / f"{MODULES[side]}-{turn}.json"
             runs[side].append(_run(pythons[side], MODULES[side], folder, rounds, task.devices, out))
-    row: dict[str, Any] = {"net": task.name, "devices": task.devices, "samples": task.samples}
-    row |= {"turns": turns, "rounds": rounds}
+    row: dict[str, Any] = {"devices": task.devices, "samples": task.samples, "turns": turns, "rounds": rounds}
     loop = folder / f"{MODULES[LOOP]}-0"
     row["other_apart"] = other_apart = _apart(loop.with_suffix(".other.npz"), loop)
     for side, side_runs in runs.items():
