@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import in_turns, parser, ratio, save, setting
-from benchmarks.synthetic_nets import resnet18, weights
 from fedprune.aggregation import compiled_kernels
 from fedprune.aggregation.fold import Fold
-from fedprune.model.architecture import widths_at
+from fedprune.model.architecture import (
+    Architecture,
+    Axis,
+    ChannelGroup,
+    LayerRow,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    widths_at,
+)
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.scoring import random_ranks
 
@@ -30,8 +38,46 @@ Updates = list[tuple[Selection, Tensors, int]]
 Way = tuple[Callable[[Updates], Callable[[], object]], Updates]
 """Makes the call to measure out of updates; and the updates."""
 
+
+def resnet18() -> Architecture:
+    """ResNet-18 without a model file: one group per residual stream, one inside every block."""
+    groups: list[ChannelGroup] = []
+    tensors: list[TensorSpec] = []
+    layers: list[LayerRow] = []
+
+    def group(size: int) -> Axis:
+        groups.append(ChannelGroup(f"group{len(groups)}", size))
+        return Axis((Segment(len(groups) - 1, 0, size),))
+
+    def layer(operator: str, name: str, *axes: Axis) -> None:
+        tensors.append(TensorSpec(f"{name}.weight", TensorKind.WEIGHT, axes))
+        vectors = list(TensorKind)[2:] if operator == "Conv" else [TensorKind.BIAS]
+        tensors.extend(TensorSpec(f"{name}.{kind.value}", kind, axes[:1]) for kind in vectors)
+        layers.append(LayerRow(name, operator, f"{name}.weight", 1))
+
+    def conv(name: str, out: Axis, into: Axis, kernel: int) -> None:
+        layer("Conv", name, out, into, Axis.fixed(kernel), Axis.fixed(kernel))
+
+    stream = group(64)
+    conv("stem", stream, Axis.fixed(3), 7)
+    for stage, width in enumerate((64, 128, 256, 512)):
+        before, stream = stream, group(width) if stage else stream
+        for block in range(2):
+            name, inner = f"stage{stage}.{block}", group(width)
+            conv(f"{name}.conv1", inner, before, 3)
+            conv(f"{name}.conv2", stream, inner, 3)
+            if before is not stream:
+                conv(f"{name}.shortcut", stream, before, 1)
+            before = stream
+    layer("Gemm", "fc", Axis.fixed(1000), stream)
+    return Architecture("resnet18", tuple(groups), tuple(tensors), tuple(layers), (), (3, 32, 32), (1000,))
+
+
 NET = resnet18()
-BASE = weights(NET)
+_RANDOM = np.random.default_rng(0)
+BASE = {t.name: np.abs(_RANDOM.standard_normal(t.shape, np.float32) * np.float32(0.05)) for t in NET.tensors}
+"""Small normal numbers, as trained weights are."""
+
 SIZE = sum(value.size for value in BASE.values())
 
 

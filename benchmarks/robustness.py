@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -239,8 +239,7 @@ def as_tensors(vector: Vector, like: Tensors) -> Tensors:
     return {name: piece.reshape(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
 
 
-@dataclass(frozen=True)
-class Played:
+class Played(NamedTuple):
     """A job's end: accuracy (mean of the last rounds), triggers that give the target, updates that were limited."""
 
     accuracy: float
@@ -315,7 +314,7 @@ def cases() -> Iterator[dict[str, Any]]:
 def run(data: str, attack: str, hostile: int, setting: str) -> dict[str, Any]:
     """A cell: means over the seeds, and each seed's accuracy."""
     played = [play(data, setting, attack, hostile, seed) for seed in SEEDS]
-    means = {f.name: round(statistics.fmean(getattr(p, f.name) for p in played), 4) for f in fields(Played)}
+    means = {name: round(statistics.fmean(getattr(p, name) for p in played), 4) for name in Played._fields}
     return {**means, "accuracies": [round(p.accuracy, 4) for p in played]}
 
 

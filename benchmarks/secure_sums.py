@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks.harness import parser, save, setting
+from benchmarks.harness import run_cases
 from fedprune.secure_aggregation.collector import Collector
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.participant import Participant
@@ -28,7 +28,7 @@ from fedprune.security.keys import SigningKey
 BOARDS, NUMBERS = 100, 250_000
 STEPS = ("advertise", "share", "mask", "unmask")
 CASES = (("chosen", 32, 0.0), ("chosen", 32, 0.2), ("chosen", 64, 0.2), ("all", 32, 0.2))
-"""Neighbours of a board, bits of a number, and the share of boards that drop out between their shares and vectors."""
+"""Which neighbours a board has, bits of a number, and the share of boards that drop out between shares and vectors."""
 
 _Result = TypeVar("_Result")
 
@@ -46,10 +46,10 @@ class Meter:
         return result
 
 
-def measured(neighbours: str, bits: int, dropping: float) -> dict[str, Any]:
+def measured(graph: str, bits: int, dropping: float) -> dict[str, Any]:
     """One secure sum: bytes and processor time of a board, medians over boards, and processor time of the server."""
     words = (NUMBERS, 0) if bits == 32 else (0, NUMBERS)
-    if neighbours == "all":
+    if graph == "all":
         session = SecureSumSession(b"benchmark", BOARDS, BOARDS // 2 + 1, *words)
     else:
         session = SecureSumSession.choose(b"benchmark", BOARDS, *words)
@@ -94,7 +94,6 @@ def measured(neighbours: str, bits: int, dropping: float) -> dict[str, Any]:
     return {
         "neighbours": min(session.degree, BOARDS - 1),
         "threshold": session.threshold,
-        "bits": bits,
         "dropped": len(gone),
         "exact": total.to_bytes() == expected.to_bytes(),
         "up": {step: statistics.median(sizes) for step, sizes in up.items()},
@@ -112,12 +111,6 @@ def _advertised(
     return board, board.advertise()
 
 
-def main() -> None:
-    options = parser(__doc__).parse_args()
-    rows = [measured(*case) for case in CASES[: 1 if options.only else None]]
-    body = {"setting": setting("cryptography"), "boards": BOARDS, "numbers": NUMBERS, "rows": rows}
-    save(options.out or "secure_sums", body)
-
-
 if __name__ == "__main__":
-    main()
+    wanted = [dict(zip(("graph", "bits", "dropping"), case, strict=True)) for case in CASES]
+    run_cases("secure_sums", __doc__, wanted, measured, "cryptography")

@@ -159,8 +159,7 @@ class Way:
             if wait > 0:
                 await asyncio.sleep(min(wait, 1.0))
                 continue
-            if self._queue.popleft() is not packet:
-                continue
+            self._queue.popleft()
             writer.write(packet.raw)
             await writer.drain()
             self._count(packet)
@@ -188,9 +187,8 @@ class Way:
                 asked.update(range(want.first, want.first + want.count))
             before = self._queue[-2] if len(self._queue) > 1 else None
             if before is not None and before.raw[0] >> 4 == _PUBLISH and chance.random() < weather.swaps:
-                before.raw, packet.raw = packet.raw, before.raw
-                before.chunk, packet.chunk = packet.chunk, before.chunk
-                before.copy, packet.copy = packet.copy, before.copy
+                before.due, packet.due = packet.due, before.due
+                self._queue[-2], self._queue[-1] = packet, before
                 self._proxy.tally.events["swapped"] += 1
             if chance.random() < weather.repeats:
                 again = bytes((raw[0] | (_DUPLICATE if raw[0] & 6 else 0),)) + raw[1:]
