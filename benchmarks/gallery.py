@@ -92,14 +92,13 @@ def outcome(record: dict[str, Any]) -> dict[str, Any]:
         "delivered": len(local),
         "mb": (rounds[-1]["down"] + rounds[-1]["up"]) / 1e6,
         "seconds": rounds[-1]["elapsed_s"],
-        "devices": [_device(device, local) for device in record["devices"]],
+        "devices": [
+            {k: device[k] for k in ("name", "profile", "samples", "density", "bound", "parameters")}
+            | {"memory_mb": device["compared"].get("peak_memory_bytes", [0])[0] / 1e6}
+            | {"accuracy": local.get(device["name"])}
+            for device in record["devices"]
+        ],
     }
-
-
-def _device(device: dict[str, Any], local: dict[str, float]) -> dict[str, Any]:
-    planned = {k: device[k] for k in ("name", "profile", "samples", "density", "bound", "parameters")}
-    memory = device["compared"].get("peak_memory_bytes", [0])[0] / 1e6
-    return {**planned, "memory_mb": memory, "accuracy": local.get(device["name"])}
 
 
 def shoot(page: Path, picture: Path, part: str) -> None:

@@ -60,13 +60,7 @@ RARE = ("Scored", "Closed", "Evaluated")
 
 @dataclass(frozen=True)
 class Case:
-    """A run.
-
-    Attributes:
-        participation: Share of the present boards whose updates a round needs.
-        over_selection: Share of them that it asks beyond those.
-        hours: How long it lasts.
-    """
+    """A run: which share of the present boards' updates a round needs, and which it asks for beyond those."""
 
     boards: int
     participation: float = 0.01

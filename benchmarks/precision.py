@@ -183,10 +183,8 @@ def main() -> None:
     command = parser(__doc__)
     command.add_argument("--epochs", type=int, default=EPOCHS)
     options = command.parse_args()
-    rows = measure(data(), options.epochs)
-    save(
-        options.out or "precision", {**setting("onnxruntime", "onnx", "torch"), "epochs": options.epochs, "rows": rows}
-    )
+    about = {**setting("onnxruntime", "onnx", "torch"), "epochs": options.epochs}
+    save(options.out or "precision", {**about, "rows": measure(data(), options.epochs)})
 
 
 if __name__ == "__main__":

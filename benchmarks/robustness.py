@@ -77,14 +77,9 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a hostile board knows when it hands in: flat vectors of all weights.
-
-    Attributes:
-        own: The change that its own training made.
-        changes: Those of all honest boards and its own, [boards, weights].
-        to_start: From the round's model to the job's first.
-        to_first_update: From the round's model to what this board handed in first.
-    """
+    """What a hostile board knows when it hands in: flat vectors of all weights. `own` is the change that its training
+    made, `changes` are those of all honest boards and its own, [boards, weights]; the others begin at the round's
+    model, and lead to the job's first and to what this board handed in first."""
 
     own: Vector
     changes: npt.NDArray[np.float64]

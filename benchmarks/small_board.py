@@ -101,9 +101,7 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         config = folder / "fleet.toml"
         config.write_text(FLEET.format(rounds=ROUNDS, batch=BATCH, port=place.port))
         place.broker()
-        run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
-        run += ["--profile", BOARD, "--threads", "1", "--broker", f"mqtt://127.0.0.1:{place.port}", "--device", "zero"]
-        board = place.start("zero", [*within, *run, "--data", folder / "samples.npz", "--state", folder / "zero"])
+        board = place.board("zero", BOARD, folder / "samples.npz", within=within)
         place.wait_for("zero", lambda: "connected" in place.log_text("zero"), "the board isn't connected")
         time.sleep(IDLE_S)
         before, _ = memory(board.pid)

@@ -21,12 +21,8 @@ NUMBERS = Targets("mse", 1, (None,))
 
 @dataclass(frozen=True)
 class Truth:
-    """The samples that were written, in any order; None where a kind is expected to be refused.
-
-    Attributes:
-        samples: Inputs and label of each sample.
-        tolerance: How far inputs may be from them: formats with losses and resampling change numbers a little.
-    """
+    """The samples that were written, in any order; None where a kind is expected to be refused. Inputs may be away
+    from them by the tolerance: formats with losses and resampling change numbers a little."""
 
     samples: Sequence[Sample] | None
     tolerance: float = 1e-6
@@ -37,15 +33,8 @@ REFUSED = Truth(None)
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of data.
-
-    Attributes:
-        group: Under which heading the table shows it.
-        name: What it is, in a reader's words.
-        write: Writes it into a folder; returns where a board's `--data` points to, and the truth.
-        shape: The model's input.
-        options: Options of `--data`, such as `missing`.
-    """
+    """One kind of data for a model's input. `write` writes it into a folder, and returns where a board's `--data`
+    points to, and the truth; `options` are those of `--data`, such as `missing`."""
 
     group: str
     name: str

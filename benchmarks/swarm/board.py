@@ -56,14 +56,7 @@ class Part:
 
 @dataclass
 class Works:
-    """What the devices of one process share.
-
-    Attributes:
-        topics: The site's topics.
-        shelf: What was fetched.
-        updates: What is handed in.
-        later: Calls a function after some seconds.
-    """
+    """What the devices of one process share. `later` calls a function after some seconds."""
 
     topics: Topics
     shelf: Shelf
@@ -74,17 +67,7 @@ class Works:
 
 
 class Board:
-    """A device.
-
-    Args:
-        works: What it shares with others of its process.
-        channel: Signs its messages, if anything does.
-        index: Its number in the fleet.
-        profile: Name of its hardware profile.
-        probe: What it says that it measured of itself.
-        samples: Its training samples.
-        train_s: How long its training takes.
-    """
+    """A device. `probe` is what it says that it measured of itself, `train_s` how long its training takes."""
 
     __slots__ = (
         "_announce_at", "_announcement_count", "_channel", "_last", "_offer", "_pulls", "_serve", "_session", "_update",

@@ -60,12 +60,7 @@ class Caller:
 
 
 class Repeater:
-    """Says a device's accepted update again, and waits for the same answer.
-
-    Args:
-        board: The device.
-        log: As the caller's.
-    """
+    """Says a device's accepted update again, and waits for the same answer; `log` is as the caller's."""
 
     def __init__(self, board: Board, log: list[tuple[str, float, float]]) -> None:
         self._board, self._log = board, log

@@ -36,19 +36,9 @@ _END_S = 150.0
 
 @dataclass(frozen=True)
 class Size:
-    """What is to be run.
-
-    Attributes:
-        devices: How many there are.
-        rounds: How many rounds they work on.
-        scale: Factor of the predicted training times.
-        arrivals: Devices that connect in a second.
-        pulls: From how many devices the server fetches updates at a time.
-        limit_s: Seconds after which the run is given up.
-        seed: Keys the fleet and its noise.
-        engines: Whether PostgreSQL has the state, and boards put updates into a bucket.
-        signed: Whether boards and server sign their messages, and the server is at the broker over TLS.
-    """
+    """What is to be run: `scale` is a factor of the predicted training times, `arrivals` are devices that connect in a
+    second; with `engines` PostgreSQL has the state, and boards put updates into a bucket; if it is `signed`, boards and
+    server sign their messages, and the server is at the broker over TLS."""
 
     devices: int
     rounds: int = 1

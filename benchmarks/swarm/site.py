@@ -74,14 +74,7 @@ class Watch:
 
 
 class Site:
-    """The processes of one run.
-
-    Args:
-        folder: Where they write.
-
-    Attributes:
-        watched: What each of them has used, by name.
-    """
+    """The processes of one run, which write into a folder; `watched` is what each of them has used, by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,6 +111,14 @@ class Site:
         self.start("server", [sys.executable, *module])
         up = "connected to the broker"
         self.wait_for("server", lambda: up in self.log_text("server"), "the server doesn't come up")
+
+    def board(
+        self, name: str, profile: str, data: Path, port: int = 0, within: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start a board's own process, at a port in the broker's place and within another command if they are given."""
+        command = [*within, sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient"]
+        command += ["--no-probe", "--threads", "1", "--profile", profile, "--device", name, "--state", name]
+        return self.start(name, [*command, "--broker", f"mqtt://127.0.0.1:{port or self.port}", "--data", data])
 
     def wait_for(self, name: str, condition: Callable[[], bool], failure: str) -> None:
         """Wait until a process has come so far.

@@ -73,11 +73,7 @@ def mean(
 
 
 class Remade(BlobStore):
-    """Updates that are made again when they are wanted: ten thousand of them would be a gigabyte.
-
-    Args:
-        seed: Of the noise.
-    """
+    """Updates that are made again when they are wanted: ten thousand of them would be a gigabyte."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed

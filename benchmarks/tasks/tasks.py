@@ -21,17 +21,8 @@ DENSITIES = (1.0, 0.7, 0.5, 0.3)
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
-
-    Attributes:
-        title: The heading of its results.
-        deal: Deals its data out to boards, by the seed.
-        net: Makes its network.
-        recipe: Local training.
-        rounds: How many rounds.
-        densities: Widths that boards can hold, by quarters of the fleet, the strongest first.
-        own: How the network is imported.
-    """
+    """A task: `deal` deals its data out to boards, by the seed; `densities` are the widths that boards can hold, by
+    quarters of the fleet, the strongest first; `own` says how the network is imported."""
 
     title: str
     deal: Callable[[int], data.Dealt]

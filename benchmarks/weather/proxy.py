@@ -122,13 +122,7 @@ class _Line:
 
 
 class Way:
-    """One direction of one connection.
-
-    Args:
-        proxy: What it belongs to.
-        name: `down` to the board or `up` from it.
-        line: The connection.
-    """
+    """One direction of one connection: `down` to the board or `up` from it."""
 
     def __init__(self, proxy: Proxy, name: str, line: _Line) -> None:
         self._proxy, self.name, self._line = proxy, name, line
@@ -211,13 +205,7 @@ class Way:
 
 
 class Proxy:
-    """Listens for boards and passes what they say on to a broker.
-
-    Args:
-        weather: How bad it is.
-        broker: The broker's port on this machine.
-        seed: Keys all chance.
-    """
+    """Listens for boards and passes what they say on to a broker's port on this machine; a seed keys all chance."""
 
     def __init__(self, weather: Weather, broker: int, seed: int = 0) -> None:
         self.weather, self._broker, self._seed = weather, broker, seed

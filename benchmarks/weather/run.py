@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -113,7 +112,7 @@ async def _weathered(
     place.broker()
     await asyncio.to_thread(place.server, config)
     for name in names:
-        place.start(name, _board(place.folder, name, proxy.port))
+        place.board(name, "raspberry-pi-4b", place.folder / f"{name}.npz", proxy.port)
     killed, done, enough = time.monotonic(), 0, 0
     while True:
         await asyncio.sleep(_POLL_S)
@@ -140,13 +139,6 @@ async def _weathered(
     await proxy.stop()
     done_by = {"events": dict(proxy.tally.events), "restarts": restarts, "ratios": proxy.tally.table()}
     return _finished(place.folder / "state"), {"seconds": lived, **done_by}
-
-
-def _board(folder: Path, name: str, port: int) -> list[str | Path]:
-    """The command of a board's own process."""
-    run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
-    where = ["--broker", f"mqtt://127.0.0.1:{port}", "--device", name, "--profile", "raspberry-pi-4b"]
-    return [*run, *where, "--threads", "1", "--data", folder / f"{name}.npz", "--state", folder / name]
 
 
 def _finished(state: Path) -> list[dict[str, Any]]:
