@@ -68,7 +68,7 @@ def trained(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
     costs = costs_at(architecture, widths)
     predicted = memory_use(architecture, widths, costs, recipe, BATCH * STEPS, model.frozen)
     files = {p.name: p.stat().st_size for p in where.iterdir()}
-    command = [sys.executable, "-c", _CHILD, "train", "--bundle", where, "--data", folder / "data.npz"]
+    command: list[Any] = [sys.executable, "-c", _CHILD, "train", "--bundle", where, "--data", folder / "data.npz"]
     command += ["--out", folder / "trained", "--threads", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout

@@ -68,7 +68,7 @@ def streams() -> Iterator[Stream]:
         yield room(f"{json.dumps(word)} in place of a number", warm, silent, cool, rows=[first, second])
     yield Stream("a retained message of unknown age", [[(topic, warm, True)], [(topic, cool)]], [second])
     state = f"{topic}/availability"
-    gone = [[(topic, warm)], [(state, {"state": "offline"})], [(state, "online"), (topic, cool)]]
+    gone: list[Any] = [[(topic, warm)], [(state, {"state": "offline"})], [(state, "online"), (topic, cool)]]
     yield Stream("availability: offline, then online", gone, [first, second])
     hot = "a value out of range: 85 °C of a DS18B20 that has lost power"
     yield room(hot, warm, {"temperature": 85, "humidity": 40}, rows=[first] * 2)

@@ -31,7 +31,7 @@ def measure_engines(machine: Machine) -> Iterator[dict[str, Any]]:
         folder = Path(place)
         (folder / "model.onnx").write_bytes(export_torch(network("resnet20_bn")))
         export([str(folder / "model.onnx"), "--target", "jetson-orin-nano", "--out", str(folder / "bundle")])
-        command = [sys.executable, ROOT / "examples" / "jetson_acceptance.py", "--bundle", "bundle"]
+        command = [sys.executable, str(ROOT / "examples" / "jetson_acceptance.py"), "--bundle", "bundle"]
         with (folder / "log").open("w") as log:
             try:
                 subprocess.run(command, cwd=folder, stdout=log, stderr=log, timeout=machine.seconds_left())
