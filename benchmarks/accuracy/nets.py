@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -174,6 +175,84 @@ def two_convs(
     return nn.Sequential(*layers)
 
 
+def mlp(shape: tuple[int, ...], classes: int) -> Any:
+    """Two hidden layers, without norm."""
+    from torch import nn
+
+    first, second = nn.Linear(math.prod(shape), 128), nn.Linear(128, 64)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), nn.Linear(64, classes))
+
+
+def mean_cnn(shape: tuple[int, ...], classes: int) -> Any:
+    """Two convolutions without norm, and the mean over places."""
+    from torch import nn
+
+    first, second = nn.Conv2d(shape[0], 24, 3, padding=1), nn.Conv2d(24, 48, 3, padding=1)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, classes))
+    return nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), *head)
+
+
+def modern(shape: tuple[int, ...], classes: int) -> Any:
+    """A small ConvNeXt (Liu et al. 2022) with group norm: patches of 2×2, two blocks of 32 channels, two of 64."""
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width)
+            self.mlp = nn.Sequential(
+                nn.GroupNorm(1, width), nn.Conv2d(width, 2 * width, 1), nn.GELU(), nn.Conv2d(2 * width, width, 1)
+            )
+
+        def forward(self, x: Any) -> Any:
+            return x + self.mlp(self.depthwise(x))
+
+    layers, before = [], shape[0]
+    for after in (32, 64):
+        layers += [nn.Conv2d(before, after, 2, 2), Block(after), Block(after)]
+        before = after
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+def recurrent(shape: tuple[int, ...], classes: int) -> Any:
+    """A strided convolution over time, a GRU, and the mean of its outputs."""
+    from torch import nn
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps, self.rnn, self.head = nn.Conv1d(shape[0], 32, 8, 4), nn.GRU(32, 64), nn.Linear(64, classes)
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.rnn(self.steps(x).relu().permute(2, 0, 1))[0].mean(0))
+
+    return Recurrent()
+
+
+def attention(shape: tuple[int, ...], classes: int) -> Any:
+    """A transformer of two blocks over pieces of time, or over an image's pairs of columns, and a mean over them."""
+    import torch
+    from torch import nn
+
+    from benchmarks.tasks.nets import Block
+
+    size = shape[-1] // (16 if shape[-1] % 16 == 0 else 14)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(size * math.prod(shape[:-1]), 48)
+            self.place = nn.Parameter(0.02 * torch.randn(shape[-1] // size, 48))
+            self.blocks = nn.Sequential(*(Block(48, 4, causal=False) for _ in range(2)))
+            self.norm, self.head = nn.LayerNorm(48), nn.Linear(48, classes)
+
+        def forward(self, x: Any) -> Any:
+            pieces = x.flatten(1, -2).transpose(1, 2).unflatten(1, (-1, size)).flatten(2)
+            return self.head(self.norm(self.blocks(self.embed(pieces) + self.place)).mean(1))
+
+    return Attention()
+
+
 _VGG11 = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 
@@ -183,6 +262,11 @@ NETS: dict[str, Callable[[tuple[int, ...], int], Any]] = {
     "resnet8": resnet8,
     "resnet32": resnet32,
     "motion_net": motion_net,
+    "mlp": mlp,
+    "mean_cnn": mean_cnn,
+    "modern": modern,
+    "recurrent": recurrent,
+    "attention": attention,
     "vgg11": lambda shape, classes: vgg(_VGG11, (), True, shape, classes),
     "vgg11_plain": lambda shape, classes: vgg(_VGG11, (512, 512), False, shape, classes),
     "vgg16": lambda shape, classes: vgg(_VGG16, (512,), True, shape, classes),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.accuracy.judging import JUDGING
 from benchmarks.accuracy.papers import PAPERS
 from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Method, Protocol
 from fedprune.model.recipe import Recipe
@@ -211,4 +212,4 @@ SAR = replace(
 EIGHT = (CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, RESNET, TRAINED, PARTIAL)
 """Tables of the summary."""
 
-PROTOCOLS = {p.name: p for p in (*EIGHT, ABLATION, SAR, *PAPERS)}
+PROTOCOLS = {p.name: p for p in (*EIGHT, ABLATION, SAR, *PAPERS, *JUDGING)}

@@ -1,0 +1,75 @@
+"""Tables on which nothing is chosen: constants and switches of strategies are judged on them (docs/method.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.accuracy.protocol import FULL, Method, Protocol
+from fedprune.model.recipe import Recipe
+
+_ROWS = (
+    Method("fedprune", "fedprune", served_model="average"),
+    Method("core .75", "fedprune", {"core": 0.75}, served_model="average"),
+    Method(FULL, "fedavg", {}, {"evaluate_every": 1}, {"compression": "none", "compression_down": "none"}, False),
+)
+
+_INT4 = {"compression": "int4", "compression_down": "int4"}
+_INT8 = {"compression": "int8", "compression_down": "int8"}
+
+SGD = Recipe(epochs=2, batch_size=32, lr=0.05, momentum=0.9, evaluate_every=3)
+ADAM = Recipe(epochs=2, batch_size=32, lr=1e-3, optimizer="adam", momentum=0.0, evaluate_every=3)
+
+DIRICHLET = {"partition": "dirichlet", "alpha": 0.1}
+MILD = {"partition": "dirichlet", "alpha": 0.5}
+TWO_CLASSES = {"partition": "pathological", "classes": 2}
+ONE_MISSING = {"partition": "pathological", "classes": 9}
+PEOPLE = {"partition": "owners"}
+
+
+def _table(
+    name: str,
+    net: str,
+    skew: Mapping[str, Any],
+    recipe: Recipe,
+    rounds: int,
+    job: Mapping[str, Any] = _INT8,
+    **data: Any,
+) -> Protocol:
+    source, _, what = name.partition("-")
+    fleet = {"test": 0.25, "validation": 0.1, "standardise": True, **data}
+    if skew is not PEOPLE:
+        fleet = {"devices": 12, "most": 4_000, "least": 40, **fleet}
+    return Protocol(
+        f"judging-{name}",
+        f"{source}, {what}: {net}, {recipe.optimizer}, {rounds} rounds",
+        {"fashion": "fashion_mnist"}.get(source, source),
+        {**skew, **fleet},
+        net,
+        recipe,
+        rounds,
+        _ROWS,
+        densities=(1.0, 0.7, 0.5, 0.3),
+        reference=FULL,
+        job=job,
+        submodels=False,
+        every=rounds,
+        every_global=max(1, rounds // 6),
+        minutes=1,
+    )
+
+
+JUDGING = (
+    _table("fashion-two-classes", "mean_cnn", TWO_CLASSES, SGD, 15),
+    _table("mnist-dirichlet", "mlp", DIRICHLET, SGD, 6),
+    _table("cifar10-mild", "modern", MILD, ADAM, 15, pool=2),
+    _table("cifar100-mild", "small_cnn", MILD, SGD, 15, pool=2, most=8_000),
+    _table("har-people", "recurrent", PEOPLE, ADAM, 15),
+    _table("har-dirichlet", "attention", DIRICHLET, ADAM, 15),
+    _table("fashion-one-missing", "mlp", ONE_MISSING, ADAM, 6),
+    _table("fashion-dirichlet", "avgcnn", DIRICHLET, SGD, 50, _INT4),
+    _table("cifar10-two-classes", "resnet8", TWO_CLASSES, SGD, 15, pool=2),
+    _table("mnist-two-classes", "attention", TWO_CLASSES, ADAM, 15),
+    _table("har-two-classes", "motion_net", TWO_CLASSES, ADAM, 50, _INT4),
+    _table("fashion-mild", "modern", MILD, SGD, 6),
+)
