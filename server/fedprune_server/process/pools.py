@@ -6,17 +6,24 @@ process can repeat the task.
 
 from __future__ import annotations
 
+import ast
+import linecache
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from traceback import walk_stack
 from typing import Any, Generic, TypeVar
 
+from fedprune.core.errors import ConfigError
 from fedprune_server.process.child_process import ChildDiedError
 from fedprune_server.process.child_side import end_with_parent
 
@@ -27,6 +34,22 @@ log = logging.getLogger("fedprune.server")
 
 # Processes are spawned: a fork would copy whatever locks other threads hold at that moment.
 _SPAWN_CONTEXT = multiprocessing.get_context("spawn")
+
+
+def _check_main_guard() -> None:
+    """Raise `ConfigError` where new processes would run the user's script again, and it this call."""
+    main = sys.modules["__main__"]
+    frames = [f for f, _ in walk_stack(None) if f.f_globals is vars(main) and f.f_code.co_name == "<module>"]
+    # Spawned processes import the main module, except a notebook's and `__main__.py`.
+    if not frames or Path(getattr(main, "__file__", "__main__.py")).name == "__main__.py":
+        return
+    line, source = frames[0].f_lineno, "".join(linecache.getlines(frames[0].f_code.co_filename))
+    blocks = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.If)]
+    conditions = [ast.unparse(block.test) for block in blocks if block.lineno <= line <= (block.end_lineno or 0)]
+    if source and not re.search("__name__|process", " ".join(conditions)):
+        what = f"{main.__file__}, line {line}, starts processes, each of which imports the script"
+        hint = "Indent what isn't a definition under this line, or give workers=1."
+        raise ConfigError(what, expected='a block that they skip: if __name__ == "__main__":', hint=hint)
 
 
 class TaskPool(ABC, Generic[W]):
@@ -55,6 +78,7 @@ class ProcessPool(TaskPool[W]):
     replaced; without, a killed one breaks the pool."""
 
     def __init__(self, size: int, make: Callable[[], W], *, restarts: bool = False) -> None:
+        _check_main_guard()
         self._size, self._make, self._restarts = size, make, restarts
         self._processes = self._start_processes()
 
@@ -101,6 +125,7 @@ class ProcessPerTask(TaskPool[W]):
     dropped. The tasks' first argument is `worker`."""
 
     def __init__(self, size: int, worker: W) -> None:
+        _check_main_guard()
         self._size, self._worker = size, worker
         # One thread for each process: Linux would end the child of a thread that ends.
         self._threads = ThreadPoolExecutor(size)

@@ -1,8 +1,11 @@
 """A child process that ends again and again is left alone for a while, and one that is asked to end does."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import BinaryIO
+
+import pytest
 
 from fedprune_server.process.child_process import MAX_SHORT_RUNS, RESTART_BACKOFF_S, ChildProcess, RestartedProcess
 from support.waiting import until
@@ -34,3 +37,13 @@ def test_a_line_goes_to_it_and_comes_back_and_it_ends_when_asked() -> None:
     child.stop()
     assert lines == [b"first\n"]
     assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(("guard", "error"), [("", 1), ("if True: ", 1), ("if __name__ == '__main__': ", 0)])
+def test_a_script_that_its_processes_would_run_again_is_refused(tmp_path: Path, guard: str, error: int) -> None:
+    script = tmp_path / "script.py"
+    line = f"{guard}print(ProcessPool(1, list).submit(len).result())"
+    script.write_text(f"from fedprune_server.process.pools import ProcessPool\n{line}\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == ("" if error else "0\n")
+    assert done.stderr.count("Traceback") == done.stderr.count(f"ConfigError: {script}, line 2, ") == error
