@@ -20,8 +20,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.updates.privacy import Privacy
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal_digits, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.demo_fleet import DEMO_BOARDS, demo_job, demo_reference_job
+from fedprune_server.simulation.experiment import Experiment, fedavg_job
+from fedprune_server.simulation.fleet.demo_fleet import DEMO_BOARDS, demo_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
 
@@ -47,7 +47,7 @@ def run(strategy: str, clip: float, noise: str, multiplier: float) -> dict[str, 
     """ε and accuracy of a job."""
     boards = 0 if noise == "local" else len(DEMO_BOARDS) - 1
     privacy = Privacy(clip, multiplier, noise, boards, DELTA) if clip else Privacy()
-    job = replace((demo_job if strategy == "fedprune" else demo_reference_job)(0, ROUNDS), privacy=privacy)
+    job = replace(demo_job(0, ROUNDS) if strategy == "fedprune" else fedavg_job(demo_job(0, ROUNDS)), privacy=privacy)
     data = deal_digits([board.name for board in DEMO_BOARDS], seed=0)
     devices = [VirtualDevice(board.name, board.profile(), data.devices[board.name]) for board in DEMO_BOARDS]
     model = import_onnx(digits_model(), "digits-net")

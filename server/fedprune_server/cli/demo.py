@@ -42,14 +42,13 @@ from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
 from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.digits import DIGITS_TITLE, deal_digits, digits_model, write_device_data
-from fedprune_server.simulation.experiment import REFERENCE
+from fedprune_server.simulation.experiment import REFERENCE, fedavg_job
 from fedprune_server.simulation.fleet.demo_fleet import (
     DEMO_BOARDS,
     DEMO_QUICK_ROUNDS,
     DEMO_ROUNDS,
     DemoBoard,
     demo_job,
-    demo_reference_job,
     too_few_rounds,
 )
 from fedprune_server.simulation.results.job_record import job_record
@@ -196,7 +195,7 @@ def run_reference() -> int:
     def run(arguments: argparse.Namespace) -> None:
         folder = DemoFolder(arguments.root)
         with log_to_stdout(verbose=False), signals_as_interrupts():
-            job = demo_reference_job(arguments.seed, arguments.rounds)
+            job = fedavg_job(demo_job(arguments.seed, arguments.rounds))
             run_job(REFERENCE, job, folder).save(folder.reference_record)
 
     def build_parser() -> CommandParser:

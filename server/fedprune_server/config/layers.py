@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, value_text
+from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject, value_text
 from fedprune.core.toml_file import read_toml
 
 # Settings are printed by `config show`, and logged: PostgreSQL takes a password before the host or as a parameter.
@@ -97,6 +97,18 @@ def errors_with_origin(layers: Sequence[SettingsLayer]) -> Iterator[None]:
             (setting_source for path in table_paths if (setting_source := setting_origin(layers, path))), layers[0].name
         )
         raise error.with_subject(f"{source}: {error.what}") from error
+
+
+@contextmanager
+def name_source(source: Subject) -> Iterator[None]:
+    """Add this setting or file to errors of the body that name none yet."""
+    try:
+        yield
+    except FedpruneError as error:
+        if source in error.what if isinstance(source, str) else error.path:
+            raise
+        message, path = (f"{source}: {error.what}", ()) if isinstance(source, str) else (error.what, source)
+        raise error.with_subject(message, path) from error
 
 
 def without_secrets(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from fedprune.model.lengths import Lengths
 from fedprune.wire.urls import SYSTEM_AUTHORITIES
 from fedprune_server.config.alert_settings import PATH_KEYS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.layers import SettingsLayer, errors_with_origin
 from fedprune_server.config.server_config import PATH_SETTINGS, SERVER_KEYS, TABLE_KEYS, ServerConfig
 from fedprune_server.config.setting import check_setting_text, read_table
 from fedprune_server.config.track_targets import anchor_track_folders
@@ -95,13 +93,6 @@ def config_tables(config: ServerConfig) -> dict[str, Any]:
     for table in ("server", "alerts"):
         tables[table] = {k: str(v) if isinstance(v, Path) else v for k, v in tables[table].items() if v is not None}
     return tables
-
-
-def job_with_changes(job: Job, changes: Mapping[str, Any]) -> Job:
-    """A job with changes from the command line, except for those that are None."""
-    given_changes = {k: v for k, v in changes.items() if v is not None}
-    with errors_with_origin([SettingsLayer("command line")]):
-        return _build_config(lambda: ServerConfig(job=replace(job, **given_changes))).job
 
 
 def _build_config(build: Callable[[], ServerConfig]) -> ServerConfig:

@@ -32,7 +32,6 @@ from fedprune_server.simulation.results.tracked_rounds import track_rounds
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.trackers.tools.tensorboard import TensorBoardTracker
 from fedprune_server.trackers.tracker import TrackedRun, Tracker
-from support.fakes.digits_simulation import write_digits
 from support.fakes.fleet import Watcher
 from support.fakes.shown_jobs import show
 from support.fakes.stored_job import TO_THE_SECOND_ROUND
@@ -41,7 +40,7 @@ from support.fakes.tiny_job import ARCHITECTURE, JOB
 FLEET: dict[str, Any] = {
     "job": {"rounds": 3, "recipe": {"lr": 0.05}},
     "model": {"path": "model.onnx"},
-    "data": {"source": "digits.npz", "server": 0.2},
+    "data": {"source": "digits", "most": 400, "server": 0.2},
     "devices": [{"name": "pi", "count": 2, "profile": "raspberry-pi-4b"}],
 }
 
@@ -109,7 +108,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> FakeTool:
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Tables whose files are in the current folder."""
     monkeypatch.chdir(tmp_path)
-    write_digits(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(digits_model())
     return FLEET
 
 

@@ -17,7 +17,7 @@ from fedprune.planning.profile_store import find_profile
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.digits import Digits, deal_digits, digits_model, load_digits, write_device_data
+from fedprune_server.simulation.digits import Digits, deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 from fedprune_server.simulation.saved_run import SAVE_PACE, SavePace
@@ -38,13 +38,6 @@ def digits_net() -> Model:
 @cache
 def digits(names: Sequence[str] = KINDS) -> Digits:
     return deal_digits(names, seed=1)
-
-
-def write_digits(folder: Path) -> None:
-    """Write the digits' network and 400 digits beside a fleet's file."""
-    (folder / "model.onnx").write_bytes(digits_model())
-    x, y = load_digits()
-    np.savez(folder / "digits.npz", x=x[:400], y=y[:400])
 
 
 YARD = ("barn", "dock")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, path_remedy
 from fedprune_device.data.folder_listing import is_system_name
 from fedprune_device.data.image_decoding import ENDINGS, decode_image
+from fedprune_server.config.layers import name_source
 from fedprune_server.simulation.datasets.columns import ParquetColumns
 from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_metadata import ImageRow, metadata_files, read_metadata
@@ -97,11 +98,8 @@ def decode_images(images: Sequence[tuple[str, Path | bytes]], decoding: Decoding
     mode, size = "RGB" if decoding.colour else "L", decoding.size
     pixels_of_all: npt.NDArray[np.uint8] | None = None
     for number, (name, file) in enumerate(images):
-        try:
+        with name_source(name):
             pixels = decode_image(file, mode, None if size is None else (size[1], size[0]), decoding.background)
-        except DataError as error:
-            what = f"{name}: {error.what}"
-            raise DataError(what, expected=error.expected, got=error.got, hint=error.hint) from error
         if pixels_of_all is None:
             if pixels.nbytes * len(images) > MAX_DATA_BYTES:
                 raise DataError("images", expected=f"at most {MAX_DATA_BYTES} bytes", hint="Give a smaller size.")

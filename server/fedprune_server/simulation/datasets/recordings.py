@@ -10,6 +10,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import PADDING
 from fedprune_device.data.audio_decoding import read_recording
+from fedprune_server.config.layers import name_source
 from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_files import MAX_DATA_BYTES
 
@@ -27,9 +28,8 @@ def decode_recordings(splits: Sequence[Sequence[tuple[str, bytes]]], decoding: D
     if decoding.seconds:
         length = round(decoding.seconds * decoding.audio_rate)
         if not length:
-            raise DataError(
-                "[data] seconds", expected=f"at least one of {decoding.audio_rate} Hz", got=decoding.seconds
-            )
+            expected = f"at least one of {decoding.audio_rate} Hz"
+            raise DataError("[data] seconds", expected=expected, got=decoding.seconds)
     else:
         length = max((len(recording) for split in decoded for recording in split), default=0)
     count = sum(map(len, decoded))
@@ -44,7 +44,5 @@ def decode_recordings(splits: Sequence[Sequence[tuple[str, bytes]]], decoding: D
 
 
 def _decode(name: str, body: bytes, decoding: Decoding) -> Recordings:
-    try:
+    with name_source(name):
         return read_recording(body, decoding.audio_rate)
-    except DataError as error:
-        raise DataError(f"{name}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import DataError, MissingExtraError
+from fedprune_server.config.layers import name_source
 from fedprune_server.simulation.datasets.columns import PARQUET_SUFFIX, ParquetColumns, parquet_files_of
 from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_files import read_image_folder
 from fedprune_server.simulation.datasets.npz_files import read_npz
-from fedprune_server.simulation.datasets.samples import Samples
+from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 from fedprune_server.simulation.datasets.saved_datasets import is_saved_dataset
+from fedprune_server.simulation.digits import load_digits
 
 # Environment variable with a folder in which missing sources are searched.
 DATA_FOLDER_VARIABLE = "FEDPRUNE_DATA"
@@ -30,12 +30,17 @@ def read_samples(
     Args:
         source: A `.npz` or Parquet file; or a folder of Parquet files, of Arrow files as `save_to_disk` of `datasets`
             writes them, or of images. A path that doesn't exist is searched in `FEDPRUNE_DATA`, also with the extension
-            `.npz`.
+            `.npz`. `digits` that aren't there either are the package's.
         columns: Columns of Parquet or Arrow files, or of the metadata of images.
         decoding: How images and recordings are decoded.
     """
-    path = find_source(source)
-    with _name_file(path):
+    try:
+        path = find_source(source)
+    except DataError:
+        if str(source) != "digits":
+            raise
+        return assemble_samples([(*load_digits(), False)])
+    with name_source(str(path)):
         return _read_path(path, columns, decoding or Decoding())
 
 
@@ -51,17 +56,6 @@ def _read_path(path: Path, columns: ParquetColumns | None, decoding: Decoding) -
     if columns is not None:
         raise DataError("x, y or owner of [data]", expected="none: columns are those of tables", got="some")
     return read_npz(path)
-
-
-@contextmanager
-def _name_file(path: Path) -> Iterator[None]:
-    """Add the file's name to an error that doesn't have it."""
-    try:
-        yield
-    except DataError as error:
-        if str(path) in error.what:
-            raise
-        raise DataError(f"{path}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
 
 def find_source(source: str | Path) -> Path:

@@ -13,7 +13,6 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import find_profile
 from fedprune_export.importing import import_onnx
-from fedprune_server.config.tables import job_with_changes
 from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.digits import DIGITS_TITLE, deal_digits, digits_model
 from fedprune_server.simulation.experiment import fedavg_job
@@ -86,26 +85,20 @@ def too_few_rounds(rounds: int) -> str:
     return f"Too few rounds to judge accuracies and bytes by: {rounds}; the demo takes {DEMO_ROUNDS}."
 
 
-def demo_reference_job(seed: int = 0, rounds: int = DEMO_ROUNDS) -> Job:
-    """FedAvg on the same boards, with the same rounds and steps."""
-    return fedavg_job(demo_job(seed, rounds))
-
-
 def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: int | None = None) -> FleetPlan:
     """The fleet of `fedprune-server demo`, and FedAvg on the same devices.
 
     `strategy` replaces the demo's; the reference stays FedAvg. Raises `ConfigError` if one of them is wrong.
     """
     data = deal_digits([b.name for b in DEMO_BOARDS], seed=seed or 0)
-    changes = {"seed": seed, "rounds": rounds}
-    job = job_with_changes(demo_job(seed or 0), {"strategy": strategy, **changes})
+    job = demo_job(seed or 0, DEMO_ROUNDS if rounds is None else rounds)
     return FleetPlan(
-        job.strategy,
-        job,
+        strategy or job.strategy,
+        replace(job, strategy=strategy or job.strategy),
         import_onnx(digits_model(), "digits-net"),
         tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in DEMO_BOARDS),
         (data.x, data.y),
         data.calibration,
         partition=FleetData.of_devices(data.devices, DIGITS_TITLE),
-        reference=job_with_changes(demo_reference_job(seed or 0), changes),
+        reference=fedavg_job(job),
     )

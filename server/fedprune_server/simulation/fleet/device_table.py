@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedprune.core import validation as setting_checks
-from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject, dotted_path, value_text
+from fedprune.core.errors import ConfigError, KeyPath, dotted_path, value_text
 from fedprune.model.lengths import Shape
 from fedprune.planning import profile_store
 from fedprune.planning.profile import HardwareProfile
@@ -21,6 +20,7 @@ from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.table_options import MISSING, TableOptions
 from fedprune_device.data.table_windows import TableFile, is_table
+from fedprune_server.config.layers import name_source
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, samples_digest
 
@@ -109,18 +109,6 @@ def read_devices(
     return tuple(devices)
 
 
-@contextmanager
-def name_source(source: Subject) -> Iterator[None]:
-    """Add this setting or file to errors of the body that name no setting yet."""
-    try:
-        yield
-    except FedpruneError as error:
-        if error.path and not isinstance(source, str):
-            raise
-        message, path = (f"{source}: {error.what}", ()) if isinstance(source, str) else (error.what, source)
-        raise error.with_subject(message, path) from error
-
-
 def _expand_rows(rows: object, federation: Federation | None) -> Iterator[_Row]:
     needed = ("name", "profile", "data") if federation is None else ("profile",)
     needed_text = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
@@ -189,16 +177,9 @@ def _links(value: object, path: KeyPath) -> list[LinkSettings]:
 
 def with_link(profile: HardwareProfile, link: LinkSettings) -> HardwareProfile:
     """The same board on another link; missing values stay."""
-    if not link:
-        return profile
-    link_before = profile.link
-    changed = replace(
-        link_before,
-        down_bytes_s=MEGABYTE * link["down_mb_s"] if "down_mb_s" in link else link_before.down_bytes_s,
-        up_bytes_s=MEGABYTE * link["up_mb_s"] if "up_mb_s" in link else link_before.up_bytes_s,
-        latency_s=link.get("latency_s", link_before.latency_s),
-    )
-    return replace(profile, link=changed)
+    units = {"latency_s": 1.0, "down_mb_s": MEGABYTE, "up_mb_s": MEGABYTE}
+    figures: dict[str, Any] = {key.replace("mb_s", "bytes_s"): units[key] * value for key, value in link.items()}
+    return replace(profile, link=replace(profile.link, **figures))
 
 
 def _read_samples(

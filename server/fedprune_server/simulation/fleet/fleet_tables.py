@@ -18,6 +18,8 @@ from fedprune_server.simulation.datasets.data_plan import DataPlan
 from fedprune_server.simulation.fleet.device_table import LinkSettings
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather, read_weather
 
+_Tables = Mapping[str, Any] | None
+
 
 @dataclass(frozen=True)
 class SimulationSettings:
@@ -61,13 +63,14 @@ class FleetTables:
     settings: SimulationSettings
 
 
-def read_fleet_tables(
-    path: Path, changes: Mapping[str, Any] | None = None, tables: Mapping[str, Any] | None = None
-) -> FleetTables:
-    """Read only a `fleet.toml`, and no model or data; arguments and errors as `read_fleet_plan`."""
+def read_fleet_tables(path: Path, changes: _Tables = None, tables: _Tables = None, job: _Tables = None) -> FleetTables:
+    """Read only a `fleet.toml`, and no model or data; its job has the keys of `job` that aren't None. Other arguments
+    and errors as `read_fleet_plan`."""
+    given = {"job": {key: value for key, value in (job or {}).items() if value is not None}}
     file = file_layer(path) if tables is None else SettingsLayer(str(path), dict(tables))
-    layers = (file, SettingsLayer(str(path), dict(changes or {})))
-    body = _merge_changes(file.tables, changes or {})
+    layers = (file, SettingsLayer(str(path), dict(changes or {})), SettingsLayer("arguments", given))
+    # Before anything is checked: the options are those of the strategy that runs.
+    body = merge_tables(_merge_changes(file.tables, changes or {}), given)
     with errors_with_origin(layers):
         # One file may serve both commands: [server] is only for the daemon.
         shared = {k: v for k, v in body.items() if k != "server"}

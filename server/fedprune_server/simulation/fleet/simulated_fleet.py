@@ -17,8 +17,7 @@ from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.layers import errors_with_origin
-from fedprune_server.config.tables import job_with_changes
+from fedprune_server.config.layers import errors_with_origin, name_source
 from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.engine.job_inputs import import_choices
 from fedprune_server.executor.server_samples import (
@@ -39,7 +38,7 @@ from fedprune_server.simulation.experiment import (
     fedavg_job,
     job_without_limits,
 )
-from fedprune_server.simulation.fleet.device_table import name_source, read_devices
+from fedprune_server.simulation.fleet.device_table import read_devices
 from fedprune_server.simulation.fleet.fleet_tables import FleetTables, SimulationSettings, read_fleet_tables
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import ModelMeasure
@@ -87,18 +86,17 @@ def read_fleet_plan(
         ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
         FedpruneError: Model, data or a profile can't be read; the message names table and key.
     """
-    fleet_tables = read_fleet_tables(path, changes, tables)
+    fleet_tables = read_fleet_tables(path, changes, tables, {"strategy": strategy, "seed": seed, "rounds": rounds})
     with errors_with_origin(fleet_tables.layers):
-        job_changes = {"strategy": strategy, "seed": seed, "rounds": rounds}
-        job = job_with_changes(fleet_tables.config.job, job_changes)
-        return _build_plan(fleet_tables, path, job, title, reference=reference, model=model)
+        return _build_plan(fleet_tables, path, title, reference=reference, model=model)
 
 
 def _build_plan(
-    fleet_tables: FleetTables, path: Path, job: Job, title: str, *, reference: bool, model: Model | None
+    fleet_tables: FleetTables, path: Path, title: str, *, reference: bool, model: Model | None
 ) -> FleetPlan:
     """The plan of a file's tables; arguments and errors as `read_fleet_plan`."""
     config, settings = fleet_tables.config, fleet_tables.settings
+    job = config.job
     federation = None
     if fleet_tables.data is not None:
         with name_source(("data",)):
@@ -128,15 +126,13 @@ def _build_plan(
     if config.evaluation is not None:
         with name_source(("evaluation", "data")):
             evaluation = load_evaluation(config.evaluation, model, job.recipe)
-    elif federation is not None:
-        dealt = federation.evaluation()
-        evaluation = None if dealt is None else scale_arrays(dealt, job.recipe)
+    elif federation is not None and (dealt := federation.evaluation()) is not None:
+        evaluation = scale_arrays(dealt, job.recipe)
     if config.calibration is not None:
         with name_source(("calibration", "data")):
             calibration = load_calibration(config.calibration, model, job.recipe)
-    elif federation is not None:
-        inputs = federation.calibration_inputs()
-        calibration = None if inputs is None else scale_arrays((inputs, inputs), job.recipe)[0]
+    elif federation is not None and (inputs := federation.calibration_inputs()) is not None:
+        calibration = scale_arrays((inputs, inputs), job.recipe)[0]
     return FleetPlan(
         title=title or job.name,
         job=job,
