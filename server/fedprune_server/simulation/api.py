@@ -135,9 +135,9 @@ class Comparison:
         """The overlaid curves of all runs, and the tables."""
         return Page(comparison_document(self.runs).to_html())
 
-    def save_figure(self, path: str | Path, along: str = "round") -> Path:
-        """Draw the curves as SVG, PDF or PNG; see `publication.save_figure`."""
-        return save_figure(self.runs, Path(path), along)
+    def save_figure(self, path: str | Path, along: str = "round", **style: Any) -> Path:
+        """Draw the curves as SVG, PDF or PNG, of a `size` and with `labels`; see `publication.save_figure`."""
+        return save_figure(self.runs, Path(path), along, **style)
 
     def save_table(self, path: str | Path) -> Path:
         """Write the results for LaTeX (`.tex`) or as CSV; see `publication.save_table`."""
@@ -189,13 +189,13 @@ def simulate(
         folder: Where the run is saved, so that it resumes after a kill, and in `reference` there FedAvg's; by default
             nothing is saved.
         reference: Whether FedAvg at full width is run on the same devices, too.
-        workers: Number of processes; by default the fleet's.
+        workers: Number of processes, in a script under `if __name__ == "__main__":`; by default the fleet's.
         cuda: Whether to train on an NVIDIA GPU, if that works.
         track: Experiment trackers that get every round, such as `mlflow,tensorboard:events`; by default the fleet's.
         progress: Whether progress is shown on stderr; by default on a terminal and in a notebook.
 
     Raises:
-        ConfigError: A setting is missing, unknown or wrong; the message names it.
+        ConfigError: A setting is missing, unknown or wrong, or a script would run again in each process.
         MissingExtraError: The library of a tracker is not installed.
         FedpruneError: Model or data can't be read, or a training fails.
     """

@@ -92,13 +92,9 @@ def test_cut_record_is_refused(tmp_path):
 
 def private(*epsilons, delta=1e-5, **settings):
     """A private run that ends with the last of these ε."""
-    run = record(rounds=len(epsilons), **settings)
-    rows = [
-        replace(row, measured={"epsilon": e, "epsilon_next": e + 1})
-        for row, e in zip(run.rounds, epsilons, strict=True)
-    ]
-    job = {"privacy": {"delta": delta, "noise": "local"}}
-    return replace(run, job=job, rounds=tuple(rows))
+    rounds = zip(record(rounds=len(epsilons), **settings).rounds, epsilons, strict=True)
+    rounds = tuple(replace(row, measured={"epsilon": e, "epsilon_next": e + 1}) for row, e in rounds)
+    return replace(record(**settings), job={"privacy": {"delta": delta, "noise": "local"}}, rounds=rounds)
 
 
 def rich():
@@ -141,17 +137,11 @@ def test_a_report_and_a_comparison_read_as_the_golden_file():
 def spending(title, macs, down, seconds, accuracies):
     """A run whose rounds cost the same each; None is a round whose global model wasn't measured."""
     run = record(title, rounds=len(accuracies))
-    rows = [
-        replace(
-            row,
-            elapsed_s=seconds * row.round,
-            down=down * row.round,
-            up=0,
-            spent={"zero": [0, 0, macs, macs]},
-            metrics={} if accuracy is None else {"accuracy": accuracy},
-        )
-        for row, accuracy in zip(run.rounds, accuracies, strict=True)
-    ]
+    rows, spent = [], {"zero": [0, 0, macs, macs]}
+    for row, accuracy in zip(run.rounds, accuracies, strict=True):
+        metrics = {} if accuracy is None else {"accuracy": accuracy}
+        costs = {"elapsed_s": seconds * row.round, "down": down * row.round, "up": 0, "spent": spent}
+        rows.append(replace(row, metrics=metrics, **costs))
     return replace(run, rounds=tuple(rows))
 
 
@@ -253,9 +243,8 @@ def test_the_best_round_is_named_beside_the_last():
 
 
 def test_runs_without_limits_on_updates_are_named_below_the_results():
-    free, limited = (
-        replace(record(name), job=Job(**job).to_dict()) for name, job in (("free", NO_UPDATE_LIMITS), ("limited", {}))
-    )
+    jobs = {"free": Job(**NO_UPDATE_LIMITS), "limited": Job()}
+    free, limited = (replace(record(name), job=job.to_dict()) for name, job in jobs.items())
     assert "free." in tail_note([free, limited, record()])
     assert "limits" not in tail_note([limited, record()])
 
@@ -360,6 +349,21 @@ def test_curves_are_drawn_for_papers(tmp_path, suffix, head):
     assert path.read_bytes().startswith(head)
 
 
+def test_a_figure_has_the_chosen_curves_under_their_labels_and_no_untrained_model(tmp_path):
+    def texts(**settings):
+        return re.findall("<!-- (.*) -->", save_figure(runs, tmp_path / "curve.svg", **settings).read_text())
+
+    runs = [replace(seeded("a:mover", i, accuracy=0.5 + i / 10), title="mover") for i in (0, 1)]
+    runs += [seeded("local", i) for i in (0, 1)]
+    every = texts()
+    assert {"Global accuracy (%)", "Mean local accuracy (%)", "mover", "local", "1", "4"} <= set(every)
+    assert not {"1.5", "2.5", "a:mover"} & set(every)
+    alone = texts(labels={"local": "training alone"}, size=(3, 2))
+    assert alone[-1] == "training alone"
+    assert not {"Global accuracy (%)", "mover"} & set(alone)
+    assert 'width="216pt" height="144pt"' in (tmp_path / "curve.svg").read_text()
+
+
 def test_tables_are_written_for_papers(tmp_path):
     run = replace(record("50% of_a & b"), ended_early="")
     lines = save_table([run], tmp_path / "table.tex").read_text().splitlines()
@@ -377,13 +381,13 @@ def test_tables_are_written_for_papers(tmp_path):
     assert float(rows[1]["global_accuracy_delta"]) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(
-    ("save", "name", "arguments"),
-    [(save_figure, "curve.doc", ()), (save_figure, "curve.svg", ("hours",)), (save_table, "table.xls", ())],
-)
-def test_unknown_formats_and_axes_are_refused_before_anything_is_written(tmp_path, save, name, arguments):
+@pytest.mark.parametrize("change", [{"path": Path("x.doc")}, {"along": "h"}, {"labels": {"x": "y"}}, {"size": (3, 0)}])
+def test_what_no_figure_has_is_refused_before_anything_is_written(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError):
-        save([record()], tmp_path / name, *arguments)
+        save_figure([record()], **{"path": Path("curve.svg"), **change})
+    with pytest.raises(ConfigError):
+        save_table([record()], Path("table.xls"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,10 +51,10 @@ def student_quantile(degrees: int) -> float:
 def board_gains(run: Record, runs: Iterable[Record]) -> dict[str, float]:
     """By how much each board's served model is better than if the board trains alone, in the run of `local` with the
     same seed; empty without such a run, and for that run itself."""
-    alone: dict[str, float] = next((r.latest for r in runs if r.seed == run.seed and _is_alone(r)), {})
+    alone: dict[str, float] = next((r.latest for r in runs if r.seed == run.seed and is_alone(r)), {})
     sign = 1 if run.metric.higher_is_better else -1
-    return {} if _is_alone(run) else {k: sign * (v - alone[k]) for k, v in run.latest.items() if k in alone}
+    return {} if is_alone(run) else {k: sign * (v - alone[k]) for k, v in run.latest.items() if k in alone}
 
 
-def _is_alone(run: Record) -> bool:
+def is_alone(run: Record) -> bool:
     return run.job.get("strategy") == ALONE

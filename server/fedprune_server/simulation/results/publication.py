@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, MissingExtraError
+from fedprune.core.errors import MissingExtraError
+from fedprune.core.validation import check_number, check_word
 from fedprune_server.simulation.results import charts, tables
 from fedprune_server.simulation.results.comparison import group_by_seed, variant_figures, variant_rows
 from fedprune_server.simulation.results.record import Record
@@ -17,7 +18,12 @@ from fedprune_server.simulation.results.rows import csv_bytes
 
 FIGURE_SUFFIXES, TABLE_SUFFIXES = (".svg", ".pdf", ".png"), (".tex", ".csv")
 
-_AXES_INCHES = (4.5, 3.0)
+_AXES_INCHES, _MAX_INCHES = (4.5, 3.5), 100.0
+
+# Curves are told apart in grey print, too.
+_LINE_STYLES, _MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
+_LINE_SIZES = {"linewidth": 1.2, "markersize": 4, "elinewidth": 0.8, "capsize": 2}
+_MAX_BARS = 5  # of a curve; markers, too
 
 # Characters that LaTeX reads as commands, and those of tables that its fonts may lack.
 _LATEX = str.maketrans(
@@ -27,40 +33,78 @@ _LATEX = str.maketrans(
 )
 
 
-def save_figure(runs: Sequence[Record], path: Path, along: str = "round") -> Path:
-    """Draw the global and the mean local measure of runs; of runs that differ in their seeds alone the mean, in a band
-    of one standard deviation. The path's suffix names the format; `along` is `round`, `MB` or `seconds`.
+def save_figure(
+    runs: Sequence[Record],
+    path: Path,
+    along: str = "round",
+    *,
+    size: Sequence[float] = (),
+    labels: Mapping[str, str] | None = None,
+) -> Path:
+    """Draw the global and the mean local measure of runs; of runs that differ in their seeds alone the mean, with bars
+    of one standard deviation at some rounds. The path's suffix names the format.
 
-    Raises `ConfigError` for another format or axis, `MissingExtraError` without matplotlib, and `StorageError` if the
-    disk fails.
+    Raises `ConfigError` for another format, axis, curve or size, `MissingExtraError` without matplotlib, and
+    `StorageError` if the disk fails.
+
+    Args:
+        along: `round`, `MB` or `seconds`.
+        size: Width and height in inches.
+        labels: The curves to draw, by their names, and what the legend calls them; by default all by their names.
     """
-    axes_of_figure = dict(charts.X_AXES)
-    _check("path", path.suffix, FIGURE_SUFFIXES)
-    _check("along", along, tuple(axes_of_figure))
+    axes_of_figure, groups = dict(charts.X_AXES), _runs_by_label(runs)
+    labels = labels or {name: name for name in groups}
+    check_word("path", path.suffix, FIGURE_SUFFIXES)
+    check_word("along", along, tuple(axes_of_figure))
+    for name in labels:
+        check_word("labels", name, tuple(groups))
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise MissingExtraError("figures need matplotlib", extra="figures") from error
 
-    groups = group_by_seed(runs) or {run.title: [run] for run in runs}
-    curves = charts.curve_rows(runs)[:2]
-    width, height = _AXES_INCHES
-    figure = Figure(figsize=(width * max(1, len(curves)), height), layout="constrained")
+    curves = charts.curve_rows([run for name in labels for run in groups[name]])[:2]
+    width, height = size or (_AXES_INCHES[0] * max(1, len(curves)), _AXES_INCHES[1])
+    for inches in (width, height):
+        check_number("size", inches, 0, _MAX_INCHES, above=True)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    entries: dict[str, Any] = {}
     for i, (title, metric, values) in enumerate(curves):
         axes, scale = figure.add_subplot(1, len(curves), i + 1), 100.0 if metric.is_share else 1.0
-        for name, group in groups.items():
-            points = list(_points(group, values, axes_of_figure[along], scale))
-            x, y, spread = zip(*points, strict=True) if points else ((), (), ())
-            axes.plot(x, y, label=name.replace("$", r"\$"))
-            low, high = ([a + sign * b for a, b in zip(y, spread, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, alpha=0.2, linewidth=0)
-        axes.set(title=title, xlabel=along, ylabel=f"{metric.title}{' (%)' * metric.is_share}")
+        for j, (name, label) in enumerate(labels.items()):
+            if points := list(_points(groups[name], values, axes_of_figure[along], scale)):
+                x, y, spread = zip(*points, strict=True)
+                # Few bars, each curve's at rounds of its own: those of many curves would hide each other.
+                step = -(-len(x) // _MAX_BARS)
+                look: dict[str, Any] = {"fmt": f"C{j % 10}{_MARKERS[j % 7]}{_LINE_STYLES[j % 4]}", **_LINE_SIZES}
+                if any(spread):
+                    look |= {"yerr": spread, "errorevery": (j % step, step)}
+                entries[label.replace("$", r"\$")] = axes.errorbar(x, y, markevery=(j % step, step), **look)
+        if along == "round":
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.set(xlabel=along, ylabel=f"{title}{' (%)' * metric.is_share}")
         axes.grid(alpha=0.3)
-        if not i:
-            axes.legend(fontsize="small")
+    columns = max(1, int(width / 1.5))  # inches of an entry
+    figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=columns, fontsize="small")
     with storage_errors(f"can't write {path}"):
         figure.savefig(path)
     return path
+
+
+def _runs_by_label(runs: Sequence[Record]) -> dict[str, Sequence[Record]]:
+    """The runs of each curve, by the title that they alone have, else by their group's name."""
+    groups = [*group_by_seed(runs).items()] or [(run.title, [run]) for run in runs]
+    # Without what a sweep and `SimulatedRun.compare` add.
+    titles = [
+        {run.title.removesuffix(f"-{run.seed}").removesuffix(f" ({run.job.get('strategy')})") for run in group}
+        for _, group in groups
+    ]
+    curves: dict[str, Sequence[Record]] = {}
+    for (name, group), title in zip(groups, titles, strict=True):
+        label = min(title) if len(title) == 1 == titles.count(title) else name
+        curves[label if label not in curves else f"{label} ({len(curves) + 1})"] = group
+    return curves
 
 
 def _points(
@@ -76,7 +120,7 @@ def _points(
 def save_table(runs: Sequence[Record], path: Path) -> Path:
     """Write the results of runs: as text for LaTeX with booktabs, as numbers in CSV; of runs with several seeds a row
     per variant. Raises `ConfigError` for another suffix, and `StorageError` if the disk fails."""
-    _check("path", path.suffix, TABLE_SUFFIXES)
+    check_word("path", path.suffix, TABLE_SUFFIXES)
     variants = group_by_seed(runs)
     if path.suffix == ".csv":
         figures = variant_figures(variants) if variants else [tables.final_figures(run, runs) for run in runs]
@@ -92,8 +136,3 @@ def _latex_table(rows: Sequence[tuple[str, ...]]) -> str:
     columns = "l" + "r" * (len(rows[0]) - 1)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}", ""])
-
-
-def _check(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(name, expected=f"one of {', '.join(allowed)}", got=repr(value))
