@@ -2,7 +2,7 @@
 
     python examples/make_digits_model.py digits_net.onnx
 
-It needs the `onnx` package only. The same seed gives the same bytes.
+It needs the `onnx` package only. The same seed gives the same bytes. `--shape 1,28,28` writes a net for larger images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCALE = 0.5
 enough to hold stay quiet in the global model."""
 
 
-def digits_net(seed: int = 0) -> onnx.ModelProto:
+def digits_net(seed: int = 0, shape: tuple[int, ...] = (1, 8, 8)) -> onnx.ModelProto:
     """Three convolutions with batch normalisation, pooling after the second, mean over the map, one linear layer."""
     rng = np.random.default_rng(seed)
     nodes: list[onnx.NodeProto] = []
@@ -31,7 +31,7 @@ def digits_net(seed: int = 0) -> onnx.ModelProto:
         nodes.append(helper.make_node(op, inputs, [f"v{len(nodes)}"], f"{op.lower()}{len(nodes)}", **attributes))
         return nodes[-1].output[0]
 
-    value, before = "x", 1
+    value, before = "x", shape[0]
     for number, after in enumerate(CHANNELS, 1):
         kernel = SCALE * rng.standard_normal((after, before, 3, 3)) * np.sqrt(2 / (before * 9))  # He et al. 2015
         weights[f"conv{number}.weight"] = kernel
@@ -52,7 +52,7 @@ def digits_net(seed: int = 0) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "digits-net",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 1, 8, 8])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", CLASSES])],
         [numpy_helper.from_array(w.astype(np.float32), name) for name, w in weights.items()],
     )
@@ -67,8 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the demo's digits model as ONNX.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shape", type=lambda text: tuple(map(int, text.split(","))), default=(1, 8, 8))
     arguments = parser.parse_args()
-    arguments.file.write_bytes(digits_net(arguments.seed).SerializeToString(deterministic=True))
+    arguments.file.write_bytes(digits_net(arguments.seed, arguments.shape).SerializeToString(deterministic=True))
 
 
 if __name__ == "__main__":

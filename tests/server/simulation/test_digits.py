@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedprune_export as fx
 from fedprune_device.data.array_source import load_data
 from fedprune_server.simulation.digits import deal_digits, digits_model, load_digits, write_device_data
 from support.paths import ROOT
@@ -63,3 +64,5 @@ def test_shipped_model_is_what_the_example_writes(tmp_path):
     script = ROOT / "examples" / "make_digits_model.py"
     subprocess.run([sys.executable, script, tmp_path / "net.onnx"], check=True, timeout=60)
     assert (tmp_path / "net.onnx").read_bytes() == digits_model()
+    subprocess.run([sys.executable, script, tmp_path / "large.onnx", "--shape", "3,28,28"], check=True, timeout=60)
+    assert fx.load(tmp_path / "large.onnx").architecture.input_shape == (3, 28, 28)

@@ -47,11 +47,13 @@ def test_it_learns_and_remembers(tmp_path: Path) -> None:
 
 def test_the_further_strategies_of_the_page_learn_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    for name, block in zip(("halfway", "halved"), blocks[1:], strict=True):
+    for name, block in zip(("halfway", "tiered", "halved"), blocks[1:], strict=True):
         (tmp_path / f"{name}.py").write_text(block)
     monkeypatch.syspath_prepend(str(tmp_path))
     halved = run_strategy(tmp_path / "halved", "halved:halved").state
     assert {device.density for device in halved.devices.values()} == {0.5}
+    tiered = run_strategy(tmp_path / "tiered", "tiered:tiered").state
+    assert sorted(device.density for device in tiered.devices.values()) == [0.5, 0.5, 1.0]
     state = run_strategy(tmp_path / "blobs", "halfway:halfway").state
     assert all(device.past is not None for device in state.devices.values())
     bare = run_strategy(tmp_path / "plain", "plain").state
