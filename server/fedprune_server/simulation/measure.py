@@ -73,20 +73,11 @@ class MeasuredRound:
         It keeps the same share of each channel group or, if the strategy's densities count elements, that share of
         elements. `density` is the kept share, above 0 and at most 1.
         """
-        sizes = self.architecture.sizes
-        strategy = compose(self.job)
+        job, architecture, strategy = self.job, self.architecture, compose(self.job)
         masks_elements = strategy.allocator is not None and strategy.allocator.masks_elements
-        widths = sizes if masks_elements else widths_at(self.architecture, density)
-        scene = Scene(
-            self.architecture,
-            self.job.seed,
-            self.round,
-            self.model,
-            self.memory,
-            self.job.training_recipe,
-            participants=(),
-        )
-        turn = Turn(self.job.seed, self.round, "", widths, density)
+        widths = architecture.sizes if masks_elements else widths_at(architecture, density)
+        scene = Scene(architecture, job.seed, self.round, self.model, self.memory, job.training_recipe, participants=())
+        turn = Turn(job.seed, self.round, "", widths, density)
         selection = self.archive.selection(self.basis.ranking, widths)
         return strategy.extract(Cut(scene, turn, selection, self.archive.order(self.basis.order)))
 

@@ -45,9 +45,7 @@ data = "server.npz"                # arrays x and y
 
 [calibration]
 data = "calibration.npz"           # an array x
-"""
 
-_DEVICES_COMMENT = """
 # A row per board: its hardware profile (edit it), and its samples: arrays x_train, y_train, x_test, y_test.
 """
 
@@ -126,7 +124,6 @@ def write_starter(folder: Path, boards: Sequence[StarterBoard], seed: int = 0) -
         (folder / STRATEGY_FILE).write_bytes(asset_bytes(STRATEGY_FILE))
         job = re.sub(r"[^a-z0-9-]+", "-", folder.resolve().name.lower()).strip("-")[:64] or "fleet"
         fleet = _FLEET_TEMPLATE.format(name=job, seed=seed, devices=len(boards))
-        (folder / FLEET_FILE).write_text(
-            fleet + _DEVICES_COMMENT + "".join(_DEVICE_TEMPLATE.format(name=board.name) for board in boards), "utf-8"
-        )
+        devices = "".join(_DEVICE_TEMPLATE.format(name=board.name) for board in boards)
+        (folder / FLEET_FILE).write_text(fleet + devices, "utf-8")
     return hands.devices

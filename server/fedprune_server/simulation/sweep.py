@@ -97,14 +97,8 @@ def variant_name(run: RunSpec) -> str:
 
 
 def _checked_seeds(value: object, label: str) -> list[int]:
-    if (
-        not isinstance(value, Sequence)
-        or isinstance(value, str)
-        or not 0 < len(value) <= _MAX_SEEDS
-        or any(type(s) is not int or s < 0 for s in value)
-    ):
-        raise ConfigError(label, expected="a list of whole numbers, such as [0, 1, 2]", got=value_text(value))
-    return list(value)
+    seeds = validation.check_items(label, value, _MAX_SEEDS, "whole numbers, such as [0, 1, 2]", min_items=1)
+    return [validation.check_whole(label, seed) for seed in seeds]
 
 
 def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:

@@ -81,11 +81,8 @@ def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_p
     virtual = DeviceRunner(store, tmp_path / "scratch").train(device, offer, 4)
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
-    real = (
-        RoundRunner("d", store, slots, data)
-        .carry_out(Offer.from_dict({"job": "job", "round": 4, "attempt": 1, **offer}))
-        .update
-    )
+    order = Offer.from_dict({"job": "job", "round": 4, "attempt": 1, **offer})
+    real = RoundRunner("d", store, slots, data).carry_out(order).update
     assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
     assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MACHINE_METRICS}
     assert virtual.samples == data.samples
@@ -117,9 +114,8 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
         with DeviceStore(board.root) as board_store:
             for ref in offer.blobs():
                 store.put(board_store.blobs.read(ref.sha256))
-        body = {
-            k: v for k, v in json.loads(offer.to_bytes()).items() if k not in ("v", "type", "job", "round", "attempt")
-        }
+        head = ("v", "type", "job", "round", "attempt")
+        body = {k: v for k, v in json.loads(offer.to_bytes()).items() if k not in head}
         before = dict(runner.state_digests)
         virtual = runner.train(device, body, number)
         assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)

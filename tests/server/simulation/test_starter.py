@@ -19,10 +19,8 @@ def test_its_boards_have_links_and_samples_of_their_own(tmp_path: Path) -> None:
     dealt = write_starter(tmp_path, STARTER_BOARDS, seed=3)
     sizes = []
     for board in STARTER_BOARDS:
-        profile, shipped = (
-            profile_store.read_profile(tmp_path / "profiles" / f"{board.name}.toml"),
-            profile_store.find_profile(board.profile),
-        )
+        profile = profile_store.read_profile(tmp_path / "profiles" / f"{board.name}.toml")
+        shipped = profile_store.find_profile(board.profile)
         assert (profile.name, profile.link.bytes_per_round) == (board.name, board.round_bytes)
         assert (profile.cpu, profile.memory, profile.compute) == (shipped.cpu, shipped.memory, shipped.compute)
         with np.load(tmp_path / f"{board.name}.npz") as file:

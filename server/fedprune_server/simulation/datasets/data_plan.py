@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError, DataError, value_text
 from fedprune.core.rng import keyed_generator
-from fedprune.core.validation import MAX_INT
+from fedprune.core.validation import MAX_INT, check_items, check_whole
 from fedprune_device.data.audio_decoding import RATES
 from fedprune_device.data.colours import COLOUR_FORM, WHITE, parse_colour
 from fedprune_server.config.setting import check_settings, read_table, setting
@@ -84,12 +84,8 @@ class DataPlan:
             expected = "a column's name, or a list of them"
             raise ConfigError(("data", "x"), expected=expected, got=value_text(input_columns))
         object.__setattr__(self, "x", columns)
-        object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
-        if not isinstance(self.size, tuple) or (
-            self.size and (len(self.size) != 2 or any(type(n) is not int or not 1 <= n <= 4096 for n in self.size))
-        ):
-            expected = "height and width, such as [64, 64]"
-            raise ConfigError(("data", "size"), expected=expected, got=value_text(self.size))
+        size = check_items(("data", "size"), self.size, 2, "numbers: height and width", min_items=2 * bool(self.size))
+        object.__setattr__(self, "size", tuple(check_whole(("data", "size"), number, 1, 4096) for number in size))
         if parse_colour(self.background) is None:
             raise ConfigError(("data", "background"), expected=COLOUR_FORM, got=value_text(self.background))
         if self.partition != "owners" and not self.devices:
@@ -113,10 +109,8 @@ class DataPlan:
     def read(self, seed: int = 0) -> Federation:
         """Read the data set and split it. Raises `DataError` if it can't be read, or can't be split like this."""
         size = (self.size[0], self.size[1]) if self.size else None
-        columns = None
-        if self.x or self.y is not None or self.owner is not None:
-            usual = ParquetColumns()
-            columns = ParquetColumns(self.x or usual.x, self.y or usual.y, self.owner or usual.owner)
+        named_columns: dict[str, Any] = {k: v for k in ("x", "y", "owner") if (v := getattr(self, k))}
+        columns = ParquetColumns(**named_columns) if named_columns else None
         decoding = Decoding(size, self.colour, parse_colour(self.background) or WHITE, self.audio_rate, self.seconds)
         return self.deal(read_samples(self.source, columns, decoding), seed)
 

@@ -129,8 +129,8 @@ def federate(
     names: Sequence[str] | None = None,
     test: float = 0.25,
     validation: float = 0.0,
-    server: Rows | None = None,
-    calibration: Rows | None = None,
+    server: Sequence[int] | Rows = (),
+    calibration: Sequence[int] | Rows = (),
     preparation: Preparation | None = None,
 ) -> Federation:
     """Split each device's rows into training, validation and test rows.
@@ -151,14 +151,8 @@ def federate(
             hand, (test, (1 - test) * validation), seed=seed, device=name
         )
         holdings[name] = Holding(train_rows, validation_rows, test_rows)
-    no_rows = np.zeros(0, np.int64)
-    return Federation(
-        samples,
-        holdings,
-        no_rows if server is None else np.asarray(server, np.int64),
-        preparation or Preparation(),
-        no_rows if calibration is None else np.asarray(calibration, np.int64),
-    )
+    server, calibration = np.asarray(server, np.int64), np.asarray(calibration, np.int64)
+    return Federation(samples, holdings, server, preparation or Preparation(), calibration)
 
 
 def default_names(devices: int) -> list[str]:

@@ -176,9 +176,8 @@ def _cut_points(total: int, shares: npt.NDArray[np.float64], min_items: int = 0)
     distributable = total - min_items * len(shares)
     guaranteed = min_items * np.arange(1, len(shares))
     # The tolerance lets 0.3 · 10 be 3, whatever the product rounds to.
-    return (np.floor(np.cumsum(shares)[:-1] * distributable + 1e-9).clip(0, distributable) + guaranteed).astype(
-        np.int64
-    )
+    cuts = np.floor(np.cumsum(shares)[:-1] * distributable + 1e-9).clip(0, distributable)
+    return (cuts + guaranteed).astype(np.int64)
 
 
 def _classes_of_devices(classes: int, devices: int, each: int, rng: np.random.Generator) -> list[set[int]]:

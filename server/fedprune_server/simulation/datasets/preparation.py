@@ -55,9 +55,8 @@ class Preparation:
             if len(self.mean) != x.shape[1]:
                 raise DataError("mean and deviation", expected=f"one number per channel, {x.shape[1]}", got=self.mean)
             per_channel = (1, -1) + (1,) * (x.ndim - 2)
-            x = (x - np.array(self.mean, np.float32).reshape(per_channel)) / np.array(
-                self.deviation, np.float32
-            ).reshape(per_channel)
+            mean, deviation = (np.array(v, np.float32).reshape(per_channel) for v in (self.mean, self.deviation))
+            x = (x - mean) / deviation
         return np.ascontiguousarray(x)
 
     def with_scaling(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
