@@ -181,8 +181,7 @@ def test_nobody_is_let_in_before_the_fingerprint_was_compared(state: str, tmp_pa
 
 def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path, capsys: Captured) -> None:
     main(["claim", "--state", state])
-    claim = JoinClaim.parse(capsys.readouterr().out.strip())
-    asks(state, tmp_path / "1", "pi-1", claim)
+    asks(state, tmp_path / "1", "pi-1", JoinClaim.parse(capsys.readouterr().out.strip()))
 
     assert main(["devices", "--state", state, "replace", "pi-1"]) == ExitCode.OK
     printed = capsys.readouterr()

@@ -11,8 +11,7 @@ DOCS = ROOT / "docs"
 
 
 def example() -> dict[str, object]:
-    text = (DOCS / "configure-a-job.md").read_text()
-    block = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
+    block = re.search(r"```toml\n(.*?)```", (DOCS / "configure-a-job.md").read_text(), re.DOTALL)
     assert block is not None
     return parse_toml(block.group(1))
 

@@ -290,8 +290,7 @@ def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_ov
     """Updates that are too large: three of them, and it is left out for a minute; then it is asked to come back."""
     caplog.set_level("INFO")
     fleet.job = replace(JOB, devices=2, rounds=12, deadline_s=20)
-    device = fleet.air.devices["a"]
-    device.lie = larger
+    fleet.air.devices["a"].lie = larger
     daemon = fleet.daemon()
 
     def idle() -> None:

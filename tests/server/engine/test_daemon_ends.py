@@ -139,8 +139,7 @@ def killed_once_saved(fleet: Fleet, last: Callable[[on.Event], bool], **options:
 
 
 def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next_server(fleet: Fleet) -> None:
-    liar = fleet.air.devices["a"]
-    liar.lie = larger
+    fleet.air.devices["a"].lie = larger
     killed_once_saved(fleet, lambda e: isinstance(e, on.UpdateAnnounced) and e.device == "a")
     fleet.restart()
     assert counted_devices(fleet.run()) == [["b", "c"]] * 3

@@ -101,8 +101,7 @@ def test_a_profile_may_have_a_codec_of_its_own(simulate: Callable[..., Simulatio
 def test_a_board_gets_no_codec_that_it_does_not_know(
     model: Model, board_codecs: tuple[str, ...], coding: do.Coding
 ) -> None:
-    birth = Birth("pi", 1, KINDS[1], 10, "test", codecs=board_codecs)
-    announced = parse_message(birth.to_bytes())
+    announced = parse_message(Birth("pi", 1, KINDS[1], 10, "test", codecs=board_codecs).to_bytes())
     assert isinstance(announced, Birth)
     coordinator = make_coordinator(
         Job(compression="top-k:0.1", compression_down="int8"), model.architecture, State("0" * 64)

@@ -235,8 +235,7 @@ def test_a_diverged_model_has_no_loss(model: Model, federation: Digits, tmp_path
 
 def test_a_model_that_cannot_be_trained_is_refused_before_the_first_device_comes(model: Model, tmp_path: Path) -> None:
     graph = model.graph.copy()
-    last = next(n for n in graph.nodes if model.graph.outputs[0].name in n.outputs)
-    last.outputs = ["before"]
+    next(n for n in graph.nodes if model.graph.outputs[0].name in n.outputs).outputs = ["before"]
     graph.emit("Compress", "before", out=model.graph.outputs[0].name)
 
     with pytest.raises(ModelError, match="Compress"):

@@ -71,8 +71,7 @@ class Server:
         self.doubled: list[str] = []
 
     def say(self, device: str, message: Hello | Finished) -> Sent:
-        topic = TOPICS.down(device, getattr(message, "job", "-"))
-        assert self.link.publish(topic, message.to_bytes())
+        assert self.link.publish(TOPICS.down(device, getattr(message, "job", "-")), message.to_bytes())
         return self.end.sent[-1]
 
     def receive(self, *sent: Sent) -> list[Sent]:

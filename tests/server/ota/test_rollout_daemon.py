@@ -143,8 +143,7 @@ class Busy(Updated, JobsDevice):
 def test_several_jobs_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: Path) -> None:
     UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
     several = SeveralJobs(tmp_path / "jobs", [rename_job(JOB, n, devices=1) for n in ("one", "two")], "")
-    updated = {n: Busy(n, tmp_path / "busy", several.air) for n in NAMES}
-    several.air.devices.update(updated)
+    several.air.devices.update({n: Busy(n, tmp_path / "busy", several.air) for n in NAMES})
     with RolloutStore(tmp_path) as store:
         states = several.run(several.host(rollouts=store))
         entry = store.latest_entry()

@@ -105,8 +105,7 @@ def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
             new, sent = simulated.tensors(c.weights), simulated.tensors(c.basis.model)
             for name in moves:
                 moves[name] += 0.8 / 2 * share * (new[name].astype(float) - sent[name])
-        trained = trainable(simulated)
-        close_to(after, {n: before[n] + moves[n] for n in trained})
+        close_to(after, {n: before[n] + moves[n] for n in trainable(simulated)})
     assert any(close.round > c.basis.round for close in simulated.closes for c in close.contributions)
 
 
@@ -206,8 +205,7 @@ def test_devices_work_on_several_rounds_at_a_time(simulate: Simulate) -> None:
     def note(run: Simulation) -> None:
         rounds.append(len({task.basis["round"] for task in run.state.tasks.values() if task.basis is not None}))
 
-    simulation = simulate(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=12, fleet=fleet)
-    history = simulation.run(note)
+    history = simulate(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=12, fleet=fleet).run(note)
     assert max(rounds) > 1
     assert len(set(pushed)) == len(pushed)  # nobody trains a model twice
     stale = [d["staleness"] for row in history for d in row["devices"].values()]

@@ -233,8 +233,7 @@ def test_transparent_images_are_drawn_on_the_background_of_the_settings(tmp_path
     (tmp_path / "a" / "0.png").write_bytes(image_file(np.zeros((6, 5, 4), np.uint8)))
     for text, colour in (("#102030", (16, 32, 48)), ("black", (0, 0, 0)), (None, (255, 255, 255))):
         settings = {"source": str(tmp_path), "devices": 1, "least": 1, "partition": "iid", "test": 0}
-        plan = DataPlan.from_dict(settings | ({} if text is None else {"background": text}))
-        federation = plan.read()
+        federation = DataPlan.from_dict(settings | ({} if text is None else {"background": text})).read()
         pixels = federation.load(federation.names[0]).x_train[0, :, 0, 0] * 255
         np.testing.assert_allclose(pixels, colour, atol=1e-4)
     with pytest.raises(ConfigError):

@@ -30,8 +30,7 @@ def problems(draw):
     counts = draw(st.lists(st.integers(1, 60), min_size=1, max_size=12))
     labels = shuffled_labels(counts, draw(st.integers(0, 5)))
     rows = np.flatnonzero(np.random.default_rng(1).random(len(labels)) < draw(st.sampled_from([1.0, 0.8])))
-    devices = draw(st.integers(1, max(1, min(20, len(rows)))))
-    return rows, labels, devices, draw(st.integers(0, 3))
+    return rows, labels, draw(st.integers(1, max(1, min(20, len(rows))))), draw(st.integers(0, 3))
 
 
 @given(problems())
@@ -102,8 +101,7 @@ def test_dirichlet_shares_follow_alpha():
     for alpha in (0.1, 1.0, 10.0):
         draws = [partition.dirichlet(rows, labels, 10, alpha=alpha, seed=s, min_samples=0) for s in range(5)]
         shares = np.concatenate([partition.counts_per_class(hands, labels, 40) for hands in draws])
-        expected = 9 / (100 * (10 * alpha + 1))
-        assert np.var(shares / 1000) == pytest.approx(expected, rel=0.15)
+        assert np.var(shares / 1000) == pytest.approx(9 / (100 * (10 * alpha + 1)), rel=0.15)
 
 
 @given(st.integers(4, 200), st.floats(0, 0.5), st.floats(0, 0.4))
@@ -120,8 +118,7 @@ def test_splits_are_disjoint_and_complete(n, test, validation):
     assert len(train_rows)
     assert abs(len(test_rows) - test * n) <= 1
     assert (len(validation_rows) > 0) == (validation > 0)
-    splits_of_b = partition.split_rows(rows, shares, seed=0, device="b")
-    assert list(map(len, splits_of_b)) == list(map(len, splits))
+    assert list(map(len, partition.split_rows(rows, shares, seed=0, device="b"))) == list(map(len, splits))
 
 
 def test_a_split_that_leaves_no_row_for_training_is_refused():
@@ -133,8 +130,7 @@ def test_a_split_that_leaves_no_row_for_training_is_refused():
 
 
 def pictures(n=400, owners=False):
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (n, 8, 8), np.uint8)
+    x = np.random.default_rng(0).integers(0, 256, (n, 8, 8), np.uint8)
     y = np.arange(n) % 10
     marks = np.arange(n) >= n * 3 // 4
     return assemble_samples(

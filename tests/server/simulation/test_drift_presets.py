@@ -150,8 +150,7 @@ class Papers:
                 b,
                 lambda w, x=x, h=h: {n: self.alpha * (w[n] - x[n]) - h[n] for n in x},  # type: ignore[misc]
             )
-            advanced = {n: h[n] - self.alpha * (y[b][n] - x[n]) for n in x}
-            self.own[b] = put(self.own[b], advanced, self.widths[b])
+            self.own[b] = put(self.own[b], {n: h[n] - self.alpha * (y[b][n] - x[n]) for n in x}, self.widths[b])
         mean = mean_of(y, self.widths, self.x)
         h_mean = {n: sum(self.own[b][n] for b in BOARDS) / len(BOARDS) for n in self.x}
         self.x = {n: mean[n] - h_mean[n] / self.alpha for n in self.x}
@@ -177,8 +176,7 @@ def simulate(folder: Path, model: Model, job: Job) -> tuple[Simulation, list[Any
     fleet = [VirtualDevice(b, find_profile("raspberry-pi-5"), data(b)) for b in BOARDS]
     fleet = [noting(board, lambda name, offer: offers.append((name, offer))) for board in fleet]
     x, y = np.asarray(data("a").x_train), np.asarray(data("a").y_train)
-    experiment = Experiment("x", job, model, fleet, (x, y))
-    simulation = Simulation(experiment, ScratchStore(folder), folder=None)
+    simulation = Simulation(Experiment("x", job, model, fleet, (x, y)), ScratchStore(folder), folder=None)
     simulation.run()
     return simulation, offers
 

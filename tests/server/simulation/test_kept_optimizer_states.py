@@ -45,8 +45,7 @@ class Training:
 
 def in_full_coordinates(selection: Selection, moments: Tensors, kind: Callable[[str], str]) -> Tensors:
     """One array of every tensor, in the coordinates of the whole model, 0 where the board has no channel."""
-    architecture = selection.architecture
-    zeros = {t.name: np.zeros(t.shape, np.float32) for t in architecture.tensors}
+    zeros = {t.name: np.zeros(t.shape, np.float32) for t in selection.architecture.tensors}
     submodel_moments = selection.gather(zeros) | {n: moments[kind(n)] for n in zeros if kind(n) in moments}
     return selection.scatter(submodel_moments, zeros)
 

@@ -78,14 +78,12 @@ def test_statistics_are_measured_anew_at_a_submodel_s_widths():
     calibrated = calibrate(submodel)
     weight = submodel["conv1.weight"].astype(np.float64)
     x = np.pad(DATA.calibration.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3))
-    values = np.einsum("nchwij,ocij->nohw", windows, weight)
+    values = np.einsum("nchwij,ocij->nohw", np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3)), weight)
     if "conv1.bias" in submodel:
         values += submodel["conv1.bias"][None, :, None, None]
     mean = next(n for n in calibrated if n.endswith("running_mean") and calibrated[n].shape == (len(weight),))
     np.testing.assert_allclose(calibrated[mean], values.mean((0, 2, 3)), atol=1e-5)
-    spoilt = {n: v + 1 if "running" in n else v for n, v in submodel.items()}
-    calibrated_anew = calibrate(spoilt)
+    calibrated_anew = calibrate({n: v + 1 if "running" in n else v for n, v in submodel.items()})
     assert all(np.array_equal(calibrated[n], calibrated_anew[n]) for n in calibrated)
 
 

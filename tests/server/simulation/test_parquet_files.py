@@ -124,8 +124,7 @@ def test_what_can_not_be_read_is_named(parquet_folder: Path, columns: dict[str, 
 
 def test_an_images_path_is_never_opened(tmp_path: Path) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    images = pa.array([{"bytes": None, "path": "/etc/hostname"}] * 2, kind)
-    table = pa.table({"image": images, "label": [0, 1]})
+    table = pa.table({"image": pa.array([{"bytes": None, "path": "/etc/hostname"}] * 2, kind), "label": [0, 1]})
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"'image'.* got 2"):
         read_samples(tmp_path / "a.parquet")

@@ -239,8 +239,7 @@ def test_whichever_channels_an_extractor_chose_are_put_back_where_they_came_from
     strategy = f"support.fakes.picking_strategies:{strategy}"
     run = digits_simulation(tmp_path, fleet=fleet, strategy=strategy, rounds=3, density=0.4)
     before = final_weights(run)
-    history = run.run()
-    assert [d["progress"] for row in history for d in row["devices"].values()] == ["folded"] * 6
+    assert [d["progress"] for row in run.run() for d in row["devices"].values()] == ["folded"] * 6
     for name, value in final_weights(run).items():
         np.testing.assert_allclose(value, before[name], atol=1e-4, err_msg=name)
     state = run.state

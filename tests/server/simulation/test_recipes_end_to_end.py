@@ -84,8 +84,7 @@ def test_frozen_tensors_of_the_global_model_keep_their_bits(tmp_path: Path) -> N
     tiny = model.tensors[names[0]].copy()
     tiny.flat[0] = 1e-30  # sums of updates would round it off
     model.graph.initializers[names[0]] = tiny
-    recipe = {"trainable": [f"{last}.*"], "lr": 0.1}
-    run = simulation(tmp_path, recipe, model=model)
+    run = simulation(tmp_path, {"trainable": [f"{last}.*"], "lr": 0.1}, model=model)
     shares: set[float] = set()
 
     def look(simulation: Simulation) -> None:

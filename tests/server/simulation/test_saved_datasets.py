@@ -35,8 +35,7 @@ def library() -> Any:
 
 def saved(library: Any, folder: Path, columns: dict[str, Any], features: dict[str, Any]) -> Path:
     """As `save` does."""
-    rows = library.Dataset.from_dict(columns, features=library.Features(features))
-    return save(library, folder, rows)
+    return save(library, folder, library.Dataset.from_dict(columns, features=library.Features(features)))
 
 
 def save(library: Any, folder: Path, rows: Any) -> Path:
@@ -105,8 +104,7 @@ def test_recordings_have_the_length_that_is_asked_for_or_are_padded(library: Any
     ],
 )
 def test_a_damaged_or_hostile_folder_is_refused(library: Any, tmp_path: Path, name: str, body: bytes) -> None:
-    rows = library.Dataset.from_dict({"x": [[1.0], [2.0]], "label": [0, 1]})
-    rows.save_to_disk(tmp_path / "set")
+    library.Dataset.from_dict({"x": [[1.0], [2.0]], "label": [0, 1]}).save_to_disk(tmp_path / "set")
     columns = ParquetColumns(("x",))
     assert len(read_samples(tmp_path / "set", columns)) == 2
     (tmp_path / "set" / name).write_bytes(body)

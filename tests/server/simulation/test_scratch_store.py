@@ -29,8 +29,7 @@ def test_its_files_are_those_of_any_store(tmp_path: Path) -> None:
 def test_what_an_earlier_run_left_is_verified(tmp_path: Path) -> None:
     store = ScratchStore(tmp_path)
     ref = store.put(DATA)
-    path = store.path(ref.sha256)
-    path.write_bytes(DATA[::-1])
+    store.path(ref.sha256).write_bytes(DATA[::-1])
     assert store.read(ref.sha256) == DATA[::-1]  # no other process writes there
     later = ScratchStore(tmp_path)
     for there in (later, copy(later)):

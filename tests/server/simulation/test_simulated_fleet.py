@@ -170,8 +170,7 @@ def test_samples_of_the_server_keep_the_names_of_their_columns(write, tmp_path):
     head = HEAD.replace("model.onnx", "table.onnx").replace("max_steps = 1", recipe)
     files = "[evaluation]\ndata = 'server.npz'\n[calibration]\ndata = 'server.npz'\n"
     plan = read_fleet_plan(write(files + ROW, head))
-    expected = (y - 3) / 0.5
-    np.testing.assert_allclose(np.sort(plan.evaluation[1], 0), np.sort(expected, 0), rtol=1e-5)
+    np.testing.assert_allclose(np.sort(plan.evaluation[1], 0), np.sort((y - 3) / 0.5, 0), rtol=1e-5)
     np.testing.assert_allclose(plan.calibration, (x - [[1], [5]]) / [[4], [2]], rtol=1e-5, atol=1e-6)
 
 

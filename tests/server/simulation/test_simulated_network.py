@@ -62,8 +62,7 @@ def test_windows_come_once_a_period_and_last_a_device_s_share(period, shares, at
     assert end > at
     assert begin <= at or begin - at <= period
     assert min(shares) * period * 0.999 <= end - begin <= max(shares) * period * 1.001
-    following = availability.next_window(5, device, end)
-    assert following[0] == pytest.approx(begin + period, rel=1e-9)
+    assert availability.next_window(5, device, end)[0] == pytest.approx(begin + period, rel=1e-9)
     assert availability.next_window(5, device, max(at, begin)) == (begin, end)
 
 
@@ -72,8 +71,7 @@ def test_devices_have_their_own_place_and_share():
     assert len({b % 100 for b, _ in windows}) == len(DEVICES)
     shares = np.array([e - b for b, e in windows]) / 100
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
-    here = np.mean([b <= 1e6 for b, _ in windows])
-    assert here == pytest.approx(0.5, abs=0.1)
+    assert np.mean([b <= 1e6 for b, _ in windows]) == pytest.approx(0.5, abs=0.1)
 
 
 @given(
@@ -113,8 +111,7 @@ def test_weather_changes_times_and_not_the_model(build):
     calm.run(), stormy.run()
     assert [r["model"] for r in calm.state.history] == [r["model"] for r in stormy.state.history]
     assert stormy.clock != calm.clock
-    repeated = build("again", weather=Weather(0.5, 0.5, 0.2, 0.2, 3))
-    assert repeated.run() == stormy.state.history
+    assert build("again", weather=Weather(0.5, 0.5, 0.2, 0.2, 3)).run() == stormy.state.history
 
 
 def test_the_virtual_clock_follows_the_weather(build):
@@ -144,8 +141,7 @@ def test_devices_train_in_their_windows_only(build):
         noting(on_link(d, latency_s=4), lambda name, _: trainings.append((name, simulation.clock))) for d in boards()
     ]
     simulation = build(fleet=far, rounds=6, devices=1, deadline_s=90.0, availability=availability)
-    history = simulation.run()
-    assert len(history) == 6
+    assert len(simulation.run()) == 6
     for name, trained_at in trainings:
         begin, end = availability.next_window(3, name, trained_at)
         assert begin <= trained_at < end
@@ -166,10 +162,8 @@ def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build):
     begin, end = Availability(100.0, 0.5, 0.5).next_window(3, device.name, 0.0)
     opens = max(0.0, begin)
     slow = on_link(device, up_mb_s=size / 1e6 / ((end - opens) * 0.9))  # the upload takes most of a window
-    windows = Availability(100.0, 0.5, 0.5)
-    late = build("late", fleet=[slow], rounds=3, deadline_s=1e5, availability=windows)
-    history = late.run()
-    assert [h["devices"][device.name]["progress"] for h in history] == ["folded"] * 3
+    late = build("late", fleet=[slow], rounds=3, deadline_s=1e5, availability=Availability(100.0, 0.5, 0.5))
+    assert [h["devices"][device.name]["progress"] for h in late.run()] == ["folded"] * 3
     assert len(trained) == 1 + 3  # never again only because an upload was cut off
     assert late.record().last.up > 3 * size  # what was cut off was sent twice
 

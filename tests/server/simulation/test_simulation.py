@@ -54,8 +54,7 @@ def test_the_seed_decides_bits_and_times(build, settings):
     ],
 )
 def test_a_total_ends_a_run_also_one_that_was_killed(build, name, spent):
-    fleet = boards(("a", "b"), "raspberry-pi-5")
-    settings = {"fleet": fleet, "rounds": 4, "recipe": Recipe(max_steps=1)}
+    settings = {"fleet": boards(("a", "b"), "raspberry-pi-5"), "rounds": 4, "recipe": Recipe(max_steps=1)}
     unlimited = build("whole", **settings)
     unlimited.run()
     assert unlimited.record().ended_early == ""
@@ -202,8 +201,7 @@ def test_a_deadline_that_nobody_makes_ends_with_an_error(build):
 
 
 def test_drop_outs_cost_updates_but_not_the_run(build):
-    dropouts = DropOuts(probability=0.5, away_s=1000.0)
-    history = build(dropouts=dropouts, deadline_s=30.0, rounds=4).run()
+    history = build(dropouts=DropOuts(probability=0.5, away_s=1000.0), deadline_s=30.0, rounds=4).run()
     counted = [sum(d["progress"] == "folded" for d in row["devices"].values()) for row in history]
     assert len(history) == 4
     assert min(counted) >= 1
@@ -252,8 +250,7 @@ def test_boards_share_a_core_where_each_knows_all_classes(build, classes, grante
         rows = np.flatnonzero(y < classes)[number : 60 * classes : 3]
         data = LocalData(x[rows], y[rows], x[:0], y[:0])
         fleet.append(replace(board, data=StoredData.of(lambda data=data: data) if stored else data))
-    options = {"densities": [1.0, 0.5, 0.5]}
-    simulation = build(strategy="fedprune", density=0.0, options=options, fleet=fleet)
+    simulation = build(strategy="fedprune", density=0.0, options={"densities": [1.0, 0.5, 0.5]}, fleet=fleet)
     simulation.run()
     device_rows = simulation.state.history[0]["devices"]
     assert sorted((device_row["density"] for device_row in device_rows.values()), reverse=True) == granted

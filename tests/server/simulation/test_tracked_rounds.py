@@ -283,8 +283,7 @@ def test_a_round_that_was_cut_off_is_shown_once(tmp_path: Path) -> None:
             tracker.write(number, {"loss": 1.0 / number}, 1000.0 + number)
 
     [events_folder] = (tmp_path / "tensorboard").iterdir()
-    events = reader.EventAccumulator(str(events_folder)).Reload()
-    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+    assert [e.step for e in reader.EventAccumulator(str(events_folder)).Reload().Scalars("loss")] == [1, 2, 3]
 
 
 @OTHERS_WARNINGS

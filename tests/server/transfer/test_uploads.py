@@ -114,8 +114,7 @@ def test_a_replaced_update_leaves_no_pieces_on_the_disk(tmp_path: Path) -> None:
     world.answer(world.answer(world.announce("a")))
     pieces = set((world.store.root / "partial").iterdir())
     assert pieces
-    replacement = BlobRef.of(b"trained once more" * LEAF_BYTES)
-    world.uploads.add("a", 1, 1, replacement, 0.0)
+    world.uploads.add("a", 1, 1, BlobRef.of(b"trained once more" * LEAF_BYTES), 0.0)
     assert not pieces & set((world.store.root / "partial").iterdir())
 
 
@@ -259,8 +258,7 @@ class Web(World):
         self.uploads = Uploads(BucketSync(self.store), 2, place=self.place)
 
     def announce(self, name: str, now: float = 0.0) -> list[tuple[str, Any]]:
-        wants = self.uploads.on_birth(name, 1, 0.0, now, can_upload=name.islower())
-        return wants + super().announce(name, now)
+        return self.uploads.on_birth(name, 1, 0.0, now, can_upload=name.islower()) + super().announce(name, now)
 
     def store_update(self, name: str) -> None:
         self.store.put(self.device.read(self.ref(name).sha256))
@@ -277,8 +275,7 @@ def kinds(wants: list[tuple[str, Any]]) -> list[tuple[str, str]]:
 
 
 def test_who_can_upload_is_asked_to_and_the_others_are_pulled_from_in_their_turn(web: Web) -> None:
-    wants = [w for name in "aBc" for w in web.announce(name)]
-    assert kinds(wants) == [("a", "upload"), ("B", "want")]
+    assert kinds([w for name in "aBc" for w in web.announce(name)]) == [("a", "upload"), ("B", "want")]
     assert list(web.place.awaited) == ["a"]
     web.store_update("a")
     assert kinds(web.uploads.collect(1.0)) == [("c", "upload")]
@@ -364,8 +361,7 @@ def test_who_turns_out_to_be_able_is_asked_to_upload_what_isn_t_here_yet(web: We
 
 def test_uploads_that_don_t_pass_through_the_server_need_no_place_and_pulls_do(web: Web) -> None:
     web.place.is_direct = True
-    wants = [w for name in "abcd" for w in web.announce(name)]
-    assert kinds(wants) == [(name, "upload") for name in "abcd"]
+    assert kinds([w for name in "abcd" for w in web.announce(name)]) == [(name, "upload") for name in "abcd"]
     pulled = [w for n in "abc" for w in web.uploads.on_upload_result(n, UploadResult(web.ref(n).sha256, "no"), 1.0)]
     assert kinds(pulled) == [("a", "want"), ("b", "want")]
     assert web.uploads.on_tick(2 * STALL_TIMEOUT_S)[0][0] == "c"  # only pulls take turns

@@ -122,8 +122,7 @@ def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(
 
     here.console.orders = Orders()  # type: ignore[assignment]
     server: Any = SimpleNamespace(serve=serve)
-    served = child._serve_until_end(server, here.console, lambda: signs.append(0.0))
-    asyncio.run(asyncio.wait_for(served, 30))
+    asyncio.run(asyncio.wait_for(child._serve_until_end(server, here.console, lambda: signs.append(0.0)), 30))
     assert len(signs) >= 3
 
 

@@ -68,8 +68,7 @@ def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp
     sizes = runner.architecture.sizes
     chance = random.Random(0)
     ranks = [chance.sample(range(n), n) for n in sizes]
-    blob = runner.store.put(Selection.of(runner.architecture, sizes, ranks).to_json().encode())
-    state.ranking = blob.sha256
+    state.ranking = runner.store.put(Selection.of(runner.architecture, sizes, ranks).to_json().encode()).sha256
     state.tasks, state.devices["a"].held = {}, None  # type: ignore[assignment]
     for row, rank, width in zip(kept_channels(runner, "a"), ranks, state.devices["a"].widths, strict=True):
         bits = "".join(f"{b:08b}" for b in bytes.fromhex(row["which"]))

@@ -414,8 +414,7 @@ def test_an_alert_is_shown_with_its_present_text_and_closes_whatever_that_is(tmp
 def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:
     several = SeveralJobs(tmp_path, [rename_job(JOB, "one"), rename_job(JOB, "two", seed=5, rounds=2)], "abc")
     console = Console(tmp_path, several.air)
-    host = console.serve(several.host(observers=[console.observer]))
-    states = several.run(host)
+    states = several.run(console.serve(several.host(observers=[console.observer])))
     console.flush()
     assert [(j["name"], j["phase"]) for j in console.view.jobs] == [("one", "finished"), ("two", "finished")]
     assert {n: console.view.rounds(n).total for n in states} == {"one": 3, "two": 2}

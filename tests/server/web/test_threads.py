@@ -51,8 +51,7 @@ def test_no_request_runs_a_query_on_the_event_loop(console: tuple[Trial, set[int
     number = browser.order(order="pause", job=job).json["order"]
     check_paths(browser, f"/api/v1/orders/{number}")
     assert browser.form("/login", name="viewer", password="x" * 12, csrf="y").status == 403
-    nonce = browser.cookies[here.console.exposure.login_cookie]
-    token = here.console.sessions.login_token(nonce)
+    token = here.console.sessions.login_token(browser.cookies[here.console.exposure.login_cookie])
     assert browser.form("/login", name="viewer", password="x" * 12, csrf=token).status == 401
     assert browser.form("/logout", csrf=browser.csrf).status == 303
     assert threads

@@ -58,8 +58,7 @@ def by_hand(reports: list[Tensors], scores: Arrays, weights: Tensors) -> tuple[A
     scores = {n: np.where(mean[n] != 0, mean[n], scores.get(n, np.zeros(weights[n].shape))) for n in NAMES}
     order = {}
     for n in NAMES:
-        smallest_score = scores[n][scores[n] > 0].min()
-        order[n] = np.where(scores[n] > 0, scores[n], smallest_score * np.abs(weights[n]))
+        order[n] = np.where(scores[n] > 0, scores[n], scores[n][scores[n] > 0].min() * np.abs(weights[n]))
     return scores, order
 
 
