@@ -30,8 +30,7 @@ def test_every_command_has_examples() -> None:
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_an_example_parses(line: str) -> None:
     prog, *words = shlex.split(re.split(" [<>]", line)[0])
-    inner = f"{prog} {words[0]}" if words else prog
-    parser = TOPS.get(inner)
+    parser = TOPS.get(f"{prog} {words[0]}" if words else prog)
     if parser is None:
         parser = TOPS[prog]
     else:  # the command's parser takes what comes after its name

@@ -48,8 +48,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     write_material(folder, dict.fromkeys(DEVICES, 200))
     torch.manual_seed(0)
-    model = fx.load(Classifier(), lora="4", base="float16")
-    (folder / "model.onnx").write_bytes(model.graph.to_bytes())
+    (folder / "model.onnx").write_bytes(fx.load(Classifier(), lora="4", base="float16").graph.to_bytes())
     return folder
 
 

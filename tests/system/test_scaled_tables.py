@@ -27,8 +27,7 @@ def write(path: Path, rows: Any) -> Path:
 def test_a_table_is_scaled_for_the_model_and_its_predictions_back(
     scaling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    waves = np.arange(800)[:, None] / 5 + np.array([0, np.pi / 2])
-    scaled = np.sin(waves) * np.sqrt(2)
+    scaled = np.sin(np.arange(800)[:, None] / 5 + np.array([0, np.pi / 2])) * np.sqrt(2)
     tables = {
         "scaled": write(tmp_path / "scaled.csv", scaled),
         "raw": write(tmp_path / "raw.csv", scaled * SPREAD + PLACE),

@@ -21,8 +21,7 @@ def swarm(
     """The benchmark's modules, the folder of a run, and what it found."""
     find_mosquitto()
     folder = tmp_path_factory.mktemp("swarm")
-    size = run.Size(DEVICES, ROUNDS, limit_s=120, signed=request.param)
-    return audit, run, folder, run.measure(size, folder)
+    return audit, run, folder, run.measure(run.Size(DEVICES, ROUNDS, limit_s=120, signed=request.param), folder)
 
 
 def test_a_swarm_s_updates_all_count_once(swarm: tuple[Any, Any, Path, dict[str, Any]]) -> None:

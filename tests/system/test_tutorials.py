@@ -21,8 +21,7 @@ def reader(folder: Path, patience_s: float, *, bare: bool = False) -> Reader:
     if not bare:
         for part in ("examples", "hardware_profiles"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    ports = {port: str(free_port()) for port in ("8883", "8884", "1883")}
-    return Reader(folder, ports, patience_s, bare=bare)
+    return Reader(folder, {port: str(free_port()) for port in ("8883", "8884", "1883")}, patience_s, bare=bare)
 
 
 def test_from_clone_to_a_fleet(tmp_path: Path) -> None:

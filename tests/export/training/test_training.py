@@ -429,8 +429,7 @@ def test_a_graph_is_of_the_opset_and_the_domain_that_every_board_knows(model: Mo
 
 
 def test_the_gradient_of_the_input_is_not_computed(model: Model) -> None:
-    graph = training_graph(model, Features())
-    readers = {n.op for n, _ in graph.consumers()["conv1.weight"]}
+    readers = {n.op for n, _ in training_graph(model, Features()).consumers()["conv1.weight"]}
     assert "Conv" in readers
     assert readers <= {"Conv", "Mul", "Sub", "Shape"}  # forward, weight decay, update: no flipped or transposed kernel
 
