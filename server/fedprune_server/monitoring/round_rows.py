@@ -179,6 +179,8 @@ class WideRows:
             self._update_latest(f"mean_{metric}", values)
         columns = (r.round, r.elapsed_s, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.limited, r.model)
         means = {name: sum(latest.values()) / len(latest) for name, latest in self._latest.items() if latest}
+        if served := self._latest[f"local_{self._judge}"]:
+            means["local_devices"] = len(served)
         return dict(zip(COMMON_COLUMNS, columns, strict=True)) | r.metrics | means | r.measured
 
     def _update_latest(self, name: str, values: Mapping[str, float]) -> None:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fedprune.coordination.width_planner import WHOLE_HINT
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
 from fedprune.jobs.job import NO_UPDATE_LIMITS, Job
 from fedprune.model.recipe import Recipe
+from fedprune_server.cli.sweep_runs import print_remarks
 from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.fleet_data import FleetData
 from fedprune_server.simulation.results import charts
@@ -29,6 +31,7 @@ from fedprune_server.simulation.results.comparison import (
     variant_figures,
     variant_rows,
 )
+from fedprune_server.simulation.results.coverage import marked
 from fedprune_server.simulation.results.differences import board_gains, student_quantile
 from fedprune_server.simulation.results.publication import save_figure, save_table
 from fedprune_server.simulation.results.record import DeviceRow, Record
@@ -242,6 +245,28 @@ def test_the_best_round_is_named_beside_the_last():
     assert final_figures(unmeasured)["best_round"] is None
 
 
+def covering_one(run):
+    """The run, without one of its boards, which can't hold the whole model."""
+    small = replace(run.devices[0], widths=(), excluded=f"no room.{WHOLE_HINT}")
+    rounds = tuple(replace(row, local={"orin": row.local["orin"]}) for row in run.rounds)
+    return replace(run, devices=(small, run.devices[1]), rounds=rounds)
+
+
+def test_runs_are_marked_that_cover_fewer_boards_than_others(capsys):
+    runs = [*(covering_one(seeded("fedavg", i, local=0.5)) for i in (0, 1)), *(seeded("ours", i) for i in (0, 1))]
+    variants = group_by_seed(runs)
+    for head, *rows in (final_rows(runs), variant_rows(variants)):
+        assert [row[head.index("devices")] for row in rows[:: len(rows) - 1]] == ["1 of 2", "2 of 2"]
+    assert "devices" not in final_rows(runs[2:])[0]
+    assert [row["local_accuracy_delta"] for row in variant_figures(variants)] == [None, pytest.approx(0.4)]
+    assert [row[1] for row in equal_cost_rows(marked(runs))[1:5]][::3] == ["fedavg-0 (1 of 2 devices)", "ours-1"]
+    print_remarks(runs, [], Path())
+    assert [line.count("fedavg") for line in capsys.readouterr().err.splitlines()] == [1]
+    for hint in (tail_note(runs), closing_text(runs[0])):
+        assert "fedavg" in hint
+        assert "ours" not in hint
+
+
 def test_runs_without_limits_on_updates_are_named_below_the_results():
     jobs = {"free": Job(**NO_UPDATE_LIMITS), "limited": Job()}
     free, limited = (replace(record(name), job=job.to_dict()) for name, job in jobs.items())
@@ -367,17 +392,24 @@ def test_a_figure_has_the_chosen_curves_under_their_labels_and_no_untrained_mode
 def test_tables_are_written_for_papers(tmp_path):
     run = replace(record("50% of_a & b"), ended_early="")
     lines = save_table([run], tmp_path / "table.tex").read_text().splitlines()
+    while lines[0].startswith("% "):
+        del lines[0]
     assert lines[0].startswith(r"\begin{tabular}{lrr")
     assert lines[1:4:2] == [r"\toprule", r"\midrule"]
     assert lines[4].startswith(r"50\% of\_a \& b & 4 & 8 & ")
     assert r"0.90 & 90.0\% & 80.0\% &" in lines[4]
     assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
     assert len({line.count(" & ") for line in (lines[2], lines[4].replace(r"\&", ""))}) == 1
-    runs = [seeded(name, i, accuracy=a) for name, a in (("fedavg", 0.8), ("fedprox", 0.9)) for i in (0, 1)]
-    assert r"10.0 $\pm$ 0.0" in save_table(runs, tmp_path / "variants.tex").read_text()
+    runs = [seeded(name, i, accuracy=a) for name, a in (("local", 0.8), ("fedprox", 0.9)) for i in (0, 1)]
+    text = save_table(runs, tmp_path / "variants.tex").read_text()
+    assert r"10.0 $\pm$ 0.0" in text
+    assert [words in text for words in (r"% \usepackage{booktabs}", "over 2 seeds", "last 4 rounds", "95 %")] == [
+        True
+    ] * 4
     with save_table(runs, tmp_path / "variants.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["variant"] for row in rows] == ["fedavg", "fedprox"]
+    assert [row["variant"] for row in rows] == ["local", "fedprox"]
+    assert [float(rows[1][key]) for key in ("bytes_up", "gain_over_local")] == [900_000, 0]
     assert float(rows[1]["global_accuracy_delta"]) == pytest.approx(0.1)
 
 

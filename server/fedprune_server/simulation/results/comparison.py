@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.simulation.results import charts, tables
+from fedprune_server.simulation.results.coverage import marked, on_common_boards
 from fedprune_server.simulation.results.differences import board_gains, half_interval, score_difference_text
 from fedprune_server.simulation.results.record import Record, score_text
 from fedprune_server.simulation.results.run_folder import RECORD_FILE
@@ -21,10 +23,6 @@ from fedprune_server.simulation.results.run_folder import RECORD_FILE
 PAGE_FILE = "comparison.html"
 
 EQUAL_COST = "At equal cost: each run's last measured round before it had spent more than the run that spent least"
-
-VARIANTS = (
-    "Mean ± standard deviation of each variant's runs; Δ from the first, paired by seed, ± half of its 95 % interval"
-)
 
 _MAX_VALUES = 5
 
@@ -79,48 +77,63 @@ def group_by_seed(runs: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """Means over each variant's runs of their final measures, standard deviations if there are several runs, and mean
-    differences from the first variant, paired by seed, with half of their 95 % intervals.
+    """Means over each variant's runs of their final figures, standard deviations if there are several runs, and mean
+    differences of scores from the first variant, paired by seed, with half of their 95 % intervals. Differences of
+    local scores are over the boards that both runs have.
 
-    Runs without such a measure are left out.
+    Runs without such a figure are left out.
     """
+    runs = list(chain.from_iterable(variants.values()))
     rows: list[dict[str, Any]] = []
-    first: dict[int, dict[str, Any]] = {}
-    for name, runs in variants.items():
-        figures_by_seed = {run.seed: tables.final_figures(run) for run in runs}
-        rows.append(row := {"variant": name, "runs": len(runs)})
-        for key in _variant_keys(runs[0].measure):
-            scores = {seed: figures[key] for seed, figures in figures_by_seed.items() if figures[key] is not None}
-            pairs = [(score, first[seed][key]) for seed, score in scores.items() if seed in first]
-            differences = [score - reference for score, reference in pairs if reference is not None]
-            row[key] = statistics.fmean(scores.values()) if scores else None
-            row[f"{key}_std"] = statistics.stdev(scores.values()) if len(scores) > 1 else None
-            row[f"{key}_delta"] = statistics.fmean(differences) if differences else None
-            row[f"{key}_delta_half"] = half_interval(differences)
-        first = first or figures_by_seed
+    first: dict[int, Record] = {}
+    for name, group in variants.items():
+        figures = [tables.final_figures(run, runs) for run in group]
+        pairs = [on_common_boards(run, first[run.seed]) for run in group if run.seed in first]
+        figures_of_pairs = [[tables.final_figures(run) for run in pair] for pair in pairs]
+        rows.append(row := {"variant": name, "runs": len(group), "fleet_devices": len(group[0].devices)})
+        for column in _variant_columns(variants):
+            key = column.key
+            values = [value for f in figures if (value := f.get(key)) is not None]
+            row[key] = statistics.fmean(values) if values else None
+            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            if column.is_compared:
+                scores = [(a[key], b[key]) for a, b in figures_of_pairs]
+                differences = [a - b for a, b in scores if a is not None and b is not None]
+                row[f"{key}_delta"] = statistics.fmean(differences) if differences else None
+                row[f"{key}_delta_half"] = half_interval(differences)
+        first = first or {run.seed: run for run in group}
     return rows
 
 
-def _variant_keys(kind: str) -> list[str]:
-    return [f"{side}_{kind}" for side in ("local", "worst_local", "global")]
+def _variant_columns(variants: Mapping[str, Sequence[Record]]) -> list[tables.ResultColumn]:
+    return [c for c in tables.result_columns(list(chain.from_iterable(variants.values()))) if c.is_mean]
 
 
 def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ...]]:
     """The same as a table: mean ± standard deviation, and Δ ± half of the interval; the first row is the header."""
-    first = next(iter(variants.values()))[0]
-    keys, metric = _variant_keys(first.measure), first.metric
+    columns, metric = _variant_columns(variants), next(iter(variants.values()))[0].metric
 
-    def cells(row: Mapping[str, Any], key: str) -> Iterator[str]:
-        mean, spread = (score_text(row[k], metric) for k in (key, f"{key}_std"))
-        yield mean if row[f"{key}_std"] is None else f"{mean} ± {spread}"
-        yield score_difference_text(metric, row[f"{key}_delta"], row[f"{key}_delta_half"])
+    def cells(row: Mapping[str, Any], column: tables.ResultColumn) -> Iterator[str]:
+        yield column.cell(row)
+        if column.is_compared:
+            yield score_difference_text(metric, *(row[f"{column.key}_{part}"] for part in ("delta", "delta_half")))
 
-    titles = [title for key in keys for title in (key.replace("_", " "), f"Δ {key.replace('_', ' ')}")]
+    titles = chain.from_iterable([c.title, f"Δ {c.title}"][: 1 + c.is_compared] for c in columns)
     rows = [
-        (row["variant"], str(row["runs"]), *chain.from_iterable(cells(row, key) for key in keys))
+        (row["variant"], str(row["runs"]), *chain.from_iterable(cells(row, column) for column in columns))
         for row in variant_figures(variants)
     ]
     return tables.drop_empty_columns([("variant", "runs", *titles), *rows])
+
+
+def variant_note(variants: Mapping[str, Sequence[Record]]) -> str:
+    """What the numbers of `variant_rows` are."""
+    counts = sorted({len(runs) for runs in variants.values()})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return (
+        f"Mean ± standard deviation over {seeds} seeds; Δ: difference from {next(iter(variants))}, paired by seed, of "
+        "local scores over the boards of both, ± half of its 95 % interval"
+    )
 
 
 def board_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
@@ -242,13 +255,13 @@ def print_comparison(
 def _comparison_tables(
     runs: Sequence[Record], targets: Sequence[float], variants: Mapping[str, Sequence[Record]] | None
 ) -> dict[str, list[tuple[str, ...]]]:
-    measure = runs[0].measure
+    score, marked_runs = partial(score_text, metric=runs[0].metric), marked(runs)
     target_tables = {
-        f"Until the global model's {measure} was {score_text(t, runs[0].metric)}": target_rows(runs, t) for t in targets
+        f"Until the global model's {runs[0].measure} was {score(t)}": target_rows(marked_runs, t) for t in targets
     }
     variants = variants or group_by_seed(runs)
-    variant_table = {} if not variants else {VARIANTS: variant_rows(variants)}
-    equal_cost_table = {EQUAL_COST: equal_cost_rows(runs)} if len(runs) > 1 else {}
+    variant_table = {} if not variants else {variant_note(variants): variant_rows(variants)}
+    equal_cost_table = {EQUAL_COST: equal_cost_rows(marked_runs)} if len(runs) > 1 else {}
     return {"Results": tables.final_rows(runs), **variant_table, **equal_cost_table, **target_tables}
 
 
@@ -278,7 +291,7 @@ def comparison_document(
         "Local scores by device, and gains over training alone": [
             tables.result_table(_board_rows(runs)) if any(board_gains(run, runs) for run in runs) else ""
         ],
-        "Learning": [Drawing(charts.learning_curves(runs))],
+        "Learning": [Drawing(charts.learning_curves(marked(runs)))],
         "Data of the devices": [Drawing(runs[0].partition.heat_map())],
         **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},
     }

@@ -12,7 +12,8 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import MissingExtraError
 from fedprune.core.validation import check_number, check_word
 from fedprune_server.simulation.results import charts, tables
-from fedprune_server.simulation.results.comparison import group_by_seed, variant_figures, variant_rows
+from fedprune_server.simulation.results.comparison import group_by_seed, variant_figures, variant_note, variant_rows
+from fedprune_server.simulation.results.coverage import coverage_mark
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.rows import csv_bytes
 
@@ -80,7 +81,9 @@ def save_figure(
                 look: dict[str, Any] = {"fmt": f"C{j % 10}{_MARKERS[j % 7]}{_LINE_STYLES[j % 4]}", **_LINE_SIZES}
                 if any(spread):
                     look |= {"yerr": spread, "errorevery": (j % step, step)}
-                entries[label.replace("$", r"\$")] = axes.errorbar(x, y, markevery=(j % step, step), **look)
+                entries[(label + coverage_mark(groups[name][0])).replace("$", r"\$")] = axes.errorbar(
+                    x, y, markevery=(j % step, step), **look
+                )
         if along == "round":
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set(xlabel=along, ylabel=f"{title}{' (%)' * metric.is_share}")
@@ -127,12 +130,15 @@ def save_table(runs: Sequence[Record], path: Path) -> Path:
         write_atomically(path, csv_bytes(figures))
     else:
         rows = variant_rows(variants) if variants else tables.final_rows(runs)
-        write_atomically(path, _latex_table(rows).encode())
+        # Short headers: the comment names the measure.
+        header = tuple(title.replace(f" {runs[0].measure}", "").removeprefix("training ") for title in rows[0])
+        notes = [*([variant_note(variants)] if variants else []), tables.tail_note(runs), r"\usepackage{booktabs}"]
+        write_atomically(path, _latex_table([header, *rows[1:]], notes).encode())
     return path
 
 
-def _latex_table(rows: Sequence[tuple[str, ...]]) -> str:
+def _latex_table(rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> str:
     header, *body = (" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows)
-    columns = "l" + "r" * (len(rows[0]) - 1)
+    comments, columns = "".join(f"% {note}\n" for note in notes), "l" + "r" * (len(rows[0]) - 1)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}", ""])
+    return comments + "\n".join([*lines, r"\end{tabular}", ""])

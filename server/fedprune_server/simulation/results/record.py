@@ -196,6 +196,11 @@ class Record:
         """The latest measure of each device that ever delivered."""
         return deque(latest_values([{}, *(row.local for row in self.rounds)]), maxlen=1)[0]
 
+    @property
+    def delivered(self) -> set[str]:
+        """Devices of which an update counted."""
+        return set().union(*(row.density.keys() | row.local.keys() for row in self.rounds))
+
     def final(self, rounds: int = 1) -> tuple[float, float]:
         """Mean local and global measure over the last `rounds` rounds; NaN without measurements."""
         local_mean, global_mean = (last_mean(v, rounds) for v in (self.mean_locals(), self.global_values()))

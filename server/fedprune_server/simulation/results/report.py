@@ -13,6 +13,7 @@ from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.devices import plan_vs_actual
 from fedprune_server.executor.divergence import diagnose_losses
 from fedprune_server.simulation.results import charts
+from fedprune_server.simulation.results.coverage import left_out_lines, on_common_boards
 from fedprune_server.simulation.results.record import DeviceRow, Record, score_text
 from fedprune_server.simulation.results.tables import (
     TAIL_ROUNDS,
@@ -44,7 +45,7 @@ class Claim:
 
 def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
     """Claims about narrow models, relative to a reference that trains the whole model on every device."""
-    final_scores, reference_scores = run.final(TAIL_ROUNDS), reference.final(TAIL_ROUNDS)
+    final_scores, reference_scores = (r.final(TAIL_ROUNDS) for r in on_common_boards(run, reference))
     losses = [_shortfall(run, a, b) for a, b in zip(final_scores, reference_scores, strict=True)]
     metric = run.metric
     limit = MAX_LOST_POINTS / 100 if metric.is_share else MAX_LOSS_EXCESS
@@ -98,15 +99,16 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
 
 
 def absences(run: Record) -> list[str]:
-    """A sentence for each device that no longer takes part, or never delivered an update that counts."""
-    delivered = set().union(*(r.density.keys() | r.local.keys() for r in run.rounds))
-    lost = [d for d in run.devices if d.excluded or (d.missed and d.name not in delivered)]
+    """A sentence for each device that no longer takes part, or never delivered an update that counts; plans leave
+    devices out before, see `coverage.left_out_lines`."""
+    delivered = run.delivered
+    lost = [d for d in run.devices if d.widths and (d.excluded or (d.missed and d.name not in delivered))]
     sentences = [f"{d.name}: {_absence_reason(run, d)}" for d in lost[:_MAX_LISTED]]
     return sentences if len(lost) <= _MAX_LISTED else [*sentences, f"and {len(lost) - _MAX_LISTED:,} more devices"]
 
 
 def remarks(run: Record) -> list[str]:
-    """Caveats about a run's figures: an early end, devices without updates, a training that diverged."""
+    """Caveats about a run's figures: an early end, devices that were lost, a training that diverged."""
     return [line for line in (run.ended_early, *absences(run), divergence_text(run)) if line]
 
 
@@ -128,7 +130,7 @@ def _absence_reason(run: Record, device: DeviceRow) -> str:
 def closing_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
     """The text below a run's results: caveats, and the verdicts if the run is judged."""
     verdicts = claims(run, reference) if reference is not None and judged else ()
-    return "\n".join([*remarks(run), *map(str, verdicts)])
+    return "\n".join([*left_out_lines([run]), *remarks(run), *map(str, verdicts)])
 
 
 def run_document(run: Record, reference: Record | None = None, *, judged: bool = True) -> Document:

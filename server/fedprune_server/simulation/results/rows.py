@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.atomic_file import write_atomically
-from fedprune_server.monitoring.round_rows import COMMON_COLUMNS, WideRows
+from fedprune_server.monitoring.round_rows import WideRows
 from fedprune_server.simulation.results.record import Record, latest_values
 
 COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs")  # costs of a device since the previous round
@@ -19,15 +19,8 @@ COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs")  # cos
 def round_rows(record: Record) -> list[dict[str, Any]]:
     """A row per round, all with the same columns, without columns that are empty in every round."""
     rows = list(map(WideRows(record.measure).row, record.rounds))
-    own_metrics = sorted(set().union(*(r.device_metrics for r in record.rounds)))
-    names = [
-        *COMMON_COLUMNS,
-        *sorted(set().union(*(r.metrics for r in record.rounds))),
-        *([f"local_{record.measure}"] if any(r.local for r in record.rounds) else []),
-        *(f"mean_{metric}" for metric in own_metrics),
-        *sorted(set().union(*(r.measured for r in record.rounds))),
-    ]
-    return [{name: row.get(name) for name in dict.fromkeys(names)} for row in rows]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def device_rows(record: Record) -> list[dict[str, Any]]:

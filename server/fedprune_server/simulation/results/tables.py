@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,11 +16,35 @@ from fedprune.jobs.job import NO_UPDATE_LIMITS
 from fedprune.output.document import Document, Table
 from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
+from fedprune_server.simulation.results.coverage import coverage_mark, left_out_boards, left_out_note
 from fedprune_server.simulation.results.differences import board_gains, score_difference_text
 from fedprune_server.simulation.results.record import Record, last_mean, measured_moments, measured_names, score_text
 
 TAIL_ROUNDS = 5  # rounds in a final mean: single rounds of a small test set are noisy
 MAX_RESULT_ROWS = 1000  # devices in a table
+
+
+@dataclass(frozen=True)
+class ResultColumn:
+    """A column of results: its figure in JSON and CSV (`key`), its header, and the figure as text, to which `beside`
+    adds another one (`over`). Variants have means of it (`is_mean`) and differences in it (`is_compared`)."""
+
+    key: str
+    title: str
+    text: Callable[[float], str]
+    over: str = ""
+    beside: str = " of {:,}"
+    is_mean: bool = False
+    is_compared: bool = False
+
+    def cell(self, figures: Mapping[str, Any]) -> str:
+        """The figure of a run, or mean ± standard deviation of a variant's; – for what wasn't measured."""
+        value, spread, over = (figures.get(key) for key in (self.key, f"{self.key}_std", self.over))
+        if value is None or over == 0:
+            return "–"
+        suffix = "" if spread is None or self.over else f" ± {self.text(spread).removeprefix('+')}"
+        return self.text(value) + suffix + ("" if over is None else self.beside.format(over))
+
 
 # Columns of text; the others hold numbers.
 _TEXT_COLUMNS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
@@ -38,7 +64,7 @@ def _column(title: str) -> Column:
     """A column. A narrow terminal drops others before the run and its result."""
     if title in _TEXT_COLUMNS:
         return Column(title, min_width=16 if title == "run" else 0)
-    keeps_width = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
+    keeps_width = title in ("round", "devices", "seconds", "speed-up") or title.startswith(("local ", "global "))
     return Column(
         title,
         is_right_aligned=True,
@@ -52,24 +78,29 @@ def final_figures(run: Record, runs: Sequence[Record] = ()) -> dict[str, Any]:
 
     If a run of `local` with its seed is among `runs`, they include the boards' latest gains over training alone.
     """
-    kind, gains = run.measure, list(board_gains(run, runs).values())
     local_score, global_score = run.final(TAIL_ROUNDS)
-    best = run.best
+    kind, best, gains = run.measure, run.best, board_gains(run, runs).values()
+    over_boards = (run.worst_locals(), run.local_deviations()) if len(run.latest) > 1 else ((), ())
+    worst_local, board_std = (last_mean(values, TAIL_ROUNDS) for values in over_boards)
     return {
         "run": run.title,
         "model": run.last.model,
         "rounds": len(run.rounds),
+        "planned_rounds": run.job["rounds"] if run.ended_early else None,
         "mean_rounds": min(TAIL_ROUNDS, len(run.rounds)),  # the last ones, over which the measures below are means
         "ended_early": run.ended_early or None,
+        "devices": len(run.delivered) or None,  # those whose updates counted, of which the local scores are
+        "fleet_devices": len(run.devices),
         "seconds": run.last.elapsed_s,
         "bytes_down": run.last.down,
         "bytes_up": run.last.up,
         "training_macs": run.macs() or None,
         f"local_{kind}": finite_or_none(local_score),
         f"global_{kind}": finite_or_none(global_score),
-        f"worst_local_{kind}": last_mean(run.worst_locals(), TAIL_ROUNDS),
-        "board_std": last_mean(run.local_deviations(), TAIL_ROUNDS),
-        **({"gain_over_local": fmean(gains), "gaining_boards": sum(gain > 0 for gain in gains)} if gains else {}),
+        f"worst_local_{kind}": worst_local,
+        "board_std": board_std,
+        **({"gain_over_local": fmean(gains), "compared_boards": len(gains)} if gains else {}),
+        **({"gaining_boards": sum(gain > 0 for gain in gains)} if gains else {}),
         f"best_global_{kind}": None if best is None else best.metrics[kind],
         "best_round": None if best is None else best.round,
         "best_model": None if best is None else best.model,
@@ -85,11 +116,40 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def result_columns(runs: Sequence[Record]) -> list[ResultColumn]:
+    """The columns of results, for runs and variants; `devices` only if a run covers fewer than its fleet has."""
+    kind, metric = runs[0].measure, runs[0].metric
+    score, gain, column = partial(score_text, metric=metric), partial(score_difference_text, metric), ResultColumn
+    compared = partial(ResultColumn, text=score, is_mean=True, is_compared=True)
+    megabytes = partial(ResultColumn, text=lambda count: f"{count / 1e6:,.2f}", is_mean=True)
+    is_partial = any(map(coverage_mark, runs))
+    has_best = any(len(run.rounds) > 1 for run in runs)
+    are_limited = any(run.count_limited[0] for run in runs)
+    return [
+        column("rounds", "rounds", "{:d}".format, "planned_rounds"),
+        *[column("devices", "devices", "{:,.3g}".format, "fleet_devices", is_mean=True)] * is_partial,
+        column("seconds", "seconds", "{:,.0f}".format),
+        *(megabytes(f"bytes_{way}", f"MB {way}") for way in ("down", "up")),
+        column("training_macs", "training TMACs", lambda macs: f"{macs / 1e12:.3g}", is_mean=True),
+        *(compared(f"{side}_{kind}", f"{side} {kind}") for side in ("local", "global")),
+        *[column(f"best_global_{kind}", f"best global {kind} (round)", score, "best_round", " ({})")] * has_best,
+        compared(f"worst_local_{kind}", f"worst local {kind}"),
+        column("board_std", "std over boards", score),
+        column("gain_over_local", "gain over local", gain, is_mean=True),
+        column("gaining_boards", "boards that gain", "{:,}".format, "compared_boards"),
+        *(column(f"{kind}_{moment}", f"local {moment}", score) for moment in measured_moments(runs)),
+        *(column(name, name, score) for name in measured_names(runs)),
+        *(column(cost, cost, "{:.3g}".format) for cost in (EPSILON, "delta")),
+        *[column("updates_limited", "updates limited", "{:,}".format, "updates")] * are_limited,
+    ]
+
+
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results: measures as means over the last rounds, amounts and privacy costs in all, and gains of the boards
     over training alone, as measured last; the first row is the header."""
-    cells_of_runs = [_final_cells(run, runs) for run in runs]
-    return drop_empty_columns([tuple(cells_of_runs[0]), *(tuple(cells.values()) for cells in cells_of_runs)])
+    columns, figures_of_runs = result_columns(runs), (final_figures(run, runs) for run in runs)
+    rows = [(figures["run"], *(column.cell(figures) for column in columns)) for figures in figures_of_runs]
+    return drop_empty_columns([("run", *(column.title for column in columns)), *rows])
 
 
 def drop_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -98,42 +158,14 @@ def drop_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]
     return [tuple(row[i] for i in filled_columns) for row in rows]
 
 
-def _final_cells(run: Record, runs: Sequence[Record]) -> dict[str, str]:
-    """A run's row of `final_rows` by title; – for what wasn't measured."""
-    kind, figures = run.measure, final_figures(run, runs)
-    limited, updates = run.count_limited
-    gains = board_gains(run, runs).values()
-
-    def scores(values: Mapping[str, float | None]) -> dict[str, str]:
-        return {title: score_text(value, run.metric) for title, value in values.items()}
-
-    best = scores({"": figures[f"best_global_{kind}"] if any(len(r.rounds) > 1 for r in runs) else None})[""]
-    boards = {f"worst local {kind}": figures[f"worst_local_{kind}"], "std over boards": figures["board_std"]}
-    return {
-        "run": run.title,
-        "rounds": f"{len(run.rounds)} of {run.job['rounds']}" if run.ended_early else str(len(run.rounds)),
-        "seconds": f"{figures['seconds']:,.0f}",
-        **{f"MB {way}": f"{figures[f'bytes_{way}'] / 1e6:,.2f}" for way in ("down", "up")},
-        "training TMACs": tera_macs_text(figures["training_macs"]),
-        **scores({f"{side} {kind}": figures[f"{side}_{kind}"] for side in ("local", "global")}),
-        f"best global {kind} (round)": best if best == "–" else f"{best} ({figures['best_round']})",
-        **(scores(boards) if len(run.latest) > 1 else dict.fromkeys(boards, "–")),
-        "gain over local": score_difference_text(run.metric, fmean(gains) if gains else None),
-        "boards that gain": f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else "–",
-        **scores({f"local {m}": last_mean(run.own_means(f"{kind}_{m}"), TAIL_ROUNDS) for m in measured_moments(runs)}),
-        **scores({name: figures.get(name) for name in measured_names(runs)}),
-        **{key: "–" if (cost := figures.get(key)) is None else f"{cost:.3g}" for key in (EPSILON, "delta")},
-        "updates limited": f"{limited:,} of {updates:,}" if updates and any(r.count_limited[0] for r in runs) else "–",
-    }
-
-
 def tail_note(runs: Sequence[Record]) -> str:
-    """Which rounds the means in `final_rows` are over, and which runs were without limits on updates."""
+    """Which rounds the means in `final_rows` are over, and which runs left boards out or had no limits on updates."""
     rounds = quantity(min(TAIL_ROUNDS, max(len(run.rounds) for run in runs)), "round")
     best = ", except the best, which is that of one round" if any(len(run.rounds) > 1 for run in runs) else ""
-    unlimited = [run.title for run in runs if not any(run.job.get(name, True) for name in NO_UPDATE_LIMITS)]
-    limits = f" Without the server's limits on updates, as in papers: {first_few(unlimited)}." if unlimited else ""
-    return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}{best}.{limits}"
+    unlimited = dict.fromkeys(r.title for r in runs if not any(r.job.get(name, True) for name in NO_UPDATE_LIMITS))
+    limits = f" Without the server's limits on updates, as in papers: {first_few([*unlimited])}." if unlimited else ""
+    means = f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}{best}.{limits}"
+    return f"{means} {left_out_note(left_out_boards(runs))}".rstrip()
 
 
 def tera_macs_text(macs: float | None) -> str:

@@ -1,0 +1,65 @@
+"""Which boards a run's results are of: scores of different boards can't be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from fedprune.coordination.width_planner import WHOLE_HINT
+from fedprune.core.text import quantity
+from fedprune_server.simulation.results.record import Record
+
+PAPERS_SETTING = "ignores_plans = true"
+
+
+def needs_whole(reason: str) -> bool:
+    """Whether a board is left out, for this reason, because the strategy needs the whole model."""
+    return reason.endswith(WHOLE_HINT)
+
+
+def coverage_mark(run: Record) -> str:
+    """How many devices a run covers, to be added to its name; empty for all, or if none is known."""
+    covered, fleet = len(run.delivered), len(run.devices)
+    return f" ({covered} of {fleet} devices)" if 0 < covered < fleet else ""
+
+
+def marked(runs: Sequence[Record]) -> list[Record]:
+    """The runs, whose titles say how many devices they cover if that isn't all."""
+    return [replace(run, title=run.title + coverage_mark(run)) for run in runs]
+
+
+def on_common_boards(*runs: Record) -> list[Record]:
+    """The runs, with local scores of only those boards that have one in all of them."""
+    common = set.intersection(*(set(run.latest) for run in runs))
+    return [
+        replace(
+            run, rounds=tuple(replace(r, local={k: v for k, v in r.local.items() if k in common}) for r in run.rounds)
+        )
+        for run in runs
+    ]
+
+
+def left_out_boards(runs: Iterable[Record]) -> dict[str, dict[str, str]]:
+    """By strategy, the reason for each board that no plan of it fits."""
+    reasons: dict[str, dict[str, str]] = {}
+    for run in runs:
+        reasons.setdefault(str(run.job.get("strategy", run.title)), {}).update(
+            {d.name: d.excluded for d in run.devices if d.excluded and not d.widths}
+        )
+    return {strategy: boards for strategy, boards in reasons.items() if boards}
+
+
+def left_out_lines(runs: Sequence[Record]) -> list[str]:
+    """A line for each strategy that leaves boards out, with one of the reasons."""
+    return [
+        f"{strategy}: {quantity(len(boards), 'board')} left out, such as {': '.join(min(boards.items()))}"
+        for strategy, boards in left_out_boards(runs).items()
+    ]
+
+
+def left_out_note(reasons: Mapping[str, Mapping[str, str]]) -> str:
+    """How many boards each strategy leaves out, and how it wouldn't; empty if none does."""
+    counts = ", ".join(f"{name} leaves {quantity(len(boards), 'board')} out" for name, boards in reasons.items())
+    whole = ", ".join(strategy for strategy, boards in reasons.items() if any(map(needs_whole, boards.values())))
+    hint = f": for the whole model of {whole} on all, as papers have it, set {PAPERS_SETTING} in [job]" if whole else ""
+    return f"{counts}{hint}." if counts else ""
