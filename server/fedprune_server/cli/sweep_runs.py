@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedprune.core.cli import signals_as_interrupts
 from fedprune.core.errors import UsageError
+from fedprune.output.tables import progress
 
 if TYPE_CHECKING:
     from fedprune_server.simulation.results.record import Record
@@ -26,12 +27,15 @@ def output_folder(out: Path) -> Path:
 def run_variants(
     runs: Sequence[RunSpec], out: Path, *, workers: int, ray: bool = False
 ) -> tuple[dict[str, list[Record]], list[RunEnd]]:
-    """Carry out a sweep's runs, with a bar for each. Returns the records of each variant, and the runs that failed."""
+    """Carry out a sweep's runs, with a bar for each. Returns the records of each variant, and the runs that failed.
+    Raises `PlanError` before the first run if one can't begin."""
     from fedprune_server.simulation.results.comparison import read_runs
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
     from fedprune_server.simulation.runs import do_runs
-    from fedprune_server.simulation.sweep import simulate_run, variant_name
+    from fedprune_server.simulation.sweep import check_plans, simulate_run, variant_name
 
+    with progress("planning the boards of all runs"):
+        check_plans(runs)
     with continuation_hint(out), SweepDisplay() as display:
         ended = do_runs(simulate_run, runs, out, workers=workers, ray=ray, watch=display.show)
     finished = [run for run, end in zip(runs, ended, strict=True) if not end.error]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from fedprune.strategies.strategy import Strategy
 from fedprune_export.bundles.hub_repository import save_pretrained
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget, track_targets
+from fedprune_server.simulation.admission import plan_boards
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan, read_fleet_plan
 from fedprune_server.simulation.results.comparison import (
@@ -26,6 +28,7 @@ from fedprune_server.simulation.results.comparison import (
     variant_figures,
     variant_rows,
 )
+from fedprune_server.simulation.results.coverage import left_out_boards, left_out_note
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.publication import save_figure, save_table
 from fedprune_server.simulation.results.record import Record
@@ -36,6 +39,8 @@ from fedprune_server.simulation.results.runs_progress import RunDisplay, is_watc
 from fedprune_server.simulation.results.tables import final_rows, result_table, tail_note
 from fedprune_server.simulation.results.tracked_rounds import track_rounds
 from fedprune_server.simulation.simulation import Simulation
+
+log = logging.getLogger("fedprune.server")
 
 _PAGE_HEIGHT_PX = 620  # pixels of a page in a notebook
 
@@ -78,12 +83,14 @@ class SimulatedRun:
 
     def plot(self) -> Page:
         """The run's curves over rounds, bytes and simulated time."""
-        return self.compare().plot()
+        return Comparison((self.record,)).plot()
 
     def compare(self, *other_runs: SimulatedRun) -> Comparison:
         """Compare this run, to which speed-ups are relative, with others. Equal titles are told apart by their
         strategies."""
-        return Comparison(_titled_by_strategy((self.record, *(other.record for other in other_runs))))
+        comparison = Comparison(_titled_by_strategy((self.record, *(other.record for other in other_runs))))
+        _warn_of_absent_boards(left_out_boards(comparison.runs))
+        return comparison
 
     def report(self, folder: Path, *, judged: bool = True) -> Path:
         """Write the report and return its path. `judged`: whether a comparison with the reference tests the claims."""
@@ -102,7 +109,7 @@ class SimulatedRun:
         return save_pretrained(self.model, folder, card=model_card(self.record, license))
 
     def __str__(self) -> str:
-        return str(self.compare())
+        return str(Comparison((self.record,)))
 
     __repr__ = __str__
 
@@ -197,6 +204,7 @@ def simulate(
     Raises:
         ConfigError: A setting is missing, unknown or wrong, or a script would run again in each process.
         MissingExtraError: The library of a tracker is not installed.
+        PlanError: Too few boards can hold what the strategy trains; nothing has been trained then.
         FedpruneError: Model or data can't be read, or a training fails.
     """
     run_folder = None if folder is None else Path(folder)
@@ -208,6 +216,10 @@ def simulate(
     targets = plan.track if targets is None else targets
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     reference_experiment = plan.reference_experiment()
+    # Before the first of them trains, perhaps for hours.
+    for experiment in filter(None, (plan, reference_experiment)):
+        if reasons := plan_boards(experiment):
+            _warn_of_absent_boards({experiment.job.strategy: reasons})
     shows_progress = is_watched() if progress is None else progress
     record, trained_model = _simulate_experiment(plan, run_folder, targets, shows_progress=shows_progress)
     if reference_experiment is None:
@@ -217,6 +229,11 @@ def simulate(
         reference_experiment, reference_folder, targets, shows_progress=shows_progress
     )
     return SimulatedRun(record, trained_model, reference_record)
+
+
+def _warn_of_absent_boards(reasons: Mapping[str, Mapping[str, str]]) -> None:
+    if note := left_out_note(reasons):
+        log.warning("%s", note)
 
 
 def _plan_of(fleet: str | Path | Mapping[str, Any] | FleetPlan, title: str, settings: dict[str, Any]) -> FleetPlan:

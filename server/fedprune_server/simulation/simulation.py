@@ -29,7 +29,6 @@ from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind, kind_of_exit_code
 from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import CPU, CUDA
-from fedprune.updates import CODECS
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker
@@ -41,7 +40,7 @@ from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.observation.snapshot import LazyMapping
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, profiles_by_kind
 from fedprune_server.simulation.network_model import NEVER_CLOSES
 from fedprune_server.simulation.results.job_record import job_record
 from fedprune_server.simulation.results.record import Record
@@ -84,7 +83,7 @@ class Simulation:
         self._helpers = 1 if worker.strategy.is_device_independent else experiment.workers
         self._first_state = worker.begin
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
-        self._profiles: dict[int, dict[str, Any]] = {}
+        self._profiles = profiles_by_kind(experiment.devices)
         self._seconds: dict[tuple[int, int, tuple[int, ...], Recipe], float] = {}
         self._folder = SavedRun(folder, experiment, pace)
         self._is_resumed = self._load_or_start()
@@ -421,13 +420,7 @@ class Simulation:
         device = self._devices[name]
         opens_at, closes_at = self.experiment.availability.next_window(self.job.seed, name, earliest)
         self._run.leaves[name] = closes_at
-        if id(device.profile) not in self._profiles:  # devices of one kind share one
-            self._profiles[id(device.profile)] = device.profile.to_dict()
-        profile = self._profiles[id(device.profile)]
-        born = on.DeviceBorn(
-            name, session, profile, device.samples, codecs=CODECS, effective_classes=device.effective_classes
-        )
-        self._run.push(max(earliest, opens_at), born)
+        self._run.push(max(earliest, opens_at), device.birth(session, self._profiles[id(device.profile)]))
 
     def _drop_work(self, device: str, number: int | None = None) -> None:
         """Drop a device's queued work and its training ahead, of one round or of all."""

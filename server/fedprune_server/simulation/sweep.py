@@ -16,16 +16,20 @@ A sweep's file names the `fleet.toml` and has a table for each variant, whose ke
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedprune.core import validation
 from fedprune.core.disk import path_exists
-from fedprune.core.errors import ConfigError, FedpruneError, value_text
+from fedprune.core.errors import ConfigError, FedpruneError, PlanError, value_text
 from fedprune.core.toml_file import read_toml
+from fedprune.jobs.job import Job
+from fedprune_server.simulation.admission import plan_boards
 from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
-from fedprune_server.simulation.fleet.simulated_fleet import read_fleet_plan
+from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan, read_fleet_plan
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.results.tracked_rounds import track_rounds
@@ -91,6 +95,44 @@ def _variant_runs(number: int, row: object, default_seeds: Sequence[int], config
     return [RunSpec(f"{row['name']}-{s}", {**settings, "seed": s}) for s in seeds]
 
 
+def check_plans(runs: Sequence[RunSpec]) -> None:
+    """Plan the boards of all runs before the first one trains. Raises `PlanError` for a run that can't begin; whatever
+    else is wrong with a run ends that run alone."""
+    fleets: dict[str, FleetPlan] = {}
+    for run in sorted(runs, key=_fleet_key):
+        fleets = _check_plan(run, fleets)
+
+
+def _fleet_key(run: RunSpec) -> str:
+    settings = run.settings | {"changes": {k: v for k, v in run.settings["changes"].items() if k != "job"}}
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _check_plan(run: RunSpec, fleets: dict[str, FleetPlan]) -> dict[str, FleetPlan]:
+    """Plan a run; `fleets` has the fleet of the run before, and what is returned that of this one."""
+    key = _fleet_key(run)
+    try:
+        if key not in fleets:
+            fleets = {key: _plan_of_run(run)}
+        plan_boards(replace(fleets[key], title=run.name, job=_job_of(run, len(fleets[key].devices))))
+    except PlanError:
+        raise
+    except FedpruneError:
+        pass
+    return fleets
+
+
+def _plan_of_run(run: RunSpec) -> FleetPlan:
+    settings = run.settings
+    return read_fleet_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
+
+
+def _job_of(run: RunSpec, devices: int) -> Job:
+    tables = read_fleet_tables(Path(run.settings["config"]), run.settings["changes"])
+    awaited = min(tables.config.job.devices, devices) if "devices" in tables.body.get("job", {}) else devices
+    return replace(tables.config.job, seed=run.settings["seed"], devices=awaited)
+
+
 def variant_name(run: RunSpec) -> str:
     """The name of a run's variant."""
     return run.name.removesuffix(f"-{run.settings['seed']}")
@@ -105,8 +147,7 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:
     """Simulate one run of a sweep from its last saved state, and write its report. Raises `FedpruneError` as
     `simulated_fleet.read_fleet_plan` and `run_folder.simulate_in_folder`."""
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal
-    settings = run.settings
-    plan = read_fleet_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
+    plan = _plan_of_run(run)
 
     def progress(simulation: Simulation) -> None:
         track(simulation)

@@ -125,6 +125,16 @@ def test_a_variant_s_mistake_is_named_before_the_first_run(
     assert not (fleet / "out").exists()
 
 
+def test_a_run_whose_boards_are_too_few_is_named_before_any_trains(
+    fleet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = 'job = { strategy = "fedavg", density = 0.0, byte_budget = 1000 }'
+    (fleet / "sweep.toml").write_text(SWEEP + f'[[runs]]\nname = "bad"\n{changes}\n')
+    assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(fleet / "out")]) == ExitCode.PLAN
+    assert "bad-3: " in capsys.readouterr().err
+    assert not (fleet / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [

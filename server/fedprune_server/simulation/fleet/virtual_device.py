@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,12 @@ import numpy as np
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination.events import DeviceBorn
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import predict_costs
 from fedprune.planning.profile import HardwareProfile
+from fedprune.updates import CODECS
 from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.data.stored_array import StoredArray
 
@@ -76,6 +78,11 @@ class VirtualDevice:
     def fingerprint(self) -> str:
         return self.data.fingerprint if isinstance(self.data, StoredData) else samples_digest(self.data)
 
+    def birth(self, session: int, profile: dict[str, Any], *, is_last_of_batch: bool = True) -> DeviceBorn:
+        """Its announcement, with its profile as JSON, which boards of a kind share."""
+        classes = self.effective_classes
+        return DeviceBorn(self.name, session, profile, self.samples, None, CODECS, is_last_of_batch, classes)
+
     def load(self) -> LocalData:
         """Its samples. Raises `DataError` if they can't be read."""
         return self.data.load() if isinstance(self.data, StoredData) else self.data
@@ -83,6 +90,11 @@ class VirtualDevice:
     def computing_s(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> float:
         """Seconds that the planner expects a round to take between its transfers."""
         return predict_costs(architecture, widths, self.profile, recipe, self.samples).computing_s
+
+
+def profiles_by_kind(devices: Iterable[VirtualDevice]) -> dict[int, dict[str, Any]]:
+    """The profiles as JSON, by the identity of the objects that devices share: copies would fill the memory."""
+    return {key: profile.to_dict() for key, profile in {id(d.profile): d.profile for d in devices}.items()}
 
 
 def samples_digest(data: LocalData) -> str:
