@@ -8,10 +8,11 @@ import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
+import tomllib
 
 import fedprune_export as fx
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, PlanError
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_server import simulate
 from fedprune_server.cli.simulate import main
@@ -34,23 +35,62 @@ def test_the_page_s_python_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the folder of a fleet to begin with, for a round."""
-    write_starter(tmp_path, STARTER_BOARDS)
-    config = tmp_path / "fleet.toml"
-    config.write_text(config.read_text().replace("rounds = 12", "rounds = 1"))
-    monkeypatch.chdir(tmp_path)
+    starter_fleet(tmp_path, monkeypatch)
     page = (ROOT / "docs" / "simulate.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page.partition("## From Python")[2], re.DOTALL)
+    first, sweep, second, *_ = re.findall(
+        r"```(?:python|toml)\n(.*?)```", page.partition("## From Python")[2], re.DOTALL
+    )
+    Path("sweep.toml").write_text(sweep)
 
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)  # noqa: S102
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(first, names)  # noqa: S102
     titles = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert [title.partition(" ")[2] for title in titles] == ["(heterofl)", "(fedrolex)"]
     assert len(names["run"].rows()) == 1
-    assert [row["runs"] for row in names["comparison"].variants] == [2, 2]
+    assert main(["sweep", "sweep.toml", "--out", "runs", "--workers", "2"]) == 0
+    exec(second, names)  # noqa: S102
+    rows = names["comparison"].variants
+    assert [(row["variant"], row["runs"], row["gain_over_local"] is None) for row in rows] == [
+        ("fedavg", 2, False), ("heterofl", 2, False), ("local", 2, True),
+    ]  # fmt: skip
     assert Path("curve.svg").exists()
-    assert Path("table.tex").read_text().count("\n") == 8
+    assert Path("table.tex").read_text().count(r"\\") == 4
     assert "<svg" in (tmp_path / "curves.html").read_text()
+
+
+def starter_fleet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fleet to begin with in the current folder, whose job has one round. The whole model fits one board's link."""
+    write_starter(folder, STARTER_BOARDS)
+    (folder / "fleet.toml").write_text((folder / "fleet.toml").read_text().replace("rounds = 12", "rounds = 1"))
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "boards"), [({}, (1, 3)), ({"deadline_s": 0.5}, (1, 3)), ({"deadline_s": 0.05}, (3,))]
+)
+def test_boards_that_are_too_few_are_refused_before_training_and_every_hint_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    settings: dict[str, Any], boards: tuple[int, ...],
+) -> None:  # fmt: skip
+    starter_fleet(tmp_path, monkeypatch)
+    tables = tomllib.loads(Path("fleet.toml").read_text())
+    job = {**tables["job"], **settings}
+    with pytest.raises(PlanError) as refused:
+        simulate({**tables, "job": job}, strategy="fedavg", folder="run")
+    assert not Path("run").exists()
+    hint = refused.value.hint
+    longer = {"deadline_s": 100} if "deadline_s" in hint else {}
+    assert bool(longer) == bool(settings)
+    covered = []
+    for setting in re.findall(r"\w+ = \w+", hint):
+        changes = tomllib.loads(setting)
+        run = simulate(
+            {**tables, "job": {**job, **changes, **(longer if "ignores_plans" in changes else {})}}, strategy="fedavg"
+        )
+        covered.append(len(run.record.latest))
+        assert bool(caplog.messages) == (covered[-1] < 3)
+        caplog.clear()
+    assert sorted(covered) == sorted(boards)
 
 
 @pytest.fixture
@@ -95,6 +135,7 @@ def test_there_is_a_row_per_round_or_per_round_and_device(fleet: dict[str, Any],
     assert (
         rounds["local_accuracy"].to_list() == rounds["mean_accuracy_after"].to_list() == list(run.record.mean_locals())
     )
+    assert rounds["local_devices"].to_list() == [2, 2]
     assert rounds["training_macs"].to_list() == [row.macs for row in run.record.rounds]
     names = sorted(device.name for device in run.record.devices)
     assert [(row["round"], row["device"]) for row in devices] == [(r, name) for r in (1, 2) for name in names]
