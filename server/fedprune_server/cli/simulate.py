@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedprune import __version__
 from fedprune.core import cli
@@ -15,6 +16,9 @@ from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.cli.advise import build_advise_parser
 from fedprune_server.cli.sweep_runs import continuation_hint, failure_rows, output_folder, print_remarks, run_variants
+
+if TYPE_CHECKING:
+    from fedprune_server.simulation.results.record import Record
 
 PROG = "fedprune-simulate"
 COMPARE, SWEEP, NEW, ADVISE = "compare", "sweep", "new", "advise"
@@ -217,59 +221,48 @@ def _run(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     with progress("reading the runs"):
-        from fedprune_server.simulation.results.comparison import (
-            board_figures,
-            equal_cost_figures,
-            group_by_seed,
-            print_comparison,
-            read_runs,
-            target_figures,
-            variant_figures,
-            write_comparison,
-        )
-        from fedprune_server.simulation.results.rows import write_csv
-        from fedprune_server.simulation.results.tables import final_figures
+        from fedprune_server.simulation.results.comparison import group_by_seed, read_runs
 
-        out, targets = output_folder(options.out), tuple(options.target or ())
-        _check_csv(options.csv, out)
+        _check_csv(options.csv, output_folder(options.out))
         runs = read_runs(options.runs)
-        page = write_comparison(out, runs, targets)
-        if options.csv is not None:
-            write_csv(options.csv, runs)
-    if options.json:
-        rows = [{**final_figures(run, runs), "targets": [target_figures(run, t) for t in targets]} for run in runs]
-        tables = {"variants": variant_figures(group_by_seed(runs)), "equal_cost": equal_cost_figures(runs)}
-        cli.print_json({"runs": rows, **tables, "boards": board_figures(runs), "report": str(page)})
-        return
-    print_comparison(runs, targets)
-    print(f"\nReport: {page}")
+    _show_runs(options, runs, group_by_seed(runs))
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fedprune_server.simulation.results.comparison import print_comparison, variant_figures, write_comparison
-    from fedprune_server.simulation.results.rows import write_csv
-    from fedprune_server.simulation.results.tables import final_figures
     from fedprune_server.simulation.sweep import read_sweep
 
     _check_csv(options.csv, output_folder(options.out))
     with progress("reading the sweep"):
-        runs, out = read_sweep(options.file), output_folder(options.out)
-    variants, failed = run_variants(runs, out, workers=options.workers, ray=options.ray)
+        runs = read_sweep(options.file)
+    variants, failed = run_variants(runs, options.out, workers=options.workers, ray=options.ray)
     records = list(chain.from_iterable(variants.values()))
-    variants_with_seeds = variants if any(len(records) > 1 for records in variants.values()) else None
-    page = write_comparison(out, records, variants=variants_with_seeds) if records else None
-    if records and options.csv is not None:
-        write_csv(options.csv, records)
-    if options.json:
-        rows = [final_figures(record, records) for record in records]
-        means = variant_figures(variants)
-        report = None if page is None else str(page)
-        cli.print_json({"runs": rows, "variants": means, "failed": failure_rows(failed), "report": report})
-    elif page is not None:
-        print_comparison(records, variants=variants_with_seeds)
-        print(f"\nReport: {page}")
-    print_remarks(records, failed, out)
+    _show_runs(options, records, variants, failed=failure_rows(failed))
+    print_remarks(records, failed, options.out)
     return int(ExitCode.TRAINING if failed else ExitCode.OK)
+
+
+def _show_runs(
+    options: argparse.Namespace, runs: Sequence[Record], variants: Mapping[str, Sequence[Record]], **lists: object
+) -> None:
+    """Write the page of runs, and their rounds for a spreadsheet, and print their tables, or JSON with these `lists`.
+    A failed sweep may have no runs."""
+    from fedprune_server.simulation.results import comparison
+    from fedprune_server.simulation.results.rows import write_csv
+    from fedprune_server.simulation.results.tables import final_figures
+
+    targets: Sequence[float] = getattr(options, "target", None) or ()
+    shown_variants = variants if any(len(group) > 1 for group in variants.values()) else None
+    page = comparison.write_comparison(options.out, runs, targets, shown_variants) if runs else None
+    if runs and options.csv is not None:
+        write_csv(options.csv, runs)
+    if options.json:
+        rows = [final_figures(r, runs) | {"targets": [comparison.target_figures(r, t) for t in targets]} for r in runs]
+        tables = {"variants": comparison.variant_figures(variants), "equal_cost": comparison.equal_cost_figures(runs)}
+        report = {"boards": comparison.board_figures(runs), "report": None if page is None else str(page)}
+        cli.print_json({"runs": rows, **tables, **lists, **report})
+    elif page is not None:
+        comparison.print_comparison(runs, targets, shown_variants)
+        print(f"\nReport: {page}")
 
 
 def _check_csv(path: Path | None, out: Path) -> None:

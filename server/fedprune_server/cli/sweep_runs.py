@@ -51,12 +51,12 @@ def failure_rows(failed: Sequence[RunEnd]) -> list[dict[str, str]]:
 
 def print_remarks(records: Sequence[Record], failed: Sequence[RunEnd], out: Path) -> None:
     """Print caveats about runs, and why some failed, on stderr."""
-    from fedprune_server.simulation.results.coverage import left_out_lines
+    from fedprune_server.simulation.results.coverage import left_out_boards, left_out_note
     from fedprune_server.simulation.results.report import remarks
     from fedprune_server.simulation.runs import FAILURE_FILE
 
-    for line in left_out_lines(records):
-        print(line, file=sys.stderr)
+    if note := left_out_note(left_out_boards(records)):
+        print(note, file=sys.stderr)
     for record in records:
         for line in remarks(record):
             print(f"{record.title}: {line}", file=sys.stderr)

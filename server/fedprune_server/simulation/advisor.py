@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from fedprune.core.metrics import Metric
@@ -13,7 +14,7 @@ from fedprune.core.text import first_few, quantity
 from fedprune_server.simulation.job_variants import Variant
 from fedprune_server.simulation.results.differences import ALONE, board_gains, score_difference_text, standard_error
 from fedprune_server.simulation.results.record import Record, score_text
-from fedprune_server.simulation.results.tables import finite_or_none
+from fedprune_server.simulation.results.tables import ResultColumn, column_rows, finite_or_none, megabytes_text
 
 # The score that decides: the global model's on the server's samples, the mean of what boards serve, or the worst of it.
 Judge = Literal["global", "served", "worst"]
@@ -217,13 +218,13 @@ def advice_figures(trials: Sequence[VariantRuns], rounds: int) -> list[dict[str,
 
 def advice_rows(trials: Sequence[VariantRuns], rounds: int) -> list[tuple[str, ...]]:
     """The same as a table; the first row is the header."""
-    measure, metric = trials[0].runs[0].measure, trials[0].runs[0].metric
-    costs: tuple[str, ...] = ("MACs", "MB", "time")
-    rows = [("variant", *(f"{side.replace('_', ' ')} {measure}" for side in _SIDES), *costs, "why not")]
-    for row in advice_figures(trials, rounds):
-        scores = (score_text(row[f"{side}_{measure}"], metric) for side in _SIDES)
-        share = "–" if row["macs_share"] is None else f"{row['macs_share']:.0%}"
-        duration = f"{row['hours']:.3g} h" if row["hours"] >= 1 else f"{60 * row['hours']:.3g} min"
-        costs = (share, f"{row['bytes'] / 1e6:,.2f}", duration)
-        rows.append((row["variant"], *scores, *costs, row["why_not"]))
-    return rows
+    measure, score = trials[0].runs[0].measure, partial(score_text, metric=trials[0].runs[0].metric)
+    columns = [ResultColumn("variant", "variant", str)]
+    columns += [ResultColumn(f"{side}_{measure}", f"{side.replace('_', ' ')} {measure}", score) for side in _SIDES]
+    columns += [ResultColumn("macs_share", "MACs", "{:.0%}".format), ResultColumn("bytes", "MB", megabytes_text)]
+    columns += [ResultColumn("hours", "time", _hours_text), ResultColumn("why_not", "why not", str)]
+    return column_rows(columns, advice_figures(trials, rounds))
+
+
+def _hours_text(hours: float) -> str:
+    return f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.3g} min"

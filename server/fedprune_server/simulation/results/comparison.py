@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain
@@ -19,6 +19,7 @@ from fedprune_server.simulation.results.coverage import marked, on_common_boards
 from fedprune_server.simulation.results.differences import board_gains, half_interval, score_difference_text
 from fedprune_server.simulation.results.record import Record, score_text
 from fedprune_server.simulation.results.run_folder import RECORD_FILE
+from fedprune_server.simulation.results.tables import ResultColumn
 
 PAGE_FILE = "comparison.html"
 
@@ -105,25 +106,17 @@ def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, 
     return rows
 
 
-def _variant_columns(variants: Mapping[str, Sequence[Record]]) -> list[tables.ResultColumn]:
+def _variant_columns(variants: Mapping[str, Sequence[Record]]) -> list[ResultColumn]:
     return [c for c in tables.result_columns(list(chain.from_iterable(variants.values()))) if c.is_mean]
 
 
 def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ...]]:
     """The same as a table: mean ± standard deviation, and Δ ± half of the interval; the first row is the header."""
-    columns, metric = _variant_columns(variants), next(iter(variants.values()))[0].metric
-
-    def cells(row: Mapping[str, Any], column: tables.ResultColumn) -> Iterator[str]:
-        yield column.cell(row)
-        if column.is_compared:
-            yield score_difference_text(metric, *(row[f"{column.key}_{part}"] for part in ("delta", "delta_half")))
-
-    titles = chain.from_iterable([c.title, f"Δ {c.title}"][: 1 + c.is_compared] for c in columns)
-    rows = [
-        (row["variant"], str(row["runs"]), *chain.from_iterable(cells(row, column) for column in columns))
-        for row in variant_figures(variants)
-    ]
-    return tables.drop_empty_columns([("variant", "runs", *titles), *rows])
+    text = partial(score_difference_text, next(iter(variants.values()))[0].metric)
+    columns = [ResultColumn(key, key, str) for key in ("variant", "runs")]
+    for column in _variant_columns(variants):
+        columns += [column, ResultColumn(f"{column.key}_delta", f"Δ {column.title}", text)][: 1 + column.is_compared]
+    return tables.column_rows(columns, variant_figures(variants))
 
 
 def variant_note(variants: Mapping[str, Sequence[Record]]) -> str:
@@ -180,7 +173,7 @@ def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
     figures = []
     for cost, spent_by in _COST_READERS.items():
         costs = [spent_by(run) for run in runs]
-        equal_cost = min(amounts[-1] for amounts in costs)
+        equal_cost = min((amounts[-1] for amounts in costs), default=0)
         # A cost of 0 was not counted, such as MACs on a server of real boards.
         for run, amounts in zip(runs, costs, strict=True) if equal_cost else ():
             global_values, local_values = run.global_values(), run.mean_locals()
@@ -202,15 +195,16 @@ def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
 
 def equal_cost_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """The same as a table; the first row is the header."""
-    kind, metric = runs[0].measure, runs[0].metric
-    rows: list[tuple[str, ...]] = [("at most", "run", "round", "spent", f"local {kind}", f"global {kind}")]
-    for figures in equal_cost_figures(runs):
-        number = figures["round"]
-        spent = "–" if number is None else _cost_text(figures["spent"], figures["cost"])
-        scores = (score_text(figures[f"{side}_{kind}"], metric) for side in ("local", "global"))
-        limit = _cost_text(figures["amount"], figures["cost"])
-        rows.append((limit, figures["run"], "none" if number is None else str(number), spent, *scores))
-    return rows
+    kind, score = runs[0].measure, partial(score_text, metric=runs[0].metric)
+    titles = {"amount": "at most", "run": "run", "round": "round", "spent": "spent"}
+    columns = [ResultColumn(key, title, str) for key, title in titles.items()]
+    columns += [ResultColumn(f"{side}_{kind}", f"{side} {kind}", score) for side in ("local", "global")]
+    figures_of_runs = equal_cost_figures(runs)
+    for figures in figures_of_runs:
+        for key in ("amount", "spent"):
+            figures[key] = None if figures[key] is None else _cost_text(figures[key], figures["cost"])
+        figures["round"] = figures["round"] or "none"
+    return tables.column_rows(columns, figures_of_runs)
 
 
 def _cost_text(value: float, cost: str) -> str:
@@ -228,18 +222,20 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
 
     Speed-up is the first run's simulated time over each run's.
     """
-    figures_of_runs: list[dict[str, Any]] = [target_figures(run, target) for run in runs]
-    rows: list[tuple[str, ...]] = [("run", "round", "seconds", "speed-up", "MB down and up", "training TMACs")]
-    baseline_seconds = figures_of_runs[0]["seconds"]
-    for run, figures in zip(runs, figures_of_runs, strict=True):
-        if figures["round"] is None:
-            rows.append((run.title, "never", "–", "–", "–", "–"))
-            continue
+    figures_of_runs: list[dict[str, Any]] = [target_figures(run, target) | {"run": run.title} for run in runs]
+    baseline = figures_of_runs[0]["seconds"]
+    for figures in figures_of_runs:
         seconds = figures["seconds"]
-        speed_up = f"{baseline_seconds / seconds:.2f}" if baseline_seconds is not None and seconds else "–"
-        costs = (f"{figures['bytes'] / 1e6:,.2f}", tables.tera_macs_text(figures["training_macs"]))
-        rows.append((run.title, str(figures["round"]), f"{seconds:,.0f}", speed_up, *costs))
-    return rows
+        figures["speed_up"] = baseline / seconds if baseline is not None and seconds else None
+        figures["round"] = figures["round"] or "never"
+    columns = [
+        *(ResultColumn(key, key, str) for key in ("run", "round")),
+        ResultColumn("seconds", "seconds", "{:,.0f}".format),
+        ResultColumn("speed_up", "speed-up", "{:.2f}".format),
+        ResultColumn("bytes", "MB down and up", tables.megabytes_text),
+        ResultColumn("training_macs", "training TMACs", tables.tera_macs_text),
+    ]
+    return tables.column_rows(columns, figures_of_runs)
 
 
 def print_comparison(

@@ -49,17 +49,12 @@ def left_out_boards(runs: Iterable[Record]) -> dict[str, dict[str, str]]:
     return {strategy: boards for strategy, boards in reasons.items() if boards}
 
 
-def left_out_lines(runs: Sequence[Record]) -> list[str]:
-    """A line for each strategy that leaves boards out, with one of the reasons."""
-    return [
-        f"{strategy}: {quantity(len(boards), 'board')} left out, such as {': '.join(min(boards.items()))}"
-        for strategy, boards in left_out_boards(runs).items()
-    ]
-
-
 def left_out_note(reasons: Mapping[str, Mapping[str, str]]) -> str:
-    """How many boards each strategy leaves out, and how it wouldn't; empty if none does."""
+    """How many boards each strategy leaves out, one of the reasons, and how it wouldn't; empty if none does."""
+    if not reasons:
+        return ""
     counts = ", ".join(f"{name} leaves {quantity(len(boards), 'board')} out" for name, boards in reasons.items())
-    whole = ", ".join(strategy for strategy, boards in reasons.items() if any(map(needs_whole, boards.values())))
-    hint = f": for the whole model of {whole} on all, as papers have it, set {PAPERS_SETTING} in [job]" if whole else ""
-    return f"{counts}{hint}." if counts else ""
+    example, reason = min(next(iter(reasons.values())).items())
+    whole = ", ".join(name for name, boards in reasons.items() if any(map(needs_whole, boards.values())))
+    hint = f" With {PAPERS_SETTING} in [job], as in papers, all train the whole model of {whole}." if whole else ""
+    return f"{counts}; {example}, since {reason.partition('. ')[0]}.{hint}"

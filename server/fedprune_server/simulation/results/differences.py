@@ -25,19 +25,19 @@ def half_interval(differences: Sequence[float]) -> float | None:
 
 def difference_text(differences: Sequence[float]) -> str | None:
     """The mean of differences ± half of its 95 % interval; None without differences."""
-    return _interval_text(statistics.fmean(differences), half_interval(differences)) if differences else None
+    if not differences:
+        return None
+    half = half_interval(differences)
+    return _signed(statistics.fmean(differences), ".1f") + ("" if half is None else f" ± {half:.1f}")
 
 
-def score_difference_text(metric: Metric, mean: float | None, half: float | None = None) -> str:
-    """The same of scores: shares in points."""
-    if mean is None:
-        return "–"
-    return _interval_text(mean, half, 100.0, ".1f") if metric.is_share else _interval_text(mean, half, 1.0, ".3g")
+def score_difference_text(metric: Metric, mean: float) -> str:
+    """A difference of scores: of shares in points."""
+    return _signed(100 * mean, ".1f") if metric.is_share else _signed(mean, ".3g")
 
 
-def _interval_text(mean: float, half: float | None, scale: float = 1.0, form: str = ".1f") -> str:
-    interval = "" if half is None else f" ± {half * scale:{form}}"
-    return f"{mean * scale:+{form}}{interval}".replace("-", "−")
+def _signed(number: float, form: str) -> str:
+    return f"{number:+{form}}".replace("-", "−")
 
 
 def student_quantile(degrees: int) -> float:

@@ -13,7 +13,7 @@ from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.devices import plan_vs_actual
 from fedprune_server.executor.divergence import diagnose_losses
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.coverage import left_out_lines, on_common_boards
+from fedprune_server.simulation.results.coverage import on_common_boards
 from fedprune_server.simulation.results.record import DeviceRow, Record, score_text
 from fedprune_server.simulation.results.tables import (
     TAIL_ROUNDS,
@@ -99,8 +99,8 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
 
 
 def absences(run: Record) -> list[str]:
-    """A sentence for each device that no longer takes part, or never delivered an update that counts; plans leave
-    devices out before, see `coverage.left_out_lines`."""
+    """A sentence for each device that no longer takes part, or never delivered an update that counts; those that plans
+    leave out are in `tail_note`."""
     delivered = run.delivered
     lost = [d for d in run.devices if d.widths and (d.excluded or (d.missed and d.name not in delivered))]
     sentences = [f"{d.name}: {_absence_reason(run, d)}" for d in lost[:_MAX_LISTED]]
@@ -130,7 +130,7 @@ def _absence_reason(run: Record, device: DeviceRow) -> str:
 def closing_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
     """The text below a run's results: caveats, and the verdicts if the run is judged."""
     verdicts = claims(run, reference) if reference is not None and judged else ()
-    return "\n".join([*left_out_lines([run]), *remarks(run), *map(str, verdicts)])
+    return "\n".join([*remarks(run), *map(str, verdicts)])
 
 
 def run_document(run: Record, reference: Record | None = None, *, judged: bool = True) -> Document:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,19 +31,26 @@ class ResultColumn:
 
     key: str
     title: str
-    text: Callable[[float], str]
+    text: Callable[[Any], str]
     over: str = ""
     beside: str = " of {:,}"
     is_mean: bool = False
     is_compared: bool = False
 
     def cell(self, figures: Mapping[str, Any]) -> str:
-        """The figure of a run, or mean ± standard deviation of a variant's; – for what wasn't measured."""
-        value, spread, over = (figures.get(key) for key in (self.key, f"{self.key}_std", self.over))
+        """The figure, with its standard deviation over runs or half of its interval; – for what wasn't measured."""
+        value, over = figures.get(self.key), figures.get(self.over)
+        spread = figures.get(f"{self.key}_std", figures.get(f"{self.key}_half"))
         if value is None or over == 0:
             return "–"
         suffix = "" if spread is None or self.over else f" ± {self.text(spread).removeprefix('+')}"
         return self.text(value) + suffix + ("" if over is None else self.beside.format(over))
+
+
+def column_rows(columns: Sequence[ResultColumn], figures: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each of the figures, without columns that are empty in all; the first row is the header."""
+    rows = [tuple(column.cell(row) for column in columns) for row in figures]
+    return drop_empty_columns([tuple(column.title for column in columns), *rows])
 
 
 # Columns of text; the others hold numbers.
@@ -121,7 +128,7 @@ def result_columns(runs: Sequence[Record]) -> list[ResultColumn]:
     kind, metric = runs[0].measure, runs[0].metric
     score, gain, column = partial(score_text, metric=metric), partial(score_difference_text, metric), ResultColumn
     compared = partial(ResultColumn, text=score, is_mean=True, is_compared=True)
-    megabytes = partial(ResultColumn, text=lambda count: f"{count / 1e6:,.2f}", is_mean=True)
+    megabytes = partial(ResultColumn, text=megabytes_text, is_mean=True)
     is_partial = any(map(coverage_mark, runs))
     has_best = any(len(run.rounds) > 1 for run in runs)
     are_limited = any(run.count_limited[0] for run in runs)
@@ -147,9 +154,7 @@ def result_columns(runs: Sequence[Record]) -> list[ResultColumn]:
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results: measures as means over the last rounds, amounts and privacy costs in all, and gains of the boards
     over training alone, as measured last; the first row is the header."""
-    columns, figures_of_runs = result_columns(runs), (final_figures(run, runs) for run in runs)
-    rows = [(figures["run"], *(column.cell(figures) for column in columns)) for figures in figures_of_runs]
-    return drop_empty_columns([("run", *(column.title for column in columns)), *rows])
+    return column_rows([ResultColumn("run", "run", str), *result_columns(runs)], (final_figures(r, runs) for r in runs))
 
 
 def drop_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -166,6 +171,10 @@ def tail_note(runs: Sequence[Record]) -> str:
     limits = f" Without the server's limits on updates, as in papers: {first_few([*unlimited])}." if unlimited else ""
     means = f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}{best}.{limits}"
     return f"{means} {left_out_note(left_out_boards(runs))}".rstrip()
+
+
+def megabytes_text(count: float) -> str:
+    return f"{count / 1e6:,.2f}"
 
 
 def tera_macs_text(macs: float | None) -> str:
