@@ -401,9 +401,7 @@ def test_tables_are_written_for_papers(tmp_path):
     runs = [seeded(name, i, accuracy=a) for name, a in (("local", 0.8), ("fedprox", 0.9)) for i in (0, 1)]
     text = save_table(runs, tmp_path / "variants.tex").read_text()
     assert r"10.0 $\pm$ 0.0" in text
-    assert [words in text for words in (r"% \usepackage{booktabs}", "over 2 seeds", "last 4 rounds", "95 %")] == [
-        True
-    ] * 4
+    assert all(words in text for words in (r"% \usepackage{booktabs}", "over 2 seeds", "last 4 rounds", "95 %"))
     with save_table(runs, tmp_path / "variants.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == ["local", "fedprox"]

@@ -116,7 +116,7 @@ def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ..
     columns = [ResultColumn(key, key, str) for key in ("variant", "runs")]
     for column in _variant_columns(variants):
         columns += [column, ResultColumn(f"{column.key}_delta", f"Δ {column.title}", text)][: 1 + column.is_compared]
-    return tables.column_rows(columns, variant_figures(variants))
+    return tables.drop_empty_columns(tables.column_rows(columns, variant_figures(variants)))
 
 
 def variant_note(variants: Mapping[str, Sequence[Record]]) -> str:

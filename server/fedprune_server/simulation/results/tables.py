@@ -48,9 +48,8 @@ class ResultColumn:
 
 
 def column_rows(columns: Sequence[ResultColumn], figures: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """A row for each of the figures, without columns that are empty in all; the first row is the header."""
-    rows = [tuple(column.cell(row) for column in columns) for row in figures]
-    return drop_empty_columns([tuple(column.title for column in columns), *rows])
+    """A row for each of the figures; the first row is the header."""
+    return [tuple(c.title for c in columns), *(tuple(c.cell(row) for c in columns) for row in figures)]
 
 
 # Columns of text; the others hold numbers.
@@ -154,7 +153,8 @@ def result_columns(runs: Sequence[Record]) -> list[ResultColumn]:
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results: measures as means over the last rounds, amounts and privacy costs in all, and gains of the boards
     over training alone, as measured last; the first row is the header."""
-    return column_rows([ResultColumn("run", "run", str), *result_columns(runs)], (final_figures(r, runs) for r in runs))
+    columns, figures = [ResultColumn("run", "run", str), *result_columns(runs)], [final_figures(r, runs) for r in runs]
+    return drop_empty_columns(column_rows(columns, figures))
 
 
 def drop_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
