@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedprune.coordination import State, make_coordinator
 from fedprune.coordination.width_planner import WHOLE_HINT
 from fedprune.core.errors import PlanError
+from fedprune.core.text import first_few
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import profiles_by_kind
 from fedprune_server.simulation.results.coverage import PAPERS_SETTING, needs_whole
@@ -29,10 +30,10 @@ def plan_boards(experiment: Experiment) -> dict[str, str]:
         # A board that trains what it is too slow for would miss every deadline.
         deadline = " with a longer deadline_s" if any("deadline_s" in reason for reason in reasons.values()) else ""
         ways.insert(0, f"{PAPERS_SETTING}{deadline}, as papers do")
-    name, reason = min(reasons.items())
+    names = sorted(reasons)
     raise PlanError(
         f"{experiment.title}: boards for a round of {job.strategy}",
         expected=f"{job.devices} (devices in [job])",
-        got=f"{fitting}, without {name} and {len(reasons) - 1} more: {reason.removesuffix(WHOLE_HINT)}",
+        got=f"{fitting}, without {first_few(names, max_names=1)}: {reasons[names[0]].removesuffix(WHOLE_HINT)}",
         hint=f"In [job] set {', or '.join(ways)}." if ways else "",
     )

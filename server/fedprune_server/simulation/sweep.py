@@ -104,7 +104,7 @@ def check_plans(runs: Sequence[RunSpec]) -> None:
 
 
 def _fleet_key(run: RunSpec) -> str:
-    settings = run.settings | {"changes": {k: v for k, v in run.settings["changes"].items() if k != "job"}}
+    settings = {**run.settings, "changes": {k: v for k, v in run.settings["changes"].items() if k != "job"}}
     return json.dumps(settings, sort_keys=True, default=str)
 
 

@@ -184,7 +184,7 @@ def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
                 measured_rounds = [i for i in measured_rounds if global_values[i] is not None]
             last_round = max((i for i in measured_rounds if amounts[i] <= equal_cost), default=None)
             keys = ("round", "spent", f"local_{run.measure}", f"global_{run.measure}")
-            values: Sequence[float | None] = (None,) * len(keys)
+            values: Sequence[Any] = (None,) * len(keys)
             if last_round is not None:
                 number = run.rounds[last_round].round
                 values = (number, amounts[last_round], local_values[last_round], global_values[last_round])
