@@ -79,16 +79,6 @@ class RoundRow:
     coverage: list[list[int]] = field(default_factory=list)
 
     @property
-    def accuracy(self) -> float | None:
-        """The global model's accuracy on the server's data."""
-        return self.metrics.get("accuracy")
-
-    @property
-    def loss(self) -> float | None:
-        """The global model's loss on the server's data."""
-        return self.metrics.get("loss")
-
-    @property
     def macs(self) -> int:
         """Training MACs since the previous round."""
         return sum(costs[_MACS] for costs in self.spent.values())

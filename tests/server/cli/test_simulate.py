@@ -45,7 +45,7 @@ def test_a_configuration_becomes_a_report(config, tmp_path, capsys):
     record = Record.load(out / "metrics.json")
     assert [d.name for d in record.devices] == list(YARD)
     assert len(record.rounds) == 2
-    assert record.last.accuracy is not None
+    assert record.last.metrics.get("accuracy") is not None
     printed = capsys.readouterr().out
     assert f"{record.final(TAIL_ROUNDS)[1]:.1%}" in printed
     assert "means over the last 2 rounds" in printed
@@ -73,7 +73,7 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     assert (results["run"]["run"], results["run"]["rounds"], results["run"]["model"]) == ("yard", 2, run.last.model)
     assert results["run"]["mean_rounds"] == 2
     assert results["run"]["bytes_up"] == run.last.up < results["reference"]["bytes_up"] == reference.last.up
-    assert results["run"]["global_accuracy"] == pytest.approx(sum(r.accuracy for r in run.rounds) / 2)
+    assert results["run"]["global_accuracy"] == pytest.approx(sum(r.metrics.get("accuracy") for r in run.rounds) / 2)
 
     reference = str(out / "reference")
     compared = ["compare", str(out), reference, "--out", str(tmp_path / "both"), "--target", "0", "--target", "1.5"]
@@ -89,7 +89,7 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     with (tmp_path / "both.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["seed"], row["round"]) for row in rows[:2]] == [("yard", "5", "1"), ("yard", "5", "2")]
-    assert [float(row["accuracy"]) for row in rows[:2]] == [r.accuracy for r in run.rounds]
+    assert [float(row["accuracy"]) for row in rows[:2]] == [r.metrics.get("accuracy") for r in run.rounds]
     assert len(rows) == 4
 
 

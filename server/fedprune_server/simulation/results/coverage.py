@@ -57,4 +57,4 @@ def left_out_note(reasons: Mapping[str, Mapping[str, str]]) -> str:
     example, reason = min(next(iter(reasons.values())).items())
     whole = ", ".join(name for name, boards in reasons.items() if any(map(needs_whole, boards.values())))
     hint = f" With {PAPERS_SETTING} in [job], as in papers, all train the whole model of {whole}." if whole else ""
-    return f"{counts}; {example}, since {reason.partition('. ')[0]}.{hint}"
+    return f"{counts}, such as {example}: {reason.partition('. ')[0]}.{hint}"
