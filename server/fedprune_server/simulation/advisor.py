@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -52,20 +52,14 @@ class VariantRuns:
             1 / (3 * round_count // 4) - 1 / round_count
         )
 
+    def per_round(self, amount: Callable[[Record], float]) -> float:
+        """What a round takes of an amount: a round's seconds are those of its slowest board."""
+        return statistics.fmean(amount(run) / len(run.rounds) for run in self.runs)
+
     @property
     def bytes(self) -> float:
         """Bytes of a round, both ways."""
-        return statistics.fmean((run.last.down + run.last.up) / len(run.rounds) for run in self.runs)
-
-    @property
-    def macs(self) -> float:
-        """MACs of a round."""
-        return statistics.fmean(run.macs() / len(run.rounds) for run in self.runs)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of a round, which is as long as the slowest board takes."""
-        return statistics.fmean(run.last.elapsed_s / len(run.rounds) for run in self.runs)
+        return self.per_round(lambda run: run.last.down + run.last.up)
 
 
 def _last_score(run: Record, judge: Judge, rounds: int | None = None) -> float:
@@ -201,14 +195,14 @@ def _doubts(
 def advice_figures(trials: Sequence[VariantRuns], rounds: int) -> list[dict[str, Any]]:
     """Scores and costs of variants as JSON types: bytes and hours of the job's rounds at the pace of the runs', MACs as
     a share of the first variant's."""
-    measure, full_macs = trials[0].runs[0].measure, trials[0].macs
+    measure, full_macs = trials[0].runs[0].measure, trials[0].per_round(Record.macs)
     return [
         {
             "variant": trial.variant.name,
             **{f"{side}_{measure}": finite_or_none(trial.score(judge)) for side, judge in _SIDES.items()},
-            "macs_share": trial.macs / full_macs if full_macs else None,
+            "macs_share": trial.per_round(Record.macs) / full_macs if full_macs else None,
             "bytes": trial.bytes * rounds,
-            "hours": trial.seconds * rounds / 3600,
+            "hours": trial.per_round(lambda run: run.last.elapsed_s) * rounds / 3600,
             "why_not": trial.variant.misfit,
             "job": dict(trial.variant.job),
         }

@@ -58,23 +58,31 @@ def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
 
 
 def group_by_seed(runs: Sequence[Record]) -> dict[str, list[Record]]:
-    """The runs that differ in their seeds alone, by strategy or, where groups share it, by their first run's title;
-    empty if there are none."""
+    """The runs that differ in their seeds alone, by their names; empty if there are none."""
     groups: dict[str, list[Record]] = {}
     for run in runs:
         settings = {k: v for k, v in run.job.items() if k not in ("name", "seed")}
         fleet = [run.partition.settings, sorted(device.name for device in run.devices)]
         groups.setdefault(json.dumps([settings, fleet], sort_keys=True, default=str), []).append(run)
     seeds = [[run.seed for run in group] for group in groups.values()]
-    if max(map(len, seeds), default=0) < 2 or any(len(set(numbers)) < len(numbers) for numbers in seeds):
-        return {}
-    variants: dict[str, list[Record]] = {}
-    strategies = [group[0].job.get("strategy") for group in groups.values()]
-    for group in groups.values():
-        strategy, title = group[0].job.get("strategy"), group[0].title.removesuffix(f"-{group[0].seed}")
-        name = str(strategy) if strategies.count(strategy) == 1 else title
-        variants[name if name not in variants else f"{name} ({len(variants) + 1})"] = group
-    return variants
+    has_variants = max(map(len, seeds), default=0) > 1 and all(len(set(numbers)) == len(numbers) for numbers in seeds)
+    return name_groups([*groups.values()]) if has_variants else {}
+
+
+def name_groups(groups: Sequence[list[Record]]) -> dict[str, list[Record]]:
+    """Groups of runs by the title that they alone have, without what a sweep and `SimulatedRun.compare` add; else by
+    their strategy, unless others have that, too."""
+    strategies = [str(group[0].job.get("strategy")) for group in groups]
+    titles = [
+        {run.title.removesuffix(f"-{run.seed}").removesuffix(f" ({strategy})") for run in group}
+        for group, strategy in zip(groups, strategies, strict=True)
+    ]
+    named_groups: dict[str, list[Record]] = {}
+    for group, title, strategy in zip(groups, titles, strategies, strict=True):
+        has_own_title = len(title) == 1 == titles.count(title)
+        name = strategy if strategies.count(strategy) == 1 and not has_own_title else min(title)
+        named_groups[name if name not in named_groups else f"{name} ({len(named_groups) + 1})"] = group
+    return named_groups
 
 
 def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:

@@ -12,7 +12,13 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import MissingExtraError
 from fedprune.core.validation import check_number, check_word
 from fedprune_server.simulation.results import charts, tables
-from fedprune_server.simulation.results.comparison import group_by_seed, variant_figures, variant_note, variant_rows
+from fedprune_server.simulation.results.comparison import (
+    group_by_seed,
+    name_groups,
+    variant_figures,
+    variant_note,
+    variant_rows,
+)
 from fedprune_server.simulation.results.coverage import coverage_mark
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.rows import csv_bytes
@@ -53,7 +59,7 @@ def save_figure(
         size: Width and height in inches.
         labels: The curves to draw, by their names, and what the legend calls them; by default all by their names.
     """
-    axes_of_figure, groups = dict(charts.X_AXES), _runs_by_label(runs)
+    axes_of_figure, groups = dict(charts.X_AXES), group_by_seed(runs) or name_groups([[run] for run in runs])
     labels = labels or {name: name for name in groups}
     check_word("path", path.suffix, FIGURE_SUFFIXES)
     check_word("along", along, tuple(axes_of_figure))
@@ -93,21 +99,6 @@ def save_figure(
     with storage_errors(f"can't write {path}"):
         figure.savefig(path)
     return path
-
-
-def _runs_by_label(runs: Sequence[Record]) -> dict[str, Sequence[Record]]:
-    """The runs of each curve, by the title that they alone have, else by their group's name."""
-    groups = [*group_by_seed(runs).items()] or [(run.title, [run]) for run in runs]
-    # Without what a sweep and `SimulatedRun.compare` add.
-    titles = [
-        {run.title.removesuffix(f"-{run.seed}").removesuffix(f" ({run.job.get('strategy')})") for run in group}
-        for _, group in groups
-    ]
-    curves: dict[str, Sequence[Record]] = {}
-    for (name, group), title in zip(groups, titles, strict=True):
-        label = min(title) if len(title) == 1 == titles.count(title) else name
-        curves[label if label not in curves else f"{label} ({len(curves) + 1})"] = group
-    return curves
 
 
 def _points(
