@@ -16,17 +16,15 @@ A sweep's file names the `fleet.toml` and has a table for each variant, whose ke
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from fedprune.core import validation
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, value_text
 from fedprune.core.toml_file import read_toml
-from fedprune.jobs.job import Job
 from fedprune_server.simulation.admission import plan_boards
 from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
 from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan, read_fleet_plan
@@ -96,41 +94,20 @@ def _variant_runs(number: int, row: object, default_seeds: Sequence[int], config
 
 
 def check_plans(runs: Sequence[RunSpec]) -> None:
-    """Plan the boards of all runs before the first one trains. Raises `PlanError` for a run that can't begin; whatever
-    else is wrong with a run ends that run alone."""
-    fleets: dict[str, FleetPlan] = {}
-    for run in sorted(runs, key=_fleet_key):
-        fleets = _check_plan(run, fleets)
-
-
-def _fleet_key(run: RunSpec) -> str:
-    settings = {**run.settings, "changes": {k: v for k, v in run.settings["changes"].items() if k != "job"}}
-    return json.dumps(settings, sort_keys=True, default=str)
-
-
-def _check_plan(run: RunSpec, fleets: dict[str, FleetPlan]) -> dict[str, FleetPlan]:
-    """Plan a run; `fleets` has the fleet of the run before, and what is returned that of this one."""
-    key = _fleet_key(run)
-    try:
-        if key not in fleets:
-            fleets = {key: _plan_of_run(run)}
-        plan_boards(replace(fleets[key], title=run.name, job=_job_of(run, len(fleets[key].devices))))
-    except PlanError:
-        raise
-    except FedpruneError:
-        pass
-    return fleets
+    """Plan the boards of each variant's first run before any trains. Raises `PlanError` for one that can't begin;
+    whatever else is wrong with a run ends that run alone."""
+    for _, variant in groupby(runs, variant_name):
+        try:
+            plan_boards(_plan_of_run(next(variant)))
+        except PlanError:
+            raise
+        except FedpruneError:
+            pass
 
 
 def _plan_of_run(run: RunSpec) -> FleetPlan:
     settings = run.settings
     return read_fleet_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
-
-
-def _job_of(run: RunSpec, devices: int) -> Job:
-    tables = read_fleet_tables(Path(run.settings["config"]), run.settings["changes"])
-    awaited = min(tables.config.job.devices, devices) if "devices" in tables.body.get("job", {}) else devices
-    return replace(tables.config.job, seed=run.settings["seed"], devices=awaited)
 
 
 def variant_name(run: RunSpec) -> str:
