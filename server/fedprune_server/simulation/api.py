@@ -18,8 +18,7 @@ from fedprune.strategies.strategy import Strategy
 from fedprune_export.bundles.hub_repository import save_pretrained
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget, track_targets
-from fedprune_server.simulation.admission import plan_boards
-from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.experiment import Experiment, plan_boards
 from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan, read_fleet_plan
 from fedprune_server.simulation.results.comparison import (
     board_figures,

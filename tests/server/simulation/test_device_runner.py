@@ -28,9 +28,8 @@ from fedprune_device.training.evaluation import MACHINE_METRICS
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.training.step_graph import training_graph
-from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, TrainingWork, WorkerKilledError
-from fedprune_server.simulation.fleet.sample_file import SampleFile
-from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner, SampleFile, TrainingWork, WorkerKilledError
+from fedprune_server.simulation.fleet.virtual_device import Outcome, StoredData, VirtualDevice
 from fedprune_server.simulation.results.run_folder import simulate_in_folder
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.transfers import download_sizes

@@ -18,7 +18,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.scratch_store import ScratchStore
+from fedprune_server.simulation.results.run_folder import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import final_weights, noting
 

@@ -27,9 +27,8 @@ from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.measure import ModelMeasure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.run_folder import is_run, simulate_in_folder
+from fedprune_server.simulation.results.run_folder import ScratchStore, is_run, simulate_in_folder
 from fedprune_server.simulation.saved_run import SavePace
-from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import (
     KINDS,

@@ -9,7 +9,7 @@ import pytest
 from fedprune.blobs.blob_ref import LEAF_BYTES, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError, StorageFullError
-from fedprune_server.simulation.scratch_store import ScratchStore
+from fedprune_server.simulation.results.run_folder import ScratchStore
 
 DATA = np.random.default_rng(0).bytes(2 * LEAF_BYTES + 7)
 

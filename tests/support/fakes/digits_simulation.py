@@ -20,8 +20,8 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Digits, deal_digits, digits_model, write_device_data
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
+from fedprune_server.simulation.results.run_folder import ScratchStore
 from fedprune_server.simulation.saved_run import SAVE_PACE, SavePace
-from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")

@@ -1,25 +1,46 @@
-"""Folders of images as a data set; needs Pillow."""
+"""Folders of images as a data set, also with labels in `metadata.csv` or `metadata.jsonl`, as `imagefolder` of the
+library `datasets` has them; needs Pillow."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, path_remedy
+from fedprune.core.disk import read_file
+from fedprune.core.errors import DataError, did_you_mean, error_reason, path_remedy, value_text
+from fedprune.core.text import first_few
 from fedprune_device.data.folder_listing import is_system_name
 from fedprune_device.data.image_decoding import ENDINGS, decode_image
 from fedprune_server.config.layers import name_source
 from fedprune_server.simulation.datasets.columns import ParquetColumns
 from fedprune_server.simulation.datasets.decoding import Decoding
-from fedprune_server.simulation.datasets.image_metadata import ImageRow, metadata_files, read_metadata
 from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 
 _TRAIN_NAMES, _TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 MAX_DATA_BYTES = 2**34
+
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+_FILE_NAME = "file_name"  # the column with an image's path, from the metadata's folder
+
+_MAX_METADATA_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class _ImageRow:
+    """An image, with what the metadata say of it: its label, and its owner, empty without owners."""
+
+    path: Path
+    folders: tuple[str, ...]  # from the data set's folder to the image's, of which the first may be a split
+    label: str | int
+    owner: str
 
 
 def read_image_folder(folder: Path, decoding: Decoding | None = None, columns: ParquetColumns | None = None) -> Samples:
@@ -38,8 +59,8 @@ def read_image_folder(folder: Path, decoding: Decoding | None = None, columns: P
     subfolders, decoding = _subfolders(folder), decoding or Decoding()
     if columns is not None and columns.x != ParquetColumns().x:
         raise DataError("x of [data]", expected="none for a folder of images", got=", ".join(columns.x))
-    if metadata := metadata_files(folder, subfolders):
-        rows = [row for path in metadata for row in read_metadata(folder, path, columns or ParquetColumns())]
+    if metadata := _metadata_files(folder, subfolders):
+        rows = [row for path in metadata for row in _read_metadata(folder, path, columns or ParquetColumns())]
         return _samples_of_rows(folder, rows, decoding)
     if columns is not None:
         raise DataError("y or owner of [data]", expected="none: this folder has no metadata.csv", got="some")
@@ -71,7 +92,67 @@ def read_image_folder(folder: Path, decoding: Decoding | None = None, columns: P
     return Samples(samples.arrays, samples.labels, testing, samples.owners, samples.owner_names, samples.class_names)
 
 
-def _samples_of_rows(folder: Path, rows: Sequence[ImageRow], decoding: Decoding) -> Samples:
+def _metadata_files(folder: Path, subfolders: Sequence[Path]) -> list[Path]:
+    """The folder's own metadata, or else those of its subfolders, one for each split."""
+    for folders in ([folder], subfolders):
+        if paths := [f / name for f in folders for name in _METADATA_FILES if (f / name).is_file()]:
+            return paths
+    return []
+
+
+def _read_metadata(root: Path, path: Path, columns: ParquetColumns) -> Iterator[_ImageRow]:
+    """The images of one file of metadata. Raises `DataError`, which names the file and the row."""
+    try:
+        text = read_file(path, _MAX_METADATA_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read", expected="UTF-8", got=error_reason(error)) from error
+    is_table = path.suffix == ".csv"
+    rows = csv.DictReader(io.StringIO(text, newline="")) if is_table else _json_rows(path, text)
+    for number, row in enumerate(rows, 1):
+        place = f"{path}: row {number}"
+        for name in (_FILE_NAME, columns.y, *([columns.owner] if columns.owner else [])):
+            if name not in row:
+                raise DataError(
+                    f"{place}: column {name!r}",
+                    expected=f"one of {first_few(list(map(str, row)), max_names=20)}",
+                    got=f"none{did_you_mean(name, list(map(str, row)))}",
+                    hint="Name the column of labels with y in [data], that of owners with owner.",
+                )
+        relative = _checked_path(row[_FILE_NAME], place)
+        image = path.parent / relative
+        folders = image.parent.relative_to(root).parts
+        owner = str(_name(row[columns.owner], f"{place}: the owner")) if columns.owner else ""
+        yield _ImageRow(image, folders, _name(row[columns.y], f"{place}: the label"), owner)
+
+
+def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: row {number}", expected="JSON", got=error_reason(error)) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number}", expected="a JSON object", got=value_text(row))
+        yield row
+
+
+def _checked_path(value: object, place: str) -> Path:
+    """A path below the metadata's folder."""
+    path = PurePosixPath(value) if isinstance(value, str) and value and "\0" not in value else None
+    if path is None or path.is_absolute() or ".." in path.parts:
+        raise DataError(f"{place}: {_FILE_NAME}", expected="a path below the metadata's folder", got=value_text(value))
+    return Path(path)
+
+
+def _name(value: object, what: str) -> str | int:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise DataError(what, expected="a whole number or a text", got=value_text(value))
+
+
+def _samples_of_rows(folder: Path, rows: Sequence[_ImageRow], decoding: Decoding) -> Samples:
     """The images that metadata list."""
     if not rows:
         raise DataError(f"{folder} holds no images", expected="a row of metadata for each", got="none")

@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 
 from fedprune.core.errors import DataError, did_you_mean, error_reason, path_remedy, shape_text, value_text
 from fedprune.core.text import first_few
+from fedprune.model.lengths import PADDING
+from fedprune_device.data.audio_decoding import read_recording
+from fedprune_server.config.layers import name_source
 from fedprune_server.simulation.datasets.columns import ParquetColumns, parquet_files_of
 from fedprune_server.simulation.datasets.decoding import Decoding
 from fedprune_server.simulation.datasets.image_files import MAX_DATA_BYTES, decode_images, is_test_split
-from fedprune_server.simulation.datasets.recordings import decode_recordings
 from fedprune_server.simulation.datasets.samples import Samples, assemble_samples
 from fedprune_server.simulation.datasets.saved_datasets import ARROW_SUFFIX, is_saved_dataset, saved_splits
 
@@ -68,7 +70,7 @@ def read_parquet(path: Path, columns: ParquetColumns, decoding: Decoding) -> Sam
     if len(columns.x) == 1 and all(split.features.get(columns.x[0], {}).get("_type") == "Audio" for split in splits):
         # Recordings have one length in all splits.
         recordings = [_recordings(split.column(columns.x[0]), columns.x[0]) for split in splits]
-        xs = [*decode_recordings(recordings, decoding)]
+        xs = _decode_recordings(recordings, decoding)
     else:
         xs = [_inputs(split, columns.x, decoding) for split in splits]
     ys, names = _labels(splits, columns.y)
@@ -158,6 +160,37 @@ def _recordings(column: pa.Array, name: str) -> list[tuple[str, bytes]]:
     column = column.field("bytes")  # next to a path, which is never opened
     _check_filled(column, name, "Put the recordings into the file: Dataset.save_to_disk does.")
     return [(f"row {i} of {name!r}", bytes(row.as_py())) for i, row in enumerate(column)]
+
+
+def _decode_recordings(splits: Sequence[Sequence[tuple[str, bytes]]], decoding: Decoding) -> list[Array]:
+    """Decode recordings as boards do: mono, from -1 to 1, at `decoding.audio_rate`.
+
+    Each is a file's bytes, after the name that errors give it. With `decoding.seconds` all have this length. Otherwise
+    shorter ones end in `PADDING`, as a model with inputs of any length takes them. Raises `DataError`, which names the
+    recording, if one can't be read.
+    """
+    decoded, length = [[_decode_recording(*each, decoding) for each in split] for split in splits], 0
+    if decoding.seconds:
+        length = round(decoding.seconds * decoding.audio_rate)
+        if not length:
+            expected = f"at least one of {decoding.audio_rate} Hz"
+            raise DataError("[data] seconds", expected=expected, got=decoding.seconds)
+    else:
+        length = max((len(recording) for split in decoded for recording in split), default=0)
+    count = sum(map(len, decoded))
+    if count * length * 4 > MAX_DATA_BYTES:
+        raise DataError("recordings", expected=f"at most {MAX_DATA_BYTES} bytes", hint="Give a smaller [data] seconds.")
+    filling = 0.0 if decoding.seconds else PADDING
+    stacks = [np.full((len(split), 1, length), filling, np.float32) for split in decoded]
+    for split, inputs in zip(decoded, stacks, strict=True):
+        for row, recording in zip(inputs, split, strict=True):
+            row[0, : len(recording)] = recording[:length]
+    return stacks
+
+
+def _decode_recording(name: str, body: bytes, decoding: Decoding) -> Array:
+    with name_source(name):
+        return read_recording(body, decoding.audio_rate)
 
 
 def _inputs(split: _Split, names: Sequence[str], decoding: Decoding) -> Array:

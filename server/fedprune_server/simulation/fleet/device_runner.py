@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, TrainingError
+from fedprune.core.tensorfile import ALIGNMENT
 from fedprune.updates.clipped_noise import GaussianNoise
 from fedprune.wire.messages import Offer
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import SPLITS, LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_store import MemoryStateStore
 from fedprune_device.training.evaluation import MACHINE_METRICS
@@ -25,13 +31,13 @@ from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import TrainerCache
 from fedprune_server.executor.offer_entries import device_offer
 from fedprune_server.process.pools import ProcessPool
-from fedprune_server.simulation.fleet.sample_file import SampleFile
 from fedprune_server.simulation.fleet.virtual_device import Outcome, StoredData, VirtualDevice
 
 # Devices, in addition to those that train, whose samples and offers wait for a free process: the processes go on with
 # them while this one adds updates up, evaluates and saves.
 _SPARE_DEVICES = 8
 
+_ARRAY_FIELDS = tuple(f"{kind}_{split}" for split in SPLITS for kind in ("x", "y"))
 
 # A device, its offer, and the round.
 TrainingWork = tuple[VirtualDevice, dict[str, Any], int]
@@ -48,6 +54,69 @@ class WorkerKilledError(TrainingError):
             "a process that trains devices was killed",
             hint="Did memory run out? Start again with fewer workers: a run with a folder continues from there.",
         )
+
+
+@dataclass(frozen=True)
+class _ArrayInFile:
+    offset: int
+    shape: tuple[int, ...]
+    type: np.dtype[Any]
+    is_fortran: bool
+
+    @classmethod
+    def append(cls, array: npt.NDArray[Any], file: IO[bytes]) -> _ArrayInFile:
+        is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+        offset = file.seek(file.tell() + -file.tell() % ALIGNMENT)
+        file.write(np.ascontiguousarray(array.T if is_fortran else array).data)
+        return cls(offset, array.shape, array.dtype, is_fortran)
+
+    def map_array(self, pages: mmap.mmap) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any]
+        array = np.ndarray(self.shape, self.type, pages, self.offset, order="F" if self.is_fortran else "C")
+        return array
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """A device's samples, whose arrays are in a file. It can be sent to another process, which maps the file: a pipe
+    would copy them four times.
+
+    Attributes:
+        arrays: Where the arrays are, by their fields. An array that is two fields is there once.
+        other: The samples without their arrays.
+    """
+
+    path: Path
+    arrays: dict[str, _ArrayInFile]
+    other: LocalData
+
+    @classmethod
+    def write(cls, path: Path, data: LocalData) -> SampleFile:
+        """Write samples into a file. Raises `StorageError` if the disk fails."""
+        arrays: dict[str, _ArrayInFile] = {}
+        by_id: dict[int, _ArrayInFile] = {}
+        other = copy.copy(data)
+        with storage_errors(f"can't write {path}"), path.open("wb") as file:
+            for name in _ARRAY_FIELDS:
+                array = getattr(data, name)
+                if isinstance(array, np.ndarray):  # others are on the disk already
+                    if id(array) not in by_id:
+                        by_id[id(array)] = _ArrayInFile.append(array, file)
+                    arrays[name] = by_id[id(array)]
+                    object.__setattr__(other, name, None)
+            file.truncate(max(file.tell(), 1))  # an empty file can't be mapped
+        return cls(path, arrays, other)
+
+    def load(self) -> LocalData:
+        """The samples, in pages of the file that are copied where they are written to. The file may be deleted then.
+        Raises `StorageError` if it can't be read."""
+        with storage_errors(f"can't read {self.path}"), self.path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = {place: place.map_array(pages) for place in self.arrays.values()}
+        data = copy.copy(self.other)
+        for name, place in self.arrays.items():
+            object.__setattr__(data, name, mapped[place])
+        return data
 
 
 class DeviceRunner:
