@@ -35,13 +35,12 @@ from fedprune_server.engine.message_handler import Envelope, MessageHandler
 from fedprune_server.engine.runnable_job import NO_SERVICES, DeviceServices, RunnableJob
 from fedprune_server.engine.secure_sums import MaskedChannel
 from fedprune_server.engine.snapshots import SnapshotMaker
-from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.engine.update_channel import UpdateChannel
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import BackgroundExecutor
 from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.messaging.outbox import Outbox
-from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.messaging.transport import SiteLink, SteadyClock
 from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEnded, TurnEvent, TurnSaved
 from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
 from fedprune_server.ota.coordinator import RolloutCoordinator

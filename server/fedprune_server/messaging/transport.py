@@ -100,6 +100,27 @@ class ListeningClock:
         self._listened_s, self._turn_s = self._listened_s + self._turn_s, 0.0
 
 
+class SteadyClock:
+    """Seconds since 1970 that pass evenly: the system's at one moment, and what a monotonic clock counts from then.
+
+    Deadlines are kept as times since 1970, so that they mean something after a restart. With the system's clock itself,
+    setting it by an hour would close a round at once, or keep it open for an hour.
+    """
+
+    def __init__(self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._wall, self._monotonic = wall, monotonic
+        self._offset = wall() - monotonic()
+
+    def __call__(self) -> float:
+        """Seconds since 1970."""
+        return self._offset + self._monotonic()
+
+    def follow(self) -> float:
+        """Adopt the system clock's present time; returns by how many seconds pending deadlines must move, too."""
+        former, self._offset = self._offset, self._wall() - self._monotonic()
+        return self._offset - former
+
+
 @dataclass(frozen=True)
 class SiteLink:
     """The server's connection to its site, as the runners of all jobs share it.

@@ -39,8 +39,7 @@ from fedprune_server.storage.s3.bucket import (
     Owner,
     digest_of,
 )
-from fedprune_server.storage.s3.deletions import Deletions
-from fedprune_server.storage.s3.retry_policy import ADOPT_WORK, WRITE_WORK, RetryPolicy
+from fedprune_server.storage.s3.retry_policy import ADOPT_WORK, WRITE_WORK, Deletions, RetryPolicy
 
 log = logging.getLogger("fedprune.server")
 
