@@ -15,7 +15,7 @@ from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.tables import byte_progress, print_verdicts
 from fedprune_server.maintenance.backup import back_up
-from fedprune_server.maintenance.backup_manifest import BackupManifest, record_backup
+from fedprune_server.maintenance.backup_manifest import CONSOLE, BackupManifest, record_backup
 from fedprune_server.maintenance.finding import Finding
 from fedprune_server.maintenance.repair import repair
 from fedprune_server.maintenance.restoring import Backup, check_target
@@ -126,7 +126,7 @@ def run_restore(arguments: argparse.Namespace) -> None:
                 manifest = source.manifest
     if arguments.json:
         print_json(rows)
-    if manifest.has_console_database:
+    if any(entry.path == CONSOLE for entry in manifest.entries):
         _print_advice(
             arguments,
             "the console's operators are those of the backup: remove those again who were removed since, and set new "

@@ -71,11 +71,6 @@ class VisitPlan:
         return self.expected_at_meeting > self.target
 
     @property
-    def max_connected(self) -> int:
-        """Maximum number of connected boards among those that can leave, apart from boards with a part."""
-        return math.ceil(max(self.target, self.expected_at_meeting))
-
-    @property
     def period_s(self) -> float:
         """Seconds in which the connected boards are replaced once, on average."""
         if not self.needs_meetings:
@@ -177,7 +172,7 @@ class PaceSteering:
         for _ in range(len(self._visits)):
             device, visit_began_at = next(iter(self._visits.items()))
             is_visit_over = plan.needs_meetings and now - visit_began_at >= demand.stay_s
-            if not is_visit_over and len(self._able_to_leave) <= plan.max_connected:
+            if not is_visit_over and len(self._able_to_leave) <= max(plan.target, math.ceil(plan.expected_at_meeting)):
                 break
             del self._visits[device]
             if has_work(device):

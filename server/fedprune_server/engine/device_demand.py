@@ -34,11 +34,6 @@ class DeviceDemand:
             return self._state.phase is not Phase.FINISHED
         return self._state.phase in (Phase.SCORING, Phase.TRAINING)
 
-    @property
-    def is_short_of_devices(self) -> bool:
-        """Whether too few devices are connected for the job to begin a round."""
-        return self._state.phase is Phase.WAITING and not self._state.paused
-
     def may_take_part(self, device: str, session: int) -> bool:
         """Whether a device can take part in the job, as far as is known."""
         device_state = self._state.devices.get(device)

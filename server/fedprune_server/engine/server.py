@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
+from fedprune.coordination import Phase
 from fedprune.core.errors import BusyError, ConfigError, ProtocolError, UnknownMessageError
 from fedprune.core.lock_wait import wait_hook
 from fedprune.jobs.failure_kind import Failure, FailureKind
@@ -409,7 +410,7 @@ class Server:
         demand = Demand(
             sum(runner.job.devices for runner in runners),
             max((runner.job.deadline_s for runner in runners), default=self.main_runner.job.deadline_s),
-            waiting=any(runner.demand.is_short_of_devices for runner in runners),
+            waiting=any(runner.state.phase is Phase.WAITING and not runner.state.paused for runner in runners),
         )
 
         def has_work(device: str) -> bool:

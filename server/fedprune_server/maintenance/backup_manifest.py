@@ -90,10 +90,6 @@ class BackupManifest:
         return any(e.path.startswith("identity/") for e in self.entries)
 
     @property
-    def has_console_database(self) -> bool:
-        return any(e.path == CONSOLE for e in self.entries)
-
-    @property
     def database(self) -> BackupEntry:
         return next(e for e in self.entries if e.path == DATABASE)
 

@@ -32,9 +32,11 @@ class VariantRuns:
 
     def scores(self, judge: Judge, rounds: int | None = None) -> list[float]:
         """Each run's last score, or that at the end of the first rounds; NaN where it has none."""
-        # Boards that train alone leave the global model as it was.
-        measured = not (judge == "global" and self.variant.name == ALONE)
-        return [_last_score(run, judge, rounds) if measured else math.nan for run in self.runs]
+        if judge == "global" and self.variant.name == ALONE:  # boards that train alone leave the global model as it was
+            return [math.nan] * len(self.runs)
+        read = {"global": Record.global_values, "served": Record.mean_locals, "worst": Record.worst_locals}[judge]
+        scores_of_runs = [[score for score in read(run)[:rounds] if score is not None] for run in self.runs]
+        return [scores[-1] if scores else math.nan for scores in scores_of_runs]
 
     def score(self, judge: Judge, rounds: int | None = None) -> float:
         """The mean of the runs' scores; NaN if a run has none."""
@@ -60,12 +62,6 @@ class VariantRuns:
     def bytes(self) -> float:
         """Bytes of a round, both ways."""
         return self.per_round(lambda run: run.last.down + run.last.up)
-
-
-def _last_score(run: Record, judge: Judge, rounds: int | None = None) -> float:
-    values_by_judge = {"global": run.global_values, "served": run.mean_locals, "worst": run.worst_locals}
-    measured = [value for value in values_by_judge[judge]()[:rounds] if value is not None]
-    return measured[-1] if measured else math.nan
 
 
 @dataclass(frozen=True)

@@ -297,13 +297,13 @@ def translate_errors(url: str) -> Iterator[None]:
     except (sql.exc.SQLAlchemyError, sqlite3.Error) as error:
         if getattr(error, "connection_invalidated", False):
             raise _lost_error(url, error) from error
-        message = error_reason(_cause(error))
-        if is_locked(error):
+        cause = _cause(error)
+        if is_sqlite_locked(cause) or getattr(cause, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
             raise DatabaseLockedError(
                 f"{url} is locked by another process",
                 hint="Wait until that process is done, continue it if it is stopped, or end it; nothing is lost.",
             ) from error
-        if any(phrase in str(_cause(error)).lower() for phrase in _FULL_MESSAGES):
+        if any(phrase in str(cause).lower() for phrase in _FULL_MESSAGES):
             raise StorageFullError(
                 f"no room left for {url.removeprefix('sqlite:///')}",
                 hint="Make room on the disk and start the server again; nothing is lost.",
@@ -311,13 +311,7 @@ def translate_errors(url: str) -> Iterator[None]:
         hint = "Run the command as the server's user; if the file is damaged, restore the server's backup."
         if not url.startswith("sqlite"):
             hint = "Look into the database's own log."
-        raise StorageError(f"{url}: {message}", hint=hint) from error
-
-
-def is_locked(error: BaseException) -> bool:
-    """Whether a statement failed because another process holds a lock."""
-    cause = _cause(error)
-    return is_sqlite_locked(cause) or getattr(cause, "sqlstate", None) == _LOCK_NOT_AVAILABLE
+        raise StorageError(f"{url}: {error_reason(cause)}", hint=hint) from error
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -79,7 +79,8 @@ def _make_missing_tables(database: Database, *, create: bool) -> None:
         with database.transaction() as connection:
             if has_tables(connection, database.url):  # another process may have been first
                 return
-            make_tables(connection)
+            TABLES.create_all(connection, checkfirst=False)  # tables of that name are another program's
+            put_meta(connection, _FORMAT_ROW, FORMAT)
             if database.postgresql:
                 put_meta(connection, COMMIT_ROW, "")
 
@@ -99,9 +100,3 @@ def has_tables(connection: sql.Connection, url: str) -> bool:
             hint="Run the version of fedprune that made it, or begin with a new state folder and an empty database.",
         )
     return True
-
-
-def make_tables(connection: sql.Connection) -> None:
-    """Make the tables of an empty database, in the transaction of the caller."""
-    TABLES.create_all(connection, checkfirst=False)  # tables of that name are another program's
-    put_meta(connection, _FORMAT_ROW, FORMAT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -96,13 +95,9 @@ class ConsoleProcess:
         self._child.stop()
 
     def _start(self) -> ChildProcess[str]:
-        environment = harmless_environment(os.environ)
+        # Without secrets: browsers reach the process.
+        environment = {k: v for k, v in os.environ.items() if k in _VARIABLES or k.startswith(_VARIABLE_PREFIXES)}
         return ChildProcess(self._command, _NAME, _read_url, max_unread=MAX_UNREAD_LINES, environment=environment)
-
-
-def harmless_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables without secrets, for a process that browsers reach."""
-    return {k: v for k, v in environment.items() if k in _VARIABLES or k.startswith(_VARIABLE_PREFIXES)}
 
 
 def _read_url(stream: BinaryIO) -> str | None:

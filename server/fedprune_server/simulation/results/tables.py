@@ -136,7 +136,7 @@ def result_columns(runs: Sequence[Record]) -> list[ResultColumn]:
         *[column("devices", "devices", "{:,.3g}".format, "fleet_devices", is_mean=True)] * is_partial,
         column("seconds", "seconds", "{:,.0f}".format),
         *(megabytes(f"bytes_{way}", f"MB {way}") for way in ("down", "up")),
-        column("training_macs", "training TMACs", lambda macs: f"{macs / 1e12:.3g}", is_mean=True),
+        column("training_macs", "training TMACs", tera_macs_text, is_mean=True),
         *(compared(f"{side}_{kind}", f"{side} {kind}") for side in ("local", "global")),
         *[column(f"best_global_{kind}", f"best global {kind} (round)", score, "best_round", " ({})")] * has_best,
         compared(f"worst_local_{kind}", f"worst local {kind}"),
@@ -177,8 +177,8 @@ def megabytes_text(count: float) -> str:
     return f"{count / 1e6:,.2f}"
 
 
-def tera_macs_text(macs: float | None) -> str:
-    return f"{macs / 1e12:.3g}" if macs else "–"
+def tera_macs_text(macs: float) -> str:
+    return f"{macs / 1e12:.3g}"
 
 
 def print_results(runs: Sequence[Record]) -> None:

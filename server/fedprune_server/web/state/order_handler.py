@@ -143,7 +143,7 @@ class AdminExecutor:
 
     def _run(self) -> None:
         while (order := self._orders.get()) is not None and not self._is_closed:
-            if order.is_expired(self._clock()):  # it waited here while others were carried out
+            if self._clock() > order.until:  # it waited here while others were carried out
                 self._answer(OrderAnswer(order.number, ok=False, text=EXPIRED))
             else:
                 self._answer(answer_of(order, self.carry_out))

@@ -70,9 +70,6 @@ class Order:
     devices: Annotated[tuple[Device, ...], item_count(100)] = ()
     reason: Annotated[str, printable_text(500)] = ""
 
-    def is_expired(self, now: float) -> bool:
-        return now > self.until
-
 
 class OrderAnswer(NamedTuple):
     order: int
