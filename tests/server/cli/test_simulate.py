@@ -125,8 +125,7 @@ def test_rounds_wait_for_as_many_devices_as_the_configuration_says_and_has(confi
 
 
 def test_the_example_of_the_docs_is_a_fleet(config, tmp_path):
-    block = re.search(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    plan = read_fleet_plan(Path(config(block.group(1))))
+    plan = read_fleet_plan(Path(config(re.search(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL).group(1))))
     assert [d.name for d in plan.devices] == ["barn", "dock"]
     assert (plan.job.devices, plan.dropouts.probability) == (2, 0.1)
 

@@ -145,8 +145,7 @@ def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path)
 
     stored = tensorfile.encode(run.model.tensors)
     assert tensorfile.sha256_hex(stored) == run.record.last.model
-    reloaded = fx.from_pretrained(saved)
-    assert tensorfile.encode(reloaded.tensors) == stored
+    assert tensorfile.encode(fx.from_pretrained(saved).tensors) == stored
     card = huggingface_hub.ModelCard.load(saved / "README.md")
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == pytest.approx(run.record.last.metrics, abs=1e-6)
@@ -154,8 +153,7 @@ def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path)
     assert "| raspberry-pi-4b | 2 | 1.00 |" in card.text
     assert "digits: " in card.text
     assert not any(device.name in card.text for device in run.record.devices)
-    resumed = simulate(fleet, folder="kept", title="mine")
-    assert tensorfile.encode(resumed.model.tensors) == stored
+    assert tensorfile.encode(simulate(fleet, folder="kept", title="mine").model.tensors) == stored
 
 
 @pytest.mark.parametrize(
@@ -172,8 +170,7 @@ def test_a_trained_model_is_cut_as_its_fleet_cut_it(
     fleet: dict[str, Any], strategy: str, density: float, is_same_cut: bool, tmp_path: Path
 ) -> None:
     job = {**fleet["job"], "strategy": strategy, "density": density}
-    saved = simulate({**fleet, "job": job}, rounds=1).save_pretrained(tmp_path / "saved")
-    model = fx.load(saved)
+    model = fx.load(simulate({**fleet, "job": job}, rounds=1).save_pretrained(tmp_path / "saved"))
     plan = fx.plan(model, "raspberry-pi-4b", density=0.5)
 
     reports = {

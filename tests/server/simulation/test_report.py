@@ -133,8 +133,7 @@ def test_a_report_and_a_comparison_read_as_the_golden_file():
     withheld = replace(withheld, rounds=tuple(replace(row, local={}) for row in withheld.rounds))
     documents = (run_document(rich(), reference), comparison_document([rich(), withheld, reference], targets=(0.85,)))
     texts = (closing_text(rich(), reference), *(document.to_markdown() for document in documents))
-    text = re.sub(r"Date: \S+ \S+ UTC", "Date: today", "\n\n----\n\n".join(texts))
-    assert text == GOLDEN.read_text()
+    assert re.sub(r"Date: \S+ \S+ UTC", "Date: today", "\n\n----\n\n".join(texts)) == GOLDEN.read_text()
 
 
 def spending(title, macs, down, seconds, accuracies):
@@ -287,8 +286,7 @@ def test_names_cannot_break_the_page(tmp_path):
 
 def seeded(strategy, seed, **scores):
     """A run of a strategy with a seed."""
-    run = record(f"{strategy}-{seed}", **scores)
-    return replace(run, job=Job(strategy=strategy, seed=seed).to_dict())
+    return replace(record(f"{strategy}-{seed}", **scores), job=Job(strategy=strategy, seed=seed).to_dict())
 
 
 def test_variants_have_means_and_differences_paired_by_seed():

@@ -114,19 +114,16 @@ def test_a_bundle_that_labels_pixels_trains_and_predicts(tmp_path: Path, capsys:
     torch.manual_seed(0)
     model, (x, y) = fx.load(Shapes()), pixels(1)
     np.savez(tmp_path / "pixels.npz", x=x, y=y)
-    recipe = Recipe(ignore_label=VOID, epochs=2, batch_size=15, lr=0.2)
-    plan = fx.plan(model, KINDS[0], recipe=recipe)
+    plan = fx.plan(model, KINDS[0], recipe=Recipe(ignore_label=VOID, epochs=2, batch_size=15, lr=0.2))
     report = fx.export(
         model, plan, tmp_path / "bundle", data=tmp_path / "pixels.npz", class_names=["none", "light", "dark"]
     )
     assert report.accuracy is not None
     source, out = str(tmp_path / "pixels.npz"), tmp_path / "trained"
     assert device(["train", "--bundle", str(tmp_path / "bundle"), "--data", source, "--out", str(out)]) == 0
-    train_output = capsys.readouterr().out
-    assert "accuracy" in train_output.partition("after:")[2]
+    assert "accuracy" in capsys.readouterr().out.partition("after:")[2]
     assert device(["predict", "--bundle", str(out), "--input", str(tmp_path / "pixels.npz")]) == 0
-    predict_lines = capsys.readouterr().out.splitlines()
-    assert predict_lines[0].startswith(f"0: {SIDE} x {SIDE} positions, none ")
+    assert capsys.readouterr().out.splitlines()[0].startswith(f"0: {SIDE} x {SIDE} positions, none ")
 
 
 def test_boards_and_server_judge_by_the_tasks_own_metric(tmp_path: Path) -> None:
