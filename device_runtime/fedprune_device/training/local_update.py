@@ -28,10 +28,15 @@ from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState, RoundState
 from fedprune_device.storage.state_store import StateStore
-from fedprune_device.training.carried_state import ReadBlob, carried_arrays, carried_optimizer_state
+from fedprune_device.training.carried_state import (
+    ReadBlob,
+    blended_average,
+    carried_arrays,
+    carried_optimizer_state,
+    updated_average,
+)
 from fedprune_device.training.evaluation import PROBE_SAMPLES
 from fedprune_device.training.received_weights import unpack_drift, unpack_weights
-from fedprune_device.training.serving_average import blended_average, updated_average
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingResult
 

@@ -19,7 +19,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.storage.state_store import FolderStateStore
-from fedprune_device.training.serving_average import updated_average
+from fedprune_device.training.carried_state import updated_average
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
 from support.fakes.hidden_board import (
