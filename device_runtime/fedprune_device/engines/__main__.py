@@ -30,8 +30,7 @@ from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import TensorRTErrors
 from fedprune_device.engines.build import build_from_graph, refit_from_graph
 from fedprune_device.engines.build_process import BuildRequest
-from fedprune_device.engines.engine import Engine
-from fedprune_device.engines.engine_check import trial_outputs
+from fedprune_device.engines.engine import Engine, trial_outputs
 
 _PROGRESS_INTERVAL_S = 0.5
 _TIMED_RUNS = 11  # an odd number of timed predictions, whose median ignores the first, which allocates memory

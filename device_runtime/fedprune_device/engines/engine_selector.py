@@ -21,9 +21,15 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import Bindings
 from fedprune_device.engines.build_process import BuildProcess, BuildRequest, BuildResult
-from fedprune_device.engines.engine import Array, Engine
+from fedprune_device.engines.engine import (
+    Array,
+    Engine,
+    WrongOutputError,
+    checked_deviation,
+    trial_inputs,
+    trial_outputs,
+)
 from fedprune_device.engines.engine_cache import BASE, ENGINE, TIMINGS, CachedEngine, EngineCache, EnginePlatform
-from fedprune_device.engines.engine_check import WrongOutputError, checked_deviation, trial_inputs, trial_outputs
 from fedprune_device.hardware.readings import power_mode, read_board_facts
 from fedprune_device.serving.model_slots import ServingRecord
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
