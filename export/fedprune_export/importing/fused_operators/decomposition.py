@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.core.text import first_few
-from fedprune_export.importing.fused_operators import activations, attention, convolutions, norms, products
+from fedprune_export.importing.fused_operators import activations, attention, linear_layers, norms
 from fedprune_export.importing.fused_operators.fused_node import RULES, FusedNode
 from fedprune_export.importing.fused_operators.stand_ins import FUSED_DOMAIN
 from fedprune_export.ir.drafts import NORMAL_OPSET
@@ -17,7 +17,7 @@ from fedprune_export.ir.shape_inference import InferredShapes, ShapeError, infer
 from fedprune_export.ir.trace import run_values
 
 # The files whose rules are registered when they are imported.
-RULE_FILES = (activations, attention, convolutions, norms, products)
+RULE_FILES = (activations, attention, linear_layers, norms)
 
 # Operators that are taken apart.
 DECOMPOSED = frozenset(RULES)

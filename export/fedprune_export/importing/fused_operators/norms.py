@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedprune_export.importing.fused_operators.convolutions import channels_first, channels_last
 from fedprune_export.importing.fused_operators.fused_node import FusedNode, rule
+from fedprune_export.importing.fused_operators.linear_layers import channels_first, channels_last
 
 # The domain's norms of a sum have another default than the standard's 1e-5.
 _SKIP_EPSILON = 1e-12
