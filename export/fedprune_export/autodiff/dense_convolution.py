@@ -144,6 +144,30 @@ class DenseConvolution:
         return _channels_first(g, swapped, self.rank)
 
 
+class PointwiseConvolution:
+    """A convolution in one group with a kernel of 1 on maps whose size varies, such as a layer along the tokens of an
+    MLP. `rank`: the number of spatial axes.
+    """
+
+    def __init__(self, tape: Tape, kernel: str, batch: Dim, rank: int) -> None:
+        self.tape, self.g, self.kernel, self.batch, self.rank = tape, tape.graph, kernel, batch, rank
+
+    def apply(self, x: str, bias: list[str]) -> str:
+        return self.g.emit("Conv", x, self.kernel, *bias)
+
+    def apply_transposed(self, dy: str, bias: list[str]) -> str:
+        order = [1, 0, *range(2, self.rank + 2)]
+        return self.g.emit("Conv", dy, self.g.emit("Transpose", self.kernel, attrs={"perm": order}), *bias)
+
+    def kernel_gradient(self, x: str, dy: str) -> str:
+        g = self.g
+        # 0 copies the batch and the channels.
+        rows_x, rows_dy = (g.emit("Reshape", value, g.ints(0, 0, -1)) for value in (x, dy))
+        products = g.emit("MatMul", rows_dy, g.emit("Transpose", rows_x, attrs={"perm": [0, 2, 1]}))
+        total = self.tape.sum_leading(products, (self.batch,))
+        return g.emit("Reshape", total, self.tape.shape_of(self.kernel))
+
+
 def window_columns(g: Graph, x: str, w: Window) -> str:
     """All windows of a whole batch: [C · taps, positions · N]. With the batch last, a tap is a copy of long runs."""
     slices = [g.emit("Unsqueeze", t, g.ints(1)) for t in tap_slices(g, _batch_last(g, x, len(w.sizes)), w)]

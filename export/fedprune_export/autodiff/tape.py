@@ -6,8 +6,8 @@ vector-Jacobian product). `backward` calls the pulls in reverse order. Shapes ar
 channel dimension, so that one graph serves all widths of an architecture; a rule that would need a channel count as a
 number raises.
 
-The tape inherits what rules ask for: values (`tape_values`), shapes (`tape_shapes`), facts (`value_facts`) and
-sizes that vary (`dimensions`).
+The tape inherits what rules ask for: values and shapes (`tape_values`), facts (`value_facts`) and sizes that vary
+(`dimensions`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import onnx
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Shape
-from fedprune_export.autodiff.tape_shapes import TapeShapes
+from fedprune_export.autodiff.tape_values import TapeValues
 from fedprune_export.autodiff.value_facts import describe
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
 from fedprune_export.ir.operators import load_rules, registrar
@@ -67,7 +67,7 @@ _FINITE_SLOPES = frozenset(
 )
 
 
-class Tape(TapeShapes):
+class Tape(TapeValues):
     """A training graph in the making.
 
     Args:

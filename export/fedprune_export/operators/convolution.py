@@ -16,9 +16,13 @@ import numpy as np
 
 from fedprune.planning.probe_report import CUDA
 from fedprune_export.autodiff.column_convolution import MAX_COLUMNS_AREA, ChannelGroups, ColumnConvolution
-from fedprune_export.autodiff.dense_convolution import CUDA_ALGORITHMS, DenseConvolution, choose_algorithms
+from fedprune_export.autodiff.dense_convolution import (
+    CUDA_ALGORITHMS,
+    DenseConvolution,
+    PointwiseConvolution,
+    choose_algorithms,
+)
 from fedprune_export.autodiff.depthwise_convolution import DepthwiseConvolution
-from fedprune_export.autodiff.pointwise_convolution import PointwiseConvolution
 from fedprune_export.autodiff.sliding_window import Window, transposed_window, window
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
