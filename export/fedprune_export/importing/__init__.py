@@ -3,10 +3,9 @@
 Not here: writing models back out (`bundles.conversion`).
 """
 
-from fedprune_export.importing.comparison import compare_models, drawn_tensors
 from fedprune_export.importing.load import ImportChoices, check_input, import_onnx, load, read_source, with_choices
 from fedprune_export.importing.metadata import PARAMETERS_KEY
-from fedprune_export.importing.sources import is_factory_source, torch_module
+from fedprune_export.importing.sources import compare_models, drawn_tensors, is_factory_source, torch_module
 from fedprune_export.importing.torch_export import export_torch
 
 __all__ = [

@@ -19,11 +19,10 @@ import onnx
 from fedprune.core.errors import ModelError, error_reason, shape_text
 from fedprune.model.lengths import Shape, upper_shape
 from fedprune_export.importing import metadata
-from fedprune_export.importing.garbage_collection import pause_collection
 from fedprune_export.importing.lengths import FREE_INPUT_KEY, LENGTHS, MASK, FreeInput, free_input, read_shape
 from fedprune_export.importing.quiet_libraries import silence_libraries
 from fedprune_export.importing.torch_dropout import export_dropouts, extract_masks
-from fedprune_export.importing.torch_loading import torch_package
+from fedprune_export.importing.torch_loading import pause_collection, torch_package
 from fedprune_export.importing.torch_training_mode import record_training_mode
 from fedprune_export.importing.torch_translations import TorchTranslations
 from fedprune_export.ir.instance_norms import INSTANCE_NORMS_KEY
