@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from fedprune.core import records
+import msgspec
+
 from fedprune.wire.fields import MAX_MESSAGE_BYTES, CheckedMessage
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer
 from manual.docstring import field_docstrings, summary
@@ -48,7 +49,7 @@ def messages() -> dict[str, type[CheckedMessage]]:
 
 def schema(cls: type[CheckedMessage]) -> Schema:
     """The schema of one message, which needs no other file."""
-    _, definitions = records.record_schemas([cls])
+    _, definitions = msgspec.json.schema_components([cls], ref_template="#/$defs/{name}")
     record = definitions.pop(cls.__name__)
     said = field_docstrings(cls)
     properties: dict[str, Schema] = {"type": {"const": cls.kind}}

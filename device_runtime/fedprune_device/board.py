@@ -59,8 +59,7 @@ from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reporter import CrashReporter
-from fedprune_device.telemetry.crash_reports import CrashReports
-from fedprune_device.telemetry.warning_log import WarningLog
+from fedprune_device.telemetry.crash_reports import CrashReports, WarningLog
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import TrainerCache

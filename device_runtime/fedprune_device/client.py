@@ -188,15 +188,13 @@ class _Connection(http.client.HTTPConnection):
         try:
             # With this option `connect` waits for its turn among many clients. With Python's own timeout the socket
             # doesn't block, and on a Unix socket whose queue is full `connect` fails at once.
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(float(self.timeout or 0)))
+            seconds = float(self.timeout or 0)
+            timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         except OSError:
             self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
         self.sock.settimeout(self.timeout)
-
-
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _body(x: Any) -> tuple[bytes, str]:

@@ -107,7 +107,8 @@ class OfferHandler:
         if self._uplink.repeat_refusal(offer):
             return
         if task is not None and not task.done and task.offer == offer:
-            self._resend_now(now)  # a pending update should be announced at once
+            self._sender.announce_soon(now)  # a pending update should be announced at once
+            self._secure.resend_now(now)
             self._uplink.repeat_progress()
             return
         if offer in self._recent_offers:
@@ -262,10 +263,6 @@ class OfferHandler:
         if self._worker is not None and not self._worker.offline:
             self._worker.offer = offer
         self._sender.announce_soon(now)
-
-    def _resend_now(self, now: float) -> None:
-        self._sender.announce_soon(now)
-        self._secure.resend_now(now)
 
     def _start(self, offer: messages.Offer, now: float) -> None:
         try:

@@ -45,15 +45,6 @@ class Bindings:
         miscomputes = self.version.startswith(MISCOMPUTES_WHEN_REFITTABLE)
         return hasattr(self.trt, "OnnxParserRefitter") and hasattr(self.trt.BuilderFlag, "REFIT") and not miscomputes
 
-    @property
-    def has_progress_monitor(self) -> bool:
-        return hasattr(self.trt, "IProgressMonitor") and hasattr(self.trt.IBuilderConfig, "progress_monitor")
-
-    @property
-    def has_optimization_levels(self) -> bool:
-        """Whether the builder's search effort can be set: from TensorRT 8.6 on."""
-        return hasattr(self.trt.IBuilderConfig, "builder_optimization_level")
-
     def describe(self) -> str:
         types = "types of the graph" if self.strongly_typed else "types of its own choice"
         return f"TensorRT {self.version}: {types}, {'takes' if self.can_refit else 'takes no'} new weights"

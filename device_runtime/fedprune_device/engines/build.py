@@ -39,7 +39,7 @@ def build_from_graph(
         raise _parser_error(parser, errors, "TensorRT doesn't take the graph")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan.pool_bytes)
-    if bindings.has_optimization_levels:
+    if hasattr(trt.IBuilderConfig, "builder_optimization_level"):  # from TensorRT 8.6 on
         config.builder_optimization_level = plan.level
     if plan.precision == "float32":
         config.clear_flag(trt.BuilderFlag.TF32)  # which is on by default
@@ -55,7 +55,7 @@ def build_from_graph(
     if not timings:
         config.set_timing_cache(cache, False)
     _set_batches(builder, network, config, plan)
-    if bindings.has_progress_monitor:
+    if hasattr(trt, "IProgressMonitor") and hasattr(trt.IBuilderConfig, "progress_monitor"):
         monitor = _monitor(trt, report)
         config.progress_monitor = monitor
     built = builder.build_serialized_network(network, config)

@@ -3,6 +3,8 @@
 An exception that ends the service, or one of its threads, is written by the run itself. After a fault in native code
 there is the text that Python's faulthandler could write. A killed run leaves only the mark of its start, as a power cut
 does, which is no crash: the number of the boot tells one from the other.
+
+The last warnings are kept, too, and reported at every birth: nobody can log in behind a NAT.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from fedprune.core import atomic_file
 from fedprune.core.disk import open_own_file
 from fedprune.core.errors import BrokerError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, MAX_FRAMES
+from fedprune.wire.messages import MAX_WARNING_TEXT, MAX_WARNINGS, BoardWarning
 from fedprune_device.hardware.readings import memory, temperature_c
 from fedprune_device.privacy.redaction import WITHHELD, error_name, module_of, module_of_file, redact
 
@@ -212,6 +215,44 @@ class CrashReports:
                 return file.read(_MAX_FAULT_BYTES).decode(errors="replace")
         except OSError:
             return ""
+
+
+class WarningLog(logging.Handler):
+    """Keeps the latest warnings and errors of the program's log, each text once, with the time of its last line.
+
+    Texts are redacted as those of crashes are. If `withholds_text`, only the place in the program is reported.
+    """
+
+    def __init__(self, withholds_text: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(logging.WARNING)
+        self._withholds_text = withholds_text
+        # Time, text, and what may be said of it where texts are withheld. The policy that holds is that of the report.
+        self._warnings: list[tuple[int, str, str]] = []
+
+    @contextlib.contextmanager
+    def watch_log(self) -> Iterator[None]:
+        logger = logging.getLogger("fedprune")
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            error = record.exc_info[1] if record.exc_info else None
+            text = record.getMessage() if error is None else f"{record.getMessage()}: {error_name(error)}: {error}"
+            text = redact(text, MAX_WARNING_TEXT)
+            place = f"{module_of_file(record.pathname)}, line {record.lineno} {WITHHELD}"[:MAX_WARNING_TEXT]
+            others = [warning for warning in self._warnings if warning[1] != text]
+            self._warnings = [*others, (max(0, int(record.created)), text, place)][-MAX_WARNINGS:]
+        except Exception:  # noqa: BLE001 - a line that can't be kept must not stop its author
+            self.handleError(record)
+
+    def report(self) -> tuple[BoardWarning, ...]:
+        withholds = self._withholds_text()
+        latest = {place if withholds else text: at for at, text, place in self._warnings}
+        return tuple({"at": at, "text": text} for text, at in latest.items())
 
 
 def _boot_id() -> str:

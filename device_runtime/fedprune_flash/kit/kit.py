@@ -155,7 +155,7 @@ def build_kit(
                 shutil.copyfile(own_wheel, wheels / own_wheel.name)
             tell("checking wheels")
             wheelhouse.check_wheelhouse(sorted(wheels.iterdir()), target)
-            (kit_folder_path / INSTALLER_FILE).write_bytes(installer_archive())
+            (kit_folder_path / INSTALLER_FILE).write_bytes(program_archive(_MODULES, install.__name__))
             (kit_folder_path / LAUNCHER_FILE).write_bytes(launcher_archive())
             variables = {"BROKER": board.server, "JOIN": board.join, "SITE": board.site, "DEVICE": board.device}
             environment = "".join(f"FEDPRUNE_{name}={value}\n" for name, value in variables.items() if value)
@@ -230,13 +230,9 @@ def service_unit(board: BoardSettings, target: BoardTarget) -> str:
 
 INSTALLER_FILE = "install.pyz"
 
+# What `python3 install.pyz` runs.
 _MODULES = (
     *(disk, errors, text, extras, validation, topics, ed25519, slot_store, state, wheel),
     *(board_files, board_system, install, installation, key_options, kit_folder, module_probe, removal),
     *(runtime_slot, service_control),
 )
-
-
-def installer_archive() -> bytes:
-    """The archive that `python3 install.pyz` runs."""
-    return program_archive(_MODULES, install.__name__)

@@ -52,10 +52,6 @@ class Node:
         """The node's sub-graphs: a loop has one."""
         return [v for v in self.attrs.values() if isinstance(v, onnx.GraphProto)]
 
-    def names_read_by_bodies(self) -> set[str]:
-        """Names that the node's sub-graphs read, their own and those of the graph around them."""
-        return {i for body in self.bodies for node in body.node for i in node.input}
-
     def to_proto(self) -> onnx.NodeProto:
         """As a node of an ONNX graph."""
         proto = onnx.NodeProto()
@@ -185,7 +181,7 @@ class Draft:
         for node in reversed(self.nodes):
             if not needed.isdisjoint(node.outputs):
                 # A loop's body reads values of this graph without listing them as inputs.
-                needed.update(node.inputs, node.names_read_by_bodies())
+                needed.update(node.inputs, *(n.input for body in node.bodies for n in body.node))
                 needed.discard("")
                 needed_nodes.append(node)
         self.nodes = needed_nodes[::-1]

@@ -50,14 +50,9 @@ def node_draw(graph: Graph, node: Node) -> Draw | None:
 
 
 def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
-    """The axes on which a dropout's mask varies; None for all."""
-    return read_dropout_axes(graph.metadata).get(node.name)
-
-
-def read_dropout_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """The axes of masks by the name of the dropout. Raises `ModelError` if the text is something else."""
-    axes_by_name = decode_metadata(texts, DROPOUT_AXES_KEY, {}, "lists of axes by name", _is_axes_by_name)
-    return {name: tuple(axes) for name, axes in axes_by_name.items()}
+    """The axes on which a dropout's mask varies; None for all. Raises `ModelError` if the metadata is damaged."""
+    axes_by_name = decode_metadata(graph.metadata, DROPOUT_AXES_KEY, {}, "lists of axes by name", _is_axes_by_name)
+    return tuple(axes_by_name[node.name]) if node.name in axes_by_name else None
 
 
 def _is_axes_by_name(value: object) -> bool:

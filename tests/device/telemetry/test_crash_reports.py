@@ -19,8 +19,7 @@ from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.connection import BoardConnection, MessageChannel
 from fedprune_device.privacy.redaction import OTHER_MODULE, module_of, module_of_file, redact
 from fedprune_device.telemetry.crash_reporter import CrashReporter
-from fedprune_device.telemetry.crash_reports import CrashReports
-from fedprune_device.telemetry.warning_log import WarningLog
+from fedprune_device.telemetry.crash_reports import CrashReports, WarningLog
 
 pytestmark = pytest.mark.board
 

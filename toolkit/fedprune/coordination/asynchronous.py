@@ -17,7 +17,7 @@ from msgspec import convert
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.availability import DeviceIndex
+from fedprune.coordination.availability import WORKING_PROGRESS, DeviceIndex
 from fedprune.coordination.base import Commands, Coordinator
 from fedprune.coordination.job_end import spent_total_reason
 from fedprune.coordination.staleness import UpdateWeights, plain_json
@@ -114,7 +114,7 @@ class AsynchronousCoordinator(Coordinator):
             return []
         free_turns = len(state.devices)
         if self.schedule.concurrent:
-            free_turns = self.schedule.concurrent - self._device_index.working_count
+            free_turns = self.schedule.concurrent - state.tasks.count(*WORKING_PROGRESS)
         if free_turns <= 0:
             return []
         idle = self._device_index.first_idle(free_turns)

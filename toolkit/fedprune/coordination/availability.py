@@ -74,11 +74,6 @@ class DeviceIndex:
         self._absent_devices, self._unchecked_devices, self._failed_devices = set[str](), set[str](), set[str]()
 
     @property
-    def working_count(self) -> int:
-        """How many devices work."""
-        return self._state.tasks.count(*WORKING_PROGRESS)
-
-    @property
     def may_bring_update(self) -> bool:
         """Whether any device may still bring an update: it works or is idle, or its update isn't checked yet."""
         return bool(self._state.tasks.count(*WORKING_PROGRESS, Progress.STORED)) or self.idle_count > 0

@@ -13,7 +13,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, TypeVar, cast
 
 import msgspec
 from msgspec import Meta
@@ -136,12 +136,6 @@ def convert_record(kind: type[Record], value: object, what: str, error: type[Fed
     except (TypeError, ValueError, OverflowError, RecursionError) as cause:
         raise error(f"{what} is no JSON ({error_reason(cause)})", got=value_text(value)) from cause
     return decode_record(kind, raw, what, error)
-
-
-def record_schemas(kinds: list[type[Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """References to the JSON Schemas (draft 2020-12) of records, and the definitions that they refer to, by name."""
-    references, definitions = msgspec.json.schema_components(kinds, ref_template="#/$defs/{name}")
-    return list(references), definitions
 
 
 def _plain_value(value: object) -> object:

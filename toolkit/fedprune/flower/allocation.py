@@ -70,13 +70,11 @@ class FlowerAllocation:
         else:
             self._allocator = Fixed(requested)
 
-    @property
-    def asks_nodes(self) -> bool:
-        return self._allocator is None and self._density_of_node is None
-
     def nodes_to_ask(self, nodes: Sequence[int]) -> list[int]:
         """The nodes that haven't answered yet; none if nodes aren't asked."""
-        return [n for n in nodes if n not in self._share_of_node] if self.asks_nodes else []
+        if self._allocator is not None or self._density_of_node is not None:
+            return []
+        return [n for n in nodes if n not in self._share_of_node]
 
     def note_answer(self, node: int, density: object, profile: object, samples: object) -> None:
         """Note the share that a node asks for by its answer. Raises `ProtocolError` if it is neither a density nor a
