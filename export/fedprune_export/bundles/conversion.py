@@ -16,12 +16,12 @@ import onnx
 
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_atomically
-from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, error_reason
+from fedprune.core.disk import file_digest
+from fedprune.core.errors import BundleError, MissingExtraError, ModelError, StorageError, UsageError, error_reason
 from fedprune.core.text import first_few, quantity
 from fedprune.model.architecture import TensorKind
 from fedprune.model.step_contract import LOGITS, RANDOM_METADATA, X
-from fedprune.runtime.bundle import TRAINING, WEIGHTS, Bundle, open_bundle
-from fedprune.runtime.served_model import is_board_state, load_served_model
+from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.session import OnnxSession
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.bundles.inference import check_origin, inference_graph
@@ -40,6 +40,10 @@ Array = npt.NDArray[Any]
 
 _ORIGIN = "the model that it was made of"
 
+# In a board's state folder: the file that names its active model, and the folders that models take turns in.
+_POINTER = "serving/serving.json"
+_SLOTS = ("a", "b")
+
 
 @dataclass(frozen=True)
 class ConversionSource:
@@ -52,19 +56,45 @@ class ConversionSource:
 
 
 def read_folder(folder: str | Path) -> ConversionSource:
-    """The submodel of a bundle, or the model that a board serves.
+    """The submodel of a bundle, or the newest intact model that a board serves, which may be running.
 
-    Raises `BundleError` if the folder is neither a bundle nor a board's state folder, or it is damaged.
+    Raises `BundleError` if the folder is neither a bundle nor a board's state folder, or it is damaged, and
+    `StorageError` if a board's has no such model.
     """
     folder = Path(folder)
-    if is_board_state(folder):
-        served = load_served_model(folder)
-        title = f"the board's model after round {served.round} of job {served.job}"
-        return ConversionSource(inference_graph(served.folder), tensorfile.load_tensors(served.folder / WEIGHTS), title)
-    bundle = open_bundle(folder)
-    return ConversionSource(
-        inference_graph(bundle.folder), tensorfile.load_tensors(bundle.path(WEIGHTS)), "the bundle's model", bundle
-    )
+    bundle = None
+    title = "the bundle's model"
+    if (folder / _POINTER).is_file():
+        folder, title = _served_model(folder)
+    else:
+        bundle = open_bundle(folder)
+        folder = bundle.folder
+    return ConversionSource(inference_graph(folder), tensorfile.load_tensors(folder / WEIGHTS), title, bundle)
+
+
+def _served_model(state: Path) -> tuple[Path, str]:
+    """The folder of a board's newest model whose files are intact, and a text that names its origin."""
+    pointer = state / _POINTER
+    try:
+        rows = json.loads(json.loads(pointer.read_bytes())["body"])["models"]
+        for row in rows:
+            folder = pointer.parent / str(row["slot"])
+            title = f"the board's model after round {int(row['round'])} of job {row['job']}"
+            # Only the board's own two slots: the file is input, and must not lead elsewhere on the disk.
+            if row["slot"] in _SLOTS and _is_intact(folder, row["files"]):
+                return folder, title
+    except OSError as error:
+        raise StorageError(f"can't read {pointer}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StorageError(f"{pointer} is damaged ({type(error).__name__}: {error})") from error
+    raise StorageError(f"{state} has no model that is intact", hint="Let the board finish another round first.")
+
+
+def _is_intact(folder: Path, files: dict[str, str]) -> bool:
+    try:
+        return all(file_digest(folder / name) == files[name] for name in (INFERENCE, WEIGHTS))
+    except OSError:
+        return False
 
 
 def full_model_source(model: Model, weights: Path | None = None) -> ConversionSource:
