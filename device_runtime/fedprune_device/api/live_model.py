@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,16 +48,9 @@ class LoadedModel:
 class LiveModel(Closeable):
     """Follows the serving folder of a state directory, in a thread of its own."""
 
-    def __init__(
-        self,
-        serving: Path,
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        cuda: bool = False,
-        selector: EngineSelector | None = None,
-    ) -> None:
+    def __init__(self, serving: Path, *, cuda: bool = False, selector: EngineSelector | None = None) -> None:
         self._slots, self._pointer = ModelSlots(serving), serving / "serving.json"
-        self._clock, self._cuda, self._selector = clock, cuda, selector
+        self._cuda, self._selector = cuda, selector
         self.loaded: LoadedModel | None = None
         self._loaded_pointer: tuple[int, ...] | None = None  # the pointer to what is loaded
         self._tried_pointer: tuple[int, ...] | None = None
@@ -115,7 +107,7 @@ class LiveModel(Closeable):
             pointer = status.st_ino, status.st_mtime_ns, status.st_size
         except OSError:
             return
-        now = self._clock()
+        now = time.monotonic()
         if pointer == self._loaded_pointer or (pointer == self._tried_pointer and now < self._retry_at):
             return
         self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S) if pointer == self._tried_pointer else _FIRST_PAUSE_S

@@ -277,13 +277,8 @@ class Renewal:
         urls: Sequence[str],
         is_connected: Callable[[], bool],
         authority: Path | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._identity = identity
-        self._urls = urls
-        self._is_connected = is_connected
-        self._authority = authority
-        self._clock = clock
+        self._identity, self._urls, self._is_connected, self._authority = identity, urls, is_connected, authority
         self._renewed_at = -_DAY_S
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="renewal", daemon=True)
@@ -307,7 +302,7 @@ class Renewal:
     def is_due(self) -> bool:
         if self._is_connected():
             return self._identity.needs_renewal()
-        return self._clock() - self._renewed_at >= _DAY_S
+        return time.monotonic() - self._renewed_at >= _DAY_S
 
     def renew(self, patience_s: float = _RENEWAL_TIMEOUT_S) -> None:
         """Request a new certificate; if none comes, an error is raised and the old one stays."""
@@ -315,5 +310,5 @@ class Renewal:
             self._identity, self._urls, None, self._identity.pin, authority=self._authority,
             patience_s=patience_s, stopped=self._stopped, report=_LOG.debug,
         )  # fmt: skip
-        self._renewed_at = self._clock()
+        self._renewed_at = time.monotonic()
         _LOG.info("a new certificate: it counts from the next connection on")

@@ -47,15 +47,8 @@ _REASON_BYTES = 2048
 class HttpUpload(HttpTransfer):
     """Uploads a blob of a store to an address, beginning at once."""
 
-    def __init__(
-        self,
-        store: BlobStore,
-        url: UploadUrl,
-        ref: BlobRef,
-        context: Callable[[], ssl.SSLContext],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(url, context, clock, http_transfer.STALL_TIMEOUT_S)
+    def __init__(self, store: BlobStore, url: UploadUrl, ref: BlobRef, context: Callable[[], ssl.SSLContext]) -> None:
+        super().__init__(url, context, time.monotonic, http_transfer.STALL_TIMEOUT_S)
         self.url, self.ref = url, ref
         self._store = store
         self._thread.start()
