@@ -207,7 +207,7 @@ class PlanSearch:
 
     def _processor_hint(self) -> str:
         """A sentence if the model fits the board's processor, but not its GPU; empty otherwise."""
-        if self._training_unit == CPU:
+        if training_unit(self.profile, self.probe) == CPU:
             return ""
         try:
             plan = self._search_on_processor().search()
@@ -251,10 +251,6 @@ class PlanSearch:
 
     def _with_least(self, widths: tuple[int, ...]) -> tuple[int, ...]:
         return widths_at_least(self.architecture, widths, self.least_channels)
-
-    @property
-    def _training_unit(self) -> str:
-        return training_unit(self.profile, self.probe)
 
     def _requested_recipe(self, widths: tuple[int, ...]) -> Recipe:
         return self.recipe if isinstance(self.recipe, Recipe) else self.recipe(widths)
@@ -351,7 +347,7 @@ class PlanSearch:
 
     def _gpu_notes(self, candidate: _Candidate) -> tuple[str, ...]:
         """Notes for a board that trains on its GPU: whether its processor would take less time, by its profile."""
-        if self._training_unit == CPU:
+        if training_unit(self.profile, self.probe) == CPU:
             return ()
         on_processor = self._search_on_processor()._predict(candidate.widths, candidate.recipe)
         if on_processor.step_s >= candidate.prediction.step_s:
