@@ -72,7 +72,8 @@ def run_cases(
                 write_results(out, body)
             progress.advance(bar)
     found = [record for case in cases if (record := record_of(case, records)) is not None]
-    save(out, {**body, "rows": found, **{name: make(found) for name, make in derived.items()}})
+    further = {name: make(found) for name, make in derived.items() if len(found) == len(cases)}
+    save(out, {**body, "rows": found, **further})
 
 
 def record_of(case: Case, records: Sequence[Record]) -> Record | None:

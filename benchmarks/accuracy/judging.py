@@ -1,4 +1,4 @@
-"""Tables on which nothing is chosen: constants and switches of strategies are judged on them (docs/method.md)."""
+"""Tables on which nothing is chosen: constants and switches of strategies are judged on them."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ from fedprune.model.recipe import Recipe
 _WORKSTATION = (Board("generic-x86-64"),)
 _OWN = "benchmarks.accuracy.compositions:"
 
-_EVALUATED = 3_000
-"""Images, of nobody's, on which the global model is measured; where that is often, ten thousand would take longest."""
+_EVALUATED = 3_000  # images of nobody's, on which global models are measured: ten thousand would take longest
 
 
 def _scaled(images: int) -> dict[str, Any]:

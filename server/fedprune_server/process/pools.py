@@ -39,7 +39,7 @@ _SPAWN_CONTEXT = multiprocessing.get_context("spawn")
 def _check_main_guard() -> None:
     """Raise `ConfigError` where new processes would run the user's script again, and it this call."""
     main = sys.modules["__main__"]
-    frames = [f for f, _ in walk_stack(None) if f.f_globals is vars(main) and f.f_code.co_name == "<module>"]
+    frames = [f for f, _ in walk_stack(sys._getframe()) if f.f_globals is vars(main) and f.f_code.co_name == "<module>"]
     # Spawned processes import the main module, except a notebook's and `__main__.py`.
     if not frames or Path(getattr(main, "__file__", "__main__.py")).name == "__main__.py":
         return

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from fedprune.core.metrics import Metric
 from fedprune.core.text import first_few, quantity
 from fedprune_server.simulation.job_variants import Variant
-from fedprune_server.simulation.results.differences import ALONE, board_gains, score_difference_text, standard_error
-from fedprune_server.simulation.results.record import Record, score_text
+from fedprune_server.simulation.results.differences import board_gains, score_difference_text, standard_error
+from fedprune_server.simulation.results.record import ALONE, Record, score_text
 from fedprune_server.simulation.results.tables import ResultColumn, column_rows, finite_or_none, megabytes_text
 
 # The score that decides: the global model's on the server's samples, the mean of what boards serve, or the worst of it.
@@ -32,8 +32,6 @@ class VariantRuns:
 
     def scores(self, judge: Judge, rounds: int | None = None) -> list[float]:
         """Each run's last score, or that at the end of the first rounds; NaN where it has none."""
-        if judge == "global" and self.variant.name == ALONE:  # boards that train alone leave the global model as it was
-            return [math.nan] * len(self.runs)
         read = {"global": Record.global_values, "served": Record.mean_locals, "worst": Record.worst_locals}[judge]
         scores_of_runs = [[score for score in read(run)[:rounds] if score is not None] for run in self.runs]
         return [scores[-1] if scores else math.nan for scores in scores_of_runs]

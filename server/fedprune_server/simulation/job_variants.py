@@ -25,7 +25,7 @@ from fedprune.updates import CODECS, PLAIN
 from fedprune_server.config.layers import setting_value_text
 from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
 from fedprune_server.simulation.fleet.simulated_fleet import FleetPlan
-from fedprune_server.simulation.results.differences import ALONE
+from fedprune_server.simulation.results.record import ALONE
 
 # Lets simulated boards train the whole model where real ones couldn't, so that there is something to compare with.
 _NO_LIMITS = {"ignores_plans": True, "deadline_s": 1e7}

@@ -57,8 +57,7 @@ def test_paths_count_from_the_folder_of_the_file(tmp_path: Path) -> None:
 
 def test_a_ca_is_a_file_beside_the_configuration_and_for_tls_alone(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("x")
-    config = read(tmp_path, '[server]\nbroker = "mqtts://broker.example"\nca = "ca.pem"')
-    assert config.ca == tmp_path / "ca.pem"
+    assert read(tmp_path, '[server]\nbroker = "mqtts://broker.example"\nca = "ca.pem"').ca == tmp_path / "ca.pem"
     with pytest.raises(ConfigError, match=r"server\.ca: .*mqtts"):
         read(tmp_path, '[server]\nca = "ca.pem"')
     with pytest.raises(ConfigError, match=r"server\.ca: .*other\.pem"):

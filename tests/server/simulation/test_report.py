@@ -31,7 +31,7 @@ from fedprune_server.simulation.results.comparison import (
     variant_figures,
     variant_rows,
 )
-from fedprune_server.simulation.results.coverage import marked
+from fedprune_server.simulation.results.coverage import with_coverage_marks
 from fedprune_server.simulation.results.differences import board_gains, student_quantile
 from fedprune_server.simulation.results.publication import save_figure, save_table
 from fedprune_server.simulation.results.record import DeviceRow, Record
@@ -258,7 +258,7 @@ def test_runs_are_marked_that_cover_fewer_boards_than_others(capsys):
         assert [row[head.index("devices")] for row in rows[:: len(rows) - 1]] == ["1 of 2", "2 of 2"]
     assert "devices" not in final_rows(runs[2:])[0]
     assert [row["local_accuracy_delta"] for row in variant_figures(variants)] == [None, pytest.approx(0.4)]
-    assert [row[1] for row in equal_cost_rows(marked(runs))[1:5]][::3] == ["fedavg-0 (1 of 2 devices)", "ours-1"]
+    assert [r[1] for r in equal_cost_rows(with_coverage_marks(runs))[1:5:3]] == ["fedavg-0 (1 of 2 devices)", "ours-1"]
     print_remarks(runs, [], Path())
     assert capsys.readouterr().err.count("\n") == 1
     assert [name in tail_note(runs) for name in ("fedavg", "zero", "ours")] == [True, True, False]
@@ -375,13 +375,14 @@ def test_a_figure_has_the_chosen_curves_under_their_labels_and_no_untrained_mode
         return re.findall("<!-- (.*) -->", save_figure(runs, tmp_path / "curve.svg", **settings).read_text())
 
     runs = [replace(seeded("a:mover", i, accuracy=0.5 + i / 10), title="mover") for i in (0, 1)]
-    runs += [seeded("local", i) for i in (0, 1)]
+    received = [replace(r, device_metrics={"accuracy_before": r.local}) for r in seeded("local", 0).rounds]
+    runs += [replace(seeded("local", i), rounds=tuple(received)) for i in (0, 1)]
     every = texts()
     assert {"Global accuracy (%)", "Mean local accuracy (%)", "mover", "local", "1", "4"} <= set(every)
     assert not {"1.5", "2.5", "a:mover"} & set(every)
     alone = texts(labels={"local": "training alone"}, size=(3, 2))
     assert alone[-1] == "training alone"
-    assert not {"Global accuracy (%)", "mover"} & set(alone)
+    assert not {"Global accuracy (%)", "Local accuracy as received (%)", "mover"} & set(alone)
     assert 'width="216pt" height="144pt"' in (tmp_path / "curve.svg").read_text()
 
 
@@ -396,15 +397,15 @@ def test_tables_are_written_for_papers(tmp_path):
     assert r"0.90 & 90.0\% & 80.0\% &" in lines[4]
     assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
     assert len({line.count(" & ") for line in (lines[2], lines[4].replace(r"\&", ""))}) == 1
-    runs = [seeded(name, i, accuracy=a) for name, a in (("local", 0.8), ("fedprox", 0.9)) for i in (0, 1)]
+    runs = [seeded(n, i, accuracy=a) for n, a in (("fedavg", 0.8), ("fedprox", 0.9), ("local", 0.7)) for i in (0, 1)]
     text = save_table(runs, tmp_path / "variants.tex").read_text()
     assert r"10.0 $\pm$ 0.0" in text
     assert all(words in text for words in (r"% \usepackage{booktabs}", "over 2 seeds", "last 4 rounds", "95 %"))
     with save_table(runs, tmp_path / "variants.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["variant"] for row in rows] == ["local", "fedprox"]
+    assert [row["variant"] for row in rows] == ["fedavg", "fedprox", "local"]
     assert [float(rows[1][key]) for key in ("bytes_up", "gain_over_local")] == [900_000, 0]
-    assert float(rows[1]["global_accuracy_delta"]) == pytest.approx(0.1)
+    assert [float(rows[1]["global_accuracy_delta"]), rows[2]["global_accuracy"]] == [pytest.approx(0.1), ""]
 
 
 @pytest.mark.parametrize("change", [{"path": Path("x.doc")}, {"along": "h"}, {"labels": {"x": "y"}}, {"size": (3, 0)}])

@@ -66,7 +66,8 @@ class FleetTables:
 def read_fleet_tables(path: Path, changes: _Tables = None, tables: _Tables = None, job: _Tables = None) -> FleetTables:
     """Read only a `fleet.toml`, and no model or data; its job has the keys of `job` that aren't None. Other arguments
     and errors as `read_fleet_plan`."""
-    given = {"job": {key: value for key, value in (job or {}).items() if value is not None}}
+    given_job = {key: value for key, value in (job or {}).items() if value is not None}
+    given = {"job": given_job} if given_job else {}
     file = file_layer(path) if tables is None else SettingsLayer(str(path), dict(tables))
     layers = (file, SettingsLayer(str(path), dict(changes or {})), SettingsLayer("arguments", given))
     # Before anything is checked: the options are those of the strategy that runs.

@@ -15,7 +15,6 @@ from fedprune.output.chart_html import heat_scale
 from fedprune.output.page import Bar, bars_html, charts_html, colour_legend, paragraph_html
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.results.differences import is_alone
 from fedprune_server.simulation.results.record import Record, measured_moments, measured_names, score_text
 
 T = TypeVar("T")
@@ -122,9 +121,8 @@ def coverage_map(run: Record) -> str:
 def curve_rows(runs: Sequence[Record]) -> list[tuple[str, Metric, RoundValues]]:
     """The title, metric and values of each curve that has values."""
     kind, metric = runs[0].measure, runs[0].metric
-    # Boards that train alone leave the global model untrained: its flat line would squash the axis.
     rows: list[tuple[str, Metric, RoundValues]] = [
-        (f"Global {kind}", metric, lambda run: [None] * len(run.rounds) if is_alone(run) else run.global_values()),
+        (f"Global {kind}", metric, lambda record: record.global_values()),
         (f"Mean local {kind}", metric, lambda record: record.mean_locals()),
     ]
     for moment in measured_moments(runs):

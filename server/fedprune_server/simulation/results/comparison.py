@@ -15,7 +15,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.simulation.results import charts, tables
-from fedprune_server.simulation.results.coverage import marked, on_common_boards
+from fedprune_server.simulation.results.coverage import on_common_boards, with_coverage_marks
 from fedprune_server.simulation.results.differences import board_gains, half_interval, score_difference_text
 from fedprune_server.simulation.results.record import Record, score_text
 from fedprune_server.simulation.results.run_folder import RECORD_FILE
@@ -131,10 +131,9 @@ def variant_note(variants: Mapping[str, Sequence[Record]]) -> str:
     """What the numbers of `variant_rows` are."""
     counts = sorted({len(runs) for runs in variants.values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    return (
-        f"Mean ± standard deviation over {seeds} seeds; Δ: difference from {next(iter(variants))}, paired by seed, of "
-        "local scores over the boards of both, ± half of its 95 % interval"
-    )
+    mean, interval = f"Mean ± standard deviation over {seeds} seeds; ", ", paired by seed, ± half of its 95 % interval"
+    difference = f"Δ: difference from {next(iter(variants))}, of local scores over the boards of both"
+    return f"{mean}{difference}{interval}" if counts[-1] > 1 else difference
 
 
 def board_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
@@ -259,7 +258,7 @@ def print_comparison(
 def _comparison_tables(
     runs: Sequence[Record], targets: Sequence[float], variants: Mapping[str, Sequence[Record]] | None
 ) -> dict[str, list[tuple[str, ...]]]:
-    score, marked_runs = partial(score_text, metric=runs[0].metric), marked(runs)
+    score, marked_runs = partial(score_text, metric=runs[0].metric), with_coverage_marks(runs)
     target_tables = {
         f"Until the global model's {runs[0].measure} was {score(t)}": target_rows(marked_runs, t) for t in targets
     }
@@ -295,7 +294,7 @@ def comparison_document(
         "Local scores by device, and gains over training alone": [
             tables.result_table(_board_rows(runs)) if any(board_gains(run, runs) for run in runs) else ""
         ],
-        "Learning": [Drawing(charts.learning_curves(marked(runs)))],
+        "Learning": [Drawing(charts.learning_curves(with_coverage_marks(runs)))],
         "Data of the devices": [Drawing(runs[0].partition.heat_map())],
         **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},
     }

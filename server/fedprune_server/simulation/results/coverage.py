@@ -23,7 +23,7 @@ def coverage_mark(run: Record) -> str:
     return f" ({covered} of {fleet} devices)" if 0 < covered < fleet else ""
 
 
-def marked(runs: Sequence[Record]) -> list[Record]:
+def with_coverage_marks(runs: Sequence[Record]) -> list[Record]:
     """The runs, whose titles say how many devices they cover if that isn't all."""
     return [replace(run, title=run.title + coverage_mark(run)) for run in runs]
 

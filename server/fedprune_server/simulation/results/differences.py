@@ -11,8 +11,6 @@ from fedprune_server.simulation.results.record import Record
 
 _STUDENT_QUANTILES = (12.7062, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 
-ALONE = "local"  # the strategy with which every board trains alone
-
 
 def standard_error(differences: Sequence[float]) -> float:
     return statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
@@ -51,10 +49,6 @@ def student_quantile(degrees: int) -> float:
 def board_gains(run: Record, runs: Iterable[Record]) -> dict[str, float]:
     """By how much each board's served model is better than if the board trains alone, in the run of `local` with the
     same seed; empty without such a run, and for that run itself."""
-    alone: dict[str, float] = next((r.latest for r in runs if r.seed == run.seed and is_alone(r)), {})
+    alone: dict[str, float] = next((r.latest for r in runs if r.seed == run.seed and r.is_alone), {})
     sign = 1 if run.metric.higher_is_better else -1
-    return {} if is_alone(run) else {k: sign * (v - alone[k]) for k, v in run.latest.items() if k in alone}
-
-
-def is_alone(run: Record) -> bool:
-    return run.job.get("strategy") == ALONE
+    return {} if run.is_alone else {k: sign * (v - alone[k]) for k, v in run.latest.items() if k in alone}

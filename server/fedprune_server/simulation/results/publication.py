@@ -10,7 +10,7 @@ from typing import Any
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import MissingExtraError
-from fedprune.core.validation import check_number, check_word
+from fedprune.core.validation import check_items, check_number, check_word
 from fedprune_server.simulation.results import charts, tables
 from fedprune_server.simulation.results.comparison import (
     group_by_seed,
@@ -71,8 +71,10 @@ def save_figure(
     except ImportError as error:
         raise MissingExtraError("figures need matplotlib", extra="figures") from error
 
-    curves = charts.curve_rows([run for name in labels for run in groups[name]])[:2]
-    width, height = size or (_AXES_INCHES[0] * max(1, len(curves)), _AXES_INCHES[1])
+    drawn = charts.curve_rows([run for name in labels for run in groups[name]])
+    curves = [row for row in drawn if row[0] in (f"Global {runs[0].measure}", f"Mean local {runs[0].measure}")]
+    sides = size or (_AXES_INCHES[0] * max(1, len(curves)), _AXES_INCHES[1])
+    width, height = check_items("size", sides, 2, "numbers", min_items=2)
     for inches in (width, height):
         check_number("size", inches, 0, _MAX_INCHES, above=True)
     figure = Figure(figsize=(width, height), layout="constrained")

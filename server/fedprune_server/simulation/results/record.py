@@ -29,6 +29,8 @@ from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.monitoring.round_rows import PRIVACY_METRICS, RoundRow
 from fedprune_server.simulation.datasets.fleet_data import FleetData
 
+ALONE = "local"  # the strategy with which every board trains alone
+
 _RECIPE_FACTS = {"learning rate": "lr", "batch size": "batch_size"}
 
 
@@ -134,9 +136,14 @@ class Record:
     def metric(self) -> Metric:
         return METRICS[self.measure]
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether each board trains alone."""
+        return self.job.get("strategy") == ALONE
+
     def global_values(self) -> tuple[float | None, ...]:
-        """The global model's measure per round; None without data of the server."""
-        return tuple(r.metrics.get(self.measure) for r in self.rounds)
+        """The global model's measure per round; None without data of the server, or if each board trains alone."""
+        return tuple(None if self.is_alone else r.metrics.get(self.measure) for r in self.rounds)
 
     @property
     def best(self) -> RoundRow | None:

@@ -133,7 +133,8 @@ def result_columns(runs: Sequence[Record]) -> list[ResultColumn]:
     are_limited = any(run.count_limited[0] for run in runs)
     return [
         column("rounds", "rounds", "{:d}".format, "planned_rounds"),
-        *[column("devices", "devices", "{:,.3g}".format, "fleet_devices", is_mean=True)] * is_partial,
+        *[column("devices", "devices", lambda count: f"{count:,.1f}".removesuffix(".0"), "fleet_devices", is_mean=True)]
+        * is_partial,
         column("seconds", "seconds", "{:,.0f}".format),
         *(megabytes(f"bytes_{way}", f"MB {way}") for way in ("down", "up")),
         column("training_macs", "training TMACs", tera_macs_text, is_mean=True),
