@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +145,7 @@ def test_a_hostile_broker_can_delay_a_run_but_not_change_a_bit_of_it(
             site.start(name)
         everything = {"spoilt", "repeated", "changed", "redirected", "forged"}
         site.wait_for(lambda: set(mallory.did) == everything and noticed(), "it has done its worst")
+        time.sleep(10)  # so that the server, which waits by what the last rounds took, waits for a starved board, too
         site.let_go(3)
         assert models(site) == expected
     finally:

@@ -37,8 +37,7 @@ class Owned(Site):
     """The owner of `strict` asks for more noise than the job has."""
 
     def command(self, name: str) -> list[str]:
-        more = ["--privacy", str(self.folder / "owner.toml")] if name == "strict" else []
-        return [*super().command(name), *more]
+        return super().command(name) + ["--privacy", str(self.folder / "owner.toml")] * (name == "strict")
 
 
 @pytest.fixture
