@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.accuracy.protocol import FULL, Method, Protocol
+from benchmarks.accuracy.protocol import FLOAT32, FULL, INT4, INT8, Method, Protocol
 from fedprune.model.recipe import Recipe
 
 _ROWS = (
     Method("fedprune", "fedprune", served_model="average"),
     Method("core .75", "fedprune", {"core": 0.75}, served_model="average"),
-    Method(FULL, "fedavg", {}, {"evaluate_every": 1}, {"compression": "none", "compression_down": "none"}, False),
+    Method(FULL, "fedavg", {}, {"evaluate_every": 1}, FLOAT32, False),
 )
-
-_INT4 = {"compression": "int4", "compression_down": "int4"}
-_INT8 = {"compression": "int8", "compression_down": "int8"}
 
 SGD = Recipe(epochs=2, batch_size=32, lr=0.05, momentum=0.9, evaluate_every=3)
 ADAM = Recipe(epochs=2, batch_size=32, lr=1e-3, optimizer="adam", momentum=0.0, evaluate_every=3)
@@ -33,7 +30,7 @@ def _table(
     skew: Mapping[str, Any],
     recipe: Recipe,
     rounds: int,
-    job: Mapping[str, Any] = _INT8,
+    job: Mapping[str, Any] = INT8,
     **data: Any,
 ) -> Protocol:
     source, _, what = name.partition("-")
@@ -67,9 +64,9 @@ JUDGING = (
     _table("har-people", "recurrent", PEOPLE, ADAM, 15),
     _table("har-dirichlet", "attention", DIRICHLET, ADAM, 15),
     _table("fashion-one-missing", "mlp", ONE_MISSING, ADAM, 6),
-    _table("fashion-dirichlet", "avgcnn", DIRICHLET, SGD, 50, _INT4),
+    _table("fashion-dirichlet", "avgcnn", DIRICHLET, SGD, 50, INT4),
     _table("cifar10-two-classes", "resnet8", TWO_CLASSES, SGD, 15, pool=2),
     _table("mnist-two-classes", "attention", TWO_CLASSES, ADAM, 15),
-    _table("har-two-classes", "motion_net", TWO_CLASSES, ADAM, 50, _INT4),
+    _table("har-two-classes", "motion_net", TWO_CLASSES, ADAM, 50, INT4),
     _table("fashion-mild", "modern", MILD, SGD, 6),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.accuracy.protocol import Board, Method, Protocol
+from benchmarks.accuracy.protocol import INT8, Board, Method, Protocol
 from fedprune.model.recipe import Recipe
 
 _WORKSTATION = (Board("generic-x86-64"),)
@@ -166,8 +166,6 @@ _SCALE = 0.584 / 9.75
 """Links shrink with the network, so that sending it takes as long as in the paper."""
 
 _FIXED = {"densities": TIERS, "shares": SHARES, "stage1": False, "recovery": False}
-_INT8_UP = {"compression": "int8"}
-_INT8 = {**_INT8_UP, "compression_down": "int8"}
 
 SCARCE_LINKS = {"densities": [0.5], "arrivals": 2, "dropout": [], "mixup": 0.0, "clip_norm": 0.0}
 """Settings that `docs/strategies/fedprune.md` recommends where links take most of the time."""
@@ -190,9 +188,9 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method("fedasync α .6", "fedasync", {"a": 0.5}),
         Method("fedbuff", "fedbuff", {"buffer": 4}),
         Method("fedavg", "fedavg"),
-        Method("pr-fl int8", "pr-fl", ours, job=_INT8_UP),
-        Method("fedasync int8", "fedasync", {**_STALE, "rate": 1.0}, job=_INT8),
-        Method("fedprune", "fedprune", {**SCARCE_LINKS, "ranking": "nested"}, job=_INT8, served_model="average"),
+        Method("pr-fl int8", "pr-fl", ours, job={"compression": "int8"}),
+        Method("fedasync int8", "fedasync", {**_STALE, "rate": 1.0}, job=INT8),
+        Method("fedprune", "fedprune", {**SCARCE_LINKS, "ranking": "nested"}, job=INT8, served_model="average"),
     )
     return tuple(replace(m, densities=False) for m in rows)
 

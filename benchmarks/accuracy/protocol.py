@@ -19,6 +19,9 @@ beside the last weights, and costs no bytes."""
 CALIBRATION = 512
 """Training samples of all devices together, without labels, on which batch-norm statistics are measured again."""
 
+INT8, INT4, FLOAT32 = ({"compression": codec, "compression_down": codec} for codec in ("int8", "int4", "none"))
+"""Codecs of updates and of weights, as settings of a job."""
+
 FULL = "fedavg float32"
 """The row by whose bytes and multiplications all are counted: the whole model on every board, without a codec."""
 

@@ -8,18 +8,13 @@ from typing import Any
 
 from benchmarks.accuracy.judging import JUDGING
 from benchmarks.accuracy.papers import PAPERS
-from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Method, Protocol
+from benchmarks.accuracy.protocol import FLOAT32, FULL, INT4, INT8, SAME_LOSS, Method, Protocol
 from fedprune.model.recipe import Recipe
 
 SLICES = "benchmarks.accuracy.compositions:slices"
 
 ONE_WIDTH = [0.68]
 """One width for all, whose submodel weighs what those of 1, .75, .5 and .25 weigh on average."""
-
-INT8 = {"compression": "int8", "compression_down": "int8"}
-"""Codecs of every row that can use them."""
-
-FLOAT32 = {"compression": "none", "compression_down": "none"}
 
 SMALL = Recipe(epochs=2, batch_size=64, lr=0.05, momentum=0.9, evaluate_every=5)
 """Boards measure themselves in the rounds that tables read; what they train is the same without."""
@@ -84,7 +79,7 @@ def _some(*names: str) -> tuple[Method, ...]:
 def _longer(methods: Iterable[Method], rounds: int) -> tuple[Method, ...]:
     """Rows in which fedprune trains `LONGER` times the `rounds` of the others."""
     longer = round(LONGER * rounds)
-    job = {"rounds": longer, "compression": "int4", "compression_down": "int4"}
+    job = {"rounds": longer, **INT4}
     return tuple(replace(m, job=job) if m.strategy == "fedprune" and m.name != SAME_LOSS else m for m in methods)
 
 

@@ -101,8 +101,7 @@ class RoundRecorder:
         widths, architecture = tuple(offer["widths"]), self._model.architecture
         key = offer["mask"]["sha256"], widths
         if key not in self._shares:
-            bits = tensorfile.decode(self._store.read(key[0]))
-            mask = mask_from_bits(bits, architecture.shapes(widths))
+            mask = mask_from_bits(tensorfile.decode(self._store.read(key[0])), architecture.shapes(widths))
             self._shares = {key: active_macs_share(architecture, widths, mask)}  # a round's masks are mostly alike
         return self._shares[key]
 

@@ -89,8 +89,7 @@ def _variant_runs(number: int, row: object, default_seeds: Sequence[int], config
         subject = error.what.removeprefix(f"{config}: ")
         raise error.with_subject(f"{label}: {subject}") from error
     seeds = _checked_seeds(row["seeds"], f"{label}: seeds") if "seeds" in row else default_seeds
-    settings = {"config": str(config), "changes": changes}
-    return [RunSpec(f"{row['name']}-{s}", {**settings, "seed": s}) for s in seeds]
+    return [RunSpec(f"{row['name']}-{s}", {"config": str(config), "changes": changes, "seed": s}) for s in seeds]
 
 
 def check_plans(runs: Sequence[RunSpec]) -> None:

@@ -40,8 +40,7 @@ class FleetData:
     def summary(self) -> str:
         """The data set's name, the partition with its own setting, and further settings that aren't defaults."""
         usual: dict[str, Any] = {f.name: f.default for f in fields(DataPlan)}
-        kind = self.settings.get("partition", "")
-        always = ("partition", SKEW_SETTINGS.get(kind, ""))
+        always = ("partition", SKEW_SETTINGS.get(self.settings.get("partition", ""), ""))
         stated_settings = {
             k: v for k, v in self.settings.items() if k in always or (v and v != usual.get(k) and k != "source")
         }

@@ -118,8 +118,7 @@ def _read_metadata(root: Path, path: Path, columns: ParquetColumns) -> Iterator[
                     got=f"none{did_you_mean(name, list(map(str, row)))}",
                     hint="Name the column of labels with y in [data], that of owners with owner.",
                 )
-        relative = _checked_path(row[_FILE_NAME], place)
-        image = path.parent / relative
+        image = path.parent / _checked_path(row[_FILE_NAME], place)
         folders = image.parent.relative_to(root).parts
         owner = str(_name(row[columns.owner], f"{place}: the owner")) if columns.owner else ""
         yield _ImageRow(image, folders, _name(row[columns.y], f"{place}: the label"), owner)
@@ -160,8 +159,7 @@ def _samples_of_rows(folder: Path, rows: Sequence[_ImageRow], decoding: Decoding
     y, names = _class_numbers([row.label for row in rows])
     owners = [np.array([row.owner for row in rows])] if any(row.owner for row in rows) else None
     testing = np.array([bool(row.folders) and is_test_split(row.folders[0]) for row in rows])
-    samples = assemble_samples([(x, y, False)], owners=owners, class_names=names)
-    return replace(samples, is_test=testing)
+    return replace(assemble_samples([(x, y, False)], owners=owners, class_names=names), is_test=testing)
 
 
 def _class_numbers(labels: Sequence[str | int]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

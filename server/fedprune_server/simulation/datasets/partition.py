@@ -84,8 +84,7 @@ def pathological(rows: Rows, labels: Labels, devices: int, *, classes: int, seed
     holders = _classes_of_devices(len(present), devices, classes, keyed_generator(seed, "pathological", "classes"))
     pieces_by_device: list[list[Rows]] = [[] for _ in range(devices)]
     for number, label in enumerate(present):
-        rng = keyed_generator(seed, "pathological", int(label))
-        pool = rng.permutation(rows[row_labels == label])
+        pool = keyed_generator(seed, "pathological", int(label)).permutation(rows[row_labels == label])
         class_holders = [d for d in range(devices) if number in holders[d]]
         if len(pool) < len(class_holders):
             raise DataError(f"samples of class {int(label)}", expected=f"at least {len(class_holders)}", got=len(pool))

@@ -225,8 +225,7 @@ class DeviceRunner:
         try:
             samples, state = self._sample_file(device), self.state_digests.get(device.name)
             if self._pool is not None:
-                arguments = device.name, samples.load, offer, round_number, state
-                future = self._pool.submit(_LocalRunner.train, *arguments)
+                future = self._pool.submit(_LocalRunner.train, device.name, samples.load, offer, round_number, state)
             if isinstance(device.data, StoredData):
                 # What doesn't fit in memory may not fit twice on the disk either.
                 future.add_done_callback(lambda _: samples.path.unlink(missing_ok=True))

@@ -74,8 +74,7 @@ def read_fleet_tables(path: Path, changes: _Tables = None, tables: _Tables = Non
     body = merge_tables(_merge_changes(file.tables, changes or {}), given)
     with errors_with_origin(layers):
         # One file may serve both commands: [server] is only for the daemon.
-        shared = {k: v for k, v in body.items() if k != "server"}
-        config = parse_config(shared, path.parent, simulated=True)
+        config = parse_config({k: v for k, v in body.items() if k != "server"}, path.parent, simulated=True)
         data = _data_plan(body["data"], body.get("devices"), path.parent) if "data" in body else None
         dropouts = read_table(DropOuts, body.get("dropouts", {}), ("dropouts",))
         availability = read_table(Availability, body.get("availability", {}), ("availability",))

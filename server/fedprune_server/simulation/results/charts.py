@@ -41,6 +41,9 @@ X_AXES: tuple[tuple[str, RoundPosition], ...] = (
 # A value per round, or None.
 RoundValues = Callable[[Record], "Sequence[float | None]"]
 
+# Title, metric and values.
+Curve = tuple[str, Metric, RoundValues]
+
 
 def learning_curves(runs: Sequence[Record]) -> str:
     """Curves of the global and local models' leading metric and of the privacy cost, by rounds, bytes and time.
@@ -118,13 +121,17 @@ def coverage_map(run: Record) -> str:
     return text + heat_scale() + bars_html(rows, "Coverage of every round")
 
 
-def curve_rows(runs: Sequence[Record]) -> list[tuple[str, Metric, RoundValues]]:
-    """The title, metric and values of each curve that has values."""
+def score_curves(runs: Sequence[Record]) -> list[Curve]:
+    """The global and the mean local measure."""
     kind, metric = runs[0].measure, runs[0].metric
-    rows: list[tuple[str, Metric, RoundValues]] = [
-        (f"Global {kind}", metric, lambda record: record.global_values()),
-        (f"Mean local {kind}", metric, lambda record: record.mean_locals()),
-    ]
+    rows = (f"Global {kind}", metric, Record.global_values), (f"Mean local {kind}", metric, Record.mean_locals)
+    return _with_values(runs, rows)
+
+
+def curve_rows(runs: Sequence[Record]) -> list[Curve]:
+    """The same, and what else was measured."""
+    kind, metric = runs[0].measure, runs[0].metric
+    rows: list[Curve] = []
     for moment in measured_moments(runs):
         title = f"Local {kind} as {'received' if moment == 'before' else 'trained'}"
         rows.append((title, metric, partial(Record.own_means, metric=f"{kind}_{moment}")))
@@ -135,6 +142,10 @@ def curve_rows(runs: Sequence[Record]) -> list[tuple[str, Metric, RoundValues]]:
         (f"Measured: {name.removesuffix(suffix)}", metric, partial(Record.measured_values, name=name)) for name in names
     ]
     rows.append(("Privacy cost: ε", _EPSILON_METRIC, partial(Record.measured_values, name=EPSILON)))
+    return score_curves(runs) + _with_values(runs, rows)
+
+
+def _with_values(runs: Sequence[Record], rows: Iterable[Curve]) -> list[Curve]:
     return [row for row in rows if any(v is not None for run in runs for v in row[2](run))]
 
 

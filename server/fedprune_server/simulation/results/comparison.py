@@ -166,8 +166,7 @@ def target_figures(run: Record, target: float) -> dict[str, float | None]:
     if row is None:
         return {"target": target, "round": None, "seconds": None, "bytes": None, "training_macs": None}
     macs = sum(r.macs for r in run.rounds if r.round <= row.round)
-    spent = row.down + row.up
-    costs = {"seconds": row.elapsed_s, "bytes": spent, "training_macs": macs or None}
+    costs = {"seconds": row.elapsed_s, "bytes": row.down + row.up, "training_macs": macs or None}
     return {"target": target, "round": row.round, **costs}
 
 

@@ -71,8 +71,7 @@ def save_figure(
     except ImportError as error:
         raise MissingExtraError("figures need matplotlib", extra="figures") from error
 
-    drawn = charts.curve_rows([run for name in labels for run in groups[name]])
-    curves = [row for row in drawn if row[0] in (f"Global {runs[0].measure}", f"Mean local {runs[0].measure}")]
+    curves = charts.score_curves([run for name in labels for run in groups[name]])
     sides = size or (_AXES_INCHES[0] * max(1, len(curves)), _AXES_INCHES[1])
     width, height = check_items("size", sides, 2, "numbers", min_items=2)
     for inches in (width, height):

@@ -43,8 +43,7 @@ def track_rounds(
         tracking.start()
         history = simulation.state.history
         for entry in history[tracked_count:]:
-            notes = simulation.notes.get(entry["round"], RoundNotes())
-            row = make_round_row(entry, notes, 0.0, kind)
+            row = make_round_row(entry, simulation.notes.get(entry["round"], RoundNotes()), 0.0, kind)
             tracking.write(row.round, rows.row(row), time.time())
         tracked_count = len(history)
         if simulation.state.phase is Phase.FINISHED:
