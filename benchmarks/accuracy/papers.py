@@ -89,11 +89,7 @@ CA_HFP = Protocol(
     "small_cnn",
     Recipe(epochs=1, batch_size=128, lr=0.1, momentum=0.9, evaluate_every=5),
     40,
-    (
-        *_SCORES,
-        Method("curvature signed", "ca-hfp", {"form": "signed"}),
-        Method("fedavg", "fedavg", {}, {"evaluate_every": 1}, densities=False),
-    ),
+    (*_SCORES, Method("curvature signed", "ca-hfp", {"form": "signed"})),
     densities=(0.5,),
     boards=_WORKSTATION,
     reference="l1",
@@ -188,7 +184,6 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method("fedasync α .6", "fedasync", {"a": 0.5}),
         Method("fedbuff", "fedbuff", {"buffer": 4}),
         Method("fedavg", "fedavg"),
-        Method("pr-fl int8", "pr-fl", ours, job={"compression": "int8"}),
         Method("fedasync int8", "fedasync", {**_STALE, "rate": 1.0}, job=INT8),
         Method("fedprune", "fedprune", {**SCARCE_LINKS, "ranking": "nested"}, job=INT8, served_model="average"),
     )
