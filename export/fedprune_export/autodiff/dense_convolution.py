@@ -111,8 +111,7 @@ class DenseConvolution:
         products = []
         for tap in tap_slices(g, x, w):
             flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
-            product = g.emit("MatMul", rows, flat)
-            products.append(self.tape.sum_leading(product, (self.batch,)))
+            products.append(self.tape.sum_leading(g.emit("MatMul", rows, flat), (self.batch,)))
         # A row of outputs · inputs per kernel element.
         gradient = products[0]
         if len(products) > 1:

@@ -211,8 +211,7 @@ def _last_start_layer(server: Mapping[str, Any]) -> SettingsLayer:
     """The settings with which the state folder's last start ran, if there was one."""
     from fedprune_server.engine.stored_job import stored_tables
 
-    state = Path(server.get("state", ServerConfig.state))
-    tables = stored_tables(state, server)
+    tables = stored_tables(Path(server.get("state", ServerConfig.state)), server)
     return SettingsLayer(_DEFAULTS) if tables is None else SettingsLayer(_LAST_START, tables)
 
 

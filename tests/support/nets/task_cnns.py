@@ -118,8 +118,7 @@ class DeepLab(nn.Module):
         branches = [torch.relu(f(far)) for f in (self.near, self.wide, self.wider)]
         far = torch.relu(self.joint(torch.cat([*branches, mean], 1)))
         far = functional.interpolate(far, size=early.shape[2:], mode="bilinear", align_corners=False)
-        both = torch.cat([far, torch.relu(self.early(early))], 1)
-        out = self.head(torch.relu(self.last(both)))
+        out = self.head(torch.relu(self.last(torch.cat([far, torch.relu(self.early(early))], 1))))
         return functional.interpolate(out, scale_factor=2.0, mode="bilinear", align_corners=True)
 
 

@@ -6,9 +6,9 @@ of a true sum are suspects no longer. So the group with the board at fault halve
 boards' sums count: of n boards, one that always spoils its sum is named after 1 + ⌈log2(n)⌉ false sums.
 
 A half of fewer boards than a sum needs is filled up with boards that aren't suspects. If these are too few, the half is
-left out; which one is drawn at random. Only a board that was the only suspect of a false sum is named. Two hostile
-boards that act together may have a third one named: one behaves while it is a suspect, and later spoils the sum in
-which it fills up a half with the third board.
+left out; which one is drawn at random. If all halves are, their boards are mixed anew. Only a board that was the only
+suspect of a false sum is named. Two hostile boards that act together may have a third one named: one behaves while it
+is a suspect, and later spoils the sum in which it fills up a half with the third board.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def divide_into_cohorts(
         else:
             left_out += half
     if not cohorts:
-        # One cohort if no half is large enough: other boards each time, and as many left out as possible.
+        # Other boards each time, in cohorts so small that some have none at fault; of few boards, half in one cohort.
         leftovers = [name for name in shuffled if name in left_out]
-        count = max(MIN_BOARDS - len(unsuspected), (len(leftovers) + 1) // 2)
-        return [tuple(sorted(leftovers[:count] + unsuspected))], sorted(leftovers[count:])
+        parts = max(1, len(leftovers) // MIN_BOARDS)
+        count = len(leftovers) if parts > 1 else max(MIN_BOARDS - len(unsuspected), (len(leftovers) + 1) // 2)
+        cohorts, left_out = [leftovers[i:count:parts] for i in range(parts)], leftovers[count:]
     if len(unsuspected) >= MIN_BOARDS:
         cohorts.append(unsuspected)
     else:  # a sum of so few would show too much of each
