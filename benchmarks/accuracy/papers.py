@@ -219,7 +219,9 @@ PR_FL_SMALL = replace(
     net="two_cnn",
     recipe=replace(PR_FL_FULL.recipe, lr=0.02, momentum=0.9),
     rounds=100_000,
-    methods=tuple(m for m in _pr_fl(20, 3) if m.name not in ("fedasync α .6", "fedbuff", "pr-fl channels")),
+    methods=tuple(
+        m for m in _pr_fl(20, 3) if not m.job and m.name not in ("fedasync α .6", "fedbuff", "pr-fl channels")
+    ),
     boards=_links(_SCALE),
     weather=_weather(_SCALE),
     target=0.40,
@@ -237,7 +239,7 @@ PR_FL_IID = replace(
     name="pr-fl-time-iid",
     title="PR-FL's time to accuracy, scaled down, equal data",
     data={k: v for k, v in PR_FL_SMALL.data.items() if k not in ("alpha", "ascending")} | {"partition": "iid"},
-    methods=tuple(m for m in PR_FL_SMALL.methods if m.name in ("pr-fl", "fedasync", "fedprune")),
+    methods=tuple(m for m in _pr_fl(20, 3) if m.name in ("pr-fl", "fedasync", "fedasync int8", "fedprune")),
 )
 
 # --- FedOBP (arXiv 2604.16574)
