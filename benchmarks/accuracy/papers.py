@@ -167,11 +167,11 @@ SCARCE_LINKS = {"densities": [0.5], "arrivals": 2, "dropout": [], "mixup": 0.0, 
 """Settings that `docs/strategies/fedprune.md` recommends where links take most of the time."""
 
 _STALE = {"mixing": "share", "staleness": "polynomial", "a": 0.6}
+_LARGE_ONLY = ("fedasync α .6", "fedbuff", "pr-fl channels")
 
 
 def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
-    """The methods that PR-FL compares: those that prune with the densities that the authors' code begins with. Masks,
-    densities and early stopping are looked at every `interval` rounds; `patience` is in such looks."""
+    """The methods that PR-FL compares. Masks, densities and scores are looked at every `interval` rounds."""
     ours = {"densities": TIERS, "shares": SHARES, "interval": interval, "patience": patience}
     rows = (
         Method("pr-fl", "pr-fl", ours),
@@ -219,9 +219,7 @@ PR_FL_SMALL = replace(
     net="two_cnn",
     recipe=replace(PR_FL_FULL.recipe, lr=0.02, momentum=0.9),
     rounds=100_000,
-    methods=tuple(
-        m for m in _pr_fl(20, 3) if not m.job and m.name not in ("fedasync α .6", "fedbuff", "pr-fl channels")
-    ),
+    methods=tuple(m for m in _pr_fl(20, 3) if not m.job and m.name not in _LARGE_ONLY),
     boards=_links(_SCALE),
     weather=_weather(_SCALE),
     target=0.40,
