@@ -231,7 +231,7 @@ class _Decimals:
         """The cells with decimal points. Raises `DataError` if the file has both marks: one of them means thousands."""
         text = "\n".join(column)
         if any(space in text for space in _SPACES):
-            column = [_without_spaces(cell) for cell in column]
+            column = [re.sub(rf"[{_SPACES}]", "", c) if _SPACED.fullmatch(c) else c for c in map(str.strip, column)]
         if "\u2212" in text:  # the minus sign of spreadsheets
             column = [cell.replace("\u2212", "-") for cell in column]
         if "." in text and any(_DECIMAL_POINT.fullmatch(cell.strip()) for cell in column):
@@ -249,11 +249,6 @@ class _Decimals:
     @property
     def note(self) -> str:
         return "decimals come after a comma" if "," in self._marks else ""
-
-
-def _without_spaces(cell: str) -> str:
-    cell = cell.strip()
-    return re.sub(rf"[{_SPACES}]", "", cell) if _SPACED.fullmatch(cell) else cell
 
 
 def _delimiter(names: str, row: str) -> str:

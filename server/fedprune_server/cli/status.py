@@ -190,7 +190,9 @@ def status_text(body: dict[str, Any], rounds: int = DEFAULT_ROUNDS) -> str:
     job, history = body["job"], body["rounds"]
     title = "no job yet"
     if job:
-        title = f"job {job['name']}: round {round_text(body['round'], job['rounds'])}, {_phase_text(body)}"
+        is_stopped = not body["running"] and body["phase"] not in (Phase.FINISHED.value, NOT_BEGUN)
+        phase = "stopped while " * is_stopped + body["phase"] + ", paused" * bool(body["paused"])
+        title = f"job {job['name']}: round {round_text(body['round'], job['rounds'])}, {phase}"
     lines = [title]
     if body["ended_early"]:
         lines.append(f"  {body['ended_early']}")
@@ -252,13 +254,6 @@ def _privacy_text(body: dict[str, Any]) -> str:
     budget = f", budget {body['epsilon_budget']:g}" if body["epsilon_budget"] else ""
     noise = f"{body['noise']} noise of {body['noise_multiplier']:g} times the clip {body['clip']:g}"
     return f"  private: {epsilon} at δ {body['delta']:g}{budget}; {noise}"
-
-
-def _phase_text(body: dict[str, Any]) -> str:
-    paused = ", paused" if body["paused"] else ""
-    if body["running"] or body["phase"] in (Phase.FINISHED.value, NOT_BEGUN):
-        return f"{body['phase']}{paused}"
-    return f"stopped while {body['phase']}{paused}"
 
 
 def _stopped_text(body: dict[str, Any]) -> str:

@@ -174,14 +174,10 @@ class RateLimitedLink(Relay):
             return event
         item = self._link.get(timeout)
         if isinstance(item, tuple):
-            device, is_chunk = _device_level(item[0]), item[0].endswith("/blob")
+            # The topic's level that names the device. Its text is a sender's, and need not be a valid name.
+            levels, is_chunk = item[0].split("/", 4), item[0].endswith("/blob")
+            device = levels[3] if len(levels) > 3 else ""
             is_verified = not self._is_signed
             if not self._quarantine.charge_message(device, len(item[1]), chunk=is_chunk, is_verified=is_verified):
                 return DroppedMessage()
         return item
-
-
-def _device_level(topic: str) -> str:
-    """The topic's level that names the device. Its text is a sender's, and need not be a valid name."""
-    levels = topic.split("/", 4)
-    return levels[3] if len(levels) > 3 else ""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from types import FunctionType
@@ -273,14 +274,10 @@ def _simulate_experiment(
         RunDisplay(experiment.title) if shows_progress else nullcontext() as display,
     ):
 
-        def begin(simulation: Simulation) -> None:
+        def follow(show: Callable[[RunDisplay, Simulation], None], simulation: Simulation) -> None:
             track(simulation)
             if display is not None:
-                display.begin(simulation)
+                show(display, simulation)
 
-        def show(simulation: Simulation) -> None:
-            track(simulation)
-            if display is not None:
-                display.show(simulation)
-
+        begin, show = partial(follow, RunDisplay.begin), partial(follow, RunDisplay.show)
         return simulate_in_folder(experiment, folder, show, on_begin=begin)

@@ -106,27 +106,21 @@ def do_runs(
         out.mkdir(parents=True, exist_ok=True)
     hint = "Wait for its end and give the command again, or give another folder."
     with file_lock(out / _LOCK_FILE, f"another command does runs in {out}", hint):
-        return _do_locked_runs(work, runs, out, workers, ray, watch)
-
-
-def _do_locked_runs(
-    work: RunFunction, runs: Sequence[RunSpec], out: Path, workers: int, ray: bool, watch: Watch | None
-) -> list[RunEnd]:
-    for run in runs:
-        with storage_errors(f"can't write {out / run.name}"):
-            (out / run.name).mkdir(parents=True, exist_ok=True)
-            # A sweep that is given again tries what failed, and must not report the old failure.
-            (out / run.name / FAILURE_FILE).unlink(missing_ok=True)
-            (out / run.name / PROGRESS_FILE).unlink(missing_ok=True)
-    pool: TaskPool[RunFunction] = RayTasks(workers, work) if ray else ProcessPerTask(workers, work)
-    with closing(pool):
-        tasks = {run.name: pool.submit(_do_run, run, out.resolve()) for run in runs}
-        unfinished = set(tasks.values())
-        while unfinished:
-            unfinished = wait(unfinished, _POLL_INTERVAL_S).not_done
-            if watch is not None:
-                watch([_run_status(out / name, task) for name, task in tasks.items()])
-    return [RunEnd(name, _failure_reason(out / name, task)) for name, task in tasks.items()]
+        for run in runs:
+            with storage_errors(f"can't write {out / run.name}"):
+                (out / run.name).mkdir(parents=True, exist_ok=True)
+                # A sweep that is given again tries what failed, and must not report the old failure.
+                (out / run.name / FAILURE_FILE).unlink(missing_ok=True)
+                (out / run.name / PROGRESS_FILE).unlink(missing_ok=True)
+        pool: TaskPool[RunFunction] = RayTasks(workers, work) if ray else ProcessPerTask(workers, work)
+        with closing(pool):
+            tasks = {run.name: pool.submit(_do_run, run, out.resolve()) for run in runs}
+            unfinished = set(tasks.values())
+            while unfinished:
+                unfinished = wait(unfinished, _POLL_INTERVAL_S).not_done
+                if watch is not None:
+                    watch([_run_status(out / name, task) for name, task in tasks.items()])
+        return [RunEnd(name, _failure_reason(out / name, task)) for name, task in tasks.items()]
 
 
 def _failure_reason(folder: Path, task: Future[None]) -> str:

@@ -212,9 +212,8 @@ class SavedRun:
     def write_checkpoint(self, model: Model, number: int, weights: bytes) -> None:
         """Write a global model as `checkpoints/round-000010/model.onnx` and `weights.safetensors`. Raises
         `StorageFullError` if there is no room, and `StorageError` if the disk fails."""
-        if self._folder is None:
-            return
-        write_model(self._folder / _CHECKPOINTS / f"round-{number:06d}", model, weights)
+        if self._folder is not None:
+            write_model(self._folder / _CHECKPOINTS / f"round-{number:06d}", model, weights)
 
 
 def _save_identity(folder: Path) -> tuple[int, ...] | None:

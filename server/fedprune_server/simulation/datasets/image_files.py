@@ -7,7 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,11 +35,11 @@ _MAX_METADATA_BYTES = 2**28
 
 @dataclass(frozen=True)
 class _ImageRow:
-    """An image, with what the metadata say of it: its label, and its owner, empty without owners."""
+    """An image: its label or class, whether its split is test data, and its owner, empty without owners."""
 
     path: Path
-    folders: tuple[str, ...]  # from the data set's folder to the image's, of which the first may be a split
     label: str | int
+    is_test: bool
     owner: str
 
 
@@ -61,7 +61,9 @@ def read_image_folder(folder: Path, decoding: Decoding | None = None, columns: P
         raise DataError("x of [data]", expected="none for a folder of images", got=", ".join(columns.x))
     if metadata := _metadata_files(folder, subfolders):
         rows = [row for path in metadata for row in _read_metadata(folder, path, columns or ParquetColumns())]
-        return _samples_of_rows(folder, rows, decoding)
+        if not rows:
+            raise DataError(f"{folder} holds no images", expected="a row of metadata for each", got="none")
+        return _samples_of_rows(rows, *_class_numbers([row.label for row in rows]), decoding)
     if columns is not None:
         raise DataError("y or owner of [data]", expected="none: this folder has no metadata.csv", got="some")
     if not subfolders:
@@ -76,20 +78,15 @@ def read_image_folder(folder: Path, decoding: Decoding | None = None, columns: P
     else:
         groups = [(folder, False, "")]
     classes = sorted({c.name for group, _, _ in groups for c in _subfolders(group)})
-    files = [
-        (path, label, testing, owner)
+    rows = [
+        _ImageRow(path, label, testing, owner)
         for group, testing, owner in groups
         for label, name in enumerate(classes)
         for path in _image_paths(group / name)
     ]
-    if not files:
+    if not rows:
         raise DataError(f"{folder} holds no images", expected=f"files ending in {', '.join(ENDINGS)}")
-    x = decode_images([(str(f[0]), f[0]) for f in files], decoding)
-    y = np.array([f[1] for f in files], np.int64)
-    testing = np.array([f[2] for f in files], bool)
-    owners = [np.array([f[3] for f in files])] if any(f[3] for f in files) else None
-    samples = assemble_samples([(x, y, False)], owners=owners, class_names=classes)
-    return Samples(samples.arrays, samples.labels, testing, samples.owners, samples.owner_names, samples.class_names)
+    return _samples_of_rows(rows, np.array([row.label for row in rows], np.int64), classes, decoding)
 
 
 def _metadata_files(folder: Path, subfolders: Sequence[Path]) -> list[Path]:
@@ -119,9 +116,10 @@ def _read_metadata(root: Path, path: Path, columns: ParquetColumns) -> Iterator[
                     hint="Name the column of labels with y in [data], that of owners with owner.",
                 )
         image = path.parent / _checked_path(row[_FILE_NAME], place)
-        folders = image.parent.relative_to(root).parts
+        # The first folder from the data set's to the image's may be a split.
+        is_test = any(map(is_test_split, image.parent.relative_to(root).parts[:1]))
         owner = str(_name(row[columns.owner], f"{place}: the owner")) if columns.owner else ""
-        yield _ImageRow(image, folders, _name(row[columns.y], f"{place}: the label"), owner)
+        yield _ImageRow(image, _name(row[columns.y], f"{place}: the label"), is_test, owner)
 
 
 def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
@@ -151,15 +149,13 @@ def _name(value: object, what: str) -> str | int:
     raise DataError(what, expected="a whole number or a text", got=value_text(value))
 
 
-def _samples_of_rows(folder: Path, rows: Sequence[_ImageRow], decoding: Decoding) -> Samples:
-    """The images that metadata list."""
-    if not rows:
-        raise DataError(f"{folder} holds no images", expected="a row of metadata for each", got="none")
+def _samples_of_rows(
+    rows: Sequence[_ImageRow], y: npt.NDArray[np.int64], classes: Sequence[str], decoding: Decoding
+) -> Samples:
     x = decode_images([(str(row.path), row.path) for row in rows], decoding)
-    y, names = _class_numbers([row.label for row in rows])
     owners = [np.array([row.owner for row in rows])] if any(row.owner for row in rows) else None
-    testing = np.array([bool(row.folders) and is_test_split(row.folders[0]) for row in rows])
-    return replace(assemble_samples([(x, y, False)], owners=owners, class_names=names), is_test=testing)
+    is_test = np.array([row.is_test for row in rows])
+    return assemble_samples([(x, y, is_test)], owners=owners, class_names=classes)
 
 
 def _class_numbers(labels: Sequence[str | int]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

@@ -49,25 +49,17 @@ def read_npz(path: Path) -> Samples:
         _require_arrays(path, arrays, ("x_train", "y_train"))
         if ("x_test" in arrays) != ("y_test" in arrays):
             raise DataError("test data", expected="both x_test and y_test, or neither", got=_stored_names(path))
-        splits = [(arrays["x_train"], arrays["y_train"], False)]
-        if "x_test" in arrays:
-            splits.append((arrays["x_test"], arrays["y_test"], True))
-        owner_name = next((w for w in _OWNER_NAMES if f"{w}_train" in arrays), None)
-        owners = None
-        if owner_name is not None:
-            owners = [arrays[f"{owner_name}_train"]]
-            if "x_test" in arrays:
-                _require_arrays(path, arrays, (f"{owner_name}_test",))
-                owners.append(arrays[f"{owner_name}_test"])
-        return assemble_samples(splits, owners=owners, class_names=names)
-    _require_arrays(path, arrays, ("x", "y"))
-    owner_name = next((w for w in _OWNER_NAMES if w in arrays), None)
-    samples = assemble_samples(
-        [(arrays["x"], arrays["y"], False)],
-        owners=None if owner_name is None else [arrays[owner_name]],
-        class_names=names,
-    )
-    if "is_test" not in arrays:
+        ends = ["_train", "_test"] if "x_test" in arrays else ["_train"]
+    else:
+        _require_arrays(path, arrays, ("x", "y"))
+        ends = [""]
+    splits = [(arrays[f"x{end}"], arrays[f"y{end}"], end == "_test") for end in ends]
+    owner_name, owners = next((word for word in _OWNER_NAMES if word + ends[0] in arrays), None), None
+    if owner_name is not None:
+        _require_arrays(path, arrays, tuple(owner_name + end for end in ends))
+        owners = [arrays[owner_name + end] for end in ends]
+    samples = assemble_samples(splits, owners=owners, class_names=names)
+    if "is_test" not in arrays or ends != [""]:
         return samples
     marks = arrays["is_test"]
     if marks.dtype.kind not in "biu" or marks.shape != samples.labels.shape:

@@ -115,15 +115,15 @@ class Samples:
 
 
 def assemble_samples(
-    splits: Sequence[tuple[Array, Array, bool]],
+    splits: Sequence[tuple[Array, Array, bool | npt.NDArray[np.bool_]]],
     *,
     owners: Sequence[Array] | None = None,
     class_names: Sequence[str] = (),
 ) -> Samples:
     """Make a data set of its splits.
 
-    `splits`: inputs, labels and whether they are test samples; `owners`: owners per split, as whole numbers or texts.
-    Raises `DataError`: as `Samples`; or a split has another number of labels than inputs.
+    `splits`: inputs, labels and whether all, or each, are test samples; `owners`: owners per split, as whole numbers or
+    texts. Raises `DataError`: as `Samples`; or a split has another number of labels than inputs.
     """
     filled_splits = [(x, y, is_test) for x, y, is_test in splits if len(y) or len(x)]
     for x, y, _ in filled_splits:

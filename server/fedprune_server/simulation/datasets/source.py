@@ -60,9 +60,9 @@ def _read_path(path: Path, columns: ParquetColumns | None, decoding: Decoding) -
 
 def find_source(source: str | Path) -> Path:
     """The path of a source. Raises `DataError` if it doesn't exist; the message names the searched places."""
-    path = Path(source)
+    path, root = Path(source), os.environ.get(DATA_FOLDER_VARIABLE)
     candidates = [path]
-    if not path.is_absolute() and (root := os.environ.get(DATA_FOLDER_VARIABLE)):
+    if root and not path.is_absolute():
         candidates += [Path(root) / path, Path(root) / f"{path}.npz"]
     for candidate in candidates:
         if path_exists(candidate):
@@ -71,7 +71,5 @@ def find_source(source: str | Path) -> Path:
         f"data {str(source)!r}",
         expected="a .npz file or a folder that exists",
         got=f"nothing at {', '.join(str(p.absolute()) for p in candidates)}",
-        hint=""
-        if os.environ.get(DATA_FOLDER_VARIABLE)
-        else f"Or set {DATA_FOLDER_VARIABLE} to the folder that holds it.",
+        hint="" if root else f"Or set {DATA_FOLDER_VARIABLE} to the folder that holds it.",
     )

@@ -137,13 +137,10 @@ class DeviceRunner:
         self._waiting: dict[str, TrainingWork] = {}  # trainings that no process has begun yet
         self._started: dict[str, tuple[int, Future[FinishedTraining]]] = {}  # those that `train` hasn't returned yet
         self._running: list[Future[FinishedTraining]] = []  # those that occupy a process, also if they were cancelled
-        self._local: _LocalRunner | None = None
-        self._pool: ProcessPool[_LocalRunner] | None = None
-        if workers == 1:
-            self._local = _LocalRunner(store, folder, cuda=cuda)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._pool = ProcessPool(workers, partial(_helper_runner, store, folder, cuda=cuda))
+        self._local = _LocalRunner(store, folder, cuda=cuda) if workers == 1 else None
+        folder.mkdir(parents=True, exist_ok=True)
+        make_runner = partial(_helper_runner, store, folder, cuda=cuda)
+        self._pool = None if workers == 1 else ProcessPool(workers, make_runner)
 
     def begin_ahead(self, device: VirtualDevice, offer: dict[str, Any], round_number: int) -> None:
         """Begin a device's training ahead, where other processes train. It replaces any earlier training of the device.
