@@ -35,9 +35,7 @@ pytestmark = pytest.mark.board
 )
 def test_an_offer_that_cannot_be_carried_out_is_refused(bench: Bench, changes: dict[str, Any], code: int) -> None:
     bench.server.plan = [bench.server.offer(1, **changes)]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    refusal = bench.server.of(Refusal)[0]
+    refusal = bench.run_until(Refusal)
     assert (refusal.round, refusal.exit_code) == (1, code)
     assert refusal.reason
 
@@ -47,9 +45,7 @@ def test_an_offer_beyond_the_profiles_limits_is_refused(bench: Bench, budget: in
     limits = SimpleNamespace(name="tiny", storage=SimpleNamespace(budget_bytes=budget), training_memory_bytes=memory)
     bench.profile = limits
     bench.server.plan = [bench.server.offer(1)]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    assert bench.server.of(Refusal)[0].exit_code == ExitCode.PLAN
+    assert bench.run_until(Refusal).exit_code == ExitCode.PLAN
     assert bench.server.of(Birth)[0].profile == "tiny"
 
 
@@ -137,17 +133,13 @@ def test_what_a_board_keeps_of_its_own_is_counted(
 def test_weights_that_do_not_fit_are_refused(bench: Bench, tensors: Tensors | None, code: int) -> None:
     raw = b"no tensors" if tensors is None else tensorfile.encode(tensors)
     bench.server.plan = [bench.server.offer(1, weights=bench.server.blobs.put(raw))]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    assert bench.server.of(Refusal)[0].exit_code == code
+    assert bench.run_until(Refusal).exit_code == code
 
 
 def test_weights_at_other_offsets_than_the_inference_graph_expects_are_refused(bench: Bench, weights: Tensors) -> None:
     raw = tensorfile.encode(weights, {"made": "by someone else" * 9})
     bench.server.plan = [bench.server.offer(1, weights=bench.server.blobs.put(raw))]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    assert "canonical" in bench.server.of(Refusal)[0].reason
+    assert "canonical" in bench.run_until(Refusal).reason
 
 
 def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, weights: Tensors) -> None:
@@ -160,8 +152,6 @@ def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, 
     wrong = graph.replace(str(start).encode(), str(start - 16).encode())
     assert wrong != graph
     server.plan = [server.offer(2, inference=server.blobs.put(wrong))]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    assert server.of(Refusal)[0].exit_code == ExitCode.MODEL
+    assert bench.run_until(Refusal).exit_code == ExitCode.MODEL
     with bench.reopen_store() as store:
         assert store.slots.current().round == 1

@@ -34,9 +34,7 @@ def test_an_update_that_was_not_accepted_is_announced_after_a_restart_without_tr
 ) -> None:
     server = bench.server
     server.plan, server.accepts = [server.offer(1)], False
-    bench.stop_on(UpdateAnnouncement)
-    bench.run(until_finished=False)
-    first = server.of(UpdateAnnouncement)[0]
+    first = bench.run_until(UpdateAnnouncement)
     server.accepts, server.react = True, lambda _: None
     server.seen.clear()
     bench.run()
@@ -51,8 +49,7 @@ def test_training_that_was_cut_off_is_done_again_to_the_same_bits(
     server = bench.server
     recipe = Recipe(epochs=60, batch_size=1, lr=1e-3)
     server.plan = [server.offer(1, recipe)]
-    bench.stop_on(RoundProgress, phase="train")
-    bench.run(until_finished=False)
+    bench.run_until(RoundProgress, phase="train")
     assert not server.of(UpdateAnnouncement)
     server.react = lambda _: None
     bench.run()
@@ -68,8 +65,7 @@ def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_f
     secure = {"tensors": form.to_json(), "narrow": 0, "wide": wide}
     offer = server.offer(1, Recipe(epochs=2, batch_size=16, secure_aggregation=True), secure=secure)
     server.plan, server.accepts = [offer], False
-    bench.stop_on(TrainingDone)
-    bench.run(until_finished=False)
+    bench.run_until(TrainingDone)
     (trained,) = server.of(TrainingDone)
     with bench.reopen_store() as store:  # as it is once a process has masked the update and was killed
         masked = store.blobs.put(bytes(8 * wide))
@@ -98,12 +94,9 @@ def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_f
 def test_a_round_that_promises_less_than_the_owner_asks_for_by_now_is_not_gone_on_with(bench: Bench) -> None:
     server = bench.server
     server.plan = [server.offer(1, Recipe(epochs=60, batch_size=1, lr=1e-3))]
-    bench.stop_on(RoundProgress, phase="train")
-    bench.run(until_finished=False)
+    bench.run_until(RoundProgress, phase="train")
     bench.floor = PrivacyPolicy()
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    assert server.of(Refusal)[0].exit_code == ExitCode.PRIVACY
+    assert bench.run_until(Refusal).exit_code == ExitCode.PRIVACY
     assert not server.of(UpdateAnnouncement)
     with bench.reopen_store() as store:
         assert store.task.done

@@ -152,9 +152,7 @@ def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
     bench: Bench, weights: Tensors, changes: dict[str, Any], expects: str
 ) -> None:
     bench.server.plan = [masked_offer(bench, weights, **changes)]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    refusal = bench.server.of(Refusal)[0]
+    refusal = bench.run_until(Refusal)
     assert refusal.exit_code == ExitCode.PROTOCOL
     assert f"offer: secure: expected {expects}" in refusal.reason
     assert not bench.server.of(TrainingDone)
@@ -165,9 +163,7 @@ def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
 def test_a_board_refuses_a_weight_of_the_server_s_choice(bench: Bench, weights: Tensors, weight: object) -> None:
     offer = masked_offer(bench, weights)
     bench.server.plan = [structs.replace(offer, secure={**offer.secure, "weight": weight})]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    refusal = bench.server.of(Refusal)[0]
+    refusal = bench.run_until(Refusal)
     assert refusal.exit_code == ExitCode.PROTOCOL
     assert "weight" in refusal.reason
     assert not bench.server.of(TrainingDone)

@@ -633,19 +633,7 @@ def test_while_the_database_is_waited_for_no_other_alert_opens_or_closes(
 def test_alerts_wait_until_all_jobs_of_a_server_were_seen(tmp_path: Path) -> None:
     left = Alert("round-waits", "warning", NOW, "it waits", "why", "todo", job="second")
     monitor = Monitor(tmp_path, {}, {"first": tmp_path, "second": tmp_path / "second"}, book=AlertBook([left]))
-    show(
-        monitor,
-        ROUND,
-        snapshot=replace(
-            TRAINING_SNAPSHOT, name="first", fleet=FleetSnapshot(has_several_jobs=True, connected_devices="abc")
-        ),
-    )
-    assert kinds_of(monitor) == {"round-waits"}
-    show(
-        monitor,
-        ROUND,
-        snapshot=replace(
-            TRAINING_SNAPSHOT, name="second", fleet=FleetSnapshot(has_several_jobs=True, connected_devices="abc")
-        ),
-    )
-    assert kinds_of(monitor) == set()
+    fleet = FleetSnapshot(has_several_jobs=True, connected_devices="abc")
+    for name, kinds in (("first", {"round-waits"}), ("second", set())):
+        show(monitor, ROUND, snapshot=replace(TRAINING_SNAPSHOT, name=name, fleet=fleet))
+        assert kinds_of(monitor) == kinds

@@ -33,11 +33,6 @@ def library() -> Any:
         return pytest.importorskip("datasets", reason="datasets is not installed")
 
 
-def saved(library: Any, folder: Path, columns: dict[str, Any], features: dict[str, Any]) -> Path:
-    """As `save` does."""
-    return save(library, folder, library.Dataset.from_dict(columns, features=library.Features(features)))
-
-
 def save(library: Any, folder: Path, rows: Any) -> Path:
     """Rows in reverse order, the last third of them as test split."""
     rows = rows.select(range(ROWS - 1, -1, -1))
@@ -64,7 +59,7 @@ def test_images_and_numbers_are_read_as_they_were_saved(library: Any, tmp_path: 
         "tokens": library.Sequence(library.Value("int64")),
         "maps": library.Array2D((2, 2), "float32"),
     }
-    folder = saved(library, tmp_path, columns, features)
+    folder = save(library, tmp_path, library.Dataset.from_dict(columns, features=library.Features(features)))
     both, one = read_samples(folder / "all"), read_samples(folder / "one")
     assert (len(both), len(one), both.class_names, one.class_names) == (ROWS, 8, tuple(NAMES), tuple(NAMES))
     np.testing.assert_array_equal(both.is_test, [False] * 8 + [True] * 4)

@@ -65,6 +65,12 @@ class Bench:
 
         self.server.react = react
 
+    def run_until(self, kind: type, **fields: Any) -> Any:
+        """Run until a message of this kind has these fields; returns the first of the kind."""
+        self.stop_on(kind, **fields)
+        self.run(until_finished=False)
+        return self.server.of(kind)[0]
+
     def stop_once_quiet(self) -> None:
         def watch() -> None:
             if self.agent.is_quiet:
@@ -75,8 +81,7 @@ class Bench:
     def damage(self, blob: BlobRef | None = None) -> Path:
         """Begin a long round, end in its midst, and let the disk damage a blob of its offer: the weights by default."""
         self.server.plan = [self.server.offer(1, LONG)]
-        self.stop_on(RoundProgress, phase="train")
-        self.run(until_finished=False)
+        self.run_until(RoundProgress, phase="train")
         self.server.react = lambda _: None
         with self.reopen_store() as store:
             damaged = store.blobs.path((blob or self.server.weights).sha256)
