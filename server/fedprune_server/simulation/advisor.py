@@ -56,10 +56,14 @@ class VariantRuns:
         """What a round takes of an amount: a round's seconds are those of its slowest board."""
         return statistics.fmean(amount(run) / len(run.rounds) for run in self.runs)
 
-    @property
-    def bytes(self) -> float:
-        """Bytes of a round, both ways."""
-        return self.per_round(lambda run: run.last.down + run.last.up)
+    def bytes(self, rounds: int) -> float:
+        """Bytes of so many rounds, both ways. Graphs and whole weights, which are sent once, are in the first alone."""
+
+        def total(run: Record) -> float:
+            first, last = (row.down + row.up for row in (run.rounds[0], run.last))
+            return first + (rounds - 1) * ((last - first) / (len(run.rounds) - 1) if len(run.rounds) > 1 else first)
+
+        return statistics.fmean(map(total, self.runs))
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def advise(trials: Sequence[VariantRuns], rounds: int, samples: int = 0, judge: 
         noise = max(noise, math.sqrt(best.score(judge) * (1 - best.score(judge)) / samples))
     gaps = {t.variant.name: scores[best.variant.name] - scores[t.variant.name] for t in trainable}
     # Within noise of the best the score says nothing more, and bytes are what boards pay.
-    choice = min((t for t in trainable if gaps[t.variant.name] <= noise), key=lambda t: t.bytes)
+    choice = min((t for t in trainable if gaps[t.variant.name] <= noise), key=lambda t: t.bytes(rounds))
     within_noise = [name for name, gap in gaps.items() if gap <= noise and name != choice.variant.name]
 
     def distance(value: float) -> str:
@@ -195,7 +199,7 @@ def advice_figures(trials: Sequence[VariantRuns], rounds: int) -> list[dict[str,
             "variant": trial.variant.name,
             **{f"{side}_{measure}": finite_or_none(trial.score(judge)) for side, judge in _SIDES.items()},
             "macs_share": trial.per_round(Record.macs) / full_macs if full_macs else None,
-            "bytes": trial.bytes * rounds,
+            "bytes": trial.bytes(rounds),
             "hours": trial.per_round(lambda run: run.last.elapsed_s) * rounds / 3600,
             "why_not": trial.variant.misfit,
             "job": dict(trial.variant.job),

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fedprune import __version__
 from fedprune.coordination import State, make_coordinator
+from fedprune.coordination.round_prediction import predict_round
 from fedprune.coordination.width_planner import WHOLE_HINT
 from fedprune.core.errors import PlanError, value_text
 from fedprune.core.text import first_few
@@ -149,7 +150,12 @@ def plan_boards(experiment: Experiment) -> dict[str, str]:
         # A board that trains what it is too slow for would miss every deadline.
         deadline = " with a longer deadline_s" if any("deadline_s" in reason for reason in reasons.values()) else ""
         ways.insert(0, f"{PAPERS_SETTING}{deadline}, as papers do")
-    names = sorted(reasons)
+    strategy, whole, boards = compose(job), model.architecture.sizes, coordinator.state.devices
+    seconds = {
+        n: predict_round(job, strategy, model.architecture, n, boards[n], whole, 1.0, boards[n].samples).round_s
+        for n in sorted(reasons)
+    }
+    names = sorted(seconds, key=seconds.__getitem__, reverse=True)  # a deadline for the slowest is one for all of them
     raise PlanError(
         f"{experiment.title}: boards for a round of {job.strategy}",
         expected=f"{job.devices} (devices in [job])",

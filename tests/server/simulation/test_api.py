@@ -53,6 +53,7 @@ def test_the_page_s_python_runs_as_it_stands(
     assert [(row["variant"], row["runs"], row["gain_over_local"] is None) for row in rows] == [
         ("fedavg", 2, False), ("heterofl", 2, False), ("local", 2, True),
     ]  # fmt: skip
+    assert main(["compare", "runs", "--out", "side-by-side"]) == 0
     assert Path("curve.svg").exists()
     assert Path("table.tex").read_text().count(r"\\") == 4
     assert "<svg" in (tmp_path / "curves.html").read_text()
@@ -93,6 +94,15 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     Path("model.onnx").write_bytes(digits_model())
     return FLEET
+
+
+def test_the_deadline_that_is_named_is_long_enough_for_all_boards(fleet: dict[str, Any]) -> None:
+    unequal = {"data": fleet["data"] | {"partition": "dirichlet"}, "devices": [fleet["devices"][0] | {"count": 6}]}
+    with pytest.raises(PlanError) as refused:
+        simulate(fleet | unequal | {"job": fleet["job"] | {"deadline_s": 0.001}}, strategy="fedavg")
+    named = re.findall(r"deadline_s = ([\d.]+)", str(refused.value))[0]
+    run = simulate(fleet | unequal | {"job": fleet["job"] | {"deadline_s": float(named)}}, strategy="fedavg")
+    assert len(run.record.latest) == 6
 
 
 def test_tables_give_the_run_that_a_file_of_them_gives(fleet: dict[str, Any]) -> None:

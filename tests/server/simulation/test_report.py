@@ -271,6 +271,13 @@ def test_runs_without_limits_on_updates_are_named_below_the_results():
     assert "limits" not in tail_note([limited, record()])
 
 
+def test_boards_that_plans_narrow_and_runs_without_plans_are_named_below_the_results():
+    unplanned = replace(record("free"), job=Job(ignores_plans=True).to_dict())
+    narrow = replace(record(), devices=tuple(replace(d, density=0.25, asked=1.0) for d in record().devices[:1]))
+    notes = [tail_note(runs) for runs in ([unplanned, record()], [narrow, record()], [record()])]
+    assert [("free" in note, "0.25" in note) for note in notes] == [(True, False), (False, True), (False, False)]
+
+
 def test_page_refers_to_nothing_outside_itself(tmp_path):
     page = write_report(tmp_path, record(), record("FedAvg")).read_text()
     assert re.findall(r'(?:src|href)="([^"]{0,11})', page) == []

@@ -136,8 +136,7 @@ def value_text(value: object) -> str:
         text = repr(value[:60])
         return text if len(value) <= 60 else f"{text}... of length {len(value)}"
     if isinstance(value, (list, tuple, Mapping)):
-        kind = "table" if isinstance(value, Mapping) else type(value).__name__
-        return f"{kind} of length {len(value)}"
+        return f"{'table' if isinstance(value, Mapping) else 'list'} of length {len(value)}"
     return repr(value)[:80]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -73,9 +74,9 @@ def predict_costs(
     batch_s = float(table.latency_seconds(architecture, widths, recipe.batch_size)[0])
     evaluate_s = (2 + (recipe.average > 0)) * correction.latency * batch_s * tested / recipe.batch_size
     link, power = profile.link, profile.power
-    first_bytes, down_bytes, up_bytes = _transfer_bytes(
-        architecture, widths, costs.wire_bytes, recipe, codecs, frozen_names
-    )
+    names = [t.name for t in architecture.tensors] if recipe.personal else []
+    kept = frozen_names.union(*(fnmatch.filter(names, pattern) for pattern in recipe.personal))
+    first_bytes, down_bytes, up_bytes = _transfer_bytes(architecture, widths, costs.wire_bytes, recipe, codecs, kept)
     first_bytes, down_bytes = (n + recipe.drift * costs.wire_bytes for n in (first_bytes, down_bytes))
     if active_share < 1:
         masked = sum(
@@ -158,19 +159,19 @@ def _transfer_bytes(
     plain_bytes: int,
     recipe: Recipe,
     codecs: Codecs,
-    frozen: Collection[str],
+    kept: Collection[str],
 ) -> tuple[int, int, int]:
-    """The most bytes of whole weights, of weights that are coded as a difference, and of an update, which has no frozen
-    tensors; `plain_bytes` is the size of the weights' own file."""
+    """The most bytes of whole weights, of weights that are coded as a difference, and of an update without the `kept`
+    tensors, frozen and personal ones; `plain_bytes` is the size of the weights' own file."""
     up_codec, down_codec = (None if text is None else Codec.parse(text) for text in codecs)
     whole_codec = None if down_codec is None else HALF_CODEC
-    if up_codec is None and down_codec is None and not recipe.report_squares and not frozen:
+    if up_codec is None and down_codec is None and not recipe.report_squares and not kept:
         return plain_bytes, plain_bytes, plain_bytes
     trained, weights = {t.name for t in architecture.trainable}, architecture.shapes(widths)
     first_bytes, down_bytes = (
         plain_bytes if c is None else max_update_bytes(c, weights, trained) for c in (whole_codec, down_codec)
     )
-    update_shapes = {n: s for n, s in weights.items() if n not in frozen}
+    update_shapes = {n: s for n, s in weights.items() if n not in kept}
     if recipe.report_squares:
         update_shapes |= {step_contract.squares_name(n): s for n, s in update_shapes.items() if n in trained}
     update_bytes = file_bytes(update_shapes) if up_codec is None else max_update_bytes(up_codec, update_shapes, trained)

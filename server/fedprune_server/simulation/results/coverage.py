@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fedprune.coordination.width_planner import WHOLE_HINT
-from fedprune.core.text import quantity
+from fedprune.core.text import first_few, quantity
 from fedprune_server.simulation.results.record import Record
 
 PAPERS_SETTING = "ignores_plans = true"
@@ -58,3 +58,17 @@ def left_out_note(reasons: Mapping[str, Mapping[str, str]]) -> str:
     whole = ", ".join(name for name, boards in reasons.items() if any(map(needs_whole, boards.values())))
     hint = f" With {PAPERS_SETTING} in [job], as in papers, all train the whole model of {whole}." if whole else ""
     return f"{counts}, such as {example}: {reason.partition('. ')[0]}.{hint}"
+
+
+def plan_note(runs: Sequence[Record]) -> str:
+    """How many boards each strategy would give more than their plans let it, one of them, and which runs have no plans;
+    empty if there is neither."""
+    notes: dict[str, str] = {}
+    for run in runs:
+        strategy = str(run.job.get("strategy", run.title))
+        if narrowed := [d for d in run.devices if d.widths and d.density < d.asked]:
+            example = f"{narrowed[0].name} to {narrowed[0].density:.3g} of the model instead of {narrowed[0].asked:.3g}"
+            notes[strategy] = f"Plans narrow {quantity(len(narrowed), 'board')} of {strategy}, such as {example}."
+    if unplanned := [*dict.fromkeys(run.title for run in runs if run.job.get("ignores_plans"))]:
+        notes[""] = f"Without boards' plans, as in papers: {first_few(unplanned)}."
+    return " ".join(notes.values())

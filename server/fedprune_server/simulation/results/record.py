@@ -51,6 +51,7 @@ class DeviceRow:
         unit: What it trains on, `GPU` or `CPU`; empty if unknown.
         train_j: Predicted energy of a round's training, in joules; None if unknown.
         warning: That of its plan.
+        asked: The share of the model that its plan was asked for; 0 where the planner chose, or without a plan.
     """
 
     name: str
@@ -68,6 +69,7 @@ class DeviceRow:
     unit: str = ""
     train_j: float | None = None
     warning: str = ""
+    asked: float = 0.0
 
 
 @dataclass(frozen=True)

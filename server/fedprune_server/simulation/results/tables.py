@@ -16,7 +16,7 @@ from fedprune.jobs.job import NO_UPDATE_LIMITS
 from fedprune.output.document import Document, Table
 from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
-from fedprune_server.simulation.results.coverage import coverage_mark, left_out_boards, left_out_note
+from fedprune_server.simulation.results.coverage import coverage_mark, left_out_boards, left_out_note, plan_note
 from fedprune_server.simulation.results.differences import board_gains, score_difference_text
 from fedprune_server.simulation.results.record import Record, last_mean, measured_moments, measured_names, score_text
 
@@ -165,13 +165,14 @@ def drop_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]
 
 
 def tail_note(runs: Sequence[Record]) -> str:
-    """Which rounds the means in `final_rows` are over, and which runs left boards out or had no limits on updates."""
+    """Which rounds the means in `final_rows` are over, and which runs left boards out, gave boards less than was asked
+    for, or had neither plans nor limits on updates."""
     rounds = quantity(min(TAIL_ROUNDS, max(len(run.rounds) for run in runs)), "round")
     best = ", except the best, which is that of one round" if any(len(run.rounds) > 1 for run in runs) else ""
     unlimited = dict.fromkeys(r.title for r in runs if not any(r.job.get(name, True) for name in NO_UPDATE_LIMITS))
     limits = f" Without the server's limits on updates, as in papers: {first_few([*unlimited])}." if unlimited else ""
     means = f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}{best}.{limits}"
-    return f"{means} {left_out_note(left_out_boards(runs))}".rstrip()
+    return " ".join(filter(None, (means, left_out_note(left_out_boards(runs)), plan_note(runs))))
 
 
 def megabytes_text(count: float) -> str:
