@@ -90,7 +90,7 @@ def build_compare_parser() -> CommandParser:
         prog=f"{PROG} {COMPARE}",
         description="Put runs side by side: curves, finals, scores at equal cost, and what a target cost.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs or of a sweep")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders or files of runs, or a sweep's")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     parser.add_argument(
         "--target",

@@ -58,12 +58,9 @@ class VariantRuns:
 
     def bytes(self, rounds: int) -> float:
         """Bytes of so many rounds, both ways. Graphs and whole weights, which are sent once, are in the first alone."""
-
-        def total(run: Record) -> float:
-            first, last = (row.down + row.up for row in (run.rounds[0], run.last))
-            return first + (rounds - 1) * ((last - first) / (len(run.rounds) - 1) if len(run.rounds) > 1 else first)
-
-        return statistics.fmean(map(total, self.runs))
+        count, runs = len(self.runs[0].rounds), [run.rounds for run in self.runs]
+        first, last = (statistics.fmean(rows[i].down + rows[i].up for rows in runs) for i in (0, -1))
+        return first + (rounds - 1) * ((last - first) / (count - 1) if count > 1 else first)
 
 
 @dataclass(frozen=True)

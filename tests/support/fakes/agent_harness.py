@@ -66,10 +66,10 @@ class Bench:
         self.server.react = react
 
     def run_until(self, kind: type, **fields: Any) -> Any:
-        """Run until a message of this kind has these fields; returns the first of the kind."""
+        """Run until a message of this kind has these fields; returns the first one."""
         self.stop_on(kind, **fields)
         self.run(until_finished=False)
-        return self.server.of(kind)[0]
+        return next(m for m in self.server.of(kind) if fields.items() <= {k: getattr(m, k) for k in fields}.items())
 
     def stop_once_quiet(self) -> None:
         def watch() -> None:

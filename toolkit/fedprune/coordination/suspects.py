@@ -7,8 +7,8 @@ boards' sums count: of n boards, one that always spoils its sum is named after 1
 
 A half of fewer boards than a sum needs is filled up with boards that aren't suspects. If these are too few, the half is
 left out; which one is drawn at random. If all halves are, their boards are mixed anew. Only a board that was the only
-suspect of a false sum is named. Two hostile boards that act together may have a third one named: one behaves while it
-is a suspect, and later spoils the sum in which it fills up a half with the third board.
+suspect of a false sum is named. Two hostile boards that act together, or one of four or five boards, may have an honest
+one named: it behaves while it is a suspect, and later spoils the sum in which it fills up a half with that board.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def divide_into_cohorts(
     devices: Sequence[str], suspects: Groups, rng: np.random.Generator
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """Divide devices that were asked for the same into cohorts; returns the cohorts, and the devices that are left out
-    of this attempt. Each group of `suspects` has a board at fault."""
+    of this attempt. Groups of `suspects` are divided in halves."""
     # By lot: a fixed order would always leave the same boards out, or fill up halves with the same ones.
     shuffled = [devices[i] for i in rng.permutation(len(devices)).tolist()]
     groups = [[name for name in shuffled if name in group] for group in suspects]
@@ -72,4 +72,4 @@ def narrow_suspects(
         is_single = len(inside) == 1 and len(inside[0]) == 1
         at_fault |= set(inside[0]) if is_single else set()
         groups = outside if is_single else outside + inside
-    return groups, at_fault
+    return sorted(groups), at_fault  # sorted: an attempt that clears nobody leaves them as they are

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -16,7 +15,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
-from fedprune.model.trainable import frozen_tensors, trained_tensors
+from fedprune.model.trainable import frozen_tensors, matching_tensors, trained_tensors
 from fedprune.planning.correction import NO_CORRECTION, Correction
 from fedprune.planning.costs import (
     AUGMENT_COPIES,
@@ -74,8 +73,7 @@ def predict_costs(
     batch_s = float(table.latency_seconds(architecture, widths, recipe.batch_size)[0])
     evaluate_s = (2 + (recipe.average > 0)) * correction.latency * batch_s * tested / recipe.batch_size
     link, power = profile.link, profile.power
-    names = [t.name for t in architecture.tensors] if recipe.personal else []
-    kept = frozen_names.union(*(fnmatch.filter(names, pattern) for pattern in recipe.personal))
+    kept = frozen_names | matching_tensors(architecture, recipe.personal, ("recipe", "personal"))
     first_bytes, down_bytes, up_bytes = _transfer_bytes(architecture, widths, costs.wire_bytes, recipe, codecs, kept)
     first_bytes, down_bytes = (n + recipe.drift * costs.wire_bytes for n in (first_bytes, down_bytes))
     if active_share < 1:

@@ -37,13 +37,15 @@ _COST_READERS: dict[str, Callable[[Record], list[float]]] = {
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
-    """Runs from their folders or `metrics.json` files, or a sweep's folder; equal titles are distinguished by path.
+    """Runs from their folders or `metrics.json` files or, by name, a sweep's; equal titles are distinguished by path.
 
     Of a folder with a reference only the run itself is read. Raises `StorageError` if there is no run, none of its
     rounds has ended, or they measure different things.
     """
-    sweeps = [() if (p / RECORD_FILE).exists() else sorted(f.parent for f in p.glob(f"*/{RECORD_FILE}")) for p in paths]
-    folders = chain.from_iterable(runs or [p] for p, runs in zip(paths, sweeps, strict=True))
+    sweeps = [() if (p / RECORD_FILE).exists() else sorted(p.glob(f"*/{RECORD_FILE}")) for p in paths]
+    folders = chain.from_iterable(
+        [f.parent for f in s if f.parent.name != "reference"] or [p] for p, s in zip(paths, sweeps, strict=True)
+    )
     runs = [(p, Record.load(p / RECORD_FILE if p.is_dir() else p)) for p in folders]
     for path, run in runs:
         if not run.rounds:

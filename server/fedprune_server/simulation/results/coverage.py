@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fedprune.coordination.width_planner import WHOLE_HINT
 from fedprune.core.text import first_few, quantity
-from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.record import DeviceRow, Record
 
 PAPERS_SETTING = "ignores_plans = true"
 
@@ -41,12 +41,15 @@ def on_common_boards(*runs: Record) -> list[Record]:
 
 def left_out_boards(runs: Iterable[Record]) -> dict[str, dict[str, str]]:
     """By strategy, the reason for each board that no plan of it fits."""
-    reasons: dict[str, dict[str, str]] = {}
+    return _texts_of_boards(runs, lambda d: "" if d.widths else d.excluded)
+
+
+def _texts_of_boards(runs: Iterable[Record], text: Callable[[DeviceRow], str]) -> dict[str, dict[str, str]]:
+    texts: dict[str, dict[str, str]] = {}
     for run in runs:
-        reasons.setdefault(str(run.job.get("strategy", run.title)), {}).update(
-            {d.name: d.excluded for d in run.devices if d.excluded and not d.widths}
-        )
-    return {strategy: boards for strategy, boards in reasons.items() if boards}
+        boards = {d.name: said for d in run.devices if (said := text(d))}
+        texts.setdefault(str(run.job.get("strategy", run.title)), {}).update(boards)
+    return {strategy: boards for strategy, boards in texts.items() if boards}
 
 
 def left_out_note(reasons: Mapping[str, Mapping[str, str]]) -> str:
@@ -61,14 +64,15 @@ def left_out_note(reasons: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def plan_note(runs: Sequence[Record]) -> str:
-    """How many boards each strategy would give more than their plans let it, one of them, and which runs have no plans;
-    empty if there is neither."""
-    notes: dict[str, str] = {}
-    for run in runs:
-        strategy = str(run.job.get("strategy", run.title))
-        if narrowed := [d for d in run.devices if d.widths and d.density < d.asked]:
-            example = f"{narrowed[0].name} to {narrowed[0].density:.3g} of the model instead of {narrowed[0].asked:.3g}"
-            notes[strategy] = f"Plans narrow {quantity(len(narrowed), 'board')} of {strategy}, such as {example}."
+    """How many boards get less than each strategy asks for, by their plans, and which runs have no plans; or empty."""
+
+    def lowered(d: DeviceRow) -> str:
+        return f"{d.name}: {d.density:.3g} instead of {d.asked:.3g}" if d.widths and d.density < d.asked else ""
+
+    notes = [
+        f"Plans give {quantity(len(boards), 'board')} less than {name} asks for, such as {min(boards.values())}."
+        for name, boards in _texts_of_boards(runs, lowered).items()
+    ]
     if unplanned := [*dict.fromkeys(run.title for run in runs if run.job.get("ignores_plans"))]:
-        notes[""] = f"Without boards' plans, as in papers: {first_few(unplanned)}."
-    return " ".join(notes.values())
+        notes.append(f"Without boards' plans, as in papers: {first_few(unplanned)}.")
+    return " ".join(notes)
