@@ -34,7 +34,7 @@ from fedprune_server.simulation.results.publication import save_figure, save_tab
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.rows import device_rows, round_rows
-from fedprune_server.simulation.results.run_folder import simulate_in_folder
+from fedprune_server.simulation.results.run_folder import REFERENCE_FOLDER, simulate_in_folder
 from fedprune_server.simulation.results.runs_progress import RunDisplay, is_watched
 from fedprune_server.simulation.results.tables import final_rows, result_table, tail_note
 from fedprune_server.simulation.results.tracked_rounds import track_rounds
@@ -224,7 +224,7 @@ def simulate(
     record, trained_model = _simulate_experiment(plan, run_folder, targets, shows_progress=shows_progress)
     if reference_experiment is None:
         return SimulatedRun(record, trained_model)
-    reference_folder = None if run_folder is None else run_folder / "reference"
+    reference_folder = None if run_folder is None else run_folder / REFERENCE_FOLDER
     reference_record, _ = _simulate_experiment(
         reference_experiment, reference_folder, targets, shows_progress=shows_progress
     )

@@ -18,7 +18,7 @@ from fedprune_server.simulation.results import charts, tables
 from fedprune_server.simulation.results.coverage import on_common_boards, with_coverage_marks
 from fedprune_server.simulation.results.differences import board_gains, half_interval, score_difference_text
 from fedprune_server.simulation.results.record import Record, score_text
-from fedprune_server.simulation.results.run_folder import RECORD_FILE
+from fedprune_server.simulation.results.run_folder import RECORD_FILE, REFERENCE_FOLDER
 from fedprune_server.simulation.results.tables import ResultColumn
 
 PAGE_FILE = "comparison.html"
@@ -43,9 +43,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
     rounds has ended, or they measure different things.
     """
     sweeps = [() if (p / RECORD_FILE).exists() else sorted(p.glob(f"*/{RECORD_FILE}")) for p in paths]
-    folders = chain.from_iterable(
-        [f.parent for f in s if f.parent.name != "reference"] or [p] for p, s in zip(paths, sweeps, strict=True)
-    )
+    runs_of_sweeps = [[f.parent for f in files if f.parent.name != REFERENCE_FOLDER] for files in sweeps]
+    folders = chain.from_iterable(runs or [p] for p, runs in zip(paths, runs_of_sweeps, strict=True))
     runs = [(p, Record.load(p / RECORD_FILE if p.is_dir() else p)) for p in folders]
     for path, run in runs:
         if not run.rounds:

@@ -96,7 +96,7 @@ def _device_row(
         unit=training_processor(device),
         train_j=(prediction or {}).get("train_j"),
         warning=device.plan["warning"] if device.plan else "",
-        asked=((device.plan or {}).get("asked") or {"density": 0.0})["density"],
+        asked=device.plan["asked"]["density"] if device.plan and device.plan["asked"] else 0.0,
     )
 
 

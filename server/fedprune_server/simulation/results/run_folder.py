@@ -16,8 +16,8 @@ from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.simulation import Simulation
 
-# Numbers and saved state in a run's folder.
-RECORD_FILE, RUN_STATE_FOLDER = "metrics.json", "run"
+# Numbers, saved state and the run of the reference in a run's folder.
+RECORD_FILE, RUN_STATE_FOLDER, REFERENCE_FOLDER = "metrics.json", "run", "reference"
 
 
 class ScratchStore(BlobStore):
