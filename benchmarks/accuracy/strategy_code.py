@@ -18,8 +18,8 @@ _ROOM = "fedprune.strategies"
 def strategy_digest(strategy: str) -> str:
     """Digest of the code of a preset, or of a composition `module:function`: of its module and of all modules of
     `fedprune.strategies` that this imports, without comments and docstrings."""
-    name = strategy.partition(":")[0]
-    pending, used = [PRESETS[name].__module__ if name in PRESETS else name], dict[str, str]()
+    preset = PRESETS.get(name := strategy.partition(":")[0])  # several of one function are partial
+    pending, used = [getattr(preset, "func", preset).__module__ if preset else name], dict[str, str]()
     while pending:
         module = pending.pop()
         folder = Path(__file__).parents[2] if module.startswith("benchmarks.") else ROOT

@@ -16,3 +16,4 @@ def test_every_row_of_the_papers_has_a_digest_of_its_own_strategy() -> None:
     digests = {m.strategy: strategy_digest(m.strategy) for p in PAPERS for m in p.methods}
     assert len(set(digests.values())) > len(digests) / 2  # those of one module share theirs
     assert digests["subflot"] != digests["benchmarks.accuracy.compositions:sliced_subflot"]
+    assert strategy_digest("scaffold") == strategy_digest("fedprune.strategies.methods.drift")  # a partial preset

@@ -37,6 +37,5 @@ def test_a_table_shows_the_records_that_its_page_asks_for(tmp_path: Path) -> Non
 
 
 def test_a_hundredfold_update_breaks_a_model_without_limits_alone() -> None:
-    settings = ("no limits", "default")
-    without, limited = (robustness.play("digits", setting, "×100", 1, 0, rounds=2).accuracy for setting in settings)
+    without, limited = (robustness.play("digits", s, "×100", 1, 0, rounds=2).accuracy for s in ("no limits", "default"))
     assert without < 0.3 < 0.5 < limited
