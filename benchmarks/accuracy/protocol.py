@@ -160,11 +160,11 @@ class Protocol:
             parts.pop(name)
         if not self.ends_at_target:
             parts.pop("ends_at_target")
-        parts["recipe"] = self.recipe.to_dict()
+        parts["recipe"] = self.recipe.to_offer()  # settings that came later have their default in earlier runs
         row = asdict(method)
         for name in ("name", "served_model"):
             row.pop(name)
-        boards = [{k: v for k, v in find_profile(b.profile).to_dict().items() if k != "sources"} for b in self.boards]
-        trainer = "cuda" if cuda else "onnxruntime"
+        profiles, trainer = [find_profile(b.profile).to_dict() for b in self.boards], "cuda" if cuda else "onnxruntime"
+        boards = [{k: v for k, v in profile.items() if k not in ("sources", "support")} for profile in profiles]
         what = [parts, row, seed, trainer, boards, definition(self.net), AVERAGE, CALIBRATION]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
