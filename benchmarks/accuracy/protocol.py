@@ -150,21 +150,20 @@ class Protocol:
 
     def lasting(self, rounds: int) -> Protocol:
         """The protocol with as many rounds, the same for all rows."""
-        methods = tuple(replace(m, job={k: v for k, v in m.job.items() if k != "rounds"}) for m in self.methods)
+        methods = tuple(replace(m, job=_without(m.job, "rounds")) for m in self.methods)
         return replace(self, rounds=rounds, methods=methods)
 
     def key(self, method: Method, seed: int, *, cuda: bool = False) -> str:
         """Digest of the settings that decide a run's numbers: results of others are not mixed in."""
-        parts = asdict(self)
-        for name in ("title", "methods", "seeds", "reference", "target", "minutes", "reads", "name", "changes"):
-            parts.pop(name)
-        if not self.ends_at_target:
-            parts.pop("ends_at_target")
+        unread = ("title", "methods", "seeds", "reference", "target", "minutes", "reads", "name", "changes")
+        parts = _without(asdict(self), *unread, *(() if self.ends_at_target else ("ends_at_target",)))
         parts["recipe"] = self.recipe.to_offer()  # settings that came later have their default in earlier runs
-        row = asdict(method)
-        for name in ("name", "served_model"):
-            row.pop(name)
-        profiles, trainer = [find_profile(b.profile).to_dict() for b in self.boards], "cuda" if cuda else "onnxruntime"
-        boards = [{k: v for k, v in profile.items() if k not in ("sources", "support")} for profile in profiles]
+        row = _without(asdict(method), "name", "served_model")
+        boards = [_without(find_profile(b.profile).to_dict(), "sources", "support") for b in self.boards]
+        trainer = "cuda" if cuda else "onnxruntime"
         what = [parts, row, seed, trainer, boards, definition(self.net), AVERAGE, CALIBRATION]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in names}

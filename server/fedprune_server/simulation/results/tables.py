@@ -165,7 +165,7 @@ def drop_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]
 
 
 def tail_note(runs: Sequence[Record]) -> str:
-    """Which rounds the means in `final_rows` are over, and which runs left boards out, cut them or had no limits."""
+    """Which rounds means in `final_rows` are over, and which runs narrowed boards, left some out or had no limits."""
     rounds = quantity(min(TAIL_ROUNDS, max(len(run.rounds) for run in runs)), "round")
     best = ", except the best, which is that of one round" if any(len(run.rounds) > 1 for run in runs) else ""
     unlimited = dict.fromkeys(r.title for r in runs if not any(r.job.get(name, True) for name in NO_UPDATE_LIMITS))
