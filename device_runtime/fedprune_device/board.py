@@ -142,7 +142,6 @@ def build_agent(
             settings.engine,
             runtime=settings.runtime,
             may_leave=settings.most_away_s > 0,
-            private=lambda: store.privacy.is_private,
             warnings=settings.warnings,
         ),
         uplink,

@@ -29,8 +29,7 @@ class BirthBuilder:
     """Builds births, and notices when the last one is outdated. `engine` describes the engine that predicts.
 
     `runtime` is onnxruntime's version, given because an idle board saves the memory of loading it. `may_leave`: whether
-    the server may send the board away for a time. `private`: whether births must leave out whatever is measured on
-    samples.
+    the server may send the board away for a time.
     """
 
     def __init__(
@@ -43,10 +42,9 @@ class BirthBuilder:
         *,
         runtime: str = "",
         may_leave: bool = True,
-        private: Callable[[], bool] = lambda: False,
         warnings: Callable[[], tuple[BoardWarning, ...]] = tuple,
     ) -> None:
-        self._connection, self._data, self._engine, self._is_private = connection, data, engine, private
+        self._connection, self._data, self._engine = connection, data, engine
         self._warnings, self._sent_texts = warnings, frozenset[str]()
         self._abilities = (PUT_ABILITY, RECONNECT_ABILITY) if may_leave else (PUT_ABILITY,)
         self._profile_name, self._probe, self._runtime = profile_name, probe, runtime
@@ -75,7 +73,6 @@ class BirthBuilder:
             codecs=CODECS,
             answer_s=round(self._connection.response_time.slowest_s, 3) or None,
             abilities=self._abilities,
-            effective_classes=None if self._is_private() else self._data.effective_classes,
             warnings=warnings,
         )
 

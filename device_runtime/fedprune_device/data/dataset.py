@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -19,11 +18,11 @@ from fedprune.core.rng import keyed_generator
 from fedprune.model.input_type import FLOATS, InputType
 from fedprune.model.lengths import Shape, fits_shape, free_axis
 from fedprune_device.data.data_source import LABELS, ArrayType, Schema
-from fedprune_device.data.labels import Targets, effective_classes
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_checks import check_shape, check_type, checked_samples, common_type
 from fedprune_device.data.sequences import PaddedRows, pad_labels, pad_samples
 from fedprune_device.data.spooled_arrays import spool_large
-from fedprune_device.data.stored_array import Array, Inputs, Rows, StoredArray, select_pairs, type_text
+from fedprune_device.data.stored_array import Array, Inputs, Rows, select_pairs, type_text
 
 SPLITS = ("train", "test", "val")  # the suffixes of the arrays in a file, and in `LocalData`
 _NO_SAMPLES = np.zeros((0, 0), np.float32)
@@ -117,13 +116,6 @@ class LocalData:
     def samples(self) -> int:
         return len(self.y_train)
 
-    @cached_property
-    def effective_classes(self) -> int | None:
-        y = self.y_train
-        if isinstance(y, StoredArray) or y.ndim != 1 or y.dtype.kind not in "iu":
-            return None
-        return effective_classes(np.unique(y, return_counts=True)[1])
-
     def snapshot(
         self, shape: Shape | None = None, targets: Targets | None = None, input_type: InputType = FLOATS
     ) -> LocalData:
@@ -215,11 +207,6 @@ class SampleSource(Protocol):
         """Number of training samples now. The agent's loop reads it, so that it must not wait for a disk."""
 
     @property
-    def effective_classes(self) -> int | None:
-        """The labels' effective number of classes (`fedprune_device.data.labels.effective_classes`), without waiting;
-        None if it isn't known, or samples have no class."""
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What was chosen where the samples can be read in several ways: a sentence each, without any of their numbers.
         Complete after a snapshot. The board's log has each of them once."""
@@ -241,16 +228,11 @@ class ReadSource:
 
     def __init__(self, origin: object) -> None:
         self._training_count = 0
-        self._effective_classes: int | None = None
         self._notes = Notes(origin)
 
     @property
     def samples(self) -> int:
         return self._training_count
-
-    @property
-    def effective_classes(self) -> int | None:
-        return self._effective_classes
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,18 +112,6 @@ def _class_counts(y: Array, classes: int, ignored: int | None) -> npt.NDArray[np
             f"nothing, export the model with --set ignore_label={low if low < 0 else high} (recipe.ignore_label).",
         )
     return np.bincount(counted, minlength=classes).astype(np.int64)
-
-
-def effective_classes(counts: Iterable[int]) -> int | None:
-    """The number of equally frequent classes with the same entropy: exp of the labels' entropy, rounded, or None.
-
-    It is rounded because the server gets it: more digits would tell how many samples each class has.
-    """
-    shares = np.array([n for n in counts if n], np.float64)
-    if not len(shares):
-        return None
-    shares /= shares.sum()
-    return round(float(np.exp(-(shares * np.log(shares)).sum())))
 
 
 def log_prior(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArray[np.float32]:

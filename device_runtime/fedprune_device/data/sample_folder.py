@@ -25,7 +25,7 @@ from fedprune.model.lengths import Shape
 from fedprune_device.data.dataset import LocalData, ReadSource
 from fedprune_device.data.decoded_samples import CacheFullError, DecodedSamples
 from fedprune_device.data.folder_layout import layout_of
-from fedprune_device.data.labels import Targets, effective_classes
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.layouts import MAX_LABEL_BYTES, NO_LABELS, Layout
 from fedprune_device.data.other_files import SINGLE_FILES, WAY_OUT
 from fedprune_device.data.splits import SplitShares
@@ -302,9 +302,6 @@ class SampleFolder(ReadSource):
                     _LOG.warning("%s is left out: %s", path, self._refusals[-1])
         self._count_unlabelled(unlabelled)
         files_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in file_of_digest]
-        training_counts = [sum(file.split == "train" for file in files) for files in files_by_class]
-        has_classes = len(training_counts) > 1  # folders are classes
-        self._effective_classes = effective_classes(training_counts) if has_classes else None
         self._chosen = list(islice(_interleave(files_by_class), self._max_samples))
         self._training_count = sum(file.split == "train" for file in self._chosen)
         return layout

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from fedprune.model.lengths import Shape, shape_to_json
 from fedprune.model.lengths import shape_from_json as read_shape
 from fedprune_device.data import stored_samples
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import Targets, effective_classes
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import UNLABELLED, Reservoir, ReservoirDecision, SampleLimits, sample_counts
 from fedprune_device.data.sample_log import SEGMENTS, SampleLog
 from fedprune_device.data.segment_log import HEAD_BYTES, Kind, LogRecord, RecordPosition, counts_in, payload_name
@@ -122,13 +121,6 @@ class SampleStore(Closeable):
         one only to boards that have samples.
         """
         return len(self._training_labels)
-
-    @property
-    def effective_classes(self) -> int | None:
-        """See `SampleSource`; of the labelled samples that would be trained on. Never waits for the disk either."""
-        counts = Counter(self._training_labels.copy().values())  # other threads add samples
-        del counts[UNLABELLED]
-        return effective_classes(counts.values())
 
     @property
     def notes(self) -> tuple[str, ...]:

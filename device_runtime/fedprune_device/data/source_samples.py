@@ -15,7 +15,7 @@ from fedprune.model.lengths import Shape
 from fedprune_device.data.array_assembly import assemble
 from fedprune_device.data.data_source import LABELS, ArrayType, DataSource, Schema
 from fedprune_device.data.dataset import SPLITS, LocalData, ReadSource
-from fedprune_device.data.labels import Targets, effective_classes
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.spooled_arrays import ArrayWriter
 from fedprune_device.data.stored_array import Array, Inputs, Rows
@@ -59,9 +59,6 @@ class SourceSamples(ReadSource):
         try:
             data = assemble(arrays, self._spool)
             self._training_count = data.samples
-            y = data.y_train
-            if isinstance(y, np.ndarray) and y.ndim == 1 and y.dtype.kind == "i":
-                self._effective_classes = effective_classes(np.unique(y, return_counts=True)[1])
             return data.snapshot(shape, targets, input_type)
         except DataError as error:
             raise DataError(f"{self._name}: {error}") from error

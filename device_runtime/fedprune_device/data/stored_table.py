@@ -6,7 +6,6 @@ Nothing of the table stays in memory but these places, and a mark for each row i
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,6 @@ from fedprune.core.errors import DataError, error_reason
 from fedprune.core.median import median
 from fedprune.core.text import encoding_of, quantity
 from fedprune_device.data.csv_tables import open_csv
-from fedprune_device.data.labels import effective_classes
 from fedprune_device.data.parquet_tables import open_parquet
 from fedprune_device.data.stored_array import Array, OpenFiles, Rows, StoredArray
 from fedprune_device.data.table_columns import OpenTable, TableColumns
@@ -53,14 +51,12 @@ class StoredTable:
     Attributes:
         starts: The rows, ascending, before which time jumps: no window may span the place.
         marks: `NO_NUMBER` and `NO_CLASS` of each row [count]; None if nothing is missing.
-        effective_classes: See `labels.effective_classes`; of all rows.
         counters: The inputs, each as its index in the file, that count the rows.
     """
 
     file: OpenFiles
     columns: TableColumns
     count: int
-    effective_classes: int | None
     starts: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
     marks: npt.NDArray[np.uint8] | None = None
     counters: tuple[int, ...] = ()
@@ -83,7 +79,7 @@ def read_table(
 
     Raises `DataError` if it can't be read, or its numbers take more than `max_bytes` bytes.
     """
-    count, labels, missing_cells = 0, Counter[float](), 0
+    count = missing_cells = 0
     with open_table(path, class_names, options) as table, storage_errors("can't write the numbers of a table"):
         file, time_file, times_of_rows = OpenFiles.in_folder(spool), OpenFiles.in_folder(spool), _Times(options.step)
         row_counters = RowCounters(len(table.columns.inputs))
@@ -98,10 +94,8 @@ def read_table(
             count += len(numbers)
             row_counters.add(numbers[:, : len(table.columns.inputs)])
             missing_cells += int(np.isnan(numbers).sum())
-            if table.columns.classes:  # `TableColumns.all` puts the class last
-                labels.update(numbers[:, -1][~np.isnan(numbers[:, -1])].tolist())
         counters = tuple(table.columns.inputs[position] for position in row_counters.positions)
-        stored = StoredTable(file, table.columns, count, effective_classes(labels.values()), counters=counters)
+        stored = StoredTable(file, table.columns, count, counters=counters)
         notes = table.notes()
         if times_of_rows.count:
             stored = times_of_rows.in_order(stored, time_file, spool)

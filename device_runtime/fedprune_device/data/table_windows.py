@@ -200,7 +200,6 @@ class TableFile(ReadSource):
         stamp = self._file_stamp()
         table, notes = read_table(self._path, self._names, self._options, self._spool, self._max_bytes)
         self._notes.replace(notes, [_COUNTER_WARNING.format(index + 1) for index in table.counters])
-        self._effective_classes = table.effective_classes
         return stamp, table
 
 

@@ -189,7 +189,6 @@ class MessageHandler:
             birth.samples,
             probe,
             birth.codecs,
-            effective_classes=birth.effective_classes,
         )
 
     def _profile(self, name: str) -> dict[str, Any]:

@@ -83,8 +83,6 @@ class Distiller:
         ranks: Sequence[npt.ArrayLike],
         round_: int,
         trained: Iterable[Widths] = (),
-        *,
-        core: bool = False,
     ) -> Tensors:
         """Train a round's new model. Returns it as it is if it diverges or has no narrower width; otherwise its
         statistics have to be measured again.
@@ -92,9 +90,8 @@ class Distiller:
         Args:
             ranks: Per group its channels, best first.
             trained: The widths that boards trained in the round. Without any, the whole model's are the widest.
-            core: Whether only these widths learn, whichever the strategy names: boards have trained no others yet.
         """
-        widest, densities = self._widths_of(set(trained), core)
+        widest, densities = self._widths_of(set(trained))
         axes = self._trainer.axes
         plans = [widest] if axes is None else axes.step_widths(widest, densities)
         # A single width has no other to learn from.
@@ -122,11 +119,11 @@ class Distiller:
         )  # fmt: skip
         return selection.scatter(result.tensors, tensors)
 
-    def _widths_of(self, trained: set[Widths], core: bool) -> tuple[Widths, tuple[float, ...]]:
+    def _widths_of(self, trained: set[Widths]) -> tuple[Widths, tuple[float, ...]]:
         """The widest width, and the narrower ones as shares of the whole model's. They are the whole model and the
         strategy's densities; or else those that boards trained, at most `MAX_NARROW_WIDTHS` and in 64ths."""
         sizes = self._architecture.sizes
-        if (self._settings.densities and not core) or not trained:
+        if self._settings.densities or not trained:
             return sizes, self._settings.densities
         ratios = (max(w / n for w, n in zip(widths, sizes, strict=True)) for widths in trained)
         shares = sorted({math.ceil(64 * ratio) / 64 for ratio in ratios})

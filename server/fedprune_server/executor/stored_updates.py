@@ -70,8 +70,6 @@ class StoredUpdates:
             device_part.samples,
             device_part.last_counted_round,
             device_part.work,
-            device_part.mixed,
-            device_part.core,
         )
 
     def recipe(self, turn: Turn) -> Recipe:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -106,11 +105,7 @@ class Worker:
     def begin(self) -> State:
         """The state of a job that begins with the model. Raises as `put_initial_model`."""
         untrained = is_untrained(self.architecture, self.model.tensors)
-        state = State(model=self.put_initial_model(), architecture=self.architecture.digest, untrained=untrained)
-        if self.strategy.core is not None:
-            plain = self.store.put(tensorfile.encode(self.model.tensors)).sha256
-            state.plain_model = plain if plain != state.model else ""
-        return state
+        return State(model=self.put_initial_model(), architecture=self.architecture.digest, untrained=untrained)
 
     def put_initial_model(self) -> str:
         """Put the job's first model into the store and return its digest.
@@ -172,8 +167,7 @@ class Worker:
         key = (command.round, command.model, command.memory)
         # The next command of an asynchronous job may belong to another model, whose sums are separate.
         if self._round is None or self._round[0] != key:
-            core = any(device_part.core for device_part in _device_parts(command))
-            scene = replace(self.updates.scene(command.round, command.model, command.memory), core=core)
+            scene = self.updates.scene(command.round, command.model, command.memory)
             self._round = key, Round(self.strategy, scene, self.limits)
         return self._round[1]
 
@@ -211,11 +205,10 @@ class Worker:
             if contribution.part.device in counted:
                 withheld_names |= self.updates.withheld_names(contribution.basis, contribution.part)
         tensors = result.model | {n: previous_tensors[n] for n in withheld_names}
-        if self._distiller is not None and any(contribution.part.mixed for contribution in command.contributions):
+        if self._distiller is not None and command.contributions:
             scene = self.updates.scene(command.round, command.model, command.memory)
-            core = any(contribution.part.core for contribution in command.contributions)
             trained = {contribution.part.widths for contribution in command.contributions}
-            tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round, trained, core=core)
+            tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round, trained)
         if self._calibration is not None:
             # Last: distillation changes the weights, and so the statistics.
             tensors = self._calibration(tensors)

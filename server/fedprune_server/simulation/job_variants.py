@@ -113,13 +113,11 @@ def _planned_devices(job: Job, strategy: Strategy, plan: FleetPlan) -> dict[str,
 
 
 def _training_key(strategy: Strategy, devices: Mapping[str, JobDevice], *, trained_before: bool) -> object:
-    """A key of what boards train, equal for equal trainings: the core's settings where they decide, else the core's
-    width or a phrase."""
+    """A key of what boards train, equal for equal trainings: the core's width, its settings where they decide, or a
+    phrase."""
     core, board_counts = strategy.core, Counter((d.density, d.widths) for d in devices.values() if d.widths)
     if core is None or strategy.allocator is not None or not board_counts:
         return core
     if all(density == 1 for density, _ in board_counts):
         return "the whole model"
-    if not core.is_unconditional:
-        return "as their labels are"
     return "what each can hold" if trained_before else core.choose_core(board_counts)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.board
 
 
 def births(profile: str, engine: Callable[[], str] = lambda: "", **options: Any) -> BirthBuilder:
-    data: Any = SimpleNamespace(samples=3, effective_classes=2)
+    data: Any = SimpleNamespace(samples=3)
     link: Any = None
     return BirthBuilder(BoardConnection(link, MessageChannel("d", "site")), data, profile, None, engine, **options)
 
@@ -75,14 +75,6 @@ def test_a_board_that_gets_no_answer_says_why_that_may_be(
     lines = [record.getMessage() for record in caplog.records]
     assert [reason in line for reason, line in zip(reasons, lines, strict=True)] == [True] * len(reasons)
     assert not any("new-key" in line or "revoked" in line for line in lines)
-
-
-def test_a_private_board_does_not_say_how_even_its_labels_are() -> None:
-    private = [False]
-    greeting = births("raspberry-pi-5", private=lambda: private[0])
-    assert greeting.build(1, None, 0.0).effective_classes == 2
-    private[0] = True
-    assert greeting.build(2, None, 0.0).effective_classes is None
 
 
 @pytest.mark.parametrize(("has_record", "expected"), [(True, "slot b with release 12"), (False, "slot b")])

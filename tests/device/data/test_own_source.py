@@ -65,7 +65,6 @@ def test_a_class_of_three_methods_is_a_boards_data(tmp_path: Path, monkeypatch: 
     data = source.snapshot((2,), Targets("cross_entropy", 2))
     assert (np.asarray(data.x_train) == 3).all()
     assert len(data.y_train) + len(data.y_test) == 50
-    assert source.effective_classes
     assert len(load_data("my_boards:Board", device="abc").y_test) == len(data.y_test) > 0
     assert len(load_inputs("my_boards:Board")[0]) == 50
 

@@ -139,12 +139,13 @@ def test_what_is_frozen_stays(recipe: Recipe, moves: tuple[str, ...]) -> None:
         assert np.array_equal(distilled[name], value) != name.startswith(moves), name
 
 
-def test_where_boards_share_a_core_others_of_the_strategys_widths_learn_nothing() -> None:
+def test_where_the_strategy_names_no_widths_those_learn_that_boards_have_trained() -> None:
     model, x = small_model(), inputs()
     core, ranking = widths_at(model.architecture, 0.5), own_ranking(model)
-    named, shared = (distiller(model, x)(model.tensors, ranking, 1, {core}, core=c) for c in (False, True))
-    assert is_same(shared, model.tensors), "boards of one width have nobody to learn from"
-    assert not is_same(named, model.tensors)
+    unnamed = distiller(model, x, replace(SETTINGS, densities=()))
+    assert is_same(unnamed(model.tensors, ranking, 1, {core}), model.tensors), "one width has none to learn from"
+    for distil, trained in ((unnamed, {core, model.architecture.sizes}), (distiller(model, x), {core})):
+        assert not is_same(distil(model.tensors, ranking, 1, trained), model.tensors)
 
 
 def test_a_model_that_diverges_stays_as_it_is() -> None:

@@ -249,23 +249,21 @@ def test_a_pattern_of_personal_tensors_that_matches_nothing_is_refused_at_once(m
 
 
 def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path) -> None:
-    job = Job(strategy="fedprune", options={"ranking": "nested"})
+    job = Job(strategy="fedprune", options={"ranking": "nested", "dropout": [0.25, 0.5]})
     plain, nested = worker(model, tmp_path), Worker(job, model, BlobStore(tmp_path, durable=False))
     plain_start, nested_start = (tensorfile.decode(w.store.read(w.put_initial_model())) for w in (plain, nested))
 
     assert all(np.array_equal(plain_start[n], v) for n, v in model.tensors.items())
-    widths = [widths_at(model.architecture, density) for density in (0.25, 0.5, 0.75)]
+    widths = [widths_at(model.architecture, density) for density in (0.25, 0.5)]
     expected = nest_widths(model.architecture, model.tensors, widths)
     assert any(not np.array_equal(plain_start[n], v) for n, v in expected.items())
     assert all(np.array_equal(nested_start[n], v) for n, v in expected.items())
-    state = nested.begin()
-    plain = tensorfile.decode(nested.store.read(state.plain_model))
-    assert (state.model, worker(model, tmp_path).begin().plain_model) == (nested.put_initial_model(), "")
-    assert all(np.array_equal(plain[n], v) for n, v in model.tensors.items())
 
 
 def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Path) -> None:
-    job = Job(strategy="fedprune", options={"ranking": "nested"}, recipe=Recipe(frozen=("@head", "conv2.*")))
+    job = Job(
+        strategy="fedprune", options={"ranking": "nested", "dropout": [0.5]}, recipe=Recipe(frozen=("@head", "conv2.*"))
+    )
     nested = Worker(job, model, BlobStore(tmp_path, durable=False))
     start = tensorfile.decode(nested.store.read(nested.put_initial_model()))
 

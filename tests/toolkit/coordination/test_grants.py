@@ -15,7 +15,6 @@ from fedprune.planning import profile_store
 from fedprune.planning.plan_search import PlanSearch
 from fedprune.planning.width_plan import TIME_MARGIN
 from fedprune.strategies import compose
-from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET
 
 pytestmark = pytest.mark.board
@@ -77,87 +76,6 @@ def test_boards_grow_when_most_of_a_total_is_spent_however_many_rounds_there_may
     assert shared == [True] * 8 + [False] * 2
 
 
-def test_boards_of_one_width_begin_with_the_model_as_it_was_imported() -> None:
-    def first(densities: dict[str, float], strategy: str = "fedprune") -> tuple[str, str]:
-        state = fleet(densities)
-        state.plain_model = "imported"
-        begin_grants(Job(strategy=strategy), state)
-        return state.model, state.plain_model
-
-    assert first({"a": 1.0, "b": 1.0}) == ("imported", "")
-    assert first(FLEET) == first({"a": 1.0}, "heterofl") == ("m", "")
-
-
-def labelled_fleet(worth: dict[str, int | None], samples: int = 100) -> State:
-    """Boards of the mixed fleet, and how many of the net's three classes their labels are worth."""
-    state = fleet(FLEET)
-    for name, classes in worth.items():
-        state.devices[name].effective_classes, state.devices[name].samples = classes, samples
-    return state
-
-
-EVEN = dict.fromkeys(FLEET, 3)
-
-
-def grants_core(state: State, number: int = 1, job: Job | None = None) -> bool:
-    decided = begin_grants(job or Job(strategy="fedprune", rounds=10), state, number)
-    grants = [decided.grant_of(device) for device in state.devices.values()]
-    assert len({grant.core for grant in grants}) == 1
-    assert (densities(dict(zip(FLEET, grants, strict=False))) == [0.5, 0.5, 0.5, 0.25]) == grants[0].core
-    return grants[0].core
-
-
-def test_boards_that_tell_classes_apart_have_a_core_where_most_of_them_know_most_classes() -> None:
-    def shares(*worth: int | None, samples: int = 100) -> bool:
-        return grants_core(labelled_fleet(dict(zip(FLEET, worth, strict=True)), samples))
-
-    assert shares(3, 3, 3, 3)
-    assert shares(3, 3, 3, 1)
-    assert shares(3, None, 3, 3)
-    assert not shares(3, 1, 1, 1)
-    assert not shares(3, None, None, None)
-    assert not shares(2**24, 1, 1, 1)
-    assert shares(1, 1, 1, 1, samples=1), "a board of few samples can't know more classes than samples"
-    assert not shares(1, 1, 1, 1, samples=10)
-
-
-@pytest.mark.parametrize(("narrowest", "has_core"), [(0.5, False), (0.75, True)])
-def test_boards_that_are_nearly_as_wide_as_each_other_have_a_core_whatever_their_labels(
-    narrowest: float, has_core: bool
-) -> None:
-    state = fleet({"a": 1.0, "b": narrowest, "c": narrowest})
-    grants = begin_grants(Job(strategy="fedprune", rounds=10), state)
-    assert {grants.grant_of(device).core for device in state.devices.values()} == {has_core}
-    assert grants.grant_of(state.devices["a"]).density == (narrowest if has_core else 1.0)
-
-
-def test_what_boards_train_stays_as_it_was_when_the_job_began() -> None:
-    even, skewed = labelled_fleet(EVEN), labelled_fleet(dict.fromkeys(FLEET, 1))
-    for state in (even, skewed):
-        state.model, state.plain_model = "nested", "imported"
-    assert (grants_core(even), grants_core(skewed)) == (True, False)
-    assert (even.model, skewed.model) == ("imported", "nested")
-    for state, classes in ((even, 1), (skewed, 3)):
-        restored = State.from_json(state.to_json())
-        for device in restored.devices.values():
-            device.effective_classes = classes
-        assert grants_core(restored, 2) == (state is even)
-    assert not grants_core(labelled_fleet(EVEN), 2), "a job that began otherwise goes on so"
-
-
-def test_private_and_asynchronous_jobs_and_those_that_say_otherwise_look_at_no_labels() -> None:
-    several: list[dict[str, Any]] = [
-        {"secure_aggregation": True},
-        {"privacy": Privacy(clip=1.0, noise_multiplier=1.0)},
-        {"options": {"arrivals": 2}},
-        {"options": {"mixup": 0.4}},
-        {"options": {"core": 0}},
-        {"recipe": Recipe(ordered_dropout=(0.5,))},
-    ]
-    for settings in several:
-        assert not grants_core(labelled_fleet(EVEN), job=Job(strategy="fedprune", rounds=10, **settings)), settings
-
-
 def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
     state = fleet({"a": 0.25})
     job = Job(strategy="fedprune", recipe=MSE)
@@ -195,21 +113,3 @@ def test_few_boards_that_can_hold_little_narrow_the_core_to_half_at_most(
 ) -> None:
     grants = round_grants(few_narrow(narrow, density), 1)
     assert densities(grants) == [density] * narrow + [core] * (10 - narrow)
-    assert all(g.core for g in grants.values())
-    assert [g.core for g in round_grants(few_narrow(narrow, density), 9).values()] == [g.core for g in grants.values()]
-
-
-@pytest.mark.parametrize(("narrow", "is_mixed"), [(0, False), (1, False), (3, False), (5, True)])
-def test_few_boards_that_can_hold_little_leave_the_others_to_plain_training(narrow: int, is_mixed: bool) -> None:
-    grants = begin_grants(Job(strategy="fedprune", rounds=10), state := few_narrow(narrow, 0.07))
-    assert {grants.grant_of(device).mixed for device in state.devices.values()} == {is_mixed}
-
-
-def test_a_board_without_time_for_whole_steps_trains_as_it_was_planned_and_the_others_do_not() -> None:
-    state, job = few_narrow(1, 0.25), Job(strategy="fedprune", rounds=10)
-    free = PlanSearch(NET, PI, job.recipe, 10, densities=(0.25,)).search().prediction
-    seconds = TIME_MARGIN * (free.round_s + 0.9 * free.train_s)
-    plan = PlanSearch(NET, PI, job.recipe, 10, densities=(0.25,), deadline_s=seconds).search()
-    state.devices["board-0"].plan = PackedJson(plan.to_dict())
-    grants = begin_grants(job, state)
-    assert [grants.grant_of(device).mixed for device in state.devices.values()] == [True] + [False] * 9

@@ -82,6 +82,6 @@ def test_what_the_strategy_asks_of_a_board_is_within_its_limits(
 
 
 def test_a_job_whose_recipe_does_not_go_with_its_strategy_ends_before_anything_is_planned() -> None:
-    job = Job(strategy="fedprune", recipe=Recipe(mask="hard"), devices=1)
+    job = Job(strategy="fedprune", options={"dropout": [0.5]}, recipe=Recipe(mask="hard"), devices=1)
     with pytest.raises(ConfigError, match=r"recipe\.ordered_dropout"):
         turn_in(job)

@@ -1,6 +1,5 @@
 """The preset `fedprune`: ranks that stay, and a recipe that leaves the job's own settings alone."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,6 @@ from fedprune.strategies.values import NewMemory, Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
 
 pytestmark = pytest.mark.board
-
-MSE = Recipe(loss="mse")
-"""A recipe whose boards tell no classes apart."""
 
 
 def job(options: dict[str, Any] | None = None, **settings: Any) -> Job:
@@ -60,21 +56,17 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
     def nest(*densities: float) -> Tensors:
         return nest_widths(architecture, start, [widths_at(architecture, d) for d in densities])
 
-    silent = nest(0.25, 0.5, 0.75)
-
     def starting_model(recipe: Recipe | None = None, **options: Any) -> Tensors:
         return compose(job(options, recipe=recipe or Recipe())).begin(architecture, start)
 
-    assert same(starting_model(), start if trained else silent)
-    assert same(starting_model(ranking="nested"), silent)
-    assert same(starting_model(ranking="nested", dropout=[0.5]), nest(0.5))
-    assert same(starting_model(ranking="nested", dropout=[], densities=[1, 0.5]), nest(0.5))
+    assert same(starting_model(ranking="nested", dropout=[0.25, 0.5]), nest(0.25, 0.5))
+    assert same(starting_model(ranking="nested", core=0, densities=[1, 0.5]), nest(0.5))
     recipe = Recipe(ordered_dropout=(0.5,))
     assert same(starting_model(recipe=recipe), start if trained else nest(0.5))
-    for options in ({"ranking": "ordered"}, {"ranking": "magnitude"}, {"dropout": [], "densities": [1.0]}):
-        assert starting_model(**options) is start
-    assert same(starting_model(densities=[0.5]), start if trained else nest(0.5)), "all boards are alike"
-    assert starting_model(MSE) is start, "the core is known when boards are"
+    assert same(starting_model(core=0, densities=[0.5]), start if trained else nest(0.5)), "all boards are alike"
+    for options in ({"ranking": "ordered"}, {"ranking": "magnitude"}, {"densities": [1.0]}):
+        assert starting_model(**options, core=0) is start
+    assert starting_model() is starting_model(ranking="nested") is start, "the core is known when boards are"
     chosen = compose(job()).rank(Scene(architecture, 0, 1, start)).ranks
     first = (
         rank_channels(magnitude_scores(architecture, start)) if trained else [np.arange(n) for n in architecture.sizes]
@@ -92,12 +84,10 @@ def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_
     architecture, start = first_model(data, seed, trained=trained)
     core = widths_at(architecture, 0.5)
 
-    def model_after_round(
-        memory: NewMemory | None = None, scene: Scene | None = None, recipe: Recipe = MSE, **options: Any
-    ) -> Tensors:
+    def model_after_round(memory: NewMemory | None = None, **options: Any) -> Tensors:
         """The model after a round in which a board of half the channels changed nothing."""
-        strategy = compose(job(options, recipe=recipe))
-        scene = scene or Scene(architecture, 0, 1, start, memory or {})
+        strategy = compose(job(options))
+        scene = Scene(architecture, 0, 1, start, memory or {})
         fold = Fold(architecture, start, rule="fill")
         core_selection = Selection.of(architecture, core, strategy.rank(scene).ranks)
         fold.add(core_selection, core_selection.gather(start), 1)
@@ -109,13 +99,9 @@ def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_
     assert same_but_for_sums(model_after_round(ranking="nested"), silent)
     for ranking in ("ordered", "magnitude"):
         assert same_but_for_sums(model_after_round(ranking=ranking), start)
+    assert same_but_for_sums(model_after_round(core=0), start), "without a core all channels are trained"
     first = Scene(architecture, 0, 1, start)
-    even = replace(first, core=True)
-    assert same_but_for_sums(model_after_round(scene=even, recipe=Recipe()), start if trained else silent)
-    assert same_but_for_sums(model_after_round(scene=first, recipe=Recipe()), start), (
-        "without a core all channels are trained"
-    )
-    settled = compose(job(recipe=MSE)).learn(first, Fold(architecture, start), lambda: iter(()))
+    settled = compose(job()).learn(first, Fold(architecture, start), lambda: iter(()))
     assert same_but_for_sums(model_after_round(settled, ranking="nested"), start), "later rounds silence nothing"
 
 
@@ -156,38 +142,33 @@ def same_but_for_sums(a: Tensors, b: Tensors) -> bool:
 
 
 def test_with_a_core_narrower_submodels_take_larger_steps() -> None:
-    def rates(recipe: Recipe) -> list[float]:
-        strategy = compose(job(recipe=recipe))
-        return [strategy.recipe(recipe, Turn(0, 1, "a", (3,), density)).lr for density in (1.0, 0.5, 0.25)]
+    def rates(**options: Any) -> list[float]:
+        strategy = compose(job(options))
+        return [strategy.recipe(Recipe(lr=0.1), Turn(0, 1, "a", (3,), density)).lr for density in (1.0, 0.5, 0.25)]
 
-    assert rates(replace(MSE, lr=0.1)) == pytest.approx([0.1, 0.1 * 2**0.6, 0.1 * 4**0.6])
-    assert rates(Recipe(lr=0.1)) == [0.1] * 3
+    assert rates() == pytest.approx([0.1, 0.1 * 2**0.6, 0.1 * 4**0.6])
+    assert rates(core=0) == rates(dropout=[0.5]) == [0.1] * 3
 
 
 def test_the_server_is_asked_to_distil_at_the_widths_of_steps_or_those_of_boards() -> None:
     def distillation(recipe: Recipe | None = None, **options: Any) -> SelfDistillation | None:
         return compose(job(options, recipe=recipe or Recipe())).distillation
 
-    assert distillation() == SelfDistillation(40, (0.25, 0.5, 0.75), 1e-3)
     assert distillation(distill=0) is None
     assert distillation(distill=7, dropout=[0.5]) == SelfDistillation(7, (0.5,), 1e-3)
     assert distillation(Recipe(ordered_dropout=(0.3, 1.0))) == SelfDistillation(40, (0.3,), 1e-3)
-    assert distillation(dropout=[], densities=[1, 0.5]) == SelfDistillation(40, (0.5,), 1e-3)
-    assert distillation(dropout=[]) == distillation(MSE) == distillation(core=0.5) == SelfDistillation(40, (), 1e-3)
+    assert distillation(core=0, densities=[1, 0.5]) == SelfDistillation(40, (0.5,), 1e-3)
+    assert distillation() == distillation(densities=[1, 0.5]) == SelfDistillation(40, (), 1e-3)
     assert distillation(Recipe(personal=("@head",))) is None  # the server's own head answers to nothing
 
 
-def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> None:
-    def core(recipe: Recipe, **options: Any) -> SharedCore | None:
-        return compose(job(options, recipe=recipe)).core
+def test_most_of_the_fleet_shares_a_core_unless_options_say_otherwise() -> None:
+    def core(recipe: Recipe | None = None, **options: Any) -> SharedCore | None:
+        return compose(job(options, recipe=recipe or Recipe())).core
 
-    assert core(MSE) == core(Recipe(metric="perplexity")) == SharedCore(0.75)
-    assert core(Recipe(), core=0.5) == SharedCore(0.5)
-    assert core(MSE, core=0) == core(Recipe(), core=0) == SharedCore(until_share=0.0, max_work=1)
-    assert core(Recipe()) == SharedCore(0.75, min_evenness=0.85, min_nearness=0.75)
-    for named in ({"dropout": [0.5]}, {"dropout": []}, {"mixup": 0.0}):
-        assert core(Recipe(), **named) == SharedCore(until_share=0.0, max_work=1)
-    assert core(Recipe(ordered_dropout=(0.5,))) == core(Recipe(mixup=0.2)) == SharedCore(until_share=0.0, max_work=1)
+    assert core() == core(Recipe(loss="mse")) == core(mixup=0.2) == SharedCore(0.75)
+    assert core(core=0.5) == SharedCore(0.5)
+    assert core(Recipe(ordered_dropout=(0.5,))) is core(dropout=[0.5]) is core(core=0) is core(arrivals=2) is None
 
 
 @pytest.mark.parametrize(
@@ -198,7 +179,7 @@ def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> N
         ({"mixup": 1e-4}, "mixup"),
         ({"ranking": "curvature"}, "ranking"),
         ({"dropout": ["half"]}, "dropout"),
-        ({"ranking": "nested", "dropout": []}, "ranking"),
+        ({"ranking": "nested", "core": 0}, "ranking"),
         ({"core": 0.5, "dropout": [0.5]}, "core"),
     ],
 )
@@ -227,7 +208,7 @@ def test_a_jobs_own_recipe_comes_before_options_and_these_before_what_is_usual()
     def device_recipe(job_recipe: Recipe, **options: Any) -> Recipe:
         return compose(job(options, recipe=job_recipe)).recipe(job_recipe, Turn(0, 1, "a", (3,)))
 
-    assert [device_recipe(*case).mixup for case in [(Recipe(),), (MSE,)]] == [0.2, 0.0]
+    assert device_recipe(Recipe()).mixup == 0
     assert (device_recipe(Recipe(), mixup=0.3).mixup, device_recipe(Recipe(mixup=0.4), mixup=0.3).mixup) == (0.3, 0.4)
     assert (device_recipe(Recipe()).clip_norm, device_recipe(Recipe(clip_norm=3.0), clip_norm=0.5).clip_norm) == (
         1.0,

@@ -412,7 +412,6 @@ class Coordinator(ABC):
             probe=event.probe,
             samples=event.samples,
             codecs=codecs,
-            effective_classes=event.effective_classes,
         )
         if former is None:
             device.last_offered_round = state.round

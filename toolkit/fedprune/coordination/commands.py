@@ -68,8 +68,6 @@ class DevicePart:
         last_counted_round: The round of the offer behind that update, known whether updates are kept or not; 0 for
             none.
         work: How often the device trains the recipe's epochs.
-        mixed: Whether boards of the fleet train different widths.
-        core: Whether the fleet shares a core (the width that most boards train together), or has grown from it.
     """
 
     device: str
@@ -80,8 +78,6 @@ class DevicePart:
     past: LastCountedUpdate | None
     last_counted_round: int = 0
     work: int = 1
-    mixed: bool = True
-    core: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ class DeviceBorn:
     Attributes:
         session: Number of its connection.
         profile, probe: Its hardware profile, and what it measured of itself, as JSON.
-        effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
         is_last_of_batch: False if births of further devices follow at once: a round begins only after the last of them.
     """
 
@@ -27,7 +26,6 @@ class DeviceBorn:
     probe: dict[str, Any] | None = None
     codecs: tuple[str, ...] = ()
     is_last_of_batch: bool = True
-    effective_classes: int | None = None
 
 
 @dataclass(frozen=True)

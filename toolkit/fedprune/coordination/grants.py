@@ -8,9 +8,8 @@ boards spend on more steps, as far as their time and energy allow.
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fedprune.coordination.job_end import spent_share_after_round
@@ -24,7 +23,6 @@ from fedprune.planning.costs import costs_at
 from fedprune.planning.prediction import Prediction
 from fedprune.planning.width_plan import WidthPlan
 from fedprune.strategies import Strategy
-from fedprune.strategies.shared_core import SharedCore
 
 Widths = tuple[int, ...]
 
@@ -34,10 +32,6 @@ NARROW_WORK_SHARE = 0.5
 
 # The most epochs that a recipe accepts.
 MAX_EPOCHS = 10_000
-
-# How often the planned training must fit a board's time before steps may all be as wide as the board. Plans count the
-# shorter steps of ordered dropout: whole ones take longer, but less than this many times.
-MIN_REPEATS_FOR_WHOLE_STEPS = 2.0
 
 # How many rounds a board that is away may have left out, of those that ask it, and still counts for the fleet's widths:
 # links drop for a round or two, while boards that are gone for good must not decide what the others train.
@@ -51,15 +45,11 @@ class Grant(NamedTuple):
         widths: Channels per group.
         density: The share of the model that these are.
         work: How often the recipe's epochs are trained.
-        mixed: Whether boards of the fleet train different widths.
-        core: Whether the fleet shares a core, or has grown from one.
     """
 
     widths: Widths
     density: float
     work: int = 1
-    mixed: bool = True
-    core: bool = False
 
 
 class Grants:
@@ -72,8 +62,6 @@ class Grants:
         self._job, self._strategy, self._architecture, self._state = job, strategy, architecture, state
         self._core = strategy.core
         self._recipe = job.training_recipe  # made anew whenever a job is asked, and needed for every device of a round
-        # Asynchronous jobs begin with few of their boards, which say little of the others.
-        self._sees_fleet = strategy.schedule is None or not strategy.schedule.asynchronous
         self._macs_by_widths = BoundedCache[Widths, int]()
         self._step_seconds = BoundedCache[tuple[str, Widths], tuple[Mapping[str, Any], float]]()
         self._repeats_by_plan = BoundedCache[tuple[Mapping[str, Any], Widths], float]()
@@ -81,29 +69,17 @@ class Grants:
     def begin_round(self) -> None:
         """Decide what the fleet trains in the round that begins, of number `State.round`.
 
-        Boards that have grown, or were trained in another way, have no core again. Whether the fleet suits a core is
-        decided in the first round: boards that come later don't change how the job is trained. A nested start is given
-        up before that round where no width holds another, or where a core comes first.
+        Boards that have grown have no core again.
         """
-        core, state = self._core, self._state
-        if core is not None and core.min_evenness and state.suits_core is None:
-            is_first = state.round == 1 and state.untrained
-            state.suits_core = is_first and self._suits_core(core)
-        state.untrained = self._is_shared
+        self._state.untrained = self._is_shared
         self._decide_for_fleet()
-        plain_model, state.plain_model = state.plain_model, ""
-        if plain_model and (self._has_core or not state.mixed):
-            state.model = plain_model
 
     def grant_of(self, device: JobDevice) -> Grant:
         """What a device trains in the present round."""
         if self._core is None:
             return Grant(device.widths, device.density)
         widths, density = self._narrow_to_core(device.widths, device.density)
-        # The plan of a board that lacks the time for whole steps holds for ordered dropout alone.
-        is_short_of_time = not (self._core.is_unconditional or self._has_time_for_whole_steps(device, widths))
-        mixed, has_core = self._state.mixed or is_short_of_time, self._has_core and not is_short_of_time
-        return Grant(widths, density, self._work_of(device, widths), mixed, has_core)
+        return Grant(widths, density, self._work_of(device, widths))
 
     @property
     def core(self) -> Widths:
@@ -119,21 +95,13 @@ class Grants:
             share = sum(d.density >= core_density for d in devices) / max(1, len(devices))
             core_share = f"{core_density:.3g} of the model's channels"
             return f"boards share a core: they train at most {core_share}, which {share:.0%} of them can hold"
-        if not self._state.mixed:
-            return "most boards train the same width: no ordered dropout and no mixed samples by default"
-        return "each board trains all that it can hold" if self._has_core else ""
-
-    @property
-    def _has_core(self) -> bool:
-        """Whether the fleet shares a core, or has grown from one."""
-        core = self._core
-        return core is not None and (core.is_unconditional or (core.until_share > 0 and bool(self._state.suits_core)))
+        return "each board trains all that it can hold"
 
     @property
     def _is_shared(self) -> bool:
         """Whether the fleet shares a core in the present round."""
         core, state = self._core, self._state
-        if core is None or not self._has_core or not state.untrained:
+        if core is None or not state.untrained:
             return False
         return core.is_shared_in(state.round, self._job.rounds, spent_share_after_round(self._job, state))
 
@@ -145,9 +113,9 @@ class Grants:
         return [d for d in devices if d.online or d.last_counted_round >= first_round]
 
     def _decide_for_fleet(self) -> None:
-        """Decide, by what the fleet's devices can hold, on the core and whether boards train different widths."""
+        """Decide on the core by what the fleet's devices can hold."""
         state = self._state
-        state.core_widths, state.core_density, state.mixed, state.longest_s = [], 1.0, True, 0.0
+        state.core_widths, state.core_density, state.longest_s = [], 1.0, 0.0
         if self._core is None:
             return
         devices = self._present_devices
@@ -157,46 +125,12 @@ class Grants:
         state.core_density, core = self._core.choose_core(width_counts)
         if self._is_shared:
             state.core_widths = list(core)
-        trained = {self._narrow_to_core(widths, density)[0] for density, widths in width_counts}
-        # Without a core the few boards that are narrower than all others are no reason to train these in another way.
-        trains_alike = len(trained) == 1 if self._has_core else core == max(width_counts)[1]
-        state.mixed = not (
-            trains_alike and self._sees_fleet and self._have_time_for_whole_steps(devices, state.core_density)
+        min_density = self._core.min_density(width_counts)
+        # As in FedAvg. It limits the work of narrower boards: where steps of a small net take as long at any width,
+        # more of them would make rounds longer than FedAvg's.
+        state.longest_s = max(
+            self._training_s(d, self._architecture.sizes) for d in devices if d.density >= min_density
         )
-        if self._has_core:
-            min_density = self._core.min_density(width_counts)
-            # As in FedAvg. It limits the work of narrower boards: where steps of a small net take as long at any width,
-            # more of them would make rounds longer than FedAvg's.
-            state.longest_s = max(
-                self._training_s(d, self._architecture.sizes) for d in devices if d.density >= min_density
-            )
-
-    def _suits_core(self, core: SharedCore) -> bool:
-        """Whether a core is better than ordered dropout for classifiers. It is where the core is nearly as wide as the
-        widest board, or labels are even: where the median board's labels are worth at least the share `min_evenness` of
-        all classes, or of as many as the board has samples. Boards that don't report that count as worth none."""
-        devices = self._present_devices
-        if self._job.privacy.is_on or self._asks_alike or not self._sees_fleet or not devices:
-            return False
-        width_counts = Counter((d.density, d.widths) for d in devices)
-        density, widths = core.choose_core(width_counts)
-        widest_density, widest = max(width_counts)
-        # Where most boards hold all that any holds, there is nothing beside a core.
-        if widths == widest or not self._have_time_for_whole_steps(devices, density):
-            return False
-        if core.min_nearness and density >= core.min_nearness * widest_density - 1e-9:
-            return True
-        classes = self._architecture.classes
-        shares = [(d.effective_classes or 0) / max(1, min(classes, d.samples)) for d in devices]
-        return statistics.median(shares) >= core.min_evenness
-
-    def _have_time_for_whole_steps(self, devices: Iterable[JobDevice], core_density: float) -> bool:
-        """Whether most boards that can hold the core have time for steps as wide as themselves."""
-        have_time = [self._has_time_for_whole_steps(d, d.widths) for d in devices if d.density >= core_density]
-        return self._core is not None and sum(have_time) >= self._core.board_share * len(have_time) - 1e-9
-
-    def _has_time_for_whole_steps(self, device: JobDevice, widths: Widths) -> bool:
-        return self._planned_repeats(device, widths) >= MIN_REPEATS_FOR_WHOLE_STEPS
 
     def _narrow_to_core(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The smaller of what a device can hold and the core, group by group."""
@@ -207,9 +141,8 @@ class Grants:
         return narrowed, self._state.core_density if narrowed == core else kept_share(self._architecture, narrowed)
 
     def _work_of(self, device: JobDevice, widths: Widths) -> int:
-        if self._core is None or not self._has_core or not widths or self._asks_alike:
+        if self._core is None or not widths or self._asks_alike:
             return 1
-        whole_steps = MIN_REPEATS_FOR_WHOLE_STEPS if self._core.min_evenness else 1.0
         epochs_for_share = round(
             NARROW_WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths)
         )
@@ -218,7 +151,7 @@ class Grants:
             return 1
         seconds, longest = self._training_s(device, widths), self._state.longest_s
         work_in_time = round(min(max_work, longest / seconds)) if seconds and longest else max_work
-        return max(1, math.floor(min(work_in_time, self._planned_repeats(device, widths) / whole_steps)))
+        return max(1, math.floor(min(work_in_time, self._planned_repeats(device, widths))))
 
     def _planned_repeats(self, device: JobDevice, widths: Widths) -> float:
         """How many times the training at these widths fits the time and energy of a device's plan."""

@@ -75,6 +75,4 @@ def _device_part(name: str, task: DeviceTask) -> do.DevicePart:
         past=convert(task.past, do.LastCountedUpdate | None),
         last_counted_round=task.last_counted_round,
         work=task.work,
-        mixed=task.mixed,
-        core=task.core,
     )

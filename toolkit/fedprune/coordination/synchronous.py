@@ -161,7 +161,7 @@ class SynchronousCoordinator(Coordinator):
         for name, task in list(state.tasks.items()):
             device = state.devices[name]
             # The job's settings, and with them the plans, may have changed since the round began.
-            task.widths, task.density, task.work, task.mixed, task.core = self.grants.grant_of(device)
+            task.widths, task.density, task.work = self.grants.grant_of(device)
             task.accumulate = device.accumulate
             if not task.widths:
                 del state.tasks[name]

@@ -30,7 +30,7 @@ EVICTED_ATTRIBUTES = ("plan", "probe")
 
 # Attributes of a task that do not depend on the ranking of channels.
 _KEPT_BY_NEXT_ATTEMPT = (
-    "widths", "density", "samples", "weight", "last_counted_round", "work", "mixed", "core", "accumulate",
+    "widths", "density", "samples", "weight", "last_counted_round", "work", "accumulate",
 )  # fmt: skip
 
 # Counts devices that are not asked because they failed.
@@ -105,7 +105,6 @@ class JobDevice(TrackedEntry):
             (`fedprune.coordination.commands.ReceivedWeights`).
         releases: Under differential privacy, how many releases contain its samples, by noise multiplier
             (`fedprune.coordination.privacy_budget`).
-        effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
     """
 
     session: int
@@ -133,7 +132,6 @@ class JobDevice(TrackedEntry):
     codecs: list[str] = field(default_factory=list)
     held: dict[str, Any] | None = None
     releases: dict[str, int] = field(default_factory=lambda: _EMPTY)
-    effective_classes: int | None = None
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> JobDevice:
@@ -199,8 +197,6 @@ class DeviceTask(TrackedEntry):
         kind: The `FailureKind` behind `reason`; empty unless the update was refused.
         past: The device's last counted update when the part began.
         last_counted_round: The round of the offer behind `past`; 0 for none.
-        mixed: Whether boards of the fleet train different widths in its round.
-        core: Whether the fleet shares a core in its round, or has grown from one.
         basis: Asynchronous jobs: the model and ranking it was cut from (`fedprune.coordination.commands.Basis`); None
             in synchronous jobs, where the state has them.
         offered_at: When it was offered first, on the shell's clock; None before, and after a restart.
@@ -225,8 +221,6 @@ class DeviceTask(TrackedEntry):
     past: dict[str, Any] | None = None
     last_counted_round: int = 0
     work: int = 1
-    mixed: bool = True
-    core: bool = False
     basis: dict[str, Any] | None = None
     offered_at: float | None = None
     seconds: float | None = None
@@ -304,14 +298,9 @@ class State:
         spent_bytes: Payload bytes to and from all devices until the last round was closed, as the shell counts them.
         spent_macs: The same of MACs of their training, where the shell counts them.
         untrained: Whether the job began with a model that had just been made, and shares a core since.
-        plain_model: Before the first round, digest of the model as it was imported, where the strategy made another of
-            it: boards of one width begin with that, and boards that share a core.
-        suits_core: Whether a core suited the fleet when the first round began, by its widths or labels; None before,
-            and where the strategy doesn't ask.
         core_widths: The widths that the fleet shares in the present round; empty where each board trains all that it
             can hold.
         core_density: The share of the model that these are, or would be if the fleet shared them.
-        mixed: Whether boards of the fleet train different widths in the present round.
         longest_s: How long the whole model would take the slowest board in a round, in seconds; 0 where nobody asks.
     """
 
@@ -341,11 +330,8 @@ class State:
     spent_bytes: int = 0
     spent_macs: int = 0
     untrained: bool = False
-    plain_model: str = ""
-    suits_core: bool | None = None
     core_widths: list[int] = field(default_factory=list)
     core_density: float = 1.0
-    mixed: bool = True
     longest_s: float = 0.0
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -386,7 +372,7 @@ class State:
     def state_references(self) -> set[str]:
         """Digests of the blobs that the state itself needs, without those of its devices and tasks."""
         sums = [cohort_sum["total"] for cohort_sum in (self.closing or {}).get("sums", ())]
-        return {d for d in (self.model, self.plain_model, self.ranking, self.order, *self.memory.values(), *sums) if d}
+        return {d for d in (self.model, self.ranking, self.order, *self.memory.values(), *sums) if d}
 
     def round_of(self, task: DeviceTask) -> int:
         """The round that a part was offered in."""

@@ -23,28 +23,17 @@ class SharedCore:
         min_median_share: The share of the median board's density that the core has at least: a minority of boards that
             can hold little, or say so, doesn't narrow the model for all.
         until_share: The share of the job, by its rounds and its totals, after which each board trains all that it can
-            hold; 0 for no core.
+            hold.
         max_work: How many times boards repeat the recipe's epochs at most: narrow models have time for more of them.
-        min_evenness: The share of the classes that the median board's labels must be worth for a core; 0 for a core
-            whatever the labels are.
-        min_nearness: The share of the widest board's density that the narrowest must have for a core whatever the
-            labels are; 0 for none by widths.
     """
 
     board_share: float = bounded(0.75, 0, 1, above=True)
     min_median_share: float = bounded(0.5, 0, 1)
-    until_share: float = bounded(0.8, 0, 1)
+    until_share: float = bounded(0.8, 0, 1, above=True)
     max_work: int = bounded(4, 1, 100)
-    min_evenness: float = bounded(0.0, 0, 1)
-    min_nearness: float = bounded(0.0, 0, 1)
 
     def __post_init__(self) -> None:
         check_fields(self, ("core",))
-
-    @property
-    def is_unconditional(self) -> bool:
-        """Whether fleets begin with the core whatever their labels are."""
-        return self.until_share > 0 and not self.min_evenness
 
     def is_shared_in(self, number: int, rounds: int, spent: float) -> bool:
         """Whether boards train the core in a round of this number, from 1; never in a job's last. `spent` is the share

@@ -39,9 +39,6 @@ class Turn:
         samples: The training samples that the device was planned with.
         last_counted_round: The round whose offer its last counted update was trained for; 0 before the first.
         work: How often it trains the recipe's epochs; its recipe already says so when the device gets it.
-        mixed: Whether boards of the fleet train different widths in this round.
-        core: Whether the fleet shares a core (the width that most boards train together) in this round, or has grown
-            from it.
     """
 
     seed: int
@@ -52,8 +49,6 @@ class Turn:
     samples: int = 1
     last_counted_round: int = 0
     work: int = 1
-    mixed: bool = True
-    core: bool = False
 
     @property
     def pruning_rate(self) -> float:
@@ -117,7 +112,6 @@ class Scene:
         participants: The devices that take part, sorted; empty where a device's submodel is made.
         ranks: Per group its channels, best first, as an earlier fleet that trained the job's first model cut it; None
             where none did.
-        core: As in `Turn`, for the devices whose updates are summed in this round; False before there are any.
     """
 
     architecture: Architecture
@@ -128,7 +122,6 @@ class Scene:
     recipe: Recipe = field(default_factory=Recipe)
     participants: tuple[str, ...] = ()
     ranks: Ranks | None = None
-    core: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -199,9 +199,6 @@ class Birth(CheckedMessage, frozen=True, tag="birth"):
     """Optional parts of the protocol that it supports, such as `put`."""
     trouble: Annotated[str, printable_text(MAX_TROUBLE_LENGTH)] | None = None
     """Why its program can't start, and ends after this message; None where it works."""
-    effective_classes: Annotated[int, number_range(1, 2**24)] | None = None
-    """How many evenly shared classes its training labels are worth: exp of their entropy, rounded. None where samples
-    have no class, where it isn't known before a round, and of a board with privacy."""
     warnings: Annotated[tuple[BoardWarning, ...], item_count(MAX_WARNINGS)] = ()
     """The last warnings of this run's log, the latest last."""
 

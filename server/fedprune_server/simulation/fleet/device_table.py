@@ -104,7 +104,7 @@ def read_devices(
                 digest = (
                     samples_digest(data) if federation is None else federation.fingerprint(federation.names[number])
                 )
-                data = StoredData(data.samples, digest, load, data.effective_classes)
+                data = StoredData(data.samples, digest, load)
         devices.append(VirtualDevice(row.name, profiles[profile_key], data))
     return tuple(devices)
 

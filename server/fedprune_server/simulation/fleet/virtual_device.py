@@ -34,13 +34,12 @@ class StoredData:
     samples: int
     fingerprint: str
     load: Callable[[], LocalData]
-    effective_classes: int | None = None
 
     @classmethod
     def of(cls, load: Callable[[], LocalData]) -> StoredData:
         """Read the samples once, for their number and fingerprint. Raises `DataError` if it can't be read."""
         data = load()
-        return cls(data.samples, samples_digest(data), load, data.effective_classes)
+        return cls(data.samples, samples_digest(data), load)
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,13 @@ class VirtualDevice:
     def samples(self) -> int:
         return self.data.samples
 
-    @property
-    def effective_classes(self) -> int | None:
-        return self.data.effective_classes
-
     @cached_property
     def fingerprint(self) -> str:
         return self.data.fingerprint if isinstance(self.data, StoredData) else samples_digest(self.data)
 
     def birth(self, session: int, profile: dict[str, Any], *, is_last_of_batch: bool = True) -> DeviceBorn:
         """Its announcement, with its profile as JSON, which boards of a kind share."""
-        classes = self.effective_classes
-        return DeviceBorn(self.name, session, profile, self.samples, None, CODECS, is_last_of_batch, classes)
+        return DeviceBorn(self.name, session, profile, self.samples, None, CODECS, is_last_of_batch)
 
     def load(self) -> LocalData:
         """Its samples. Raises `DataError` if they can't be read."""

@@ -9,15 +9,15 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
   (`fedprune.model.nesting`);
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
-- ordered dropout, so that wide boards train the narrow models, too (FjORD, Horvath et al. 2021, Alg. 1), where boards
-  whose widths differ much tell classes apart, and know few of them; elsewhere a core that the fleet shares before each
-  board trains all that it can hold (`fedprune.strategies.shared_core`), and neither where boards are alike;
+- a core that the fleet shares before each board trains all that it can hold (`fedprune.strategies.shared_core`); or, if
+  it is asked for, ordered dropout, so that wide boards train the narrow models, too (FjORD, Horvath et al. 2021,
+  Alg. 1);
 - filling from w_t, by which few devices move a coordinate less than many (CA-HFP, Sec. II-A, eq. 4);
 - self-distillation on unlabelled samples of the server, if it has any: every width learns from the mean of all widths'
   outputs (Universally slimmable networks, Yu and Huang, ICCV 2019, on FedDF's terms, Lin et al., NeurIPS 2020), as the
   channels of wide models have been trained by few boards;
 - server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
-- mixup (Zhang et al. 2018) beside ordered dropout, and clipped gradients, as a board has few samples and sees them many
+- clipped gradients, and mixup (Zhang et al. 2018) if it is asked for, as a board has few samples and sees them many
   times;
 - on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
   serves, the other half being the received weights, which know of other boards' data. A board whose validation
@@ -70,22 +70,9 @@ NARROW_RATE_POWER = 0.6
 # Share of the boards that can hold the core.
 CORE_BOARD_SHARE = 0.75
 
-# Share of the classes that the median board's labels are worth where a core is better than ordered dropout.
-MIN_EVENNESS = 0.85
-
-# Share of the widest board's density from which the narrowest's is so near that boards lose little by training a core,
-# while steps of ordered dropout would go to widths that no board has.
-MIN_NEARNESS = 0.75
-
 # A bottleneck as narrow as this is most of what a model knows of a sample, and next to nothing of its costs. With a
 # core alone: with ordered dropout, whose steps cut every group, it has not been tried.
 MIN_CHANNELS = 4
-
-# Widths of ordered dropout where boards whose widths differ much tell classes apart, of which each sees few.
-DROPOUT_WIDTHS = (0.25, 0.5, 0.75)
-
-# α of mixup there.
-MIXUP_ALPHA = 0.2
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,7 @@ class FedPruneOptions:
     ranking: str = choice_of("auto", ("auto", "nested", *(s for s in SCORERS if s != "curvature")))
     adjust: bool = True
     core: float | None = bounded(None, 0, 1)
-    dropout: tuple[Any, ...] | None = bounded(None, 1e-3, 1)
+    dropout: tuple[Any, ...] = bounded((), 1e-3, 1)
     rule: Literal["fill", "coverage"] = "fill"
     server_momentum: float = bounded(0.5, 0, 0.999)
     average: float = bounded(0.85, 0, 1, below=True)
@@ -104,7 +91,7 @@ class FedPruneOptions:
     validate_blend: bool = True
     calibrate: bool = True
     clip_norm: float = bounded(1.0, 0, 1e6)
-    mixup: float | None = bounded(None, MIN_MIXUP, 10, or_zero=True)
+    mixup: float = bounded(0.0, MIN_MIXUP, 10, or_zero=True)
     lr_decay: float = bounded(1.0, 1e-3, 1)
     arrivals: int = bounded(0, 0, 10**6)
     distill: int = bounded(40, 0, 10_000)
@@ -160,41 +147,33 @@ class FedPrune(Strategy):
         """The next model. After the first round with a core, what no board has trained is silent."""
         closing = super().close(fold, scene, rate, reports)
         is_first_close = scene.round == 1 and self._settled_ranking(scene) is None
-        if (scene.core or self._has_core) and is_first_close and self._is_just_made(scene.architecture, scene.model):
+        if self.core is not None and is_first_close and self._is_just_made(scene.architecture, scene.model):
             return replace(closing, model=nest_widths(scene.architecture, closing.model, [fold.widths]))
         return closing
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe. Raises `ConfigError` if the job's own recipe has settings that don't go with the
         strategy's."""
-        options, has_core = self.options, turn.core or self._has_core
-        is_slimmed = turn.mixed and not has_core
+        options = self.options
         ema_decay = recipe.average or options.average
         blend = recipe.blend or (options.blend if ema_decay else 0.0)
-        lr_factor = turn.density**-NARROW_RATE_POWER if has_core else 1.0
-        dropout = (DROPOUT_WIDTHS if is_slimmed else ()) if options.dropout is None else options.dropout
-        mixup = (MIXUP_ALPHA if is_slimmed else 0.0) if options.mixup is None else options.mixup
+        lr_factor = turn.density**-NARROW_RATE_POWER if self.core is not None else 1.0
         return replace(
             recipe,
             lr=recipe.lr * options.lr_decay ** (turn.round - 1) * lr_factor,
             logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts_logits(recipe)),
-            ordered_dropout=recipe.ordered_dropout or dropout,
+            ordered_dropout=recipe.ordered_dropout or options.dropout,
             average=ema_decay,
             blend=blend,
             validate_blend=recipe.validate_blend or (options.validate_blend and blend > 0),
             calibrate=recipe.calibrate or options.calibrate,
             clip_norm=recipe.clip_norm or options.clip_norm,
-            mixup=recipe.mixup or (mixup if recipe.can_mix else 0.0),
+            mixup=recipe.mixup or (options.mixup if recipe.can_mix else 0.0),
         )
 
     @property
     def has_plain_close(self) -> bool:
         return True  # what `close` silences is no part of any mean
-
-    @property
-    def _has_core(self) -> bool:
-        """Whether any fleet begins with a core, and no step is narrower than its board."""
-        return self.core is not None and self.core.is_unconditional
 
     def _is_just_made(self, architecture: Architecture, model: Tensors) -> bool:
         ranking = self.options.ranking
@@ -216,8 +195,8 @@ def fedprune(job: Job) -> Strategy:
     # Without rounds devices begin with different models, of which only moves can be averaged.
     kind = DeltaMean if options.arrivals else Mean
     core = _shared_core(job, options)
-    widths = () if core.is_unconditional else _narrow_widths(job, options)
-    if options.ranking == "nested" and not core.is_unconditional and not widths:
+    widths = () if core is not None else _narrow_widths(job, options)
+    if options.ranking == "nested" and core is None and not widths:
         raise ConfigError(
             ("job", "options", "ranking"),
             expected="with nested, a core or some widths below 1",
@@ -232,18 +211,17 @@ def fedprune(job: Job) -> Strategy:
         inputs="sum",
         compression="int8",
         allocator=density_allocator(job, options.densities),
-        distillation=_distillation(job, options, has_core=core.is_unconditional),
+        distillation=_distillation(job, options, widths),
         schedule=_buffered_schedule(options.arrivals) if options.arrivals else None,
-        min_channels=MIN_CHANNELS if core.is_unconditional else 1,
+        min_channels=1 if core is None else MIN_CHANNELS,
         core=core,
     )
 
 
-def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore:
-    """The core that the options ask for. By default boards that tell classes apart have one where their widths are near
-    each other or their labels even, unless the job itself says how ordered dropout or mixup shall be. Raises
-    `ConfigError` if there shall be both a core and ordered dropout, whose steps are narrower than a core."""
-    board_share, dropout = options.core, options.dropout or job.recipe.ordered_dropout
+def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore | None:
+    """The core that the options ask for, by default one, but none beside ordered dropout, whose steps are narrower, or
+    in asynchronous jobs, which begin with few of their boards. Raises `ConfigError` for both core and dropout."""
+    board_share, dropout = options.core, _dropout(job, options)
     if board_share and dropout:
         raise ConfigError(
             ("job", "options", "core"),
@@ -251,34 +229,27 @@ def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore:
             got=board_share,
             hint="Choose one of core and dropout (docs/strategies/fedprune.md#core-or-ordered-dropout).",
         )
-    # Steps are short there, not samples: detection is at .65 with a core and .12 with ordered dropout
-    # (docs/strategies/fedprune.md).
-    if board_share is None and not dropout and not _adjusts_logits(job.recipe):
-        board_share = CORE_BOARD_SHARE
-    is_chosen_by_job = (
-        (options.dropout, options.mixup) != (None, None) or job.recipe.ordered_dropout or job.recipe.mixup
-    )
-    if board_share is None and not is_chosen_by_job:
-        return SharedCore(CORE_BOARD_SHARE, min_evenness=MIN_EVENNESS, min_nearness=MIN_NEARNESS)
-    # No core, and no repeats of epochs, which belong to one.
-    return SharedCore(board_share) if board_share else SharedCore(until_share=0.0, max_work=1)
+    if board_share is None:
+        board_share = 0.0 if dropout or options.arrivals else CORE_BOARD_SHARE
+    return SharedCore(board_share) if board_share else None
+
+
+def _dropout(job: Job, options: FedPruneOptions) -> tuple[float, ...]:
+    return job.recipe.ordered_dropout or options.dropout
 
 
 def _narrow_widths(job: Job, options: FedPruneOptions) -> tuple[float, ...]:
     """The narrower widths at which boards' steps train, or those of tiers; empty if the job has none."""
-    # Boards of one width have no narrower models to train: steps at widths that no board has are lost.
-    is_one_density = job.density or len(set(options.densities)) == 1
-    dropout = (() if is_one_density else DROPOUT_WIDTHS) if options.dropout is None else options.dropout
-    return tuple(d for d in job.recipe.ordered_dropout or dropout or options.densities if d < 1)
+    return tuple(d for d in _dropout(job, options) or options.densities if d < 1)
 
 
-def _distillation(job: Job, options: FedPruneOptions, *, has_core: bool) -> SelfDistillation | None:
-    """The server's own training; None if it is off, or if boards keep tensors that the server's model lacks."""
+def _distillation(job: Job, options: FedPruneOptions, widths: tuple[float, ...]) -> SelfDistillation | None:
+    """The server's own training, at these widths, or without any at those that boards have trained; None if it is off,
+    or if boards keep tensors that the server's model lacks."""
     if not options.distill or job.recipe.personal:
         return None
-    # The rate was chosen on tables of docs/strategies/fedprune.md. With a core, widths are those
-    # that boards have trained.
-    return SelfDistillation(options.distill, () if has_core else _narrow_widths(job, options), lr=1e-3)
+    # The rate was chosen on tables of docs/strategies/fedprune.md.
+    return SelfDistillation(options.distill, widths, lr=1e-3)
 
 
 def _buffered_schedule(arrivals: int) -> Schedule:
