@@ -1,5 +1,6 @@
 """Self-distillation: against torch, in whom it moves and in whom it doesn't, and as a part of a round."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
