@@ -28,7 +28,9 @@ _LOG = logging.getLogger("fedprune.device")
 
 _FORMAT = "fedprune.own/1"
 _HEAD_TENSOR, _DIGEST_TENSOR = "record", "sha256"
-_FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round", "optimizer", "steps", "alone")
+_FIELDS = (
+    "job", "seed", "architecture", "selection", "ranking", "widths", "round", "optimizer", "steps", "received_share",
+)  # fmt: skip
 _TENSOR_KINDS = ("average", "personal", "residual", "moments")
 
 
@@ -39,8 +41,8 @@ class LocalState:
     `ranking` is the digest of the order of channels that the selection begins, None where that is unknown; `widths` are
     kept channels per group. `average` is empty without one; `mask` tells which of its elements are active.
     `residual` is what the encoded update left out of its tensors. `moments` is the state of `optimizer`, by the
-    names of `fedprune.model.step_contract`, after `steps` steps since it was zero. `alone`: the average
-    serves without the received weights that the recipe blends in.
+    names of `fedprune.model.step_contract`, after `steps` steps since it was zero. `received_share`
+    is that of the received weights in the model that serves, where validation samples have chosen it.
     """
 
     job: str
@@ -57,7 +59,7 @@ class LocalState:
     moments: Tensors = field(default_factory=dict)
     optimizer: str = ""
     steps: int = 0
-    alone: bool = False
+    received_share: float | None = None
 
     @classmethod
     def of(cls, offer: Offer, average: Tensors, personal: Tensors, mask: ElementMask, **further: Any) -> LocalState:

@@ -37,7 +37,8 @@ MACHINE_METRICS = frozenset(
 
 
 class Evaluation:
-    """Measures models of one round. `adjustment` adapts logits to the board's own labels."""
+    """Measures models of one round. `adjustment` adapts logits to the board's own labels; it is empty from when on a
+    model is chosen that serves without."""
 
     def __init__(
         self, data: LocalData, recipe: Recipe, classes: int, adjustment: LogitAdjustment, objective: Objective
@@ -45,7 +46,7 @@ class Evaluation:
         self._data = data
         self._recipe = recipe
         self._classes = classes
-        self._adjustment = adjustment
+        self.adjustment = adjustment
         self._objective = objective
         self._batch = min(_MAX_BATCH, recipe.micro_batch, data.samples)
         self.metrics: dict[str, float] = {"samples_test": float(len(data.y_test))}
@@ -65,14 +66,14 @@ class Evaluation:
         if when != "average":
             self._measure_split(model, "val", "validation" if when == "after" else f"validation_{when}")
 
-    def metric_per_sample(self, model: Predictor) -> npt.NDArray[np.float64]:
+    def metric_per_sample(self, model: Predictor, adjustment: LogitAdjustment) -> npt.NDArray[np.float64]:
         """The recipe's metric of every validation sample on its own, signed so that more is better; NaN where a sample
         has none. The loss takes the place of a metric that judges sets."""
         judge = METRICS[self._recipe.judged_by]
         judge = LOSS if judge.name in _SET_METRICS else judge
         y, values = self._objective.targets(self._data.y_val), []
         for start in range(0, len(y), self._batch):
-            outputs = self._adjustment(model.predict(self._data.x_val[start : start + self._batch], self._batch))
+            outputs = adjustment(model.predict(self._data.x_val[start : start + self._batch], self._batch))
             labels = np.asarray(y[start : start + self._batch])
             for i in range(len(outputs)):
                 measure = self._objective(outputs[i : i + 1], labels[i : i + 1])
@@ -111,7 +112,7 @@ class Evaluation:
         y, measures = self._objective.targets(y), []
         for start in range(0, len(y), self._batch):  # outputs may take more memory than samples
             batch = slice(start, start + self._batch)
-            measures.append(self._objective(self._adjustment(model.predict(x[batch], self._batch)), y[batch]))
+            measures.append(self._objective(self.adjustment(model.predict(x[batch], self._batch)), y[batch]))
         self.metrics |= {f"{k}_{name}": v for k, v in self._objective.metrics(BatchMeasure.combine(measures)).items()}
         return True
 

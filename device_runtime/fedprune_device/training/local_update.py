@@ -45,8 +45,8 @@ _LOG = logging.getLogger("fedprune.device")
 
 @dataclass(frozen=True)
 class ServingAverage:
-    """The board's own average, blended with a share `received_share` of the received weights, as it predicts. `loss` is
-    as in `UpdateFiles`."""
+    """The board's own average, blended with a share `received_share` of the received weights, as it predicts; at 1 the
+    received model, which predicts without the board's own labels as prior. `loss` is as in `UpdateFiles`."""
 
     tensors: Tensors
     received_share: float
@@ -58,7 +58,7 @@ class UpdateFiles:
     """The files that training leaves, in memory that outlives its graph.
 
     `trained_tensors` is the trained model as it predicts, None if it is the file `update`. The first of `averages`
-    serves, unless validation samples prefer the second; without any the trained model serves. `local_state` is what the
+    serves, unless validation samples prefer another; without any the trained model serves. `local_state` is what the
     board keeps. `loss` is what the training graph computed for the trained model that is to serve, None if training and
     inference differ by design.
     """
@@ -185,8 +185,8 @@ class LocalUpdate:
         blend = self._recipe.blend
         if not self._recipe.validate_blend or not len(self._data.y_val):
             return [blend]
-        shares = [0.0, blend] if base is not None and base.alone else [blend, 0.0]
-        return shares if evaluates else shares[:1]
+        first = blend if base is None or base.received_share is None else base.received_share
+        return list(dict.fromkeys((first, blend, 0.0, 1.0))) if evaluates else [first]
 
     def _probe_loss(self, tensors: Tensors) -> float | None:
         if self._trainer.has_batch_norm:

@@ -71,7 +71,6 @@ class _RoundInputs:
 
     data: LocalData
     targets: Targets
-    adjustment: LogitAdjustment
     scaling: Scaling
     lowering: Mapping[str, BlobRef]
 
@@ -172,7 +171,7 @@ class RoundRunner:
                 evaluation.measure_latency(candidate)
         if self._checked_graphs is not None:
             self._checked_graphs.add(graphs)
-        model = self._lower(offer, recipe, inputs, serving)
+        model = self._lower(offer, recipe, inputs, serving, evaluation.adjustment)
         evaluation.metrics |= training_metrics(result)
         if state is not None and files.local_state is not None:
             state.stage(files.local_state)
@@ -216,7 +215,7 @@ class RoundRunner:
         adjustment = LogitAdjustment.of(data.y_train, recipe, offer.classes)
         objective = trainer.objective(recipe, offer.classes)
         evaluation = Evaluation(data, recipe, offer.classes, adjustment, objective)
-        return work, trainer, evaluation, _RoundInputs(data, targets, adjustment, scaling, lowering)
+        return work, trainer, evaluation, _RoundInputs(data, targets, scaling, lowering)
 
     def _train(
         self,
@@ -265,8 +264,9 @@ class RoundRunner:
         files = replace(files, averages=())
         if recipe.validate_blend:
             evaluation.metrics[BLEND] = average.received_share
+            evaluation.adjustment = _adjustment(average, evaluation)
             if files.local_state is not None:
-                local_state = replace(files.local_state, alone=average.received_share < recipe.blend)
+                local_state = replace(files.local_state, received_share=average.received_share)
                 files = replace(files, local_state=local_state)
         return files, serving, average.loss
 
@@ -287,7 +287,14 @@ class RoundRunner:
             metrics=sent_metrics,
         )
 
-    def _lower(self, offer: Offer, recipe: Recipe, inputs: _RoundInputs, weights: BlobRef | bytes) -> ServingRecord:
+    def _lower(
+        self,
+        offer: Offer,
+        recipe: Recipe,
+        inputs: _RoundInputs,
+        weights: BlobRef | bytes,
+        adjustment: LogitAdjustment,
+    ) -> ServingRecord:
         """Make the lower precisions of the staged model; returns the record of the one that is to serve."""
         graphs = {precision: self._read_blob(ref) for precision, ref in inputs.lowering.items()}
         staging = self._slots.staging
@@ -302,9 +309,9 @@ class RoundRunner:
             round=offer.round,
             classes=offer.classes,
             files=files,
-            offset=inputs.adjustment.offset,
+            offset=adjustment.offset,
             loss=recipe.loss,
-            present=inputs.adjustment.present,
+            present=adjustment.present,
             precision=precision,
             scaling=inputs.scaling,
         )
@@ -312,21 +319,16 @@ class RoundRunner:
     def _choose_average(
         self, offer: Offer, averages: Sequence[ServingAverage], evaluation: Evaluation
     ) -> tuple[ServingAverage, bytes]:
-        """The average that is to serve, and its file: the first one, unless the second one is clearly better."""
-        first, *rest = averages
-        if not rest:
-            return first, tensorfile.encode(first.tensors)
-        (second,) = rest
-        second_values = evaluation.metric_per_sample(self._stage_candidate(offer, tensorfile.encode(second.tensors)))
-        raw = tensorfile.encode(first.tensors)
-        if second_values is None:
-            return first, raw
-        first_values = evaluation.metric_per_sample(self._stage_candidate(offer, raw))
-        if not is_clearly_better(second_values, first_values):
-            return first, raw
-        _LOG.info("job %s: the average serves with %g of the received weights", offer.job, second.received_share)
-        del raw  # a small board has memory for one
-        return second, tensorfile.encode(second.tensors)
+        """The average that is to serve, and its file: the first one, unless another one is clearly better."""
+        best, best_values = averages[0], None
+        for average in averages if len(averages) > 1 else ():  # one file at a time: a small board has memory for one
+            candidate = self._stage_candidate(offer, tensorfile.encode(average.tensors))
+            values = evaluation.metric_per_sample(candidate, _adjustment(average, evaluation))
+            if best_values is None or is_clearly_better(values, best_values):
+                best, best_values = average, values
+        if best is not averages[0]:
+            _LOG.info("job %s: the average serves with %g of the received weights", offer.job, best.received_share)
+        return best, tensorfile.encode(best.tensors)
 
     def _read_blob(self, ref: BlobRef) -> bytes:
         return self._read_digest(ref.sha256)
@@ -372,3 +374,7 @@ class RoundRunner:
             return None
         self._with_damage_error(self._blobs.map, offer.base.sha256)
         return self._blobs.path(offer.base.sha256)
+
+
+def _adjustment(average: ServingAverage, evaluation: Evaluation) -> LogitAdjustment:
+    return LogitAdjustment() if average.received_share == 1 else evaluation.adjustment

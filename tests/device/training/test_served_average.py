@@ -1,4 +1,4 @@
-"""Whether a board's average serves with the received weights or without: its validation samples decide."""
+"""Whether a board serves its average, a blend with the received weights, or these: its validation samples decide."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from fedprune.core.metrics import BLEND
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.hidden_board import FEATURES, HiddenBoard, hidden_weights, logits
 
 pytestmark = pytest.mark.board
@@ -25,9 +26,9 @@ def equal(tensors: Tensors, expected: Tensors) -> bool:
 
 
 def candidates(board: HiddenBoard, root: Path, rounds: int) -> list[dict[float, Tensors]]:
-    """What serves after each round with a blend and without one, whatever validation samples say."""
+    """What serves after each round by the share of the received weights, whatever validation samples say."""
     by_round: list[dict[float, Tensors]] = []
-    for blend in (0.5, 0.0):
+    for blend in (0.5, 0.0, 1.0):
         board_of_blend = HiddenBoard(root / str(blend), board.graphs, board.data)
         for number in range(1, rounds + 1):
             offer = board_of_blend.offer(
@@ -40,16 +41,20 @@ def candidates(board: HiddenBoard, root: Path, rounds: int) -> list[dict[float, 
 
 def with_validation_samples(board: HiddenBoard, served: dict[float, Tensors], *right: float | None) -> LocalData:
     """The board's data with a validation sample for each of `right`: one that only the model with this share of the
-    received weights gets right, or neither where it is None."""
-    guesses = {blend: logits(w, X).argmax(1) for blend, w in served.items()}
-    rows = np.flatnonzero(guesses[0.5] != guesses[0.0])[: len(right)]
+    received weights gets right, or none of them where it is None."""
+    guesses = {share: logits(w, X).argmax(1) for share, w in served.items()}
+    rows, labels = list[int](), list[int]()
+    for share in right:
+        for row in range(rows[-1] + 1 if rows else 0, len(X)):
+            guessed = {s: int(guesses[s][row]) for s in guesses}
+            others = {0, 1, 2} - set(guessed.values()) if share is None else {guessed.pop(share)}
+            if others and not others & set(guessed.values()):
+                rows.append(row)
+                labels.append(others.pop())
+                break
     assert len(rows) == len(right)
-    y = np.array([
-        3 - guesses[0.5][row] - guesses[0.0][row] if blend is None else guesses[blend][row]
-        for row, blend in zip(rows, right, strict=True)
-    ], np.int64)  # fmt: skip
     d = board.data
-    return LocalData(d.x_train, d.y_train, d.x_test, d.y_test, X[rows], y)
+    return LocalData(d.x_train, d.y_train, d.x_test, d.y_test, X[rows], np.array(labels, np.int64))
 
 
 def play(board: HiddenBoard, data: LocalData, number: int, recipe: Recipe = CHOOSES) -> tuple[Any, Tensors]:
@@ -66,6 +71,8 @@ def play(board: HiddenBoard, data: LocalData, number: int, recipe: Recipe = CHOO
         ([0.0] * 3 + [0.5], 0.5),  # not more than one standard error
         ([0.0], 0.5),
         ([0.0, 0.5], 0.5),
+        ([1.0] * 2, 1.0),
+        ([1.0] * 2 + [0.0] * 2, 0.0),  # both before the blend, and level
         ([None] * 5, 0.5),
         ([0.5] * 5, 0.5),
         ([], 0.5),
@@ -86,7 +93,7 @@ def test_the_average_serves_alone_where_validation_samples_clearly_prefer_it(
 
 def test_a_choice_stays_until_the_other_is_clearly_better(board: HiddenBoard, tmp_path: Path) -> None:
     """Also over restarts, as every round opens the state directory again, and where nothing is measured."""
-    rounds = candidates(board, tmp_path, 6)
+    rounds = candidates(board, tmp_path, 7)
 
     def served_blend(number: int, *right: float | None, recipe: Recipe = CHOOSES) -> float:
         either = rounds[number - 1]
@@ -104,4 +111,21 @@ def test_a_choice_stays_until_the_other_is_clearly_better(board: HiddenBoard, tm
     assert served_blend(3, 0.5, 0.5, 0.5, recipe=seldom) == 0.0
     assert served_blend(4, 0.0, 0.5, 0.5, 0.5) == 0.0
     assert served_blend(5, 0.5, 0.5) == 0.5
-    assert served_blend(6) == 0.5
+    assert served_blend(6, 1.0, 1.0) == 1.0
+    assert served_blend(7, 0.0) == 1.0
+
+
+def test_the_received_model_serves_without_the_labels_as_prior_where_they_are_new(board: HiddenBoard) -> None:
+    """A board that has trained on one class alone, and meets the others."""
+    d, w = board.data, hidden_weights(seed=1)
+    y = logits(w, X[:50]).argmax(1)
+    board.data = LocalData(d.x_train, np.zeros_like(d.y_train), X[:50], y, X[:50], y)
+    recipe = replace(CHOOSES, logit_adjustment=True)
+    update, _, serves = board.carry_out(board.offer(1, recipe, w, graph="prior"))
+    assert equal(serves, w)
+    assert (update.metrics[BLEND], update.metrics["accuracy_average"]) == (1.0, 1.0)
+    assert update.metrics["accuracy_before"] < 1, "with the labels as prior"
+    with DeviceStore(board.root) as store:
+        record = store.slots.current()
+    assert record is not None
+    assert record.offset is None, "predictions are made as they were measured"

@@ -136,6 +136,7 @@ COMPILED = {
     "tokens": (tokens, Features()),
     "mixup": (linear, Features(label_pairs=True, accumulate=True, label_smoothing=True, class_weight=True)),
     "kept": (hidden_layer_model, Features(axes=True)),
+    "prior": (hidden_layer_model, Features(logit_offset=True)),
     "masked": (hidden_layer_model, Features(element_mask=True, axes=True, gradients=True)),
     "drift": (hidden_layer_model, Features(element_mask=True, axes=True, drift=True, decay=False)),
     "threshold": (hidden_layer_model, Features(threshold=True, axes=True)),
