@@ -20,7 +20,6 @@ from fedprune.jobs.state import JobDevice
 from fedprune.model.initial_values import is_untrained
 from fedprune.planning.width_plan import BYTES, LINK, NOTHING_BINDS
 from fedprune.strategies import Strategy, compose
-from fedprune.strategies.methods.fedprune import CORE_BOARD_SHARE
 from fedprune.updates import CODECS, PLAIN
 from fedprune_server.config.layers import setting_value_text
 from fedprune_server.simulation.fleet.fleet_tables import read_fleet_tables
@@ -35,7 +34,6 @@ _JOBS_BY_VARIANT: Mapping[str, Mapping[str, Any]] = {
     "fedavg": {"strategy": "fedavg", "compression": PLAIN, "compression_down": PLAIN},
     "fedavg-int8": {"strategy": "fedavg", **_INT8},
     "fedprune": {"strategy": "fedprune", **_INT8},
-    "fedprune-core": {"strategy": "fedprune", **_INT8, "options": {"core": CORE_BOARD_SHARE}},
     "one-width": {"strategy": "fedprune", **_INT8, "options": {"core": 1.0}},
     ALONE: {"strategy": ALONE, "ignores_plans": True},  # it sends nothing, and plans count bytes
 }

@@ -113,7 +113,7 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
         pytest.param(WIDE, ["fedavg", "fedavg-int8", "fedprune", "local"], [], id="all hold the whole model"),
         pytest.param(
             ONE_NARROW,
-            ["fedavg", "fedavg-int8", "fedprune", "fedprune-core", "one-width", "local"],
+            ["fedavg", "fedavg-int8", "fedprune", "one-width", "local"],
             ["fedavg", "fedavg-int8"],
             id="one holds less than the others",
         ),
@@ -182,7 +182,7 @@ def test_a_variant_that_the_jobs_settings_refuse_is_left_out_and_said(advise):
     advice = advise(WIDE, {"fedavg": [(0.9,), (0.9,)]}, rounds=1, further=private)
     assert [row["variant"] for row in advice["variants"]] == ["fedavg"]
     *refused, alone = advice["refused"]
-    assert [row["variant"] for row in refused] == ["fedavg-int8", "fedprune", "fedprune-core", "one-width"]
+    assert [row["variant"] for row in refused] == ["fedavg-int8", "fedprune", "one-width"]
     assert all("compression" in row["why"] for row in refused)
     assert alone["variant"] == "local", "its boards hand in nothing that noise could protect"
     assert advice["advice"]["taken"]["variant"] == "fedavg"
