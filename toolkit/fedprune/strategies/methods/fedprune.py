@@ -227,7 +227,7 @@ def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore | None:
             ("job", "options", "core"),
             expected="0 with ordered dropout, whose steps are narrower than a core",
             got=board_share,
-            hint="Choose one of core and dropout (docs/strategies/fedprune.md#core-or-ordered-dropout).",
+            hint="Choose one of core and dropout (docs/strategies/fedprune.md#the-core).",
         )
     if board_share is None:
         board_share = 0.0 if dropout or options.arrivals else CORE_BOARD_SHARE
