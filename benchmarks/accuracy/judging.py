@@ -10,7 +10,7 @@ from fedprune.model.recipe import Recipe
 
 _ROWS = (
     Method("fedprune", "fedprune", served_model="average"),
-    Method("core .75", "fedprune", {"core": 0.75}, served_model="average"),
+    Method("ordered dropout", "fedprune", {"dropout": [0.25, 0.5, 0.75], "mixup": 0.2}, served_model="average"),
     Method(FULL, "fedavg", {}, {"evaluate_every": 1}, FLOAT32, False),
 )
 

@@ -16,9 +16,8 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - self-distillation on unlabelled samples of the server, if it has any: every width learns from the mean of all widths'
   outputs (Universally slimmable networks, Yu and Huang, ICCV 2019, on FedDF's terms, Lin et al., NeurIPS 2020), as the
   channels of wide models have been trained by few boards;
-- server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
-- clipped gradients, and mixup (Zhang et al. 2018) if it is asked for, as a board has few samples and sees them many
-  times;
+- clipped gradients;
+- if they are asked for, server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3) and mixup (Zhang et al. 2018);
 - on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
   serves, the other half being the received weights, which know of other boards' data. A board whose validation
   samples show that its average alone is better serves that.
@@ -64,9 +63,6 @@ from fedprune.strategies.values import (
 # Memory: the ranks that were settled, by the architecture's digest and the group's number.
 RANKS = "ranks"
 
-# Power of 1 / density by which narrower submodels' learning rate is larger.
-NARROW_RATE_POWER = 0.6
-
 # Share of the boards that can hold the core.
 CORE_BOARD_SHARE = 0.75
 
@@ -85,7 +81,7 @@ class FedPruneOptions:
     core: float | None = bounded(None, 0, 1)
     dropout: tuple[Any, ...] = bounded((), 1e-3, 1)
     rule: Literal["fill", "coverage"] = "fill"
-    server_momentum: float = bounded(0.5, 0, 0.999)
+    server_momentum: float = bounded(0.0, 0, 0.999)
     average: float = bounded(0.85, 0, 1, below=True)
     blend: float = bounded(0.5, 0, 1)
     validate_blend: bool = True
@@ -157,7 +153,9 @@ class FedPrune(Strategy):
         options = self.options
         ema_decay = recipe.average or options.average
         blend = recipe.blend or (options.blend if ema_decay else 0.0)
-        lr_factor = turn.density**-NARROW_RATE_POWER if self.core is not None else 1.0
+        # A step of Adam moves each weight as far at any width, so that outputs move with the number of channels: rates
+        # go with 1 / width, and those of SGD stay (Yang et al. 2021, "Tensor Programs V", Table 3).
+        lr_factor = 1.0 if self.core is None or recipe.optimizer == "sgd" else 1.0 / turn.density
         return replace(
             recipe,
             lr=recipe.lr * options.lr_decay ** (turn.round - 1) * lr_factor,
