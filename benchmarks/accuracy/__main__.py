@@ -292,9 +292,13 @@ def save(protocol: Protocol, options: argparse.Namespace) -> None:
 
 
 def summarise(protocols: Sequence[Protocol]) -> None:
-    """Write the verdicts of several tables' committed results."""
+    """Write the verdicts of several tables' committed results, and what the judging half says."""
+    from benchmarks.accuracy.judging import JUDGING
+
     found = {p.name: (p, whole(stored(p)["runs"])) for p in protocols}
-    (RESULTS / "summary.json").write_text(json.dumps(report.summary(found), indent=1) + "\n")
+    judged = [{"title": p.title, **{r["method"]: r for r in stored(p).get("table", ())}} for p in JUDGING]
+    for name, body in {"summary": report.summary(found), "judging": {"tables": judged}}.items():
+        (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n")
     tables.write(tables.ROOT)
 
 

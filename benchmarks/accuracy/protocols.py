@@ -27,8 +27,8 @@ PATHOLOGICAL = {**POOLED, "most": 6_000, "partition": "pathological", "classes":
 
 
 def _ours(name: str, options: Mapping[str, Any] | None = None, **settings: Any) -> Method:
-    """A row of fedprune's, with options for long jobs (docs/strategies/fedprune.md) and some of its own."""
-    options = {"server_momentum": 0.7, "mixup": 0.4, **(options or {})}
+    """A row of fedprune's, with ordered dropout and options for it (docs/strategies/fedprune.md), and some of its own."""
+    options = {"dropout": [0.25, 0.5, 0.75], "server_momentum": 0.7, "mixup": 0.4, **(options or {})}
     return Method(name, "fedprune", options, served_model="average", samples=True, **settings)
 
 
@@ -36,7 +36,6 @@ FEDPRUNE = _ours("fedprune")
 
 LONGER = 2.5
 """Rounds of `fedprune` for each round of other rows: within 15 % of full width's bytes and 80 % of its MACs."""
-
 
 _DRIFTS = ("scaffold", "feddyn", "fedcm")
 
@@ -169,26 +168,6 @@ PARTIAL = replace(
     every_global=2,
 )
 
-ABLATION = replace(
-    CIFAR,
-    name="fedprune-ablation",
-    title="fedprune, each ingredient left out",
-    methods=(
-        FEDPRUNE,
-        _ours("given start", {"ranking": "ordered"}),
-        _ours("no adjustment", {"adjust": False}),
-        _ours("no dropout", {"dropout": []}),
-        _ours("coverage", {"rule": "coverage"}),
-        _ours("no momentum", {"server_momentum": 0.0}),
-        _ours("no mixup", {"mixup": 0.0}),
-        _ours("no clipping", {"clip_norm": 0.0}),
-        _ours("no blend", {"blend": 0.0}),
-        _ours("one width", {"densities": ONE_WIDTH, "dropout": []}),
-        Method("slices", SLICES),
-    ),
-    reference="fedprune",
-)
-
 SAR = replace(
     FASHION,
     name="subflot-sar",
@@ -207,4 +186,4 @@ SAR = replace(
 EIGHT = (CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, RESNET, TRAINED, PARTIAL)
 """Tables of the summary."""
 
-PROTOCOLS = {p.name: p for p in (*EIGHT, ABLATION, SAR, *PAPERS, *JUDGING)}
+PROTOCOLS = {p.name: p for p in (*EIGHT, SAR, *PAPERS, *JUDGING)}
