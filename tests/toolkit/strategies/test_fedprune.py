@@ -16,6 +16,7 @@ from fedprune.model.nesting import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import magnitude_scores, rank_channels
 from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.values import NewMemory, Scene, SelfDistillation, Turn
@@ -150,6 +151,17 @@ def test_with_a_core_narrower_submodels_take_larger_steps_except_with_sgd(optimi
 
     assert rates() == pytest.approx([0.1] * 3 if optimizer == "sgd" else [0.1, 0.1 * 2**0.6, 0.1 * 4**0.6])
     assert rates(core=0) == rates(dropout=[0.5]) == [0.1] * 3
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_only_with_sgd_the_servers_model_has_momentum_unless_an_option_says_it(optimizer: str) -> None:
+    def momentum(**options: Any) -> float:
+        aggregator = compose(job(options, recipe=Recipe(optimizer=optimizer))).aggregator
+        assert isinstance(aggregator, Mean)
+        return aggregator.server_momentum
+
+    assert momentum() == (0.5 if optimizer == "sgd" else 0.0)
+    assert momentum(server_momentum=0.7) == 0.7
 
 
 def test_the_server_is_asked_to_distil_at_the_widths_of_steps_or_those_of_boards() -> None:

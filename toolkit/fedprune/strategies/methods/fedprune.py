@@ -16,8 +16,8 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - self-distillation on unlabelled samples of the server, if it has any: every width learns from the mean of all widths'
   outputs (Universally slimmable networks, Yu and Huang, ICCV 2019, on FedDF's terms, Lin et al., NeurIPS 2020), as the
   channels of wide models have been trained by few boards;
-- clipped gradients;
-- if they are asked for, server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3) and mixup (Zhang et al. 2018);
+- server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3), where boards train with SGD;
+- clipped gradients, and mixup (Zhang et al. 2018) if it is asked for;
 - on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
   serves, the other half being the received weights, which know of other boards' data. A board whose validation
   samples show that its average alone is better serves that.
@@ -69,6 +69,10 @@ RANKS = "ranks"
 # a power of 1 a task with adapters diverged.
 NARROW_RATE_POWER = 0.6
 
+# β of jobs whose boards train with SGD. Steps of the other optimisers are as long in the first rounds, and momentum
+# carries the model beyond what boards found.
+SGD_MOMENTUM = 0.5
+
 # Share of the boards that can hold the core.
 CORE_BOARD_SHARE = 0.75
 
@@ -87,7 +91,7 @@ class FedPruneOptions:
     core: float | None = bounded(None, 0, 1)
     dropout: tuple[Any, ...] = bounded((), 1e-3, 1)
     rule: Literal["fill", "coverage"] = "fill"
-    server_momentum: float = bounded(0.0, 0, 0.999)
+    server_momentum: float | None = bounded(None, 0, 0.999)
     average: float = bounded(0.85, 0, 1, below=True)
     blend: float = bounded(0.5, 0, 1)
     validate_blend: bool = True
@@ -198,6 +202,9 @@ def fedprune(job: Job) -> Strategy:
     # Without rounds devices begin with different models, of which only moves can be averaged.
     kind = DeltaMean if options.arrivals else Mean
     core = _shared_core(job, options)
+    momentum = options.server_momentum
+    if momentum is None:
+        momentum = SGD_MOMENTUM if job.recipe.optimizer == "sgd" else 0.0
     widths = () if core is not None else _narrow_widths(job, options)
     if options.ranking == "nested" and core is None and not widths:
         raise ConfigError(
@@ -210,7 +217,7 @@ def fedprune(job: Job) -> Strategy:
         job.strategy,
         options=options,
         nested_densities=widths,
-        aggregator=kind(rule=options.rule, server_momentum=options.server_momentum),
+        aggregator=kind(rule=options.rule, server_momentum=momentum),
         inputs="sum",
         compression="int8",
         allocator=density_allocator(job, options.densities),
