@@ -27,7 +27,7 @@ PATHOLOGICAL = {**POOLED, "most": 6_000, "partition": "pathological", "classes":
 
 
 def _ours(name: str, options: Mapping[str, Any] | None = None, **settings: Any) -> Method:
-    """A row of fedprune's, with ordered dropout and options for it (docs/strategies/fedprune.md), and some of its own."""
+    """A row of fedprune's, with ordered dropout and its options (docs/strategies/fedprune.md), and some of its own."""
     options = {"dropout": [0.25, 0.5, 0.75], "server_momentum": 0.7, "mixup": 0.4, **(options or {})}
     return Method(name, "fedprune", options, served_model="average", samples=True, **settings)
 
