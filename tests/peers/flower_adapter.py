@@ -254,6 +254,7 @@ def case_strategies_are_taken_or_refused_by_name() -> None:
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(personal=("fc.*",)))
     with refuses("Flower has secure aggregation of its own"):
         compose_for_flower(Job(strategy="fedavg", secure_aggregation=True), ())
+    assert compose_for_flower(Job(strategy="fedprune"), ()).core is None, "nodes share none"
 
 
 def case_who_gets_how_much() -> None:

@@ -108,7 +108,9 @@ def blended_average(
     mask: ElementMask = ALL_ACTIVE,
 ) -> Tensors:
     """The model that serves with an average: (1 − share) · average + share · received; 0 where masked. Tensors that are
-    not received are the average's own arrays."""
+    not received are the average's own arrays; at a share of 1 the others are those received."""
+    if share == 1 and not mask:
+        return {**average, **received}
     out = dict(average)
     for name, value in received.items():
         mixed = np.float32(share) * value

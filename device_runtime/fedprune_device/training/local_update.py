@@ -185,7 +185,8 @@ class LocalUpdate:
         blend = self._recipe.blend
         if not self._recipe.validate_blend or not len(self._data.y_val):
             return [blend]
-        first = blend if base is None or base.received_share is None else base.received_share
+        kept = None if base is None else base.received_share
+        first = kept if kept in (0.0, 1.0) else blend  # another one is the blend of an earlier recipe
         return list(dict.fromkeys((first, blend, 0.0, 1.0))) if evaluates else [first]
 
     def _probe_loss(self, tensors: Tensors) -> float | None:

@@ -260,11 +260,11 @@ class RoundRunner:
         self, offer: Offer, recipe: Recipe, files: UpdateFiles, evaluation: Evaluation
     ) -> tuple[UpdateFiles, bytes, float | None]:
         """The files without averages, the average that is to serve as a file, and its loss in the training graph."""
-        average, serving = self._choose_average(offer, files.averages, evaluation)
+        average, serving = self._choose_average(offer, recipe, files.averages, evaluation)
         files = replace(files, averages=())
         if recipe.validate_blend:
             evaluation.metrics[BLEND] = average.received_share
-            evaluation.adjustment = _adjustment(average, evaluation)
+            evaluation.adjustment = _adjustment(average, evaluation, recipe)
             if files.local_state is not None:
                 local_state = replace(files.local_state, received_share=average.received_share)
                 files = replace(files, local_state=local_state)
@@ -317,13 +317,15 @@ class RoundRunner:
         )
 
     def _choose_average(
-        self, offer: Offer, averages: Sequence[ServingAverage], evaluation: Evaluation
+        self, offer: Offer, recipe: Recipe, averages: Sequence[ServingAverage], evaluation: Evaluation
     ) -> tuple[ServingAverage, bytes]:
         """The average that is to serve, and its file: the first one, unless another one is clearly better."""
         best, best_values = averages[0], None
         for average in averages if len(averages) > 1 else ():  # one file at a time: a small board has memory for one
-            candidate = self._stage_candidate(offer, tensorfile.encode(average.tensors))
-            values = evaluation.metric_per_sample(candidate, _adjustment(average, evaluation))
+            values = evaluation.metric_per_sample(
+                self._stage_candidate(offer, tensorfile.encode(average.tensors)),
+                _adjustment(average, evaluation, recipe),
+            )
             if best_values is None or is_clearly_better(values, best_values):
                 best, best_values = average, values
         if best is not averages[0]:
@@ -376,5 +378,6 @@ class RoundRunner:
         return self._blobs.path(offer.base.sha256)
 
 
-def _adjustment(average: ServingAverage, evaluation: Evaluation) -> LogitAdjustment:
-    return LogitAdjustment() if average.received_share == 1 else evaluation.adjustment
+def _adjustment(average: ServingAverage, evaluation: Evaluation, recipe: Recipe) -> LogitAdjustment:
+    # A recipe that blends with nothing but the received weights has not compared them: its board's labels count.
+    return LogitAdjustment() if average.received_share == 1 > recipe.blend else evaluation.adjustment

@@ -78,9 +78,9 @@ def choose_variants(path: Path, plan: FleetPlan) -> tuple[list[Variant], dict[st
         except ConfigError as error:
             refused[name] = error
             continue
-        # A strategy without a core is trained at full width everywhere, to have something to compare with; what boards
-        # can't hold is said beside it.
-        if strategy.core is None:
+        # Other strategies are trained at full width everywhere, to have something to compare with; what boards can't
+        # hold is said beside it.
+        if configured_job.strategy != "fedprune":
             # Why boards can't train the whole model; empty if all can.
             narrow = [
                 n

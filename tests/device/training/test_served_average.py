@@ -115,6 +115,13 @@ def test_a_choice_stays_until_the_other_is_clearly_better(board: HiddenBoard, tm
     assert served_blend(7, 0.0) == 1.0
 
 
+def test_a_choice_of_the_blend_is_that_of_the_present_recipe(board: HiddenBoard) -> None:
+    data = board.data
+    for number, blend in ((1, 0.5), (2, 0.25)):
+        update, _ = play(board, data, number, replace(CHOOSES, blend=blend, evaluate_every=10))
+    assert update.metrics[BLEND] == 0.25
+
+
 def test_the_received_model_serves_without_the_labels_as_prior_where_they_are_new(board: HiddenBoard) -> None:
     """A board that has trained on one class alone, and meets the others."""
     d, w = board.data, hidden_weights(seed=1)

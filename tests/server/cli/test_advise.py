@@ -127,6 +127,11 @@ def test_variants_that_come_to_the_same_are_tried_once(advise, boards, names, mi
     assert len({(row["job"]["strategy"], str(core)) for row, core in zip(rows, cores, strict=True)}) == len(names) - 1
 
 
+def test_fedprune_keeps_to_plans_where_the_recipe_has_ordered_dropout_in_place_of_a_core(advise):
+    rows = advise(ONE_NARROW, {}, ordered_dropout=[0.5])["variants"]
+    assert [row["variant"] for row in rows if row["why_not"]] == ["fedavg", "fedavg-int8"]
+
+
 def test_the_best_is_taken_that_all_boards_can_train(advise):
     curves = {"fedavg": [(0.9,), (0.91,)], "one-width": [(0.8,), (0.82,)], "fedprune": [(0.6,), (0.61,)]}
     advice = advise(ONE_NARROW, curves, rounds=1, sent={"one-width": 1000})["advice"]

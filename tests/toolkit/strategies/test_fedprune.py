@@ -18,6 +18,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import magnitude_scores, rank_channels
+from fedprune.strategies.methods.fedprune import FedPrune
 from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.values import NewMemory, Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
@@ -69,6 +70,9 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
     for options in ({"ranking": "ordered"}, {"ranking": "magnitude"}, {"densities": [1.0]}):
         assert starting_model(**options, core=0) is start
     assert starting_model() is starting_model(ranking="nested") is start, "the core is known when boards are"
+    coreless = compose(job({"ranking": "nested"}))
+    assert isinstance(coreless, FedPrune)
+    assert same(coreless.without_core().begin(architecture, start), nest(0.25, 0.5, 0.75))
     chosen = compose(job()).rank(Scene(architecture, 0, 1, start)).ranks
     first = (
         rank_channels(magnitude_scores(architecture, start)) if trained else [np.arange(n) for n in architecture.sizes]
@@ -171,8 +175,7 @@ def test_the_server_is_asked_to_distil_at_the_widths_of_steps_or_those_of_boards
     assert distillation(distill=0) is None
     assert distillation(distill=7, dropout=[0.5]) == SelfDistillation(7, (0.5,), 1e-3)
     assert distillation(Recipe(ordered_dropout=(0.3, 1.0))) == SelfDistillation(40, (0.3,), 1e-3)
-    assert distillation(core=0, densities=[1, 0.5]) == SelfDistillation(40, (0.5,), 1e-3)
-    assert distillation() == distillation(densities=[1, 0.5]) == SelfDistillation(40, (), 1e-3)
+    assert distillation() == distillation(core=0, densities=[1, 0.5]) == SelfDistillation(40, (), 1e-3)
     assert distillation(Recipe(personal=("@head",))) is None  # the server's own head answers to nothing
 
 
@@ -183,6 +186,7 @@ def test_most_of_the_fleet_shares_a_core_unless_options_say_otherwise() -> None:
     assert core() == core(Recipe(loss="mse")) == core(mixup=0.2) == SharedCore(0.75)
     assert core(core=0.5) == SharedCore(0.5)
     assert core(Recipe(ordered_dropout=(0.5,))) is core(dropout=[0.5]) is core(core=0) is core(arrivals=2) is None
+    assert compose(job(schedule={"kind": "async"})).core is compose(job(schedule={"kind": "semi-async"})).core is None
 
 
 @pytest.mark.parametrize(
@@ -195,6 +199,7 @@ def test_most_of_the_fleet_shares_a_core_unless_options_say_otherwise() -> None:
         ({"dropout": ["half"]}, "dropout"),
         ({"ranking": "nested", "core": 0}, "ranking"),
         ({"core": 0.5, "dropout": [0.5]}, "core"),
+        ({"core": 0.5, "arrivals": 2}, "core"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], what: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.strategies import compose
+from fedprune.strategies.methods.fedprune import FedPrune
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
 
@@ -20,6 +21,8 @@ def compose_for_flower(job: Job, sizes: tuple[int, ...]) -> Strategy:
     """A job's strategy, if Flower's rounds can run it; `sizes` are the model's channels per group. Raises `ConfigError`
     if there is no such strategy, its options are wrong, or it needs what Flower's nodes don't have."""
     strategy = compose(job, sizes)
+    if isinstance(strategy, FedPrune):
+        strategy = strategy.without_core()  # nodes train all that they hold from the first round on
     recipe = strategy.recipe(job.recipe, Turn(job.seed, 1, "", sizes))  # a device's of full width
     reasons = {
         "it estimates gradients from movements of plain SGD, which a node's own loop doesn't report": (

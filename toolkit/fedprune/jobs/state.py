@@ -2,7 +2,7 @@
 
 A `State` has a `JobDevice` for each device of the job and a `DeviceTask` for each device's *part* (participation) in
 the current round. The coordinator changes it; `to_json` and `from_json` write and read it. A *core* is the part of the
-model that all boards train together at first; a round is *mixed* if its boards train different widths.
+model that all boards train together at first.
 """
 
 from __future__ import annotations

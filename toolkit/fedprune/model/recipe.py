@@ -146,8 +146,8 @@ class LocalMethod(mixup.Mixup):
         blend: Share of the received weights in the model that serves where the board keeps an average: it is
             (1 − blend) · average + blend · received, but for tensors that are personal or frozen. The average that
             is kept has none of it.
-        validate_blend: With `blend` the board compares its average with and without the received weights on its
-            validation samples, and serves the average alone where that is clearly better.
+        validate_blend: With `blend` the board compares its average with and without the received weights, and these
+            without its labels' shares, on its validation samples, and serves another one where it is clearly better.
         calibrate: After training, one pass over the local training samples measures batch-norm statistics again, for
             what is evaluated, serves and is sent.
         personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones

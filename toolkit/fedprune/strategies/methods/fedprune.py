@@ -20,7 +20,7 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - clipped gradients, and mixup (Zhang et al. 2018) if it is asked for;
 - on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
   serves, the other half being the received weights, which know of other boards' data. A board whose validation
-  samples show that its average alone is better serves that.
+  samples show that one of the two is better serves that, the received weights without its labels' shares.
 """
 
 from __future__ import annotations
@@ -178,6 +178,11 @@ class FedPrune(Strategy):
             mixup=recipe.mixup or (options.mixup if recipe.can_mix else 0.0),
         )
 
+    def without_core(self) -> FedPrune:
+        """The same for a fleet that shares no core: nested between the quarters where it isn't said what boards
+        hold."""
+        return replace(self, core=None, nested_densities=self.nested_densities or (0.25, 0.5, 0.75))
+
     @property
     def has_plain_close(self) -> bool:
         return True  # what `close` silences is no part of any mean
@@ -221,7 +226,7 @@ def fedprune(job: Job) -> Strategy:
         inputs="sum",
         compression="int8",
         allocator=density_allocator(job, options.densities),
-        distillation=_distillation(job, options, widths),
+        distillation=_distillation(job, options),
         schedule=_buffered_schedule(options.arrivals) if options.arrivals else None,
         min_channels=1 if core is None else MIN_CHANNELS,
         core=core,
@@ -230,17 +235,17 @@ def fedprune(job: Job) -> Strategy:
 
 def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore | None:
     """The core that the options ask for, by default one, but none beside ordered dropout, whose steps are narrower, or
-    in asynchronous jobs, which begin with few of their boards. Raises `ConfigError` for both core and dropout."""
-    board_share, dropout = options.core, _dropout(job, options)
-    if board_share and dropout:
+    in asynchronous jobs, which begin with few of their boards. Raises `ConfigError` if one is asked for there."""
+    is_asynchronous = options.arrivals > 0 or job.schedule.get("kind", "sync") != "sync"
+    has_none = is_asynchronous or bool(_dropout(job, options))
+    board_share = (0.0 if has_none else CORE_BOARD_SHARE) if options.core is None else options.core
+    if board_share and has_none:
         raise ConfigError(
             ("job", "options", "core"),
-            expected="0 with ordered dropout, whose steps are narrower than a core",
+            expected="0 with ordered dropout, whose steps are narrower than a core, and in asynchronous jobs",
             got=board_share,
-            hint="Choose one of core and dropout (docs/strategies/fedprune.md#the-core).",
+            hint="Choose one of them (docs/strategies/fedprune.md#the-core).",
         )
-    if board_share is None:
-        board_share = 0.0 if dropout or options.arrivals else CORE_BOARD_SHARE
     return SharedCore(board_share) if board_share else None
 
 
@@ -253,13 +258,13 @@ def _narrow_widths(job: Job, options: FedPruneOptions) -> tuple[float, ...]:
     return tuple(d for d in _dropout(job, options) or options.densities if d < 1)
 
 
-def _distillation(job: Job, options: FedPruneOptions, widths: tuple[float, ...]) -> SelfDistillation | None:
-    """The server's own training, at these widths, or without any at those that boards have trained; None if it is off,
-    or if boards keep tensors that the server's model lacks."""
+def _distillation(job: Job, options: FedPruneOptions) -> SelfDistillation | None:
+    """The server's own training, at the widths of ordered dropout, or else at those that boards have trained; None if
+    it is off, or if boards keep tensors that the server's model lacks."""
     if not options.distill or job.recipe.personal:
         return None
     # The rate was chosen on tables of docs/strategies/fedprune.md.
-    return SelfDistillation(options.distill, widths, lr=1e-3)
+    return SelfDistillation(options.distill, tuple(d for d in _dropout(job, options) if d < 1), lr=1e-3)
 
 
 def _buffered_schedule(arrivals: int) -> Schedule:
