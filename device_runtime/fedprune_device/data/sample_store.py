@@ -97,7 +97,7 @@ class SampleStore(Closeable):
         self._reservoir = Reservoir(live_limits, self._shares.seed)
         self._log = SampleLog(root, key, limits.bytes, self._reservoir, self._drop_damaged)
         self._declined = 0
-        self._training_labels: dict[str, int] = {}  # labels of the samples that would be trained on
+        self._training_names = set[str]()  # of the samples that would be trained on
         self.input_shape: Shape | None = None
         try:
             body = atomic_file.read_document(self._root / _MODEL_FILE) or {"input": None, "unlabelled": False}
@@ -120,7 +120,7 @@ class SampleStore(Closeable):
         Before the first model, samples without a label count as well: that model may need none, and a server offers
         one only to boards that have samples.
         """
-        return len(self._training_labels)
+        return len(self._training_names)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -271,7 +271,7 @@ class SampleStore(Closeable):
         for evicted in decision.evicted:
             self._remove_position(evicted)
         if decision.is_kept and self._is_for_training(decision.id, decision.label):
-            self._training_labels[decision.id] = decision.label
+            self._training_names.add(decision.id)
         return self._added_sample(decision.id, decision.label, kept=decision.is_kept, duplicate=False)
 
     def _relabel(self, name: str, label: int, payload: bytes) -> AddedSample:
@@ -326,7 +326,7 @@ class SampleStore(Closeable):
 
     def _collect_training(self) -> None:
         classes = self._reservoir.names_by_class().items()
-        self._training_labels = {n: c for c, names in classes for n in names if self._is_for_training(n, c)}
+        self._training_names = {n for c, names in classes for n in names if self._is_for_training(n, c)}
 
     def _write_model(self, shape: Shape, unlabelled: bool) -> None:
         """Keep the input shape of a round's model: the number of its training samples is reported before the next."""
@@ -355,7 +355,7 @@ class SampleStore(Closeable):
 
     def _remove_position(self, name: str) -> None:
         del self._log.positions[name]
-        self._training_labels.pop(name, None)
+        self._training_names.discard(name)
 
     def _is_for_training(self, name: str, label: int) -> bool:
         waits = label == UNLABELLED and self._reservoir.unlabelled_wait and self.input_shape is not None

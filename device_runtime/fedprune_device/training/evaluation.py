@@ -37,8 +37,8 @@ MACHINE_METRICS = frozenset(
 
 
 class Evaluation:
-    """Measures models of one round. `adjustment` adapts logits to the board's own labels; it is empty from when on a
-    model is chosen that serves without."""
+    """Measures models of one round. `adjustment` adapts logits to the board's own labels; it is empty once a model is
+    chosen that serves without it."""
 
     def __init__(
         self, data: LocalData, recipe: Recipe, classes: int, adjustment: LogitAdjustment, objective: Objective

@@ -225,10 +225,3 @@ class Worker:
             model = model if self._calibration is None else self._calibration(model)
         metrics = self._evaluator(model, widths)
         return on.Evaluated(command.round, metrics | privacy_metrics)
-
-
-def _device_parts(command: do.FoldUpdate | do.Close | do.Basis) -> tuple[do.DevicePart, ...]:
-    """The parts in a round whose updates a command names."""
-    if isinstance(command, do.FoldUpdate):
-        return (command.contribution.part,)
-    return () if isinstance(command, do.Basis) else tuple(contribution.part for contribution in command.contributions)
