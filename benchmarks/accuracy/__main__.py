@@ -293,7 +293,7 @@ def save(protocol: Protocol, options: argparse.Namespace) -> None:
 
 def summarise(protocols: Sequence[Protocol]) -> None:
     """Write the verdicts of several tables' committed results, and what the judging half says."""
-    from benchmarks.accuracy.judging import JUDGING
+    from benchmarks.accuracy.halves import JUDGING
 
     found = {p.name: (p, whole(stored(p)["runs"])) for p in protocols}
     judged = [{"title": p.title, **{r["method"]: r for r in stored(p).get("table", ())}} for p in JUDGING]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.accuracy.judging import JUDGING
+from benchmarks.accuracy.halves import CHOOSING, JUDGING
 from benchmarks.accuracy.papers import PAPERS
 from benchmarks.accuracy.protocol import FLOAT32, FULL, INT4, INT8, SAME_LOSS, Method, Protocol
 from fedprune.model.recipe import Recipe
@@ -186,4 +186,4 @@ SAR = replace(
 EIGHT = (CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, RESNET, TRAINED, PARTIAL)
 """Tables of the summary."""
 
-PROTOCOLS = {p.name: p for p in (*EIGHT, SAR, *PAPERS, *JUDGING)}
+PROTOCOLS = {p.name: p for p in (*EIGHT, SAR, *PAPERS, *CHOOSING, *JUDGING)}

@@ -16,11 +16,13 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.coordination import commands as do
 from fedprune.coordination.update_limits import RoundUpdate, shorten_update
+from fedprune.core.bounded_cache import BoundedCache
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import expand_head
+from fedprune.planning.costs import costs_at
 from fedprune.strategies import Strategy
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune.strategies.values import Cut, Scene, Submodel, Turn, UpdateReport
@@ -47,6 +49,7 @@ class StoredUpdates:
         self._strategy = strategy
         self._store = store
         self._withheld = withheld
+        self._macs_shares = BoundedCache[tuple[int, ...], float]()
 
     def scene(self, round_: int, model: str, memory: dict[str, str], participants: tuple[str, ...] = ()) -> Scene:
         return Scene(
@@ -70,7 +73,14 @@ class StoredUpdates:
             device_part.samples,
             device_part.last_counted_round,
             device_part.work,
+            self._macs_share(device_part.widths),
         )
+
+    def _macs_share(self, widths: tuple[int, ...]) -> float:
+        if widths not in self._macs_shares:
+            macs, whole = (costs_at(self._architecture, w).training_macs for w in (widths, self._architecture.sizes))
+            self._macs_shares[widths] = macs / whole if macs else 1.0
+        return self._macs_shares[widths]
 
     def recipe(self, turn: Turn) -> Recipe:
         recipe = self._job.privacy.private_recipe(self._strategy.recipe(self._job.training_recipe, turn))

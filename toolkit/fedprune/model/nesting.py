@@ -6,6 +6,7 @@ these, the wide model is the narrow one with added noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,20 @@ def nest_widths(
             outputs, inputs = (selection.maps(spec.name)[axis] for axis in axes)
             weights[np.ix_(outputs, np.setdiff1d(np.arange(weights.shape[1]), inputs))] = 0
     return model_copy
+
+
+def scale_to_inputs(selection: Selection, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """A submodel's tensors with its layers' weights multiplied by √(inputs of the whole layer / inputs that are left).
+
+    Initial weights of n inputs have a variance of 1 / n (He et al. 2015, eq. 10, up to a factor). With the whole
+    layer's, a narrow net's outputs are too small by that root at every layer, and so are its gradients.
+    """
+    scaled = dict(tensors)
+    for spec in selection.architecture.trainable:
+        if (axes := _weight_axes(selection.architecture, spec)) is not None:
+            scale = math.sqrt(spec.shape[axes[1]] / tensors[spec.name].shape[axes[1]])
+            scaled[spec.name] = tensors[spec.name] * np.float32(scale)
+    return scaled
 
 
 def _weight_axes(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:

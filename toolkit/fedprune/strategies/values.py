@@ -39,6 +39,7 @@ class Turn:
         samples: The training samples that the device was planned with.
         last_counted_round: The round whose offer its last counted update was trained for; 0 before the first.
         work: How often it trains the recipe's epochs; its recipe already says so when the device gets it.
+        macs_share: MACs of a training step, as a share of the whole model's.
     """
 
     seed: int
@@ -49,6 +50,7 @@ class Turn:
     samples: int = 1
     last_counted_round: int = 0
     work: int = 1
+    macs_share: float = 1.0
 
     @property
     def pruning_rate(self) -> float:

@@ -39,7 +39,7 @@ from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.initial_values import is_untrained
 from fedprune.model.mixup import MIN_MIXUP
-from fedprune.model.nesting import nest_widths
+from fedprune.model.nesting import nest_widths, scale_to_inputs
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
@@ -50,6 +50,7 @@ from fedprune.strategies.options import read_options
 from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import (
+    Cut,
     NewMemory,
     Ranking,
     RoundClosing,
@@ -63,11 +64,8 @@ from fedprune.strategies.values import (
 # Memory: the ranks that were settled, by the architecture's digest and the group's number.
 RANKS = "ranks"
 
-# Power of 1 / density by which narrower submodels' learning rate is larger, except with SGD. A step of Adam moves each
-# weight as far at any width, and so the outputs as far as there are channels; one of SGD does not. So rates of hidden
-# layers go with 1 / width and 1 (Yang et al. 2021, "Tensor Programs V", Table 3). The others' go with 1 in both: with
-# a power of 1 a task with adapters diverged.
-NARROW_RATE_POWER = 0.6
+# The served average forgets all but the last rounds while a job is young: in round t its factor is t / (t + this).
+AVERAGE_DELAY = 4
 
 # β of jobs whose boards train with SGD. Steps of the other optimisers are as long in the first rounds, and momentum
 # carries the model beyond what boards found.
@@ -141,6 +139,17 @@ class FedPrune(Strategy):
             scorer = "ordered" if is_untrained(scene.architecture, scene.model) else "magnitude"
         return Ranking(rank_channels(channel_scores(scorer, scene.architecture, scene.model)))
 
+    def extract(self, cut: Cut) -> Submodel:
+        """The first channels, in a model that was just made with the weights that a net of their widths begins with."""
+        submodel = super().extract(cut)
+        if not self._is_new(cut.scene):
+            return submodel
+        return replace(submodel, tensors=scale_to_inputs(submodel.selection, submodel.tensors))
+
+    @property
+    def is_device_independent(self) -> bool:
+        return True
+
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         """Store the first round's ranks."""
         if self._settled_ranking(scene) is not None:
@@ -152,8 +161,7 @@ class FedPrune(Strategy):
     ) -> RoundClosing:
         """The next model. After the first round with a core, what no board has trained is silent."""
         closing = super().close(fold, scene, rate, reports)
-        is_first_close = scene.round == 1 and self._settled_ranking(scene) is None
-        if self.core is not None and is_first_close and self._is_just_made(scene.architecture, scene.model):
+        if self._is_new(scene):
             return replace(closing, model=nest_widths(scene.architecture, closing.model, [fold.widths]))
         return closing
 
@@ -161,10 +169,13 @@ class FedPrune(Strategy):
         """The device's recipe. Raises `ConfigError` if the job's own recipe has settings that don't go with the
         strategy's."""
         options = self.options
-        ema_decay = recipe.average or options.average
+        ema_decay = recipe.average or min(options.average, turn.round / (turn.round + AVERAGE_DELAY))
         blend = recipe.blend or (options.blend if ema_decay else 0.0)
+        # A step of Adam moves each weight as far at any width, and so the outputs as far as there are channels; one of
+        # SGD does not. So rates of hidden layers go with 1 / width and 1 (Yang et al. 2021, "Tensor Programs V", Table
+        # 3). MACs go with the square of the width, as far as layers are narrower at all.
         is_scaled = self.core is not None and recipe.optimizer != "sgd"
-        lr_factor = turn.density**-NARROW_RATE_POWER if is_scaled else 1.0
+        lr_factor = turn.macs_share**-0.5 if is_scaled else 1.0
         return replace(
             recipe,
             lr=recipe.lr * options.lr_decay ** (turn.round - 1) * lr_factor,
@@ -186,6 +197,11 @@ class FedPrune(Strategy):
     @property
     def has_plain_close(self) -> bool:
         return True  # what `close` silences is no part of any mean
+
+    def _is_new(self, scene: Scene) -> bool:
+        """Whether a fleet with a core begins with a model that was just made."""
+        is_first = self.core is not None and scene.round == 1 and self._settled_ranking(scene) is None
+        return is_first and self._is_just_made(scene.architecture, scene.model)
 
     def _is_just_made(self, architecture: Architecture, model: Tensors) -> bool:
         ranking = self.options.ranking
