@@ -20,7 +20,7 @@ from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import magnitude_scores, rank_channels
 from fedprune.strategies.methods.fedprune import FedPrune
 from fedprune.strategies.shared_core import SharedCore
-from fedprune.strategies.values import NewMemory, Scene, SelfDistillation, Turn
+from fedprune.strategies.values import Cut, NewMemory, Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
 
 pytestmark = pytest.mark.board
@@ -111,6 +111,31 @@ def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_
     assert same_but_for_sums(model_after_round(settled, ranking="nested"), start), "later rounds silence nothing"
 
 
+@given(data=st.data(), seed=seeds)
+@pytest.mark.parametrize("trained", [False, True])
+def test_boards_begin_a_model_that_was_just_made_with_the_weights_of_a_net_of_their_widths(
+    trained: bool, data: st.DataObject, seed: int
+) -> None:
+    """Initial weights of n inputs have a variance of 1 / n."""
+    architecture, start = first_model(data, seed, trained=trained)
+    selection = Selection.of(architecture, widths_at(architecture, 0.5), [np.arange(n) for n in architecture.sizes])
+
+    def sent_model(round_: int = 1, memory: NewMemory | None = None, **options: Any) -> Tensors:
+        scene = Scene(architecture, 0, round_, start, memory or {})
+        return compose(job(options)).extract(Cut(scene, Turn(0, round_, "a", selection.widths), selection)).tensors
+
+    cut = selection.gather(start)
+    expected = dict(cut)
+    for layer in architecture.layers:
+        if not trained and (layer.op, layer.output_axis) != ("Conv", 1):  # no file has such a layer
+            inputs = [v[layer.weight].size / v[layer.weight].shape[layer.output_axis] for v in (start, cut)]
+            expected[layer.weight] = cut[layer.weight] * np.float32((inputs[0] / inputs[1]) ** 0.5)
+    assert same(sent_model(), expected)
+    settled = compose(job()).learn(Scene(architecture, 0, 1, start), Fold(architecture, start), lambda: iter(()))
+    for later in (sent_model(2), sent_model(memory=settled), sent_model(core=0), sent_model(ranking="ordered")):
+        assert same(later, cut)
+
+
 def first_model(data: st.DataObject, seed: int, *, trained: bool) -> tuple[Architecture, Tensors]:
     """A net with normalisations, as it was made or trained before."""
     architecture = data.draw(architectures())
@@ -151,10 +176,21 @@ def same_but_for_sums(a: Tensors, b: Tensors) -> bool:
 def test_with_a_core_narrower_submodels_take_larger_steps_except_with_sgd(optimizer: str) -> None:
     def rates(**options: Any) -> list[float]:
         strategy, recipe = compose(job(options)), Recipe(lr=0.1, optimizer=optimizer)
-        return [strategy.recipe(recipe, Turn(0, 1, "a", (3,), density)).lr for density in (1.0, 0.5, 0.25)]
+        turns = (Turn(0, 1, "a", (3,), 0.5, macs_share=share) for share in (1.0, 0.25, 0.04))
+        return [strategy.recipe(recipe, turn).lr for turn in turns]
 
-    assert rates() == pytest.approx([0.1] * 3 if optimizer == "sgd" else [0.1, 0.1 * 2**0.6, 0.1 * 4**0.6])
+    assert rates() == pytest.approx([0.1] * 3 if optimizer == "sgd" else [0.1, 0.2, 0.5])
     assert rates(core=0) == rates(dropout=[0.5]) == [0.1] * 3
+
+
+def test_the_average_of_a_young_job_forgets_its_first_rounds_sooner() -> None:
+    def factors(average: float) -> list[float]:
+        strategy = compose(job({"average": average}))
+        return [strategy.recipe(Recipe(), Turn(0, number, "a", (3,))).average for number in range(1, 101)]
+
+    assert factors(0.0) == [0.0] * 100
+    grown = factors(0.85)
+    assert grown == sorted(grown) and grown[0] > 0 and grown[5] < 0.7 and set(grown[25:]) == {0.85}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -228,6 +264,7 @@ def test_a_jobs_own_recipe_comes_before_options_and_these_before_what_is_usual()
         return compose(job(options, recipe=job_recipe)).recipe(job_recipe, Turn(0, 1, "a", (3,)))
 
     assert device_recipe(Recipe()).mixup == 0
+    assert device_recipe(Recipe(average=0.9)).average == 0.9
     assert (device_recipe(Recipe(), mixup=0.3).mixup, device_recipe(Recipe(mixup=0.4), mixup=0.3).mixup) == (0.3, 0.4)
     assert (device_recipe(Recipe()).clip_norm, device_recipe(Recipe(clip_norm=3.0), clip_norm=0.5).clip_norm) == (
         1.0,
