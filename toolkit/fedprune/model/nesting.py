@@ -47,9 +47,12 @@ def scale_to_inputs(selection: Selection, tensors: Mapping[str, Array]) -> dict[
     """A submodel's tensors with its layers' weights multiplied by √(inputs of the whole layer / inputs that are left).
 
     Initial weights of n inputs have a variance of 1 / n (He et al. 2015, eq. 10, up to a factor). With the whole
-    layer's, a narrow net's outputs are too small by that root at every layer, and so are its gradients.
+    layer's, a narrow net's outputs are too small by that root at every layer, and so are its gradients. Batch
+    normalisation makes up for that, and larger weights would only move more slowly.
     """
     scaled = dict(tensors)
+    if any(spec.kind is TensorKind.STAT_VAR for spec in selection.architecture.tensors):
+        return scaled
     for spec in selection.architecture.trainable:
         if (axes := _weight_axes(selection.architecture, spec)) is not None:
             scale = math.sqrt(spec.shape[axes[1]] / tensors[spec.name].shape[axes[1]])
