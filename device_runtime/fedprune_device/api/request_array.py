@@ -60,9 +60,7 @@ def request_array(request: Request, shape: Shape | None, input_type: InputType =
         return _json_array(json_document(request, "x")["x"], input_type)
     if request.kind == SAFETENSORS:
         return _safetensors_array(request.body)
-    if request.kind == NPY:
-        return _npy_array(request.body)
-    return _raw_array(request.body, shape, input_type)
+    return _npy_array(request.body) if request.kind == NPY else _raw_array(request.body, shape, input_type)
 
 
 def request_batch(x: Array, shape: Shape, max_samples: int, input_type: InputType = FLOATS) -> Array:

@@ -183,9 +183,7 @@ def right_labels(loss: str, outputs: npt.NDArray[np.float32], targets: Array) ->
     """Which classes are predicted right [n, ...], with `bce` which labels [n, K, ...]; None for numbers."""
     if loss == "cross_entropy":
         return np.asarray(np.argmax(outputs, axis=1) == targets)
-    if labels_of(loss) == MULTI_LABELS:
-        return np.asarray((outputs > 0) == (targets > 0.5))
-    return None
+    return np.asarray((outputs > 0) == (targets > 0.5)) if labels_of(loss) == MULTI_LABELS else None
 
 
 def loss_terms(y: Inputs, recipe: Recipe, classes: int) -> dict[str, Array]:

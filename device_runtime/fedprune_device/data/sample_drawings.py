@@ -55,9 +55,7 @@ def _chosen_samples(data: LocalData) -> list[int]:
 def _label_text(y: Array, class_names: Sequence[str]) -> str:
     if y.ndim == 0 and y.dtype.kind in "iu":
         return class_names[int(y)] if int(y) < len(class_names) else str(int(y))
-    if y.size <= _MAX_CURVES:
-        return ", ".join(f"{v:.4g}" for v in y.reshape(-1).tolist())
-    return ""
+    return ", ".join(f"{v:.4g}" for v in y.reshape(-1).tolist()) if y.size <= _MAX_CURVES else ""
 
 
 def _drawing(

@@ -71,9 +71,7 @@ class AddedSample:
 
 def checked_label(label: int | None) -> int:
     """A label as the set writes it: `UNLABELLED` for None."""
-    if label is None:
-        return UNLABELLED
-    return check_whole("label", label, 0, MAX_LABEL, error=DataError)
+    return UNLABELLED if label is None else check_whole("label", label, 0, MAX_LABEL, error=DataError)
 
 
 class SampleStore(Closeable):

@@ -28,9 +28,7 @@ class BoardTier:
 
     def selector(self, state: Path) -> EngineSelector | None:
         """The selector that keeps an engine for predictions; None unless the tier is TensorRT."""
-        if self.name != TENSORRT:
-            return None
-        return EngineSelector(state / ENGINES, self.plan)
+        return None if self.name != TENSORRT else EngineSelector(state / ENGINES, self.plan)
 
 
 def board_tier(tier: str | None, plan: Path | None, profile: HardwareProfile | None) -> BoardTier:

@@ -72,6 +72,4 @@ class ThermalGuard:
         temperature = temperature_c(self._root)
         if temperature is not None and temperature >= limit_c:
             return f"{temperature:.0f} °C, limit {limit_c:g} °C"
-        if firmware_flags(self._root) & UNDER_VOLTAGE:
-            return "the supply's voltage is too low"
-        return ""
+        return "the supply's voltage is too low" if firmware_flags(self._root) & UNDER_VOLTAGE else ""

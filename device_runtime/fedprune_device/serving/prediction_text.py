@@ -129,6 +129,4 @@ def likelihoods(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
     if loss == "cross_entropy":
         shares = np.exp(z - z.max(axis=1, keepdims=True))
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
-    if labels_of(loss) == MULTI_LABELS:
-        return np.asarray(np.exp(-np.logaddexp(0, -z)))
-    return z
+    return np.asarray(np.exp(-np.logaddexp(0, -z))) if labels_of(loss) == MULTI_LABELS else z

@@ -22,9 +22,6 @@ from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import PLAIN
 from fedprune_export.cli import options
 
-# Scorers that need only a model; others need measurements of a fleet's training.
-_SCORERS = ("ordered", "magnitude")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of an export."""
@@ -87,7 +84,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scorer",
-        choices=_SCORERS,
+        choices=("ordered", "magnitude"),  # others need measurements of a fleet's training
         help="how channels are ranked (default: as the fleet that trained the model cut it, if the model says so, else "
         "magnitude)",
     )

@@ -23,9 +23,6 @@ MODEL_HELP = (
     "model.onnx, a folder in the layout of the Hugging Face hub, package.module:factory of a torch module, or timm:NAME"
 )
 
-BASE_PRECISIONS = ("float16", "int8")
-PREFERENCES = ("coarse", "fine")
-
 # The usual loss of each kind of labels, for users who know their labels and not the losses.
 _LOSS_OF_LABELS = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
@@ -60,7 +57,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prefer",
-        choices=PREFERENCES,
+        choices=("coarse", "fine"),
         help="where channels can be cut in two ways: whole heads or groups (coarse), or a part of each (fine)",
     )
     group.add_argument(
@@ -71,7 +68,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--base-precision",
-        choices=BASE_PRECISIONS,
+        choices=("float16", "int8"),
         help="store, send and load frozen weights in this precision (int8: one scale per output channel)",
     )
 

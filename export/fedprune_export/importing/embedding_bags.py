@@ -135,9 +135,7 @@ class _EmbeddingBags(GraphWriter):
         if ids is None or not self._are_rows(ids, offsets):
             return None
         matrix = self._matrix(weights) if weights else ""
-        if matrix is None:
-            return None
-        return _Bag(min(operations, key=_REDUCTIONS.index), table, ids, matrix)
+        return None if matrix is None else _Bag(min(operations, key=_REDUCTIONS.index), table, ids, matrix)
 
     def _weight_rows(self, inner: dict[str, onnx.NodeProto], name: str) -> str | None:
         """The flat weights that an operand [rows, 1] holds, empty if all are 1; None if it holds something else."""

@@ -146,9 +146,7 @@ class Reduction:
 
     def with_reduced_axes(self, dy: str) -> str:
         """The output's gradient with the reduced axes as 1, so that it broadcasts."""
-        if self.keeps_axes or not self.axes:
-            return dy
-        return self.g.emit("Unsqueeze", dy, self.g.ints(*self.axes))
+        return dy if self.keeps_axes or not self.axes else self.g.emit("Unsqueeze", dy, self.g.ints(*self.axes))
 
     def spread(self, value: str) -> str:
         """A value with reduced axes of 1 repeated along them."""

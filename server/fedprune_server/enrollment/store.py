@@ -337,9 +337,7 @@ class IdentityStore:
         self._change(void)
 
     def _rows(self, query: sql.Select[Any]) -> list[Any]:
-        if self._database is None:
-            return []
-        return self._read(lambda connection: list(connection.execute(query)))
+        return [] if self._database is None else self._read(lambda connection: list(connection.execute(query)))
 
     def _read(self, work: Callable[[sql.Connection], _Result]) -> _Result:
         return self._require_database().read(work)

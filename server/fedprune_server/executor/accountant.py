@@ -47,9 +47,7 @@ class Accountant:
 
     def epsilon(self, cost: float) -> float:
         """ε at the job's δ, given the `cost`: Σ 1/z² over a device's releases."""
-        if cost <= 0:
-            return 0.0
-        return float(self._epsilon(1 / math.sqrt(cost), self._privacy.delta))
+        return 0.0 if cost <= 0 else float(self._epsilon(1 / math.sqrt(cost), self._privacy.delta))
 
     def metrics(self, command: do.Evaluate) -> dict[str, float]:
         """Privacy metrics of a round: the largest ε of any device, now and after another round."""

@@ -225,8 +225,7 @@ class DriverProcess:
                 if kind == "size":
                     self.size = int(value)
                 elif kind == "done":
-                    result = receive_result(self._connection)
-                    self._futures.pop(value).set_result(result)
+                    self._futures.pop(value).set_result(receive_result(self._connection))
                 else:
                     error = ClusterError("a helper failed", got=self._connection.recv())
                     self._futures.pop(value).set_exception(error)

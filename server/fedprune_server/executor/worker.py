@@ -223,5 +223,4 @@ class Worker:
             model = self.updates.archive.selection(command.ranking, widths).gather(model)
             # Statistics of the whole model fit no submodel.
             model = model if self._calibration is None else self._calibration(model)
-        metrics = self._evaluator(model, widths)
-        return on.Evaluated(command.round, metrics | privacy_metrics)
+        return on.Evaluated(command.round, self._evaluator(model, widths) | privacy_metrics)

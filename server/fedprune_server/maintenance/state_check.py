@@ -46,8 +46,7 @@ _EVENT_TYPES: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind
 
 def blob_bytes(folder: Path) -> int:
     """Bytes that a check reads of a state folder's blobs."""
-    settings = Storage.read_settings(folder)
-    store = open_bucket(folder, settings)
+    store = open_bucket(folder, Storage.read_settings(folder))
     if store is not None:
         objects = sum(size for keys in store.objects().values() for size in keys.values())
         return objects + sum(blob_checks.size_of_file(p) for p in find_blob_files(folder / RELEASES).blobs.values())

@@ -75,9 +75,7 @@ class Range:
 
 def weight_in_round(samples: int, total: int, devices: int) -> int:
     """A device's weight in a round with these totals of devices and samples, whose sums hold at most `MAX_WEIGHT`."""
-    if total <= MAX_WEIGHT:
-        return max(1, samples)
-    return max(1, samples * (MAX_WEIGHT - devices) // total)
+    return max(1, samples) if total <= MAX_WEIGHT else max(1, samples * (MAX_WEIGHT - devices) // total)
 
 
 def largest_magnitude(values: npt.NDArray[Any]) -> float:

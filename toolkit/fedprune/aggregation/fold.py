@@ -291,6 +291,4 @@ class Fold:
 def _sum_range(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:
     """The range of a tensor's sum. Weights may be up to 8, or 8 times the base's largest, and at most twice as much.
     Statistics follow the data's scale and have no natural bound: up to 2^24 or more, in two limbs."""
-    if spec.kind.is_trainable:
-        return Range.around(base)
-    return Range.around(base, min_exponent=24, limbs=2)
+    return Range.around(base) if spec.kind.is_trainable else Range.around(base, min_exponent=24, limbs=2)

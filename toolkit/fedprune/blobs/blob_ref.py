@@ -38,8 +38,7 @@ class BlobRef:
 
     @classmethod
     def of(cls, data: bytes | memoryview) -> BlobRef:
-        table = leaf_table(data)
-        return cls(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(table).hexdigest())
+        return cls(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(leaf_table(data)).hexdigest())
 
     @property
     def leaf_count(self) -> int:

@@ -93,8 +93,7 @@ class BlobStore(BlobFolder):
 
     def ref(self, sha256: str) -> BlobRef:
         """The reference of a blob that is here. Raises `StorageError` if it is not here."""
-        size = self.size(sha256)
-        return BlobRef(sha256, size, hashlib.sha256(self.table(sha256)).hexdigest())
+        return BlobRef(sha256, self.size(sha256), hashlib.sha256(self.table(sha256)).hexdigest())
 
     def size(self, sha256: str) -> int:
         """Bytes of a blob that is here. Raises `MissingBlobError` if it is not here."""

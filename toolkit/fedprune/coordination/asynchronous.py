@@ -67,10 +67,9 @@ class AsynchronousCoordinator(Coordinator):
     # A round begins.
 
     def _begin_pending(self, now: float) -> Commands:
-        return self._open_if_able(now) if self.state.phase is Phase.WAITING else self._begin_idle_parts(now)
-
-    def _open_if_able(self, now: float) -> Commands:
         state = self.state
+        if state.phase is not Phase.WAITING:
+            return self._begin_idle_parts(now)
         return [] if state.paused or state.devices.count(True) < self._min_devices else self._open_round(now)
 
     def _open_round(self, now: float) -> Commands:

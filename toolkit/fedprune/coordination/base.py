@@ -120,7 +120,8 @@ class Coordinator(ABC):
                 self.state.spent_macs = max(self.state.spent_macs, event.spent_macs)
                 return self._on_closed(event, now)
             case on.Evaluated():
-                return self._on_evaluated(event, now)
+                is_awaited = self.state.phase is Phase.EVALUATING and event.round == self.state.round
+                return self._end_round(event.metrics, now) if is_awaited else []
             case on.Ticked():
                 return [] if self.state.paused else self._on_ticked(event, now)
             case on.Paused():
@@ -373,11 +374,6 @@ class Coordinator(ABC):
         """Whether what a device keeps of its part belongs to the channels that it was sent."""
         keeps = bool(offer.get("recipe", {}).get("keep_optimizer_state"))
         return keeps or bool({"codec", "weights_codec"} & offer.keys())
-
-    def _on_evaluated(self, event: on.Evaluated, now: float) -> Commands:
-        if self.state.phase is not Phase.EVALUATING or event.round != self.state.round:
-            return []
-        return self._end_round(event.metrics, now)
 
     def _give_up(self, task: DeviceTask | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
         """Record that a device's part has failed, if it was awaited, and continue with the others."""

@@ -201,9 +201,7 @@ class SynchronousCoordinator(Coordinator):
 
     def _on_extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._awaited_task(event, Progress.EXTRACTING)
-        if task is None:
-            return []
-        return [self._send_offer(task, event, now), *self._start_deadline(now)]
+        return [] if task is None else [self._send_offer(task, event, now), *self._start_deadline(now)]
 
     def _start_deadline(self, now: float) -> Commands:
         """Set the round's deadline once all parts have been offered: a slow extraction must not cost devices time."""

@@ -70,6 +70,4 @@ def all_strings(value: object) -> set[str]:
         return {value}
     if isinstance(value, Mapping):
         return set().union(*map(all_strings, value.values()))
-    if isinstance(value, (list, tuple)):
-        return set().union(*map(all_strings, value))
-    return set()
+    return set().union(*map(all_strings, value)) if isinstance(value, (list, tuple)) else set()

@@ -293,8 +293,7 @@ class FedpruneStrategy(FedAvg):
                 raise ProtocolError(f"update lacks tensor {name}")
             tensors[name] = float32_array(arrays[name].data, shape, f"tensor {name} in an update")
         samples = _whole_count(metric_record.get(self.weighted_by_key))
-        steps = _whole_count(metric_record.get(STEPS_METRIC, 1))
-        return NodeUpdate(tensors, samples, steps)
+        return NodeUpdate(tensors, samples, _whole_count(metric_record.get(STEPS_METRIC, 1)))
 
     def _average_metrics(
         self, contents: list[RecordDict], average: Callable[[list[RecordDict], str], MetricRecord]

@@ -200,10 +200,10 @@ class Recipe(LocalMethod, PlainTraining):
         check_fields(self, ("recipe",))
         if self.metric != "":
             validation.check_word(("recipe", "metric"), self.metric, METRICS_OF[labels_of(self.loss)])
+        kind = "patterns of tensor names, such as ['layer1.*']"
         for name in ("frozen", "trainable", "personal"):
-            patterns = _entries(
-                name, getattr(self, name), "patterns of tensor names, such as ['layer1.*']", _is_pattern
-            )
+            value = getattr(self, name)
+            patterns = _entries(name, value, kind, lambda p: isinstance(p, str) and 0 < len(p) <= _MAX_PATTERN_LENGTH)
             object.__setattr__(self, name, patterns)
         dropout, expected = self.ordered_dropout, "densities above 0 and up to 1"
         dropout = _entries("ordered_dropout", dropout, expected, lambda share: is_number(share, 0, 1) and share > 0)
@@ -403,7 +403,3 @@ def _entries(name: str, value: object, kind: str, fits: Callable[[Any], bool]) -
     ):
         raise ConfigError(("recipe", name), expected=f"a list of up to {_MAX_ENTRIES} {kind}", got=value_text(value))
     return tuple(value)
-
-
-def _is_pattern(entry: object) -> bool:
-    return isinstance(entry, str) and 0 < len(entry) <= _MAX_PATTERN_LENGTH

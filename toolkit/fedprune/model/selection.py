@@ -161,8 +161,7 @@ class Selection:
 
     def coverage_mask(self, name: str) -> npt.NDArray[np.bool_]:
         """A mask of the full tensor's elements that the submodel holds."""
-        spec = self.architecture.by_name[name]
-        mask = np.zeros(spec.shape, np.bool_)
+        mask = np.zeros(self.architecture.by_name[name].shape, np.bool_)
         mask[mesh(self.maps(name))] = True
         return mask
 

@@ -124,8 +124,7 @@ def _search_candidates(model: _TimeModel, densities: tuple[float, ...]) -> tuple
     chosen_candidates: list[WidthCandidate] = []
     widths_above = architecture.sizes
     for density in densities:
-        uniform_widths = widths_at(architecture, density)
-        multiple_of_widths = {uniform_widths: 1}
+        multiple_of_widths = {widths_at(architecture, density): 1}
         if density < 1:
             for m in MULTIPLES:
                 multiple_of_widths.setdefault(widths_in_multiples(architecture, density, m), m)

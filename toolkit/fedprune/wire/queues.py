@@ -47,7 +47,10 @@ class Inbox(Generic[E]):
         self._lock = threading.Lock()
         self._retained_bytes = 0
         self._bytes_by_sender: dict[str, int] = {}
-        _keep_freed_memory()
+        # Freeing a large block raises the size from which glibc returns memory to the kernel to twice that block's
+        # (mallopt(3), M_MMAP_THRESHOLD): freed memory isn't cleared anew for each chunk. It is never written to, and
+        # so takes no memory itself.
+        bytes(_KEPT_MEMORY_BYTES)
 
     def put_message(self, topic: str, payload: bytes) -> bool:
         """Queue a message; returns whether there was room for it."""
@@ -116,15 +119,6 @@ class Inbox(Generic[E]):
 def _sender_prefix(topic: str) -> str:
     """The topic's prefix up to the device."""
     return "/".join(topic.split("/", 4)[:4])
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep some freed memory, instead of returning it to the kernel and clearing it anew for each chunk.
-
-    Freeing a large block raises the size from which glibc returns memory to twice that block's (mallopt(3),
-    M_MMAP_THRESHOLD). This block is never written to, so that it takes no memory itself.
-    """
-    bytes(_KEPT_MEMORY_BYTES)
 
 
 # Unsent bytes from which `publish` declines.

@@ -255,9 +255,7 @@ def measured_names(runs: Sequence[Record]) -> list[str]:
 
 def score_text(value: float | None, metric: Metric) -> str:
     """A share as a percentage, any other metric as a number."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return metric.value_text(value)
+    return "–" if value is None or not math.isfinite(value) else metric.value_text(value)
 
 
 def last_mean(values: Sequence[float | None], rounds: int) -> float | None:

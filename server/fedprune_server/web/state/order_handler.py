@@ -118,9 +118,7 @@ class AdminExecutor:
         with IdentityFolder(self._state) as identity:
             if order.kind == "approve":
                 return approve(identity, device, key or "")
-            if order.kind == "deny":
-                return deny(identity, device, key)
-            return revoke(identity, device)
+            return deny(identity, device, key) if order.kind == "deny" else revoke(identity, device)
 
     def _rollout(self, order: Order, reason: str) -> str:
         if order.kind == "rollout_back":

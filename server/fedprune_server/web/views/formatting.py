@@ -71,10 +71,6 @@ def number_text(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def rounded_text(value: float) -> str:
-    return f"{value:.3g}"
-
-
 def count_text(value: int | None) -> str:
     return UNKNOWN if value is None else f"{value:,}"
 

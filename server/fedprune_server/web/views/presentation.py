@@ -139,7 +139,7 @@ def job_charts(rounds: Sequence[Row]) -> list[Chart]:
     staleness = [r["staleness"] or {} for r in rounds]
     if any(s.get("max") for s in staleness):
         series = {"mean": [s.get("mean") for s in staleness], "most": [s.get("max") for s in staleness]}
-        add_chart("staleness", "Staleness of updates, in rounds", series, phrases.rounded_text, from_zero=True)
+        add_chart("staleness", "Staleness of updates, in rounds", series, "{:.3g}".format, from_zero=True)
     return [c for c in charts if c is not None]
 
 

@@ -176,10 +176,12 @@ class FedPrune(Strategy):
         # 3). MACs go with the square of the width, as far as layers are narrower at all.
         is_scaled = self.core is not None and recipe.optimizer != "sgd"
         lr_factor = turn.macs_share**-0.5 if is_scaled else 1.0
+        # Perplexity judges probabilities: a model whose logits leave the labels' shares out has wrong ones.
+        can_adjust = recipe.loss == "cross_entropy" and recipe.metric != "perplexity"
         return replace(
             recipe,
             lr=recipe.lr * options.lr_decay ** (turn.round - 1) * lr_factor,
-            logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts_logits(recipe)),
+            logit_adjustment=recipe.logit_adjustment or (options.adjust and can_adjust),
             ordered_dropout=recipe.ordered_dropout or options.dropout,
             average=ema_decay,
             blend=blend,
@@ -213,11 +215,6 @@ class FedPrune(Strategy):
         return Ranking(tuple(np.asarray(stored_ranks[key]) for key in keys)) if set(stored_ranks) == set(keys) else None
 
 
-def _adjusts_logits(recipe: Recipe) -> bool:
-    # Perplexity judges probabilities: a model whose logits leave the labels' shares out has wrong ones.
-    return recipe.loss == "cross_entropy" and recipe.metric != "perplexity"
-
-
 def fedprune(job: Job) -> Strategy:
     options = read_options(job, FedPruneOptions)
     # Without rounds devices begin with different models, of which only moves can be averaged.
@@ -226,7 +223,8 @@ def fedprune(job: Job) -> Strategy:
     momentum = options.server_momentum
     if momentum is None:
         momentum = SGD_MOMENTUM if job.recipe.optimizer == "sgd" else 0.0
-    widths = () if core is not None else _narrow_widths(job, options)
+    # The narrower widths at which boards' steps train, or those of tiers.
+    widths = () if core is not None else tuple(d for d in _dropout(job, options) or options.densities if d < 1)
     if options.ranking == "nested" and core is None and not widths:
         raise ConfigError(
             ("job", "options", "ranking"),
@@ -267,11 +265,6 @@ def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore | None:
 
 def _dropout(job: Job, options: FedPruneOptions) -> tuple[float, ...]:
     return job.recipe.ordered_dropout or options.dropout
-
-
-def _narrow_widths(job: Job, options: FedPruneOptions) -> tuple[float, ...]:
-    """The narrower widths at which boards' steps train, or those of tiers; empty if the job has none."""
-    return tuple(d for d in _dropout(job, options) or options.densities if d < 1)
 
 
 def _distillation(job: Job, options: FedPruneOptions) -> SelfDistillation | None:
