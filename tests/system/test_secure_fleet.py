@@ -65,6 +65,5 @@ def test_a_fleet_with_identities_goes_on_whoever_is_killed(tmp_path: Path) -> No
         state = site.finish()
     assert len(state.history) == 3
     for summary in state.history:
-        counted = [name for name, part in summary["devices"].items() if part["progress"] == "folded"]
-        assert len(counted) >= 4
+        assert len([name for name, part in summary["devices"].items() if part["progress"] == "folded"]) >= 4
     assert state.history[0]["metrics"]["loss"] > state.history[-1]["metrics"]["loss"]

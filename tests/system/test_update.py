@@ -131,8 +131,7 @@ def board(tmp_path: Path, wheel: Path) -> Iterator[Board]:
 def test_a_runtime_that_reaches_its_broker_stays_and_feeds_the_watchdog(board: Board) -> None:
     with EmbeddedBroker(port=0) as broker:
         with board.running(broker.url):
-            told = board.manager_lines_until("STATUS=connected to the broker")
-            assert {"READY=1", "WATCHDOG=1"} <= {*told}
+            assert {"READY=1", "WATCHDOG=1"} <= {*board.manager_lines_until("STATUS=connected to the broker")}
             board.manager_lines_until("WATCHDOG=1")
         board.manager_lines_until("STOPPING=1")
         board.update(2)

@@ -114,8 +114,7 @@ def test_what_a_board_keeps_of_its_own_is_counted(
     count_after(ModelSlots, "install")
     count_after(FolderStateStore, "stage")
     count_after(FolderStateStore, "commit")
-    mask = {"w1": np.ones((8, 6), np.bool_)}
-    offers = [hidden_offer(bench, n, recipe, mask) for n in (1, 2, 3, 4)]
+    offers = [hidden_offer(bench, n, recipe, {"w1": np.ones((8, 6), np.bool_)}) for n in (1, 2, 3, 4)]
     weights, graphs = offers[0].weights.size, {offers[0].training.size, offers[0].inference.size}
     bench.server.plan = offers
     bench.run()

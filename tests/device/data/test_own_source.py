@@ -61,8 +61,7 @@ def test_a_class_of_three_methods_is_a_boards_data(tmp_path: Path, monkeypatch: 
         "        return {'x': np.full((len(indices), 2), len(self.device), 'f4'), 'y': indices % 2}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    source = options(data="my_boards:Board", device="abc").fixed()
-    data = source.snapshot((2,), Targets("cross_entropy", 2))
+    data = options(data="my_boards:Board", device="abc").fixed().snapshot((2,), Targets("cross_entropy", 2))
     assert (np.asarray(data.x_train) == 3).all()
     assert len(data.y_train) + len(data.y_test) == 50
     assert len(load_data("my_boards:Board", device="abc").y_test) == len(data.y_test) > 0

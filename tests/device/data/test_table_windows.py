@@ -98,8 +98,7 @@ def test_a_windows_class_is_that_of_its_last_row(tmp_path: Path, names: tuple[st
     cells = [[names[c] if names else int(c), *map(float, row)] for c, row in zip(classes, rows, strict=True)]
     path = (write if kind == ".csv" else parquet)(tmp_path / f"a{kind}", ["class", "a", "b"], cells)
     targets = Targets("cross_entropy", 3)
-    table = TableFile(path, ALL, 1000, names)
-    data = table.snapshot((2, 7), targets)
+    data = TableFile(path, ALL, 1000, names).snapshot((2, 7), targets)
     data.check(targets, (2, 7))
     begins = window_starts(np.asarray(data.x_train).transpose(0, 2, 1), rows)
     np.testing.assert_array_equal(data.y_train, classes[np.array(begins) + 6])

@@ -245,8 +245,7 @@ def test_only_run_tries_a_release_and_nothing_writes_what_runs(
         chance.shuffle(plans)
         plans.insert(0, {1: WHILE_READING})
         while len(plans) < count // 2:
-            pair = chance.sample(range(1, gaps + 40), 2)
-            plans.append({gap: chance.choice(ACTIONS) for gap in pair})
+            plans.append({gap: chance.choice(ACTIONS) for gap in chance.sample(range(1, gaps + 40), 2)})
         for plan in plans[: count // 2]:
             play(offered, plan)
             played += 1

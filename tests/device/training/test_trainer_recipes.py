@@ -348,8 +348,7 @@ def test_a_graph_of_another_recipe_is_refused(
 
 def test_the_parts_of_a_batch_hold_no_single_sample_where_statistics_are_taken(graphs: Path) -> None:
     assert [Trainer(graphs / f"{n}.onnx").has_batch_norm for n in ("narrow", "adamw")] == [True, False]
-    recipe = Recipe(batch_size=7, accumulate=4)
-    narrow, plain = (Batches(7, recipe, normalised=n) for n in (True, False))
+    narrow, plain = (Batches(7, Recipe(batch_size=7, accumulate=4), normalised=n) for n in (True, False))
     assert [len(p) for p in plain.micro_batches(np.arange(7))] == [2, 2, 2, 1]
     assert [len(p) for p in narrow.micro_batches(np.arange(7))] == [2, 2, 2]
     assert [len(p) for p in narrow.micro_batches(np.arange(1))] == [1]

@@ -196,8 +196,7 @@ def test_a_step_is_tried_at_its_own_widths(files: dict[str, bytes], model: Model
         proto.graph.node.append(onnx.helper.make_node("Add", ["narrow", "wide"], ["bn2.bias::next"]))
 
     broken = change_model(files[TRAINING], frozen)
-    full_files = {**files, WEIGHTS: tensorfile.encode(model.tensors), TRAINING: broken}
-    try_step(model, Recipe(), full_files)
+    try_step(model, Recipe(), {**files, WEIGHTS: tensorfile.encode(model.tensors), TRAINING: broken})
     with pytest.raises(ModelError, match="onnxruntime"):
         try_step(model, Recipe(), {**files, TRAINING: broken})
 

@@ -137,8 +137,7 @@ def attention_second(size: int) -> Build:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_attention_with_the_batch_second(size: int) -> None:
-    weights = dict.fromkeys(("q", "k", "m", "v"), (6, 6))
-    raw = file_of(attention_second(size), (5, size, 6), 3, **weights)
+    raw = file_of(attention_second(size), (5, size, 6), 3, **dict.fromkeys(("q", "k", "m", "v"), (6, 6)))
     model = import_onnx(raw, "net")
     assert model.architecture.input_shape == (5, 6)
     check_equal(model, raw, size, axis=1, output_axis=1)

@@ -121,8 +121,7 @@ def recipe(**settings: Any) -> Recipe:
 def test_attention_with_a_mask_learns_as_from_samples_of_their_own_length() -> None:
     torch.manual_seed(0)
     module, x, y = Attention(), floats(len(LENGTHS), 5, MAX_LENGTH), np.arange(len(LENGTHS)) % 3
-    data = load_arrays({"x": x, "lengths": LENGTHS, "y": y})
-    loss, gradients = run_step(module, recipe(), data)
+    loss, gradients = run_step(module, recipe(), load_arrays({"x": x, "lengths": LENGTHS, "y": y}))
     exact = copy.deepcopy(module).double()
     outputs = [one(exact, x[i], n, torch.ones(1, n).double(), torch.tensor([n])) for i, n in enumerate(LENGTHS)]
     expected = functional.cross_entropy(torch.cat(outputs), torch.tensor(y))

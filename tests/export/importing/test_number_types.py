@@ -180,8 +180,7 @@ def file_of(
     nodes: list[Any], tensors: list[Any], sparse: list[Any] | None = None, kind: int = TensorProto.FLOAT
 ) -> bytes:
     """A file of the input `x` [n, 6] and the output `y` [n, 4]."""
-    ports = (helper.make_tensor_value_info(n, kind, ("n", d)) for n, d in (("x", 6), ("y", 4)))
-    x, y = ports
+    x, y = (helper.make_tensor_value_info(n, kind, ("n", d)) for n, d in (("x", 6), ("y", 4)))
     graph = helper.make_graph(nodes, "g", [x], [y], tensors, sparse_initializer=sparse)
     raw: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     return raw

@@ -235,8 +235,7 @@ def test_fewer_integers_than_the_type_has_are_a_narrower_range() -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_weights_in_blocks_of_4_bits_are_trained(*, symmetric: bool) -> None:
-    shapes = tensors(w=(48, 20), v=(20, 3))
-    graph = Graph(inputs=[Port("image", F32, ("N", 48))], initializers=shapes)
+    graph = Graph(inputs=[Port("image", F32, ("N", 48))], initializers=tensors(w=(48, 20), v=(20, 3)))
     graph.outputs = [
         Port(graph.emit("MatMul", graph.emit("Relu", graph.emit("MatMul", "image", "w")), "v"), F32, ("N", 3))
     ]

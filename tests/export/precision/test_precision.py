@@ -235,8 +235,7 @@ def test_one_prepare_graph_serves_every_width(name: str, precision: str) -> None
 )
 def test_onnxruntime_fuses_all_layers(name: str, expected: dict[str, int], tmp_path: Path) -> None:
     model = net(name)[1]
-    x = inputs(model, 16)
-    bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "int8", x)
+    bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "int8", inputs(model, 16))
     counts = operators(tmp_path / "int8.onnx", tmp_path / "optimised.onnx")
     assert {op: counts[op] for op in expected} == expected
     assert not counts.keys() & {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Clip"}
@@ -295,8 +294,7 @@ def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_float16_says_the_type_of_every_value(name: str, tmp_path: Path) -> None:
     model = net(name)[1]
-    x = inputs(model, 4)
-    lowered = bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "float16", x)
+    lowered = bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "float16", inputs(model, 4))
     proto = onnx.load(tmp_path / "float16.onnx")
     typed = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     types = {v.name: v.type.tensor_type.elem_type for v in (*typed.graph.value_info, *typed.graph.output)}
@@ -351,8 +349,7 @@ def test_ranges_are_means_over_batches(tmp_path: Path) -> None:
 def test_nonsense_is_not_prepared() -> None:
     model = net("lenet")[1]
     graph = OnnxSession(lower(model, model.architecture.sizes, "int8").prepare)
-    rows = int(graph.inputs[RANGES][1][0] or 0)
-    ranges = np.tile(np.array([[-1, 1]], np.float32), (rows, 1))
+    ranges = np.tile(np.array([[-1, 1]], np.float32), (int(graph.inputs[RANGES][1][0] or 0), 1))
     tensors = dict(model.tensors)
     assert prepare_tensors(graph, tensors, ranges).keys() >= {RANGES}
     for wrong in (ranges[:-1], ranges[:, ::-1], ranges * np.nan, ranges.astype(np.float64), ranges[:, :1]):

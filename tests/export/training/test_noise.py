@@ -90,9 +90,7 @@ class Path(nn.Module):
         y = torch.relu(self.fc(x))
         if mask is not None:
             return x + y * mask
-        if not self.training:
-            return x + y
-        return x + y * x.new_empty((len(x), 1)).bernoulli_(0.75) / 0.75
+        return x + y if not self.training else x + y * x.new_empty((len(x), 1)).bernoulli_(0.75) / 0.75
 
 
 class Training(nn.Module):

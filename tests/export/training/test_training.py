@@ -144,8 +144,7 @@ class Above(torch.autograd.Function):
 def oracle(model: Model, features: Features, fed: Arrays, dtype: torch.dtype, kind: type[nn.Module] = Small) -> Arrays:
     """The same step in torch."""
     get = {k: torch.tensor(v, dtype=dtype if v.dtype == np.float32 else None) for k, v in fed.items()}
-    names = [t.name for t in model.architecture.trainable]
-    leaves = {n: get[n].clone().requires_grad_() for n in names}
+    leaves = {n: get[n].clone().requires_grad_() for n in [t.name for t in model.architecture.trainable]}
     used = {n: w * get[step_contract.mask_name(n)] if features.element_mask else w for n, w in leaves.items()}
     for n, w in leaves.items() if features.threshold else ():
         theta = get[step_contract.threshold_name(n)]

@@ -76,8 +76,7 @@ def home(root: Path) -> SlotStore:
 
 def serving(root: Path) -> str:
     """What the release is called that starts."""
-    state = home(root).load()
-    return home(root).checked_record(state.stable).name
+    return home(root).checked_record(home(root).load().stable).name
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:

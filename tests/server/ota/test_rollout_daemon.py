@@ -126,8 +126,7 @@ def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> Non
         device.end = ROLLED_BACK
     fleet.air.now = 1.0
     (first,) = fleet.until_over(tmp_path).failures()
-    other_boards = [d for n, d in fleet.updated.items() if n != first]
-    assert all(d.told is None for d in other_boards)
+    assert all(d.told is None for n, d in fleet.updated.items() if n != first)
     fleet.restart()
     for device in fleet.updated.values():
         device.heard.clear()

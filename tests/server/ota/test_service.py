@@ -373,8 +373,7 @@ def test_whatever_is_said_in_whatever_order_the_disk_knows_it_and_no_stage_is_sk
         rollout = site.rollout
         for name in site.offered:
             assert rollout.boards[name].stage <= max(rollout.stage, 0)
-        failed = [b for b in rollout.boards.values() if b.fate is Fate.FAILED]
-        assert all(b.reason for b in failed)
+        assert all(b.reason for b in rollout.boards.values() if b.fate is Fate.FAILED)
         if rollout.phase is RolloutPhase.STOPPED:
             assert rollout.why
 

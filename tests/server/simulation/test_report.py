@@ -331,8 +331,7 @@ def test_the_quantile_of_an_interval_is_scipy_s(degrees):
 
 
 def test_gains_are_those_over_training_alone_with_the_same_seed():
-    alone = seeded("local", 1, local=0.91)
-    runs = [seeded("local", 0, local=0.5), alone, seeded("fedavg", 1)]
+    runs = [seeded("local", 0, local=0.5), seeded("local", 1, local=0.91), seeded("fedavg", 1)]
     rounds = (*runs[2].rounds[:-1], replace(runs[2].rounds[-1], local={"orin": 0.95, "zero": 0.8}))
     runs[2] = replace(runs[2], rounds=rounds)
     assert board_gains(runs[2], runs) == pytest.approx({"zero": -0.09, "orin": 0.02})

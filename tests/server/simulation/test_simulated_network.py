@@ -129,8 +129,7 @@ def test_the_virtual_clock_follows_the_weather(build):
 
 
 def test_a_device_s_own_link_takes_the_profile_s_place(build):
-    slow = [on_link(d, up_mb_s=0.001) for d in boards()]
-    simulation = build(fleet=slow, rounds=1)
+    simulation = build(fleet=[on_link(d, up_mb_s=0.001) for d in boards()], rounds=1)
     simulation.run()
     assert simulation.clock > simulation.record().last.up / 3 / 1000
 

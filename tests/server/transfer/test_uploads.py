@@ -136,8 +136,7 @@ def test_a_device_that_says_how_slow_its_way_is_is_given_that_time(world: World)
     world.uploads.on_birth("a", 1, 20.0, 0.0)
     world.announce("a")
     world.announce("b")
-    asked = {device for now in range(1, 40) for device, _ in world.uploads.on_tick(float(now))}
-    assert asked == {"b"}
+    assert {device for now in range(1, 40) for device, _ in world.uploads.on_tick(float(now))} == {"b"}
 
 
 def test_a_reference_that_contradicts_itself_spoils_the_update(world: World) -> None:

@@ -67,9 +67,7 @@ class MaskedCohort:
             return board.advertise()
         if step == "share":
             return board.share(request)
-        if step == "mask":
-            return board.mask(request, vector.copy())
-        return board.unmask(request)
+        return board.mask(request, vector.copy()) if step == "mask" else board.unmask(request)
 
 
 def draw_vector(session: SecureSumSession, seed: int) -> Vector:

@@ -246,8 +246,7 @@ def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> byt
 def _data_sets() -> tuple[Target, ...]:
     x, y = np.zeros((4, 3, 8, 8), np.float32), np.arange(4)
     sets = npz(x=x, y=y), npz(np.savez, x_train=x, y_train=y, x_test=x, y_test=y), npz(np.savez, x=x, y=y, owner=y)
-    flat = ARCHITECTURE.input_shape
-    labelled = npz(x=np.zeros((2, *flat), np.float32), y=np.array([0, 1]))
+    labelled = npz(x=np.zeros((2, *ARCHITECTURE.input_shape), np.float32), y=np.array([0, 1]))
     images = scratch() / "images"
     (images / "cat").mkdir(parents=True, exist_ok=True)
 

@@ -155,8 +155,7 @@ class Reader:
         """What `pip install` would have made, for the code that is tested."""
         programs = self.folder / ".venv" / "bin"
         programs.mkdir(parents=True)
-        path = shlex.quote(str(programs))
-        (programs / "activate").write_text(f"export PATH={path}:$PATH\n")
+        (programs / "activate").write_text(f"export PATH={shlex.quote(str(programs))}:$PATH\n")
         bodies = {"python": f'exec {shlex.quote(sys.executable)} "$@"'}
         for name in _COMMANDS:
             start = (

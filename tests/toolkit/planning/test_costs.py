@@ -155,8 +155,7 @@ def test_masking_all_weights_of_some_channels_leaves_the_macs_of_the_narrower_mo
     net: Architecture, data: st.DataObject
 ) -> None:
     widths = [data.draw(st.integers(1, n)) for n in net.sizes]
-    selection = Selection.of(net, widths)
-    mask = {layer.weight: selection.coverage_mask(layer.weight) for layer in net.layers}
+    mask = {layer.weight: Selection.of(net, widths).coverage_mask(layer.weight) for layer in net.layers}
     full_macs, narrow_macs = costs_at(net, net.sizes).training_macs, costs_at(net, widths).training_macs
     assert active_macs_share(net, net.sizes, mask) == pytest.approx(narrow_macs / full_macs)
     assert active_macs_share(net, net.sizes, {}) == 1

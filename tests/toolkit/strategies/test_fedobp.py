@@ -76,8 +76,7 @@ def test_a_submodel_is_compared_where_old_and_new_one_overlap(seed: int, q: floa
     device.widths = (5, 1)
     play.play()
     own_mask = own(play, "a", before)
-    narrow = Selection.of(NET, (3, 1))
-    overlap = sum(int(np.prod(narrow.shapes()[n])) for n in TRAINED)
+    overlap = sum(int(np.prod(Selection.of(NET, (3, 1)).shapes()[n])) for n in TRAINED)
     assert sum(int(own_mask[n].sum()) for n in TRAINED) == overlap - 1 - int(q * (overlap - 1))
     for name in TRAINED:
         overlap_mask = past.selection.coverage_mask(name)[np.ix_(*play.sent["a"].selection.maps(name))]

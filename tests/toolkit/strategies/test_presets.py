@@ -76,8 +76,7 @@ def test_widths_come_from_the_option_then_the_job_then_the_preset() -> None:
 
 
 def test_heterofl_s_aids_follow_the_width() -> None:
-    objective = compose(job("heterofl"))
-    wide, narrow = (objective.recipe(Recipe(lr=1.0), turn(d)) for d in (1.0, 0.25))
+    wide, narrow = (compose(job("heterofl")).recipe(Recipe(lr=1.0), turn(d)) for d in (1.0, 0.25))
     assert (wide.scale, narrow.scale) == (1.0, 4.0)
     for recipe in (wide, narrow):
         assert (recipe.calibrate, recipe.mask_absent_classes, recipe.clip_norm) == (True, True, 1.0)
