@@ -62,8 +62,7 @@ def trained(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
     model = fx.load(module, lora=fx.Lora(RANK), base=base)
     recipe = Recipe(batch_size=BATCH, epochs=1, lr=0.01)
     where = folder / base
-    plan = fx.plan(model, "raspberry-pi-5", recipe=recipe, density=1.0)
-    fx.export(model, plan, where)
+    fx.export(model, fx.plan(model, "raspberry-pi-5", recipe=recipe, density=1.0), where)
     architecture, widths = model.architecture, model.architecture.sizes
     costs = costs_at(architecture, widths)
     predicted = memory_use(architecture, widths, costs, recipe, BATCH * STEPS, model.frozen)

@@ -69,8 +69,7 @@ class Case:
 
 
 SIZES = tuple(Case(n) for n in (10_000, 100_000, 1_000_000))
-SHARES_ASKED = tuple(Case(100_000, p, over, 4.0) for p in (0.001, 0.01, 0.1) for over in (0.0, 0.1))
-CASES = (*SIZES, *SHARES_ASKED)
+CASES = (*SIZES, *(Case(100_000, p, over, 4.0) for p in (0.001, 0.01, 0.1) for over in (0.0, 0.1)))
 
 
 def architecture() -> str:

@@ -171,8 +171,7 @@ def task(data: str, seed: int) -> Task:
         picked = dice.permutation(len(fashion))[:2500]
         pixels = np.concatenate([np.asarray(part) for part in fashion.arrays])[picked].reshape(-1, 14, 2, 14, 2)
         x, y = _flat(pixels.mean(axis=(2, 4)) / 255), fashion.labels[picked]
-    order = dice.permutation(len(y))
-    test, rest = np.split(order, [len(y) // 4])
+    test, rest = np.split(dice.permutation(len(y)), [len(y) // 4])
     halves = [half for c in range(10) for half in np.array_split(rest[y[rest] == c], 2)]
     # Each board has the halves of two classes that differ: neighbours in a ring.
     rows = [np.concatenate([halves[2 * i], halves[(2 * i + 3) % 20]]) for i in range(BOARDS)]

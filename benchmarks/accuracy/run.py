@@ -197,8 +197,7 @@ def run(
         "devices": {d.name: [d.density, d.samples, d.parameters] for d in record.devices},
         "rounds": rounds_of(record),
     }
-    path = result_path(method, seed, folder, cuda=cuda)
-    write_atomically(path, json.dumps(result).encode())
+    write_atomically(result_path(method, seed, folder, cuda=cuda), json.dumps(result).encode())
     shutil.rmtree(place)
     return result
 

@@ -22,8 +22,7 @@ WHOLE = Truth(list(zip(X, Y.tolist(), strict=True)))
 def kinds() -> Iterator[Kind]:
     """All kinds of files of arrays."""
     yield _npz("npz: x and y", x=X, y=Y)
-    compressed = partial(np.savez_compressed, x=X, y=Y)
-    yield _file("npz, compressed", "data.npz", compressed, WHOLE)
+    yield _file("npz, compressed", "data.npz", partial(np.savez_compressed, x=X, y=Y), WHOLE)
     both = Truth([*(WHOLE.samples or ()), *zip(X[:2] + 1, Y[:2].tolist(), strict=True)])
     yield _npz("npz: x_train, y_train, x_test, y_test", both, x_train=X, y_train=Y, x_test=X[:2] + 1, y_test=Y[:2])
     yield _npz("npz: float64", x=X.astype(np.float64), y=Y)

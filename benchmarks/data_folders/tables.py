@@ -173,8 +173,7 @@ def _other_files() -> Iterator[Kind]:
 
     def write_folder(folder: Path) -> tuple[Path, Truth]:
         for day in range(2):
-            rows = TABLE[day * 12 : day * 12 + 12]
-            (folder / f"day{day}.csv").write_text(_lines("{2},{3},{4}", rows=rows))
+            (folder / f"day{day}.csv").write_text(_lines("{2},{3},{4}", rows=TABLE[day * 12 : day * 12 + 12]))
         return folder, REFUSED
 
     yield Kind("tables", "a folder of CSV files, one a day", write_folder, (2, STEPS))

@@ -111,8 +111,7 @@ def _examine(path: Path, facts: Facts, arrays: Mapping[str, Array], record: Reco
     error = 0.0
     # Torch and boards draw other numbers.
     if not record["draws"]:
-        expected = raw_outputs(path, facts, inputs)
-        error, end = prediction_error(model, x, expected)
+        error, end = prediction_error(model, x, raw_outputs(path, facts, inputs))
         record |= {"prediction_error": error, "end": end}
     if not error <= MAX_ERRORS[facts.rounding]:
         record |= {"verdict": "wrong", "error": f"predictions differ from onnxruntime's by {error:.2g}"}
@@ -266,8 +265,7 @@ def _graph_step_error(model: Any, recipe: Any, x: Array, y: Array, tensors: Mapp
         outputs = run(graph, weights, torch.from_numpy(x), training=True)
     except NotImplementedError:
         return None
-    labels = torch.from_numpy(y)
-    loss_of(outputs, labels, recipe.loss).backward()
+    loss_of(outputs, torch.from_numpy(y), recipe.loss).backward()
     moves = {n: -LEARNING_RATE * v.grad.numpy() for n, v in trained.items() if v.grad is not None}
     scale = max(float(np.abs(m).max()) for m in moves.values())
     errors = [np.abs(tensors[n].astype(np.float64) - model.tensors[n] - m).max() for n, m in moves.items()]

@@ -70,8 +70,7 @@ def export(name: str, how: Export, path: Path) -> Made:
     """Write a file."""
     net = NETS[name]
     module, arrays = make_net(net), samples(net)
-    exported = copy.deepcopy(module)
-    ended = Ended(exported, how.end).eval()
+    ended = Ended(copy.deepcopy(module), how.end).eval()
     axis = 1 if how.second else 0
     batch = how.batch or 2
     inputs = tuple(torch.from_numpy(np.moveaxis(a[:batch], 0, axis).copy()) for a in arrays.values())

@@ -69,7 +69,10 @@ class Shelf:
             return
         try:
             facts, arrays = make(path)
-            _lower_ir_version(path)
+            proto = onnx.load(path, load_external_data=False)
+            if proto.ir_version > MAX_IR_VERSION:
+                proto.ir_version = MAX_IR_VERSION
+                path.write_bytes(proto.SerializeToString())
         except (Exception, SystemExit):  # noqa: BLE001 (Paddle ends the program where it refuses a net)
             print(f"{name} was NOT made:\n{traceback.format_exc(limit=-4)}", file=sys.stderr, flush=True)
             path.unlink(missing_ok=True)
@@ -89,13 +92,6 @@ class Shelf:
     def arrays(self, name: str) -> dict[str, Any]:
         with np.load(self.folder / f"{name}.npz") as file:
             return dict(file)
-
-
-def _lower_ir_version(path: Path) -> None:
-    proto = onnx.load(path, load_external_data=False)
-    if proto.ir_version > MAX_IR_VERSION:
-        proto.ir_version = MAX_IR_VERSION
-        path.write_bytes(proto.SerializeToString())
 
 
 def open_shelf(title: str | None, *packages: str) -> Shelf:

@@ -37,16 +37,11 @@ def main() -> int:
             with TemporaryDirectory() as folder:
                 rows.append(measure(size, Path(folder)))
             print(json.dumps(rows[-1]), flush=True)
-    about = setting("paho-mqtt", "SQLAlchemy") | {"broker": broker_version()}
+    said = subprocess.run([find_mosquitto(), "-h"], capture_output=True, text=True, check=False).stdout.split()
+    about = setting("paho-mqtt", "SQLAlchemy") | {"broker": f"Mosquitto {said[2]}"}
     settings = {name: getattr(options, name) for name in ("devices", "scale", "arrivals", "pulls", "engines", "signed")}
     save(options.out or "swarm", {"setting": about, "settings": settings, "rows": rows})
     return int(any(row["audit"]["faults"] for row in rows))
-
-
-def broker_version() -> str:
-    """What Mosquitto calls itself."""
-    said = subprocess.run([find_mosquitto(), "-h"], capture_output=True, text=True, check=False).stdout.split()
-    return f"Mosquitto {said[2]}"
 
 
 if __name__ == "__main__":

@@ -224,8 +224,7 @@ class Board:
     def _trained(self, offer: Offer) -> None:
         if self._offer is not offer:
             return
-        weights = self._works.shelf[offer.weights.sha256]
-        ref = self._works.updates.make(weights, self.index, offer.round)
+        ref = self._works.updates.make(self._works.shelf[offer.weights.sha256], self.index, offer.round)
         part = self.parts[offer.round]
         part.weights, part.announced = ref.sha256, time.time()
         # The one device's accuracy is as good as another's: nothing was learnt.
