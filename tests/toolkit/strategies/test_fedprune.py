@@ -190,8 +190,8 @@ def test_the_average_of_a_young_job_forgets_its_first_rounds_sooner() -> None:
         return [strategy.recipe(Recipe(), Turn(0, number, "a", (3,))).average for number in range(1, 101)]
 
     assert factors(0.0) == [0.0] * 100
-    grown = factors(0.85)
-    assert grown == sorted(grown) and grown[0] > 0 and grown[5] < 0.7 and set(grown[25:]) == {0.85}
+    assert (grown := factors(0.85)) == sorted(grown)
+    assert (0 < grown[0] < grown[5] < 0.7, set(grown[25:])) == (True, {0.85})
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
