@@ -243,8 +243,7 @@ class IdentityStore:
         """Store an answer, so that the same request gets the same one."""
 
         def keep(connection: sql.Connection) -> None:
-            row = {"request": request, "device": device, "answer": answer}
-            insert_new(connection, ANSWERS, [row])
+            insert_new(connection, ANSWERS, [{"request": request, "device": device, "answer": answer}])
             numbers = sql.select(ANSWERS.c.number).where(ANSWERS.c.device == device)
             latest = numbers.order_by(ANSWERS.c.number.desc()).limit(MAX_ANSWERS)
             connection.execute(ANSWERS.delete().where(ANSWERS.c.device == device, ANSWERS.c.number.not_in(latest)))

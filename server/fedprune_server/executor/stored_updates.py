@@ -97,7 +97,7 @@ class StoredUpdates:
         turn = self.turn(basis, device_part)
         scene = self.scene(basis.round, basis.model, basis.memory)
         withheld = self._withheld(self.recipe(turn))
-        past = self.archive.past(device_part.past, lambda s: _gather_named(s, scene.model, withheld))
+        past = self.archive.past(device_part.past, lambda s: gather_named(s, scene.model, withheld))
         selection = self.archive.selection(basis.ranking, device_part.widths)
         return Cut(scene, turn, selection, self.archive.order(basis.order), past)
 
@@ -126,7 +126,7 @@ class StoredUpdates:
         mask = self.archive.mask(contribution.mask, selection)
         recipe = self.recipe(cut.turn)
         withheld = self._withheld(recipe)
-        withheld_tensors = _gather_named(selection, cut.scene.model, withheld)
+        withheld_tensors = gather_named(selection, cut.scene.model, withheld)
         update = self.archive.update(contribution.weights, contribution.codec, contribution.sent)
         tensors, squares = split_update(update, mask)
 
@@ -147,7 +147,7 @@ class StoredUpdates:
         scene = self.scene(contribution.basis.round, contribution.basis.model, contribution.basis.memory)
         turn, selection = self.turn(contribution.basis, contribution.part), self._selection(contribution)
         round_selection = self.archive.selection(contribution.basis.ranking, contribution.part.widths)
-        withheld_tensors = _gather_named(selection, scene.model, self._withheld(self.recipe(turn)))
+        withheld_tensors = gather_named(selection, scene.model, self._withheld(self.recipe(turn)))
         tensors = read_tensors(self._store, refs[contribution.weights], names)
         tensors |= {n: v for n, v in withheld_tensors.items() if n in names}
 
@@ -165,7 +165,7 @@ class StoredUpdates:
         )
 
 
-def _gather_named(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:
+def gather_named(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:
     """The tensors of a submodel that have these names."""
     if not names:
         return {}

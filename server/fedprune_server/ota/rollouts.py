@@ -104,8 +104,7 @@ def start_rollout(
         before = earlier_rollout(entries, release, boards)
         # Store a release's files for the server, and delete all others but `others`; returns the digests of their leaf
         # tables, in order.
-        further_digests = files_to_keep(entries, before)
-        kept_digests = {f.sha256 for f in release.files} | further_digests
+        kept_digests = {f.sha256 for f in release.files} | files_to_keep(entries, before)
         for digest in store.blobs.names():
             if digest not in kept_digests:
                 store.blobs.delete(digest)

@@ -339,8 +339,7 @@ def test_the_best_model_is_exported_with_its_round_and_score(
         job = folder.storage.load()
         assert job is not None
         best, job.model, job.round = job.model, folder.store.put(b"a later model").sha256, 2
-        row = {"round": 2, "at": 2.0, "model": job.model, "metrics": {"accuracy": 0.25}, "devices": {}}
-        job.history.append(row)
+        job.history.append({"round": 2, "at": 2.0, "model": job.model, "metrics": {"accuracy": 0.25}, "devices": {}})
         folder.storage.save(job, [on.Ticked()], 2.0)
     assert main([*command, "--round", "best"]) == ExitCode.OK
     assert tensorfile.sha256_hex(out.read_bytes()) == best

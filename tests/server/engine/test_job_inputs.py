@@ -216,8 +216,7 @@ def test_other_code_of_a_strategy_is_taken_and_said(tmp_path: Path, monkeypatch:
         with StateFolder(tmp_path / "state") as folder:
             assert open_job(folder, config).setting_changes == []
             (tmp_path / "own_helper.py").write_text("SHARE = 2\n")
-            lines = open_job(folder, config).setting_changes
-            assert [line.partition(":")[0] for line in lines] == ["strategy"]
+            assert [line.partition(":")[0] for line in open_job(folder, config).setting_changes] == ["strategy"]
             assert open_job(folder, config).setting_changes == []
     finally:
         sys.modules.pop("own_plan", None)

@@ -245,8 +245,7 @@ def test_boards_that_announce_the_same_vector_end_neither_server_nor_job(model: 
 
     for name in ("a", "b"):
         fleet.board(name).spoil_vector = shared
-    devices = fleet.run().history[0]["devices"]
-    (left,) = (device for device in devices.values() if device["progress"] != "folded")
+    (left,) = (device for device in fleet.run().history[0]["devices"].values() if device["progress"] != "folded")
     assert "as its own" in left["reason"]
 
 

@@ -97,8 +97,7 @@ def test_a_round_whose_devices_no_longer_fit_waits_for_others(tmp_path):
     (tmp_path / "model.onnx").write_bytes(digits_model())
     config = ServerConfig(model=str(tmp_path / "model.onnx"), job=Job(rounds=2, devices=1))
     with StateFolder(tmp_path / "state") as folder:
-        opened = open_job(folder, config)
-        play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0), until=do.Score)
+        play(open_job(folder, config), folder, lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0), until=do.Score)
     config = ServerConfig(model=None, job=Job(rounds=2, devices=1, byte_budget=10))
     with StateFolder(tmp_path / "state") as folder:
         state = play(open_job(folder, config), folder, None)

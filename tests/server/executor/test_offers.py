@@ -32,8 +32,7 @@ def graphs_of_offer(offers: OfferBlobs, model: Model, round_: int) -> set[str]:
     """Graphs of an offer whose widths and recipe no other round has."""
     sizes = model.architecture.sizes
     selection = Selection.of(model.architecture, (*sizes[:-1], 1 + round_ % sizes[-1]))
-    trained = [t.name for t in model.architecture.trainable]
-    frozen = tuple(n for i, n in enumerate(trained[:-1]) if (round_ >> i) & 1)
+    frozen = tuple(n for i, n in enumerate([t.name for t in model.architecture.trainable][:-1]) if (round_ >> i) & 1)
     body = offers.body(Submodel(selection, selection.gather(model.tensors)), Recipe(frozen=frozen))
     return {body[name]["sha256"] for name in GRAPHS}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
@@ -22,6 +23,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
+from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.evaluator import Evaluator, ModelSessions
@@ -87,8 +89,7 @@ def fold(update: do.Contribution) -> do.FoldUpdate:
 
 
 def close(updates: list[do.Contribution]) -> do.Close:
-    names = tuple(sorted(p.part.device for p in updates))
-    return do.Close(1, updates[0].basis.model, {}, names, tuple(updates))
+    return do.Close(1, updates[0].basis.model, {}, tuple(sorted(p.part.device for p in updates)), tuple(updates))
 
 
 def contributions(w: Worker, model: Model, ranking: str, federation: Digits) -> list[do.Contribution]:
@@ -269,6 +270,22 @@ def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Pa
 
     assert all(np.array_equal(start[n], model.tensors[n]) for n in ("fc.weight", "conv2.weight"))
     assert not np.array_equal(start["conv3.weight"], model.tensors["conv3.weight"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"frozen": ("2.*",)}, {"trainable": ("0.*", "4.*")}])
+def test_boards_begin_a_new_model_with_weights_of_their_widths_but_what_is_frozen_as_it_is(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Updates lack frozen tensors: they are read with the global model's."""
+    layers = (nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    new = import_onnx(export_torch(nn.Sequential(*layers), input_shape=(6,), name="new"), "new")
+    w, widths = Worker(Job(strategy="fedprune", recipe=Recipe(**settings)), new, BlobStore(tmp_path), None), (8, 8)
+    event = w.execute(do.Extract(do.Basis(1, w.put_initial_model(), rank(w)), part("a", widths)))
+    assert isinstance(event, on.Extracted)
+    sent = tensorfile.decode(w.store.read(event.offer["weights"]["sha256"]))
+
+    assert np.array_equal(sent["2.weight"], new.tensors["2.weight"][:8, :8] * np.float32(1.0 if settings else 2**0.5))
+    assert np.array_equal(sent["4.weight"], new.tensors["4.weight"][:, :8] * np.float32(2**0.5))
 
 
 def test_a_round_ends_with_self_distillation_where_strategy_and_samples_allow_it(

@@ -403,8 +403,7 @@ def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab) -> Non
 
 def answers(lab: Lab, board: Board, session: int, heard: int) -> list[Sent]:
     """A board greets as often as it hears a hello among what the server said since `heard`."""
-    hellos = lab.server.end.sent[heard:]
-    return [board.say(birth("pi-1", session)) for _ in board.receive(*hellos)]
+    return [board.say(birth("pi-1", session)) for _ in board.receive(*lab.server.end.sent[heard:])]
 
 
 @pytest.mark.parametrize("session", [6, 7])

@@ -64,8 +64,7 @@ def work(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_example_is_on_the_gallerys_page_and_the_other_way_round() -> None:
     page = (gallery.ROOT / "docs" / "gallery.md").read_text()
     named = set(re.findall(r"\.\./examples/([a-z_]+)/README\.md\)", page))
-    there = {p.parent.name for p in (gallery.ROOT / "examples").glob("*/README.md")}
-    assert named == there == set(gallery.EXAMPLES)
+    assert named == {p.parent.name for p in (gallery.ROOT / "examples").glob("*/README.md")} == set(gallery.EXAMPLES)
     for picture in re.findall(r"\((images/gallery-[^)]+)\)", page):
         assert (gallery.ROOT / "docs" / picture).stat().st_size < 300_000, picture
 

@@ -117,8 +117,7 @@ def test_what_a_round_cost_is_noted_per_device(build):
     for direction, total in ((0, rounds[-1].down), (1, rounds[-1].up)):
         assert sum(v[direction] for r in rounds for v in r.spent.values()) == total
     for device in boards():
-        widths = simulation.state.devices[device.name].widths
-        macs = costs_at(simulation.model.architecture, widths).training_macs
+        macs = costs_at(simulation.model.architecture, simulation.state.devices[device.name].widths).training_macs
         assert rounds[0].spent[device.name][2:] == [2 * device.samples * macs] * 2
 
 

@@ -103,8 +103,7 @@ def test_personal_heads_never_reach_the_server(build: Build) -> None:
     head = {n for n in weights if n.startswith(_head())}
     assert head
     for name, value in weights.items():
-        is_unchanged = value.tobytes() == digits_net().tensors[name].tobytes()
-        assert is_unchanged == (name in head)
+        assert (value.tobytes() == digits_net().tensors[name].tobytes()) == (name in head)
 
 
 def _head() -> str:
@@ -208,8 +207,7 @@ def test_what_is_measured_is_what_the_strategy_would_send_to_an_unseen_device(
 
 def latest_offers(run: Simulation) -> dict[str, dict[str, Any]]:
     run.run()
-    offers_by_device = {n: t.offer for n, t in run.state.tasks.items()}
-    return {n: o for n, o in offers_by_device.items() if o is not None}
+    return {n: o for n, o in {n: t.offer for n, t in run.state.tasks.items()}.items() if o is not None}
 
 
 def test_a_masked_submodel_travels_without_what_is_masked(elements: Build) -> None:

@@ -112,8 +112,7 @@ def recordings(library: Any, bodies: list[bytes]) -> Any:
     """Rows of the feature `Audio`, without the library's own encoder, which needs torch."""
     sounds = pa.array([{"bytes": body, "path": None} for body in bodies], library.Audio().pa_type)
     features = library.Features({"sound": library.Audio(), "label": library.ClassLabel(names=NAMES)})
-    table = pa.table({"sound": sounds, "label": pa.array([0, 1] * 6)}, schema=features.arrow_schema)
-    return library.Dataset(table)
+    return library.Dataset(pa.table({"sound": sounds, "label": pa.array([0, 1] * 6)}, schema=features.arrow_schema))
 
 
 def put(folder: Path, names: list[str]) -> None:

@@ -98,8 +98,7 @@ def test_data_is_dealt_out_to_the_devices(write):
     assert len(plan.devices) == 4
     assert len({d.name for d in plan.devices}) == 4
     assert plan.evaluation is not None
-    total = sum(len(d.load().y_train) + len(d.load().y_test) for d in plan.devices) + len(plan.evaluation[1])
-    assert total == 600
+    assert (sum(len(d.load().y_train) + len(d.load().y_test) for d in plan.devices) + len(plan.evaluation[1])) == 600
     counted = read_fleet_plan(write(DATA + "[[devices]]\nname = 'a'\ncount = 5\nprofile = 'raspberry-pi-4b'\n"))
     assert [d.name for d in counted.devices] == [f"a-{i:03}" for i in range(1, 6)]
 

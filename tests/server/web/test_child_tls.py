@@ -32,8 +32,7 @@ from support.waiting import until
 
 
 def settings(folder: Path, certificate: Path, key: Path) -> ConsoleStart:
-    tls = (str(certificate), str(key))
-    return ConsoleStart("127.0.0.1", 0, str(folder), *tls, "all", (), False, os.getpid())
+    return ConsoleStart("127.0.0.1", 0, str(folder), *(str(certificate), str(key)), "all", (), False, os.getpid())
 
 
 @pytest.mark.system

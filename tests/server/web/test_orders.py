@@ -195,8 +195,7 @@ def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
 
 def test_orders_are_rationed(tmp_path: Path) -> None:
     browser = trial(tmp_path).browser("viewer")
-    statuses = [browser.order(order="look", device="board-0001").status for _ in range(62)]
-    assert statuses == [202] * 60 + [429] * 2
+    assert [browser.order(order="look", device="board-0001").status for _ in range(62)] == [202] * 60 + [429] * 2
 
 
 def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:

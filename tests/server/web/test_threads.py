@@ -48,8 +48,7 @@ def test_no_request_runs_a_query_on_the_event_loop(console: tuple[Trial, set[int
     check_paths(browser, *PATHS)
     check_paths(browser, "/api/v1/devices?q=7&sort=-samples", "/fleet?q=7", "/api/v1/audit?operator=admin")
     assert browser.get("/nowhere").status == 404
-    number = browser.order(order="pause", job=job).json["order"]
-    check_paths(browser, f"/api/v1/orders/{number}")
+    check_paths(browser, f"/api/v1/orders/{browser.order(order='pause', job=job).json['order']}")
     assert browser.form("/login", name="viewer", password="x" * 12, csrf="y").status == 403
     token = here.console.sessions.login_token(browser.cookies[here.console.exposure.login_cookie])
     assert browser.form("/login", name="viewer", password="x" * 12, csrf=token).status == 401

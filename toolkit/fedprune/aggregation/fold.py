@@ -265,8 +265,7 @@ class Fold:
         mass = self._sums.coverage.mass(spec)
         if mass is None:
             return np.full(spec.shape, self.weight, np.int64)
-        full_mass = np.array(np.broadcast_to(mass, spec.shape))
-        return to_global(full_mass, spec, self._sums.coverage.layout)
+        return to_global(np.array(np.broadcast_to(mass, spec.shape)), spec, self._sums.coverage.layout)
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
         """First and second moments of a trainable tensor's movement per step; raises `BundleError` if they weren't

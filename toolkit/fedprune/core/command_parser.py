@@ -153,5 +153,4 @@ def print_error(message: str) -> None:
     if os.environ.get(DEBUG_VARIABLE) == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    word = "\x1b[1;31merror:\x1b[0m" if colour else "error:"
-    print(word, " ".join(message.split()), file=sys.stderr)
+    print("\x1b[1;31merror:\x1b[0m" if colour else "error:", " ".join(message.split()), file=sys.stderr)

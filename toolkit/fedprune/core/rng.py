@@ -13,6 +13,5 @@ def keyed_generator(seed: int, *key: object) -> np.random.Generator:
     The key names the purpose of the numbers, such as (round, device, "batches"); each part is taken as text.
     """
     # A separator that no name contains, so that ("a", "bc") and ("ab", "c") are different keys.
-    text = "\x1f".join([str(seed), *map(str, key)])
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = hashlib.sha256("\x1f".join([str(seed), *map(str, key)]).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))

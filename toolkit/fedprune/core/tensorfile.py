@@ -201,8 +201,7 @@ def float32_array(raw: bytes, shape: Sequence[int], what: str) -> npt.NDArray[np
     """
     file = io.BytesIO(raw)
     try:
-        read_header = _HEADER_READERS[npy.read_magic(file)]
-        file_shape, is_fortran_order, dtype = read_header(file)
+        file_shape, is_fortran_order, dtype = _HEADER_READERS[npy.read_magic(file)](file)
     except Exception as error:  # numpy's parser of others' headers raises whatever its parts raise
         raise ProtocolError(f"{what} is no array in NumPy's format ({type(error).__name__})") from error
     if dtype.newbyteorder("<") != np.dtype("<f4"):

@@ -31,8 +31,7 @@ def _write(g: loss.LossGraphWriter, logits: str, outputs: loss.Shape, terms: los
     if terms.label_pairs:
         g.add_input(loss.Y_PARTNER, (loss.BATCH, *outputs[1:]), np.int64)
         g.add_input(loss.Y_SHARE)
-        is_partner_larger = g.emit("Less", loss.Y_SHARE, g.scalar(0.5))
-        expected_class = g.emit("Where", is_partner_larger, loss.Y_PARTNER, loss.Y)
+        expected_class = g.emit("Where", g.emit("Less", loss.Y_SHARE, g.scalar(0.5)), loss.Y_PARTNER, loss.Y)
     right = g.emit("Equal", guess, expected_class)
     loss.count_hits(g, g.emit("And", right, is_counted) if is_counted else right)
     weight = g.emit("Gather", loss.CLASS_WEIGHT, label) if terms.class_weight else ""
