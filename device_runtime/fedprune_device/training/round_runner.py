@@ -288,12 +288,7 @@ class RoundRunner:
         )
 
     def _lower(
-        self,
-        offer: Offer,
-        recipe: Recipe,
-        inputs: _RoundInputs,
-        weights: BlobRef | bytes,
-        adjustment: LogitAdjustment,
+        self, offer: Offer, recipe: Recipe, inputs: _RoundInputs, weights: BlobRef | bytes, adjustment: LogitAdjustment
     ) -> ServingRecord:
         """Make the lower precisions of the staged model; returns the record of the one that is to serve."""
         graphs = {precision: self._read_blob(ref) for precision, ref in inputs.lowering.items()}

@@ -103,7 +103,7 @@ def _advise(options: argparse.Namespace) -> int:
         print_rows(advice_rows(trials, job_rounds))
         print(
             f"\nScores after {quantity(rounds, 'round')}, as means over {quantity(len(seeds), 'seed')}. "
-            f"MACs are a share of {trials[0].variant.name}'s; MB and time are those of the job's "
+            f"MACs are a share of {trials[0].variant.name}'s; MB, energy (of training) and time are those of the job's "
             f"{quantity(job_rounds, 'round')} at this pace.\n"
         )
         print("\n".join(filter(None, (advice.reason, *advice.doubts, advice.worth))))

@@ -182,14 +182,7 @@ class MessageHandler:
         except ProfileError as error:
             self._registry.exclude(birth.device, _profile_problem(error), name, birth.samples)
             return None
-        return on.DeviceBorn(
-            birth.device,
-            birth.session,
-            profile,
-            birth.samples,
-            probe,
-            birth.codecs,
-        )
+        return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe, birth.codecs)
 
     def _profile(self, name: str) -> dict[str, Any]:
         """A hardware profile; a changed file is read again within `_PROFILE_CACHE_S`.

@@ -78,11 +78,7 @@ class Distiller:
         self._sessions = ModelSessions(model, 1 + MAX_NARROW_WIDTHS + len(settings.densities))
 
     def __call__(
-        self,
-        tensors: Tensors,
-        ranks: Sequence[npt.ArrayLike],
-        round_: int,
-        trained: Iterable[Widths] = (),
+        self, tensors: Tensors, ranks: Sequence[npt.ArrayLike], round_: int, trained: Iterable[Widths] = ()
     ) -> Tensors:
         """Train a round's new model. Returns it as it is if it diverges or has no narrower width; otherwise its
         statistics have to be measured again.

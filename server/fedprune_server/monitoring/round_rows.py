@@ -19,7 +19,7 @@ from fedprune_server.executor.accountant import EPSILON
 PRIVACY_METRICS = (EPSILON, EPSILON_NEXT)
 
 # Places in the list of a device's costs (`RoundNotes.spent`): bytes down, bytes up, training MACs, and these below.
-_MACS, _ACTIVE_MACS = 2, 3
+_MACS, _ACTIVE_MACS, _MICROJOULES = 2, 3, 4
 
 
 @dataclass
@@ -29,8 +29,8 @@ class RoundNotes:
     Attributes:
         down: Bytes sent to devices since the start.
         up: Bytes sent by devices since the start.
-        spent: Costs of each device since the previous round: bytes down, bytes up, training MACs and, of these, the
-            MACs whose weight an element mask leaves active.
+        spent: Costs of each device since the previous round: bytes down, bytes up, training MACs; of these, the
+            MACs whose weight an element mask leaves active; and µJ of training, 0 if the board's power is unknown.
         measured: A simulation's measurements of the global model, by name.
         updates: Number of aggregated updates.
         limited: Number of updates that the job's limits reduced.
@@ -87,6 +87,12 @@ class RoundRow:
     def active_macs(self) -> int:
         """Training MACs whose weight an element mask leaves active, since the previous round."""
         return sum(costs[_ACTIVE_MACS] for costs in self.spent.values())
+
+    @property
+    def joules(self) -> float:
+        """Energy of training since the previous round, beyond what idle boards take; NaN if a board's is unknown."""
+        trained = [costs[_MICROJOULES] for costs in self.spent.values() if costs[_MACS]]
+        return sum(trained) / 1e6 if all(trained) else math.nan
 
 
 def make_round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, judge: str) -> RoundRow:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from fedprune.core.metrics import Metric
-from fedprune.core.text import first_few, quantity
+from fedprune.core.text import amount, first_few, quantity
 from fedprune_server.simulation.job_variants import Variant
 from fedprune_server.simulation.results.differences import board_gains, score_difference_text, standard_error
 from fedprune_server.simulation.results.record import ALONE, Record, score_text
@@ -188,8 +188,8 @@ def _doubts(
 
 
 def advice_figures(trials: Sequence[VariantRuns], rounds: int) -> list[dict[str, Any]]:
-    """Scores and costs of variants as JSON types: bytes and hours of the job's rounds at the pace of the runs', MACs as
-    a share of the first variant's."""
+    """Scores and costs of variants as JSON types: bytes, hours and, if all boards' is known, energy of training of the
+    job's rounds at the pace of the runs', MACs as a share of the first variant's."""
     measure, full_macs = trials[0].runs[0].measure, trials[0].per_round(Record.macs)
     return [
         {
@@ -197,6 +197,7 @@ def advice_figures(trials: Sequence[VariantRuns], rounds: int) -> list[dict[str,
             **{f"{side}_{measure}": finite_or_none(trial.score(judge)) for side, judge in _SIDES.items()},
             "macs_share": trial.per_round(Record.macs) / full_macs if full_macs else None,
             "bytes": trial.bytes(rounds),
+            "joules": finite_or_none(trial.per_round(lambda run: sum(row.joules for row in run.rounds)) * rounds),
             "hours": trial.per_round(lambda run: run.last.elapsed_s) * rounds / 3600,
             "why_not": trial.variant.misfit,
             "job": dict(trial.variant.job),
@@ -211,6 +212,7 @@ def advice_rows(trials: Sequence[VariantRuns], rounds: int) -> list[tuple[str, .
     columns = [ResultColumn("variant", "variant", str)]
     columns += [ResultColumn(f"{side}_{measure}", f"{side.replace('_', ' ')} {measure}", score) for side in _SIDES]
     columns += [ResultColumn("macs_share", "MACs", "{:.0%}".format), ResultColumn("bytes", "MB", megabytes_text)]
+    columns += [ResultColumn("joules", "energy", partial(amount, unit="J"))]
     columns += [ResultColumn("hours", "time", _hours_text), ResultColumn("why_not", "why not", str)]
     return column_rows(columns, advice_figures(trials, rounds))
 

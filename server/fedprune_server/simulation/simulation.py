@@ -28,6 +28,7 @@ from fedprune.core.rng import keyed_generator
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind, kind_of_exit_code
 from fedprune.model.recipe import Recipe
+from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import CPU, CUDA
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.pruning.model import Model
@@ -47,7 +48,7 @@ from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.round_recorder import RoundRecorder
 from fedprune_server.simulation.saved_run import SAVE_PACE, SavedRun, SavePace
 from fedprune_server.simulation.stall_detector import StallDetector, standstill_reason
-from fedprune_server.simulation.state import ACTIVE_MACS, MACS, Item, SimulationState, TrainingEnd, WindowEnd
+from fedprune_server.simulation.state import ACTIVE_MACS, ENERGY, MACS, Item, SimulationState, TrainingEnd, WindowEnd
 from fedprune_server.simulation.transfers import Transfers
 
 log = logging.getLogger("fedprune.server")
@@ -84,7 +85,7 @@ class Simulation:
         self._first_state = worker.begin
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles = profiles_by_kind(experiment.devices)
-        self._seconds: dict[tuple[int, int, tuple[int, ...], Recipe], float] = {}
+        self._predictions: dict[tuple[int, int, tuple[int, ...], Recipe], Prediction] = {}
         self._folder = SavedRun(folder, experiment, pace)
         self._is_resumed = self._load_or_start()
 
@@ -183,7 +184,7 @@ class Simulation:
         if len(self.state.history) > finished_rounds:
             self._stalls.on_progress()
             # A strategy may give other widths and recipes in every round; old entries would pile up.
-            self._seconds.clear()
+            self._predictions.clear()
             self._run.finish_round(self.state.history[-1]["round"])
             self._earlier_blobs = self.store.names()
         if not isinstance(item, TrainingEnd):
@@ -365,7 +366,7 @@ class Simulation:
         device = self._devices[name]
         received_at = self._transfers.download(device, command.offer, command.round)
         slowness = self.experiment.weather.compute_factor(seed, command.round, name)
-        train_s = self._train_s(device, command.offer) / slowness
+        train_s = self._predict(device, command.offer).computing_s / slowness
         # Keyed by attempt and session: a device that dropped out must not drop out of every repetition.
         rng = keyed_generator(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if rng.random() < self.experiment.dropouts.probability:
@@ -377,13 +378,13 @@ class Simulation:
             run.push(received_at + train_s, TrainingEnd(name, command.round, command.attempt, command.offer))
             self._runner.begin_ahead(device, command.offer, command.round)
 
-    def _train_s(self, device: VirtualDevice, offer: Mapping[str, Any]) -> float:
-        """Predicted seconds of a training; devices of one kind share them."""
+    def _predict(self, device: VirtualDevice, offer: Mapping[str, Any]) -> Prediction:
+        """Predicted costs of a training; devices of one kind share them."""
         widths, recipe = tuple(offer["widths"]), Recipe.from_dict(offer["recipe"])
         key = id(device.profile), device.samples, widths, recipe
-        if key not in self._seconds:
-            self._seconds[key] = device.computing_s(self.model.architecture, widths, recipe)
-        return self._seconds[key]
+        if key not in self._predictions:
+            self._predictions[key] = device.predict(self.model.architecture, widths, recipe)
+        return self._predictions[key]
 
     def _train(self, item: TrainingEnd) -> on.Event:
         device = self._devices[item.device]
@@ -400,6 +401,7 @@ class Simulation:
         costs = self._run.device_costs(item.device)
         costs[MACS] += macs
         costs[ACTIVE_MACS] += round(macs * self._recorder.active_share(item.offer))
+        costs[ENERGY] += round(1e6 * (self._predict(device, item.offer).train_j or 0))
         self._run.macs += macs
         event = on.UpdateAnnounced(
             item.device,

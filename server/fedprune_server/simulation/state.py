@@ -13,8 +13,8 @@ from fedprune.coordination import events as on
 from fedprune.core.text import all_strings
 from fedprune_server.monitoring.round_rows import RoundNotes
 
-# Positions in a device's costs (`RoundNotes.spent`): bytes, and multiply-accumulates of its training.
-DOWN, UP, MACS, ACTIVE_MACS = range(4)
+# Positions in a device's costs (`RoundNotes.spent`): bytes, and multiply-accumulates and energy of its training.
+DOWN, UP, MACS, ACTIVE_MACS, ENERGY = range(5)
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class SimulationState:
                 self._drop_number(device, key)
 
     def device_costs(self, device: str) -> list[int]:
-        """The device's costs in the current round, to be added to: at `DOWN`, `UP`, `MACS` and `ACTIVE_MACS`."""
-        return self.now.spent.setdefault(device, [0, 0, 0, 0])
+        """The device's costs in the current round, to be added to: at `DOWN`, `UP`, `MACS`, …"""
+        return self.now.spent.setdefault(device, [0, 0, 0, 0, 0])
 
     def trainings(self) -> list[TrainingEnd]:
         return [item for _, item in self.queue.values() if isinstance(item, TrainingEnd)]

@@ -90,6 +90,7 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
         last = runs[name].last
         assert row["bytes"] == last.down + last.up
         assert row["hours"] * 3600 == pytest.approx(last.elapsed_s)
+        assert row["joules"] == pytest.approx(sum(r.joules for r in runs[name].rounds))
         assert row["macs_share"] == pytest.approx(runs[name].macs() / runs["fedavg"].macs())
         assert row["global_accuracy"] == (None if name == "local" else last.metrics.get("accuracy"))
         assert row["worst_local_accuracy"] == min(runs[name].latest.values())

@@ -1,5 +1,6 @@
 """What is measured and noted in a simulation's rounds, and what a run leaves behind."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
+from fedprune.planning.cost_prediction import predict_costs
 from fedprune.planning.costs import costs_at
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.fleet.virtual_device import StoredData
@@ -117,8 +119,16 @@ def test_what_a_round_cost_is_noted_per_device(build):
     for direction, total in ((0, rounds[-1].down), (1, rounds[-1].up)):
         assert sum(v[direction] for r in rounds for v in r.spent.values()) == total
     for device in boards():
-        macs = costs_at(simulation.model.architecture, simulation.state.devices[device.name].widths).training_macs
-        assert rounds[0].spent[device.name][2:] == [2 * device.samples * macs] * 2
+        widths, recipe = simulation.state.devices[device.name].widths, simulation.job.recipe
+        macs = costs_at(simulation.model.architecture, widths).training_macs
+        joules = predict_costs(simulation.model.architecture, widths, device.profile, recipe, device.samples).train_j
+        *macs_and_active, energy = rounds[0].spent[device.name][2:]
+        assert macs_and_active == [2 * device.samples * macs] * 2
+        assert energy / 1e6 == pytest.approx(joules, rel=1e-3)
+    zero, *others = rounds[0].spent.items()
+    assert rounds[0].joules == pytest.approx(sum(costs[4] for costs in rounds[0].spent.values()) / 1e6)
+    unknown = replace(rounds[0], spent={zero[0]: [*zero[1][:4], 0], **dict(others)})
+    assert math.isnan(unknown.joules), "a sum without a board's part would be too small"
 
 
 def test_steps_of_ordered_dropout_count_at_the_widths_that_they_trained(build):

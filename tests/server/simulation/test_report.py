@@ -35,13 +35,7 @@ from fedprune_server.simulation.results.coverage import with_coverage_marks
 from fedprune_server.simulation.results.differences import board_gains, student_quantile
 from fedprune_server.simulation.results.publication import save_figure, save_table
 from fedprune_server.simulation.results.record import DeviceRow, Record
-from fedprune_server.simulation.results.report import (
-    claims,
-    closing_text,
-    plan_rows,
-    run_document,
-    write_report,
-)
+from fedprune_server.simulation.results.report import claims, closing_text, plan_rows, run_document, write_report
 from fedprune_server.simulation.results.rows import device_rows
 from fedprune_server.simulation.results.tables import final_figures, final_rows, tail_note
 

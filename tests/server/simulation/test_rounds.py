@@ -139,9 +139,7 @@ def simulate(tmp_path_factory: pytest.TempPathFactory) -> Simulate:
     return make
 
 
-def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(
-    simulate: Simulate,
-) -> None:
+def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(simulate: Simulate) -> None:
     run = simulate(participation=0.75, over_selection=0.34, rounds=5)
     run.run()
     assert [r for r, c in enumerate(counted_devices(run.state), 1) if len(c) == 4] == [4]

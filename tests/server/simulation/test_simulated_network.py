@@ -120,9 +120,8 @@ def test_the_virtual_clock_follows_the_weather(build):
     simulation = build(fleet=[zero], rounds=1, weather=weather)
     (row,) = simulation.run()
     link, sent = zero.profile.link, simulation.record().last
-    trained = zero.computing_s(
-        simulation.model.architecture, tuple(row["devices"][zero.name]["widths"]), simulation.job.recipe
-    )
+    widths = tuple(row["devices"][zero.name]["widths"])
+    trained = zero.predict(simulation.model.architecture, widths, simulation.job.recipe).computing_s
     down, up = (weather.link_factor(3, 1, zero.name, direction) for direction in ("down", "up"))
     expected = sent.down / (link.down_bytes_s * down) + sent.up / (link.up_bytes_s * up) + 4 * link.latency_s
     assert simulation.clock == pytest.approx(expected + trained / weather.compute_factor(3, 1, zero.name))

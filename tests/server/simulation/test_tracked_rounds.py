@@ -173,10 +173,7 @@ def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], tool: 
         if len(simulation.state.history) == 2:
             raise KeyboardInterrupt
 
-    with (
-        pytest.raises(KeyboardInterrupt),
-        track_rounds([TrackTarget("mlflow")], plan, Path("out")) as track,
-    ):
+    with pytest.raises(KeyboardInterrupt), track_rounds([TrackTarget("mlflow")], plan, Path("out")) as track:
         run_folder.simulate_in_folder(plan, Path("out"), interrupt)
     assert [number for number, _ in tool.only.rounds] == [1, 2]
 
@@ -186,9 +183,7 @@ def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], tool: 
 
 
 def test_a_missing_library_is_named_with_its_extra(
-    fleet: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "fedprune_server.trackers.tools.mlflow", raising=False)
     monkeypatch.setitem(sys.modules, "mlflow", None)

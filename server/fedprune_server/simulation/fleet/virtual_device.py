@@ -21,6 +21,7 @@ from fedprune.coordination.events import DeviceBorn
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import predict_costs
+from fedprune.planning.prediction import Prediction
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import CODECS
 from fedprune_device.data.dataset import SPLITS, LocalData
@@ -81,9 +82,9 @@ class VirtualDevice:
         """Its samples. Raises `DataError` if they can't be read."""
         return self.data.load() if isinstance(self.data, StoredData) else self.data
 
-    def computing_s(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> float:
-        """Seconds that the planner expects a round to take between its transfers."""
-        return predict_costs(architecture, widths, self.profile, recipe, self.samples).computing_s
+    def predict(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> Prediction:
+        """What the planner expects a round to take."""
+        return predict_costs(architecture, widths, self.profile, recipe, self.samples)
 
 
 def profiles_by_kind(devices: Iterable[VirtualDevice]) -> dict[int, dict[str, Any]]:

@@ -13,7 +13,8 @@ from fedprune.core.atomic_file import write_atomically
 from fedprune_server.monitoring.round_rows import WideRows
 from fedprune_server.simulation.results.record import Record, latest_values
 
-COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs")  # costs of a device since the previous round
+# Costs of a device since the previous round.
+COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs", "training_uj")
 
 
 def round_rows(record: Record) -> list[dict[str, Any]]:
