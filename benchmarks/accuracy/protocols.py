@@ -33,11 +33,14 @@ def _ours(name: str, options: Mapping[str, Any] | None = None, **settings: Any) 
 
 
 FEDPRUNE = _ours("fedprune")
+CORE = Method("fedprune core", "fedprune", {}, {"average": 0.0}, served_model="average", samples=True)
+"""`fedprune` with its default options, and so with a core and the strategy's own average."""
 
-LONGER = 2.5
-"""Rounds of `fedprune` for each round of other rows: within 15 % of full width's bytes and 80 % of its MACs."""
+LONGER, CORE_LONGER = 2.5, 1.35
+"""Rounds of `fedprune`, with int4 or for a core int8, for each of others: within 15 % of full width's bytes and 80 % of
+its MACs."""
 
-_DRIFTS = ("scaffold", "feddyn", "fedcm")
+_DRIFTS, _OURS = ("scaffold", "feddyn", "fedcm"), (FEDPRUNE.name, CORE.name, SAME_LOSS)
 
 
 def _all() -> tuple[Method, ...]:
@@ -60,6 +63,7 @@ def _all() -> tuple[Method, ...]:
         ),
         Method("fedobp", "fedobp"),
         FEDPRUNE,
+        CORE,
         _ours(SAME_LOSS, {"densities": [1.0], "dropout": []}, recipe=always),
         Method("fedavg .68", "fedavg", {"densities": ONE_WIDTH}),
         Method("fedavg", "fedavg", {}, always, densities=False),
@@ -76,15 +80,13 @@ def _some(*names: str) -> tuple[Method, ...]:
 
 
 def _longer(methods: Iterable[Method], rounds: int) -> tuple[Method, ...]:
-    """Rows in which fedprune trains `LONGER` times the `rounds` of the others."""
-    longer = round(LONGER * rounds)
-    job = {"rounds": longer, **INT4}
-    return tuple(replace(m, job=job) if m.strategy == "fedprune" and m.name != SAME_LOSS else m for m in methods)
+    """Rows in which fedprune trains longer than the `rounds` of the others."""
+    job = {"rounds": round(LONGER * rounds), **INT4}
+    jobs = {CORE.name: {"rounds": round(CORE_LONGER * rounds), **INT8}, SAME_LOSS: {}}
+    return tuple(replace(m, job=jobs.get(m.name, job)) if m.strategy == "fedprune" else m for m in methods)
 
 
-FINALISTS = _some(
-    "local", "heterofl", "subflot", "ca-hfp", "fedprune", SAME_LOSS, "fedavg", FULL, "fedper", "autoflip", *_DRIFTS
-)
+FINALISTS = _some("local", "heterofl", "subflot", "ca-hfp", *_OURS, "fedavg", FULL, "fedper", "autoflip", *_DRIFTS)
 """For tables that show other data, nets and fleets: those that were best or are asked for most."""
 
 CIFAR = Protocol(
