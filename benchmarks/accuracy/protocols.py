@@ -27,14 +27,14 @@ PATHOLOGICAL = {**POOLED, "most": 6_000, "partition": "pathological", "classes":
 
 
 def _ours(name: str, options: Mapping[str, Any] | None = None, **settings: Any) -> Method:
-    """A row of fedprune's, with ordered dropout and its options (docs/strategies/fedprune.md), and some of its own."""
-    options = {"dropout": [0.25, 0.5, 0.75], "server_momentum": 0.7, "mixup": 0.4, **(options or {})}
-    return Method(name, "fedprune", options, served_model="average", samples=True, **settings)
+    """A row of fedprune's, with its default options, or some of its own."""
+    recipe = {"average": 0.0, **settings.pop("recipe", {})}  # the strategy's own average
+    return Method(name, "fedprune", options or {}, recipe, served_model="average", samples=True, **settings)
 
 
 FEDPRUNE = _ours("fedprune")
 
-LONGER = 2.5
+LONGER = 1.35
 """Rounds of `fedprune` for each round of other rows: within 15 % of full width's bytes and 80 % of its MACs."""
 
 _DRIFTS = ("scaffold", "feddyn", "fedcm")
@@ -60,7 +60,7 @@ def _all() -> tuple[Method, ...]:
         ),
         Method("fedobp", "fedobp"),
         FEDPRUNE,
-        _ours(SAME_LOSS, {"densities": [1.0], "dropout": []}, recipe=always),
+        _ours(SAME_LOSS, {"densities": [1.0]}, recipe=always),
         Method("fedavg .68", "fedavg", {"densities": ONE_WIDTH}),
         Method("fedavg", "fedavg", {}, always, densities=False),
         Method(FULL, "fedavg", {}, always, FLOAT32, densities=False),
@@ -78,7 +78,7 @@ def _some(*names: str) -> tuple[Method, ...]:
 def _longer(methods: Iterable[Method], rounds: int) -> tuple[Method, ...]:
     """Rows in which fedprune trains `LONGER` times the `rounds` of the others."""
     longer = round(LONGER * rounds)
-    job = {"rounds": longer, **INT4}
+    job = {"rounds": longer, **INT8}
     return tuple(replace(m, job=job) if m.strategy == "fedprune" and m.name != SAME_LOSS else m for m in methods)
 
 
