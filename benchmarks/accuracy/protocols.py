@@ -35,10 +35,7 @@ def _ours(name: str, options: Mapping[str, Any] | None = None, **settings: Any) 
 FEDPRUNE = _ours("fedprune")
 CORE = Method("fedprune core", "fedprune", {}, {"average": 0.0}, served_model="average", samples=True)
 """`fedprune` with its default options, and so with a core and the strategy's own average."""
-
-LONGER, CORE_LONGER = 2.5, 1.35
-"""Rounds of `fedprune`, with int4 or for a core int8, for each of others: within 15 % of full width's bytes and 80 % of
-its MACs."""
+LONGER, CORE_LONGER = 2.5, 1.35  # rounds for one of others', within 15 % of full width's bytes and 80 % of its MACs
 
 _DRIFTS, _OURS = ("scaffold", "feddyn", "fedcm"), (FEDPRUNE.name, CORE.name, SAME_LOSS)
 
