@@ -28,7 +28,7 @@ from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.state import SimulationState, TrainingEnd, WindowEnd
 
-FORMAT = "fedprune.simulation/11"
+FORMAT = "fedprune.simulation/12"
 CONFIG_FILE = "config.json"
 STATE_FILE = "simulation.json"
 ROUNDS_FILE = "rounds.jsonl"

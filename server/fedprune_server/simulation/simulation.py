@@ -365,8 +365,8 @@ class Simulation:
         run.unsent.pop(name, None)
         device = self._devices[name]
         received_at = self._transfers.download(device, command.offer, command.round)
-        slowness = self.experiment.weather.compute_factor(seed, command.round, name)
-        train_s = self._predict(device, command.offer).computing_s / slowness
+        speed = self.experiment.weather.compute_factor(seed, command.round, name)
+        train_s = self._predict(device, command.offer).computing_s / speed
         # Keyed by attempt and session: a device that dropped out must not drop out of every repetition.
         rng = keyed_generator(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if rng.random() < self.experiment.dropouts.probability:
@@ -401,7 +401,8 @@ class Simulation:
         costs = self._run.device_costs(item.device)
         costs[MACS] += macs
         costs[ACTIVE_MACS] += round(macs * self._recorder.active_share(item.offer))
-        costs[ENERGY] += round(1e6 * (self._predict(device, item.offer).train_j or 0))
+        speed = self.experiment.weather.compute_factor(self.job.seed, item.round, item.device)
+        costs[ENERGY] += round(1e6 * (self._predict(device, item.offer).train_j or 0) / speed)
         self._run.macs += macs
         event = on.UpdateAnnounced(
             item.device,

@@ -121,10 +121,12 @@ def test_the_virtual_clock_follows_the_weather(build):
     (row,) = simulation.run()
     link, sent = zero.profile.link, simulation.record().last
     widths = tuple(row["devices"][zero.name]["widths"])
-    trained = zero.predict(simulation.model.architecture, widths, simulation.job.recipe).computing_s
+    predicted = zero.predict(simulation.model.architecture, widths, simulation.job.recipe)
     down, up = (weather.link_factor(3, 1, zero.name, direction) for direction in ("down", "up"))
     expected = sent.down / (link.down_bytes_s * down) + sent.up / (link.up_bytes_s * up) + 4 * link.latency_s
-    assert simulation.clock == pytest.approx(expected + trained / weather.compute_factor(3, 1, zero.name))
+    speed = weather.compute_factor(3, 1, zero.name)
+    assert simulation.clock == pytest.approx(expected + predicted.computing_s / speed)
+    assert sent.joules == pytest.approx(predicted.train_j / speed, rel=1e-3), "a slow board takes its power for longer"
 
 
 def test_a_device_s_own_link_takes_the_profile_s_place(build):

@@ -103,9 +103,9 @@ def test_a_board_without_widths_excluded_or_gone_does_not_count_for_the_core() -
     assert densities(round_grants(state, 6))[:4] == [0.25, 0.25, 0.25, 0.25], "they are away for a moment"
 
 
-@pytest.mark.parametrize(("narrow", "density", "core"), [(3, 0.07, 1.0), (3, 0.5, 0.5), (2, 0.5, 1.0), (5, 0.07, 0.07)])
-def test_few_boards_that_can_hold_little_narrow_the_core_to_half_at_most(
-    narrow: int, density: float, core: float
-) -> None:
-    grants = round_grants(fleet({f"board-{i}": density if i < narrow else 1.0 for i in range(10)}), 1)
-    assert densities(grants) == [density] * narrow + [core] * (10 - narrow)
+@pytest.mark.parametrize(("few", "share", "core"), [(3, 0.1, 1), (3, 0.5, 0.5), (2, 0.5, 1), (5, 0.1, 0.1), (0, 0, 1)])
+def test_few_boards_that_can_hold_little_narrow_the_core_to_half_at_most(few: int, share: float, core: float) -> None:
+    state = fleet({f"board-{i}": share if i < few else 1.0 for i in range(10)})
+    assert densities(round_grants(state, 1)) == [share] * few + [core] * (10 - few)
+    line = begin_grants(Job(strategy="fedprune", recipe=MSE), state).describe()
+    assert ("whole model" in line) == (few == 0), "the log says so only where all boards train it"

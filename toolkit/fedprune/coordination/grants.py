@@ -90,11 +90,11 @@ class Grants:
         """A line for people on what the fleet trains in the present round; empty where strategies leave that alone."""
         if self._core is None:
             return ""
-        if self.core and self._state.core_density == 1:
-            return "boards train the whole model"
         if self.core:
             core_density, devices = self._state.core_density, self._present_devices
             share = sum(d.density >= core_density for d in devices) / max(1, len(devices))
+            if core_density == share == 1:
+                return "boards train the whole model"
             core_share = f"{core_density:.3g} of the model's channels"
             return f"boards share a core: they train at most {core_share}, which {share:.0%} of them can hold"
         return "each board trains all that it can hold"

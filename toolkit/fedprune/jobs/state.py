@@ -22,7 +22,7 @@ from fedprune.jobs.failure_kind import UNDELIVERED_KINDS, FailureKind
 from fedprune.jobs.packed_json import PackedJson
 
 # A state of another format is refused: fields have other meanings in it, and a round would continue wrongly.
-FORMAT = "fedprune.state/3"
+FORMAT = "fedprune.state/4"
 
 # Attributes of a device that only its next connection or part needs. They are most of its size, and stay in the
 # database between a large fleet's rounds.

@@ -96,8 +96,7 @@ class Chart:
     @property
     def table_rows(self) -> list[tuple[str, list[str]]]:
         """Rows of the table of values, the latest first."""
-        rows = list(zip(self.positions, self.values, strict=True))
-        return rows[: -MAX_TABLE_ROWS - 1 : -1]
+        return list(zip(self.positions, self.values, strict=True))[: -MAX_TABLE_ROWS - 1 : -1]
 
 
 @dataclass(frozen=True)

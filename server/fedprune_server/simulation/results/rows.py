@@ -14,7 +14,7 @@ from fedprune_server.monitoring.round_rows import WideRows
 from fedprune_server.simulation.results.record import Record, latest_values
 
 # Costs of a device since the previous round.
-COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs", "training_uj")
+COST_COLUMNS = ("bytes_down", "bytes_up", "training_macs", "active_macs", "training_energy_uj")
 
 
 def round_rows(record: Record) -> list[dict[str, Any]]:
