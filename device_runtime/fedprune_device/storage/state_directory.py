@@ -83,8 +83,7 @@ class DeviceStore(Closeable):
             self.local_states = FolderStateStore(root / "own")
             self.local_states.prepare()
             self.privacy = BoardPrivacyBudget(root)
-            body = self._read("session.json")
-            number = (body or {}).get("number", 0)
+            number = (self._read("session.json") or {}).get("number", 0)
             self.session = number if is_whole(number) else 0
             self.task = self._load_task()
             # Load the board's local state of the current job, even if a crash interrupted a change of jobs.

@@ -149,8 +149,7 @@ def _read_range(folder: Path, location: str, offset: int, length: int) -> bytes:
     path_parts = Path(location).parts
     if not location or "\0" in location or Path(location).is_absolute() or ".." in path_parts:
         raise ValueError(f"{value_text(location)} is not a file in the folder of the model")
-    inside = folder.resolve()
-    path = inside.joinpath(*path_parts)
+    path = folder.resolve().joinpath(*path_parts)
     # A link could lead anywhere on this machine, and a model may come from anyone.
     if path.resolve() != path:
         raise ValueError(f"{value_text(location)} is a link")

@@ -76,8 +76,7 @@ def _rms_norm(out: Draft, node: Node) -> None:
     """x / sqrt(mean x^2 + epsilon) * scale, with means over the axes from `axis` on."""
     x, scale = node.inputs
     axes, value, is_flattened = _trailing_axes(out, node)
-    root = _root_mean_square(out, node, value, axes)
-    normal = out.emit("Div", value, root)
+    normal = out.emit("Div", value, _root_mean_square(out, node, value, axes))
     if is_flattened:
         normal = out.emit("Reshape", normal, out.emit("Shape", x))
     out.emit("Mul", normal, scale, out=node.outputs[0])

@@ -221,8 +221,7 @@ def choose_convolution(tape: Tape, node: Node, w: Window, groups: ChannelGroups)
             return DenseConvolution(tape, w, kernel, CUDA_ALGORITHMS, batch)
         # On small maps one product of columns is faster than a convolution.
         if math.prod(w.output) > MAX_COLUMNS_AREA:
-            algorithms = choose_algorithms(w, tape.extent(shape[1]))
-            return DenseConvolution(tape, w, kernel, algorithms, batch)
+            return DenseConvolution(tape, w, kernel, choose_algorithms(w, tape.extent(shape[1])), batch)
     elif (groups.inputs, groups.outputs) == (1, 1):
         return DepthwiseConvolution(tape.graph, w, kernel)
     return ColumnConvolution(tape, w, kernel, shape, groups, batch)

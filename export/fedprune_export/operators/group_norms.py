@@ -78,8 +78,7 @@ def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
 
 @mask_rule("InstanceNormalization")
 def mask_instance_norm(masks: MaskWriter, node: Node) -> bool:
-    rank = masks.rank(node.inputs[0])
-    axes = range(2, rank)
+    axes = range(2, masks.rank(node.inputs[0]))
     return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None})
 
 

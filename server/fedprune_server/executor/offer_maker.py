@@ -26,7 +26,7 @@ from fedprune.updates import increments
 from fedprune_server.executor.offer_blobs import OfferBlobs
 from fedprune_server.executor.offer_entries import blobs_of_offer, offer_graphs
 from fedprune_server.executor.round_closer import RoundCloser
-from fedprune_server.executor.stored_updates import StoredUpdates, gather_named
+from fedprune_server.executor.stored_updates import StoredUpdates
 
 # Latest bases (the models and rankings from which submodels are cut) whose offers are kept for further devices.
 _KEPT_BASES = 2
@@ -86,10 +86,6 @@ class OfferMaker:
         cut = self._updates.cut(command.basis, command.part)
         submodel = self._strategy.extract(cut)
         recipe = _submodel_recipe(self._recipe(command), submodel)
-        # What no update carries is the global model's on boards, too, as it will be when their updates are read.
-        if self._strategy.is_device_independent and (withheld := self._blobs.withheld_names(recipe)):
-            plain = gather_named(submodel.selection, cut.scene.model, withheld)
-            submodel = replace(submodel, tensors={**submodel.tensors, **plain})
         held_submodel = command.coding.received
         previous_selection = None
         if held_submodel is not None and self._store.has(held_submodel.ranking):

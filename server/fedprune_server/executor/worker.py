@@ -9,7 +9,7 @@ device's participation in a round, a *basis* the global model and ranking from w
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -25,11 +25,11 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import State
 from fedprune.model.initial_values import is_untrained
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection
+from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune.strategies import compose
-from fedprune.strategies.values import Turn
+from fedprune.strategies.values import NewMemory, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import Accountant
 from fedprune_server.executor.background import HeavyCommand
@@ -114,12 +114,18 @@ class Worker:
         as `check_recipe`: that is better known before the first device is there.
         """
         model = self.strategy.begin(self.architecture, self.model.tensors)
-        recipe = self.check_recipe(1)
+        self.check_recipe(1)
+        return self._put_start(model)
+
+    def _put_start(self, model: Tensors) -> str:
         if model is not self.model.tensors:
             # Frozen tensors keep the values of the given model: training never changes them.
-            frozen_names = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
+            frozen_names = frozen_tensors(self.architecture, self.job.recipe.features, self.model.frozen)
             model = {**model, **{n: v for n, v in self.model.tensors.items() if n in frozen_names}}
-        return self.store.put(tensorfile.encode(model)).sha256
+        return self._put(model)
+
+    def _put(self, tensors: Tensors) -> str:
+        return self.store.put(tensorfile.encode(tensors)).sha256
 
     def check_recipe(self, round_: int) -> Recipe:
         """Make the graphs that a board of full width needs in a round, and return its recipe. Raises `ModelError` if
@@ -135,12 +141,7 @@ class Worker:
         and a `Close` leaves such updates out. Raises `FedpruneError` if the command fails for another reason."""
         match command:
             case do.Score():
-                scene = self.updates.scene(command.round, command.model, command.memory, command.participants)
-                ranking = self.strategy.rank(scene)
-                selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
-                ranking_digest = self.store.put(selection.to_json().encode()).sha256
-                order = None if ranking.order is None else self.store.put(tensorfile.encode(ranking.order)).sha256
-                return on.Scored(command.round, ranking_digest, order)
+                return self._score(command)
             case do.Extract():
                 return self.offers.make(command)
             case do.FoldUpdate():
@@ -171,20 +172,33 @@ class Worker:
             self._round = key, Round(self.strategy, scene, self.limits)
         return self._round[1]
 
+    def _score(self, command: do.Score) -> on.Scored:
+        scene = self.updates.scene(command.round, command.model, command.memory, command.participants)
+        model, memory = "", dict[str, str]()
+        start = self.strategy.start_core(scene, command.core) if command.core else None
+        if start is not None:
+            model, memory = self._put_start(start[0]), self._memory(command.memory, start[1])
+            scene = self.updates.scene(command.round, model, memory, command.participants)
+        ranking = self.strategy.rank(scene)
+        selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
+        ranking_digest = self.store.put(selection.to_json().encode()).sha256
+        order = None if ranking.order is None else self._put(ranking.order)
+        return on.Scored(command.round, ranking_digest, order, model, memory)
+
     def _close(self, command: do.Close) -> on.Closed:
         result = self._closer.close(command)
         self._round = None
         self._log(command.round, result)
         model = self._put_model(command, result)
-        memory = dict(command.memory)
-        for name, tensors in result.memories.items():
-            if tensors:
-                memory[name] = self.store.put(tensorfile.encode(tensors)).sha256
-            else:
-                memory.pop(name, None)
+        memory = self._memory(command.memory, result.memories)
         reasons = {device: failure.reason for device, failure in result.rejected.items()}
         kinds: dict[str, str] = {device: failure.kind for device, failure in result.rejected.items()}
         return on.Closed(command.round, model, memory, reasons, dict(result.limited), kinds, result.reduced)
+
+    def _memory(self, memory: Mapping[str, str], new: NewMemory) -> dict[str, str]:
+        """The digests of a memory with what is new in it; what is empty is forgotten."""
+        kept = {n: digest for n, digest in memory.items() if n not in new}
+        return kept | {n: self._put(tensors) for n, tensors in new.items() if tensors}
 
     def _log(self, round_: int, result: RoundOutcome) -> None:
         for device, failure in result.rejected.items():
@@ -212,7 +226,7 @@ class Worker:
         if self._calibration is not None:
             # Last: distillation changes the weights, and so the statistics.
             tensors = self._calibration(tensors)
-        return self.store.put(tensorfile.encode(tensors)).sha256
+        return self._put(tensors)
 
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
         privacy_metrics = {} if self.accountant is None else self.accountant.metrics(command)

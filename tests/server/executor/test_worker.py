@@ -273,19 +273,22 @@ def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Pa
 
 
 @pytest.mark.parametrize("settings", [{}, {"frozen": ("2.*",)}, {"trainable": ("0.*", "4.*")}])
-def test_boards_begin_a_new_model_with_weights_of_their_widths_but_what_is_frozen_as_it_is(
+def test_a_new_model_begins_with_weights_of_its_core_but_what_is_frozen_as_it_was_given(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Updates lack frozen tensors: they are read with the global model's."""
     layers = (nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     new = import_onnx(export_torch(nn.Sequential(*layers), input_shape=(6,), name="new"), "new")
-    w, widths = Worker(Job(strategy="fedprune", recipe=Recipe(**settings)), new, BlobStore(tmp_path), None), (8, 8)
-    event = w.execute(do.Extract(do.Basis(1, w.put_initial_model(), rank(w)), part("a", widths)))
-    assert isinstance(event, on.Extracted)
-    sent = tensorfile.decode(w.store.read(event.offer["weights"]["sha256"]))
+    w = Worker(Job(strategy="fedprune", recipe=Recipe(**settings)), new, BlobStore(tmp_path), None)
+    first = w.execute(do.Score(1, w.put_initial_model(), {}, ("a",), (8, 8)))
+    assert isinstance(first, on.Scored)
+    again = w.execute(do.Score(1, first.model, first.memory, ("a",), (8, 8)))
+    assert again == on.Scored(1, first.ranking), "a round may begin more than once"
+    start = tensorfile.decode(w.store.read(first.model))
 
-    assert np.array_equal(sent["2.weight"], new.tensors["2.weight"][:8, :8] * np.float32(1.0 if settings else 2**0.5))
-    assert np.array_equal(sent["4.weight"], new.tensors["4.weight"][:, :8] * np.float32(2**0.5))
+    scale = np.float32(1.0 if settings else 2**0.5)
+    assert np.array_equal(start["2.weight"][:8, :8], new.tensors["2.weight"][:8, :8] * scale)
+    assert np.array_equal(start["2.weight"][:8, 8:] == 0, np.full((8, 8), not settings))
+    assert np.array_equal(start["4.weight"][:, :8], new.tensors["4.weight"][:, :8] * np.float32(2**0.5))
 
 
 def test_a_round_ends_with_self_distillation_where_strategy_and_samples_allow_it(

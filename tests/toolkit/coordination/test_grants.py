@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import State, make_coordinator
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
 from fedprune.coordination.grants import Grant, Grants
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
@@ -74,6 +76,19 @@ def test_boards_grow_when_most_of_a_total_is_spent_however_many_rounds_there_may
         state.spent_bytes = state.spent_macs = 100 * number
         state.history.append({"at": 360.0 * number})
     assert shared == [True] * 8 + [False] * 2
+
+
+def test_a_round_is_that_of_the_model_that_a_new_one_became_for_its_core() -> None:
+    coordinator = make_coordinator(Job(strategy="fedprune", rounds=10, recipe=MSE), NET, State("m", untrained=True))
+    (score,) = coordinator.handle(on.DeviceBorn("a", 1, PI.to_dict(), 50), 0.0)
+    assert score == do.Score(1, "m", {}, ("a",), coordinator.grants.core)
+    assert coordinator.grants.core
+    begun = on.Scored(1, "r", model="n", memory={"ranks": "s"})
+    extract, *_ = coordinator.handle(begun, 0.0)
+    assert isinstance(extract, do.Extract)
+    assert extract.basis == do.Basis(1, "n", "r", memory={"ranks": "s"})
+    assert (coordinator.state.model, coordinator.state.memory) == ("n", {"ranks": "s"})
+    assert coordinator.handle(begun, 0.0) == [], "it has begun"
 
 
 def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:

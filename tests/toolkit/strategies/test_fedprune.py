@@ -20,7 +20,7 @@ from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import magnitude_scores, rank_channels
 from fedprune.strategies.methods.fedprune import FedPrune
 from fedprune.strategies.shared_core import SharedCore
-from fedprune.strategies.values import Cut, NewMemory, Scene, SelfDistillation, Turn
+from fedprune.strategies.values import NewMemory, Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
 
 pytestmark = pytest.mark.board
@@ -84,57 +84,42 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
 
 @given(data=st.data(), seed=seeds)
 @pytest.mark.parametrize("trained", [False, True])
-def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_is_silent(
-    trained: bool, data: st.DataObject, seed: int
-) -> None:
-    architecture, start = first_model(data, seed, trained=trained)
-    core = widths_at(architecture, 0.5)
-
-    def model_after_round(memory: NewMemory | None = None, **options: Any) -> Tensors:
-        """The model after a round in which a board of half the channels changed nothing."""
-        strategy = compose(job(options))
-        scene = Scene(architecture, 0, 1, start, memory or {})
-        fold = Fold(architecture, start, rule="fill")
-        core_selection = Selection.of(architecture, core, strategy.rank(scene).ranks)
-        fold.add(core_selection, core_selection.gather(start), 1)
-        model: Tensors = strategy.close(fold, scene, 1.0, lambda: iter(())).model
-        return model
-
-    silent = nest_widths(architecture, start, [core])
-    assert same_but_for_sums(model_after_round(), start if trained else silent)
-    assert same_but_for_sums(model_after_round(ranking="nested"), silent)
-    for ranking in ("ordered", "magnitude"):
-        assert same_but_for_sums(model_after_round(ranking=ranking), start)
-    assert same_but_for_sums(model_after_round(core=0), start), "without a core all channels are trained"
-    first = Scene(architecture, 0, 1, start)
-    settled = compose(job()).learn(first, Fold(architecture, start), lambda: iter(()))
-    assert same_but_for_sums(model_after_round(settled, ranking="nested"), start), "later rounds silence nothing"
-
-
-@given(data=st.data(), seed=seeds)
-@pytest.mark.parametrize("trained", [False, True])
-def test_boards_begin_a_model_that_was_just_made_with_the_weights_of_a_net_of_their_widths(
+def test_a_core_begins_a_model_that_was_just_made_as_a_net_of_its_widths_beside_which_all_is_silent(
     trained: bool, data: st.DataObject, seed: int
 ) -> None:
     """Initial weights of n inputs have a variance of 1 / n."""
     architecture, start = first_model(data, seed, trained=trained)
-    selection = Selection.of(architecture, widths_at(architecture, 0.5), [np.arange(n) for n in architecture.sizes])
+    core = widths_at(architecture, 0.5)
+    brought_ranks = tuple(np.random.default_rng(seed).permutation(n) for n in architecture.sizes)
 
-    def sent_model(round_: int = 1, memory: NewMemory | None = None, **options: Any) -> Tensors:
-        scene = Scene(architecture, 0, round_, start, memory or {})
-        return compose(job(options)).extract(Cut(scene, Turn(0, round_, "a", selection.widths), selection)).tensors
+    def started_model(memory: NewMemory | None = None, round_: int = 1, **options: Any) -> Any:
+        scene = Scene(architecture, 0, round_, start, memory or {}, ranks=brought_ranks)
+        return compose(job(options)).start_core(scene, core)
 
-    cut = selection.gather(start)
-    expected = dict(cut)
-    is_scaled = not trained and all(t.kind is not TensorKind.STAT_VAR for t in architecture.tensors)
-    for layer in architecture.layers:
-        if is_scaled and (layer.op, layer.output_axis) != ("Conv", 1):  # no file has such a layer
-            inputs = [v[layer.weight].size / v[layer.weight].shape[layer.output_axis] for v in (start, cut)]
-            expected[layer.weight] = cut[layer.weight] * np.float32((inputs[0] / inputs[1]) ** 0.5)
-    assert same(sent_model(), expected)
-    settled = compose(job()).learn(Scene(architecture, 0, 1, start), Fold(architecture, start), lambda: iter(()))
-    for later in (sent_model(2), sent_model(memory=settled), sent_model(core=0), sent_model(ranking="ordered")):
-        assert same(later, cut)
+    assert trained is (started_model() is None), "nothing of what a trained model knows may be lost"
+    is_scaled = all(t.kind is not TensorKind.STAT_VAR for t in architecture.tensors)
+    own_order = [np.arange(n) for n in architecture.sizes]
+    for settings, order in (({"ranking": "nested"}, own_order), ({}, brought_ranks))[: 1 if trained else 2]:
+        model, memory = started_model(**settings)
+        ranks = compose(job()).rank(Scene(architecture, 0, 1, model, memory)).ranks
+        assert all(np.array_equal(a, b) for a, b in zip(ranks, order, strict=True)), "by which the core was cut"
+        selection = Selection.of(architecture, core, ranks)
+        cut, begun = selection.gather(start), selection.gather(model)
+        for layer in architecture.layers:
+            if is_scaled and (layer.op, layer.output_axis) != ("Conv", 1):  # no file has such a layer
+                inputs = [v[layer.weight].size / v[layer.weight].shape[layer.output_axis] for v in (start, cut)]
+                cut[layer.weight] = cut[layer.weight] * np.float32((inputs[0] / inputs[1]) ** 0.5)
+        assert same(begun, cut)
+        if order is own_order:
+            silent = nest_widths(architecture, start, [core])
+            assert all(
+                np.array_equal((model[n] == start[n])[o := ~selection.coverage_mask(n)], (silent[n] == start[n])[o])
+                for n in model
+            )
+            assert all(not model[n][silent[n] != start[n]].any() for n in model)
+    for ranking in ("ordered", "magnitude"):
+        assert started_model(ranking=ranking) is None
+    assert started_model(memory, ranking="nested") is started_model(round_=2, ranking="nested") is None, "only once"
 
 
 def first_model(data: st.DataObject, seed: int, *, trained: bool) -> tuple[Architecture, Tensors]:
@@ -166,11 +151,6 @@ def fresh(architecture: Architecture, seed: int) -> Tensors:
 
 def same(a: Tensors, b: Tensors) -> bool:
     return all(np.array_equal(a[n], b[n]) for n in b)
-
-
-def same_but_for_sums(a: Tensors, b: Tensors) -> bool:
-    """Up to the rounding of a round's sums, but what is 0 in one is 0 in the other."""
-    return all(np.allclose(a[n], b[n], atol=1e-5) and np.array_equal(a[n] == 0, b[n] == 0) for n in b)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -93,6 +93,8 @@ class Coordinator(ABC):
                 if state.phase is not Phase.SCORING or event.round != state.round:
                     return []
                 state.ranking, state.order = event.ranking, event.order
+                if event.model:
+                    state.model, state.memory = event.model, dict(event.memory)
                 return self._begin_parts(now)
             case on.Extracted():
                 return self._on_extracted(event, now)

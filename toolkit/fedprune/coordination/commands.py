@@ -50,12 +50,14 @@ class Basis:
 
 @dataclass(frozen=True)
 class Score:
-    """Rank channels, and elements where masks are made of them, for a round and its devices; answered by `Scored`."""
+    """Rank channels, and elements where masks are made of them, for a round and its devices; answered by `Scored`.
+    `core` are the widths that boards share, by which a strategy may make another model of a new one; empty for none."""
 
     round: int
     model: str
     memory: dict[str, str]
     participants: tuple[str, ...]
+    core: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,14 @@ class DeviceDied:
 
 @dataclass(frozen=True)
 class Scored:
-    """The ranking of this round is stored under `ranking` (a selection at full width), importances under `order`."""
+    """The ranking of this round is stored under `ranking` (a selection at full width), importances under `order`.
+    `model` and `memory` are those with which the round begins, if not with the command's."""
 
     round: int
     ranking: str
     order: str | None = None
+    model: str = ""
+    memory: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

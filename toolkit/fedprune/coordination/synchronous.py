@@ -153,7 +153,7 @@ class SynchronousCoordinator(Coordinator):
 
     def _score_command(self) -> Commands:
         state = self.state
-        return [do.Score(state.round, state.model, dict(state.memory), tuple(sorted(state.tasks)))]
+        return [do.Score(state.round, state.model, dict(state.memory), tuple(sorted(state.tasks)), self.grants.core)]
 
     def _rescore(self, now: float) -> Commands:
         """Score once more for the same devices, at the widths that they have now; without any, wait for others."""

@@ -7,7 +7,7 @@ these, the wide model is the narrow one with added noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,35 +29,38 @@ def nest_widths(
     others wherever both of their channels exist. Raises `BundleError` if widths don't fit.
     """
     own_order = [np.arange(n) for n in architecture.sizes]
-    selections = [Selection.of(architecture, widths, own_order) for widths in widths_list]
     model_copy = dict(model)
-    for spec in architecture.trainable:
-        axes = _weight_axes(architecture, spec)
-        if axes is None:
-            continue
-        model_copy[spec.name] = np.array(model[spec.name])
-        weights = np.moveaxis(model_copy[spec.name], axes, (0, 1))
-        for selection in selections:
-            outputs, inputs = (selection.maps(spec.name)[axis] for axis in axes)
+    for widths in widths_list:
+        for weights, outputs, inputs in _weights(Selection.of(architecture, widths, own_order), model_copy):
             weights[np.ix_(outputs, np.setdiff1d(np.arange(weights.shape[1]), inputs))] = 0
     return model_copy
 
 
-def scale_to_inputs(selection: Selection, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """A submodel's tensors with its layers' weights multiplied by √(inputs of the whole layer / inputs that are left).
+def start_as_core(selection: Selection, model: Mapping[str, Array]) -> dict[str, Array]:
+    """A copy of a new model that begins as its core does: a net of the widths of `selection`, and the others silent.
 
-    Initial weights of n inputs have a variance of 1 / n (He et al. 2015, eq. 10, up to a factor). With the whole
-    layer's, a narrow net's outputs are too small by that root at every layer, and so are its gradients. Batch
-    normalisation makes up for that, and larger weights would only move more slowly.
+    No channel of the core reads another: such weights are 0. Those that it reads are multiplied by √(inputs of the
+    whole layer / inputs of the core's): initial weights of n inputs have a variance of 1 / n (He et al. 2015, eq. 10,
+    up to a factor). With the whole layer's, a narrow net's outputs are too small by that root at every layer, and so
+    are its gradients. Batch normalisation makes up for that, and larger weights would only move more slowly.
     """
-    scaled = dict(tensors)
-    if any(spec.kind is TensorKind.STAT_VAR for spec in selection.architecture.tensors):
-        return scaled
+    model_copy = dict(model)
+    is_normalised = any(spec.kind is TensorKind.STAT_VAR for spec in selection.architecture.tensors)
+    for weights, outputs, inputs in _weights(selection, model_copy):
+        scales = np.zeros(weights.shape[1], np.float32)
+        scales[inputs] = 1 if is_normalised else math.sqrt(len(scales) / len(inputs))
+        weights[outputs] *= scales.reshape(-1, *[1] * (weights.ndim - 2))
+    return model_copy
+
+
+def _weights(selection: Selection, model: dict[str, Array]) -> Iterator[tuple[Array, Array, Array]]:
+    """Views of weights that `model` gets copies of, outputs first and inputs second, with the selection's outputs and
+    inputs."""
     for spec in selection.architecture.trainable:
         if (axes := _weight_axes(selection.architecture, spec)) is not None:
-            scale = math.sqrt(spec.shape[axes[1]] / tensors[spec.name].shape[axes[1]])
-            scaled[spec.name] = tensors[spec.name] * np.float32(scale)
-    return scaled
+            model[spec.name] = np.array(model[spec.name])
+            outputs, inputs = (selection.maps(spec.name)[axis] for axis in axes)
+            yield np.moveaxis(model[spec.name], axes, (0, 1)), outputs, inputs
 
 
 def _weight_axes(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Strategies: one base class of seven methods, and one module per paper with its subclass (`methods`).
+"""Strategies: one base class of eight methods, and one module per paper with its subclass (`methods`).
 
 Not here: the order of a round (`coordination`) and the arithmetic of sums (`aggregation`).
 """

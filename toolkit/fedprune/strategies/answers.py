@@ -90,6 +90,15 @@ def _check_closing(answer: Any, arguments: Sequence[Any]) -> None:
     _check_type(Mapping, answer.rejected, ".rejected", "a dict of reasons by device")
 
 
+def _check_start(answer: Any, arguments: Sequence[Any]) -> None:
+    if answer is None:
+        return
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise UnfitError("", "a model and memories, or None", _type_text(answer))
+    _check_model(answer[0], arguments[0].architecture, "[0]")
+    _check_memories(answer[1], "[1]")
+
+
 def _check_model(answer: Any, architecture: Architecture, part: str) -> None:
     _check_tensors(answer, {t.name: t.shape for t in architecture.tensors}, part, missing=False)
 
@@ -112,6 +121,7 @@ def _check_admission(answer: Any, arguments: Sequence[Any]) -> None:
 CHECKS: dict[type, dict[str, Check]] = {
     Strategy: {
         "begin": lambda answer, arguments: _check_model(answer, arguments[0], ""),
+        "start_core": _check_start,
         "rank": _check_ranking,
         "learn": lambda answer, arguments: _check_memories(answer, ""),
         "extract": lambda answer, arguments: _check_submodel(answer, arguments[0].scene.architecture, missing=False),

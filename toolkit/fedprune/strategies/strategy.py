@@ -36,13 +36,13 @@ Inputs = Literal["sum", "updates", "measurements"]
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy: seven methods that a subclass may override, and how updates are averaged.
+    """A strategy: eight methods that a subclass may override, and how updates are averaged.
 
-    The methods are `begin`, `rank`, `learn`, `extract`, `reconstruct`, `recipe` and `close`. They get a `Scene` (the
-    round), a `Turn` (a device's part in it), a `Cut` (both, and the device's channels), `UpdateReport`s (trained
-    submodels with their cuts) and a `Fold` (the sums of the round's updates). They must not keep state:
-    what must last is returned by `learn` and `close`, and is in `scene.memory` a round later. It is stored after every
-    round, so that a round can be repeated in another process with the same bits.
+    The methods are `begin`, `start_core`, `rank`, `learn`, `extract`, `reconstruct`, `recipe` and `close`. They get
+    a `Scene` (the round), a `Turn` (a device's part in it), a `Cut` (both, and the device's channels), `UpdateReport`s
+    (trained submodels with their cuts) and a `Fold` (the sums of the round's updates). They must not keep state: what
+    must last is returned by `start_core`, `learn` and `close`, and is in `scene.memory` from then on. It is stored, so
+    that a round can be repeated in another process with the same bits.
 
     Attributes:
         name: Shown to people; by default the class's name.
@@ -97,6 +97,12 @@ class Strategy:
         """The job's first global model, made from the imported one: the same tensors and shapes, float32. Called before
         any device is asked: here a strategy refuses a model that lacks what it needs (`ConfigError`)."""
         return model
+
+    def start_core(self, scene: Scene, core: tuple[int, ...]) -> tuple[Tensors, NewMemory] | None:
+        """The model with which a round begins whose boards share a core of these widths, and what that adds to the
+        memory; None to leave both. Called before the round's channels are ranked, by which it must not be asked again:
+        a round may begin more than once."""
+        return None
 
     def rank(self, scene: Scene) -> Ranking:
         """Rank channels, and elements where there are element masks, once a round for all devices."""

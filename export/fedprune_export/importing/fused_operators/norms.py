@@ -28,8 +28,7 @@ def skip_layer_norm(fused: FusedNode) -> None:
     op = "LayerNormalization"
     if fused.node.op == "SkipSimplifiedLayerNormalization":
         op, vectors = "RMSNormalization", [vectors[0], "", vectors[1]]
-    total = fused.sum(x, vectors.pop(), skip, out=fused.output(3))
-    _normalise(fused, op, total, *vectors)
+    _normalise(fused, op, fused.sum(x, vectors.pop(), skip, out=fused.output(3)), *vectors)
 
 
 @rule("EmbedLayerNormalization")

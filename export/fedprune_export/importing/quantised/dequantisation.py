@@ -36,8 +36,7 @@ def float_file(raw: bytes) -> bytes:
     Raises `ModelError` if it computes with integers in a way that has no float form here, or what was written doesn't
     compute what the file does, up to the file's own rounding.
     """
-    file = parse_model(raw, run_checker=False)
-    if not _is_quantised(file):
+    if not _is_quantised(parse_model(raw, run_checker=False)):
         return raw
     file_notes = list[str]()
     # A draw has another number in each of two runs, and means what it does on floats.

@@ -30,8 +30,7 @@ def scaled_sum(state: Rewriter, node: Node) -> bool:
 
 
 def _write_product(state: Rewriter, node: Node, product: Node, scales: str) -> None:
-    names = [*product.inputs, "", ""][:4]
-    x, y, x_zero, y_zero = names
+    x, y, x_zero, y_zero = [*product.inputs, "", ""][:4]
     x_scale = _scale_of(state, x, scales)
     second_scale = _other_scale(state, scales, x_scale) if x_scale else None
     if x_scale is None or second_scale is None:

@@ -5,8 +5,8 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - ranks that are settled before the first round and then stay: a submodel's channels are its own for good, so ordered
   dropout can make the ranking true, and a trained model is cut where it hurts least;
 - a nested start: in a model that was just made, as its normalisations or the bounds of its weights tell, no channel
-  listens to one that only wider models have, so that what a width adds is silent until it has learnt
-  (`fedprune.model.nesting`);
+  listens to one that only wider models have, so that what a width adds is silent until it has learnt; and the core has
+  the weights that a net of its widths begins with (`fedprune.model.nesting`);
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
 - a core that the fleet shares before each board trains all that it can hold (`fedprune.strategies.shared_core`); or, if
@@ -39,27 +39,17 @@ from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.initial_values import is_untrained
 from fedprune.model.mixup import MIN_MIXUP
-from fedprune.model.nesting import nest_widths, scale_to_inputs
+from fedprune.model.nesting import nest_widths, start_as_core
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Tensors
+from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.allocation import density_allocator
 from fedprune.strategies.channel_ranking import group_keys
-from fedprune.strategies.importance.scoring import channel_scores, rank_channels
+from fedprune.strategies.importance.scoring import Ranks, channel_scores, rank_channels
 from fedprune.strategies.options import read_options
 from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import (
-    Cut,
-    NewMemory,
-    Ranking,
-    RoundClosing,
-    Scene,
-    SelfDistillation,
-    Submodel,
-    Turn,
-    UpdateReport,
-)
+from fedprune.strategies.values import NewMemory, Ranking, Scene, SelfDistillation, Turn, UpdateReport
 
 # Memory: the ranks that were settled, by the architecture's digest and the group's number.
 RANKS = "ranks"
@@ -119,7 +109,7 @@ class FedPrune(Strategy):
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         """Nest a model that was just made, so that what a wider width adds is silent at the start."""
-        # With a core no widths are nested beforehand: `close` silences what the first round has not trained.
+        # With a core no widths are nested beforehand: `start_core` knows it.
         if self.nested_densities and self._is_just_made(architecture, model):
             nested_levels = [widths_at(architecture, density) for density in self.nested_densities]
             return nest_widths(architecture, model, nested_levels)
@@ -139,31 +129,17 @@ class FedPrune(Strategy):
             scorer = "ordered" if is_untrained(scene.architecture, scene.model) else "magnitude"
         return Ranking(rank_channels(channel_scores(scorer, scene.architecture, scene.model)))
 
-    def extract(self, cut: Cut) -> Submodel:
-        """The first channels, in a model that was just made with the weights that a net of their widths begins with."""
-        submodel = super().extract(cut)
-        if not self._is_new(cut.scene):
-            return submodel
-        return replace(submodel, tensors=scale_to_inputs(submodel.selection, submodel.tensors))
-
-    @property
-    def is_device_independent(self) -> bool:
-        return True
+    def start_core(self, scene: Scene, core: tuple[int, ...]) -> tuple[Tensors, NewMemory] | None:
+        """In a model that was just made the core has the weights that a net of its widths begins with."""
+        is_first = scene.round == 1 and self._settled_ranking(scene) is None
+        if not (is_first and self._is_just_made(scene.architecture, scene.model)):
+            return None
+        ranks = self.rank(scene).ranks
+        return start_as_core(Selection.of(scene.architecture, core, ranks), scene.model), _memory_of(scene, ranks)
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[UpdateReport]]) -> NewMemory:
         """Store the first round's ranks."""
-        if self._settled_ranking(scene) is not None:
-            return {}
-        return {RANKS: dict(zip(group_keys(scene.architecture), self.rank(scene).ranks, strict=True))}
-
-    def close(
-        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[UpdateReport, Submodel]]]
-    ) -> RoundClosing:
-        """The next model. After the first round with a core, what no board has trained is silent."""
-        closing = super().close(fold, scene, rate, reports)
-        if self._is_new(scene):
-            return replace(closing, model=nest_widths(scene.architecture, closing.model, [fold.widths]))
-        return closing
+        return {} if self._settled_ranking(scene) is not None else _memory_of(scene, self.rank(scene).ranks)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe. Raises `ConfigError` if the job's own recipe has settings that don't go with the
@@ -196,15 +172,6 @@ class FedPrune(Strategy):
         hold."""
         return replace(self, core=None, nested_densities=self.nested_densities or (0.25, 0.5, 0.75))
 
-    @property
-    def has_plain_close(self) -> bool:
-        return True  # what `close` silences is no part of any mean
-
-    def _is_new(self, scene: Scene) -> bool:
-        """Whether a fleet with a core begins with a model that was just made."""
-        is_first = self.core is not None and scene.round == 1 and self._settled_ranking(scene) is None
-        return is_first and self._is_just_made(scene.architecture, scene.model)
-
     def _is_just_made(self, architecture: Architecture, model: Tensors) -> bool:
         ranking = self.options.ranking
         return ranking == "nested" or (ranking == "auto" and is_untrained(architecture, model))
@@ -213,6 +180,10 @@ class FedPrune(Strategy):
         stored_ranks, keys = scene.memory.get(RANKS, {}), group_keys(scene.architecture)
         # Keys carry the architecture's digest: other groups of channels make the memory void.
         return Ranking(tuple(np.asarray(stored_ranks[key]) for key in keys)) if set(stored_ranks) == set(keys) else None
+
+
+def _memory_of(scene: Scene, ranks: Ranks) -> NewMemory:
+    return {RANKS: dict(zip(group_keys(scene.architecture), ranks, strict=True))}
 
 
 def fedprune(job: Job) -> Strategy:
