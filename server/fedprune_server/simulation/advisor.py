@@ -57,10 +57,12 @@ class VariantRuns:
         return statistics.fmean(amount(run) / len(run.rounds) for run in self.runs)
 
     def bytes(self, rounds: int) -> float:
-        """Bytes of so many rounds, both ways. Graphs and whole weights, which are sent once, are in the first alone."""
-        count, runs = len(self.runs[0].rounds), [run.rounds for run in self.runs]
-        first, last = (statistics.fmean(rows[i].down + rows[i].up for rows in runs) for i in (0, -1))
-        return first + (rounds - 1) * ((last - first) / (count - 1) if count > 1 else first)
+        """Bytes of so many rounds, both ways. What is sent once is in the first two alone: graphs and whole weights,
+        and the weights from which boards go on alone."""
+        run_rows = [[0, *(row.down + row.up for row in run.rounds)] for run in self.runs]
+        count = min(2, len(run_rows[0]) - 2)
+        first, last = (statistics.fmean(rows[i] for rows in run_rows) for i in (count, -1))
+        return first + (rounds - count) * (last - first) / (len(run_rows[0]) - 1 - count)
 
 
 @dataclass(frozen=True)

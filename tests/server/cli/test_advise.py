@@ -54,7 +54,7 @@ def advise(tmp_path, monkeypatch, capsys):
                         {metric: score},
                         (served or {}).get(variant, {}),
                         1,
-                        (sent or {}).get(variant, 10) * (1 if variant == "local" else i),
+                        (sent or {}).get(variant, 10) * (min(i, 2) if variant == "local" else i),
                         0,
                     )
                     for i, score in enumerate(curve, 1)
@@ -178,9 +178,9 @@ def test_advice_is_doubted_where_a_job_goes_on_and_another_variant_rises(advise,
     assert len(advice["doubts"]) == doubts
 
 
-def test_what_the_first_round_alone_sends_is_counted_once(advise):
-    variants = advise(WIDE, {}, "--rounds", "2", usual=(0.5, 0.5))["variants"]
-    assert [row["bytes"] for row in variants] == [120, 120, 120, 10]
+def test_what_the_first_two_rounds_alone_send_is_counted_once(advise):
+    variants = advise(WIDE, {}, "--rounds", "3", usual=(0.5,) * 3)["variants"]
+    assert [row["bytes"] for row in variants] == [120, 120, 120, 20]
 
 
 def test_a_variant_that_the_jobs_settings_refuse_is_left_out_and_said(advise):
