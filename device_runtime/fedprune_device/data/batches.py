@@ -77,4 +77,5 @@ class Batches:
 
 def even_chunks(order: Rows, max_rows: int) -> list[Rows]:
     """Rows in parts as equal as possible, of at most `max_rows` and at least two rows."""
-    return np.array_split(order, max(1, min(-(-len(order) // max_rows), len(order) // 2)))
+    count = -(-len(order) // max_rows)
+    return np.array_split(order, max(1, min(count, len(order) // 2)))

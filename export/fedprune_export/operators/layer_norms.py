@@ -65,7 +65,8 @@ def softmax(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         dz, factor = (g.emit("Mul", dy, y), y) if node.op == "Softmax" else (dy, g.emit("Exp", y))
-        tape.add_gradient(name, g.emit("Sub", dz, g.emit("Mul", factor, sum_axes(g, dz, [axis]))))
+        rest = g.emit("Mul", factor, sum_axes(g, dz, [axis]))
+        tape.add_gradient(name, g.emit("Sub", dz, rest))
 
     return pull
 

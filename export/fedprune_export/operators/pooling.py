@@ -78,7 +78,8 @@ def max_pool(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         # Indices are flat over the whole input, so one scatter serves all of it; windows that overlap add up.
-        zeros = g.emit("ConstantOfShape", tape.shape_of(g.emit("Reshape", x, g.ints(-1))))
+        flat = g.emit("Reshape", x, g.ints(-1))
+        zeros = g.emit("ConstantOfShape", tape.shape_of(flat))
         flat_indices, gradients = g.emit("Reshape", indices, g.ints(-1)), g.emit("Reshape", dy, g.ints(-1))
         spread = g.emit("ScatterElements", zeros, flat_indices, gradients, attrs={"axis": 0, "reduction": "add"})
         tape.add_gradient(name, g.emit("Reshape", spread, tape.shape_of(x)))

@@ -82,7 +82,8 @@ def indices_after_cut(
 @rewrite("Slice")
 def slice_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Along an axis that is cut, select the indices that are left, by a slice if they are consecutive."""
-    slices = constant_slices(graph, node, len(sizes.full_sizes(node.inputs[0]))) or {}
+    rank = len(sizes.full_sizes(node.inputs[0]))
+    slices = constant_slices(graph, node, rank) or {}
     cut = [axis for axis in slices if sizes.is_shorter(node.inputs[0], axis)]
     if not cut:
         return
@@ -127,7 +128,8 @@ def slice_ranges(tape: Tape, node: Node) -> Pull:
     y, shape, ranges = tape.value(name), tape.shape(name), _read_ranges(tape, node)
     if ranges.runs:
         axes, begins, stops = zip(*ranges.runs, strict=True)
-        y = g.emit("Slice", y, tape.sizes(begins), tape.sizes(stops), g.ints(*axes))
+        run_axes = g.ints(*axes)
+        y = g.emit("Slice", y, tape.sizes(begins), tape.sizes(stops), run_axes)
     for axis, picked in ranges.strided:
         # A stop of −1 would mean the last index, so a range that ends before index 0 gets a very low one.
         last = picked.stop if picked.stop >= 0 else -(2**31)

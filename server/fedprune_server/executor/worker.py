@@ -120,7 +120,8 @@ class Worker:
     def _put_start(self, model: Tensors) -> str:
         if model is not self.model.tensors:
             # Frozen tensors keep the values of the given model: training never changes them.
-            frozen_names = frozen_tensors(self.architecture, self.job.recipe.features, self.model.frozen)
+            recipe = self.updates.recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
+            frozen_names = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
             model = {**model, **{n: v for n, v in self.model.tensors.items() if n in frozen_names}}
         return self._put(model)
 
@@ -173,13 +174,14 @@ class Worker:
         return self._round[1]
 
     def _score(self, command: do.Score) -> on.Scored:
-        scene = self.updates.scene(command.round, command.model, command.memory, command.participants)
-        model, memory = "", dict[str, str]()
-        start = self.strategy.start_core(scene, command.core) if command.core else None
-        if start is not None:
-            model, memory = self._put_start(start[0]), self._memory(command.memory, start[1])
-            scene = self.updates.scene(command.round, model, memory, command.participants)
-        ranking = self.strategy.rank(scene)
+        model, memory = command.model, command.memory
+        if command.round == 1:
+            # The round may have begun before, with another core: it begins with the given model each time.
+            model, memory = self._put_start(self.strategy.begin(self.architecture, self.model.tensors)), {}
+            scene = self.updates.scene(1, model, memory, command.participants)
+            if command.core and (start := self.strategy.start_core(scene, command.core)) is not None:
+                model, memory = self._put_start(start[0]), self._memory(memory, start[1])
+        ranking = self.strategy.rank(self.updates.scene(command.round, model, memory, command.participants))
         selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
         ranking_digest = self.store.put(selection.to_json().encode()).sha256
         order = None if ranking.order is None else self._put(ranking.order)

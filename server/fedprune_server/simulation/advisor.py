@@ -58,11 +58,12 @@ class VariantRuns:
 
     def bytes(self, rounds: int) -> float:
         """Bytes of so many rounds, both ways. What is sent once is in the first two alone: graphs and whole weights,
-        and the weights from which boards go on alone."""
-        run_rows = [[0, *(row.down + row.up for row in run.rounds)] for run in self.runs]
-        count = min(2, len(run_rows[0]) - 2)
-        first, last = (statistics.fmean(rows[i] for rows in run_rows) for i in (count, -1))
-        return first + (rounds - count) * (last - first) / (len(run_rows[0]) - 1 - count)
+        and the weights from which boards go on alone. A trial of two rounds or one can't tell that apart."""
+        run_bytes = [[0, *(row.down + row.up for row in run.rounds)] for run in self.runs]  # after 0, 1, 2, … rounds
+        made = min(map(len, run_bytes)) - 1
+        settled = min(2, made - 1)
+        first, last = (statistics.fmean(after[i] for after in run_bytes) for i in (settled, made))
+        return first + (rounds - settled) * (last - first) / (made - settled)
 
 
 @dataclass(frozen=True)

@@ -36,22 +36,13 @@ class Api:
         self._console, self._view = console, console.view
 
     def routes(self) -> list[Route]:
+        fleet = self.me, self.site, self.jobs, self.rounds, self.devices, self.coverage, self.rollouts
+        named_by_path = *fleet, self.alerts, self.logs, self.audit, self.orders, self.events
         return [
-            Route(PREFIX + "/me", self.me),
-            Route(PREFIX + "/site", self.site),
-            Route(PREFIX + "/jobs", self.jobs),
-            Route(PREFIX + "/rounds", self.rounds),
-            Route(PREFIX + "/devices", self.devices),
+            *(Route(f"{PREFIX}/{handler.__name__}", handler) for handler in named_by_path),
             Route(PREFIX + "/devices/{name}", self.device),
-            Route(PREFIX + "/coverage", self.coverage),
-            Route(PREFIX + "/rollouts", self.rollouts),
-            Route(PREFIX + "/alerts", self.alerts),
-            Route(PREFIX + "/logs", self.logs),
-            Route(PREFIX + "/audit", self.audit),
-            Route(PREFIX + "/orders", self.orders),
             Route(PREFIX + "/orders/{number}", self.order),
             Route(PREFIX + "/orders", self.give, methods=["POST"]),
-            Route(PREFIX + "/events", self.events),
         ]
 
     def me(self, request: Request) -> Response:

@@ -21,6 +21,7 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.nesting import nest_widths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
+from fedprune.strategies.methods.fedprune import FedPrune
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.importing import export_torch, import_onnx
@@ -272,22 +273,33 @@ def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Pa
     assert not np.array_equal(start["conv3.weight"], model.tensors["conv3.weight"])
 
 
-@pytest.mark.parametrize("settings", [{}, {"frozen": ("2.*",)}, {"trainable": ("0.*", "4.*")}])
-def test_a_new_model_begins_with_weights_of_its_core_but_what_is_frozen_as_it_was_given(
-    settings: dict[str, Any], tmp_path: Path
+FROZEN = {"frozen": ("2.*",)}
+
+
+@pytest.mark.parametrize(("job", "own"), [({}, {}), (FROZEN, {}), ({"trainable": ("0.*", "4.*")}, {}), ({}, FROZEN)])
+def test_a_new_model_begins_with_weights_of_its_core_but_what_job_or_strategy_freezes_as_it_was_given(
+    job: dict[str, Any], own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(FedPrune, "recipe", lambda _self, recipe, _turn: replace(recipe, **own))
     layers = (nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     new = import_onnx(export_torch(nn.Sequential(*layers), input_shape=(6,), name="new"), "new")
-    w = Worker(Job(strategy="fedprune", recipe=Recipe(**settings)), new, BlobStore(tmp_path), None)
-    first = w.execute(do.Score(1, w.put_initial_model(), {}, ("a",), (8, 8)))
-    assert isinstance(first, on.Scored)
-    again = w.execute(do.Score(1, first.model, first.memory, ("a",), (8, 8)))
-    assert again == on.Scored(1, first.ranking), "a round may begin more than once"
-    start = tensorfile.decode(w.store.read(first.model))
+    w = Worker(Job(strategy="fedprune", recipe=Recipe(**job)), new, BlobStore(tmp_path), None)
 
-    scale = np.float32(1.0 if settings else 2**0.5)
+    def score(model: str, memory: dict[str, str], core: tuple[int, ...] = ()) -> on.Scored:
+        scored = w.execute(do.Score(1, model, memory, ("a",), core))
+        assert isinstance(scored, on.Scored)
+        return scored
+
+    given = w.put_initial_model()
+    first = score(given, {}, (8, 8))
+    other = score(first.model, first.memory, (4, 4))
+    assert other != score(other.model, other.memory, (8, 8)) == first, "a round may begin again, with another core"
+    assert score(first.model, first.memory).model == given, "and without one"
+
+    start, is_frozen = tensorfile.decode(w.store.read(first.model)), bool(job or own)
+    scale = np.float32(1.0 if is_frozen else 2**0.5)
     assert np.array_equal(start["2.weight"][:8, :8], new.tensors["2.weight"][:8, :8] * scale)
-    assert np.array_equal(start["2.weight"][:8, 8:] == 0, np.full((8, 8), not settings))
+    assert np.array_equal(start["2.weight"][:8, 8:] == 0, np.full((8, 8), not is_frozen))
     assert np.array_equal(start["4.weight"][:, :8], new.tensors["4.weight"][:, :8] * np.float32(2**0.5))
 
 

@@ -36,6 +36,8 @@ NET = Architecture(
 )
 """A small model with one of each kind of tensor."""
 
+TRAINED = frozenset(t.name for t in NET.trainable)
+
 Move = Callable[[Submodel, str, int], Tensors]
 """Makes what a device trained of what it was sent, by its name and the round."""
 

@@ -1,5 +1,6 @@
 """What devices train in a round: a core that the fleet shares, growth, and work that narrower boards have time for."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,13 @@ def test_a_round_is_that_of_the_model_that_a_new_one_became_for_its_core() -> No
     assert extract.basis == do.Basis(1, "n", "r", memory={"ranks": "s"})
     assert (coordinator.state.model, coordinator.state.memory) == ("n", {"ranks": "s"})
     assert coordinator.handle(begun, 0.0) == [], "it has begun"
+
+
+@pytest.mark.parametrize("options", [{"core": 0}, {"dropout": [0.5]}])
+def test_a_job_whose_core_is_switched_off_in_a_round_has_none_in_it(options: dict[str, Any]) -> None:
+    state, job = fleet(FLEET), Job(strategy="fedprune", rounds=10, recipe=MSE)
+    assert begin_grants(job, state).core
+    assert make_coordinator(replace(job, options=options), NET, state).grants.core == ()
 
 
 def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:

@@ -21,8 +21,7 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.selection import ALL_ACTIVE, ElementMask, Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.values import Cut, Scene, Submodel, Turn, UpdateReport
-from support.nets.two_groups import ARCHITECTURE as NET
-from support.nets.two_groups import TRAINED
+from support.fakes.strategy_rounds import NET, TRAINED
 
 DICE = np.random.default_rng(0)
 BASE: Tensors = {t.name: np.abs(DICE.standard_normal(t.shape)).astype(np.float32) for t in NET.tensors}

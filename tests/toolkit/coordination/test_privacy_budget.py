@@ -21,7 +21,7 @@ from fedprune.updates.privacy import Privacy
 from fedprune.updates.privacy_cost import epsilon_for
 from support.fakes import tiny_job as toy
 from support.fakes.coordinator_shell import MaskingShell, Shell
-from support.nets.two_groups import ARCHITECTURE, TRAINED
+from support.fakes.strategy_rounds import NET, TRAINED
 
 pytestmark = pytest.mark.board
 
@@ -208,15 +208,13 @@ def test_a_model_that_is_evaluated_before_any_release_has_cost_nothing(devices: 
     assert (budget.largest_cost(), budget.largest_cost_after_next()) == (0.0, 1 / LOCAL.noise_multiplier**2)
 
 
-@given(st.lists(st.tuples(*(st.integers(1, n) for n in ARCHITECTURE.sizes)), min_size=1, max_size=5), st.data())
+@given(st.lists(st.tuples(*(st.integers(1, n) for n in NET.sizes)), min_size=1, max_size=5), st.data())
 def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
     widths: list[tuple[int, ...]], data: st.DataObject
 ) -> None:
     kinds = data.draw(st.lists(st.integers(0, 1), min_size=len(widths), max_size=len(widths)))
-    orders = [
-        tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in ARCHITECTURE.sizes) for _ in range(2)
-    ]
-    full_selections = [Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, order) for order in orders]
+    orders = [tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in NET.sizes) for _ in range(2)]
+    full_selections = [Selection.of(NET, NET.sizes, order) for order in orders]
     board_selections = {
         str(i): full_selections[kind].with_widths(w) for i, (kind, w) in enumerate(zip(kinds, widths, strict=True))
     }
@@ -228,7 +226,7 @@ def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
     for name, selection in board_selections.items():
         marks = {}
         for tensor in TRAINED:
-            marks[tensor] = np.zeros(ARCHITECTURE.by_name[tensor].shape, int)
+            marks[tensor] = np.zeros(NET.by_name[tensor].shape, int)
             marks[tensor][np.ix_(*selection.maps(tensor))] = 1
         coverage[name] = marks
     for name, credited in count_holders(tasks).items():

@@ -17,8 +17,8 @@ from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import SecureSumSession
 from fedprune.secure_aggregation.vector_form import MAX_CODE, MaskedForm, TensorGrid, VectorForm
 from support.fakes.masked_cohort import NAMES, MaskedCohort, plain_sum
+from support.fakes.strategy_rounds import NET, TRAINED
 from support.nets.drawn_models import architectures, model, perturb_submodel, seeds, selections
-from support.nets.two_groups import ARCHITECTURE, TRAINED
 
 pytestmark = pytest.mark.board
 
@@ -69,9 +69,9 @@ def test_cohorts_give_the_bits_of_a_plain_fold(
 
 
 def test_boards_that_mask_give_the_bits_of_a_plain_fold() -> None:
-    base = model(ARCHITECTURE, 1)
-    selection = Selection.of(ARCHITECTURE, (4, 3), ([5, 0, 3, 1, 2, 4], [1, 0, 2, 4, 3]))
-    plain, masked = Fold(ARCHITECTURE, base, excluded=["head"]), Fold(ARCHITECTURE, base, excluded=["head"])
+    base = model(NET, 1)
+    selection = Selection.of(NET, (4, 3), ([5, 0, 3, 1, 2, 4], [1, 0, 3, 2]))
+    plain, masked = Fold(NET, base, excluded=["head.weight"]), Fold(NET, base, excluded=["head.weight"])
     grid, sent = exact(masked, selection, 8), selection.gather(base)
     cohort, names = MaskedCohort(SecureSumSession(b"grid", 8, 5, grid.narrow, grid.wide), NAMES[:8]), NAMES[:8]
     updates = {name: perturb_submodel(selection, base, i) for i, name in enumerate(names)}
@@ -85,21 +85,21 @@ def test_boards_that_mask_give_the_bits_of_a_plain_fold() -> None:
 
 
 def coded_grid(base: Tensors, steps: dict[str, int], boards: int) -> tuple[Fold, CohortGrid]:
-    fold = Fold(ARCHITECTURE, base)
+    fold = Fold(NET, base)
     tensors = {t.name: TensorGrid(fold.sum_range(t.name), steps.get(t.name)) for t in fold.shared}
-    return fold, CohortGrid(Selection.full(ARCHITECTURE), tensors, boards)
+    return fold, CohortGrid(Selection.full(NET), tensors, boards)
 
 
 @given(seeds, st.integers(1, 5), st.integers(-20, -5))
 @settings(deadline=None, max_examples=40)
 def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boards: int, step: int) -> None:
-    base = model(ARCHITECTURE, seed)
+    base = model(NET, seed)
     masked, grid = coded_grid(base, dict.fromkeys(TRAINED, step), boards)
     assert grid.narrow == sum(base[n].size for n in TRAINED)
     plain = {n: FixedSum(base[n].shape, masked.sum_range(n)) for n in TRAINED}
     vectors = []
     for i in range(boards):
-        new = perturb_submodel(Selection.full(ARCHITECTURE), base, seed + i, scale=2.0**step * 40)
+        new = perturb_submodel(Selection.full(NET), base, seed + i, scale=2.0**step * 40)
         vector, left = grid.form.encode(new, base)
         vectors.append(vector)
         for name in TRAINED:
@@ -115,14 +115,14 @@ def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boa
 
 
 def test_what_codes_leave_out_is_made_up_for_later() -> None:
-    base = model(ARCHITECTURE, 5)
+    base = model(NET, 5)
     _, grid = coded_grid(base, dict.fromkeys(TRAINED, -6), 1)
-    new = perturb_submodel(Selection.full(ARCHITECTURE), base, 6, scale=0.004)  # half a step is 0.008
+    new = perturb_submodel(Selection.full(NET), base, 6, scale=0.004)  # half a step is 0.008
     reached, left = {n: np.zeros(base[n].shape) for n in TRAINED}, None
     for _ in range(50):
         vector, left = grid.form.encode(new, base, left)
         start = 0
-        for name in (t.name for t in ARCHITECTURE.tensors if t.name in TRAINED):
+        for name in (t.name for t in NET.tensors if t.name in TRAINED):
             codes = vector.narrow.view(np.int32)[start : start + base[name].size].reshape(base[name].shape)
             start += base[name].size
             reached[name] += codes * 2.0**-6
@@ -132,11 +132,13 @@ def test_what_codes_leave_out_is_made_up_for_later() -> None:
 
 def test_the_largest_codes_of_the_most_boards_fit() -> None:
     """127·2^24 fits into 32 bits; so do 2^24 times the largest values into 64."""
-    base = {n: np.zeros(v.shape, np.float32) for n, v in model(ARCHITECTURE, 1).items()}
+    base = {n: np.zeros(v.shape, np.float32) for n, v in model(NET, 1).items()}
     far = {n: np.full(v.shape, 8.0 if n in TRAINED else 2.0**24, np.float32) for n, v in base.items()}
     for sign, steps in ((1, {}), (-1, {}), (1, dict.fromkeys(TRAINED, -5)), (-1, dict.fromkeys(TRAINED, -5))):
         fold, grid = coded_grid(base, steps, MAX_WEIGHT)
-        vector, _ = grid.form.encode({n: v if n == "a.var" else np.float32(sign) * v for n, v in far.items()}, base)
+        vector, _ = grid.form.encode(
+            {n: v if n == "norm.variance" else np.float32(sign) * v for n, v in far.items()}, base
+        )
         boards = Vector(vector.narrow * np.uint32(MAX_WEIGHT), vector.wide * np.uint64(MAX_WEIGHT))
         sums = grid.partial_sums(boards, MAX_WEIGHT, base)
         assert sums.weight == MAX_WEIGHT
@@ -146,33 +148,33 @@ def test_the_largest_codes_of_the_most_boards_fit() -> None:
 
 
 def test_updates_that_do_not_fit_are_refused_before_they_are_masked() -> None:
-    base = model(ARCHITECTURE, 1)
+    base = model(NET, 1)
     _, grid = coded_grid(base, dict.fromkeys(TRAINED, -8), 2)
     for wrong, problem in (
-        ({**base, "a": base["a"] * np.float32(np.nan)}, "not finite"),
-        ({**base, "a": np.full_like(base["a"], 1e9)}, "values of a"),
-        ({**base, "a": base["a"].astype(np.float64)}, "type of a"),
-        ({**base, "a": base["a"][:1]}, "shape of a"),
-        ({n: v for n, v in base.items() if n != "a"}, "lacks tensor a"),
+        ({**base, "first.weight": base["first.weight"] * np.float32(np.nan)}, "not finite"),
+        ({**base, "first.weight": np.full_like(base["first.weight"], 1e9)}, "values of first.weight"),
+        ({**base, "first.weight": base["first.weight"].astype(np.float64)}, "type of first.weight"),
+        ({**base, "first.weight": base["first.weight"][:1]}, "shape of first.weight"),
+        ({n: v for n, v in base.items() if n != "first.weight"}, "lacks tensor first.weight"),
     ):
         with pytest.raises(ProtocolError, match=problem):
             grid.form.encode(wrong, base)
 
 
 def test_a_form_that_was_sent_to_a_board_gives_the_same_vector() -> None:
-    base = model(ARCHITECTURE, 1)
-    _, grid = coded_grid(base, {"a": -8}, 2)
-    new = perturb_submodel(Selection.full(ARCHITECTURE), base, 6, scale=0.1)
+    base = model(NET, 1)
+    _, grid = coded_grid(base, {"first.weight": -8}, 2)
+    new = perturb_submodel(Selection.full(NET), base, 6, scale=0.1)
     received_form = VectorForm.from_json(json.loads(json.dumps(grid.form.to_json())))
     assert received_form.encode(new, base)[0].to_bytes() == grid.form.encode(new, base)[0].to_bytes()
     for wrong in (
         [],
-        [["a", 3, 1]],
-        [["a", 3, 1, None]] * 2,
+        [["first.weight", 3, 1]],
+        [["first.weight", 3, 1, None]] * 2,
         [[1, 3, 1, None]],
-        [["a", 3, 9, None]],
-        "a",
-        [["a", 3, 1, 9]],
+        [["first.weight", 3, 9, None]],
+        "first.weight",
+        [["first.weight", 3, 1, 9]],
     ):
         with pytest.raises(ProtocolError):
             VectorForm.from_json(wrong)
@@ -190,9 +192,9 @@ def test_a_form_that_was_sent_to_a_board_gives_the_same_vector() -> None:
 
 
 def test_tensors_that_stay_on_boards_enter_the_sum_as_they_were_sent() -> None:
-    base = model(ARCHITECTURE, 1)
-    masked, plain = Fold(ARCHITECTURE, base), Fold(ARCHITECTURE, base)
-    selection, stays = Selection.of(ARCHITECTURE, (4, 3), ([5, 0, 3, 1, 2, 4], [1, 0, 2, 4, 3])), {"head", "a.mean"}
+    base = model(NET, 1)
+    masked, plain = Fold(NET, base), Fold(NET, base)
+    selection, stays = Selection.of(NET, (4, 3), ([5, 0, 3, 1, 2, 4], [1, 0, 3, 2])), {"head.weight", "norm.mean"}
     travels = {t.name: TensorGrid(masked.sum_range(t.name)) for t in masked.shared if t.name not in stays}
     grid = CohortGrid(selection, travels, 2, {name: masked.sum_range(name) for name in stays})
     sent = selection.gather(base)
@@ -206,18 +208,18 @@ def test_tensors_that_stay_on_boards_enter_the_sum_as_they_were_sent() -> None:
 
 
 def test_sums_that_can_be_no_cohort_s_are_refused() -> None:
-    base = model(ARCHITECTURE, 1)
-    _, grid = coded_grid(base, {"a": -8}, 2)
+    base = model(NET, 1)
+    _, grid = coded_grid(base, {"first.weight": -8}, 2)
     good = total(grid, [grid.form.encode(base, base)[0]] * 2)
     assert grid.partial_sums(good, 2, base).weight == 2
     heavy, coarse, wide = good.copy(), good.copy(), good.copy()
     heavy.wide[0] = 3
     coarse.narrow[0] = 2 * MAX_CODE + 1
-    wide.wide[1] = np.uint64(2**63)
+    wide.wide[7] = np.uint64(2**63)
     for wrong, boards, problem in (
         (heavy, 2, "updates in the sum of a cohort"),
-        (coarse, 2, "sums of a: .*No single update can be blamed"),
-        (wide, 2, "sums of a.mean"),
+        (coarse, 2, "sums of first.weight: .*No single update can be blamed"),
+        (wide, 2, "sums of norm.mean"),
         (good, 3, "sum of a cohort"),
         (Vector(good.narrow[1:], good.wide), 2, "sum of a cohort"),
     ):
@@ -232,13 +234,13 @@ def test_grids_that_could_overflow_or_round_are_refused() -> None:
             TensorGrid(span, step)
     with pytest.raises(ProtocolError, match="several limbs"):
         TensorGrid(Range(24, 2), 0)
-    selection = Selection.full(ARCHITECTURE)
+    selection = Selection.full(NET)
     with pytest.raises(ProtocolError, match="none for statistics"):
-        CohortGrid(selection, {"a.mean": TensorGrid(span, -8)}, 2)
+        CohortGrid(selection, {"norm.mean": TensorGrid(span, -8)}, 2)
     with pytest.raises(ProtocolError, match="got x"):
         CohortGrid(selection, {"x": TensorGrid(span)}, 2)
     with pytest.raises(ProtocolError, match="boards of a cohort"):
-        CohortGrid(selection, {"a": TensorGrid(span)}, MAX_WEIGHT + 1)
+        CohortGrid(selection, {"first.weight": TensorGrid(span)}, MAX_WEIGHT + 1)
 
 
 @given(st.floats(1e-9, 1e3))

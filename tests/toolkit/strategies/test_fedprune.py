@@ -20,7 +20,7 @@ from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import magnitude_scores, rank_channels
 from fedprune.strategies.methods.fedprune import FedPrune
 from fedprune.strategies.shared_core import SharedCore
-from fedprune.strategies.values import NewMemory, Scene, SelfDistillation, Turn
+from fedprune.strategies.values import Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
 
 pytestmark = pytest.mark.board
@@ -83,43 +83,42 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
 
 
 @given(data=st.data(), seed=seeds)
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_core_begins_a_model_that_was_just_made_as_a_net_of_its_widths_beside_which_all_is_silent(
-    trained: bool, data: st.DataObject, seed: int
+@pytest.mark.parametrize(("ranking", "trained"), [("auto", False), ("nested", True)])
+def test_a_core_begins_as_a_net_of_its_widths_and_reads_nothing_outside_it(
+    ranking: str, trained: bool, data: st.DataObject, seed: int
 ) -> None:
     """Initial weights of n inputs have a variance of 1 / n."""
     architecture, start = first_model(data, seed, trained=trained)
-    core = widths_at(architecture, 0.5)
+    core, own_order = widths_at(architecture, 0.5), tuple(np.arange(n) for n in architecture.sizes)
     brought_ranks = tuple(np.random.default_rng(seed).permutation(n) for n in architecture.sizes)
+    begun = compose(job({"ranking": ranking})).start_core(Scene(architecture, 0, 1, start, ranks=brought_ranks), core)
+    assert begun is not None
 
-    def started_model(memory: NewMemory | None = None, round_: int = 1, **options: Any) -> Any:
-        scene = Scene(architecture, 0, round_, start, memory or {}, ranks=brought_ranks)
-        return compose(job(options)).start_core(scene, core)
-
-    assert trained is (started_model() is None), "nothing of what a trained model knows may be lost"
+    order = own_order if ranking == "nested" else brought_ranks
+    ranks = compose(job()).rank(Scene(architecture, 0, 1, *begun)).ranks
+    assert all(np.array_equal(a, b) for a, b in zip(ranks, order, strict=True)), "by which the core was cut"
+    selection = Selection.of(architecture, core, order)
+    cut = selection.gather(start)
     is_scaled = all(t.kind is not TensorKind.STAT_VAR for t in architecture.tensors)
-    own_order = [np.arange(n) for n in architecture.sizes]
-    for settings, order in (({"ranking": "nested"}, own_order), ({}, brought_ranks))[: 1 if trained else 2]:
-        model, memory = started_model(**settings)
-        ranks = compose(job()).rank(Scene(architecture, 0, 1, model, memory)).ranks
-        assert all(np.array_equal(a, b) for a, b in zip(ranks, order, strict=True)), "by which the core was cut"
-        selection = Selection.of(architecture, core, ranks)
-        cut, begun = selection.gather(start), selection.gather(model)
-        for layer in architecture.layers:
-            if is_scaled and (layer.op, layer.output_axis) != ("Conv", 1):  # no file has such a layer
-                inputs = [v[layer.weight].size / v[layer.weight].shape[layer.output_axis] for v in (start, cut)]
-                cut[layer.weight] = cut[layer.weight] * np.float32((inputs[0] / inputs[1]) ** 0.5)
-        assert same(begun, cut)
-        if order is own_order:
-            silent = nest_widths(architecture, start, [core])
-            assert all(
-                np.array_equal((model[n] == start[n])[o := ~selection.coverage_mask(n)], (silent[n] == start[n])[o])
-                for n in model
-            )
-            assert all(not model[n][silent[n] != start[n]].any() for n in model)
-    for ranking in ("ordered", "magnitude"):
-        assert started_model(ranking=ranking) is None
-    assert started_model(memory, ranking="nested") is started_model(round_=2, ranking="nested") is None, "only once"
+    for layer in architecture.layers:
+        if is_scaled and (layer.op, layer.output_axis) != ("Conv", 1):  # no file has such a layer
+            inputs = [v[layer.weight].size / v[layer.weight].shape[layer.output_axis] for v in (start, cut)]
+            cut[layer.weight] = cut[layer.weight] * np.float32((inputs[0] / inputs[1]) ** 0.5)
+    assert same(selection.gather(begun[0]), cut)
+    if order is own_order:
+        silent = nest_widths(architecture, start, [core])
+        outside = {n: ~selection.coverage_mask(n) for n in start}
+        assert same({n: v[outside[n]] for n, v in begun[0].items()}, {n: v[outside[n]] for n, v in silent.items()})
+
+
+@pytest.mark.parametrize(("ranking", "trained"), [("auto", True), ("ordered", False), ("magnitude", False)])
+@given(data=st.data(), seed=seeds)
+def test_nothing_of_what_a_trained_model_knows_is_lost_to_a_core(
+    ranking: str, trained: bool, data: st.DataObject, seed: int
+) -> None:
+    architecture, start = first_model(data, seed, trained=trained)
+    scene = Scene(architecture, 0, 1, start)
+    assert compose(job({"ranking": ranking})).start_core(scene, widths_at(architecture, 0.5)) is None
 
 
 def first_model(data: st.DataObject, seed: int, *, trained: bool) -> tuple[Architecture, Tensors]:

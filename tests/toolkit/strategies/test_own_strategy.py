@@ -95,6 +95,7 @@ def override_source(kind: str, method: str, body: str, arguments: str = "*a, **k
 
 ASKED: dict[str, Callable[[Strategy], object]] = {
     "Made.begin": lambda s: s.begin(NET, model(NET, 0)),
+    "Made.start_core": lambda s: s.start_core(scene(), NET.sizes),
     "Made.rank": lambda s: s.rank(scene()),
     "Made.learn": lambda s: s.learn(scene(), s.aggregator.fold(scene(), evidence=False), lambda: iter(())),
     "Made.extract": lambda s: s.extract(cut()),
@@ -133,6 +134,9 @@ def test_an_answer_of_another_type_is_named_too(mine: Any, name: str) -> None:
 
 WRONG = [
     ("Made.begin", "{n: v * np.float32('nan') for n, v in a[1].items()}"),
+    ("Made.start_core", "a[0].model"),
+    ("Made.start_core", "({'head.bias': np.ones(3, np.float32)}, {})"),
+    ("Made.start_core", "(a[0].model, {'ranks': {'x': 3}})"),
     ("Made.rank", "Ranking((np.arange(5), np.arange(4)))"),
     ("Made.learn", "{'velocity': {'x': 3}}"),
     ("Made.extract", "Submodel(a[0].selection, {'head.bias': np.ones(3)})"),

@@ -13,17 +13,17 @@ from fedprune.core.errors import TrainingError
 from fedprune.model.selection import Selection, Tensors
 from fedprune.updates.clipped_noise import GaussianNoise, add_noise, update_norm
 from fedprune.updates.privacy_cost import delta_for, epsilon_for, max_cost
-from support.nets.two_groups import ARCHITECTURE, TRAINED
+from support.fakes.strategy_rounds import NET, TRAINED
 
 pytestmark = pytest.mark.board
 
 NONE = GaussianNoise.from_key("unused")
 
 
-def tensors(seed: int, scale: float = 0.1, widths: tuple[int, ...] = ARCHITECTURE.sizes) -> Tensors:
+def tensors(seed: int, scale: float = 0.1, widths: tuple[int, ...] = NET.sizes) -> Tensors:
     random = np.random.default_rng(seed)
-    out = {n: (scale * random.standard_normal(s)).astype(np.float32) for n, s in ARCHITECTURE.shapes(widths).items()}
-    return out | {"a.var": np.abs(out["a.var"])}
+    out = {n: (scale * random.standard_normal(s)).astype(np.float32) for n, s in NET.shapes(widths).items()}
+    return out | {"norm.variance": np.abs(out["norm.variance"])}
 
 
 def distance(update: Tensors, received: Tensors) -> float:
@@ -63,11 +63,11 @@ def test_a_board_changes_a_rounds_sum_by_no_more_than_the_bound(data: st.DataObj
     seed = data.draw(st.integers(0, 2**31), "seed")
     clip = data.draw(st.floats(0.01, 4.0), "clip")
     rule: Rule = data.draw(st.sampled_from(["coverage", "fill"]), "rule")
-    ranks = tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in ARCHITECTURE.sizes)
-    widths = data.draw(st.lists(st.tuples(*(st.integers(1, n) for n in ARCHITECTURE.sizes)), min_size=1, max_size=4))
-    full_selection = Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, ranks)
+    ranks = tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in NET.sizes)
+    widths = data.draw(st.lists(st.tuples(*(st.integers(1, n) for n in NET.sizes)), min_size=1, max_size=4))
+    full_selection = Selection.of(NET, NET.sizes, ranks)
     base = tensors(seed)
-    folds = [Fold(ARCHITECTURE, base, rule=rule), Fold(ARCHITECTURE, base, rule=rule)]
+    folds = [Fold(NET, base, rule=rule), Fold(NET, base, rule=rule)]
     for place, board_widths in enumerate(widths):
         selection = full_selection.with_widths(board_widths)
         received = {n: np.ascontiguousarray(v) for n, v in selection.gather(base).items()}
@@ -85,7 +85,7 @@ def test_a_board_changes_a_rounds_sum_by_no_more_than_the_bound(data: st.DataObj
         difference = (models[0][name].astype(np.float64) - models[1][name]) * mass[name]
         apart = math.hypot(apart, float(np.linalg.norm(difference)))
     assert apart <= clip + 1e-4
-    for name in ("a.mean", "a.var"):
+    for name in ("norm.mean", "norm.variance"):
         assert models[0][name].tobytes() == base[name].tobytes(), "statistics stay as they were"
 
 
@@ -106,7 +106,7 @@ def test_noise_is_added_to_every_element_as_strong_as_asked() -> None:
 def test_an_update_that_is_not_finite_is_refused() -> None:
     update, received = tensors(1), tensors(2)
     for wrong in (np.nan, np.inf):
-        update["a"][0, 0] = wrong
+        update["first.weight"][0, 0] = wrong
         with pytest.raises(TrainingError, match="finite"):
             add_noise(update, received, TRAINED, 1.0, 1.0, NONE)
 

@@ -51,7 +51,7 @@ class Basis:
 @dataclass(frozen=True)
 class Score:
     """Rank channels, and elements where masks are made of them, for a round and its devices; answered by `Scored`.
-    `core` are the widths that boards share, by which a strategy may make another model of a new one; empty for none."""
+    `core` are the widths that boards share, for which `Strategy.start_core` may change a new model; empty for none."""
 
     round: int
     model: str

@@ -57,8 +57,7 @@ class FairScheduler:
             self._device_seconds[job, device] += seconds
 
     def charged_seconds(self, job: str) -> float:
-        """Seconds of device time that a job is charged with. This is more than it really had if it was not in the
-        queue for some time: a job can't save up time."""
+        """Seconds of device time that a job is charged with, in the queue or not: it can't save up time."""
         return self._job_seconds[job]
 
     def sharing_jobs(

@@ -84,7 +84,7 @@ class Grants:
     @property
     def core(self) -> Widths:
         """The widths that the fleet shares in the present round; empty where each board trains all that it can hold."""
-        return tuple(self._state.core_widths)
+        return tuple(self._state.core_widths) if self._core is not None else ()
 
     def describe(self) -> str:
         """A line for people on what the fleet trains in the present round; empty where strategies leave that alone."""

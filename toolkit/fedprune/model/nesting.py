@@ -31,36 +31,36 @@ def nest_widths(
     own_order = [np.arange(n) for n in architecture.sizes]
     model_copy = dict(model)
     for widths in widths_list:
-        for weights, outputs, inputs in _weights(Selection.of(architecture, widths, own_order), model_copy):
-            weights[np.ix_(outputs, np.setdiff1d(np.arange(weights.shape[1]), inputs))] = 0
+        for weights, outputs, outside in _weights(Selection.of(architecture, widths, own_order), model_copy):
+            weights[np.ix_(outputs, outside)] = 0
     return model_copy
 
 
 def start_as_core(selection: Selection, model: Mapping[str, Array]) -> dict[str, Array]:
     """A copy of a new model that begins as its core does: a net of the widths of `selection`, and the others silent.
 
-    No channel of the core reads another: such weights are 0. Those that it reads are multiplied by √(inputs of the
-    whole layer / inputs of the core's): initial weights of n inputs have a variance of 1 / n (He et al. 2015, eq. 10,
-    up to a factor). With the whole layer's, a narrow net's outputs are too small by that root at every layer, and so
-    are its gradients. Batch normalisation makes up for that, and larger weights would only move more slowly.
+    Channels of the core read none outside it: such weights are 0. Others of theirs are multiplied by √(inputs of the
+    layer / of the core): initial weights of n inputs have a variance of 1 / n (He et al. 2015, eq. 10, up to a factor).
+    If not, a narrow net's outputs are too small by that root at every layer, and so are its gradients. Batch
+    normalisation makes up for that, and larger weights would only move more slowly.
     """
     model_copy = dict(model)
     is_normalised = any(spec.kind is TensorKind.STAT_VAR for spec in selection.architecture.tensors)
-    for weights, outputs, inputs in _weights(selection, model_copy):
-        scales = np.zeros(weights.shape[1], np.float32)
-        scales[inputs] = 1 if is_normalised else math.sqrt(len(scales) / len(inputs))
-        weights[outputs] *= scales.reshape(-1, *[1] * (weights.ndim - 2))
+    for weights, outputs, outside in _weights(selection, model_copy):
+        weights[np.ix_(outputs, outside)] = 0
+        if not is_normalised:
+            weights[outputs] *= np.float32(math.sqrt(weights.shape[1] / (weights.shape[1] - len(outside))))
     return model_copy
 
 
 def _weights(selection: Selection, model: dict[str, Array]) -> Iterator[tuple[Array, Array, Array]]:
-    """Views of weights that `model` gets copies of, outputs first and inputs second, with the selection's outputs and
-    inputs."""
+    """Replaces each weight in `model` by a copy, and yields a view of it, outputs first and inputs second, with the
+    selection's outputs and the inputs outside it."""
     for spec in selection.architecture.trainable:
         if (axes := _weight_axes(selection.architecture, spec)) is not None:
-            model[spec.name] = np.array(model[spec.name])
+            model[spec.name] = copy = np.array(model[spec.name])
             outputs, inputs = (selection.maps(spec.name)[axis] for axis in axes)
-            yield np.moveaxis(model[spec.name], axes, (0, 1)), outputs, inputs
+            yield np.moveaxis(copy, axes, (0, 1)), outputs, np.setdiff1d(range(copy.shape[axes[1]]), inputs)
 
 
 def _weight_axes(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:

@@ -99,9 +99,9 @@ class Strategy:
         return model
 
     def start_core(self, scene: Scene, core: tuple[int, ...]) -> tuple[Tensors, NewMemory] | None:
-        """The model with which a round begins whose boards share a core of these widths, and what that adds to the
-        memory; None to leave both. Called before the round's channels are ranked, by which it must not be asked again:
-        a round may begin more than once."""
+        """The model with which a synchronous job begins whose boards share a core of these widths, and its memory; None
+        to begin with the scene's model. Called before the first round's channels are ranked, each time with the model
+        that `begin` made: the round may begin more than once, and with another core."""
         return None
 
     def rank(self, scene: Scene) -> Ranking:

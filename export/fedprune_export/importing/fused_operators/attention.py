@@ -170,7 +170,8 @@ def causal_scores(fused: FusedNode, queries: int, keys: int, like: str) -> str:
     """0 for keys up to a query's own position, else the lowest number: a constant [queries, keys]."""
     dtype = fused.shapes.dtypes[like]
     lowest = np.finfo(dtype).min if dtype.kind == "f" else _FILTER_VALUE
-    return fused.graph.constant(np.where(np.triu(np.ones((queries, keys), bool), 1), lowest, 0), dtype)
+    later = np.triu(np.ones((queries, keys), bool), 1)
+    return fused.graph.constant(np.where(later, lowest, 0), dtype)
 
 
 def padding_scores(fused: FusedNode, mask: str, keys: int, like: str) -> str:

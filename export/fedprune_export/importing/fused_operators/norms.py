@@ -28,7 +28,8 @@ def skip_layer_norm(fused: FusedNode) -> None:
     op = "LayerNormalization"
     if fused.node.op == "SkipSimplifiedLayerNormalization":
         op, vectors = "RMSNormalization", [vectors[0], "", vectors[1]]
-    _normalise(fused, op, fused.sum(x, vectors.pop(), skip, out=fused.output(3)), *vectors)
+    total = fused.sum(x, vectors.pop(), skip, out=fused.output(3))
+    _normalise(fused, op, total, *vectors)
 
 
 @rule("EmbedLayerNormalization")

@@ -78,6 +78,7 @@ def _spread(parameter: Array, shape: tuple[int, ...], axis: int, block: int) -> 
 
 def unpack_blocks(packed: Array, bits: int, columns: int) -> Array:
     """The unsigned integers of bytes that hold several, the lowest bits first: [rows, bytes] → [rows, columns]."""
-    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    per_byte = 8 // bits
+    shifts = np.arange(per_byte, dtype=np.uint8) * bits
     numbers = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
     return np.asarray(numbers.reshape(packed.shape[0], -1)[:, :columns], np.uint8)

@@ -180,14 +180,11 @@ class _PageRoutes:
         self._console, self._view, self._pages = console, console.view, pages
 
     def routes(self) -> list[Route]:
+        named_by_path = self.fleet, self.rounds, self.rollouts, self.alerts, self.audit
         return [
             Route("/", self.overview),
-            Route("/fleet", self.fleet),
             Route("/devices/{name}", self.device),
-            Route("/rounds", self.rounds),
-            Route("/rollouts", self.rollouts),
-            Route("/alerts", self.alerts),
-            Route("/audit", self.audit),
+            *(Route(f"/{handler.__name__}", handler) for handler in named_by_path),
         ]
 
     def overview(self, request: Request) -> Response:

@@ -51,7 +51,8 @@ def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1
             still_alive = alive_before & ~is_lost
             if not still_alive.any():
                 # A group without channels would cut the network in two: the one with most active weights stays.
-                still_alive[int(np.argmax(np.where(alive_before, active_makers, -1)))] = True
+                candidates = np.where(alive_before, active_makers, -1)
+                still_alive[int(np.argmax(candidates))] = True
             alive_after.append(still_alive)
         if all(np.array_equal(a, b) for a, b in zip(alive, alive_after, strict=True)):
             return alive

@@ -131,8 +131,7 @@ class FedPrune(Strategy):
 
     def start_core(self, scene: Scene, core: tuple[int, ...]) -> tuple[Tensors, NewMemory] | None:
         """In a model that was just made the core has the weights that a net of its widths begins with."""
-        is_first = scene.round == 1 and self._settled_ranking(scene) is None
-        if not (is_first and self._is_just_made(scene.architecture, scene.model)):
+        if not self._is_just_made(scene.architecture, scene.model):
             return None
         ranks = self.rank(scene).ranks
         return start_as_core(Selection.of(scene.architecture, core, ranks), scene.model), _memory_of(scene, ranks)
