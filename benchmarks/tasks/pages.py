@@ -97,8 +97,8 @@ def _promises(runs: Mapping[str, Runs]) -> list[str]:
         "",
         (
             f"The mean score of `{BUDGET}` is worse than `{REFERENCE}`'s by at most the range of `{REFERENCE}`'s seeds "
-            f"in {kept(as_good)}. When the first of the two runs has ended on the fleet, it is at least as good as "
-            f"`{EQUAL_TIME}`'s in {kept(ahead_in_time)}."
+            f"in {kept(as_good)}. At the time at which the shorter of the two runs ends on the fleet, its score is at "
+            f"least as good as `{EQUAL_TIME}`'s in {kept(ahead_in_time)}."
         ),
     ]
 

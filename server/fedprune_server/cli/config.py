@@ -24,16 +24,15 @@ def add_config(config: argparse.ArgumentParser) -> None:
         ("show", "show what `run` with the same options would use"),
     ):
         action = actions.add_parser(name, help=text, parents=[run_options()])
-        if name == "check":
-            action.add_argument("file", type=Path, metavar="FILE", help="the fleet.toml")
+        count = None if name == "check" else "?"
+        action.add_argument("file", type=Path, nargs=count, metavar="FILE", help="the fleet.toml, as with --config")
         add_json_option(action)
         action.add_argument("--all", action="store_true", help="show also settings that have their default value")
         action.set_defaults(function=_show)
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    if arguments.action == "check":
-        arguments.config = arguments.file
+    arguments.config = arguments.file or arguments.config
     configuration = load_config(arguments)
     rows = [row for row in setting_rows(configuration) if arguments.all or arguments.json or row["from"] != _DEFAULT]
     if arguments.json:

@@ -173,7 +173,7 @@ def _doubts(
     trainable: Sequence[VariantRuns], choice: VariantRuns, rounds: int, judge: Judge, noise: float
 ) -> Iterator[str]:
     if len(choice.runs) == 1:
-        yield "One seed doesn't show what is noise: give --seeds 2 or more."
+        yield "One seed shows a part of the noise alone: give --seeds 2 or more."
     run = choice.runs[0]
     round_count = len(run.rounds)
     if round_count >= rounds:  # the job has no more

@@ -28,7 +28,7 @@ _FLEET_TEMPLATE = """\
 
 [job]
 name = "{name}"
-strategy = "fedprune"              # or another of docs/strategies, or my_strategy:energy
+strategy = "fedprune"              # or another of docs/strategies, or, started in this folder, my_strategy:energy
 seed = {seed}
 rounds = 12
 devices = {devices}

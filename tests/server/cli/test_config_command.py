@@ -94,8 +94,9 @@ def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDPRUNE_CONFIG", str(file))
-    assert main(["config", "show", "--json"]) == ExitCode.OK
-    assert rows(capsys.readouterr().out)["server.keep"] == (5, str(file))
+    for arguments in ([], [str(file)]):
+        assert main(["config", "show", "--json", *arguments]) == ExitCode.OK
+        assert rows(capsys.readouterr().out)["server.keep"] == (5, str(file))
     monkeypatch.delenv("FEDPRUNE_CONFIG")
     write_material(file.parent, {})
     model = str(file.parent / "model.onnx")

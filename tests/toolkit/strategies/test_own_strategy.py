@@ -134,7 +134,6 @@ def test_an_answer_of_another_type_is_named_too(mine: Any, name: str) -> None:
 
 WRONG = [
     ("Made.begin", "{n: v * np.float32('nan') for n, v in a[1].items()}"),
-    ("Made.start_core", "a[0].model"),
     ("Made.start_core", "({'head.bias': np.ones(3, np.float32)}, {})"),
     ("Made.start_core", "(a[0].model, {'ranks': {'x': 3}})"),
     ("Made.rank", "Ranking((np.arange(5), np.arange(4)))"),
@@ -169,6 +168,7 @@ def test_a_method_with_other_arguments_is_named_where_it_is_defined(mine: Any) -
     ("extra_source", "what"),
     [
         ("PARTS['allocator'] = 3", "allocator"),
+        ("PARTS['core'] = 0.75", "core"),
         ("PARTS['aggregator'] = Aggregator(weighting=1)", "weighting"),
         ("def made(job): return 5", "Strategy, got int"),
         ("def made(job): return job.nothing", r"mine.py:\d+"),

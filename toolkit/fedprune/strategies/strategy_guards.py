@@ -20,6 +20,7 @@ from fedprune.jobs.schedule import Schedule
 from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.answers import CHECKS, Check, UnfitError
+from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.strategy import Strategy
 
 T = TypeVar("T")
@@ -37,8 +38,8 @@ def is_shipped(module: str) -> bool:
 
 
 def guard_strategy(strategy: Strategy, name: str, origin: UserCode) -> Strategy:
-    """A copy of a user's strategy, and of its aggregator, allocator and schedule, that checks every answer."""
-    kinds = {"aggregator": Aggregator, "allocator": Allocator, "schedule": Schedule}
+    """A copy of a user's strategy, and of its aggregator, allocator, schedule and core, that checks every answer."""
+    kinds = {"aggregator": Aggregator, "allocator": Allocator, "schedule": Schedule, "core": SharedCore}
     checked_parts: dict[str, Any] = {}
     for part, kind in kinds.items():
         part_object = getattr(strategy, part)

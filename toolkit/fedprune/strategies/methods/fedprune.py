@@ -226,9 +226,9 @@ def _shared_core(job: Job, options: FedPruneOptions) -> SharedCore | None:
     if board_share and has_none:
         raise ConfigError(
             ("job", "options", "core"),
-            expected="0 with ordered dropout, whose steps are narrower than a core, and in asynchronous jobs",
+            expected=f"0 {'in asynchronous jobs' if is_asynchronous else 'with ordered dropout, of narrower steps'}",
             got=board_share,
-            hint="Choose one of them (docs/strategies/fedprune.md#the-core).",
+            hint=f"Leave out `core`, or {'`arrivals` and the schedule' if is_asynchronous else '`dropout`'}.",
         )
     return SharedCore(board_share) if board_share else None
 
