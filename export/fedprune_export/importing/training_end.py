@@ -238,7 +238,8 @@ def _behind_rearrangements(search: Search, shapes: Mapping[str, Dims]) -> Traini
         if end.op_type != "Sigmoid":
             axis = None if before is None or after is None or axis is None else _axis_after(node, axis, before, after)
         value = node.output[0]
-    if not axis:
+    # Without an axis of its own, such as behind a Squeeze, a number per sample is no output that can be trained.
+    if not axis or axis >= len(shapes.get(value) or ()):
         return None
     copies = _path(head, value, axis)
     copies[-1].output[0] = search.nodes[-1].output[0]

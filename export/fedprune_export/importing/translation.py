@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import helper
 
 from fedprune.core.errors import ModelError, error_reason
 from fedprune_export.importing.constants import constant_input
+from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.pad_resize import RESIZE_MODES_OPSET, emit_pad, emit_resize, mark_early_resizes
 from fedprune_export.importing.spectra import emit_dft, emit_fold, emit_stft
 from fedprune_export.ir.composites import COMPOSITES
@@ -21,6 +23,7 @@ from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, read_opset
 from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form
 from fedprune_export.ir.trace import Trace
 
+_SOFTMAXES = frozenset({"Hardmax", "LogSoftmax", "Softmax"})
 _MIN_OPSET = 13  # nodes of this opset and later mean the same at opset 17
 
 
@@ -52,7 +55,23 @@ def upgrade_model(model: onnx.ModelProto) -> onnx.ModelProto:
         ) from error
     if opset < RESIZE_MODES_OPSET:
         mark_early_resizes(upgraded.graph)
+    _restore_softmaxes(upgraded)
     return upgraded
+
+
+def _restore_softmaxes(model: onnx.ModelProto) -> None:
+    """Write a softmax over the last axis as one node again: the converter, which knows fewer shapes, flattens it."""
+    shapes = file_shapes(model)
+    makers = {o: n for n in model.graph.node for o in n.output}
+    for node in model.graph.node:
+        softmax = makers.get(node.input[0]) if node.op_type == "Reshape" else None
+        flat = makers.get(softmax.input[0]) if softmax is not None and softmax.op_type in _SOFTMAXES else None
+        shape = makers.get(node.input[1]) if flat is not None and flat.op_type == "Flatten" else None
+        if softmax is None or flat is None or shape is None or shape.op_type != "Shape":
+            continue
+        axis = next((a.i for a in flat.attribute if a.name == "axis"), 1)
+        if shape.input[0] == flat.input[0] and len(shapes.get(flat.input[0], ())) == axis + 1:
+            node.CopyFrom(helper.make_node(softmax.op_type, flat.input[:1], node.output, node.name, axis=axis))
 
 
 def translate(graph: Graph, trace: Trace, notes: list[str]) -> None:

@@ -1,85 +1,59 @@
-"""Finds out whether a graph's output is probabilities, and which node makes them."""
+"""Finds out, by values on random samples, whether a graph's output is probabilities, and of which logits."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container
 
 import numpy as np
 
-from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.operators import REARRANGEMENTS
+from fedprune_export.ir.trace import run_values
 
-PROBABILITY_OPERATORS = frozenset({"Softmax", "Sigmoid", "HardSigmoid"})
+# Samples of usual size, and such large ones that other outputs leave the range of probabilities.
+_SAMPLE_SCALES = (1.0, 30.0)
+_SAMPLES = 4
+_TOLERANCE = 1e-4
 
-# Operators whose outputs are probabilities if their first input is.
-_PROBABILITY_PRESERVING = REARRANGEMENTS | {
-    *("Cast", "Clip", "Dropout", "Expand", "Gather", "GatherND", "GatherElements", "Pad", "Resize", "Slice", "Split"),
-    *("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin"),
-    *("Tile", "TopK"),
-}
-
-# Operators that may join several probabilities into others, such as averages or products of them.
-_COMBINING_OPERATORS = frozenset({"Add", "Concat", "Div", "Max", "Mean", "Min", "Mul", "Sum"})
+# An output that one of these makes with a weight takes any values: nothing has to be run.
+_LINEAR_OPERATORS = frozenset({"Add", "Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
-def probability_node(graph: Graph, output: str, weights: Container[str]) -> Node | None:
-    """The node that makes an output's probabilities; None if any of its numbers is something else.
+def find_probabilities(graph: Graph, weights: Container[str]) -> tuple[int | None, str] | None:
+    """The axis along which a graph's outputs sum to 1 (None without one), and the first value whose softmax or sigmoid
+    they are (empty without one); None if any of them is no probability.
 
-    `weights`: initialisers that aren't constants: a product with them is no probability.
+    `weights`: initialisers that aren't constants.
     """
+    output = graph.outputs[0].name
+    if _is_linear(graph, output, weights):
+        return None
+    runs = [run_values(graph, [output], _SAMPLES, scale)[output] for scale in _SAMPLE_SCALES]
+    together = np.stack(runs).astype(np.float64)
+    # Logits that begin at 0 have no value within the range.
+    if not (np.abs(together - 0.5) <= 0.5 + _TOLERANCE).all() or not ((together > 0) & (together < 1)).any():
+        return None
+    shares = together[0]
+    sums = {a: together.sum(a + 1) for a in range(1, shares.ndim) if shares.shape[a] > 1}
+    axis = next((a for a, total in sums.items() if np.allclose(total, 1, atol=_TOLERANCE)), None)
+    names = [o for node in graph.nodes for o in node.outputs if o and o != output]
+    values = run_values(graph, names, _SAMPLES)
+    logits = (n for n in names if values[n].shape == shares.shape and _are_logits(values[n], shares, axis))
+    return axis, next(logits, "")
+
+
+def _is_linear(graph: Graph, output: str, weights: Container[str]) -> bool:
     makers = graph.producers()
-    constants = {name: value for name, value in graph.initializers.items() if name not in weights}
-    maker: Node | None = None
-    # Back from the output: every path has to end in an operator that makes probabilities.
-    pending, visited = [output], {output}
-    while pending:
-        node = makers.get(pending.pop())
-        if node is None or node.domain:
-            return None
-        sources: list[str] = []
-        is_primitive = _ends_softmax(node, makers) or _ends_sigmoid(node, makers, constants)
-        if node.op in PROBABILITY_OPERATORS or is_primitive:
-            maker = maker or node
-        elif node.op in _PROBABILITY_PRESERVING:
-            sources = node.inputs[:1]
-        elif node.op in _COMBINING_OPERATORS and _keeps_unit_range(node, constants):
-            sources = [i for i in node.inputs if i not in constants]
-        elif node.op == "Sub" and _is_ones(node.inputs[0], constants):
-            sources = node.inputs[1:]
-        else:
-            return None
-        pending += [i for i in sources if i not in visited]
-        visited.update(sources)
-    return maker
+    while (node := makers.get(output)) is not None and node.op in REARRANGEMENTS:
+        output = node.inputs[0]
+    return node is not None and node.op in _LINEAR_OPERATORS and any(i in weights for i in node.inputs)
 
 
-def _is_ones(name: str, constants: Mapping[str, Array]) -> bool:
-    return name in constants and bool(np.all(constants[name] == 1))
-
-
-def _ends_softmax(node: Node, makers: Mapping[str, Node]) -> bool:
-    """Whether a node ends a softmax in primitives: e / sum(e), or exp(LogSoftmax)."""
-    if node.op == "Exp":
-        return node.inputs[0] in makers and makers[node.inputs[0]].op == "LogSoftmax"
-    total = makers.get(node.inputs[1]) if node.op == "Div" else None
-    return total is not None and total.op == "ReduceSum" and total.inputs[0] == node.inputs[0]
-
-
-def _ends_sigmoid(node: Node, makers: Mapping[str, Node], constants: Mapping[str, Array]) -> bool:
-    """Whether a node ends a sigmoid in primitives: 1 / (1 + exp(-x))."""
-    is_inverse = node.op == "Reciprocal" or (node.op == "Div" and _is_ones(node.inputs[0], constants))
-    total = makers.get(node.inputs[-1]) if is_inverse else None
-    if total is None or total.op != "Add":
+def _are_logits(value: Array, shares: Array, axis: int | None) -> bool:
+    if value.dtype.kind != "f" or not np.isfinite(value).all():
         return False
-    operators = [makers[i].op for i in total.inputs if i in makers]
-    return operators == ["Exp"] and any(_is_ones(i, constants) for i in total.inputs)
-
-
-def _keeps_unit_range(node: Node, constants: Mapping[str, Array]) -> bool:
-    """Whether a node's constants leave combinations of probabilities between 0 and 1."""
-    values = [constants[i] for i in node.inputs if i in constants]
-    if node.op == "Div":
-        return node.inputs[1] in constants and bool((constants[node.inputs[1]] >= 1).all())
-    if node.op in ("Add", "Sum"):
-        return not values
-    return all(((v >= 0) & (v <= 1)).all() for v in values)
+    x = value.astype(np.float64)
+    if axis is None:
+        return np.allclose(1 / (1 + np.exp(-np.clip(x, -500, 500))), shares, atol=_TOLERANCE)
+    powers = np.exp(x - x.max(axis, keepdims=True))
+    return np.allclose(powers / powers.sum(axis, keepdims=True), shares, atol=_TOLERANCE)

@@ -94,8 +94,8 @@ def shapes_at_batch(graph: Graph, batch: int) -> InferredShapes:
     return inferred
 
 
-def run_values(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
-    """Compute these values by running the graph."""
+def run_values(graph: Graph, names: Sequence[str], batch: int, scale: float = 1.0) -> dict[str, Array]:
+    """Compute these values by running the graph on samples, whose floats are multiplied by `scale`."""
     probe = graph.copy()
     probe.outputs = [Port(n, np.dtype(np.float32), ()) for n in names]
     probe.prune()
@@ -103,4 +103,6 @@ def run_values(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Arra
     for value in proto.graph.output:
         # The type is unknown before the run, and onnxruntime accepts an output without one.
         value.ClearField("type")
-    return OnnxSession(proto.SerializeToString()).run(sample_feeds(probe, batch))
+    feeds = sample_feeds(probe, batch)
+    feeds |= {n: v * v.dtype.type(scale) for n, v in feeds.items() if v.dtype.kind == "f"}
+    return OnnxSession(proto.SerializeToString()).run(feeds)

@@ -16,7 +16,7 @@ from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, describe, port, sample_shape
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.probabilities import probability_node
+from fedprune_export.ir.probabilities import find_probabilities
 from fedprune_export.pruning.base_reads import write_base_reads
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
@@ -174,18 +174,20 @@ def _check_logits(model: Model, features: Features) -> None:
     """Raise `ModelError` if the loss takes logits and the model ends in probabilities."""
     if not LOSSES[features.loss].reads_logits:
         return
-    maker = probability_node(model.graph, model.graph.outputs[0].name, model.architecture.by_name)
-    if maker is None:
+    found = find_probabilities(model.graph, model.architecture.by_name)
+    if found is None:
         return
-    before = maker.inputs[0]
-    name = "" if "~" in before else f', name what it reads as the output: --output {before} (output="{before}")'
-    # Each loss contains one of the two: the import leaves it out if it knows the loss.
-    if maker.op == "Sigmoid":
-        name += ', train it with a label per output: --loss bce (at the import: loss="bce")'
+    (axis, logits), way_out = found, "Let the model end before its sigmoid or softmax where it is made"
+    if logits and "~" not in logits:
+        way_out = f'Name their logits as the output: --output {logits} (output="{logits}")'
+        # Each loss contains one of the two: the import leaves it out if it knows the loss.
+        if any(node.op == "Sigmoid" and logits in node.inputs for node in model.graph.nodes):
+            way_out += ', train it with a label per output: --loss bce (at the import: loss="bce")'
+    range_text = "from 0 to 1" if axis is None else f"that sum to 1 along axis {axis}"
     raise ModelError(
-        f"loss {features.loss} and the model's output, which consists of the probabilities of {maker.op} {maker.name}",
+        f"loss {features.loss} and the model's output, which consists of probabilities, {range_text}",
         expected="logits: the loss applies its own sigmoid or softmax",
-        hint=f"Leave {maker.op} out where the model is made{name}, or take a loss of values, such as mse.",
+        hint=f"{way_out}, or take a loss of values, such as mse.",
     )
 
 

@@ -232,8 +232,7 @@ def _raw(
         [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()],
     )
     imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
-    raw: bytes = helper.make_model(graph, opset_imports=imports, ir_version=8, **options).SerializeToString()
-    return raw
+    return bytes(helper.make_model(graph, opset_imports=imports, ir_version=8, **options).SerializeToString())
 
 
 def _same(raw: bytes, shape: tuple[int, ...]) -> Model:
@@ -326,6 +325,14 @@ def test_opsets_before_13_are_raised(opset: int) -> None:
     ]
     tensors = {"w": random(6, 2), **({} if clip else {"low": np.float32(-1), "high": np.float32(1)})}
     assert set(_same(_raw(nodes, tensors, (6, 3), opset), (6, 3)).tensors) == {"w"}
+
+
+def test_a_softmax_of_an_early_opset_is_the_end_where_its_shape_is_computed() -> None:
+    sizes = [node("Shape", "x", "s"), node("Slice", "s begin end", "n"), node("Concat", "n last", "f", axis=0)]
+    ends = [node("Reshape", "x f", "v"), node("MatMul", "v w", "l"), node("Softmax", "l", "y", axis=1)]
+    tensors = {"begin": np.array([0]), "end": np.array([1]), "last": np.array([-1]), "w": random(18, 2)}
+    nodes = import_onnx(_raw([*sizes, *ends], tensors, (6, 3), 11), "net").graph.nodes
+    assert [n.op for n in nodes] == ["Flatten", "MatMul"]
 
 
 def test_what_a_vector_computes_alone_is_folded_unless_it_is_a_weight() -> None:

@@ -84,9 +84,7 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
 
 @given(data=st.data(), seed=seeds)
 @pytest.mark.parametrize(("ranking", "trained"), [("auto", False), ("nested", True)])
-def test_a_core_begins_as_a_net_of_its_widths_and_reads_nothing_outside_it(
-    ranking: str, trained: bool, data: st.DataObject, seed: int
-) -> None:
+def test_a_core_begins_as_a_net_of_its_widths(ranking: str, trained: bool, data: st.DataObject, seed: int) -> None:
     """Initial weights of n inputs have a variance of 1 / n."""
     architecture, start = first_model(data, seed, trained=trained)
     core, own_order = widths_at(architecture, 0.5), tuple(np.arange(n) for n in architecture.sizes)
@@ -112,12 +110,9 @@ def test_a_core_begins_as_a_net_of_its_widths_and_reads_nothing_outside_it(
 
 @pytest.mark.parametrize(("ranking", "trained"), [("auto", True), ("ordered", False), ("magnitude", False)])
 @given(data=st.data(), seed=seeds)
-def test_nothing_of_what_a_trained_model_knows_is_lost_to_a_core(
-    ranking: str, trained: bool, data: st.DataObject, seed: int
-) -> None:
+def test_what_a_model_knows_is_not_lost_to_a_core(ranking: str, trained: bool, data: st.DataObject, seed: int) -> None:
     architecture, start = first_model(data, seed, trained=trained)
-    scene = Scene(architecture, 0, 1, start)
-    assert compose(job({"ranking": ranking})).start_core(scene, widths_at(architecture, 0.5)) is None
+    assert compose(job({"ranking": ranking})).start_core(Scene(architecture, 0, 1, start), architecture.sizes) is None
 
 
 def first_model(data: st.DataObject, seed: int, *, trained: bool) -> tuple[Architecture, Tensors]:
