@@ -61,8 +61,7 @@ def upgrade_model(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _restore_softmaxes(model: onnx.ModelProto) -> None:
     """Write a softmax over the last axis as one node again: the converter, which knows fewer shapes, flattens it."""
-    shapes = file_shapes(model)
-    makers = {o: n for n in model.graph.node for o in n.output}
+    shapes, makers = file_shapes(model), {o: n for n in model.graph.node for o in n.output}
     for node in model.graph.node:
         softmax = makers.get(node.input[0]) if node.op_type == "Reshape" else None
         flat = makers.get(softmax.input[0]) if softmax is not None and softmax.op_type in _SOFTMAXES else None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from contextlib import suppress
 
 import numpy as np
 
+from fedprune.core.errors import ModelError
 from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.trace import run_values
 
-# Samples of usual size, and such large ones that other outputs leave the range of probabilities.
-_SAMPLE_SCALES = (1.0, 30.0)
 _SAMPLES = 4
+_LARGE_SCALE = 30.0  # of further samples, for which outputs that are no probabilities leave their range
 _TOLERANCE = 1e-4
 
 # An output that one of these makes with a weight takes any values: nothing has to be run.
@@ -28,7 +29,9 @@ def find_probabilities(graph: Graph, weights: Container[str]) -> tuple[int | Non
     output = graph.outputs[0].name
     if _is_linear(graph, output, weights):
         return None
-    runs = [run_values(graph, [output], _SAMPLES, scale)[output] for scale in _SAMPLE_SCALES]
+    runs = [run_values(graph, [output], _SAMPLES)[output]]
+    with suppress(ModelError):  # identifiers may come as floats, and large ones have no row in a table
+        runs.append(run_values(graph, [output], _SAMPLES, _LARGE_SCALE)[output])
     together = np.stack(runs).astype(np.float64)
     # Logits that begin at 0 have no value within the range.
     if not (np.abs(together - 0.5) <= 0.5 + _TOLERANCE).all() or not ((together > 0) & (together < 1)).any():
@@ -38,8 +41,7 @@ def find_probabilities(graph: Graph, weights: Container[str]) -> tuple[int | Non
     axis = next((a for a, total in sums.items() if np.allclose(total, 1, atol=_TOLERANCE)), None)
     names = [o for node in graph.nodes for o in node.outputs if o and o != output]
     values = run_values(graph, names, _SAMPLES)
-    logits = (n for n in names if values[n].shape == shares.shape and _are_logits(values[n], shares, axis))
-    return axis, next(logits, "")
+    return axis, next((n for n in names if _are_logits(values[n], shares, axis)), "")
 
 
 def _is_linear(graph: Graph, output: str, weights: Container[str]) -> bool:
@@ -50,7 +52,7 @@ def _is_linear(graph: Graph, output: str, weights: Container[str]) -> bool:
 
 
 def _are_logits(value: Array, shares: Array, axis: int | None) -> bool:
-    if value.dtype.kind != "f" or not np.isfinite(value).all():
+    if value.dtype.kind != "f" or value.shape != shares.shape or not np.isfinite(value).all():
         return False
     x = value.astype(np.float64)
     if axis is None:

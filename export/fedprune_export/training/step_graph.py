@@ -172,10 +172,8 @@ def _add_metadata(graph: Graph, model: Model, features: Features) -> None:
 
 def _check_logits(model: Model, features: Features) -> None:
     """Raise `ModelError` if the loss takes logits and the model ends in probabilities."""
-    if not LOSSES[features.loss].reads_logits:
-        return
-    found = find_probabilities(model.graph, model.architecture.by_name)
-    if found is None:
+    found = LOSSES[features.loss].reads_logits and find_probabilities(model.graph, model.architecture.by_name)
+    if not found:
         return
     (axis, logits), way_out = found, "Let the model end before its sigmoid or softmax where it is made"
     if logits and "~" not in logits:
