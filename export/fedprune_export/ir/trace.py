@@ -104,5 +104,5 @@ def run_values(graph: Graph, names: Sequence[str], batch: int, scale: float = 1.
         # The type is unknown before the run, and onnxruntime accepts an output without one.
         value.ClearField("type")
     feeds = sample_feeds(probe, batch)
-    feeds |= {n: v * v.dtype.type(scale) for n, v in feeds.items() if v.dtype.kind == "f"}
+    feeds |= {n: v * v.dtype.type(scale) for n, v in feeds.items() if scale != 1 and v.dtype.kind == "f"}
     return OnnxSession(proto.SerializeToString()).run(feeds)

@@ -57,7 +57,7 @@ class VariantRuns:
         return statistics.fmean(amount(run) / len(run.rounds) for run in self.runs)
 
     def bytes(self, rounds: int) -> float:
-        """Bytes of so many rounds, both ways. What is sent once is in the first two alone: graphs and whole weights,
+        """Bytes of so many rounds, both ways. What is sent once is in the first two only: graphs and whole weights,
         and the weights from which boards go on alone. A trial of two rounds or one can't tell that apart."""
         run_bytes = [[0, *(row.down + row.up for row in run.rounds)] for run in self.runs]  # after 0, 1, 2, … rounds
         made = min(map(len, run_bytes)) - 1

@@ -24,9 +24,8 @@ Build = Callable[[Graph, str], str]
 
 def raw(build: Build, shape: tuple[int | None, ...] = (4,), length: int = 0) -> bytes:
     """A model whose logits `l`, of 4 classes, go through what is built."""
-    rng = np.random.default_rng(0)
     inputs = (10, length) if length else (10,)
-    weight = rng.standard_normal((4, 10, 1) if length else (10, 4)).astype(np.float32)
+    weight = np.random.default_rng(0).standard_normal((4, 10, 1) if length else (10, 4)).astype(np.float32)
     graph = Graph(inputs=[Port("image", F32, ("batch", *inputs))], initializers={"w": weight})
     logits = graph.emit("Conv" if length else "MatMul", "image", "w", out="l")
     graph.outputs = [Port(build(graph, logits), F32, ("batch", *shape))]
@@ -127,6 +126,7 @@ REFUSED: dict[str, tuple[Build, tuple[int | None, ...], int]] = {
     "one class": (lambda g, x: g.emit("Slice", softmax(g, x), g.ints(1), g.ints(2), g.ints(1)), (1,), 0),
     "an ensemble": (lambda g, x: g.emit("Mul", g.emit("Add", softmax(g, x), softmax(g, x)), g.scalar(0.5)), (4,), 0),
     "shares": (shares, (4,), 0),
+    "a fraction": (lambda g, x: g.emit("Div", (e := g.emit("Exp", x)), g.emit("Add", e, g.scalar(1))), (4,), 0),
 }
 
 
