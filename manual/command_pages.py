@@ -83,6 +83,7 @@ def _body(name: str, parser: argparse.ArgumentParser, shown: dict[str, str]) -> 
         row = _row(parser, action)
         if name == "fedprune-server run" and max(action.option_strings, key=len) in _SETTINGS:
             settings.append(f"`{_invocation(parser, action)}`")
+            shown[row] = name
         elif (above := shown.setdefault(row, name)) == name:
             rows.append(row)
         else:

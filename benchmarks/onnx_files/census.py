@@ -12,8 +12,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnxruntime as ort
 
+import fedprune_export as fx
 from benchmarks.onnx_files.shelf import Facts, Shelf, inputs_of
+from fedprune.core.errors import FedpruneError
+from fedprune.model.recipe import Recipe
+from fedprune.model.step_contract import LOSS, Y, next_name
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.bundles.conversion import onnx_file, with_weights
+from fedprune_export.checks.parity import random_labels, step_feeds
+from fedprune_export.importing.quantised.proof import without_saturation
+from fedprune_export.ir.graph import Graph
 
 Array = npt.NDArray[Any]
 Record = dict[str, Any]
@@ -54,8 +65,6 @@ squares.target_dtype = "int64"  # type: ignore[attr-defined]
 
 def judge(folder: Path, name: str) -> Record:
     """The record of a file; `verdict` is the last that it passed: wrong, refused, imported, cut or trained."""
-    from fedprune.core.errors import FedpruneError
-
     logging.disable(logging.WARNING)
     shelf = Shelf(folder)
     facts = shelf.facts(name)
@@ -85,8 +94,6 @@ def _summary(notes: list[str]) -> str:
 
 
 def _file_facts(folder: Path, name: str) -> Record:
-    import onnx
-
     proto = onnx.load(folder / f"{name}.onnx", load_external_data=False)
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     return {
@@ -98,9 +105,6 @@ def _file_facts(folder: Path, name: str) -> Record:
 
 
 def _examine(path: Path, facts: Facts, arrays: Mapping[str, Array], record: Record) -> None:
-    import fedprune_export as fx
-    from fedprune.model.recipe import Recipe
-
     own = facts.loss == "own"
     choices = {"loss": squares if own else facts.loss, **facts.choices}
     recipe = Recipe(loss="custom" if own else facts.loss, lr=LEARNING_RATE, momentum=0.0, batch_size=4)
@@ -141,12 +145,13 @@ def packed(model: Any, inputs: Mapping[str, Array]) -> Array:
 
 def raw_outputs(path: Path, facts: Facts, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """What onnxruntime computes from the file as it is, in batches of the file's size."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    file: Any = path
+    if facts.rounding == "int8":  # processors without VNNI would saturate
+        file = without_saturation(Graph.from_proto(onnx.load(path))).to_unlowered_proto().SerializeToString()
+    session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     count = len(next(iter(inputs.values())))
     # Of a free batch two sizes, so that samples would show that they depend on each other.
     bounds = [0, 2, count] if not facts.batch else [*range(0, count, facts.batch), count]
@@ -160,6 +165,8 @@ def raw_outputs(path: Path, facts: Facts, inputs: Mapping[str, Array]) -> dict[s
         parts = [b[i] for b in batches]
         if isinstance(parts[0], np.ndarray):
             axis = facts.axes.get(name, 0)
+            if facts.batch == 1 and parts[0].shape[axis : axis + 1] != (1,):  # without the batch of 1
+                parts = [np.expand_dims(part, axis) for part in parts]
             outputs[name] = np.moveaxis(np.concatenate(parts, axis), axis, 0)[:count]
         elif isinstance(parts[0], list) and isinstance(parts[0][0], dict):  # ZipMap's
             outputs[name] = np.array([[row[k] for k in sorted(row)] for part in parts for row in part])[:count]
@@ -168,15 +175,13 @@ def raw_outputs(path: Path, facts: Facts, inputs: Mapping[str, Array]) -> dict[s
 
 def prediction_error(model: Any, x: Array, expected: Mapping[str, Array]) -> tuple[float, str]:
     """The distance of predictions from onnxruntime's, and what makes the file's numbers of the logits."""
-    from fedprune.runtime.session import OnnxSession
-    from fedprune_export.bundles.conversion import onnx_file
-
     session = OnnxSession(onnx_file(model.graph, [t.name for t in model.architecture.tensors], "census"))
     outputs = session.run({"x": x})
     worst, used = 0.0, ""
     for name, value in expected.items():
-        if name in outputs and name != "logits":
-            worst = max(worst, distance(outputs[name], value))
+        own_name = "logits_" if name == "logits" else name
+        if own_name in outputs:
+            worst = max(worst, distance(outputs[own_name], value))
             continue
         rows = outputs["logits"]
         candidates = {end: distance(make(rows), value) for end, make in _ENDS.items()}
@@ -212,12 +217,6 @@ def distance(values: Array, expected: Array) -> float:
 
 def step_errors(model: Any, recipe: Any, x: Array, arrays: Mapping[str, Array]) -> Record:
     """How far a step is from torch's: of the net where torch has it, and of the graph, differentiated by torch."""
-    import fedprune_export as fx
-    from fedprune.model.step_contract import LOSS, Y, next_name
-    from fedprune.runtime.session import OnnxSession
-    from fedprune_export.bundles.conversion import with_weights
-    from fedprune_export.checks.parity import random_labels, step_feeds
-
     session = OnnxSession(fx.training_step(model, recipe.features).to_bytes(), training=True)
     classes = model.architecture.classes
     y = arrays.get("y")
@@ -239,8 +238,6 @@ def step_errors(model: Any, recipe: Any, x: Array, arrays: Mapping[str, Array]) 
 
 
 def _logits(graph: Any, x: Array) -> Array:
-    from fedprune.runtime.session import OnnxSession
-
     logits: Array = OnnxSession(graph.to_bytes()).run({"x": x})["logits"]
     return logits
 

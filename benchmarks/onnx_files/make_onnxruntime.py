@@ -114,9 +114,9 @@ def _opsets(*opsets: int) -> list[tuple[str, Any, str, str]]:
 # Files of make_torch, and what tools make of each: a name, the tool, how precisely it computes, and its package.
 FILES: dict[str, list[tuple[str, Any, str, str]]] = {
     "resnet-legacy-17-training": [*_levels("basic", "extended", "all"), *SIMPLER, *EXTERNAL, *QDQ],
-    "resnet-legacy-11": [*_opsets(13, 21), *FLOAT16, *KEPT16, *CHANNELS, *QOPERATOR],
+    "resnet-legacy-11": [*_opsets(13, 21), *FLOAT16, *KEPT16, *CHANNELS],
     "resnet-legacy-17-batch1": [*QDQ],
-    "tv_mobilenet_v2-legacy-11": [*_levels("extended"), *QDQ, *QOPERATOR],
+    "tv_mobilenet_v2-legacy-11": [*_levels("extended"), *QDQ],
     "tv_mobilenet_v3-legacy-13": [*_levels("extended"), *SIMPLER],
     "tv_shufflenet_v2-legacy-11": [*SIMPLER],
     "tv_swin-legacy-17-batch1": [*SIMPLER],
@@ -136,7 +136,7 @@ FILES: dict[str, list[tuple[str, Any, str, str]]] = {
 }
 
 # Weights in blocks of channels, which onnxruntime writes for one kind of processor; and scales of channels in a file of
-# opset 11, which onnxruntime doesn't run either.
+# opset 11, which onnxruntime doesn't run either. Operators on integers are refused, too.
 REFUSED = ("resnet-legacy-17-training-ort-all", "resnet-legacy-11-qdq-channels", "unet-legacy-11-qdq-channels")
 
 
@@ -158,7 +158,7 @@ def _make(shelf: Shelf, base: str, tool: Tool, rounding: str, by: str, path: Pat
     inputs = inputs_of(arrays)
     tool(shelf.folder / f"{base}.onnx", path, inputs)
     facts.exporter, facts.rounding = f"{facts.exporter}; {by}", rounding
-    facts.refused = path.stem in REFUSED
+    facts.refused = path.stem in REFUSED or path.stem.endswith("qoperator")
     # A step's reference holds while norms are folded, or not, as in the file that it was made with.
     if rounding != "float32" or count_norms(shelf.folder / f"{base}.onnx") != count_norms(path):
         if onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16:

@@ -57,13 +57,11 @@ FILES: dict[str, tuple[Callable[[], Any], str, bool, int, bool]] = {
     "mlp_classifier": (classifier, "cross_entropy", True, 3, False),
     "mlp_classifier-tanh": (partial(classifier, activation="tanh"), "cross_entropy", True, 5, False),
     "mlp_classifier-binary": (classifier, "bce", True, 2, False),
-    "logistic-zipmap": (logistic, "cross_entropy", False, 3, False),
-    "logistic": (logistic, "cross_entropy", True, 3, False),
+    "logistic": (logistic, "cross_entropy", True, 3, True),
     "scaled_mlp_classifier": (partial(scaled, classifier), "cross_entropy", True, 3, False),
-    "scaled_logistic": (partial(scaled, logistic), "cross_entropy", True, 3, False),
     "mlp_regressor": (regressor, "mse", True, 0, False),
     "scaled_mlp_regressor": (partial(scaled, regressor), "mse", True, 0, False),
-    "linear_regression": (linear, "mse", True, 0, False),
+    "linear_regression": (linear, "mse", True, 0, True),
     "random_forest": (forest, "cross_entropy", True, 3, True),
 }
 

@@ -187,7 +187,7 @@ FILES: dict[str, tuple[Export, ...]] = {
     "vae": (OLD(), NEW()),
     "vae_noise": (OLD(),),
     "siamese": (OLD(opset=12), NEW()),
-    "bags": (OLD(), OLD(batch=1)),
+    "bags": (OLD(refused=True),),
     "text_cnn": (OLD(opset=15), NEW()),
     "tabular": (OLD(opset=16), NEW()),
     "srgan": (OLD(), NEW()),

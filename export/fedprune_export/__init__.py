@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from fedprune_export.bundles.hub_repository import ModelCard, from_pretrained, push_to_hub, save_pretrained
     from fedprune_export.checks.labelled_data import LabelledData
     from fedprune_export.importing.adapters import Lora
-    from fedprune_export.importing.load import ImportChoices, load
+    from fedprune_export.importing.load import load
     from fedprune_export.importing.torch_narrowing import narrowed
+    from fedprune_export.model_options import ImportChoices
     from fedprune_export.pruning.cut import cut
     from fedprune_export.pruning.model import Model
     from fedprune_export.reports.report import Report
@@ -47,7 +48,7 @@ __all__ = [
 
 _MODULES = {
     "BoardPlan": "bundles.board_plan",
-    "ImportChoices": "importing.load",
+    "ImportChoices": "model_options",
     "LabelledData": "checks.labelled_data",
     "Lora": "importing.adapters",
     "Model": "pruning.model",

@@ -73,7 +73,7 @@ def export(
     # All checks come before anything is written: a bundle that computes something else never exists.
     step = training_step(model, recipe.features, plan.unit)
     files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset)
-    error = check_parity(model, selection, files)
+    parity = check_parity(model, selection, files)
     try_step(model, recipe, files)
     trials = PrecisionTrials(model, selection.widths, files, data).run_all(precisions) if precisions else ()
     for trial in trials:
@@ -88,11 +88,11 @@ def export(
         selection=selection,
         scorer=ranked_by,
         sizes={n: len(raw) for n, raw in files.items()},
-        parity=error,
+        parity=parity.value,
         accuracy=accuracy,
         trials=trials,
         folder=folder,
-        step_notes=unreached_notes(step.metadata),
+        step_notes=(*unreached_notes(step.metadata), *parity.notes),
         replaced=is_bundle(folder),
     )
     files |= report_files(report)

@@ -5,6 +5,13 @@ from pathlib import Path
 import pytest
 
 from support.paths import ROOT
+from support.processes.real_site import write_material
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small classifier, and samples of two boards."""
+    return write_material(tmp_path_factory.mktemp("material"), {"north": 200, "south": 200})
 
 
 @pytest.fixture(scope="session")

@@ -17,28 +17,13 @@ from support.fakes.fleet import models
 from support.faults.relay import Relay
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.processes.rabbitmq import RabbitMQ
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config, write_material
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
 
 DEVICES = ("north", "south")
 WEIGHTS = 196_620
 """Bytes of the model's numbers: six leaves, two chunks. Two thirds of them are w1's."""
-
-CONFIG = """
-[job]
-name = "short"
-rounds = {}
-devices = 2
-strategy = "fedavg"
-density = 1.0
-deadline_s = 300
-
-[job.recipe]
-epochs = 1
-max_steps = 3
-frozen = {}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +37,11 @@ def make(material: Path, tmp_path: Path) -> Iterator[Callable[..., Site]]:
     """Makes a site; its processes end with the test."""
     with ExitStack() as stack:
 
-        def site(name: str = "site", rounds: int = 2, frozen: str = "[]", settings: str = "", **options: Any) -> Site:
+        def site(name: str = "site", rounds: int = 2, settings: str = "", **options: Any) -> Site:
             folder = tmp_path / name
             folder.mkdir()
-            config = CONFIG.format(rounds, frozen)
+            recipe = {"epochs": 1, "max_steps": 3}
+            config = job_config("short", rounds=rounds, strategy="fedavg", density=1.0, recipe=recipe)
             made = stack.enter_context(Site(material, folder, config, DEVICES, 120, mosquitto=True, **options))
             with (folder / "mosquitto.conf").open("a") as file:
                 file.write(settings)

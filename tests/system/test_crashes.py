@@ -10,31 +10,14 @@ import pytest
 from fedprune.coordination import State
 from fedprune.core.errors import ExitCode
 from support.processes.machine import listens
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config
 
 pytestmark = pytest.mark.system
 
 ROUNDS = 3
 DEVICES = ("north", "south")
 PATIENCE_S = 120
-CONFIG = """
-[job]
-name = "crashes"
-rounds = 3
-devices = 2
-density = 0.5
-deadline_s = 300
-
-[job.recipe]
-epochs = 40
-lr = 0.001
-"""
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small classifier and every device's samples."""
-    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 200))
+CONFIG = job_config("crashes", rounds=ROUNDS, recipe={"epochs": 40, "lr": 0.001})
 
 
 def site_of(material: Path, folder: Path, broker: str = "embedded", *, secure: bool = True) -> Site:

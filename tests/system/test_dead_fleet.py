@@ -8,20 +8,13 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from support.processes.machine import listens
-from support.processes.real_site import write_material
+from support.processes.real_site import job_config, write_material
 from support.processes.watched_site import Hook, Watched, console_alerts, doctor
 
 pytestmark = pytest.mark.system
 
 DEADLINE_S = 14.0
-CONFIG = f"""
-[job]
-name = "leaves"
-rounds = 100000
-devices = 2
-density = 0.5
-deadline_s = {DEADLINE_S}
-"""
+CONFIG = job_config("leaves", rounds=100000, deadline_s=DEADLINE_S)
 
 
 @pytest.fixture
@@ -96,7 +89,7 @@ def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> Non
 @pytest.mark.mosquitto
 def test_a_broker_that_dies_is_told_everywhere_and_so_is_its_return(tmp_path: Path) -> None:
     write_material(tmp_path, {"north": 60})
-    config = CONFIG.replace("devices = 2", "devices = 1")
+    config = job_config("leaves", rounds=100000, devices=1, deadline_s=DEADLINE_S)
     with Watched(tmp_path, tmp_path, config, ("north",), 90, mosquitto=True) as site:
         site.start_all()
         site.wait_for(lambda: rounds(site) > 1, "a round goes by")

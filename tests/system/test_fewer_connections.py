@@ -4,27 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config, write_material
 
 pytestmark = pytest.mark.system
 
 BOARDS = tuple(f"board-{i}" for i in range(6))
-CONFIG = """
-[job]
-name = "turns"
-devices = 1
-participation = 0.5
-deadline_s = 8
-rounds = 25
-density = 0.5
-
-[job.recipe]
-epochs = 20
-lr = 0.02
-
-[server]
-connected = 4
-"""
+RECIPE = {"epochs": 20, "lr": 0.02}
+JOB = job_config("turns", rounds=25, devices=1, participation=0.5, deadline_s=8, recipe=RECIPE)
+CONFIG = f"{JOB}[server]\nconnected = 4\n"
 
 
 # At every push `tests/server/devices/test_pace_steering.py` and `tests/server/engine/test_pace.py` send boards away.

@@ -11,23 +11,12 @@ import fedprune_export as fx
 from fedprune.coordination import State
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config, write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
 DEVICES = ("north", "south")
-CONFIG = """
-[job]
-name = "frozen-base"
-rounds = 3
-devices = 2
-density = 0.5
-deadline_s = 300
-
-[job.recipe]
-epochs = 4
-lr = 0.01
-"""
+CONFIG = job_config("frozen-base", rounds=3, recipe={"epochs": 4, "lr": 0.01})
 
 
 class Classifier(nn.Module):

@@ -23,19 +23,12 @@ from fedprune_device.cli import main as device_cli
 from fedprune_server.cli import main as server_cli
 from fedprune_server.enrollment.pki import IdentityFolder
 from support.processes.machine import listens
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config, write_material
 
 pytestmark = pytest.mark.system
 
 DEVICES = ("north", "south")
-CONFIG = """
-[job]
-name = "trust"
-rounds = 5
-devices = 2
-density = 0.5
-deadline_s = 300
-"""
+CONFIG = job_config("trust", rounds=5)
 TOPICS = Topics("default")
 
 

@@ -16,20 +16,13 @@ from fedprune_server.cli.main import main
 from fedprune_server.devices.crash_store import read_crashes
 from support.processes.console_operator import ANN, Operator
 from support.processes.machine import free_port, listens
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config, write_material
 
 pytestmark = pytest.mark.system
 
 PASSWORD, DATABASE, S3 = "hunter2-of-the-broker", "hunter2-of-the-database", "hunter2-of-the-bucket"
 ROUNDS = 6
-CONFIG = f"""
-[job]
-name = "leaves"
-rounds = {ROUNDS}
-devices = 2
-density = 0.5
-deadline_s = 300
-"""
+CONFIG = job_config("leaves", rounds=ROUNDS)
 
 
 class Loud(Site):

@@ -23,18 +23,12 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.storage import Storage
 from support.fakes.runtime_releases import OUTSIDE, PYTHON, make_wheel, set_up
 from support.faults.relay import Relay
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config, write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
 BOARDS = ("north", "south")
-CONFIG = """
-[job]
-name = "waits"
-rounds = 1
-devices = 3
-density = 0.5
-"""
+CONFIG = job_config("waits", rounds=1, devices=3, deadline_s=600)
 FOREVER = 'while :; do "$@"; sleep 0.2; done'
 """What the service manager does."""
 

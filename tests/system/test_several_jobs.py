@@ -14,33 +14,14 @@ from fedprune.core.errors import ExitCode
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.processes.machine import free_port
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config
 
 pytestmark = pytest.mark.system
 
 DEVICES = ("north", "south")
-JOB = """
-[job]
-name = "{name}"
-seed = {seed}
-strategy = "{strategy}"
-rounds = 2
-devices = 2
-density = {density}
-deadline_s = 300
-
-[job.recipe]
-epochs = {epochs}
-lr = 0.001
-"""
 SEED = 7
-FIRST = JOB.format(name="first", seed=0, strategy="plain", density=0.5, epochs=40)
-SECOND = JOB.format(name="second", seed=SEED, strategy="fedavg", density=0, epochs=30)
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 200))
+FIRST = job_config("first", rounds=2, recipe={"epochs": 40, "lr": 0.001})
+SECOND = job_config("second", seed=SEED, strategy="fedavg", rounds=2, density=0, recipe={"epochs": 30, "lr": 0.001})
 
 
 class SharedSite(Site):

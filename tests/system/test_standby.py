@@ -16,29 +16,13 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from support.fakes.fleet import models
 from support.fakes.members import serials_of
 from support.processes.postgres import Postgres
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config
 from support.processes.s3 import S3, Ceph
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
 DEVICES = ("north", "south")
-CONFIG = """
-[job]
-name = "standby"
-rounds = 3
-devices = 2
-density = 0.5
-deadline_s = 300
-
-[job.recipe]
-epochs = 40
-lr = 0.001
-"""
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 200))
+CONFIG = job_config("standby", rounds=3, recipe={"epochs": 40, "lr": 0.001})
 
 
 class Pair(Site):
@@ -140,7 +124,7 @@ def test_a_standby_keeps_a_revocation_that_was_made_a_second_before(
         folder.mkdir()
         (folder / "blobs").symlink_to(tmp_path / "blobs")
     (tmp_path / "server" / "database").write_text(url)  # as `init --database` leaves it
-    config = CONFIG.replace("rounds = 3", "rounds = 100000").replace("devices = 2", "devices = 1")
+    config = job_config("standby", rounds=100000, devices=1, recipe={"epochs": 40, "lr": 0.001})
     with Pair(material, tmp_path, config, DEVICES, 120, mosquitto=True, secure=True) as pair:
         pair.database = url
 

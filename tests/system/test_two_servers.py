@@ -10,20 +10,13 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.storage import Storage
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config, write_material
 from support.processes.watched_site import SERVER, Watched
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
 DEVICES = ("north", "south")
-CONFIG = """
-[job]
-name = "twice"
-rounds = 100000
-devices = 2
-density = 0.5
-deadline_s = 300
-"""
+CONFIG = job_config("twice", rounds=100000)
 
 
 class TwoServers(Watched):

@@ -16,26 +16,12 @@ from fedprune.wire.link import BrokerLink
 from fedprune_server.enrollment.pki import IdentityFolder
 from support.fakes.web_server import Behaviour, Handler, WebPlace
 from support.processes.machine import free_port, listens
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config
 
 pytestmark = pytest.mark.system
 
 DEVICES = ("north", "south")
-CONFIG = """
-[job]
-name = "web"
-rounds = 2
-devices = 2
-density = 0.5
-deadline_s = 300
-
-[server]
-"""
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"), dict.fromkeys(DEVICES, 200))
+CONFIG = job_config("web", rounds=2) + "[server]\n"
 
 
 class Ear:

@@ -12,27 +12,14 @@ from fedprune.jobs.state import Progress
 from support.fakes.fleet import models
 from support.faults.relay import Relay
 from support.processes.machine import free_port
-from support.processes.real_site import Site, write_material
+from support.processes.real_site import Site, job_config, write_material
 from support.processes.s3 import Ceph
 
 pytestmark = pytest.mark.system
 
 DEVICES = ("north", "south")
-CONFIG = """
-[job]
-name = "uploaded"
-rounds = 2
-devices = 2
-strategy = "fedavg"
-density = 1.0
-deadline_s = 300
-
-[job.recipe]
-epochs = 1
-max_steps = 3
-
-[server]
-"""
+RECIPE = {"epochs": 1, "max_steps": 3}
+CONFIG = job_config("uploaded", rounds=2, strategy="fedavg", density=1.0, recipe=RECIPE) + "[server]\n"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from fedprune.core.validation import check_instance, check_number, check_whole
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import MEMORY_UNDERESTIMATE, predict_costs, training_unit
-from fedprune.planning.plan_search import DENSITIES, PlanSearch
+from fedprune.planning.plan_search import DENSITIES, SAMPLES, PlanSearch
 from fedprune.planning.prediction import Prediction
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -24,6 +24,7 @@ from fedprune_export.pruning.model import Model
 # Per limit the setting that raises it in an export, and in the job that its bundle is for.
 _LIMIT_SETTINGS = {
     MEMORY: "--set accumulate={}",
+    SAMPLES: "--samples {}",
     TIME: "--deadline {0}, a job's deadline_s = {0}",
     BYTES: "--bytes-per-round {0}, a job's byte_budget = {0}",
     ENERGY: "--joules-per-round {0}, a job's energy_budget = {0}",

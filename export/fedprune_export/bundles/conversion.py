@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,20 @@ from fedprune.core.text import first_few, quantity
 from fedprune.model.architecture import TensorKind
 from fedprune.model.step_contract import LOGITS, RANDOM_METADATA, X
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
-from fedprune.runtime.session import OnnxSession
+from fedprune.runtime.prediction_head import PredictionHead
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.bundles.inference import check_origin, inference_graph
-from fedprune_export.checks.parity import PARITY_SAMPLES, check_outputs
+from fedprune_export.checks.parity import PARITY_SAMPLES, compare_with_graph, rerun, run_model
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.hub_folder import BATCH_COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
 from fedprune_export.importing.model_file import parse_model
+from fedprune_export.importing.packing import INPUTS_KEY, Piece, read_packing, row_splitter
 from fedprune_export.importing.prediction_head import attach_head, own_outputs
+from fedprune_export.importing.torch_export import sample_inputs
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.rounding import check_outputs
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.model import RANKS_KEY, Model
 
@@ -204,7 +206,7 @@ def check_onnx_parity(raw: bytes, graph: Graph) -> float:
     Raises `ModelError` if they are too far from it, or onnxruntime doesn't load the file.
     """
     x = sample_feeds(graph, PARITY_SAMPLES)[X]
-    return check_outputs(run_model(raw, x), run_model(graph.to_bytes(), x), "the ONNX file", _ORIGIN)
+    return compare_with_graph(run_model(raw, x), graph, x, "the ONNX file", _ORIGIN).value
 
 
 def check_state_parity(
@@ -215,27 +217,34 @@ def check_state_parity(
     `module` is the same model in torch, which loads the state dict, too. Raises `ModelError` if outputs differ too
     much, or the module doesn't load the state dict.
     """
-    x = sample_feeds(reference, PARITY_SAMPLES)[X]
-    expected = run_model(reference.to_bytes(), x)
+    x, pieces = sample_feeds(reference, PARITY_SAMPLES)[X], read_packing(graph.metadata, INPUTS_KEY)
+    if pieces:  # some inputs may index a table, and torch refuses negative indices: only 0 and 1
+        x = np.abs(x) % 2
     filled, names = graph.copy(), original_names(graph.metadata)
     filled.initializers.update({n: state[names.get(n, n)] for n in graph.initializers if names.get(n, n) in state})
-    error = check_outputs(run_model(filled.to_bytes(), x), expected, "the model with this state dict", _ORIGIN, hint)
+    outputs = run_model(filled.to_bytes(), x)
+    error = compare_with_graph(outputs, reference, x, "the model with this state dict", _ORIGIN, hint).value
     if module is None:
         return error
-    module_outputs = _module_outputs(module, state, x, frozenset(metadata.unused_parameters(graph.metadata)))
+    module_outputs = _module_outputs(module, state, graph, pieces, x)
     hint = hint or (
         "If it draws numbers that are in no state dict, such as buffers with persistent=False, let it draw the same "
         "ones each time, or make them persistent. Otherwise please report this with the model."
     )
-    return max(error, check_outputs(module_outputs, expected, "a new torch module with it", _ORIGIN, hint))
+    # A module ends where its user's file does, and its classes are where they are there.
+    head, raw = PredictionHead.of(graph.metadata), reference.to_bytes()
+
+    def run(model: bytes, x: Array) -> Array:
+        logits = run_model(model, x)
+        return _rows([logits] if head is None else head.outputs(logits).values())
+
+    subject = f"a new torch module with it computes something else than {_ORIGIN}"
+    return max(error, check_outputs(module_outputs, run(raw, x), rerun(run, raw, x), subject, hint).value)
 
 
-def run_model(model: bytes, x: Array) -> Array:
-    return OnnxSession(model).run({X: x})[LOGITS]
-
-
-def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, unused: AbstractSet[str]) -> Array:
-    """Outputs of a torch module with a state dict; buffers that the state dict lacks stay as they are."""
+def _module_outputs(module: Any, state: Mapping[str, Array], graph: Graph, pieces: Sequence[Piece], x: Array) -> Array:
+    """Outputs of a torch module with a state dict, a row per sample; buffers that the state dict lacks stay as they
+    are. `pieces`: its inputs, if it has several."""
     torch = _torch()
     try:
         # Not strict: buffers that don't count, such as a table of positions, may be missing; the check below is ours.
@@ -243,7 +252,7 @@ def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, unused: A
     except RuntimeError as error:  # a tensor of another shape
         raise ModelError(f"the torch module doesn't load the state dict ({error_reason(error)})") from error
     parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
-    lacking = sorted(n for n in missed if n in parameters - unused)
+    lacking = sorted(n for n in missed if n in parameters - {*metadata.unused_parameters(graph.metadata)})
     if lacking or unknown:
         raise ModelError(
             "the state dict is not the torch module's",
@@ -251,9 +260,18 @@ def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, unused: A
             got="none" if lacking else f"a tensor {unknown[0]}",
         )
     module.eval()
+    arguments = [torch.from_numpy(x)]
+    if pieces:
+        samples, _ = sample_inputs(module, None, None, False, "the torch module")
+        chunks = dict(zip(sorted(module.input_shape), row_splitter(pieces)(*arguments), strict=True))
+        arguments = [chunks[name].to(s.dtype) for name, s in zip(module.input_shape, samples, strict=True)]
     with torch.no_grad():
-        results: Array = module(torch.from_numpy(x)).numpy()
-    return results
+        outputs = module(*arguments)
+    return _rows([o.numpy() for o in ((outputs,) if isinstance(outputs, torch.Tensor) else outputs)])
+
+
+def _rows(values: Iterable[Array]) -> Array:
+    return np.concatenate([value.reshape(len(value), -1) for value in values], 1)
 
 
 def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:

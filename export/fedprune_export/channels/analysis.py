@@ -17,13 +17,14 @@ from fedprune.core.text import first_few
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, TensorKind, TensorSpec
 from fedprune.model.step_contract import LOGITS
 from fedprune_export.channels.atoms import AtomRow
-from fedprune_export.channels.choices import Choices, Prefer
+from fedprune_export.channels.choices import Choices
 from fedprune_export.channels.cost_table import ValueAxes, activation_rows, layer_rows
 from fedprune_export.channels.grouping import form_groups
 from fedprune_export.channels.rule import SHAPE_INPUTS, Channels, Pick, apply_channel_rules
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.shape_arithmetic import size_marks, size_origins
 from fedprune_export.ir.trace import Trace
+from fedprune_export.model_options import Prefer
 
 # Passes over the rules. Fewer than ten settle one or two choices per layer; the bound guards against endless passes.
 _MAX_RUNS = 40

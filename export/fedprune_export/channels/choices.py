@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow
-
-# Which option comes first: whole heads and groups, or positions within all of them.
-Prefer = Literal["coarse", "fine"]
+from fedprune_export.model_options import Prefer
 
 Option = TypeVar("Option", bound=Hashable)
 

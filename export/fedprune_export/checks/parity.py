@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from fedprune.model.step_contract import LOGITS, LOSS, LR, X, next_name
 from fedprune.model.step_feeds import first_step_feeds
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS
 from fedprune.runtime.session import OnnxSession
+from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.rounding import Distance, check_outputs, round_array, round_weights
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.masked_reference import masked_graph
 from fedprune_export.pruning.model import Model
@@ -37,10 +38,6 @@ STEP_SAMPLES = 6
 # In place of a recipe's learning rate of 0, with which nothing would move.
 TRIAL_LEARNING_RATE = 0.1
 
-# Float32 sums in another order differ by less than 1e-5; more means that the cut is wrong.
-MAX_PARITY_ERROR = 1e-4
-
-
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
 
@@ -48,7 +45,7 @@ Shape = tuple[int | str | None, ...]
 _TRIAL_MIX_SHARE = 0.7
 
 
-def check_parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:
+def check_parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> Distance:
     """The distance of a bundle's outputs from those of the masked whole model, on random inputs.
 
     Raises `ModelError` if they are too far from it, or onnxruntime doesn't load or run the inference graph.
@@ -58,24 +55,26 @@ def check_parity(model: Model, selection: Selection, files: Mapping[str, bytes])
         for file in files.keys() & {INFERENCE, WEIGHTS, BASE}:
             (Path(name) / file).write_bytes(files[file])
         outputs = OnnxSession(Path(name) / INFERENCE).run({X: x})[LOGITS]
-    reference = OnnxSession(masked_graph(model, selection).to_bytes()).run({X: x})[LOGITS]
-    return check_outputs(outputs, reference, "the cut model", "the masked one")
+    return compare_with_graph(outputs, masked_graph(model, selection), x, "the cut model", "the masked one")
 
 
-def check_outputs(
-    outputs: npt.NDArray[Any], reference: npt.NDArray[Any], subject: str, origin: str, hint: str = ""
-) -> float:
-    """The distance of outputs from a reference's. Raises `ModelError` if they are too far from it."""
-    error = relative_error(outputs, reference) if outputs.shape == reference.shape else math.inf
-    # Negated, so that an error that is not a number is refused, too.
-    if not error <= MAX_PARITY_ERROR:
-        raise ModelError(
-            f"{subject} computes something else than {origin}",
-            expected=f"outputs equal to {MAX_PARITY_ERROR:g}",
-            got=f"a difference of {error:.2g}",
-            hint=hint or "Please report this with the model.",
-        )
-    return error
+def compare_with_graph(
+    outputs: Array, reference: Graph, x: Array, subject: str, origin: str, hint: str = ""
+) -> Distance:
+    """The distance of outputs from a graph's for these samples. Raises `ModelError` if they are too far from it."""
+    raw = reference.to_bytes()
+    subject = f"{subject} computes something else than {origin}"
+    return check_outputs(outputs, run_model(raw, x), rerun(run_model, raw, x), subject, hint)
+
+
+def rerun(run: Callable[[bytes, Array], Array], raw: bytes, x: Array) -> Callable[[np.random.Generator], Array]:
+    """What `check_outputs` calls for a model whose outputs `run` computes from its file and samples."""
+    return lambda random: run(round_weights(raw, random), round_array(x, random))
+
+
+def run_model(model: bytes, x: Array) -> Array:
+    """Outputs of a model's file for samples."""
+    return OnnxSession(model).run({X: x})[LOGITS]
 
 
 def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes]) -> None:
@@ -125,12 +124,6 @@ def count_moved_tensors(step: Mapping[str, npt.NDArray[Any]], architecture: Arch
             else "The loss of random samples has no gradient: choose another loss, or train other tensors.",
         )
     return moved_count
-
-
-def relative_error(outputs: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
-    """The largest difference over the largest magnitude of the reference."""
-    scale = max(float(np.abs(reference).max(initial=0)), float(np.finfo(np.float32).tiny))
-    return float(np.abs(outputs - reference).max(initial=0)) / scale
 
 
 def random_labels(recipe: Recipe, samples: int, classes: int, form: tuple[str, Shape], seed: int = 0) -> Array:

@@ -13,7 +13,8 @@ from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity
 from fedprune.output import tables
 from fedprune.runtime.bundle import FILES, MANIFEST
-from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
+from fedprune_export.cli.options import MODEL_HELP, read_model
+from fedprune_export.model_options import add_model_options
 
 if TYPE_CHECKING:
     from fedprune_export.bundles.conversion import ConversionSource
@@ -111,7 +112,8 @@ def to_torch(arguments: argparse.Namespace) -> None:
     if arguments.into is None or arguments.others == "zero":
         with tables.progress("comparing outputs"):
             # A new instance, as whoever loads the file has one: the exported one has what the state dict may lack.
-            module = None if module_source is None else torch_module(module_source)
+            # A module has no fixed inputs: it would have to be called with more.
+            module = None if module_source is None or arguments.fix else torch_module(module_source)
             error = conversion.check_state_parity(state, graph, source.graph, module, hint)
         comparison = f"; {conversion.agreement_text(error)}{'' if module is None else ' in torch'}"
     size = conversion.write_state_dict(arguments.out, state)

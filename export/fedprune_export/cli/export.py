@@ -21,6 +21,7 @@ from fedprune.runtime.bundle_folder import check_bundle_folder, is_bundle
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import PLAIN
 from fedprune_export.cli import options
+from fedprune_export.model_options import add_model_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="the board's own measurements (fedprune-device probe --json), which beat the profile's figures",
     )
-    options.add_model_options(parser)
+    add_model_options(parser)
     options.add_recipe_options(parser)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from fedprune.core.cli import add_json_option, print_json
 from fedprune.output import tables
-from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
+from fedprune_export.cli.options import MODEL_HELP, read_model
+from fedprune_export.model_options import add_model_options
 
 
 def register(subparsers: Any) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import fedprune_export as fx
-from fedprune.core.cli import positive_integer, recipe_setting
-from fedprune.core.disk import read_file
-from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, did_you_mean, path_remedy
+from fedprune.core.cli import recipe_setting
+from fedprune.core.errors import ConfigError, ProfileError, UsageError, did_you_mean
 from fedprune.core.json_file import read_json
 from fedprune.model.features import CUSTOM_LOSS, METRICS_OF, labels_of
 from fedprune.model.losses import LOSSES
@@ -27,68 +27,10 @@ MODEL_HELP = (
 _LOSS_OF_LABELS = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
-def _choices_text(names: Iterable[str]) -> str:
-    """The names of built-in losses or metrics, for a help text."""
-    return ", ".join(name for name in names if name != CUSTOM_LOSS)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a model's import, which `read_model` reads."""
-    group = parser.add_argument_group("the model")
-    group.add_argument(
-        "--input-shape",
-        type=parse_shape,
-        metavar="C,H,W",
-        help="one sample's shape, for torch modules and free sizes of ONNX files; LEAST:MOST for a length",
-    )
-    group.add_argument("--token-ids", action="store_true", help="a torch module takes whole numbers: token ids")
-    group.add_argument("--name", help="the model's name (default: that of the file or factory)")
-    group.add_argument(
-        "--output",
-        metavar="NAME",
-        help="the output of an ONNX file to train from, or a value within it; what follows it stays for predictions, "
-        "if it has no weights",
-    )
-    group.add_argument(
-        "--parameters",
-        type=Path,
-        metavar="FILE",
-        help="names of the trainable tensors of an ONNX file: one per line, or a JSON list",
-    )
-    group.add_argument(
-        "--prefer",
-        choices=("coarse", "fine"),
-        help="where channels can be cut in two ways: whole heads or groups (coarse), or a part of each (fine)",
-    )
-    group.add_argument(
-        "--lora",
-        metavar="RANK[:PATTERN,...]",
-        help="train adapters of this rank and freeze the weights: of all linear layers but the last, or "
-        "of those that the patterns name",
-    )
-    group.add_argument(
-        "--base-precision",
-        choices=("float16", "int8"),
-        help="store, send and load frozen weights in this precision (int8: one scale per output channel)",
-    )
-
-
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of local training, which `read_recipe` reads."""
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="local training as JSON; the options below win")
-    group.add_argument(
-        "--loss",
-        metavar="LOSS",
-        help=f"what training minimises: {_choices_text(LOSSES)}, or one of your own: "
-        f"package.module:function of outputs and labels, or an ONNX file (default: {Recipe.loss})",
-    )
-    group.add_argument(
-        "--metric",
-        metavar="METRIC",
-        help=f"metric besides accuracy and loss: {_choices_text(METRICS_OF['own'])}, or one of your own, "
-        "given as a loss is",
-    )
     group.add_argument(
         "--labels",
         choices=tuple(_LOSS_OF_LABELS),
@@ -119,19 +61,11 @@ def read_model(
     `name` is its name if the command line has none: an architecture is only equal under the same name. Nor is it under
     another loss, so `recipe` is that of the training, where it is known.
     """
-    return fx.load(
-        arguments.model if source is None else source,
-        name=arguments.name or name,
-        input_shape=arguments.input_shape,
-        token_ids=arguments.token_ids,
-        output=arguments.output,
-        parameters=None if arguments.parameters is None else _names_in(arguments.parameters),
-        prefer=arguments.prefer,
-        loss=custom_graph(arguments, "loss") or (recipe and recipe.loss),
-        metric=custom_graph(arguments, "metric"),
-        lora=arguments.lora,
-        base=arguments.base_precision,
-    )
+    options = {choice.name: getattr(arguments, choice.name) for choice in fields(fx.ImportChoices)}
+    options |= {name: custom_graph(arguments, name) for name in ("loss", "metric")}
+    options["loss"] = options["loss"] or (recipe.loss if recipe else arguments.loss)
+    choices = {name: value for name, value in options.items() if value is not None}
+    return fx.load(source or arguments.model, name=arguments.name or name, **choices)
 
 
 def parse_precisions(text: str) -> tuple[str, ...]:
@@ -203,36 +137,9 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         raise ConfigError(str(error) if arguments.recipe is None else f"{arguments.recipe}: {error}") from error
 
 
-def _names_in(path: Path) -> list[str]:
-    """Tensor names of a file: a JSON list, or one per line; a line that begins with `#` is a comment."""
-    try:
-        text = read_file(path).decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}", hint=path_remedy(error)) from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is no text ({error})") from error
-    if text.lstrip().startswith("["):
-        names = read_json(path, ConfigError)
-        if not all(isinstance(n, str) for n in names):
-            raise ConfigError(f"{path}", expected="a list of tensor names")
-    else:
-        names = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not names:
-        raise ModelError(f"{path} names no tensor", expected="at least one trainable tensor")
-    return list(names)
-
-
 def comma_separated_names(text: str) -> tuple[str, ...]:
     """Names of an option, separated by commas."""
     return tuple(n.strip() for n in text.split(","))
-
-
-def parse_shape(text: str) -> tuple[int | str, ...]:
-    """Sizes of an option, separated by commas or ×; one may be the bounds of a length, such as 400:16000."""
-    try:
-        return tuple(n if ":" in n else positive_integer(n) for n in text.replace("x", ",").split(","))
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"expected sizes of 1 or more, such as 3,32,32, got {text!r}") from error
 
 
 def parse_density(text: str) -> float | None:

@@ -10,7 +10,8 @@ from fedprune.core.cli import add_json_option, print_json
 from fedprune.core.errors import FedpruneError
 from fedprune.output import tables
 from fedprune.runtime.bundle import open_bundle
-from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
+from fedprune_export.cli.options import MODEL_HELP, read_model
+from fedprune_export.model_options import add_model_options
 
 
 def register(subparsers: Any) -> None:

@@ -3,10 +3,11 @@
 Not here: writing models back out (`bundles.conversion`).
 """
 
-from fedprune_export.importing.load import ImportChoices, check_input, import_onnx, load, read_source, with_choices
+from fedprune_export.importing.load import check_input, import_onnx, load, read_source, with_choices
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.sources import compare_models, drawn_tensors, is_factory_source, torch_module
 from fedprune_export.importing.torch_export import export_torch
+from fedprune_export.model_options import ImportChoices
 
 __all__ = [
     "PARAMETERS_KEY",

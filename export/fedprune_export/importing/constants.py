@@ -12,18 +12,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.refusals import RANDOM_OPERATORS
 from fedprune_export.ir.dropout import is_dropout
-from fedprune_export.ir.graph import Array, Graph, Node, Port
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS, SIZE_OPERATORS
 from fedprune_export.ir.shape_arithmetic import size_marks
-from fedprune_export.ir.trace import Trace
+from fedprune_export.ir.trace import Trace, run_values
 
 
 def constant_input(graph: Graph, node: Node, index: int, what: str) -> Array | None:
@@ -128,18 +127,15 @@ def drop_zero_products(graph: Graph, trace: Trace, constants: set[str]) -> None:
 
     The names of new constants are added to `constants`.
     """
-    names: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op != "MatMul" or node.domain or any(trace.batched(node.outputs[0])):
-            continue
-        if any(i in constants and i in graph.initializers and not graph.initializers[i].any() for i in node.inputs):
-            output = node.outputs[0]
-            names[output] = graph.constant(np.zeros(trace.shapes[output], trace.dtypes[output]), trace.dtypes[output])
-            constants.add(names[output])
     outputs = {p.name for p in graph.outputs}
     for node in graph.nodes:
-        node.inputs = [names.get(i, i) for i in node.inputs]
-    graph.nodes = [n for n in graph.nodes if n.outputs[0] not in names or n.outputs[0] in outputs]
+        output = node.outputs[0]
+        if node.op != "MatMul" or node.domain or output in outputs or any(trace.batched(output)):
+            continue
+        if any(i in constants and i in graph.initializers and not graph.initializers[i].any() for i in node.inputs):
+            graph.initializers[output] = np.zeros(trace.shapes[output], trace.dtypes[output])
+            constants.add(output)
+    graph.nodes = [n for n in graph.nodes if n.outputs[0] not in graph.initializers]
 
 
 def fold_constants(graph: Graph, trace: Trace, constants: set[str], output: str) -> None:
@@ -164,23 +160,11 @@ def fold_constants(graph: Graph, trace: Trace, constants: set[str], output: str)
         ):
             computable.update(o for o in node.outputs if o)
     if computable:
-        constant_values.update(_evaluate(graph, constant_values, computable, trace))
+        computed_nodes = [n for n in graph.copy().nodes if any(o in computable for o in n.outputs)]
+        computed = Graph(nodes=computed_nodes, initializers=dict(constant_values), opset=graph.opset)
+        constant_values.update(run_values(computed, sorted(computable), batch=1))
     folded = {o for n in graph.nodes for o in n.outputs if o in constant_values and o != output}
     graph.nodes = [n for n in graph.nodes if not all(o in folded for o in n.outputs if o)]
     for name in folded:
         graph.initializers[name] = np.array(constant_values[name], order="C")
         constants.add(name)
-
-
-def _evaluate(
-    graph: Graph, constant_values: Mapping[str, Array], computable: set[str], trace: Trace
-) -> dict[str, Array]:
-    names = sorted(computable)
-    computable_graph = Graph(
-        outputs=[Port(n, trace.dtypes[n], trace.shapes[n]) for n in names],
-        nodes=[n for n in graph.copy().nodes if any(o in computable for o in n.outputs)],
-        initializers=dict(constant_values),
-        opset=graph.opset,
-    )
-    computable_graph.prune()
-    return OnnxSession(computable_graph.to_bytes()).run({}, names)

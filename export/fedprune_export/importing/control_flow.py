@@ -1,4 +1,4 @@
-"""Removes control flow: inlines branches on constants, and unrolls loops of a fixed length."""
+"""Removes branches on constants and loops of a constant length: their bodies become functions that are called."""
 
 from __future__ import annotations
 
@@ -10,288 +10,217 @@ import onnx
 from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
-from fedprune_export.importing.graph_writer import GraphWriter, names_within
-from fedprune_export.importing.loop_bodies import changed_states, count_iterations, repeated_body
+from fedprune_export.importing.graph_writer import GraphWriter, operator_of, write_out_functions
 from fedprune_export.importing.metadata import REPEATED_KEY, write_properties
-from fedprune_export.importing.node_order import inner_graphs
+from fedprune_export.importing.node_order import read_names
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX
 from fedprune_export.ir.graph import Array, read_tensor
 
-CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
+CONTROL_FLOW = frozenset({"If", "Loop"})
 
+_DOMAIN = "fedprune.bodies"
 _MAX_DEPTH = 20  # control flow within control flow
+_MAX_BYTES = 2**28  # copies of a body, which may hold constants of bodies within it
 
 
-def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> None:
-    """Inline branches on constants and unroll loops of a fixed length; the model is changed.
+def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> onnx.ModelProto:
+    """The model, which may be changed, with branches on constants and loops of a constant length written out.
 
     Control flow that depends on data stays, and is refused by name later. Raises `ModelError` if there would be more
     than `max_nodes` operators, or control flow is nested too deeply.
     """
     # Each pass removes one level; the next pass removes the level within it.
     repeated = set[str]()
-    for _ in range(_MAX_DEPTH):
+    for _ in range(_MAX_DEPTH + 1):
         writer = _ControlFlow(model, opset, max_nodes)
         writer.write()
-        repeated |= writer.repeated_tensors
-        if not writer.replaced_count:
+        repeated |= writer.repeated
+        if not writer.functions:
             if repeated:
                 write_properties(model, {REPEATED_KEY: "\n".join(sorted(repeated))})
-            return
+            return model
+        opsets = [*model.opset_import]
+        model.functions.extend(writer.functions)
+        model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+        model = write_out_functions(model)
+        del model.opset_import[:]
+        model.opset_import.extend(opsets)
     raise ModelError(f"branches and loops are nested more than {_MAX_DEPTH} deep")
 
 
 class _ControlFlow(GraphWriter):
-    """Inlines and unrolls one level of control flow."""
+    """Writes one level of control flow as calls.
+
+    Attributes:
+        functions: The bodies that are called.
+        repeated: Values and tensors that each iteration of a loop reads.
+    """
 
     def __init__(self, model: onnx.ModelProto, opset: int, max_nodes: int) -> None:
         super().__init__(model, opset)
         self._max_nodes, self._nodes_left = max_nodes, max_nodes - len(model.graph.node)
-        self.replaced_count = 0
-        self.repeated_tensors: set[str] = set()
-        # By a stacked output's name, its axis and what is stacked along it.
-        self._stacks: dict[str, tuple[int, list[str]]] = {}
+        self._outer_names = {*self._makers, *self._tensors, *(port.name for port in model.graph.input)}
+        self.functions: list[onnx.FunctionProto] = []
+        self.repeated: set[str] = set()
 
     def rewrite_node(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
-        """The nodes that replace a node; the node itself if its condition or length depends on data."""
-        rule = {"If": self._if, "Loop": self._loop, "Scan": self._scan, "Slice": self._slice}.get(node.op_type)
-        if rule is None or node.domain not in ("", "ai.onnx"):
+        """The calls that replace a node; the node itself if its condition or length depends on data."""
+        rule = {("", "If"): self._if, ("", "Loop"): self._loop}.get(operator_of(node))
+        if rule is None:
             return [node]
         replacement = rule(node, {a.name: helper.get_attribute_value(a) for a in node.attribute})
-        if replacement is None:
-            return [node]
-        self.replaced_count += 1
-        return replacement
+        return [node] if replacement is None else replacement
 
     def _if(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
-        condition = self._constant_value(node.input[0]) if len(node.input) == 1 else None
-        if condition is None:
+        condition = self._number(node.input[0])
+        branch = attrs.get("then_branch" if condition else "else_branch")
+        if condition is None or branch is None or len(branch.output) != len(node.output):
             return None
-        _check_single_number("condition", node, condition)
-        branch = attrs.get("then_branch" if condition.reshape(-1)[0] else "else_branch")
-        if branch is None or len(branch.output) != len(node.output):
-            raise ModelError(f"If {value_text(node.name)} lacks a branch")
-        prefix = f"{node.output[0]}."
-        return self._copy_body(branch, self._add_body_tensors(branch, prefix), {}, prefix, node.output)
+        function, reads, constants = self._add_function(branch, node.output[0])
+        return [*constants, helper.make_node(function.name, reads, node.output, domain=_DOMAIN)]
 
     def _loop(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         count, condition, *states = [*node.input, "", ""][: max(2, len(node.input))]
-        body, trips = repeated_body(node, attrs), self._constant_value(count) if count else None
-        starts = self._constant_value(condition) if condition else np.array(True)
-        _check_single_number("number of iterations", node, trips)
-        _check_single_number("condition", node, starts)
+        body = attrs.get("body", onnx.GraphProto())
+        trips, starts = self._number(count), self._number(condition)
         counts = 2 + len(states), 1 + len(node.output)
-        if (len(body.input), len(body.output)) != counts:
-            raise ModelError(
-                f"the body of Loop {value_text(node.name)}",
-                expected=f"{counts[0]} inputs and {counts[1]} outputs",
-                got=f"{len(body.input)} and {len(body.output)}",
-            )
-        # Without a number of iterations the condition alone ends the loop.
-        if starts is None or (count and trips is None):
+        # A damaged loop stays, too, and is refused by name.
+        if (len(body.input), len(body.output)) != counts or not any(node.output):
+            return None
+        if (count and trips is None) or (condition and starts is None):
             return None
         # One more than may be written out, so that a loop that is too long is refused as such.
-        max_iterations = 1 + self._nodes_left // max(1, len(body.node))
-        if trips is not None:
-            max_iterations = min(max_iterations, int(trips.reshape(-1)[0]))
-        iteration_count = count_iterations(
-            body,
-            self._model.opset_import,
-            states,
-            self._constant_value,
-            starts=bool(starts.reshape(-1)[0]),
-            max_iterations=max_iterations,
-        )
-        if iteration_count is None:
+        limit = 1 + self._nodes_left // max(1, len(body.node))
+        limit = 0 if starts == 0 else limit if trips is None else min(limit, trips)
+        iteration_count = self._count_iterations(body, states, limit)
+        # A stacked output of no iterations would be an empty tensor of unknown shape.
+        if iteration_count is None or (iteration_count < 1 and len(node.output) > len(states)):
             return None
-
-        def iteration_inputs(iteration: int) -> tuple[list[onnx.NodeProto], list[str]]:
-            nodes = [self._constant(np.array(iteration, np.int64), f"{node.output[0]}.{iteration}.turn")]
-            nodes.append(self._constant(np.array(True), f"{node.output[0]}.{iteration}.on"))
-            return nodes, [n.output[0] for n in nodes]
-
-        return self._unroll(
-            node, body, iteration_count, states, iteration_inputs, skipped=1, axes=[0] * len(body.output)
-        )
-
-    def _scan(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
-        body, count = repeated_body(node, attrs), int(attrs.get("num_scan_inputs", 0))
-        # Before opset 9 a Scan had a batch axis and lengths of sequences.
-        if self._opset < 9:
-            return None
-        state_count = len(node.input) - count
-        stacked_count = len(node.output) - state_count
-        lists = {
-            name: list(attrs.get(name, [0] * size))
-            for size, *names in (
-                (count, "scan_input_axes", "scan_input_directions"),
-                (stacked_count, "scan_output_axes", "scan_output_directions"),
-            )
-            for name in names
-        }
-        if (
-            not 0 < count <= len(node.input)
-            or stacked_count < 0
-            or (len(body.input), len(body.output)) != (len(node.input), len(node.output))
-            or any(len(values) != (count if "input" in name else stacked_count) for name, values in lists.items())
-        ):
-            raise ModelError(
-                f"Scan {value_text(node.name)}",
-                expected="a value or more to go through, and as many inputs, outputs, axes and directions as its body",
-                got=f"{count} of {len(node.input)} inputs to go through, {len(node.output)} outputs, "
-                f"and a body with {len(body.input)} and {len(body.output)}",
-            )
-        states, scanned = list(node.input)[:state_count], list(node.input)[state_count:]
-        axes = lists["scan_input_axes"]
-        lengths = {self._size(name, axis) for name, axis in zip(scanned, axes, strict=True)}
-        iteration_count = lengths.pop()
-        # Inputs of different lengths are left to the checks that name the operator.
-        if lengths or iteration_count is None:
-            return None
-        self._check_size(node, body, iteration_count)
-        backward = lists["scan_input_directions"]
-        stem = node.output[0]
-        elements = [[self._names.fresh(f"{stem}.{k}.part{t}") for t in range(iteration_count)] for k in range(count)]
-        before: list[onnx.NodeProto] = []
-        for name, axis, names in zip(scanned, axes, elements, strict=True):
-            before += self._unstack(name, axis, names)
-
-        def iteration_inputs(iteration: int) -> tuple[list[onnx.NodeProto], list[str]]:
-            return [], [p[-1 - iteration if b else iteration] for p, b in zip(elements, backward, strict=True)]
-
-        out_axes = [0] * state_count + lists["scan_output_axes"]
-        out_backward = [0] * state_count + lists["scan_output_directions"]
-        unrolled = self._unroll(
-            node, body, iteration_count, states, iteration_inputs, skipped=0, axes=out_axes, backward=out_backward
-        )
-        return None if unrolled is None else before + unrolled
+        self._nodes_left -= iteration_count * max(1, len(body.node))
+        if self._nodes_left < 0:
+            raise ModelError(_unrolled_loop(node), expected=f"at most {self._max_nodes} operators")
+        return self._unroll(node, body, states, iteration_count)
 
     def _unroll(
-        self,
-        node: onnx.NodeProto,
-        body: onnx.GraphProto,
-        iteration_count: int,
-        states: Sequence[str],
-        iteration_inputs: Any,
-        *,
-        skipped: int,
-        axes: Sequence[int],
-        backward: Sequence[int] | None = None,
-    ) -> list[onnx.NodeProto] | None:
-        """Unroll a body: states pass from one iteration to the next, the other outputs are stacked.
-
-        Args:
-            iteration_inputs: Returns what one iteration reads besides the states: nodes, and their outputs' names.
-            skipped: How many outputs of the body come before the states.
-            axes: The axis along which each output is stacked.
-        """
-        self._check_size(node, body, iteration_count)
-        self._nodes_left -= iteration_count * max(1, len(body.node))
-        state_count, stacked_count = len(states), len(body.output) - skipped - len(states)
-        # A stacked output of no iterations would be an empty tensor of unknown shape.
-        if not iteration_count and stacked_count:
-            return None
-        stem = f"{node.output[0]}."
-        tensor_names, out, current_states = self._add_body_tensors(body, stem), list[onnx.NodeProto](), list(states)
-        read_names = {*tensor_names.values(), *names_within(body), *node.input}
-        self.repeated_tensors |= read_names & (self._tensors.keys() | tensor_names.values())
-        rows: list[list[str]] = [[] for _ in range(stacked_count)]
-        for i, changes in enumerate(changed_states(body, state_count, is_loop=bool(skipped))):
-            # A recurrent layer begins with zeros, which no optimiser trains.
-            tensor = self._tensors.get(states[i])
-            if changes and tensor is not None and not read_tensor(tensor).any():
-                out.append(self._constant(read_tensor(tensor), f"{CONSTANT_PREFIX}{states[i]}"))
-                current_states[i] = out[-1].output[0]
-        for iteration in range(iteration_count):
-            prefix = f"{stem}{iteration}."
-            nodes, iteration_names = iteration_inputs(iteration)
-            # A loop has the iteration before its states, a scan its elements behind them.
-            read = [*iteration_names, *current_states] if skipped else [*current_states, *iteration_names]
-            inputs = {port.name: name for port, name in zip(body.input, read, strict=True)}
-            results = [self._names.fresh(f"{prefix}out{i}") for i in range(len(body.output))]
-            out += nodes + self._copy_body(body, tensor_names, inputs, prefix, results)
-            current_states = results[skipped : skipped + state_count]
-            for row, name in zip(rows, results[skipped + state_count :], strict=True):
-                row.append(name)
-        out += [
-            helper.make_node("Identity", [a], [b])
-            for a, b in zip(current_states, node.output[:state_count], strict=True)
-            if b
-        ]
-        for i, (row, target) in enumerate(zip(rows, node.output[state_count:], strict=True), state_count):
-            if target:
-                elements = row[::-1] if backward and backward[i] else row
-                self._stacks[target] = axes[i], elements
-                out += self._stack(elements, axes[i], target)
-        return out
-
-    def _slice(self, node: onnx.NodeProto, _: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
-        """Stack only what is read of a stacked output: most recurrent layers return their last state."""
-        axis, elements = self._stacks.get(node.input[0], (0, []))
-        bounds = [self._constant_value(name) for name in node.input[1:]]
-        numbers = [int(b.reshape(-1)[0]) for b in bounds if b is not None and b.size == 1]
-        if not elements or len(bounds) not in (3, 4) or len(numbers) < len(bounds):
-            return None
-        start, end, sliced_axis, step = [*numbers, 1][:4]
-        picked = elements[start:end:step] if sliced_axis == axis and step else []
-        return self._stack(picked, axis, node.output[0]) if picked else None
-
-    def _check_size(self, node: onnx.NodeProto, body: onnx.GraphProto, iteration_count: int) -> None:
-        if iteration_count * max(1, len(body.node)) > self._nodes_left:
-            what = f"{node.op_type} {value_text(node.name)}, unrolled"
-            raise ModelError(what, expected=f"at most {self._max_nodes} operators")
-
-    def _add_body_tensors(self, body: onnx.GraphProto, prefix: str) -> dict[str, str]:
-        """Add a body's tensors to the graph, once for all iterations. Returns their new names."""
-        names = {t.name: self._names.fresh(prefix + t.name) for t in body.initializer}
-        for tensor in body.initializer:
-            self._graph.initializer.add().CopyFrom(tensor)
-            self._graph.initializer[-1].name = names[tensor.name]
-        return names
-
-    def _copy_body(
-        self,
-        body: onnx.GraphProto,
-        tensor_names: Mapping[str, str],
-        inputs: Mapping[str, str],
-        prefix: str,
-        targets: Sequence[str],
+        self, loop: onnx.NodeProto, body: onnx.GraphProto, states: list[str], iteration_count: int
     ) -> list[onnx.NodeProto]:
-        """A copy of a body's nodes, with new names for tensors, inputs, outputs (`targets`) and all other values."""
-        value_names = dict.fromkeys(o for n in body.node for o in n.output if o)
-        result_names = {b.name: o for b, o in zip(body.output, targets, strict=True) if b.name in value_names and o}
-        names = {
-            **tensor_names,
-            **inputs,
-            **result_names,
-            **{o: self._names.fresh(prefix + o) for o in value_names if o not in result_names},
-        }
-        out = [onnx.NodeProto() for _ in body.node]
-        for copy, inner in zip(out, body.node, strict=True):
-            copy.CopyFrom(inner)
-            _rename(copy, names)
-            copy.name = prefix + inner.name if inner.name else ""
-        for value, target in zip(body.output, targets, strict=True):
-            if target and names.get(value.name) != target:
-                out.append(helper.make_node("Identity", [names.get(value.name, value.name)], [target]))
-        return out
+        """A call per iteration: states pass from one to the next, the other outputs are stacked."""
+        stem = loop.output[0]
+        function, reads, nodes = self._add_function(body, stem)
+        if function.ByteSize() * iteration_count > _MAX_BYTES:
+            raise ModelError(_unrolled_loop(loop), expected=f"at most {_MAX_BYTES} bytes")
+        self.repeated |= {*states, *reads}
+        copies = {n.output[0]: n.input[0] for n in body.node if n.op_type == "Identity" and n.input}
+        for i, state in enumerate(states):
+            after = body.output[1 + i].name
+            while after in copies:
+                after = copies[after]
+            # A recurrent layer begins with zeros, which no optimiser trains. States that don't change are weights, as
+            # TensorFlow hands them on.
+            tensor = self._tensors.get(state)
+            if after != body.input[2 + i].name and tensor is not None and not read_tensor(tensor).any():
+                nodes.append(self._constant(read_tensor(tensor), f"{CONSTANT_PREFIX}{state}"))
+                states[i] = nodes[-1].output[0]
+        rows: list[list[str]] = [[] for _ in body.output[1 + len(states) :]]
+        for iteration in range(iteration_count):
+            turn = self._constant(np.array(iteration, np.int64), f"{stem}.{iteration}.turn")
+            on = self._constant(np.array(True), f"{stem}.{iteration}.on")
+            results = [self._names.fresh(f"{stem}.{iteration}.out{i}") for i in range(len(body.output))]
+            inputs = [turn.output[0], on.output[0], *states, *reads]
+            nodes += [turn, on, helper.make_node(function.name, inputs, results, domain=_DOMAIN)]
+            states = results[1 : 1 + len(states)]
+            for row, name in zip(rows, results[1 + len(states) :], strict=True):
+                row.append(name)
+        for state, target in zip(states, loop.output, strict=False):
+            nodes += [helper.make_node("Identity", [state], [target])] if target else []
+        for row, target in zip(rows, loop.output[len(states) :], strict=True):
+            nodes += self._stack(row, 0, target) if target else []
+        return nodes
+
+    def _add_function(
+        self, body: onnx.GraphProto, stem: str
+    ) -> tuple[onnx.FunctionProto, list[str], list[onnx.NodeProto]]:
+        """Add a function that computes what a body does.
+
+        Returns it, the names of the values around the body that it takes behind the body's own inputs, and the body's
+        constants, which are among these values: once for all iterations.
+        """
+        made = {o for n in body.node for o in n.output}
+        read = dict.fromkeys(name for node in body.node for name in read_names(node))
+        read |= dict.fromkeys(port.name for port in body.output)
+        outer_names = self._outer_names - made - {port.name for port in body.input}
+        outer = {name: name for name in read if name in outer_names}
+        for tensor in body.initializer:
+            outer[tensor.name] = self._names.fresh(f"{stem}.{tensor.name}")
+            stored = self._graph.initializer.add()
+            stored.CopyFrom(tensor)
+            stored.name = outer[tensor.name]
+            self._tensors[stored.name] = stored
+        constants = list[onnx.NodeProto]()
+        nodes = [node for node in body.node if operator_of(node) != ("", "Constant")]
+        for node in body.node:
+            if operator_of(node) == ("", "Constant"):
+                outer[node.output[0]] = self._names.fresh(f"{stem}.{node.output[0]}")
+                constants.append(onnx.NodeProto())
+                constants[-1].CopyFrom(node)
+                constants[-1].output[0] = outer[node.output[0]]
+        # Each output of a function is made by a node of its own.
+        made, outputs = {o for n in nodes for o in n.output}, list[str]()
+        for i, port in enumerate(body.output):
+            outputs.append(port.name)
+            if port.name not in made or port.name in outputs[:-1]:
+                outputs[-1] = f"{port.name}.same{i}"
+                nodes.append(helper.make_node("Identity", [port.name], outputs[-1:]))
+        function = helper.make_function(
+            _DOMAIN,
+            f"body{len(self.functions)}",
+            [*(port.name for port in body.input), *outer],
+            outputs,
+            nodes,
+            self._model.opset_import,
+        )
+        self.functions.append(function)
+        return function, list(outer.values()), constants
+
+    def _count_iterations(self, body: onnx.GraphProto, states: Sequence[str], limit: int) -> int | None:
+        """How often a loop runs its body, at most `limit` times; None if that depends on data.
+
+        TensorFlow writes a recurrent layer as a loop that goes on while a counter is below the number of steps.
+        """
+        if limit < 1:
+            return 0
+        inner = GraphWriter(onnx.ModelProto(graph=body, opset_import=self._model.opset_import), self._opset)
+        turn, on, *ports = (port.name for port in body.input)
+        goes_on, *results = (port.name for port in body.output)
+        outer_names = {name for node in body.node for name in read_names(node)} | {goes_on}
+        constants = self._numbers({name: name for name in outer_names if name in self._outer_names})
+        constants[on] = np.array(True)
+        always = inner._constant_value(goes_on, constants)
+        if always is not None:
+            return limit if always.any() else 1
+        counters = self._numbers(dict(zip(ports, states, strict=True)))
+        for iteration in range(limit):
+            known = constants | counters | {turn: np.array(iteration, np.int64)}
+            condition = inner._constant_value(goes_on, known)
+            if condition is None:
+                return None
+            if not condition.any():
+                return iteration + 1
+            after = ((port, inner._constant_value(results[ports.index(port)], known)) for port in counters)
+            counters = {port: value for port, value in after if value is not None}
+        return limit
+
+    def _numbers(self, names: Mapping[str, str]) -> dict[str, Array]:
+        """The values of those names that stand for one constant number."""
+        sizes = {name: np.prod(tensor.dims) for name, tensor in self._tensors.items()}
+        values = ((key, self._constant_value(name)) for key, name in names.items() if sizes.get(name, 1) == 1)
+        return {key: value for key, value in values if value is not None and value.size == 1}
+
+    def _number(self, name: str) -> int | None:
+        """A constant condition or number of iterations; None if it is left out, computed or something else."""
+        value = self._constant_value(name) if name else None
+        return None if value is None or value.size != 1 or value.dtype.kind not in "biu" else int(value.reshape(-1)[0])
 
 
-def _check_single_number(what: str, node: onnx.NodeProto, value: Array | None) -> None:
-    """Make sure that a condition or a number of iterations is one number. Raises `ModelError` if it isn't."""
-    if value is not None and (value.size != 1 or value.dtype.kind not in "biu"):
-        got = f"{value.size} of type {value.dtype}"
-        subject = f"the {what} of {node.op_type} {value_text(node.name)}"
-        raise ModelError(subject, expected="one truth or number", got=got)
-
-
-def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
-    """Rename a node's values, also in its sub-graphs."""
-    node.input[:] = [names.get(i, i) for i in node.input]
-    node.output[:] = [names.get(o, o) for o in node.output]
-    # A branch may read values of the graph around it without declaring them.
-    for graph in inner_graphs(node):
-        for inner in graph.node:
-            _rename(inner, names)
-        for value in graph.output:
-            value.name = names.get(value.name, value.name)
+def _unrolled_loop(loop: onnx.NodeProto) -> str:
+    return f"Loop {value_text(loop.name)}, unrolled"

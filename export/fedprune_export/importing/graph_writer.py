@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, inliner, numpy_helper
 
-from fedprune.core.errors import ModelError
-from fedprune_export.importing.fused_operators.stand_ins import put_stand_ins
+from fedprune.core.errors import ModelError, error_reason
 from fedprune_export.importing.node_order import inner_graphs
+from fedprune_export.importing.runtime_inference import runtime_values
 from fedprune_export.ir import shape_inference
+from fedprune_export.ir.composites import COMPOSITES
 from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.operators import SIZE_OPERATORS
 
@@ -27,6 +29,26 @@ TRIAL_SIZES = (3, 5)
 FLOAT_TYPES = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 )
+
+
+_NOTHING: Mapping[str, Array] = MappingProxyType({})
+
+
+def operator_of(node: onnx.NodeProto) -> tuple[str, str]:
+    """Domain and name of a node's operator; the standard's domain is empty."""
+    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
+
+
+def write_out_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its local functions written out. Raises `ModelError` if onnx can't."""
+    try:
+        out: onnx.ModelProto = inliner.inline_local_functions(model)
+    except Exception as error:
+        raise ModelError(
+            f"the model's functions, branches and loops can't be written out ({error_reason(error)})",
+            hint="Export it without them.",
+        ) from error
+    return out
 
 
 class Names:
@@ -85,14 +107,6 @@ class GraphWriter:
         name = self._names.fresh(name)
         return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
 
-    def _unstack(self, name: str, axis: int, elements: Sequence[str]) -> list[onnx.NodeProto]:
-        """A value's slices along an axis, with the axis removed."""
-        rows = [self._names.fresh(f"{p}.row") for p in elements]
-        out = self._nodes_with_list("Split", name, "split", [1] * len(elements), rows, axis=axis)
-        for row, element in zip(rows, elements, strict=True):
-            out += self._nodes_with_list("Squeeze", row, "axes", [axis], [element])
-        return out
-
     def _stack(self, elements: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
         """Stack values along a new axis."""
         rows = [self._names.fresh(f"{p}.row") for p in elements]
@@ -119,18 +133,21 @@ class GraphWriter:
             self._shapes = file_shapes(self._model)
         return self._shapes.get(name)
 
-    def _constant_value(self, name: str) -> Array | None:
-        """A value that is computed only from constants and sizes; None if it depends on data or on a free size."""
+    def _constant_value(self, name: str, known: Mapping[str, Array] = _NOTHING) -> Array | None:
+        """A value that is computed only from constants, sizes and known values; None if it depends on data or on a free
+        size."""
+        nodes = self._computing_nodes(name, known) or []
+        reads_sizes = any(node.op_type in SIZE_OPERATORS for node in nodes)
         try:
-            trials = [self._value_at_size(name, size) for size in TRIAL_SIZES]
+            trials = [self._value_at_size(name, size, known) for size in TRIAL_SIZES[: 1 + reads_sizes]]
         except ModelError:  # operators that make no sense, or a value that would be huge
             return None
         same = all(f is not None and trials[0] is not None and np.array_equal(f, trials[0]) for f in trials)
         return trials[0] if same else None
 
-    def _value_at_size(self, name: str, free: int) -> Array | None:
+    def _value_at_size(self, name: str, free: int, known: Mapping[str, Array] = _NOTHING) -> Array | None:
         """The value if every free size of the file is `free`; None if it depends on data."""
-        nodes = self._computing_nodes(name)
+        nodes = self._computing_nodes(name, known)
         if nodes is None:
             return None
         model = onnx.ModelProto(opset_import=self._model.opset_import)
@@ -138,7 +155,7 @@ class GraphWriter:
         read = {name, *(i for node in nodes for i in node.input)}
         model.graph.initializer.extend(self._tensors[i] for i in read if i in self._tensors)
         graph, values = Graph.from_proto(model), shape_inference.InferredShapes()
-        for key, value in graph.initializers.items():
+        for key, value in {**graph.initializers, **{i: known[i] for i in read if i in known}}.items():
             shape_inference.set_value(values, key, value)
         for node in graph.nodes:
             if node.op in SIZE_OPERATORS and node.inputs[0] not in values.shapes:
@@ -150,15 +167,16 @@ class GraphWriter:
             shape_inference.infer_node(graph, values, node, node.outputs)
         return values.numbers.get(name)
 
-    def _computing_nodes(self, name: str) -> list[onnx.NodeProto] | None:
-        """The nodes that compute a value of sizes and constants, in order; None if data is among them, or too many."""
+    def _computing_nodes(self, name: str, known: Mapping[str, Array]) -> list[onnx.NodeProto] | None:
+        """The nodes that compute a value of sizes, constants and known values, in order; None if data is among them, or
+        too many."""
         nodes: dict[int, onnx.NodeProto] = {}
         pending = [name]
         while pending:
             value = pending.pop()
             index = self._makers.get(value)
             if index is None:
-                if value not in self._tensors:
+                if value not in self._tensors and value not in known:
                     return None
             elif index not in nodes:
                 if len(nodes) >= _MAX_STEPS:
@@ -184,7 +202,7 @@ def value_types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """Inputs, inner values and outputs, with what onnx infers of them."""
+    """Inputs, inner values and outputs, with what onnx and onnxruntime infer of them."""
     # Inference serialises the model, which takes long with its weights, and fails from 2 GiB on.
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
@@ -192,10 +210,13 @@ def _inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
         # Shape inference reads a tensor's values only if they are sizes.
         if len(tensor.raw_data) > _MAX_SIZE_TENSOR_BYTES:
             tensor.ClearField("raw_data")
-    put_stand_ins(bare)
+    for node in bare.graph.node:
+        # onnx infers no shapes of these.
+        if node.op_type in COMPOSITES and node.domain in ("", "ai.onnx"):
+            node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output[:1]))
     try:
         graph = onnx.shape_inference.infer_shapes(bare).graph
     # onnx can fail on files that run; then only what the file states is known.
     except (RuntimeError, ValueError, onnx.shape_inference.InferenceError):
         graph = model.graph
-    return [*graph.input, *graph.value_info, *graph.output]
+    return [*graph.input, *runtime_values(model), *graph.value_info, *graph.output]

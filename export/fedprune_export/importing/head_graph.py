@@ -57,8 +57,7 @@ def head_metadata(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: l
     ZipMap, whose outputs are maps, is left out: its numbers are the output.
     """
     head = _written_head(proto, end, dims, notes)
-    logits_dims = [dims[end.axis], *(d for a, d in enumerate(dims) if a not in (0, end.axis))] if dims else []
-    sizes = [_FREE_SIZE if d is None else d for d in logits_dims]
+    sizes = [_FREE_SIZE if d is None else d for d in dims[1:]]
     if not _is_small(head, sizes):
         return {}
     values = _values_of_batches(_text(head), sizes)
@@ -72,6 +71,15 @@ def head_metadata(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: l
         if axis is not None and axis < len(sizes_of_output) and sizes_of_output[axis].HasField("dim_value"):
             sizes_of_output[axis].dim_param = "N"  # the file's batch may be a fixed one
     return {HEAD_KEY: _text(head)}
+
+
+def behind_transpose(text: str, order: Sequence[int]) -> str:
+    """The head of a text for logits whose axes have to be put into this order before."""
+    head = head_graph(text)
+    for node in head.graph.node:
+        node.input[:] = ["head/~logits" if i == LOGITS else i for i in node.input]
+    head.graph.node.insert(0, helper.make_node("Transpose", [LOGITS], ["head/~logits"], perm=order))
+    return _text(head)
 
 
 def _text(head: onnx.ModelProto) -> str:
@@ -91,15 +99,12 @@ def _written_head(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: l
     inner = [*(t.name for t in tensors), *(o for n in nodes for o in n.output if o)]
     names = {name: f"head/{name}" for name in inner}
     names |= {name: f"{name}_" if name in (X, LOGITS) else name for name in outputs}
-    logits, written = LOGITS, list[onnx.NodeProto]()
-    if end.axis != 1 and dims:
-        logits, order = "head/logits", [0, *range(2, end.axis + 1), 1, *range(end.axis + 1, len(dims))]
-        written.append(helper.make_node("Transpose", [LOGITS], [logits], perm=order))
+    written = list[onnx.NodeProto]()
     for node in nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.name = f"head/{node.name}" if node.name else ""
-        copy.input[:] = [logits if i == value else names.get(i, i) for i in node.input]
+        copy.input[:] = [LOGITS if i == value else names.get(i, i) for i in node.input]
         copy.output[:] = [names.get(o, o) for o in node.output]
         written.append(copy)
     graph = helper.make_graph(

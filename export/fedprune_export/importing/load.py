@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -13,10 +13,9 @@ from typing import Any
 import onnx
 
 from fedprune.core.errors import ModelError, shape_text
-from fedprune.core.validation import check_instance, check_texts
+from fedprune.core.validation import check_instance, check_texts, check_whole
 from fedprune.model.lengths import upper_shape
 from fedprune.model.losses import LOSSES
-from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, with_adapters
 from fedprune_export.importing.hub_folder import class_names
@@ -28,48 +27,11 @@ from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, read_pack
 from fedprune_export.importing.prediction_head import choose_output, ends_in_labels
 from fedprune_export.importing.quantised import float_file
 from fedprune_export.importing.sources import is_folder, name_of, read_source_bytes
-from fedprune_export.importing.torch_export import export_torch
 from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, read_loss, read_metric
+from fedprune_export.ir.graph import read_dims
+from fedprune_export.model_options import MAX_AXIS, ImportChoices
 from fedprune_export.pruning.frozen_base import check_precision
 from fedprune_export.pruning.model import Model
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportChoices:
-    """A user's choices for an import. Those that shape the graph are stored in the model's file.
-
-    Attributes:
-        input_shape: One sample's shape, if a torch module doesn't say it in `input_shape`. It gives the
-            free sizes of an ONNX file, whose other sizes it must repeat. One free size may be the bounds of a length,
-            such as "400:16000".
-        token_ids: Whether a torch module takes token ids (int64), if it doesn't say it in `input_dtype`.
-        output: The output that gives the logits, if the model has several; or the inner value at which the model ends.
-            What follows it in the file stays for predictions, if it has no weights.
-        parameters: Names of the trainable tensors; by default those that the file lists, or all that are used as
-            weights.
-        prefer: Which channels to cut if only one kind can be: "coarse" (whole heads and groups) or "fine".
-        loss: The name of the recipe's loss, such as "bce", which contains a Sigmoid at the model's end. Or a loss of
-            your own, for recipes with loss "custom": a torch function or module of outputs and labels,
-            `package.module:function`, or an ONNX file. It gives one number per sample [n]. Labels are like outputs,
-            unless its attributes `target_shape` (of one sample) and `target_dtype` ("int64") say otherwise.
-        metric: A metric of your own, for recipes with metric "custom", given as a loss is. Its numbers per sample [n]
-            are averaged; or they are rows [n, k] and its attribute `value` is a function of their sums [k]. More is
-            better.
-        lora: Adapters to train, as a `Lora` or its text, such as "8:*.q.weight,*.v.weight". The weights are frozen.
-        base: The precision in which frozen weights are stored, sent and loaded: "float16", or "int8" with a scale per
-            output channel; by default they are tensors like all others.
-    """
-
-    input_shape: Sequence[int | str] | None = None
-    token_ids: bool = False
-    output: str | None = None
-    parameters: Sequence[str] | None = None
-    prefer: Prefer | None = None
-    loss: object = None
-    metric: object = None
-    lora: Lora | str | None = None
-    base: str | None = None
-
 
 NO_CHOICES = ImportChoices()
 
@@ -77,26 +39,35 @@ NO_CHOICES = ImportChoices()
 def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
     """A model's file with a user's choices in it. Raises `ModelError` if they don't fit the model."""
     loss, metric, lora, base = choices.loss, choices.metric, choices.lora, choices.base
-    if not (choices.output is choices.parameters is choices.prefer is None):
+    if any(getattr(choices, name) is not None for name in ("output", "class_axis", "parameters", "prefer")):
         raw = _edit_file(raw, lambda proto: _write_choices(proto, choices))
     if isinstance(loss, str) and loss in LOSSES:
         built_in, loss = LOSSES[loss], None
         labels = built_in.labels if built_in.reads_logits else ""
+        proto = parse_model(raw, run_checker=False)
         # Training ends elsewhere because of some losses' labels.
-        if labels and ends_in_labels(inline_model(parse_model(raw, run_checker=False)), labels):
+        if labels and ends_in_labels(inline_model(proto), labels):
             raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, {metadata.LABELS_KEY: labels}))
+        # Only outputs with positions may have their classes elsewhere than on axis 1, unless a convolution makes them.
+        makers = {o: n.op_type for n in proto.graph.node for o in n.output}
+        outputs = [o for o in proto.graph.output if o.type.HasField("tensor_type") and makers.get(o.name) != "Conv"]
+        if labels == "classes" and not all(len(read_dims(o)) in (1, 2) for o in outputs):
+            axes = build_model(raw, "model").class_axes
+            if len(axes) == 1 and axes != (1,):
+                texts = {metadata.CLASS_AXIS_KEY: str(axes[0])}
+                raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, texts))
     if loss is not None or metric is not None:
         model = build_model(raw, "model", own_loss=loss is not None)
-        outputs = model.architecture.output_shape
+        output_shape = model.architecture.output_shape
         packed_outputs = read_packing(model.graph.metadata, OUTPUTS_KEY)
-        texts = {}
+        user_graphs = {}
         if loss is not None:
             with name_setting_in_errors("loss"):
-                texts[LOSS_KEY] = base64.b64encode(read_loss(loss, outputs, packed_outputs)).decode()
+                user_graphs[LOSS_KEY] = base64.b64encode(read_loss(loss, output_shape, packed_outputs)).decode()
         if metric is not None:
             with name_setting_in_errors("metric"):
-                texts[METRIC_KEY] = base64.b64encode(read_metric(metric, outputs, packed_outputs)).decode()
-        raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, texts))
+                user_graphs[METRIC_KEY] = base64.b64encode(read_metric(metric, output_shape, packed_outputs)).decode()
+        raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, user_graphs))
     if lora is not None:
         raw = with_adapters(build_model(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
     if base is not None:
@@ -121,6 +92,9 @@ def _write_choices(proto: onnx.ModelProto, choices: ImportChoices) -> None:
         listed = check_texts("parameters", choices.parameters, error=ModelError)
         parameters = metadata.check_tensor_names(listed, tensor_names(proto), "the list of parameters")
         metadata.write_properties(proto, {metadata.PARAMETERS_KEY: json.dumps(parameters)})
+    if choices.class_axis is not None:
+        axis = check_whole("class_axis", choices.class_axis, -MAX_AXIS, MAX_AXIS, error=ModelError)
+        metadata.write_properties(proto, {metadata.CLASS_AXIS_KEY: str(axis)})
     if choices.prefer is not None:
         metadata.write_properties(proto, {metadata.PREFER_KEY: choices.prefer})
 
@@ -141,10 +115,9 @@ def load(source: str | Path | object, *, name: str | None = None, **choices: Any
     chosen = ImportChoices(**choices)
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
-        raw = export_torch(source, input_shape=chosen.input_shape, token_ids=chosen.token_ids, name=name)
-        return import_onnx(raw, name, chosen)
+        return import_onnx(read_source_bytes(source, chosen, name), name, chosen)
     name = name or name_of(str(source))
-    raw = read_source_bytes(source, chosen.input_shape, token_ids=chosen.token_ids)
+    raw = read_source_bytes(source, chosen)
     try:
         model = import_onnx(raw, name, chosen)
     except ModelError as error:
@@ -177,7 +150,7 @@ def read_source(source: str | Path, choices: ImportChoices = NO_CHOICES) -> byte
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
-    return _prepare_file(read_source_bytes(source, choices.input_shape, token_ids=choices.token_ids), choices)
+    return _prepare_file(read_source_bytes(source, choices), choices)
 
 
 def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> Model:

@@ -30,8 +30,11 @@ TRAINING_NOTES_KEY = "fedprune.training_notes"  # notes on effects of a torch mo
 TIED_KEY = "fedprune.tied"  # further names of tensors that have several
 REPEATED_KEY = "fedprune.repeated"  # tensors that each iteration of a loop reads, a line each; gone after the import
 LABELS_KEY = "fedprune.labels"  # the kind of labels that the loss compares with, where the training end depends on it
+CLASS_AXIS_KEY = "fedprune.class_axis"  # the axis of the outputs that the classes are on, where it is chosen or settled
 FILE_END_KEY = "fedprune.end"  # the head of a file that chooses among all samples of a batch: boards don't run it
 PREFER_KEY = "fedprune.prefer"  # which channels to cut where only one kind can be: coarse or fine
+
+_LONGEST_SHOWN = 400  # tf2onnx joins the names of fused operators
 
 
 def read_properties(model: onnx.ModelProto) -> dict[str, str]:
@@ -92,6 +95,12 @@ def activation_ranges(texts: Mapping[str, str]) -> dict[str, tuple[float, float]
     return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
+def class_axis(texts: Mapping[str, str]) -> int | None:
+    """The axis of the classes, if it is chosen or settled. Raises `ModelError` if it is no whole number."""
+    axis: int | None = decode_metadata(texts, CLASS_AXIS_KEY, None, "a whole number", lambda v: type(v) is int)
+    return axis
+
+
 def author_notes(texts: Mapping[str, str]) -> list[str]:
     """Notes for a model's author: on tied tensors, unused parameters, and training mode."""
     notes: list[str] = []
@@ -111,8 +120,10 @@ def check_tensor_names(listed: Sequence[str], tensor_names: AbstractSet[str], wh
 
 
 def shown_names(listed: Sequence[str]) -> str:
-    """The first of these names, for an error."""
-    return first_few([n[:60] if n.isprintable() else value_text(n) for n in listed], max_names=8)
+    """The first of these names, for an error: whole, so that they can be given, unless no exporter writes such."""
+    return first_few(
+        [n if n.isprintable() and len(n) <= _LONGEST_SHOWN else value_text(n) for n in listed], max_names=8
+    )
 
 
 def tied_names(texts: Mapping[str, str]) -> dict[str, list[str]]:

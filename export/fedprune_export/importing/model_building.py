@@ -12,11 +12,10 @@ from fedprune.core.errors import ModelError, error_reason, value_text
 from fedprune.model.lengths import LENGTH_METADATA
 from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune_export.channels import analyse
-from fedprune_export.channels.choices import Prefer
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import uncut_tensors
+from fedprune_export.importing.class_axes import find_class_axes, move_classes
 from fedprune_export.importing.draws import rewrite_draws
-from fedprune_export.importing.fused_operators import name_early_norms
 from fedprune_export.importing.head_graph import class_names
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
@@ -24,6 +23,7 @@ from fedprune_export.importing.normalise import Normalised, normalise
 from fedprune_export.importing.number_types import as_single_precision, store_densely
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY
 from fedprune_export.importing.prediction_head import separate_head
+from fedprune_export.importing.refusals import check_input_types
 from fedprune_export.importing.user_graphs import (
     LOSS_KEY,
     METRIC_KEY,
@@ -35,6 +35,7 @@ from fedprune_export.importing.user_graphs import (
 from fedprune_export.ir.dropout import DRAWS_KEY, DROPOUT_AXES_KEY
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.instance_norms import INSTANCE_NORMS_KEY, instance_means
+from fedprune_export.model_options import Prefer
 from fedprune_export.pruning.frozen_base import freeze_base
 from fedprune_export.pruning.model import ACTIVATION_RANGES_KEY, RANKS_KEY, Model
 
@@ -70,10 +71,10 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     """
     file_notes = list[str]()
     # Draws first, since a file with random numbers can't be compared with itself in float32.
-    proto, raw = rewrite_draws(parse_inlined(raw, file_notes), raw, file_notes)
+    proto, raw = rewrite_draws(parse_inlined(raw), raw, file_notes)
     single = as_single_precision(raw, proto)
     if single is not None:
-        raw, proto = single.raw, parse_inlined(single.raw, file_notes)
+        raw, proto = single.raw, parse_inlined(single.raw)
     store_densely(proto.graph, file_notes)
     texts, tensors = metadata.read_properties(proto), tensor_names(proto)
     listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensors)
@@ -82,8 +83,13 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     parameters = None if listed is None else frozenset(listed)
     own_loss = own_loss or LOSS_KEY in texts
     labels = texts.get(metadata.LABELS_KEY, "")
-    proto, raw, head = separate_head(proto, raw, file_notes, labels, own_loss=own_loss)
+    proto, raw, head, class_axis = separate_head(proto, raw, file_notes, labels, own_loss=own_loss)
     normal = normalise(proto, parameters, raw, own_loss=own_loss)
+    chosen_axis = metadata.class_axis(texts)
+    class_axis = class_axis if chosen_axis is None else chosen_axis
+    class_axes = find_class_axes(normal) if class_axis is None else (1,)
+    if class_axis is not None:
+        head = move_classes(normal, class_axis, proto, head)
     if single is not None:
         file_notes.append(single.compare(raw, normal.graph))
     frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
@@ -95,6 +101,8 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     notes = tuple(dict.fromkeys([*author_notes, *file_notes, *normal.notes, *analysis.notes]))
     normal.graph.metadata = _model_metadata(texts, normal, frozen_names)
     normal.graph.metadata |= head
+    if class_axis is not None:
+        normal.graph.metadata[metadata.CLASS_AXIS_KEY] = "1"
     if prefer != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = prefer
     ranks = metadata.recorded_ranks(texts, analysis.architecture)
@@ -110,20 +118,30 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     loss, metric = _import_user_graphs(texts, analysis.architecture.output_shape)
     names = class_names(head.get(HEAD_KEY, ""), architecture.classes)
     model = Model(
-        normal.graph, architecture, notes, analysis.values, frozen_names, base, loss, metric, names, ranks=ranks
+        normal.graph,
+        architecture,
+        notes,
+        analysis.values,
+        frozen_names,
+        base,
+        loss,
+        metric,
+        names,
+        ranks=ranks,
+        class_axes=class_axes,
     )
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
 
 
-def parse_inlined(raw: bytes, notes: list[str]) -> onnx.ModelProto:
+def parse_inlined(raw: bytes) -> onnx.ModelProto:
     """A file's model, checked, without functions, branches and loops."""
     file_model = parse_model(raw, run_checker=False)
-    has_early_norms = name_early_norms(file_model)
-    proto = inline_model(file_model, notes)
+    check_input_types(file_model)
+    proto = inline_model(file_model)
     # onnx's checker takes long on large files, so it sees each model once: the file, or the inlined model.
     if proto is file_model:
-        check_valid_onnx(proto if has_early_norms else raw)
+        check_valid_onnx(raw)
         return proto
     try:
         check_valid_onnx(proto)

@@ -13,7 +13,7 @@ import onnx
 from fedprune.core.disk import MAX_READ_BYTES, open_file, read_file
 from fedprune.core.errors import ModelError, error_reason, path_remedy, value_text
 from fedprune.output.extras import install_command
-from fedprune_export.importing.fused_operators.stand_ins import name_early_norms
+from fedprune_export.importing.fused_operators import name_early_norms
 from fedprune_export.importing.node_order import inner_graphs, sort_nodes
 
 _NETWORK_NAME = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's
@@ -35,7 +35,7 @@ def read_model_file(path: Path) -> bytes:
             if path.with_suffix(".py").is_file():
                 hint += f" For a factory in {path}.py: {path}:FACTORY."
             else:
-                install = f"{install_command('torch')}, pip install timm"
+                install = f"{install_command('torch')}, then pip install timm"
                 hint += f" If {path} is a network of timm: {install}, and give timm:{path}."
         raise ModelError(f"can't read {path}: {error.strerror or error}", hint=path_remedy(error, hint)) from error
     try:
@@ -57,6 +57,10 @@ def parse_model(raw: bytes, *, run_checker: bool = True) -> onnx.ModelProto:
         if not proto.ir_version or not proto.HasField("graph"):
             raise ValueError("it has no graph")
         sort_nodes(proto.graph)
+        for node in proto.graph.node:
+            # Without it onnx, and with it onnxruntime at fixed sizes, infers the shape of onesided=0.
+            if node.op_type == "STFT" and not any(a.name == "onesided" for a in node.attribute):
+                node.attribute.append(onnx.helper.make_attribute("onesided", 1))
     except Exception as error:
         raise ModelError(
             f"this is not a whole ONNX model ({error_reason(error)})",
@@ -88,8 +92,7 @@ def _is_valid_when_read(model: onnx.ModelProto | bytes) -> bool:
     try:
         read.CopyFrom(parse_model(model, run_checker=False) if isinstance(model, bytes) else model)
         sort_nodes(read.graph)
-        name_early_norms(read)
-        onnx.checker.check_model(read)
+        onnx.checker.check_model(name_early_norms(read))
     except (ModelError, ValueError, onnx.checker.ValidationError):
         return False
     return True

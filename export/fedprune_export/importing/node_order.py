@@ -17,7 +17,7 @@ def sort_nodes(graph: onnx.GraphProto) -> bool:
         for inner in inner_graphs(node):
             moved = sort_nodes(inner) or moved
     makers = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    reads = [sorted({makers[n] for n in _read_names(node) if n in makers}) for node in graph.node]
+    reads = [sorted({makers[n] for n in read_names(node) if n in makers}) for node in graph.node]
     if all(not sources or sources[-1] < i for i, sources in enumerate(reads)):
         return moved
     order: dict[int, None] = {}
@@ -41,11 +41,12 @@ def sort_nodes(graph: onnx.GraphProto) -> bool:
     return True
 
 
-def _read_names(node: onnx.NodeProto) -> Iterator[str]:
+def read_names(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node and the graphs within it read."""
     yield from (name for name in node.input if name)
     for graph in inner_graphs(node):
         for inner in graph.node:
-            yield from _read_names(inner)
+            yield from read_names(inner)
         yield from (output.name for output in graph.output)
 
 

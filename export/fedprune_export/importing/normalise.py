@@ -18,7 +18,6 @@ from fedprune.core.text import first_few, quantity
 from fedprune.model.input_type import InputType
 from fedprune.model.step_contract import LOGITS, RESERVED_NAMES, X
 from fedprune_export.importing import parameter_roles
-from fedprune_export.importing.activations import replace_activations
 from fedprune_export.importing.batches import free_batch
 from fedprune_export.importing.checks import check_indices, check_nodes, compare_with_original
 from fedprune_export.importing.constants import (
@@ -28,14 +27,15 @@ from fedprune_export.importing.constants import (
     guard_zero_norms,
     narrow_constants,
 )
-from fedprune_export.importing.fused_operators import decompose_fused
+from fedprune_export.importing.fused_operators import name_early_norms, take_apart
+from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.lengths import compute_lengths
-from fedprune_export.importing.metadata import REPEATED_KEY, shown_names
-from fedprune_export.importing.norms import replace_norms
+from fedprune_export.importing.metadata import REPEATED_KEY
 from fedprune_export.importing.number_types import store_weights
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.pad_resize import drop_empty_scales
+from fedprune_export.importing.patterns import replace_patterns
 from fedprune_export.importing.refusals import check_output, check_random, check_trainable
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.scatter_writes import rewrite_scatter_writes
@@ -73,8 +73,8 @@ def normalise(
     """Bring a model into the compiler's form and check that it still computes the same.
 
     Several inputs are packed into one; the mask and lengths of padded samples are computed. Raises `ModelError` if the
-    model has several outputs, a fixed batch, control flow, numbers in other types than float32, or operators that opset
-    17 has no form of.
+    model has several outputs, a batch that can't be made free, control flow that depends on data, or operators that
+    opset 17 has no form of.
 
     Args:
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
@@ -86,7 +86,7 @@ def normalise(
     if not model.graph.node:
         raise ModelError("the model has no operators")
     # Read one input and one output, and the constants that the file declares.
-    model = upgrade_model(model)
+    model = name_early_norms(upgrade_model(model))
     graph = Graph.from_proto(model)
     notes: list[str] = []
     check_nodes(graph)
@@ -94,7 +94,7 @@ def normalise(
     store_weights(graph)
     check_sizes(graph)
     # Roles of weights, the free batch and all that follows read operators of the standard only.
-    graph, raw = decompose_fused(graph, raw, notes)
+    graph = take_apart(graph, lambda: file_shapes(model), notes)
     constants = parameter_roles.constants_of(model, graph, notes if parameters is None else [])
     file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     _name_nodes(graph)
@@ -142,7 +142,7 @@ def normalise(
     # What reads the graph later sees how many classes there are.
     graph.outputs[0].shape = ("N", *graph_trace.dims(LOGITS)[1:])
     _check_types(graph, graph_trace)
-    compare_with_original(original, graph)
+    notes += compare_with_original(original, graph)
     return Normalised(graph, roles, graph_trace, notes, names)
 
 
@@ -194,7 +194,7 @@ def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str],
     drop_identities(graph)
     graph.prune()
     constants |= {n for n in graph.initializers if n.startswith(parameter_roles.CONSTANT_PREFIX)}
-    composites = replace_activations(graph, trace, constants) + replace_norms(graph, trace, constants)
+    composites = replace_patterns(graph, trace, constants)
     if composites == 1:
         notes.append("A norm or activation that was written out in primitives is one operator.")
     elif composites:
@@ -202,17 +202,10 @@ def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str],
 
 
 def _check_ports(graph: Graph, notes: list[str]) -> None:
-    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
-        names = [p.name for p in (graph.inputs if len(graph.inputs) != 1 else graph.outputs)]
-        raise ModelError(
-            "the model's inputs and outputs",
-            expected="one input and one output",
-            got=f"{len(graph.inputs)} and {len(graph.outputs)} ({shown_names(names)})",
-            hint="Give a loss of your own, which takes all of them (loss=, or --loss), or say which output gives the "
-            "logits (output=, or --output)."
-            if len(graph.inputs) == 1 and graph.outputs
-            else "Export a model that maps one tensor to logits.",
-        )
+    counts = f"{len(graph.inputs)} and {len(graph.outputs)}"
+    if counts != "1 and 1":
+        hint = "Export a model that maps a tensor to logits."
+        raise ModelError("the model's inputs and outputs", expected="one input and one output", got=counts, hint=hint)
     port = graph.inputs[0]
     if port.dtype != np.float32 and port.dtype.kind not in "iub":
         raise ModelError(f"type of input {port.name}", expected="float32 or whole numbers", got=port.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from copy import copy
 
 import numpy as np
 import onnx
@@ -11,6 +11,7 @@ from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.raw_file import BatchLayout, RawFile, raw_session
 from fedprune_export.ir.graph import Array, Graph, Port, read_dims
+from fedprune_export.ir.rounding import round_array, round_weights
 
 # Sizes that stand for free ones where a file is compared with what was written from it.
 _TRIED_BATCH, _TRIED_SIZE = 2, 4
@@ -30,7 +31,7 @@ class Original:
 
     def __init__(self, raw: bytes, inputs: list[str], outputs: list[str], row: Graph, layout: BatchLayout) -> None:
         self._inputs, self._outputs, self._row_name = inputs, outputs, row.inputs[0].name
-        self._file = RawFile(raw, outputs, layout)
+        self._raw, self._file = raw, RawFile(raw, outputs, layout)
         feeder = row.copy()
         # The row may be an input of the file itself, when it has only one.
         feeder.outputs = [Port(name, np.dtype(np.float32), ()) for name in inputs if name != self._row_name]
@@ -50,17 +51,11 @@ class Original:
             return values[self._outputs[0]]
         return np.concatenate([values[name].reshape(len(x), -1) for name in self._outputs], 1)
 
-
-def relative_distance(before: Array, after: Array) -> float:
-    """How far numbers are from those before, relative to the largest of these. Numbers that aren't finite are only
-    close to the same: NaN or infinity comes out otherwise, as for another shape."""
-    if before.shape != after.shape:
-        return math.inf
-    old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    is_same = (old == new) | (np.isnan(old) & np.isnan(new))
-    distances = np.abs(np.subtract(old, new, out=np.zeros(old.shape), where=~is_same))
-    # The bound of 1e-6 is for outputs that are all 0.
-    return float(distances.max(initial=0)) / max(float(np.abs(old[np.isfinite(old)]).max(initial=0)), 1e-6)
+    def rerun(self, x: Array, random: np.random.Generator) -> Array:
+        """The outputs once samples and weights have moved by a rounding."""
+        moved = copy(self)
+        moved._file = RawFile(round_weights(self._raw, random), self._outputs, self._file.layout)
+        return moved.run(round_array(x, random))
 
 
 def check_rewriting(raw: bytes, rewritten: onnx.ModelProto) -> None:
@@ -82,7 +77,7 @@ def check_rewriting(raw: bytes, rewritten: onnx.ModelProto) -> None:
         ):
             continue
         raise ModelError(
-            f"output {value_text(name)} differs once the file's functions, branches and linear models are written out",
+            f"output {value_text(name)} differs once the file's functions and branches are written out",
             hint="Please report this with the model.",
         )
 

@@ -14,10 +14,6 @@ from fedprune_export.ir.axis_matrix import axis_matrix
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.trace import Trace
 
-RESIZE_MODES_OPSET = 11  # the first opset in which a Resize says how it computes positions
-
-_EARLY_ROUNDING = "simple"  # onnxruntime's name for the rounding of earlier opsets, which no file can ask for
-
 _POSITION_TOLERANCE = 1e-4  # a position this near to a whole or half one may round either way
 
 
@@ -63,7 +59,10 @@ def _emit_wrap(graph: Graph, node: Node, x: str, pads: str, trace: Trace) -> Non
 
 
 def mark_early_resizes(graph: onnx.GraphProto) -> None:
-    """Set the modes of resizes from before opset 11 explicitly: onnx's converter gives them the later defaults."""
+    """Set the modes of resizes from before opset 11 explicitly: onnx's converter gives them the later defaults.
+
+    Nearest ones round down where they grow; along axes that shrink onnxruntime rounds up, and the import is refused.
+    """
     for node in graph.node:
         if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
             continue
@@ -71,7 +70,7 @@ def mark_early_resizes(graph: onnx.GraphProto) -> None:
         del node.attribute[:]
         node.attribute.extend([*attributes, helper.make_attribute("coordinate_transformation_mode", "asymmetric")])
         if next((a.s for a in attributes if a.name == "mode"), b"nearest") == b"nearest":
-            node.attribute.append(helper.make_attribute("nearest_mode", _EARLY_ROUNDING))
+            node.attribute.append(helper.make_attribute("nearest_mode", "floor"))
 
 
 def drop_empty_scales(graph: Graph) -> None:
@@ -106,8 +105,6 @@ def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
         scales = full
     elif scales is None and not crop:
         scales = _scales(before, after, jumps=attrs.get("mode", "nearest") == "nearest")
-    if attrs.get("nearest_mode") == _EARLY_ROUNDING:
-        scales = _shrink_early(graph, node, before, after, scales)
     if scales is not None and not crop:
         node.inputs = [node.inputs[0], "", graph.constant(scales, np.float32)]
     elif axes is not None:
@@ -118,30 +115,6 @@ def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
         leading = graph.emit("Shape", node.inputs[0], attrs={"start": 0, "end": first})
         node.inputs[3] = graph.emit("Concat", leading, node.inputs[3], attrs={"axis": 0})
     graph.nodes.append(node)
-
-
-def _shrink_early(
-    graph: Graph,
-    node: Node,
-    before: tuple[int | None, ...],
-    after: tuple[int | None, ...],
-    scales: np.ndarray[Any, Any] | None,
-) -> np.ndarray[Any, Any]:
-    """Write nearest resizing of opsets before 11, which rounds up along axes that shrink and down along others.
-
-    Returns the scales that are left for the node. Raises `ModelError` if scales are computed.
-    """
-    if scales is None:
-        raise _no_form(node, "computed scales", "constant scales")
-    shrinks = np.array([b is not None and a is not None and a < b for b, a in zip(before, after, strict=True)])
-    node.attrs["nearest_mode"] = "ceil" if shrinks.any() else "floor"
-    grows = (scales != 1) & ~shrinks
-    if not (shrinks.any() and grows.any()):
-        return scales
-    shrunk = graph.constant(np.where(shrinks, scales, 1), np.float32)
-    node.inputs[0] = graph.emit("Resize", node.inputs[0], "", shrunk, attrs=dict(node.attrs))
-    node.attrs["nearest_mode"] = "floor"
-    return np.where(shrinks, np.float32(1), scales)
 
 
 def _emit_products(graph: Graph, node: Node, trace: Trace) -> None:
@@ -200,5 +173,5 @@ def _no_form(node: Node, what: str, expected: str) -> ModelError:
     return ModelError(
         f"{what} of operator {node.op} ({node.name}) has no form in opset {NORMAL_OPSET}",
         expected=expected,
-        hint=f"Export the model with opset_version={NORMAL_OPSET}.",
+        hint=f"Export the model with opset_version={NORMAL_OPSET}, and resize the last axes to constant sizes.",
     )

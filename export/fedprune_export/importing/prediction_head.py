@@ -16,7 +16,7 @@ from fedprune.model.step_contract import LOGITS
 from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune_export.importing import metadata
 from fedprune_export.importing.batches.layout import batch_axis
-from fedprune_export.importing.graph_writer import Names, file_shapes
+from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.head_graph import head_graph, head_metadata
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.original import check_rewriting
@@ -38,10 +38,11 @@ from fedprune_export.importing.translation import upgrade_model
 
 def separate_head(
     proto: onnx.ModelProto, raw: bytes, notes: list[str], labels: str = "", *, own_loss: bool = False
-) -> tuple[onnx.ModelProto, bytes, dict[str, str]]:
+) -> tuple[onnx.ModelProto, bytes, dict[str, str], int | None]:
     """Let a model end before its decisions and probabilities, if all its outputs are computed from one value.
 
-    Returns the model, the file that it is compared with, and the metadata that holds the head (empty without one).
+    Returns the model, the file that it is compared with, the metadata that holds the head (empty without one), and the
+    axis of the classes, if the file's end tells.
     Raises `ModelError` if the model has several outputs, and training could end at several values.
 
     Args:
@@ -54,44 +55,43 @@ def separate_head(
     outputs = [o.name for o in proto.graph.output]
     if head and outputs[:1] == [LOGITS]:  # a file that fedprune wrote
         end = TrainingEnd(LOGITS, (), {}, 1)
-        return end_model(proto, end, None), end_model(parse_model(raw), end, None).SerializeToString(), head
+        return end_model(proto, end, None), end_model(parse_model(raw), end, None).SerializeToString(), head, None
     if head and len(outputs) == 1:  # the user has chosen a value within the file
-        return proto, raw, head
+        return proto, raw, head, None
     if own_loss and any(can_follow(proto, o) for o in proto.graph.output):
         for value in [o for o in proto.graph.output if not can_follow(proto, o)]:
             proto.graph.output.remove(value)
             notes.append(f"Output {value_text(value.name)} is left out: it has no gradient that the loss could follow.")
-        return proto, raw, {}
+        return proto, raw, {}, None
     # Files without such an end, which are most, needn't be copied and inferred.
     if len(outputs) == 1 and can_follow(proto, proto.graph.output[0]) and not may_end(proto, labels):
-        return proto, raw, {}
+        return proto, raw, {}, None
     inlined, proto = proto, upgrade_model(proto)
     shapes = file_shapes(proto)
     found = find_training_end(proto, shapes, labels)
-    if found is None or (found.axis != 1 and not _has_batch_first(proto)):
+    if found is None or (found.axis not in (1, None) and not _has_batch_first(proto)):
         if len(outputs) > 1 or ends_in_suppression(proto):
             raise _undecided_error(proto, shapes)
-        return inlined, raw, {}
+        return inlined, raw, {}, None
     file = parse_model(raw, run_checker=False)
     if not _has_nodes(file, found):
-        # The end is inside a function or branch of the file, or of a linear model.
+        # The end is inside a function or branch of the file.
         file = inlined
         if not _has_nodes(file, found):
-            return inlined, raw, {}
+            return inlined, raw, {}, None
         check_rewriting(raw, inlined)
     dims = shapes.get(found.value)
     # Shapes were inferred while the model still had the nodes behind the value.
     trunk, original = end_model(proto, found, dims), end_model(file, found, dims)
     head = head_metadata(proto, found, dims or (), notes)
-    moved = f" with its classes, on axis {found.axis}, moved to axis 1" if found.axis != 1 else ""
     value = f"{'the logits of ' if found.removed else ''}{value_text(found.value)}"
-    notes.append(f"The model is trained from {value}{moved}. {_end_text(found, head)}")
+    notes.append(f"The model is trained from {value}. {_end_text(found, head)}")
     if has_suppression(found.nodes) and not own_loss:
         notes.append(
             "A detector needs a loss of its own, which compares boxes (--loss, docs/export.md#a-loss-of-your-own): the "
             "built-in ones don't."
         )
-    return trunk, original.SerializeToString(), head
+    return trunk, original.SerializeToString(), head, found.axis
 
 
 def _end_text(end: TrainingEnd, head: Mapping[str, str]) -> str:
@@ -145,6 +145,11 @@ def choose_output(proto: onnx.ModelProto, output: str, model: onnx.ModelProto) -
 def attach_head(proto: onnx.ModelProto, texts: Mapping[str, str]) -> None:
     """Add the head in a model's metadata to it, if it has one: its outputs follow the output `logits`."""
     head = _file_end(texts)
+    # The import may have renamed a value to what the head calls an output.
+    renamed = {o.name: f"{o.name}~inner" for o in head.graph.output}
+    for node in proto.graph.node:
+        node.input[:] = [renamed.get(i, i) for i in node.input]
+        node.output[:] = [renamed.get(o, o) for o in node.output]
     proto.graph.node.extend(head.graph.node)
     proto.graph.initializer.extend(head.graph.initializer)
     proto.graph.output.extend(head.graph.output)
@@ -163,30 +168,18 @@ def _file_end(texts: Mapping[str, str]) -> onnx.ModelProto:
 
 
 def end_model(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims | None) -> onnx.ModelProto:
-    """A copy of a model that ends where training ends, with the classes on axis 1, without the nodes that it doesn't
-    need."""
+    """A copy of a model that ends where training ends, without the nodes that it doesn't need."""
     ended = onnx.ModelProto()
     ended.CopyFrom(proto)
     removed = set(end.removed)
     nodes = [n for n in ended.graph.node if removed.isdisjoint(n.output)]
     for node in nodes:
         node.input[:] = [_source(name, end.removed) for name in node.input]
-    value = end.value
-    if end.axis != 1 and dims is not None:
-        order = classes_first(len(dims), end.axis)
-        value = Names(proto.graph).fresh(f"{value}.classes_first")
-        nodes.append(helper.make_node("Transpose", [end.value], [value], name=value, perm=order))
-        dims = [dims[axis] for axis in order]
-    live_nodes = needed_nodes(nodes, [value])
+    live_nodes = needed_nodes(nodes, [end.value])
     del ended.graph.node[:]
     ended.graph.node.extend(live_nodes)
-    _declare_output(ended, value, dims)
+    _declare_output(ended, end.value, dims)
     return ended
-
-
-def classes_first(rank: int, axis: int) -> list[int]:
-    """The order of axes that puts the classes behind the batch."""
-    return [0, axis, *(a for a in range(1, rank) if a != axis)]
 
 
 def _source(name: str, removed: Mapping[str, str]) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.importing.fused_operators import restore_early_norms
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.ir.graph import Array
@@ -37,6 +36,8 @@ class BatchLayout:
 class RawFile:
     """A session of the user's file that takes any number of samples, with the batch first in all arrays.
 
+    onnxruntime computes its operators one by one: its optimiser takes some norms for others.
+
     Raises `ModelError` if onnxruntime doesn't load the file.
 
     Args:
@@ -48,7 +49,7 @@ class RawFile:
         self.layout = layout
         self._outputs = outputs
         with _hint_at_export():
-            self._session = raw_session(raw, outputs)
+            self._session = raw_session(raw, outputs, exact=True)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for samples: all at once, or in batches of the file's own size."""
@@ -92,7 +93,6 @@ def raw_session(raw: bytes, outputs: list[str], *, exact: bool = False) -> OnnxS
     and declared shapes are removed: they compute nothing, but may be duplicate or wrong.
     """
     model = parse_model(raw, run_checker=False)
-    restore_early_norms(model)
     for value in [o for o in model.graph.output if o.name not in outputs]:
         model.graph.output.remove(value)
     for dim in [d for i in model.graph.input for d in i.type.tensor_type.shape.dim]:

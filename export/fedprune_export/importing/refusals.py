@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedprune.core.errors import ModelError
+import onnx
+
+from fedprune.core.errors import ModelError, value_text
 from fedprune.core.text import first_few
 from fedprune.model.architecture import TensorKind
 from fedprune_export.ir.graph import Graph, node_label
@@ -15,6 +17,17 @@ RANDOM_OPERATORS = frozenset(
 )
 
 _KIND_NAMES = {"b": "booleans", "i": "whole numbers", "u": "whole numbers"}
+
+
+def check_input_types(proto: onnx.ModelProto) -> None:
+    """Refuse models of texts, with a `ModelError`."""
+    for value in proto.graph.input:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
+            raise ModelError(
+                f"input {value_text(value.name)} consists of texts",
+                expected="numbers, which boards can train on",
+                hint="Turn the texts into numbers before the model, such as token ids, and export what follows that.",
+            )
 
 
 def check_random(graph: Graph) -> None:

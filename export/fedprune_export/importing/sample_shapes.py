@@ -58,10 +58,20 @@ def bind_shape(proto: onnx.ModelProto, shape: Shape) -> None:
                 dim.dim_value = size
     # Shapes of inner values may contain the axis, too; they are inferred again.
     del proto.graph.value_info[:]
+    _squeeze_frame_lengths(proto.graph)
     if length_axis is not None:
         bounds = shape[length_axis]
         min_length = bounds.lower if isinstance(bounds, Lengths) else 1
         metadata.write_properties(proto, {FREE_INPUT_KEY: json.dumps([bound[0], length_axis, min_length])})
+
+
+def _squeeze_frame_lengths(graph: onnx.GraphProto) -> None:
+    """Let frame lengths of STFTs be scalars: onnxruntime takes them with an axis, too, but only at free sizes."""
+    for i, node in reversed([*enumerate(graph.node)]):
+        if node.op_type == "STFT" and len(node.input) > 3 and node.input[3]:
+            scalar = f"{node.input[3]}~{i}"
+            graph.node.insert(i, onnx.helper.make_node("Squeeze", [node.input[3]], [scalar]))
+            graph.node[i + 1].input[3] = scalar
 
 
 def check_sizes(graph: Graph) -> None:

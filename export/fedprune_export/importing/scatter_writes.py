@@ -7,20 +7,20 @@ while Slice and Concat tie what is written and what is left to channels as anywh
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from fedprune.runtime.session import OnnxSession
-from fedprune_export.ir.graph import Array, Graph, Node, Port
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import SIZE_OPERATORS
-from fedprune_export.ir.sample_inputs import sample_feeds
-from fedprune_export.ir.trace import TRACE_BATCHES, Trace
+from fedprune_export.ir.trace import TRACE_BATCHES, Trace, run_values
 
 # A write to every second channel would be as many runs of indices as channels.
 _MAX_RUNS = 8
 _REDUCTIONS = {"none": "", "add": "Add", "mul": "Mul"}
+_SCATTERS = ("ScatterND", "ScatterElements")
 
 
 class _Write(NamedTuple):
@@ -36,7 +36,7 @@ class _Write(NamedTuple):
 
 def rewrite_scatter_writes(graph: Graph, trace: Trace, constants: Container[str], notes: list[str]) -> None:
     """Rewrite each scatter that writes everything, or constant indices of one axis. Adds a note on the latter."""
-    scatters = [n for n in graph.nodes if n.op in ("ScatterND", "ScatterElements") and not n.domain]
+    scatters = [n for n in graph.nodes if n.op in _SCATTERS and not n.domain]
     known_values = _values_from_sizes(graph, constants) if scatters else set()
     scatters = [
         n
@@ -46,29 +46,17 @@ def rewrite_scatter_writes(graph: Graph, trace: Trace, constants: Container[str]
     if not scatters:
         return
     indices, indices_second = (_index_values(graph, scatters, batch) for batch in TRACE_BATCHES)
-    writes: dict[int, _Write] = {}
+    writes: dict[str, _Write] = {}
     for node in scatters:
         write = _find_write(node, indices[node.inputs[1]], trace.shapes, trace.batched(node.inputs[0]))
         second = _find_write(node, indices_second[node.inputs[1]], trace.shapes_second, trace.batched(node.inputs[0]))
         if write is None or write != second or node.attrs.get("reduction", "none") not in _REDUCTIONS:
             continue
         if write.indices is None or len(_runs(sorted(write.indices))) <= _MAX_RUNS:
-            writes[id(node)] = write
-    makers = graph.producers()
-    nodes, graph.nodes = graph.nodes, []
-    count = 0
-    for node in nodes:
-        write = writes.get(id(node))
-        if write is None:
-            graph.nodes.append(node)
-        elif write.indices is None:
-            operator = _REDUCTIONS[node.attrs.get("reduction", "none")]
-            inputs = node.inputs[::2] if operator else node.inputs[2:]
-            graph.emit(operator or "Identity", *inputs, out=node.outputs[0])
-        else:
-            _write_pieces(graph, node, write, makers, trace)
-            count += 1
+            writes[node.outputs[0]] = write
+    graph.rewrite(dict.fromkeys(_SCATTERS, _write_pieces), writes, graph.producers(), trace)
     graph.prune()
+    count = sum(write.indices is not None for write in writes.values())
     if count:
         writes_are = "A write to a slice is" if count == 1 else f"{count} writes to slices are"
         notes.append(f"{writes_are} put together from what is written and what is left.")
@@ -83,61 +71,41 @@ def _values_from_sizes(graph: Graph, constants: Container[str]) -> set[str]:
     return out
 
 
-def _index_values(graph: Graph, scatters: Sequence[Node], batch: int) -> dict[str, Array]:
+def _index_values(graph: Graph, scatters: Sequence[Node], batch: int) -> Mapping[str, Array]:
     """The indices of scatters at a batch size, by name."""
-    names = list(dict.fromkeys(n.inputs[1] for n in scatters))
-    computed = [name for name in names if name not in graph.initializers]
-    values = {name: graph.initializers[name] for name in names if name in graph.initializers}
-    if computed:
-        probe = graph.copy()
-        probe.outputs = [Port(name, np.dtype(np.int64), ()) for name in computed]
-        probe.prune()
-        values |= OnnxSession(probe.to_bytes()).run(sample_feeds(graph, batch, seed=0), computed)
-    return values
+    computed = {n.inputs[1] for n in scatters} - graph.initializers.keys()
+    return {**graph.initializers, **(run_values(graph, sorted(computed), batch) if computed else {})}
 
 
 def _find_write(
     node: Node, indices: Array, shapes: Mapping[str, tuple[int, ...]], batched: Sequence[bool]
 ) -> _Write | None:
     """What a scatter writes; None if it isn't some indices of one axis and all of the others."""
-    data, updates = shapes[node.inputs[0]], shapes[node.inputs[2]]
+    # Where each number of the updates is written to, counted from 1.
+    numbers = np.arange(1, math.prod(shapes[node.inputs[2]]) + 1).reshape(shapes[node.inputs[2]])
+    places = np.zeros(shapes[node.inputs[0]], np.int64)
     if node.op == "ScatterElements":
-        axis = int(node.attrs.get("axis", 0)) % len(data)
-        covers = all(n == m for i, (n, m) in enumerate(zip(data, updates, strict=True)) if i != axis)
-        coordinates, lead_axes = {axis: indices}, list(range(len(data)))
-        candidates = [axis] if covers else []
-        is_single = False
+        np.put_along_axis(places, indices, numbers, int(node.attrs.get("axis", 0)))
     else:
-        depth = indices.shape[-1]
-        is_single = indices.ndim == depth
-        if not is_single and indices.ndim != depth + 1:
-            return None
-        coordinates = dict(enumerate(np.moveaxis(indices, -1, 0)))
-        lead_axes = list(range(depth))
-        candidates = list(reversed(range(depth)))
-    for axis in candidates:
-        axes = [a for a in lead_axes if a != axis or not is_single]
-        grid = {a: np.arange(data[a]) for a in coordinates if a != axis}
-        grid[axis] = coordinates[axis][tuple(slice(None) if a == axis else 0 for a in axes)].reshape(-1)
-        if all(_is_along(coordinates[a], grid[a], axes.index(a) if a in axes else None) for a in coordinates):
-            written = (grid[axis] % data[axis]).tolist()
-            if written == list(range(data[axis])) and not is_single:
-                return _Write(axis, None, is_single)
-            # Which of several writes to one index wins isn't defined. What is written along the batch must follow it.
-            if len(set(written)) == len(written) and not batched[axis]:
-                return _Write(axis, written, is_single)
+        places[tuple(np.moveaxis(indices, -1, 0))] = numbers
+    is_single = numbers.ndim == places.ndim - 1
+    # Which of several writes to one place wins isn't defined.
+    if np.count_nonzero(places) < max(numbers.size, 1) or not (is_single or numbers.ndim == places.ndim):
+        return None
+    for axis in reversed(range(places.ndim)):
+        rows = np.moveaxis(places, axis, 0).reshape(places.shape[axis], -1)
+        updates = np.moveaxis(np.expand_dims(numbers, axis) if is_single else numbers, axis, 0)
+        updates = updates.reshape(len(updates), -1)
+        index_of = {number: index for index, number in enumerate(rows[:, 0].tolist())}
+        written = [index_of.get(number, 0) for number in updates[:, 0].tolist()]
+        if rows.shape[1] != updates.shape[1] or not np.array_equal(rows[written], updates):
+            continue
+        if written == list(range(len(rows))) and not is_single:
+            return _Write(axis, None, is_single)
+        # What is written along the batch must follow it.
+        if not batched[axis]:
+            return _Write(axis, written, is_single)
     return None
-
-
-def _is_along(values: Array, numbers: Array, axis: int | None) -> bool:
-    """Whether an array holds these numbers along one of its axes, and the same along the others.
-
-    `axis`: None where all values are the one number.
-    """
-    if axis is None:
-        return bool((values == numbers).all())
-    shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-    return values.shape[axis] == numbers.size and bool((values == numbers.reshape(shape)).all())
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
@@ -146,9 +114,18 @@ def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends, len(indices)]))
 
 
-def _write_pieces(graph: Graph, node: Node, write: _Write, makers: Mapping[str, Node], trace: Trace) -> None:
+def _write_pieces(
+    graph: Graph, node: Node, writes: Mapping[str, _Write], makers: Mapping[str, Node], trace: Trace
+) -> None:
     """Write a scatter as a concatenation of what it writes and what it leaves."""
-    indices = write.indices or []
+    write, operator = writes.get(node.outputs[0]), _REDUCTIONS.get(node.attrs.get("reduction", "none"), "")
+    if write is None:
+        graph.nodes.append(node)
+        return
+    if write.indices is None:
+        graph.emit(operator or "Identity", *node.inputs[0 if operator else 2 :: 2], out=node.outputs[0])
+        return
+    indices = write.indices
     size, written = trace.shapes[node.inputs[0]][write.axis], sorted(indices)
     data, updates, axis, perm = *node.inputs[::2], write.axis, None
     if write.is_single:
@@ -163,7 +140,6 @@ def _write_pieces(graph: Graph, node: Node, write: _Write, makers: Mapping[str, 
     if written != indices:
         order = np.argsort(indices).tolist()
         updates = graph.emit("Gather", updates, graph.ints(*order), attrs={"axis": axis})
-    operator = _REDUCTIONS[node.attrs.get("reduction", "none")]
 
     def piece(value: str, start: int, stop: int) -> str:
         return graph.emit("Slice", value, graph.ints(start), graph.ints(stop), graph.ints(axis))

@@ -1,6 +1,6 @@
 """Simplifies an imported graph: each operator gets one form, and operators that do nothing are removed.
 
-`simplify` brings reshapes, squeezes and reductions into one form each, and removes products with one, sums with zero
+`simplify` brings reshapes and squeezes into one form each, and removes products with one, sums with zero
 and other operators that return their input. Graphs are changed in place; their outputs stay the same.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Container
 
 import numpy as np
 
-from fedprune_export.importing.constants import constant_input
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
 
@@ -45,10 +44,7 @@ def bypass(graph: Graph, node: Node, outputs: set[str]) -> None:
 
 
 def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
-    """Bring operators that can be written in several ways into one.
-
-    Raises `ModelError` if a reduction takes computed axes.
-    """
+    """Bring operators that can be written in several ways into one."""
     for node in graph.nodes:
         if node.domain:
             continue
@@ -60,8 +56,6 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
                 node.inputs = node.inputs[:2]
         elif node.op == "Reshape" and traced:
             _simplify_reshape(graph, node, trace)
-        elif node.op == "ReduceSum":
-            _store_sum_axes(graph, node)
         elif node.op == "Concat":
             # Parts without any numbers, such as an empty slice.
             filled = [i for i in node.inputs if i not in trace.shapes or 0 not in trace.dims(i)]
@@ -76,6 +70,7 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
     _merge_reshapes(graph)
     _keep_reduced_axes(graph, trace)
     _drop_neutral(graph, trace, constants)
+    _write_even_powers(graph, constants)
 
 
 def _simplify_reshape(graph: Graph, node: Node, trace: Trace) -> None:
@@ -90,17 +85,18 @@ def _simplify_reshape(graph: Graph, node: Node, trace: Trace) -> None:
         node.attrs.pop("allowzero", None)
 
 
-def _store_sum_axes(graph: Graph, node: Node) -> None:
-    """Store the axes of a ReduceSum as a constant; without any it reduces all.
-
-    It is the only reduction whose axes are an input at opset 17. Raises `ModelError` if they are computed.
-    """
-    constant = constant_input(graph, node, 1, "axes")
-    axes = [] if constant is None else constant.reshape(-1).tolist()
-    does_nothing = node.attrs.pop("noop_with_empty_axes", 0) and not axes
-    node.inputs[1:] = [graph.ints(*axes)] if axes else []
-    if does_nothing:
-        node.op, node.attrs = "Identity", {}
+def _write_even_powers(graph: Graph, constants: Container[str]) -> None:
+    """Write fourth powers and the like as products: onnxruntime's optimiser, which doesn't look at the exponent, takes
+    a norm by them for a LayerNormalization."""
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
+        power = graph.initializers.get(node.inputs[1]) if node.op == "Pow" and node.inputs[1] in constants else None
+        if power is not None and power.ndim <= 1 and power.size == 1 and power.item() in (4, 6, 8):
+            factor = product = graph.emit("Mul", node.inputs[0], node.inputs[0])
+            for _ in range(int(power.item()) // 2 - 2):
+                product = graph.emit("Mul", product, factor)
+            node.op, node.inputs = "Mul", [product, factor]
+        graph.nodes.append(node)
 
 
 def _merge_reshapes(graph: Graph) -> None:

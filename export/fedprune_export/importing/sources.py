@@ -6,7 +6,7 @@ or `timm:NAME`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import onnx
 from fedprune.core.disk import path_exists
 from fedprune.core.errors import ModelError, shape_text
 from fedprune.model.lengths import Shape, free_axis
+from fedprune_export.importing.fixed_inputs import fix_inputs
 from fedprune_export.importing.hub_folder import model_name, read_hub_folder
 from fedprune_export.importing.lengths import read_shape
 from fedprune_export.importing.model_file import parse_model, read_model_file
@@ -26,6 +27,7 @@ from fedprune_export.importing.timm_models import TIMM_PREFIX, timm_model, timm_
 from fedprune_export.importing.torch_export import export_torch
 from fedprune_export.importing.torch_loading import factory_product, pause_collection
 from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY
+from fedprune_export.model_options import ImportChoices
 
 _USER_GRAPH_KEYS = (LOSS_KEY, METRIC_KEY)
 
@@ -48,26 +50,37 @@ class ModelChanges:
 
 
 @pause_collection()
-def read_source_bytes(source: str | Path, input_shape: Sequence[int | str] | None, *, token_ids: bool) -> bytes:
-    """The ONNX bytes of any source: torch modules are exported. The arguments are fields of `ImportChoices`."""
-    text = str(source)
+def read_source_bytes(source: object, choices: ImportChoices, name: str = "model") -> bytes:
+    """The ONNX bytes of any source, with fixed inputs and sizes in them. Torch modules are exported: one that is given
+    itself under `name`."""
+    text, input_shape = str(source) if isinstance(source, (str, Path)) else "", choices.input_shape
     shape: Shape | None = None if input_shape is None else read_shape(input_shape)
-    has_free_axis = shape is not None and free_axis(shape) is not None
-    if _is_timm(text):
-        if shape is not None and has_free_axis:
-            raise ModelError(f"{text}: input_shape", expected="sizes", got=shape_text(*shape))
-        sizes = None if shape is None else [size for size in shape if isinstance(size, int)]
-        module, input_size = timm_model(timm_name(text), sizes)
-        return export_torch(module, input_shape=input_size, name=text)
-    if _is_factory(text):
-        return export_torch(factory_product(text), input_shape=shape, token_ids=token_ids, name=text)
-    raw = read_hub_folder(Path(source)) if is_folder(source) else read_model_file(Path(source))
-    if shape is None:
+    if not text or _is_factory(text) or _is_timm(text):
+        raw = _export(source, text or name, shape, choices)
+        shape = None
+    else:
+        path = Path(text)
+        raw = read_hub_folder(path) if is_folder(path) else read_model_file(path)
+    if shape is None and not choices.fix:
         return raw
     proto = parse_model(raw)
-    bind_shape(proto, shape)
-    bound: bytes = proto.SerializeToString(deterministic=True)
-    return bound
+    fix_inputs(proto, choices.fix or {})
+    if shape is not None:
+        bind_shape(proto, shape)
+    written: bytes = proto.SerializeToString(deterministic=True)
+    return written
+
+
+def _export(source: object, name: str, shape: Shape | None, choices: ImportChoices) -> bytes:
+    if not isinstance(source, (str, Path)):
+        return export_torch(source, input_shape=shape, token_ids=choices.token_ids, name=name)
+    if not _is_timm(name):  # `timm:NAME` has the form of a factory, too
+        return export_torch(factory_product(name), input_shape=shape, token_ids=choices.token_ids, name=name)
+    sizes = None if shape is None else [size for size in shape if isinstance(size, int)]
+    if shape is not None and free_axis(shape) is not None:
+        raise ModelError(f"{name}: input_shape", expected="sizes", got=shape_text(*shape))
+    module, input_size = timm_model(timm_name(name), sizes)
+    return export_torch(module, input_shape=input_size, name=name)
 
 
 def name_of(source: str) -> str:

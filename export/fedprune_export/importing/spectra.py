@@ -31,12 +31,10 @@ def emit_dft(graph: Graph, node: Node, trace: Trace) -> None:
     if before is None:
         raise ModelError(f"operator DFT ({node.name}) transforms the batch", expected="another axis")
     inverse, onesided = bool(node.attrs.get("inverse")), bool(node.attrs.get("onesided"))
-    if inverse and onesided:
-        length = 2 * (before - 1) if length is None else length
-        matrix = _inverse_one_sided_matrix(node, before, length, trace.shapes[node.outputs[0]][-1])
-    else:
-        length = before if length is None else length
-        matrix = _dft_matrix(node, before, length, shape[-1], inverse=inverse, onesided=onesided)
+    if length is None:
+        length = 2 * (before - 1) if inverse and onesided else before
+    parts = trace.shapes[node.outputs[0]][-1]
+    matrix = _dft_matrix(node, before, length, shape[-1], inverse=inverse, onesided=onesided, parts=parts)
     # The product works on rows: the transformed axis goes next to the parts and is flattened with them.
     last = len(shape) - 2
     order = [*(i for i in range(last + 1) if i != axis), axis, last + 1]
@@ -81,55 +79,28 @@ def emit_stft(graph: Graph, node: Node, trace: Trace) -> None:
     graph.emit("Reshape", rows, graph.ints(0, 0, *waves.shape[2:]), out=node.outputs[0])
 
 
-def _dft_matrix(node: Node, samples: int, length: int, components: int, *, inverse: bool, onesided: bool) -> Array:
-    """The factors from each part of each sample to each part of each frequency [samples, parts, frequencies, 2].
+def _dft_matrix(
+    node: Node, samples: int, length: int, components: int, *, inverse: bool, onesided: bool, parts: int = 2
+) -> Array:
+    """The factors from each part of each sample to each part of each frequency [samples, components, frequencies,
+    parts]: the transforms of impulses. Samples beyond `length` have factors of 0.
 
-    Samples beyond `length` have factors of 0.
+    Raises `ModelError` if the matrix would be too large, or a one-sided inverse has too many or few frequencies.
     """
-    frequencies = length // 2 + 1 if onesided else length
-    cos, sin = _waves(node, samples, length, frequencies, 2 * components)
-    sin = sin if inverse else -sin
-    out = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], 1)[:, :components]
-    out[length:] = 0
-    return out / length if inverse else out
-
-
-def _inverse_one_sided_matrix(node: Node, frequencies: int, length: int, components: int) -> Array:
-    """The factors from each part of each frequency to real samples [frequencies, 2, length, parts].
-
-    Frequencies between the first and the middle stand for their mirror images, too. Raises `ModelError` if there are
-    more or less than the length has.
-    """
-    if frequencies != length // 2 + 1 or not length:
+    if samples * length * components * parts > _MAX_MATRIX_ELEMENTS:
         raise ModelError(
-            f"operator DFT ({node.name}) goes back to {length} samples",
-            expected=f"{length // 2 + 1} frequencies",
-            got=frequencies,
-        )
-    cos, sin = _waves(node, frequencies, length, length, 2 * components)
-    # The first frequency, and the middle one of even lengths, are their own mirror images.
-    times = np.full((frequencies, 1), 2.0)
-    times[0] = 1
-    if length % 2 == 0:
-        times[-1] = 1
-    out = np.zeros((frequencies, 2, length, components))
-    out[..., 0] = np.stack([times * cos, -times * sin], 1) / length
-    return out
-
-
-def _waves(node: Node, rows: int, length: int, columns: int, components: int) -> tuple[Array, Array]:
-    """Cosines and sines of 2π/length times row times column.
-
-    Raises `ModelError` if the matrix would be too large.
-    """
-    if rows * columns * components > _MAX_MATRIX_ELEMENTS:
-        raise ModelError(
-            f"operator {node.op} ({node.name}): a matrix of {rows} samples and {columns} frequencies",
+            f"operator {node.op} ({node.name}): a matrix of {samples} samples and {length} frequencies",
             expected=f"at most {_MAX_MATRIX_ELEMENTS} numbers",
         )
-    # Products modulo the length keep the angles exact.
-    angle = 2 * np.pi / length * (np.outer(np.arange(rows), np.arange(columns)) % length)
-    return np.cos(angle), np.sin(angle)
+    if inverse and onesided and (samples != length // 2 + 1 or not length):
+        what = f"operator DFT ({node.name}) goes back to {length} samples"
+        raise ModelError(what, expected=f"{length // 2 + 1} frequencies", got=samples)
+    impulses = np.stack([np.eye(samples), 1j * np.eye(samples)], 1)[:, :components]
+    if inverse:
+        waves = np.fft.irfft(impulses, length) if onesided else np.fft.ifft(impulses, length)
+    else:
+        waves = np.fft.fft(impulses, length)[..., : length // 2 + 1 if onesided else length]
+    return np.stack([waves.real, waves.imag], -1)[..., :parts]
 
 
 def _constant_number(graph: Graph, node: Node, index: int, what: str) -> int | None:
@@ -138,10 +109,10 @@ def _constant_number(graph: Graph, node: Node, index: int, what: str) -> int | N
 
 
 def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
-    """Write a Col2Im [batch, channels * block, blocks] as a transposed convolution: its kernel puts each element of a
-    block at its position, and overlapping elements are summed.
+    """Write a Col2Im [batch, channels * block, blocks] as a transposed convolution.
 
-    Raises `ModelError` if the shape of the image or of a block is computed.
+    Its kernel puts each element of a block at its position, and overlapping elements are summed. Raises `ModelError` if
+    the shape of the image or of a block is computed.
     """
     shapes = (constant_input(graph, node, i, "shapes") for i in (1, 2))
     image, block = ([] if sizes is None else [int(n) for n in sizes.reshape(-1)] for sizes in shapes)

@@ -12,9 +12,9 @@ from collections.abc import Container, Mapping
 import numpy as np
 
 from fedprune.core.text import first_few
-from fedprune.runtime.session import OnnxSession
-from fedprune_export.ir.graph import Array, Graph, Node, Port
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import REARRANGEMENTS
+from fedprune_export.ir.trace import run_values
 
 
 def fold_spectral_norms(
@@ -32,15 +32,12 @@ def fold_spectral_norms(
         if node.op in ("Div", "Mul") and not node.domain and node.outputs[0] not in data_values
         for value, scale in ([node.inputs] if node.op == "Div" else [node.inputs, node.inputs[::-1]])
         if (weight := _rearranged_weight(graph, makers, value)) and weight not in constants
-        if _is_scaled_by_itself(graph, makers, node, weight, scale, listed or ())
+        if _is_scaled_by_itself(graph, node, weight, scale, listed or ())
     ]
     if not divisions:
         return
     scale_names = list(dict.fromkeys(scale for _, _, scale in divisions))
-    probe = graph.copy()
-    probe.inputs, probe.outputs = [], [Port(name, np.dtype(np.float32), ()) for name in scale_names]
-    probe.prune()
-    scales = OnnxSession(probe.to_bytes()).run({}, scale_names)
+    scales = run_values(graph, scale_names, batch=1)
     folded = []
     for node, weight, scale in divisions:
         # A number per channel is another norm.
@@ -71,27 +68,22 @@ def _rearranged_weight(graph: Graph, makers: Mapping[str, Node], value: str) -> 
     return value if array is not None and array.dtype == np.float32 and array.size > 1 else None
 
 
-def _is_scaled_by_itself(
-    graph: Graph, makers: Mapping[str, Node], node: Node, weight: str, scale: str, trained: Container[str]
-) -> bool:
+def _is_scaled_by_itself(graph: Graph, node: Node, weight: str, scale: str, trained: Container[str]) -> bool:
     """Whether a value's scale is computed from a weight and other vectors, which aren't trained, and nothing else reads
     the weight."""
-    sources = {name: graph.initializers[name] for name in _upstream(makers, scale) if name in graph.initializers}
+    sources = {name: graph.initializers[name] for name in _upstream(graph, scale) if name in graph.initializers}
     # Exporters store the matrix of a kernel beside it.
     copies = {name for name, value in sources.items() if _holds_same_numbers(value, graph.initializers[weight])}
     vectors = [n for n, v in sources.items() if v.dtype == np.float32 and v.size > 1 and n not in copies]
     if not copies or not vectors or any(n in trained for n in sources if n not in copies):
         return False
-    inside, readers = _upstream(makers, node.outputs[0]), graph.consumers()
-    pending, visited = [weight], {weight}
-    while pending:
-        for reader, _ in readers.get(pending.pop(), []):
-            if reader is node:
-                continue
-            if inside.isdisjoint(reader.outputs):
-                return False
-            pending += [o for o in reader.outputs if o not in visited]
-            visited.update(reader.outputs)
+    inside, values = _upstream(graph, node.outputs[0]), {weight}
+    for reader in graph.nodes:
+        if reader is node or values.isdisjoint(reader.inputs):
+            continue
+        if inside.isdisjoint(reader.outputs):
+            return False
+        values.update(filter(None, reader.outputs))
     return True
 
 
@@ -102,12 +94,10 @@ def _holds_same_numbers(value: Array, other: Array) -> bool:
     return bool(np.array_equal(np.sort(value, axis=None), np.sort(other, axis=None)))
 
 
-def _upstream(makers: Mapping[str, Node], value: str) -> set[str]:
+def _upstream(graph: Graph, value: str) -> set[str]:
     """A value, and all that it is computed from."""
-    out, pending = {value}, [value]
-    while pending:
-        maker = makers.get(pending.pop())
-        new = [i for i in maker.inputs if i and i not in out] if maker is not None else []
-        out.update(new)
-        pending += new
+    out = {value}
+    for node in reversed(graph.nodes):
+        if not out.isdisjoint(node.outputs):
+            out.update(filter(None, node.inputs))
     return out

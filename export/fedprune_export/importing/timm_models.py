@@ -25,6 +25,9 @@ from fedprune_export.importing.torch_loading import torch_package
 
 TORCHVISION = "torchvision"
 
+# timm brings torchvision from the usual index, which can't be imported next to a torch of the other one.
+INSTALL_TIMM = "pip install timm (before it torchvision, from the index that torch is from)"
+
 
 @contextmanager
 def torchvision_or_placeholder() -> Iterator[None]:
@@ -123,7 +126,7 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
         # Both may be missing; one message then names both.
         if "timm" in error.what or importlib.util.find_spec("timm") is not None:
             raise
-        raise error.with_subject(f"{error.what}, and neither is timm (pip install timm)") from error
+        raise error.with_subject(f"{error.what}, and neither is timm: {INSTALL_TIMM}") from error
     if not _NAME.fullmatch(name) or not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"Similar names: {', '.join(close)}." if close else ""
@@ -172,7 +175,7 @@ def _import_timm() -> Any:
             import timm
     except ImportError as error:
         raise MissingExtraError(
-            f"a network of timm needs {error.name or 'timm'}, which is not installed", hint="pip install timm."
+            f"a network of timm needs {error.name or 'timm'}, which is not installed", hint=f"{INSTALL_TIMM}."
         ) from error
     except Exception as error:
         raise ModelError(

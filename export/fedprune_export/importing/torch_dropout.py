@@ -65,6 +65,7 @@ class DropoutCalls:
             functional.scaled_dot_product_attention: self._attention,
             functional.multi_head_attention_forward: self._multi_head_attention,
             functional.instance_norm: self._instance_norm,
+            functional.rrelu: self._randomised_relu,
             **dict.fromkeys((getattr(torch, name) for name in _RECURRENT), self._recurrent),
         }
 
@@ -145,6 +146,14 @@ class DropoutCalls:
         if arguments.pop("use_input_stats"):
             return func(*args, **kwargs)
         return self.torch.nn.functional.batch_norm(training=False, **arguments)
+
+    def _randomised_relu(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """A leaky ReLU whose slopes are drawn, for which the exporter knows no operator."""
+        arguments = _bind_arguments(func, args, kwargs)
+        x, bounds = arguments["input"], (arguments["lower"], arguments["upper"])
+        slopes = self.torch.empty_like(x).uniform_(*bounds) if arguments["training"] else sum(bounds) / 2
+        out = self.torch.where(x < 0, x * slopes, x)
+        return x.copy_(out) if arguments["inplace"] else out
 
     def _recurrent(self, func: Any, x: Any, states: Any, weights: Any, *options: Any) -> Any:
         """The layers of a recurrent network one by one, with dropouts between them."""

@@ -1,4 +1,5 @@
-"""Records what a torch module does in training mode alone: dropouts, random numbers, and buffers that change.
+"""Records what a torch module does in training mode alone: dropouts, random numbers, buffers that change, and whatever
+else makes its outputs differ from those of evaluation.
 
 A module is exported in evaluation mode. Dropouts of training mode get into the export by `torch_dropout`. Modules that
 draw random numbers in training mode alone, such as a layer of noise, are exported in this mode, if they do what they do
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedprune.core.errors import error_reason
@@ -54,6 +55,9 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
     try:
         # A run in training mode draws random numbers and changes buffers: both are restored.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            # Not zeros, which would hide much; cut to whole numbers they are 0, for modules that use them as indices.
+            samples = [s.uniform_(-0.9, 0.9) if s.is_floating_point() else s for s in map(torch.clone, samples)]
             module.eval()
             evaluation = _record_run(torch, module, samples, at_means=True)
             module.train()
@@ -61,6 +65,8 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
             changed_buffers = _changed_buffers(torch, module, buffers)
             _restore_buffers(torch, buffers)
             drawing, exported = _drawing_modules(torch, module, samples, evaluation, training)
+            differing = _differing_modules(torch, module, samples, evaluation, buffers)
+            _restore_buffers(torch, buffers)
     except Exception as error:  # noqa: BLE001  the user's code, which may take labels, too, in training mode
         note = (
             f"The module can't be run in torch's training mode ({error_reason(error)}): boards train with its dropouts,"
@@ -85,6 +91,12 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
         "evaluation."
         for names, modules in _group_modules(changed_buffers)
     ]
+    others = [label for label in differing if not lost.get(label) and label not in changed_buffers]
+    if others:
+        notes.append(
+            f"{first_few(others, max_names=3)}: torch's training mode computes something else than evaluation, and "
+            "boards train by evaluation."
+        )
     active = list(dict.fromkeys(call.module for call in evaluation.calls if call.ratio))
     if active:
         notes.append(
@@ -116,13 +128,34 @@ def _drawing_modules(
     return drawing, exported
 
 
+def _differing_modules(
+    torch: Any, module: Any, samples: Sequence[Any], evaluation: _RecordedRun, buffers: Sequence[Any]
+) -> list[str]:
+    """The modules whose training mode changes outputs although nothing is dropped, draws are means, and norms, which a
+    step trains by its batch, evaluate."""
+    submodules = {_module_label(n, s): s for n, s in module.named_modules() if not _is_norm(torch, s)}
+
+    def differs(trained: Collection[str]) -> bool:
+        _restore_buffers(torch, buffers)
+        module.eval()
+        for label in trained:
+            submodules[label].training = True
+        return not _are_close(torch, _record_run(torch, module, samples, at_means=True).outputs, evaluation.outputs)
+
+    return [label for label in submodules if differs([label])] if differs(submodules) else []
+
+
+def _is_norm(torch: Any, submodule: Any) -> bool:
+    return isinstance(submodule, torch.nn.modules.batchnorm._NormBase)
+
+
 def _are_close(torch: Any, outputs: Any, expected: Any) -> bool:
     outputs, expected = ([*v] if isinstance(v, (list, tuple)) else [v] for v in (outputs, expected))
     return len(outputs) == len(expected) and all(
         isinstance(a, torch.Tensor)
         and isinstance(b, torch.Tensor)
         and a.shape == b.shape
-        and torch.allclose(a, b, **_TOLERANCES)
+        and torch.allclose(a, b, equal_nan=True, **_TOLERANCES)
         for a, b in zip(outputs, expected, strict=True)
     )
 
@@ -140,7 +173,7 @@ def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, 
     changed: dict[str, list[str]] = {}
     for submodule, name, _, before in buffers:
         now = submodule._buffers.get(name)
-        if isinstance(submodule, torch.nn.modules.batchnorm._NormBase) or now is None:
+        if _is_norm(torch, submodule) or now is None:
             continue
         # A buffer may be replaced by one of another shape.
         if now.shape != before.shape or not torch.equal(now, before):

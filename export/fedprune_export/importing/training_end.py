@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from onnx import helper
@@ -45,13 +45,13 @@ class TrainingEnd:
         nodes: The nodes of the head, in order: they read the value, constants and each other.
         removed: Nodes of the head that the trained part is left without although it goes on behind them, by their
             outputs: the values that take their places.
-        axis: The axis of the value that the classes are on.
+        axis: The axis of the value that the classes are on; None where the head doesn't tell.
     """
 
     value: str
     nodes: tuple[onnx.NodeProto, ...]
     removed: Mapping[str, str]
-    axis: int
+    axis: int | None
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,15 @@ def find_training_end(proto: onnx.ModelProto, shapes: Mapping[str, Dims], labels
     each output make a sigmoid part of the loss, and classes a softmax along any axis.
     """
     search = _search(proto, labels)
+    maker = next((n for n in proto.graph.node if search.value in n.output), None)
+    if maker is not None and maker.op_type in REARRANGEMENTS and len(shapes.get(search.value, ())) == 1:
+        # A number per sample without an axis is no output that can be trained; its value before a Squeeze is.
+        search = replace(search, value=maker.input[0], nodes=(maker, *search.nodes))
     if is_single_float(proto):
         decides = any(n.op_type in _DECISIONS for n in search.nodes)
         end = _behind_rearrangements(search, shapes) or _at_value(search, shapes)
         # A softmax over places may be an output of its own: attention, or a map.
-        return end if end is None or decides or end.axis == 1 or labels == "classes" else None
+        return end if end is None or decides or end.axis in (1, None) or labels == "classes" else None
     return _at_value(search, shapes)
 
 
@@ -208,8 +212,8 @@ def _at_value(search: Search, shapes: Mapping[str, Dims]) -> TrainingEnd | None:
     if not search.value or dims is None or len(dims) < 2:
         return None
     axes = {_axis(n, len(dims)) for n in search.nodes if search.value in n.input and n.op_type in _AXES}
-    axis = next(iter(axes)) if axes else 1
-    return TrainingEnd(search.value, search.nodes, {}, axis) if len(axes) < 2 and axis else None
+    axis = next(iter(axes), None)
+    return TrainingEnd(search.value, search.nodes, {}, axis) if len(axes) < 2 and axis != 0 else None
 
 
 def _behind_rearrangements(search: Search, shapes: Mapping[str, Dims]) -> TrainingEnd | None:

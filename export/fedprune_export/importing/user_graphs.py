@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedprune.core.errors import ModelError, error_reason, shape_text
+from fedprune.core.disk import path_exists
+from fedprune.core.errors import ModelError, error_reason, search_location, shape_text
 from fedprune.model.architecture import Architecture
 from fedprune.model.loss import Y
 from fedprune.model.step_contract import LOGITS, LOSS, METRIC_METADATA, SUMS, VALUE
@@ -93,6 +94,12 @@ class _FunctionKind(NamedTuple):
 def _read_function(source: object, outputs: Sequence[int], pieces: Sequence[Piece], kind: _FunctionKind) -> bytes:
     """Read a loss or metric from an ONNX file, or export it as the bytes of one."""
     if isinstance(source, (str, Path)) and ":" not in str(source):
+        if not path_exists(Path(source), file=True):
+            what = f"there is no file {source}"
+            hint = (
+                f"Give an ONNX file, or a function or class of torch as package.module:name.{search_location(source)}"
+            )
+            raise ModelError(what, expected=f"a {kind.name} of outputs and labels", hint=hint)
         return read_model_file(Path(source))
     torch = torch_package()
     function, name = _user_function(source)
@@ -240,7 +247,9 @@ def _read_user_graph(raw: bytes, outputs: Sequence[int], kind: str, names: tuple
             f"the inputs and outputs of a {kind}",
             expected=f"outputs of the model and labels, {returns}",
             got=f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs",
-            hint=f"A {kind} that doesn't read its labels has lost them in the export.",
+            hint=f"A {kind} that doesn't read its labels has lost them in the export."
+            if len(graph.inputs) < 2
+            else "docs/export.md#a-loss-of-your-own says what a loss or metric returns.",
         )
     _rename_ports(graph, names)
     _check_inputs(graph.inputs, tuple(outputs), kind)

@@ -25,16 +25,11 @@ COMPOSITES = frozenset(NATIVE_SINCE) - {"LayerNormalization"}
 
 def expand_composites(graph: _Draft, opset: int) -> _Draft:
     """Replace composites that `opset` lacks by simpler operators. Returns the same graph if there are none."""
-    lacking = {op for op, since in NATIVE_SINCE.items() if opset < since}
-    if not any(n.op in lacking and not n.domain for n in graph.nodes):
+    rules = {op: rule for op, rule in _RULES.items() if opset < NATIVE_SINCE[op]}
+    if not any(n.op in rules and not n.domain for n in graph.nodes):
         return graph
     out = graph.copy()
-    nodes, out.nodes = out.nodes, []
-    for node in nodes:
-        if node.op in lacking and not node.domain:
-            _RULES[node.op](out, node)
-        else:
-            out.nodes.append(node)
+    out.rewrite(rules)
     return out
 
 

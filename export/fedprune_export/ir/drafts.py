@@ -7,7 +7,7 @@ work on them, and `Graph` imports these rules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -166,6 +166,15 @@ class Draft:
             if not out.isdisjoint(node.inputs) and (node.domain or node.op not in SIZE_OPERATORS):
                 out.update(o for o in node.outputs if o)
         return out
+
+    def rewrite(self, rules: Mapping[str, Callable[..., None]], *known: object, domain: str = "") -> None:
+        """Let rules, by operator, emit what takes the place of a domain's nodes; `known` is what they read besides."""
+        nodes, self.nodes = self.nodes, []
+        for node in nodes:
+            if node.domain == domain and node.op in rules:
+                rules[node.op](self, node, *known)
+            else:
+                self.nodes.append(node)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Call values of nodes and initialisers by other names; ports keep theirs."""

@@ -135,7 +135,7 @@ def _attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> An
     if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
         raise ModelError(
             f"node {value_text(node.name or node.op_type)} has a sub-graph ({node.op_type})",
-            hint="Control flow that depends on the data can't be cut or trained; export the model without it.",
+            hint="Export it without Scan and control flow that depends on data, or give its torch module itself.",
         )
     try:
         value = helper.get_attribute_value(attribute)

@@ -44,13 +44,8 @@ def lower_to_opset(graph: _Draft, opset: int) -> _Draft:
     rules = {op: rule for op, (since, rule) in _LATER.items() if opset >= since}
     rules |= {op: rule for op, (since, rule) in _EARLIER.items() if opset < since}
     out = graph.copy()
-    nodes, out.nodes, out.opset = out.nodes, [], opset
-    for node in nodes:
-        rule = None if node.domain else rules.get(node.op)
-        if rule is not None:
-            rule(out, node)
-        else:
-            out.nodes.append(node)
+    out.opset = opset
+    out.rewrite(rules)
     for node in out.nodes:
         if not node.domain:
             check_form(node, opset)

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.ir.graph import Array, Graph
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.trace import run_values
 
@@ -18,6 +18,8 @@ _TOLERANCE = 1e-4
 
 # An output that one of these makes with a weight takes any values: nothing has to be run.
 _LINEAR_OPERATORS = frozenset({"Add", "Conv", "ConvTranspose", "Gemm", "MatMul"})
+# Neither do these bound them.
+_UNBOUNDED_OPERATORS = REARRANGEMENTS | {"AveragePool", "GlobalAveragePool", "MaxPool", "ReduceMean", "Relu"}
 
 
 def find_probabilities(graph: Graph, weights: Container[str]) -> tuple[int | None, str] | None:
@@ -27,7 +29,8 @@ def find_probabilities(graph: Graph, weights: Container[str]) -> tuple[int | Non
     `weights`: initialisers that aren't constants.
     """
     output = graph.outputs[0].name
-    if _is_linear(graph, output, weights):
+    node = last_node(graph, _UNBOUNDED_OPERATORS)
+    if node is not None and node.op in _LINEAR_OPERATORS and any(i in weights for i in node.inputs):
         return None
     runs = [run_values(graph, [output], _SAMPLES)[output]]
     with suppress(ModelError):  # identifiers may come as floats, and large ones have no row in a table
@@ -44,11 +47,12 @@ def find_probabilities(graph: Graph, weights: Container[str]) -> tuple[int | Non
     return axis, next((n for n in names if _are_logits(values[n], shares, axis)), "")
 
 
-def _is_linear(graph: Graph, output: str, weights: Container[str]) -> bool:
-    makers = graph.producers()
-    while (node := makers.get(output)) is not None and node.op in REARRANGEMENTS:
+def last_node(graph: Graph, followers: Container[str] = REARRANGEMENTS) -> Node | None:
+    """What computes the numbers of a graph's first output, before those operators that follow it; None for an input."""
+    makers, output = graph.producers(), graph.outputs[0].name
+    while (node := makers.get(output)) is not None and node.op in followers:
         output = node.inputs[0]
-    return node is not None and node.op in _LINEAR_OPERATORS and any(i in weights for i in node.inputs)
+    return node
 
 
 def _are_logits(value: Array, shares: Array, axis: int | None) -> bool:

@@ -6,6 +6,7 @@ can't make the process allocate what it claims, because each shape is checked be
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ Array = npt.NDArray[Any]
 _MAX_COMPUTED_ELEMENTS = 1024  # numbers of a value that is computed; shape arithmetic has a handful
 
 MAX_ELEMENTS = 2**28  # numbers of one value, and of all values that are needed at the same time: 1 GiB of float32
+_SMALLER_HINT = (
+    "Where the file leaves sizes free, give smaller ones with --input-shape (input_shape); otherwise export it for "
+    "smaller samples."
+)
 
 MAX_MACS = 2**40  # MACs of one sample: the largest image networks take a fifth of it
 
@@ -111,6 +116,7 @@ def infer_node(graph: Graph, out: InferredShapes, node: Node, outputs: Sequence[
             raise ModelError(
                 f"{node.op} {value_text(node.name)} makes a value of {out.shapes[name]}"[:300],
                 expected=f"at most {MAX_ELEMENTS} numbers",
+                hint=_SMALLER_HINT,
             )
     few = all(name in inferred and math.prod(inferred[name][0]) <= _MAX_COMPUTED_ELEMENTS for name in outputs)
     # The numbers of a Shape or Size follow from the shape of its input.
@@ -126,9 +132,35 @@ _INFERRED_SINCE = {"GreaterOrEqual": 16, "LessOrEqual": 16}
 _TypedShapes = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
 
+# What onnx has inferred of an operator. Layers repeat, and a graph is inferred again and again while it is imported.
+_INFERRED: dict[object, tuple[tuple[tuple[int, ...], np.dtype[Any]] | None, ...]] = {}
+_MAX_INFERRED, _MAX_KEY_BYTES = 20_000, 64
+
+
 def _onnx_shapes(graph: Graph, out: InferredShapes, node: Node) -> _TypedShapes:
     """Shapes and types of outputs, as far as onnx can infer them."""
     opset = max(graph.opset, _INFERRED_SINCE.get(node.op, 0))
+    reads = list(dict.fromkeys(i for i in node.inputs if i))
+    kinds = [(out.shapes[i], out.dtypes[i], _digest(out.numbers[i]) if i in out.numbers else b"") for i in reads]
+    places = [reads.index(i) if i else None for i in node.inputs]
+    attrs = sorted((k, repr((v.shape, _digest(v)) if isinstance(v, np.ndarray) else v)) for k, v in node.attrs.items())
+    key = (node.op, node.domain, opset, *kinds, *places, *map(bool, node.outputs), *attrs)
+    inferred = _INFERRED.get(key)
+    if inferred is None:
+        by_name = _inferred_by_onnx(out, node, opset)
+        if len(_INFERRED) >= _MAX_INFERRED:
+            _INFERRED.clear()
+        inferred = _INFERRED[key] = tuple(by_name.get(name) for name in node.outputs)
+    return {name: kind for name, kind in zip(node.outputs, inferred, strict=True) if kind is not None}
+
+
+def _digest(value: Array) -> bytes:
+    """An array's numbers, of many a digest."""
+    raw = value.tobytes()
+    return raw if len(raw) <= _MAX_KEY_BYTES else hashlib.blake2b(raw).digest()
+
+
+def _inferred_by_onnx(out: InferredShapes, node: Node, opset: int) -> _TypedShapes:
     try:
         schema = onnx.defs.get_schema(node.op, opset, node.domain)
     except onnx.defs.SchemaError:
@@ -145,7 +177,8 @@ def _onnx_shapes(graph: Graph, out: InferredShapes, node: Node) -> _TypedShapes:
         )
     except Exception as error:
         raise ShapeError(
-            f"operator {node.op} {value_text(node.name)} makes no sense ({error_reason(error)})"
+            f"operator {node.op} {value_text(node.name)} breaks a rule of ONNX ({error_reason(error)})",
+            hint="Mend it where it was made; onnx.shape_inference.infer_shapes finds the same at fixed sizes.",
         ) from error
     kinds: _TypedShapes = {}
     for name, kind in inferred.items():
@@ -170,7 +203,7 @@ def _check_memory(graph: Graph, out: InferredShapes) -> None:
             raise ModelError(
                 f"values of {alive} numbers are needed at the same time for one batch",
                 expected=f"at most {MAX_ELEMENTS}",
-                hint="Export the model for a smaller input.",
+                hint=_SMALLER_HINT,
             )
         # Weights are in memory already with the file, so only what nodes make is counted.
         done = {i for i in [*node.inputs, *node.outputs] if i and last.get(i, index) == index}

@@ -55,7 +55,7 @@ class PrecisionTrial:
         stays = self.lowered.float32_nodes
         description = f"{size:,} bytes of weights; {self.agreement.describe()}"
         if not self.has_samples:
-            description += " (random ones: no --data)"
+            description += " (random ones: --data gives real ones)"
         return description + (f"; in float32 stay {first_few(stays)}" if stays else "")
 
     def to_dict(self) -> dict[str, Any]:

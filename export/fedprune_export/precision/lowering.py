@@ -96,7 +96,7 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
     if model.base is not None:
         raise ModelError(
             f"precision {precision!r} of a model whose frozen weights are in {model.base.precision} already",
-            hint="Leave --precision (precisions) or --base-precision (base) out.",
+            hint="Leave --precision (precisions) or --base (base) out.",
         )
     pair = LoweredPair(model, widths)
     fold_norms(pair)

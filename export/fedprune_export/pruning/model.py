@@ -96,6 +96,7 @@ class Model:
         metric: Its own metric, of `logits` and `y` (`step_contract.METRIC_METADATA`); None where it brings none.
         class_names: Names of the classes, where its folder or the end of its file has them.
         ranks: Per group its channels, best first, as the fleet that trained it cut it; None where no fleet did.
+        class_axes: The axes of its outputs that may be those of the classes, which losses read on axis 1.
         training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`), by features
             and unit.
     """
@@ -110,6 +111,7 @@ class Model:
     metric: Graph | None = field(default=None, repr=False)
     class_names: tuple[str, ...] = ()
     ranks: Ranks | None = field(default=None, repr=False, compare=False)
+    class_axes: tuple[int, ...] = field(default=(1,), repr=False)
     # Exports, checks and jobs of one model ask for the same graphs.
     training_graphs: dict[tuple[Features, str], Graph] = field(
         default_factory=dict, init=False, repr=False, compare=False

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 
-from fedprune.core.errors import ConfigError, ModelError
+from fedprune.core.errors import ConfigError, ModelError, shape_text
 from fedprune.core.text import first_few
 from fedprune.model import step_contract
-from fedprune.model.features import CUSTOM_LOSS, Features
+from fedprune.model.features import CUSTOM_LOSS, Features, labels_of
 from fedprune.model.lengths import LENGTH_METADATA
 from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import axes_json
@@ -16,6 +16,7 @@ from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, describe, port, sample_shape
 from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.probabilities import find_probabilities
 from fedprune_export.pruning.base_reads import write_base_reads
 from fedprune_export.pruning.model import Model
@@ -53,7 +54,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
             meaning for the model's inputs or labels.
     """
     architecture = model.architecture
-    outputs = _output_shape(model)
+    outputs = _output_shape(model, features)
     frozen = frozen_tensors(architecture, features, model.frozen)
     graph = Graph(name="training_step", unit=unit, _counter=model.graph._counter)
     if features.ordered_dropout or features.axes:
@@ -103,14 +104,21 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     return graph
 
 
-def _output_shape(model: Model) -> tuple[int, ...]:
+def _output_shape(model: Model, features: Features) -> tuple[int, ...]:
     """The shape of a sample's outputs. Raises `ModelError` if they have no axis."""
     if not model.architecture.output_shape:
+        # A loss of several labels applies the sigmoid itself; others would lose it.
+        passed = {*REARRANGEMENTS, *(["Sigmoid"] if labels_of(features.loss) == "multi" else [])}
+        value, makers = step_contract.LOGITS, model.graph.producers()
+        while value in makers and makers[value].op in passed:
+            value = makers[value].inputs[0]
+        found = value != step_contract.LOGITS and value in makers and "~" not in value
+        way_out = f'Let the model end before it: --output {value} (output="{value}"), or export' if found else "Export"
         raise ModelError(
             "the model's output is one number per sample without an axis",
             expected="outputs [n, ...] with an axis",
-            hint="Export the model with this axis: without its last Squeeze, or a reduction's keepdims set (in torch, "
-            "x.unsqueeze(1), or Linear(..., 1) without squeeze).",
+            hint=f"{way_out} the model with this axis: without its last Squeeze, or a reduction's keepdims set (in "
+            "torch, x.unsqueeze(1), or Linear(..., 1) without squeeze).",
         )
     return model.architecture.output_shape
 
@@ -171,7 +179,17 @@ def _add_metadata(graph: Graph, model: Model, features: Features) -> None:
 
 
 def _check_logits(model: Model, features: Features) -> None:
-    """Raise `ModelError` if the loss takes logits and the model ends in probabilities."""
+    """Raise `ModelError` if the loss takes logits and the model ends in probabilities, or its classes aren't on axis 1
+    or may be on another."""
+    if features.has_class_labels and model.class_axes != (1,):
+        axes = " or ".join(map(str, model.class_axes))
+        options = " or ".join(f"--class-axis {axis}" for axis in model.class_axes)
+        raise ModelError(
+            f"loss {features.loss} and outputs {shape_text('n', *model.architecture.output_shape)}",
+            expected="classes on axis 1",
+            got=f"classes on axis {axes}",
+            hint=f"Say at the import which axis they are on: {options} ([model] class_axis, load(..., class_axis=)).",
+        )
     found = LOSSES[features.loss].reads_logits and find_probabilities(model.graph, model.architecture.by_name)
     if not found:
         return

@@ -19,6 +19,7 @@ from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode, KeyPath
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import log_to_stdout
+from fedprune_export.model_options import ImportChoices, option_of
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import CONFIG_VARIABLE, environment_layer
 from fedprune_server.config.layers import SettingsLayer, errors_with_origin, file_layer, merge_tables
@@ -49,7 +50,9 @@ _OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "boards in a round": (
         "participation", "over_selection", "in_flight", "deadline", "connected",
     ),
-    "the model and the server's samples": ("output", "loss", "metric", "lora", "base", "calibration"),
+    "the model and the server's samples": (
+        *(choice.name for choice in fields(ImportChoices)), "calibration",
+    ),
     "what is kept, and where": ("database", "blobs", "keep"),
     "the broker, and the fleet at it": ("ca", "port", "site", "profiles"),
     "how models and updates travel": ("uploads", "serve_blobs", "blob_url"),
@@ -119,7 +122,7 @@ def _add_setting_options(parser: argparse.ArgumentParser) -> None:
     adders["job", "schedule", "kind"] = partial(_add_option, metavar="KIND", help=text)
     for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
         for setting in fields(kind):
-            if setting.metadata.get("metavar"):
+            if setting.metadata.get("metavar") or "option" in setting.metadata:
                 adders[TABLE_KEYS.get(setting.name, (table, setting.name))] = partial(
                     _add_setting_option, setting=setting
                 )
@@ -133,6 +136,9 @@ def _add_setting_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_setting_option(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> None:
+    if "option" in setting.metadata:
+        _add_option(parser, place, **option_of(setting))
+        return
     metavar, default = setting.metadata["metavar"], setting.default
     text = setting.metadata["text"].replace("%", "%%").removesuffix(".")
     text = text[0].lower() + text[1:]

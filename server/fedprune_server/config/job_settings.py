@@ -7,48 +7,18 @@ from dataclasses import dataclass, field, fields
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.features import CUSTOM_LOSS
+from fedprune_export.model_options import ImportChoices
 from fedprune_server.config.setting import setting
 from fedprune_server.storage.s3.bucket import IN_FOLDER, parse_bucket_url
 
 
 @dataclass(frozen=True)
-class JobSettings:
+class JobSettings(ImportChoices):
     """A job, its model and samples, and what each job of a server has of its own."""
 
     job: Job = field(default_factory=Job)
     model: str | None = setting(
         None, "An ONNX file, or a torch factory as `package.module:function`, with which the job begins.", "MODEL"
-    )
-    input_shape: tuple[int | str, ...] | None = setting(
-        None,
-        "One sample's shape, for a torch factory whose module doesn't state it, or an ONNX file with free sizes; "
-        "`LEAST:MOST` for a length that varies.",
-    )
-    output: str | None = setting(
-        None, "The output of an ONNX file from which the model is trained, or a value within it.", "NAME"
-    )
-    loss: str | None = setting(
-        None,
-        'A loss of your own, for recipe.loss = "custom": `package.module:function` of outputs and labels, or an ONNX '
-        "file.",
-        "LOSS",
-    )
-    metric: str | None = setting(
-        None,
-        'A metric of your own, for recipe.metric = "custom", in the forms of `loss`; a higher value is better.',
-        "METRIC",
-    )
-    lora: str | None = setting(
-        None,
-        "Adapters to train; the weights are frozen: `RANK`, or `RANK:PATTERN,PATTERN` of names of "
-        "linear layers' weights.",
-        "RANK[:PATTERN,...]",
-    )
-    base: str | None = setting(
-        None,
-        "The precision in which frozen weights are stored, sent and loaded: `float16`, or `int8` with one scale per "
-        "output channel.",
-        "PRECISION",
     )
     evaluation: str | None = setting(
         None, "The server's own samples: a `.npz` file with x and y, or `package.module:function`.", "DATA"

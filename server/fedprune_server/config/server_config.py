@@ -13,6 +13,7 @@ from typing import Any
 
 from fedprune.core.errors import ConfigError, value_text
 from fedprune.wire.urls import SYSTEM_AUTHORITIES
+from fedprune_export.model_options import ImportChoices
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.cluster_url import PROCESSES, check_cluster_url
 from fedprune_server.config.network_settings import (
@@ -118,7 +119,7 @@ class ServerConfig(ReportSettings, WebConsoleSettings, WebSettings):
 
 
 # Settings of a job that stand in tables of their own instead of [server]: a simulation reads the same tables.
-TABLE_KEYS = {name: ("model", name) for name in ("input_shape", "output", "loss", "metric", "lora", "base")} | {
+TABLE_KEYS = {choice.name: ("model", choice.name) for choice in fields(ImportChoices)} | {
     "model": ("model", "path"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, KeyPath, value_text
+from fedprune.core.settings import check_fields
 from fedprune.jobs.job import Job
 from fedprune.model.lengths import Lengths
 from fedprune.wire.urls import SYSTEM_AUTHORITIES
+from fedprune_export.model_options import ImportChoices
 from fedprune_server.config.alert_settings import PATH_KEYS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.server_config import PATH_SETTINGS, SERVER_KEYS, TABLE_KEYS, ServerConfig
@@ -38,8 +41,10 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
     values = dict(tables["server"])
     for name, (table, key) in TABLE_KEYS.items():
         if key in tables[table]:
-            check = _read_shape if name == "input_shape" else check_setting_text
+            check = _CHOICE_CHECKS.get(name, check_setting_text)
             values[name] = check(tables[table][key], (table, key))
+    choices = {choice.name: values[choice.name] for choice in fields(ImportChoices) if choice.name in values}
+    check_fields(ImportChoices(**choices), ("model",))
 
     # A function, because `_build_config` also translates the paths of errors that are raised here.
     def build() -> ServerConfig:
@@ -64,8 +69,8 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
 def anchor_paths(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Tables of a `fleet.toml` with relative paths counted from a folder."""
     anchored_tables = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
-    # Models and samples may be functions; files of the server may not. `input_shape` is neither.
-    source_keys = [place for name, place in TABLE_KEYS.items() if name != "input_shape"]
+    # Models, samples, losses and metrics may be functions; files of the server may not.
+    source_keys = [TABLE_KEYS[name] for name in ("model", "loss", "metric", "evaluation", "calibration")]
     file_keys = [("server", key) for key in ("state", *PATH_SETTINGS)] + [("alerts", key) for key in ALERT_PATHS]
     for table, key in (*source_keys, *file_keys):
         values = anchored_tables.get(table)
@@ -89,7 +94,7 @@ def config_tables(config: ServerConfig) -> dict[str, Any]:
     }
     for name, (table, key) in TABLE_KEYS.items():
         if (value := getattr(config, name)) is not None:
-            tables.setdefault(table, {})[key] = list(value) if name == "input_shape" else value
+            tables.setdefault(table, {})[key] = list(value) if isinstance(value, tuple) else value
     for table in ("server", "alerts"):
         tables[table] = {k: str(v) if isinstance(v, Path) else v for k, v in tables[table].items() if v is not None}
     return tables
@@ -123,10 +128,27 @@ def _anchor_source(text: str, folder: Path) -> str:
 
 
 def _read_shape(value: object, path: KeyPath) -> tuple[int | str, ...]:
-    sizes = value if isinstance(value, list) else []
+    sizes = value if isinstance(value, (list, tuple)) else []
     if not sizes or not all(isinstance(n, str) or validation.is_whole(n, 1) for n in sizes):
         raise ConfigError(path, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=value_text(value))
     for size in sizes:
         if isinstance(size, str):
             Lengths.parse(size, ConfigError, path)
     return tuple(sizes)
+
+
+def _read_fixed_inputs(value: object, path: KeyPath) -> dict[str, float]:
+    numbers = validation.check_mapping(path, value)
+    for name, number in numbers.items():
+        if not isinstance(number, bool):
+            validation.check_number((*path, name), number)
+    return dict(numbers)
+
+
+# The checks of choices that are no texts; `check_fields` has those of switches, numbers and words.
+_CHOICE_CHECKS: Mapping[str, Callable[[Any, KeyPath], Any]] = {
+    "input_shape": _read_shape,
+    "fix": _read_fixed_inputs,
+    "parameters": lambda names, path: validation.check_texts(path, names),
+    **dict.fromkeys(("token_ids", "class_axis", "prefer", "base"), lambda value, _: value),
+}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -37,14 +38,8 @@ _CONTENT_CHANGES = {
 
 def import_choices(config: JobSettings) -> importing.ImportChoices:
     """How a job's settings say that its model is read."""
-    return importing.ImportChoices(
-        input_shape=config.input_shape,
-        output=config.output,
-        loss=config.loss or config.job.recipe.loss,
-        metric=config.metric,
-        lora=config.lora,
-        base=config.base,
-    )
+    choices = {choice.name: getattr(config, choice.name) for choice in fields(importing.ImportChoices)}
+    return importing.ImportChoices(**choices | {"loss": config.loss or config.job.recipe.loss})
 
 
 def read_job_model(config: JobSettings) -> bytes:
@@ -72,11 +67,12 @@ def check_job_model(config: JobSettings, raw: bytes, job_description: str) -> No
 
     A source that no longer exists is no difference: the job has a copy. Raises `ConfigError`, with the description of
     the job, if something differs, and `ModelError` if the model can't be used."""
-    for name, what in (("lora", "adapters"), ("output", "output")):
-        if config.model is None and getattr(config, name) is not None:
+    for choice in fields(importing.ImportChoices):
+        is_compared = choice.name in ("loss", "metric", "base")
+        if config.model is None and not is_compared and getattr(config, choice.name) != choice.default:
             raise ConfigError(
-                ("model", name), expected="path, too, or neither", got=f"{name} alone",
-                hint=f"A job that has begun has its {what}: leave {name} out.",
+                ("model", choice.name), expected="path, too, or neither", got=f"{choice.name} alone",
+                hint=f"A job that has begun keeps its {choice.name}: leave it out.",
             )  # fmt: skip
     current = _read_configured_model(config, raw)
     if current is None:

@@ -1,5 +1,6 @@
 """Offers that an agent refuses, and what it keeps on its disk meanwhile."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,13 @@ def test_an_offer_beyond_the_profiles_limits_is_refused(bench: Bench, budget: in
     assert bench.server.of(Birth)[0].profile == "tiny"
 
 
+def call_after(patch: pytest.MonkeyPatch, function: Callable[[], None], owner: type, *names: str) -> None:
+    """Call a function after each call of these methods."""
+    for name in names:
+        plain = getattr(owner, name)
+        patch.setattr(owner, name, lambda self, *arguments, plain=plain: (plain(self, *arguments), function())[0])
+
+
 def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     server, measurements = bench.server, list[tuple[int, int]]()
 
@@ -57,12 +65,7 @@ def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeyp
         sizes = {s.st_ino: s.st_size for s in files}.values()
         measurements.append((sum(sizes), sum(size == server.weights.size for size in sizes)))
 
-    def measure_after(name: str) -> None:
-        plain = getattr(ModelSlots, name)
-        monkeypatch.setattr(ModelSlots, name, lambda self, *arguments: (plain(self, *arguments), measure_disk())[0])
-
-    measure_after("stage")
-    measure_after("install")
+    call_after(monkeypatch, measure_disk, ModelSlots, "stage", "install")
     server.plan = [server.offer(n) for n in (1, 2, 3, 4)]
     bench.run()
     graphs = server.graphs["plain"].size, server.graphs["inference"].size
@@ -106,14 +109,8 @@ def test_what_a_board_keeps_of_its_own_is_counted(
         sizes = [p.stat().st_size for p in files.values() if p.parent.name != "own"]
         file_counts.append(state_files + sum(round(n / weights) for n in sizes if n not in graphs))
 
-    def count_after(owner: type, name: str) -> None:
-        plain = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda self, *arguments: (plain(self, *arguments), count_files())[0])
-
-    count_after(ModelSlots, "stage")
-    count_after(ModelSlots, "install")
-    count_after(FolderStateStore, "stage")
-    count_after(FolderStateStore, "commit")
+    call_after(monkeypatch, count_files, ModelSlots, "stage", "install")
+    call_after(monkeypatch, count_files, FolderStateStore, "stage", "commit")
     offers = [hidden_offer(bench, n, recipe, {"w1": np.ones((8, 6), np.bool_)}) for n in (1, 2, 3, 4)]
     weights, graphs = offers[0].weights.size, {offers[0].training.size, offers[0].inference.size}
     bench.server.plan = offers

@@ -34,11 +34,6 @@ def test_numbers_of_every_width_are_what_they_were(width: int) -> None:
     np.testing.assert_allclose(decoded, SINE, atol=max(2.0 ** (1 - 8 * width), 1e-6))
 
 
-def test_channels_are_averaged() -> None:
-    both = np.stack([SINE, 0 * SINE], 1).ravel()
-    np.testing.assert_allclose(decode_wav(wav(pcm_bytes(both, 2), 2, 2))[0], SINE / 2, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("rate", "new_rate"), [(44100, 16000), (48000, 16000), (8000, 16000), (16000, 22050), (11025, 8000)]
 )

@@ -153,18 +153,19 @@ def test_what_a_source_does_wrong_is_said_by_its_name(source: Source, text: str)
     assert "mine:Source" in str(caught.value)
 
 
-@pytest.mark.parametrize("returned", [np.zeros((100, 2), "f4"), None, {}, {"y": np.zeros(100, "i8")}])
-def test_a_source_that_returns_no_dict_of_its_arrays_is_an_error_of_ours(returned: Any) -> None:
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (lambda indices: np.zeros((100, 2), "f4"), "a dict with x, y"),
+        (lambda indices: None, "a dict with x, y"),
+        (lambda indices: {"y": np.zeros(100, "i8")}, "a dict with x, y"),
+        (lambda indices: 1 / 0, r"read failed \(ZeroDivisionError"),
+    ],
+)
+def test_a_source_that_gives_no_arrays_is_an_error_of_ours(read: Any, text: str) -> None:
     source: Any = Source()
-    source.read = lambda indices: returned
-    with pytest.raises(DataError, match="a dict with x, y"):
-        SourceSamples(source, "s", SplitShares(0), 99999).snapshot()
-
-
-def test_an_error_of_a_source_names_its_method() -> None:
-    source: Any = Source()
-    source.read = lambda indices: 1 / 0
-    with pytest.raises(DataError, match=r"read failed \(ZeroDivisionError"):
+    source.read = read
+    with pytest.raises(DataError, match=text):
         SourceSamples(source, "s", SplitShares(0), 99999).snapshot()
 
 

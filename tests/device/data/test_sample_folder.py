@@ -107,12 +107,6 @@ def test_a_pipe_or_a_link_that_is_called_like_an_image_is_left_out_by_name(
     assert ".jpg" not in str(caught.value)  # which the server sees
 
 
-def test_a_folder_that_is_no_class_is_an_error(tmp_path: Path) -> None:
-    put(tmp_path, "dog/a.png", 1)
-    with pytest.raises(ConfigError, match="dog"):
-        folder(tmp_path)
-
-
 def test_a_folder_without_images_has_nothing_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to train on"):
         folder(tmp_path).snapshot(SHAPE)
@@ -160,3 +154,9 @@ def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
     assert len(unlimited.y_train) == 24
     images = {x.tobytes() for x in np.asarray(unlimited.x_train)}
     assert all(x.tobytes() in images for x in np.asarray(data.x_train))
+
+
+def test_a_folder_that_is_no_class_is_an_error(tmp_path: Path) -> None:
+    put(tmp_path, "dog/a.png", 1)
+    with pytest.raises(ConfigError, match="dog"):
+        folder(tmp_path)

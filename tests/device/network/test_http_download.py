@@ -71,6 +71,15 @@ def test_leaves_that_another_blob_here_has_are_not_fetched(web: WebPlace, store:
     assert fetch.done == fetch.total
 
 
+def begin(store: BlobStore, web: WebPlace, *leaves: int) -> None:
+    """Let some leaves of the blob be there already."""
+    begun = store.partial(REF)
+    begun.set_table(BlobStore(web.root).table(REF.sha256))
+    for index in leaves:
+        begun.write(index, BLOB[index * LEAF_BYTES : (index + 1) * LEAF_BYTES])
+    begun.close()
+
+
 def rest_over_mqtt(store: BlobStore, web: WebPlace) -> int:
     """Pull what is missing as MQTT does, from the store behind the web server; leaves that it took."""
     pull = Pull(REF, store.partial(REF))
@@ -97,11 +106,7 @@ def test_blobs_come_whole_over_one_connection(store: BlobStore, web: WebPlace) -
 
 
 def test_only_what_is_missing_is_asked_for(store: BlobStore, web: WebPlace) -> None:
-    begun = store.partial(REF)
-    begun.set_table(BlobStore(web.root).table(REF.sha256))
-    for index in (0, 1, 2, 9, 20):
-        begun.write(index, BLOB[index * LEAF_BYTES : (index + 1) * LEAF_BYTES])
-    begun.close()
+    begin(store, web, 0, 1, 2, 9, 20)
     fetch = run_fetch(store, web.url)
     assert fetch.failure == ""
     assert store.read(REF.sha256) == BLOB
@@ -113,10 +118,7 @@ def test_only_what_is_missing_is_asked_for(store: BlobStore, web: WebPlace) -> N
 
 
 def test_who_knows_no_ranges_gives_all_of_it(store: BlobStore, web: WebPlace) -> None:
-    begun = store.partial(REF)
-    begun.set_table(BlobStore(web.root).table(REF.sha256))
-    begun.write(3, BLOB[3 * LEAF_BYTES : 4 * LEAF_BYTES])
-    begun.close()
+    begin(store, web, 3)
     web.behave = lambda handler, data: not handler.give(data, ranges=False)
     assert run_fetch(store, web.url).failure == ""
     assert store.read(REF.sha256) == BLOB
@@ -179,10 +181,7 @@ def test_what_is_wrong_ends_it_and_only_right_leaves_are_kept(
 
 
 def test_a_range_that_was_not_asked_for_is_not_believed(store: BlobStore, web: WebPlace) -> None:
-    begun = store.partial(REF)
-    begun.set_table(BlobStore(web.root).table(REF.sha256))
-    begun.write(0, BLOB[:LEAF_BYTES])
-    begun.close()
+    begin(store, web, 0)
     web.behave = lambda h, data: (
         not h.give(data, **{"Content-Range": f"bytes 0-{len(data) - 1 - LEAF_BYTES}/{len(data)}"})
     )
@@ -259,16 +258,11 @@ class TestTls:
             assert run_fetch(store, web.url, REF, SMALL, tls=self.trust(tmp_path)).failure == ""
         assert store.read(REF.sha256) == BLOB
 
-    def test_another_authoritys_web_server_gets_no_request(
-        self, store: BlobStore, tmp_path: Path, authority: Authority
+    @pytest.mark.parametrize(("host", "is_trusted"), [("127.0.0.1", False), ("models.example", True)])
+    def test_a_certificate_of_another_authority_or_for_another_host_gets_no_request(
+        self, store: BlobStore, tmp_path: Path, authority: Authority, host: str, is_trusted: bool
     ) -> None:
-        with self.place(tmp_path, authority) as web:
-            assert run_fetch(store, web.url, tls=tls_context).failure.startswith("TLS failed")
-            assert web.asked == []
-
-    def test_a_certificate_for_another_host_is_refused(
-        self, store: BlobStore, tmp_path: Path, authority: Authority
-    ) -> None:
-        with self.place(tmp_path, authority, "models.example") as web:
-            assert run_fetch(store, web.url, tls=self.trust(tmp_path)).failure.startswith("TLS failed")
+        with self.place(tmp_path, authority, host) as web:
+            tls = self.trust(tmp_path) if is_trusted else tls_context
+            assert run_fetch(store, web.url, tls=tls).failure.startswith("TLS failed")
             assert web.asked == []

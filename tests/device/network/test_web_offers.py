@@ -85,31 +85,6 @@ def hangs(board: Board) -> Callable[[Handler, bytes], bool]:
     return lambda handler, data: not handler.drip(b"HTTP/1.1 200 OK\r\n", 600)
 
 
-def test_a_web_server_that_dies_in_the_middle_leaves_the_rest_to_mqtt(
-    board: Board, graphs: Path, weights: Tensors, data: LocalData, caplog: pytest.LogCaptureFixture
-) -> None:
-    board.server.plan = [board.offer(1)]
-    board.web.answers = 1
-    board.run()
-    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
-    assert board.web.sent > 0
-    first = board.web.asked[0][0]
-    asked = {w.sha256 for w in board.wants}
-    assert first.endswith(".leaves") or first[4:] not in asked
-    assert asked
-    assert len(warnings(caplog)) == 1
-
-
-def test_wrong_bytes_are_not_believed(
-    board: Board, graphs: Path, weights: Tensors, data: LocalData, caplog: pytest.LogCaptureFixture
-) -> None:
-    board.server.plan = [board.offer(1)]
-    board.web.behave = lambda handler, data: not handler.give(bytes(len(data)))
-    board.run()
-    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
-    assert len(warnings(caplog)) == 1
-
-
 @pytest.mark.parametrize("stall_after", [0.3], indirect=True)
 def test_a_web_server_that_hangs_is_given_up(board: Board, caplog: pytest.LogCaptureFixture) -> None:
     board.server.plan = [board.offer(1)]
@@ -152,3 +127,13 @@ def test_the_web_goes_on_while_there_is_no_broker(board: Board) -> None:
     board.run()
     assert dropped.is_set()
     assert board.wants == []
+
+
+def test_wrong_bytes_are_not_believed(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, caplog: pytest.LogCaptureFixture
+) -> None:
+    board.server.plan = [board.offer(1)]
+    board.web.behave = lambda handler, data: not handler.give(bytes(len(data)))
+    board.run()
+    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
+    assert len(warnings(caplog)) == 1

@@ -41,13 +41,8 @@ class Sensors:
         self.collector = SampleCollector(self.config, self.drops)
 
     def send(self, topic: str, body: Any, *, retained: bool = False) -> None:
-        raw = (
-            body
-            if isinstance(body, bytes)
-            else json.dumps(body).encode()
-            if not isinstance(body, str)
-            else body.encode()
-        )
+        text = body if isinstance(body, (str, bytes)) else json.dumps(body)
+        raw = text.encode() if isinstance(text, str) else text
         self.collector.receive(topic, raw, self.now, is_retained=retained)
 
     def row(self, after_s: float = 10.0) -> list[list[float]]:
@@ -205,34 +200,31 @@ def test_devices_behind_a_wildcard_have_rows_of_their_own_joined_with_what_all_s
     assert home.row(1)[0][0] == 3.0
 
 
-@pytest.mark.parametrize("max_age", ["inf", "86400"])
-def test_a_clock_that_was_ahead_once_ends_no_value_for_good(tmp_path: Path, max_age: str) -> None:
-    path = tmp_path / "sensors.toml"
-    path.write_text(HEAD + f'topic = "meter"\nmax_age = {max_age}\ntime = "at"\n[[channels]]\npath = "power"\n')
-    meter = Sensors(path)
-    for moment, power, held in (
-        ("2026-11-29T10:00:00", 1, 1),
-        ("2026-11-29T09:59:00", 2, 1),  # late
-        ("2090-01-01T00:00:00", 3, 3),
-        ("2026-11-29T10:00:10", 4, 4),
-        ("2026-11-29T09:00:11", 5, 5),  # the hour that comes twice
-        ("2026-11-29T09:00:11", 6, 5),
-    ):
-        meter.send("meter", {"at": moment, "power": power})
+LATE = [
+    ("2026-11-29T10:00:00", 1, False, 1),
+    ("2026-11-29T09:59:00", 2, False, 1),
+    ("2090-01-01T00:00:00", 3, False, 3),
+    ("2026-11-29T10:00:10", 4, False, 4),
+    ("2026-11-29T09:00:11", 5, False, 5),  # the hour that comes twice
+    ("2026-11-29T09:00:11", 6, False, 5),
+]
+RETAINED = [
+    (10000, 1, True, 1),
+    (20000, 2, False, 2),
+    (10000, 1, True, 2),  # as after a reconnect
+    (19990, 3, False, 2),  # late: the retained message has not set the newest time back
+    (30000, 4, True, 4),
+]
+
+
+@pytest.mark.parametrize(("max_age", "messages"), [("inf", LATE), ("86400", LATE), ("inf", RETAINED)])
+def test_only_newer_messages_are_taken_and_a_clock_that_was_ahead_once_ends_no_value_for_good(
+    tmp_path: Path, max_age: str, messages: list[tuple[Any, float, bool, float]]
+) -> None:
+    meter = sensors(tmp_path, f'topic = "meter"\nmax_age = {max_age}\ntime = "at"\n[[channels]]\npath = "power"\n')
+    for moment, power, is_retained, held in messages:
+        meter.send("meter", {"at": moment, "power": power}, retained=is_retained)
         assert meter.row() == [[held]], moment
-
-
-def test_a_retained_message_is_taken_only_if_it_is_newer_than_all_before(tmp_path: Path) -> None:
-    meter = sensors(tmp_path, 'topic = "meter"\nmax_age = inf\ntime = "at"\n[[channels]]\npath = "power"\n')
-    for time_s, power, is_retained, held in (
-        (10000, 1, True, 1),
-        (20000, 2, False, 2),
-        (10000, 1, True, 2),  # as after a reconnect
-        (19990, 3, False, 2),  # late: the retained message has not set the newest time back
-        (30000, 4, True, 4),
-    ):
-        meter.send("meter", {"at": time_s, "power": power}, retained=is_retained)
-        assert meter.row() == [[held]]
     assert "2 not newer" in meter.drops.take()
 
 

@@ -22,6 +22,7 @@ from fedprune_device.storage.state_store import FolderStateStore
 from fedprune_device.training.carried_state import updated_average
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
+from support.fakes.agent_harness import same
 from support.fakes.hidden_board import (
     CLASSES,
     DEVICE,
@@ -53,10 +54,6 @@ def mean(old: Tensors, new: Tensors) -> Tensors:
     return {n: np.float32(DECAY) * old[n] + np.float32(1 - DECAY) * new[n] for n in new}
 
 
-def equal(tensors: Tensors, expected: Tensors) -> bool:
-    return list(tensors) == list(expected) and all(tensors[n].tobytes() == expected[n].tobytes() for n in tensors)
-
-
 # -- the moving average -----------------------------------------------------------------------------------------------
 
 
@@ -67,8 +64,8 @@ def test_the_average_of_all_rounds_serves_and_the_update_is_what_was_trained(boa
         update, sent, serves = board.carry_out(board.offer(number, AVERAGE, weights, graph="kept"))
         new = train_plainly(board, number, weights)
         expected = mean(expected, new) if expected else new
-        assert equal(sent, new)
-        assert equal(serves, expected)
+        assert same(sent, new)
+        assert same(serves, expected)
         x, y = board.data.x_test, board.data.y_test
         assert update.metrics["accuracy_average"] == np.mean(logits(serves, x).argmax(1) == y)
         assert update.metrics["accuracy_after"] == np.mean(logits(new, x).argmax(1) == y)
@@ -86,22 +83,16 @@ def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
     for number in (1, 2):
         weights = hidden_weights(seed=number)
         update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
-        plain, same, _ = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="kept"))
-        record, record_without = (
-            max(
-                (LocalState.from_bytes(raw) for raw in FolderStateStore(b.root / "own").read().values()),
-                key=lambda o: o.round,
-            )
-            for b in (board, without)
-        )
+        plain, unblended, _ = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="kept"))
+        record, record_without = board.newest_state(), without.newest_state()
         new = train_plainly(board, number, weights)
         average = mean(average, new) if average else new
         expected = {n: np.float32(1 - blend) * average[n] + np.float32(blend) * v for n, v in weights.items()}
         if calibrate:
             expected |= measured_statistics(expected, board.data.x_train, 16)
-        assert equal(sent, same)
+        assert same(sent, unblended)
         assert record.to_bytes() == record_without.to_bytes()
-        assert equal(record.average, average)
+        assert same(record.average, average)
         for name, value in serves.items():
             np.testing.assert_allclose(value, expected[name], rtol=2e-6, atol=2e-6)
         assert all(update.metrics[n] == plain.metrics[n] for n in ("loss_before", "loss_after"))
@@ -116,7 +107,7 @@ def test_the_average_of_something_else_is_none(board: HiddenBoard, changes: dict
     _, sent, serves = board.carry_out(
         board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept", ranking=None, **changes)
     )
-    assert equal(serves, sent)
+    assert same(serves, sent)
 
 
 @pytest.mark.parametrize(("first", "second"), [(HIDDEN, HIDDEN // 2), (HIDDEN // 2, HIDDEN)])
@@ -245,8 +236,8 @@ def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
         with fault(at, Crash()), pytest.raises(Crash):
             board.carry_out(offer)
         repeated = board.carry_out(offer)
-        assert equal(repeated[1], sent)
-        assert equal(repeated[2], serves)
+        assert same(repeated[1], sent)
+        assert same(repeated[2], serves)
         assert repeated[0].metrics["accuracy_average"] == update.metrics["accuracy_average"]
 
 
@@ -262,8 +253,8 @@ def test_personal_tensors_stay_and_the_rest_is_the_servers(board: HiddenBoard) -
         update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
         new = train_plainly(board, number, began)
         assert list(sent) == ["w1", "gamma", "beta"]
-        assert equal(sent, {n: new[n] for n in sent})
-        assert equal(serves, new)
+        assert same(sent, {n: new[n] for n in sent})
+        assert same(serves, new)
         personal = {n: new[n] for n in ("w2", "b2", "mean", "var")}
         x, y = board.data.x_test, board.data.y_test
         assert update.metrics["accuracy_before"] == np.mean(logits(began, x).argmax(1) == y)
@@ -275,7 +266,7 @@ def test_a_board_that_shares_nothing_sends_an_empty_file(board: HiddenBoard) -> 
     _, _, second = board.carry_out(board.offer(2, recipe, hidden_weights(seed=2), graph="kept"))
     assert sent == {}
     assert update.weights.size == 64
-    assert equal(second, train_plainly(board, 2, first))
+    assert same(second, train_plainly(board, 2, first))
 
 
 # -- statistics of the board's own samples ----------------------------------------------------------------------------
@@ -306,4 +297,4 @@ def test_a_damaged_record_costs_the_average_alone(board: HiddenBoard) -> None:
     board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
     (board.root / "own" / "a").write_bytes(b"junk")
     _, sent, serves = board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept"))
-    assert equal(serves, sent)
+    assert same(serves, sent)

@@ -75,12 +75,6 @@ def test_what_is_left_out_is_sent_with_the_next_update(board: HiddenBoard) -> No
         assert decoded[name] + second.residual[name] == pytest.approx(serves[name] + first.residual[name], abs=1e-6)
 
 
-def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) -> None:
-    carry_out(board, board.offer(1, PLAIN, hidden_weights(seed=1), graph="kept", codec="top-k:0.25"))
-    second_offer = board.offer(2, PLAIN, hidden_weights(seed=2), graph="kept", codec="top-k:0.25")
-    assert carry_out(board, second_offer)[0] == carry_out(board, structs.replace(second_offer, attempt=1))[0]
-
-
 def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard) -> None:
     rng = np.random.default_rng(0)
     sent = hidden_weights(seed=1)

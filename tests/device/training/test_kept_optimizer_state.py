@@ -15,6 +15,7 @@ from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.carried_state import carried_optimizer_state
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingResult, TrainingTask
+from support.fakes.agent_harness import same
 from support.fakes.hidden_board import ARCHITECTURE, CLASSES, DEVICE, SEED, HiddenBoard, hidden_weights
 
 pytestmark = pytest.mark.board
@@ -30,17 +31,6 @@ def train(board: HiddenBoard, number: int, weights: Tensors, before: TrainingRes
     return replace(result, tensors={n: v.copy() for n, v in result.tensors.items()})
 
 
-def newest(board: HiddenBoard) -> LocalState:
-    with DeviceStore(board.root) as store:
-        return max(
-            (LocalState.from_bytes(r) for r in store.local_states.read().values()), key=lambda state: state.round
-        )
-
-
-def equal(tensors: Tensors, expected: Tensors) -> bool:
-    return set(tensors) == set(expected) and all(tensors[n].tobytes() == expected[n].tobytes() for n in tensors)
-
-
 def test_a_round_goes_on_with_the_state_of_the_one_before(board: HiddenBoard) -> None:
     before = None
     for number in (1, 2, 4):
@@ -48,10 +38,10 @@ def test_a_round_goes_on_with_the_state_of_the_one_before(board: HiddenBoard) ->
         _, sent, _ = board.carry_out(board.offer(number, KEEPS, weights, graph="kept"))
         alone = train(board, number, weights, None)
         before = train(board, number, weights, before)
-        assert equal(sent, before.tensors)
-        assert equal(sent, alone.tensors) == (number == 1)
-        state = newest(board)
-        assert equal(state.moments, before.moments)
+        assert same(sent, before.tensors)
+        assert same(sent, alone.tensors) == (number == 1)
+        state = board.newest_state()
+        assert same(state.moments, before.moments)
         assert (state.optimizer, state.steps) == ("sgd", before.optimizer_steps)
 
 
@@ -60,7 +50,7 @@ def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) ->
     second_offer = board.offer(2, KEEPS, hidden_weights(seed=2), graph="kept")
     one = board.carry_out(second_offer)[1]
     board.carry_out(board.offer(2, KEEPS, hidden_weights(seed=3), graph="kept"))
-    assert equal(board.carry_out(structs.replace(second_offer, attempt=1))[1], one)
+    assert same(board.carry_out(structs.replace(second_offer, attempt=1))[1], one)
 
 
 BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])

@@ -137,23 +137,6 @@ def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fl
     assert not same(served[0], expected_tensors(graphs, weights, data, 1))
 
 
-def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
-    board: Board, graphs: Path, weights: Tensors, data: LocalData, soon: None
-) -> None:
-    board.server.plan = [board.server.offer(1)]
-    board.server.accepts = False
-
-    def script(link: MemoryLink, agent: Agent) -> None:
-        until(lambda: board.server.of(UpdateAnnouncement), "an update")
-        link.drop()
-        until(lambda: times(board) >= 1)
-
-    board.run_agent(script, every=0.2)
-    board.server.accepts = True
-    board.run_agent(lambda *_: until(lambda: 1 in board.server.updates, "the update"))
-    assert same(board.server.result(1), expected_tensors(graphs, weights, data, 1))
-
-
 class Gate(ThermalGuard):
     """Holds training between two steps while it is shut, as heat would."""
 

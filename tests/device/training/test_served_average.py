@@ -12,6 +12,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
+from support.fakes.agent_harness import same
 from support.fakes.hidden_board import FEATURES, HiddenBoard, hidden_weights, logits
 
 pytestmark = pytest.mark.board
@@ -19,10 +20,6 @@ pytestmark = pytest.mark.board
 BLENDS = Recipe(epochs=1, batch_size=16, average=0.85, blend=0.5)
 CHOOSES = replace(BLENDS, validate_blend=True)
 X = np.random.default_rng(5).standard_normal((4000, FEATURES)).astype(np.float32)
-
-
-def equal(tensors: Tensors, expected: Tensors) -> bool:
-    return list(tensors) == list(expected) and all(tensors[n].tobytes() == expected[n].tobytes() for n in tensors)
 
 
 def candidates(board: HiddenBoard, root: Path, rounds: int) -> list[dict[float, Tensors]]:
@@ -84,8 +81,8 @@ def test_the_average_serves_alone_where_validation_samples_clearly_prefer_it(
 ) -> None:
     (either,) = candidates(board, tmp_path, 1)
     update, serves = play(board, with_validation_samples(board, either, *right), 1)
-    assert equal(serves, either[served])
-    assert not equal(either[0.0], either[0.5])
+    assert same(serves, either[served])
+    assert not same(either[0.0], either[0.5])
     assert update.metrics[BLEND] == served
     x, y = board.data.x_test, board.data.y_test
     assert update.metrics["accuracy_average"] == np.mean(logits(serves, x).argmax(1) == y)
@@ -99,9 +96,9 @@ def test_a_choice_stays_until_the_other_is_clearly_better(board: HiddenBoard, tm
         either = rounds[number - 1]
         data = with_validation_samples(board, either, *right)
         update, serves = play(board, data, number, recipe)
-        assert equal(serves, either[update.metrics[BLEND]])
-        repeated, same = play(board, data, number, recipe)
-        assert equal(serves, same)
+        assert same(serves, either[update.metrics[BLEND]])
+        repeated, again = play(board, data, number, recipe)
+        assert same(serves, again)
         assert repeated.metrics[BLEND] == update.metrics[BLEND]
         return update.metrics[BLEND]
 
@@ -129,7 +126,7 @@ def test_the_received_model_serves_without_the_labels_as_prior_where_they_are_ne
     board.data = LocalData(d.x_train, np.zeros_like(d.y_train), X[:50], y, X[:50], y)
     recipe = replace(CHOOSES, logit_adjustment=True)
     update, _, serves = board.carry_out(board.offer(1, recipe, w, graph="prior"))
-    assert equal(serves, w)
+    assert same(serves, w)
     assert (update.metrics[BLEND], update.metrics["accuracy_average"]) == (1.0, 1.0)
     assert update.metrics["accuracy_before"] < 1, "with the labels as prior"
     with DeviceStore(board.root) as store:

@@ -116,8 +116,6 @@ def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> 
     [
         ("none.onnx", (), ExitCode.MODEL, "No such file"),
         ("", ("--target", "toaster"), ExitCode.PROFILE, "toaster"),
-        ("", ("--bytes-per-round", "10"), ExitCode.PLAN, "bytes"),
-        ("", ("--joules-per-round", "1e-6"), ExitCode.PLAN, "--joules-per-round "),
         ("", ("--deadline", "1e-6"), ExitCode.PLAN, "--deadline "),
         ("", ("--input-shape", "3,28,28"), ExitCode.MODEL, "expected [1, 28, 28], got [3, 28, 28]"),
     ],

@@ -1,7 +1,5 @@
-"""docs/export.md: its commands and its code run."""
+"""Commands and code of docs/export.md run, and the sample plan of docs/planner.md is what its command prints."""
 
-import contextlib
-import io
 import re
 import shlex
 import textwrap
@@ -17,8 +15,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model, load_digits
 from support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "export.md").read_text()
-BLOCKS = [block.splitlines() for block in re.findall(r"(?:^    .*\n)+", PAGE, re.MULTILINE)]
+PAGE, PLANNER = ((ROOT / "docs" / name).read_text() for name in ("export.md", "planner.md"))
 COMMAND = "    fedprune-export "
 
 
@@ -45,22 +42,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def command_outputs(folder: Path) -> dict[str, list[str]]:
-    """What every command of the page prints, run in the page's order in one folder."""
-    out: dict[str, list[str]] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(folder)
-        for line in (line for block in BLOCKS for line in block if line.startswith(COMMAND)):
-            command = line.removeprefix(COMMAND)
-            text = io.StringIO()
-            with contextlib.redirect_stdout(text):
-                code = main(shlex.split(command))
-            assert code == ExitCode.OK, command
-            out[command] = text.getvalue().splitlines()
-    return out
+def test_all_commands_of_the_page_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    commands = re.findall(rf"^{COMMAND}(.*)", PAGE, re.MULTILINE)
+    for command in commands:
+        assert main(shlex.split(command)) == ExitCode.OK, command
+    assert {c.split()[0] for c in commands} >= {"digits.onnx", *COMMANDS}
 
 
-def test_all_commands_of_the_page_run(command_outputs: dict[str, list[str]]) -> None:
-    assert {c.split()[0] for c in command_outputs} >= {"digits.onnx", *COMMANDS}
+def test_the_sample_is_what_the_command_prints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, sample = re.findall(r"(?:^    .*\n)+", PLANNER, re.MULTILINE)[:2]
+    monkeypatch.chdir(folder)
+    assert main(shlex.split(command)[1:]) == ExitCode.OK
+    lines = textwrap.dedent(sample).splitlines()
+    assert capsys.readouterr().out.splitlines()[: len(lines)] == lines

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.cli.main import main
+from fedprune_export.cli.main import build_parser, command_parsers, main
 from fedprune_export.cli.options import add_recipe_options, read_recipe
+from fedprune_export.model_options import ImportChoices, add_model_options
 
 
 def recipe(*words: str) -> Recipe:
     parser = argparse.ArgumentParser()
+    add_model_options(parser)
     add_recipe_options(parser)
     return read_recipe(parser.parse_args(list(words)))
 
@@ -163,3 +166,10 @@ def test_a_probe_beats_the_profile(digits: Path, tmp_path: Path, capsys: pytest.
     assert "bad.json" in capsys.readouterr().err.splitlines()[-1]
     two = ("--target", "raspberry-pi-4b", "--probe", str(tmp_path / "good.json"))
     assert export(digits, tmp_path / "s", *two) == ExitCode.USAGE
+
+
+def test_every_command_that_takes_a_model_has_all_its_options() -> None:
+    options = {f"--{choice.name.replace('_', '-')}" for choice in fields(ImportChoices)}
+    commands = command_parsers()
+    for parser in (build_parser(), *(commands[name] for name in ("groups", "verify", "to-onnx", "to-torch"))):
+        assert options <= parser.option_names(), parser.prog

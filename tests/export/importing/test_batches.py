@@ -1,6 +1,7 @@
 """Files with a fixed batch, or with the batch on the second axis: what boards get computes what the file does."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def check_equal(model: Model, raw: bytes, size: int, *, axis: int = 0, output_ax
         y = session.run({"image": np.moveaxis(part, 0, axis)})[session.outputs[0]]
         rows.append(y[None] if output_axis is None else np.moveaxis(y, output_axis, 0))
     assert distance(outputs(model.graph, x), np.concatenate(rows)) < 1e-5
-    training_graph(model, Features())
+    training_graph(model, Features(loss="mse"))
 
 
 def mlp_end(graph: Graph, value: str) -> str:
@@ -60,7 +61,8 @@ def test_a_reshape_to_the_batch(size: int, declared: bool) -> None:
     model = import_onnx(raw, "net")
     check_equal(model, raw, size)
     assert f"The file's batch of {size} was made free." in model.notes
-    assert [g.size for g in model.architecture.groups] == [3, 6]
+    free = file_of(reshaped_pictures(0), ("N", 2, 4, 4), 2, k=(3, 2, 1, 1), w=(48, 6), v=(6, 2))
+    assert model.architecture.digest == import_onnx(free, "net").architecture.digest
 
 
 def all_sizes(g: Graph) -> str:
@@ -85,12 +87,6 @@ def class_token(size: int) -> Build:
         return g.emit("Gemm", g.emit("ReduceMean", both, attrs={"axes": [1], "keepdims": 0}), "v")
 
     return build
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_class_token(size: int) -> None:
-    raw = file_of(class_token(size), (size, 4, 5), 2, token=(1, 1, 6), places=(1, 5, 6), w=(5, 6), v=(6, 2))
-    check_equal(import_onnx(raw, "net"), raw, size)
 
 
 def recurrent(size: int, *, learned: bool, first: bool) -> Build:
@@ -196,11 +192,11 @@ def writes(g: Graph) -> str:
     [
         (
             lambda g: g.emit("Sub", "image", g.emit("ReduceMean", "image", attrs={"axes": [0], "keepdims": 1})),
-            "ReduceMean.*reduces the axis of the batch",
+            "ReduceMean",
         ),
         (products_of_samples, "MatMul"),
         (lambda g: g.emit("Mul", "image", "places"), "depend on each other"),
-        (writes, "ScatterND.*positions"),
+        (writes, "depend on each other"),
     ],
 )
 def test_samples_that_depend_on_each_other_are_refused(build: Build, text: str) -> None:
@@ -230,21 +226,6 @@ def test_inputs_and_states_with_the_same_batch() -> None:
     assert distance(outputs(model.graph, x), np.concatenate(expected)) < 1e-5
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_a_plan_is_that_of_a_free_batch(size: int) -> None:
-    def plan_of(batch: int | str) -> Any:
-        tensors = {"k": (8, 2, 3, 3), "w": (32, 6), "v": (6, 2)}
-
-        def build(g: Graph) -> str:
-            maps = g.emit("Relu", g.emit("Conv", "image", "k"))
-            return mlp_end(g, g.emit("Reshape", maps, g.ints(batch, -1) if isinstance(batch, int) else g.ints(0, -1)))
-
-        model = import_onnx(file_of(build, (batch, 2, 4, 4), 2, **tensors), "net")
-        return fx.plan(model, "raspberry-pi-5", density=0.5)
-
-    assert plan_of(size) == plan_of("N")
-
-
 def masked(size: int, *, flat: bool) -> Build:
     """Positions of a mask [n, 4] as masks of attention read them: by [sample, position], or in a row of all samples."""
 
@@ -259,10 +240,18 @@ def masked(size: int, *, flat: bool) -> Build:
     return build
 
 
+LAYERS: dict[str, tuple[Callable[[int], Build], tuple[int, ...], dict[str, tuple[int, ...]]]] = {
+    "class token": (class_token, (4, 5), {"token": (1, 1, 6), "places": (1, 5, 6), "w": (5, 6), "v": (6, 2)}),
+    "positions in a row": (partial(masked, flat=True), (4,), {"scale": (2,), "v": (2, 3)}),
+    "positions": (partial(masked, flat=False), (4,), {"scale": (2,), "v": (2, 3)}),
+}
+
+
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("flat", [True, False])
-def test_positions_that_are_the_same_in_each_sample(size: int, flat: bool) -> None:
-    raw = file_of(masked(size, flat=flat), (size, 4), 2, scale=(2,), v=(2, 3))
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_is_repeated_for_each_sample(layer: str, size: int) -> None:
+    make, shape, tensors = LAYERS[layer]
+    raw = file_of(make(size), (size, *shape), 2, **tensors)
     check_equal(import_onnx(raw, "net"), raw, size)
 
 
@@ -296,3 +285,18 @@ def test_positions_that_follow_from_the_batch(batch: int | str) -> None:
     model = import_onnx(raw, "net")
     assert {"types", "v"} <= set(model.tensors)
     check_equal(model, raw, batch if isinstance(batch, int) else 2)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_plan_is_that_of_a_free_batch(size: int) -> None:
+    def plan_of(batch: int | str) -> Any:
+        tensors = {"k": (8, 2, 3, 3), "w": (32, 6), "v": (6, 2)}
+
+        def build(g: Graph) -> str:
+            maps = g.emit("Relu", g.emit("Conv", "image", "k"))
+            return mlp_end(g, g.emit("Reshape", maps, g.ints(batch, -1) if isinstance(batch, int) else g.ints(0, -1)))
+
+        model = import_onnx(file_of(build, (batch, 2, 4, 4), 2, **tensors), "net")
+        return fx.plan(model, "raspberry-pi-5", density=0.5)
+
+    assert plan_of(size) == plan_of("N")

@@ -1,4 +1,4 @@
-"""EmbeddingBag as torch's exporters write it is a lookup, and has the numbers of torch and of onnxruntime."""
+"""EmbeddingBag of a torch module is a lookup with the numbers of torch; in a file it is a loop, and refused."""
 
 import io
 import warnings
@@ -33,27 +33,16 @@ class Bags(nn.Module):
         return self.head(torch.relu(self.bags(x)))
 
 
-class WeightedBags(Bags):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.bags(x, per_sample_weights=0.1 * x.float())))
-
-
-class FlatBags(Bags):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.bags(x.flatten(), torch.tensor([0, 5, 9])))
-
-
-def exported(module: nn.Module, *, dynamo: bool, batch: int | None = None) -> bytes:
-    x, file = torch.ones(batch or 3, LENGTH, dtype=torch.int64), io.BytesIO()
-    free = batch is None
+def exported(module: nn.Module, *, dynamo: bool) -> bytes:
+    x, file = torch.ones(3, LENGTH, dtype=torch.int64), io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if dynamo:
             keep_translations()
-            shapes = ({0: torch.export.Dim("n")},) if free else None
+            shapes = ({0: torch.export.Dim("n")},)
             program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False)
             return program.model_proto.SerializeToString()
-        names: dict[str, Any] = {"input_names": ["x"], "dynamic_axes": {"x": {0: "n"}} if free else None}
+        names: dict[str, Any] = {"input_names": ["x"], "dynamic_axes": {"x": {0: "n"}}}
         torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, **names)
     return file.getvalue()
 
@@ -69,29 +58,13 @@ def check_equal(model: Model, module: nn.Module) -> None:
     training_graph(model, Features())
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-def test_a_loop_of_the_older_exporter_is_a_lookup(mode: str) -> None:
-    module = Bags(mode).eval()
-    model = import_onnx(exported(module, dynamo=False), "net")
-    check_equal(model, module)
-    assert any("EmbeddingBag" in note for note in model.notes)
-
-
-def test_a_loop_over_a_fixed_batch_becomes_free() -> None:
-    module = Bags("mean").eval()
-    check_equal(import_onnx(exported(module, dynamo=False, batch=4), "net"), module)
-
-
-@pytest.mark.parametrize("mode", ["mean", "max"])
-def test_a_loop_of_the_newer_exporter_is_a_lookup(mode: str) -> None:
-    module = Bags(mode).eval()
-    check_equal(import_onnx(exported(module, dynamo=True), "net"), module)
-
-
 @pytest.mark.parametrize("dynamo", [False, True])
-def test_weights_of_the_rows_of_a_bag(dynamo: bool) -> None:
-    module = WeightedBags("sum").eval()
-    check_equal(import_onnx(exported(module, dynamo=dynamo), "net"), module)
+def test_a_file_has_loops_and_is_refused_in_favour_of_its_module(*, dynamo: bool) -> None:
+    module = Bags("mean").eval()
+    with pytest.raises(ModelError, match="Loop") as refusal:
+        import_onnx(exported(module, dynamo=dynamo), "net")
+    assert "give its torch module itself" in str(refusal.value)
+    check_equal(load(module), module)
 
 
 @pytest.mark.parametrize(("mode", "padding"), [("sum", None), ("mean", 0), ("max", 0), ("sum", -ROWS)])
@@ -100,8 +73,3 @@ def test_a_module_with_bags(mode: str, padding: int | None) -> None:
     model = load(module)
     check_equal(model, module)
     assert "bags.weight" in {t.name for t in model.architecture.tensors}
-
-
-def test_bags_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ModelError, match="Loop"):
-        import_onnx(exported(FlatBags("mean").eval(), dynamo=False, batch=3), "net")

@@ -61,6 +61,21 @@ def test_sizes_of_0_and_minus_1_are_free(tmp_path: Path, free: int) -> None:
     assert load(tmp_path / "net.onnx", input_shape=(3, 8, 6)).architecture.input_shape == (3, 8, 6)
 
 
+def test_transforms_of_frames_of_sounds_of_free_length_are_those_of_onnxruntime(tmp_path: Path) -> None:
+    """At free sizes onnxruntime takes a frame length with an axis, and isn't misled by what onnx infers where half of
+    the frequencies are left out by default."""
+    graph = Graph(inputs=[Port("sound", F32, ("n", "length", 1))])
+    graph.initializers["v"] = RANDOM.standard_normal((4 * 5 * 2, 3)).astype(np.float32)
+    step, length = graph.constant(8, np.int64), graph.constant([8], np.int64)
+    frames = graph.emit("Flatten", graph.emit("STFT", "sound", step, "", length))
+    graph.outputs = [Port(graph.emit("MatMul", frames, "v"), F32, ("n", 3))]
+    path = tmp_path / "net.onnx"
+    path.write_bytes(graph.to_bytes())
+    x = RANDOM.standard_normal((5, 32, 1)).astype(np.float32)
+    model = load(path, input_shape=(32, 1))
+    assert distance(outputs(model.graph, x), next(iter(OnnxSession(path).run({"sound": x}).values()))) < 1e-5
+
+
 def test_inputs_that_share_a_size_get_it_together(tmp_path: Path) -> None:
     assert load(texts(tmp_path / "net.onnx"), input_shape=(5,)).architecture.input_shape == (10,)
 

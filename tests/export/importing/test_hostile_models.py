@@ -14,36 +14,34 @@ from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing import PARAMETERS_KEY, import_onnx, load, metadata
-from fedprune_export.importing.inlining import MAX_NODES
+from fedprune_export.importing.inlining import MAX_NODES, inline_model
 from fedprune_export.importing.metadata import TIED_KEY, write_properties
+from support.nets.onnx_text import text_file
 
-Nodes = list[onnx.NodeProto]
 Tensors = dict[str, np.ndarray[Any, Any]]
-Shape = tuple[int | str, ...]
 
 W = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
 
 def model(
-    tensors: Tensors, nodes: Nodes | None = None, shape: Shape = ("N", 6), classes: int = 4, listed: str | None = None
+    tensors: Tensors,
+    body: str = "y = Gemm(x, w)",
+    x: str = "float[N,6] x",
+    y: str = "float[N,4] y",
+    *,
+    listed: str | None = None,
+    constants: Tensors | None = None,
 ) -> bytes:
-    """A model; by default one matrix product with the first of its tensors."""
-    graph = helper.make_graph(
-        nodes or [helper.make_node("Gemm", ["x", next(iter(tensors))], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, list(shape))],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", classes])],
-        [numpy_helper.from_array(v, k) for k, v in tensors.items()],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    """A model, and what it lists as its parameters."""
+    proto = onnx.load_from_string(text_file(body, tensors, x, y, constants=constants))
     if listed is not None:
         proto.metadata_props.add(key=PARAMETERS_KEY, value=listed)
     raw: bytes = proto.SerializeToString()
     return raw
 
 
-def _flat() -> Nodes:
-    return [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("Gemm", ["f", "w"], ["y"])]
+def _negative(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = -6
 
 
 def _with(value: float) -> np.ndarray[Any, Any]:
@@ -52,9 +50,9 @@ def _with(value: float) -> np.ndarray[Any, Any]:
     return out
 
 
-def _shift_nodes(constant: float) -> Nodes:
-    filled = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.full(6, constant, np.float32)))
-    return [filled, helper.make_node("Max", ["x", "c"], ["s"]), helper.make_node("Gemm", ["s", "w"], ["y"])]
+def _shifted(constant: float) -> bytes:
+    body = "s = Max(x, c) y = Gemm(s, w)"
+    return model({"w": W}, body, constants={"c": np.full(6, constant, np.float32)})
 
 
 @pytest.mark.parametrize(
@@ -62,12 +60,12 @@ def _shift_nodes(constant: float) -> Nodes:
     [
         (lambda: model({"w": _with(np.nan)}), "tensor w: expected finite numbers, got NaN"),
         (lambda: model({"w": _with(np.inf)}), "tensor w: expected finite numbers, got an infinite"),
-        (lambda: model({"w": W}, _shift_nodes(np.nan)), "expected finite numbers, got NaN"),
-        (lambda: model({"w": W}, _shift_nodes(np.inf)), "output is not finite"),
-        (lambda: model({"w": W}, shape=("N", -6)), "size of input x"),
-        (lambda: model({"w": W}, _flat(), shape=("N", 10**6, 10**6)), "size of input x"),
-        (lambda: model({"w": W[:, :0]}, classes=0), "the model's output"),
-        (lambda: model({}, [helper.make_node("Relu", ["x"], ["y"])], classes=6), "no trainable tensor"),
+        (lambda: _shifted(np.nan), "expected finite numbers, got NaN"),
+        (lambda: _shifted(np.inf), "output is not finite"),
+        (lambda: _edit_model(_negative), "size of input x"),
+        (lambda: model({"w": W}, "f = Flatten(x) y = Gemm(f, w)", "float[N,1000000,1000000] x"), "size of input x"),
+        (lambda: model({"w": W[:, :0]}, y="float[N,0] y"), "the model's output"),
+        (lambda: model({}, "y = Relu(x)", y="float[N,6] y"), "no trainable tensor"),
         (lambda: model({"w": W}, listed='["zz"]'), "names a tensor that isn't there: got 'zz'"),
         (lambda: model({"w": W}, listed='"w"'), "expected a list of tensor names"),
         (lambda: model({"w": W}, listed="[" * 100_000), "expected a list of tensor names"),
@@ -98,72 +96,47 @@ def test_metadata_that_is_something_else_is_one_error(key: str, text: str) -> No
         assert str(caught.value).isprintable()
 
 
+# Each claims 2^40 numbers in a few bytes.
 HUGE = 2**40
+GROWING = {
+    "ConstantOfShape": "c = ConstantOfShape(n)",
+    "Range": "d = Range(z, big, i) c = Cast<to = 1>(d)",
+    "Resize": 'a = Resize(x, "", s) c = Resize(a, "", s)',
+    "product": "a = Expand(x, wide) c = MatMul(a, b)",
+}
 
 
-def _growing(op: str) -> bytes:
-    """A model that claims 2^40 numbers in a few bytes."""
-    ints: Tensors = {"n": np.array([HUGE], np.int64)}
-    zero = {"z": np.array(0, np.int64), "big": np.array(HUGE, np.int64), "i": np.array(1, np.int64)}
-    scales = {"s": np.array([1, 2**20], np.float32)}
-    make = {
-        "ConstantOfShape": [helper.make_node("ConstantOfShape", ["n"], ["c"])],
-        "Range": [helper.make_node("Range", ["z", "big", "i"], ["d"]), helper.make_node("Cast", ["d"], ["c"], to=1)],
-        "Resize": [
-            helper.make_node("Resize", ["x", "", "s"], ["a"]),
-            helper.make_node("Resize", ["a", "", "s"], ["c"]),
-        ],
-        "product": [helper.make_node("Expand", ["x", "wide"], ["a"]), helper.make_node("MatMul", ["a", "b"], ["c"])],
-    }[op]
-    weights: Tensors = {"wide": np.array([2**20, 1, 1], np.int64), "b": np.zeros((6, 4096), np.float32)}
-    total = [helper.make_node("ReduceMean", ["c"], ["m"], keepdims=0)]
-    scaled = [helper.make_node("Mul", ["x", "m"], ["t"]), helper.make_node("Gemm", ["t", "w"], ["y"])]
-    return model({"w": W, **ints, **zero, **scales, **weights}, [*make, *total, *scaled])
-
-
-@pytest.mark.parametrize("op", ["ConstantOfShape", "Range", "Resize", "product"])
+@pytest.mark.parametrize("op", GROWING)
 def test_a_claim_of_huge_values_is_refused_before_anything_is_made(op: str) -> None:
+    tensors = {"w": W, "n": np.array([HUGE]), "z": np.array(0), "big": np.array(HUGE), "i": np.array(1)}
+    tensors |= {"s": np.array([1, 2**20], np.float32), "wide": np.array([2**20, 1, 1])}
+    tensors["b"] = np.zeros((6, 4096), np.float32)
+    raw = model(tensors, f"{GROWING[op]} m = ReduceMean<keepdims = 0>(c) t = Mul(x, m) y = Gemm(t, w)")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelError, match="expected at most 268435456"):
-        import_onnx(_growing(op), "net")
+        import_onnx(raw, "net")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
 def test_a_claim_of_endless_work_is_refused() -> None:
     """Matrices that fit, multiplied again and again."""
-    wide: Tensors = {"w": W, "rows": np.array([8192, 1], np.int64), "one": np.array(1.0, np.float32)}
-    grown = [
-        helper.make_node("ReduceMean", ["x"], ["m"], keepdims=0),
-        helper.make_node("ConstantOfShape", ["both"], ["ones"]),
-        helper.make_node("Mul", ["ones", "m"], ["h0"]),
-    ]
-    wide["both"] = np.array([8192, 8192], np.int64)
-    steps = [helper.make_node("MatMul", [f"h{i}", f"h{i}"], [f"h{i + 1}"]) for i in range(3)]
-    last = [
-        helper.make_node("ReduceMean", ["h3"], ["t"], keepdims=0),
-        helper.make_node("Add", ["x", "t"], ["s"]),
-        helper.make_node("Gemm", ["s", "w"], ["y"]),
-    ]
+    body = """m = ReduceMean<keepdims = 0>(x) ones = ConstantOfShape(both) h0 = Mul(ones, m) h1 = MatMul(h0, h0)
+        h2 = MatMul(h1, h1) h3 = MatMul(h2, h2) t = ReduceMean<keepdims = 0>(h3) s = Add(x, t) y = Gemm(s, w)"""
     with pytest.raises(ModelError, match="at most 1099511627776"):
-        import_onnx(model(wide, [*grown, *steps, *last]), "net")
+        import_onnx(model({"w": W, "both": np.array([8192, 8192])}, body), "net")
 
 
 def test_a_size_that_data_decide_is_refused() -> None:
-    maximum = [helper.make_node("ReduceMax", ["x"], ["a"], keepdims=0), helper.make_node("Cast", ["a"], ["b"], to=7)]
-    grown = [helper.make_node("Reshape", ["b", "one"], ["n"]), helper.make_node("ConstantOfShape", ["n"], ["c"])]
-    total = [helper.make_node("ReduceSum", ["c"], ["m"], keepdims=0), helper.make_node("Add", ["x", "m"], ["t"])]
-    raw = model(
-        {"w": W, "one": np.array([1], np.int64)},
-        [*maximum, *grown, *total, helper.make_node("Gemm", ["t", "w"], ["y"])],
-    )
+    body = """a = ReduceMax<keepdims = 0>(x) b = Cast<to = 7>(a) n = Reshape(b, one) c = ConstantOfShape(n)
+        m = ReduceSum<keepdims = 0>(c) t = Add(x, m) y = Gemm(t, w)"""
+    raw = model({"w": W, "one": np.array([1])}, body)
     with pytest.raises(ModelError, match="ConstantOfShape 'c'"):
         import_onnx(raw, "net")
 
 
 def _edit_model(change: Callable[[onnx.ModelProto], object]) -> bytes:
     """A sound model of two layers, changed."""
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="first"), helper.make_node("Relu", ["h"], ["y"])]
-    proto = onnx.load_model_from_string(model({"w": W}, nodes))
+    proto = onnx.load_model_from_string(model({"w": W}, "[first] h = MatMul(x, w) y = Relu(h)"))
     change(proto)
     raw: bytes = proto.SerializeToString()
     return raw
@@ -208,8 +181,11 @@ def test_a_name_that_is_not_text_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["w\n", "w\x9b", "a\u2028b"])
 def test_names_that_steer_a_terminal_are_refused(name: str) -> None:
+    def rename(proto: onnx.ModelProto) -> None:
+        proto.graph.initializer[0].name = proto.graph.node[0].input[1] = name
+
     with pytest.raises(ModelError, match="can't be printed") as caught:
-        import_onnx(model({name: W}), "net")
+        import_onnx(_edit_model(rename), "net")
     assert str(caught.value).isprintable()
 
 
@@ -221,12 +197,8 @@ def test_further_names_that_steer_a_terminal_are_refused() -> None:
 
 
 def _convolution(group: int) -> bytes:
-    filters = np.ones((4, 6, 1), np.float32)
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], group=group),
-        helper.make_node("ReduceMean", ["c"], ["y"], axes=[2], keepdims=0),
-    ]
-    return model({"w": filters}, nodes, shape=("N", 6, 5))
+    body = f"c = Conv<group = {group}>(x, w) y = ReduceMean<axes = [2], keepdims = 0>(c)"
+    return model({"w": np.ones((4, 6, 1), np.float32)}, body, "float[N,6,5] x")
 
 
 def test_a_convolution_of_no_groups_is_refused_by_name() -> None:
@@ -238,8 +210,7 @@ def test_a_convolution_of_no_groups_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(("index", "sound"), [(0, True), (-6, True), (6, False), (-7, False)])
 def test_a_constant_index_out_of_range_is_refused_by_name(index: int, sound: bool) -> None:
-    nodes = [helper.make_node("Gather", ["x", "i"], ["p"], axis=1), helper.make_node("Gemm", ["p", "w"], ["y"])]
-    raw = model({"w": W, "i": np.array([0, 1, 2, 3, 4, index])}, nodes)
+    raw = model({"w": W, "i": np.array([0, 1, 2, 3, 4, index])}, "p = Gather<axis = 1>(x, i) y = Gemm(p, w)")
     if sound:
         import_onnx(raw, "net")
     else:
@@ -248,10 +219,9 @@ def test_a_constant_index_out_of_range_is_refused_by_name(index: int, sound: boo
 
 
 def test_too_many_operators_are_refused_at_once() -> None:
-    steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(MAX_NODES)]
-    first = helper.make_node("Gemm", ["x", "w"], ["h0"])
+    steps = " ".join(f"h{i + 1} = Neg(h{i})" for i in range(MAX_NODES))
     with pytest.raises(ModelError, match="number of operators"):
-        import_onnx(model({"w": W}, [first, *steps]), "net")
+        import_onnx(model({"w": W}, f"h0 = Gemm(x, w) {steps}"), "net")
 
 
 def test_functions_that_call_each_other_for_ever_are_refused() -> None:
@@ -292,6 +262,17 @@ def test_functions_that_grow_beyond_measure_are_refused() -> None:
 
     with pytest.raises(ModelError, match="number of operators"):
         import_onnx(_edit_model(change), "net")
+
+
+def test_a_constant_of_a_long_loop_is_stored_once() -> None:
+    big = np.ones((1000, 1000), np.float32)
+    body = """l = Loop(trips, "", x)<body = turn (int64 i, bool on, float[N,6] s) => (bool on, float[N,6] t) {
+        m = ReduceMean<keepdims = 0>(big) t = Mul(s, m) }> y = Gemm(l, w)"""
+    proto = onnx.load_from_string(model({"w": W, "trips": np.array(300)}, body))
+    constant = helper.make_node("Constant", [], ["big"], value=numpy_helper.from_array(big))
+    proto.graph.node[0].attribute[0].g.node.insert(0, constant)
+    raw = proto.SerializeToString()
+    assert inline_model(onnx.load_model_from_string(raw)).ByteSize() < 2 * len(raw)
 
 
 def _external(folder: Path, location: str) -> Path:

@@ -1,6 +1,7 @@
 """Models whose input has any length between bounds: padded batches against torch on samples of their own length."""
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -148,27 +149,23 @@ def test_labels_of_padded_steps_count_for_nothing() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(MIN_LENGTH, MAX_LENGTH), min_size=1, max_size=5))
 def test_what_is_in_the_padding_changes_nothing(seed: int, sample_lengths: list[int]) -> None:
-    session, rng = SESSION(), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     x, lengths = rng.normal(size=(len(sample_lengths), 5, MAX_LENGTH)).astype(np.float32), np.array(sample_lengths)
     repadded = x.copy()
     for row, n in zip(repadded, sample_lengths, strict=True):
         row[:, n:] = rng.normal(scale=1e6, size=(5, MAX_LENGTH - n))
     first, second = (
-        session.run({"x": pad_to_bound(some, (5, Lengths(MIN_LENGTH, MAX_LENGTH)), lengths)})["logits"]
+        session().run({"x": pad_to_bound(some, (5, Lengths(MIN_LENGTH, MAX_LENGTH)), lengths)})["logits"]
         for some in (x, repadded)
     )
     assert np.array_equal(first, second)
     assert np.array_equal(lengths_of(pad_to_bound(x, (5, Lengths(MIN_LENGTH, MAX_LENGTH)), lengths), 1), lengths)
 
 
-_SESSIONS: list[OnnxSession] = []
-
-
-def SESSION() -> OnnxSession:  # noqa: N802
-    if not _SESSIONS:
-        torch.manual_seed(0)
-        _SESSIONS.append(OnnxSession(fx.load(Attention()).graph.to_bytes()))
-    return _SESSIONS[0]
+@cache
+def session() -> OnnxSession:
+    torch.manual_seed(0)
+    return OnnxSession(fx.load(Attention()).graph.to_bytes())
 
 
 def load_arrays(arrays: dict[str, Array], folder: Path | None = None) -> LocalData:

@@ -80,11 +80,6 @@ def test_an_example_input_gives_the_shape() -> None:
     assert import_onnx(export_torch((module, torch.zeros(1, 4))), "net").architecture.input_shape == (4,)
 
 
-def test_an_unknown_input_shape_says_what_to_do() -> None:
-    with pytest.raises(ModelError, match="--input-shape"):
-        export_torch(nn.Linear(4, 3))
-
-
 class Spare(nn.Module):
     input_shape = (4,)
 
@@ -115,25 +110,6 @@ def test_a_parameter_that_the_export_loses_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch_export, "_separate_names", lose)
     with pytest.raises(ModelError, match=r"used\.bias"):
         export_torch(Spare())
-
-
-class Words(nn.Module):
-    """A model of token ids that doesn't declare them."""
-
-    input_shape = (6,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.out = nn.Embedding(37, 16), nn.Linear(16, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.words(x).mean(1))
-
-
-def test_token_ids_can_be_asked_for() -> None:
-    with pytest.raises(ModelError, match="add --token-ids"):
-        export_torch(Words())
-    assert import_onnx(export_torch(Words(), token_ids=True), "words").graph.inputs[0].dtype == np.int64
 
 
 @pytest.mark.parametrize(

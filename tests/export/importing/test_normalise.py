@@ -34,6 +34,38 @@ def same(model: Model, graph: Graph) -> bool:
     return distance(outputs(model.graph, x), before) < 1e-5
 
 
+def _norm_by(power: Callable[[Graph, str], str]) -> Callable[[Graph], str]:
+    """A norm like LayerNormalization, but by another power than the square."""
+
+    def build(graph: Graph) -> str:
+        hidden = linear(graph, "image", 3, 6)
+        rest = graph.emit("Sub", hidden, graph.emit("ReduceMean", hidden, attrs={"axes": [-1]}))
+        spread = graph.emit("ReduceMean", power(graph, rest), attrs={"axes": [-1]})
+        root = graph.emit("Sqrt", graph.emit("Add", spread, graph.constant(1e-5, np.float32)))
+        for name in ("scale", "shift"):
+            graph.initializers[name] = random(6) + np.float32(1)
+        scaled = graph.emit("Mul", graph.emit("Div", rest, root), "scale")
+        return linear(graph, graph.emit("Add", scaled, "shift"), 6, 2, "last")
+
+    return build
+
+
+@pytest.mark.parametrize("exponent", [4, 6])
+def test_a_norm_that_the_optimiser_takes_for_another_is_written_otherwise(exponent: int) -> None:
+    model, graph = model_of(_norm_by(lambda g, x: g.emit("Pow", x, g.constant(exponent, np.float32))), 3)
+    x = np.random.default_rng(1).standard_normal((7, 3)).astype(np.float32)
+    expected = OnnxSession(graph.to_bytes(), exact=True).run({"image": x})[graph.outputs[0].name]
+    assert distance(OnnxSession(graph.to_bytes()).run({"image": x})[graph.outputs[0].name], expected) > 0.1
+    assert distance(outputs(model.graph, x), expected) < 1e-5
+
+
+def test_what_the_optimiser_breaks_is_refused_with_a_way_out() -> None:
+    with pytest.raises(ModelError, match=r"optimiser.*write powers .* as products"):
+        model_of(_norm_by(lambda g, x: g.emit("Pow", x, g.constant(-2, np.float32))), 3)
+    model, graph = model_of(_norm_by(lambda g, x: g.emit("Reciprocal", g.emit("Mul", x, x))), 3)
+    assert same(model, graph)
+
+
 def linear(graph: Graph, value: str, inside: int, outside: int, name: str = "w") -> str:
     graph.initializers[name] = random(inside, outside)
     return graph.emit("MatMul", value, name)

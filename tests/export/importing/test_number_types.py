@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune.model.features import Features
@@ -15,6 +15,7 @@ from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
+from support.nets.onnx_text import text_file
 from support.oracles.cutting import distance, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of torch's older exporter
@@ -48,6 +49,10 @@ def convolutions() -> torch.nn.Module:
     )
 
 
+def normal(kind: Any = np.float32, **shapes: tuple[int, ...]) -> dict[str, Any]:
+    return {name: RANDOM.standard_normal(shape).astype(kind) for name, shape in shapes.items()}
+
+
 def exported(module: torch.nn.Module, x: torch.Tensor) -> bytes:
     file = io.BytesIO()
     axes = {"x": {0: "n"}}
@@ -68,7 +73,7 @@ def test_a_module_of_another_type_is_trained_in_float32(
     x = torch.randint(0, 20, (3, 6)) if takes_tokens else torch.randn(3, 3, 9, 9, dtype=kind)
     model = import_onnx(exported(module, x), "net")
     assert {v.dtype for v in model.tensors.values()} == {F32}
-    training_graph(model, Features())
+    training_graph(model, Features(loss="mse"))
     with torch.no_grad():
         expected = module(x).float().numpy()
     assert distance(outputs(model.graph, x.numpy() if takes_tokens else x.float().numpy()), expected) < tolerance
@@ -94,105 +99,56 @@ def test_files_of_the_float16_converter_are_read(keeps_types: bool, kept: list[s
     expected = session.run({"x": x.astype(np.float32 if keeps_types else np.float16)})[session.outputs[0]]
     assert distance(outputs(model.graph, x.astype(np.float32)), expected.astype(np.float32)) < 0.01
     assert any("float16" in note for note in model.notes)
-    training_graph(model, Features())
+    training_graph(model, Features(loss="mse"))
 
 
 @pytest.mark.parametrize("end", ["Random numbers", "Classes last"])
 def test_files_of_float16_are_compared_whatever_else_is_rewritten(end: str) -> None:
     """Draws and the axis of classes change in both files alike; so does what an optimiser writes at an early opset."""
-    last = ["y = MatMul(r, v)"]
-    shape = "float16[N,3,4] y" if end == "Random numbers" else "int64[N,3] y"
-    if end == "Classes last":
-        last = ["scores = MatMul(r, v)", "y = ArgMax<axis=2, keepdims=0>(scores)"]
-    noise = "RandomNormalLike<mean=0.5>(h)" if end == "Random numbers" else "Identity(h)"
-    body = " ".join(["p = MatMul(x, w) h = LayerNormalization(p, g, g) n =", noise, "s = Add(h, n) r = Relu(s)", *last])
-    head = '<ir_version: 8, opset_import: ["" : 14]>'
-    proto = onnx.parser.parse_model(f"{head} net (float16[N,3,6] x) => ({shape}) {{ {body} }}")
-    proto.graph.initializer.extend(
-        tensor(n, *s, kind=np.float16) for n, s in (("w", (6, 5)), ("g", (5,)), ("v", (5, 4)))
-    )
-    model = import_onnx(proto.SerializeToString(), "net")
+    is_random = end == "Random numbers"
+    noise = "RandomNormalLike<mean=0.5>(h)" if is_random else "Identity(h)"
+    last = "y = MatMul(r, v)" if is_random else "scores = MatMul(r, v) y = ArgMax<axis=2, keepdims=0>(scores)"
+    y = "float16[N,3,4] y" if is_random else "int64[N,3] y"
+    body = f"p = MatMul(x, w) h = LayerNormalization(p, g, g) n = {noise} s = Add(h, n) r = Relu(s) {last}"
+    raw = text_file(body, normal(np.float16, w=(6, 5), g=(5,), v=(5, 4)), "float16[N,3,6] x", y, opset=14)
+    model = import_onnx(raw, "net")
     (note,) = (note for note in model.notes if "The file computes in float16" in note)
     assert "agree" in note
-    training_graph(model, Features())
+    training_graph(model, Features(loss="mse"))
 
 
 def test_a_file_that_computes_something_else_in_float32_is_refused() -> None:
     """10⁹ + x is 10⁹ in float32, as long as x is small."""
-    nodes = [
-        helper.make_node("Cast", ["x"], ["double"], to=TensorProto.DOUBLE),
-        helper.make_node("Add", ["double", "large"], ["sum"]),
-        helper.make_node("Sub", ["sum", "large"], ["rest"]),
-        helper.make_node("Cast", ["rest"], ["float"], to=TensorProto.FLOAT),
-        helper.make_node("MatMul", ["float", "w"], ["product"]),
-        helper.make_node("Add", ["product", "b"], ["y"]),
-    ]
-    large = numpy_helper.from_array(np.array(1e9), "large")
+    body = """double = Cast<to = 11>(x) sum = Add(double, large) rest = Sub(sum, large) float = Cast<to = 1>(rest)
+        product = MatMul(float, w) y = Add(product, b)"""
     with pytest.raises(ModelError, match="roundings"):
-        import_onnx(file_of(nodes, [large, tensor("w", 6, 4), tensor("b", 4)]), "net")
+        import_onnx(text_file(body, {"large": np.array(1e9), **normal(w=(6, 4), b=(4,))}), "net")
 
 
-@pytest.mark.parametrize("operator", ["ConstantOfShape", "EyeLike", "Range", "CastLike", "If"])
+MADE = {
+    "ConstantOfShape": "size = Shape(x) made = ConstantOfShape<value = float16[1] {2}>(size) z = Mul(x, made)",
+    "EyeLike": "made = EyeLike<dtype = 10>(square) z = MatMul(x, made)",
+    "If": """made = If(yes)<then_branch = a () => (float16[1] p) { p = Constant<value = float16[1] {2}>() },
+        else_branch = b () => (float16[1] q) { q = Constant<value = float16[1] {2}>() }> z = Mul(x, made)""",
+}
+
+
+@pytest.mark.parametrize("operator", MADE)
 def test_attributes_and_constants_of_float16_become_float32(operator: str) -> None:
     """Each node makes something that is multiplied with samples of float16."""
-    half, names = TensorProto.FLOAT16, ("then", "else")
-    two = numpy_helper.from_array(np.array([2], np.float16))
-    branches = [
-        helper.make_graph(
-            [helper.make_node("Constant", [], [n], value=two)], n, [], [helper.make_tensor_value_info(n, half, [1])]
-        )
-        for n in names
-    ]
-    makers = {
-        "ConstantOfShape": [
-            helper.make_node("Shape", ["x"], ["size"]),
-            helper.make_node("ConstantOfShape", ["size"], ["made"], value=two),
-        ],
-        "EyeLike": [helper.make_node("EyeLike", ["square"], ["made"], dtype=half)],
-        "Range": [
-            helper.make_node("Range", ["0", "6", "1"], ["steps"]),
-            helper.make_node("Cast", ["steps"], ["made"], to=half),
-        ],
-        "CastLike": [helper.make_node("CastLike", ["float", "x"], ["made"])],
-        "If": [helper.make_node("If", ["yes"], ["made"], then_branch=branches[0], else_branch=branches[1])],
-    }
-    nodes = [
-        *makers[operator],
-        helper.make_node("MatMul" if operator == "EyeLike" else "Mul", ["x", "made"], ["z"]),
-        helper.make_node("Gemm", ["z", "w", "b"], ["hidden"]),
-        helper.make_node("Relu", ["hidden"], ["active"]),
-        helper.make_node("MatMul", ["active", "v"], ["y"]),
-    ]
-    others = {"square": np.zeros((6, 6), np.float16), "float": np.float32(3), "yes": np.array(True)}
-    others |= {name: np.float64(name) for name in ("0", "6", "1")}
-    tensors = [tensor(n, *s, kind=np.float16) for n, s in (("w", (6, 5)), ("b", (5,)), ("v", (5, 4)))]
-    tensors += [numpy_helper.from_array(np.asarray(value), name) for name, value in others.items()]
-    raw = file_of(nodes, tensors, kind=half)
+    tensors = {**normal(np.float16, w=(6, 5), b=(5,), v=(5, 4), square=(6, 6)), "yes": np.array(True)}
+    body = f"{MADE[operator]} hidden = Gemm(z, w, b) active = Relu(hidden) y = MatMul(active, v)"
+    raw = text_file(body, tensors, "float16[N,6] x", "float16[N,4] y")
     model = import_onnx(raw, "net")
     assert sorted(model.tensors) == ["b", "v", "w"]
     x = RANDOM.standard_normal((3, 6)).astype(np.float16)
     expected = OnnxSession(raw).run({"x": x})["y"].astype(np.float32)
     assert distance(outputs(model.graph, x.astype(np.float32)), expected) < 0.01
-    training_graph(model, Features())
+    training_graph(model, Features(loss="mse"))
 
 
-def file_of(
-    nodes: list[Any], tensors: list[Any], sparse: list[Any] | None = None, kind: int = TensorProto.FLOAT
-) -> bytes:
-    """A file of the input `x` [n, 6] and the output `y` [n, 4]."""
-    x, y = (helper.make_tensor_value_info(n, kind, ("n", d)) for n, d in (("x", 6), ("y", 4)))
-    graph = helper.make_graph(nodes, "g", [x], [y], tensors, sparse_initializer=sparse)
-    raw: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
-    return raw
-
-
-def mlp(first: str, bias: str, last: str) -> list[Any]:
-    return [
-        helper.make_node("MatMul", ["x", first], ["product"]),
-        helper.make_node("Add", ["product", bias], ["sum"]),
-        helper.make_node("Relu", ["sum"], ["hidden"]),
-        helper.make_node("MatMul", ["hidden", last], ["y"]),
-    ]
+def mlp(first: str, bias: str, last: str) -> str:
+    return f"product = MatMul(x, {first}) sum = Add(product, {bias}) hidden = Relu(sum) y = MatMul(hidden, {last})"
 
 
 def check_weights(raw: bytes, *shapes: tuple[int, ...]) -> Model:
@@ -206,36 +162,18 @@ def check_weights(raw: bytes, *shapes: tuple[int, ...]) -> Model:
     return model
 
 
-def tensor(name: str, *shape: int, kind: Any = np.float32) -> Any:
-    return numpy_helper.from_array(RANDOM.standard_normal(shape).astype(kind), name)
-
-
-def constant(name: str, *shape: int, kind: Any = np.float32) -> Any:
-    return helper.make_node("Constant", [], [name], value=tensor(name, *shape, kind=kind))
-
-
-def cast(source: str, target: str) -> Any:
-    return helper.make_node("Cast", [source], [target], to=TensorProto.FLOAT)
-
-
-def turned(source: str, target: str) -> Any:
-    return helper.make_node("Transpose", [source], [target])
-
-
 @pytest.mark.parametrize("kind", [np.float16, np.float64])
 def test_weights_that_are_turned_and_then_cast_are_trained(kind: Any) -> None:
-    nodes = [turned("w", "wt"), cast("wt", "wf"), cast("v", "vi"), helper.make_node("Identity", ["vi"], ["vf"])]
-    tensors = [tensor("w", 5, 6, kind=kind), tensor("b", 5), tensor("v", 5, 4, kind=kind)]
-    check_weights(file_of(nodes + mlp("wf", "b", "vf"), tensors), (5, 6), (5,), (5, 4))
+    body = "wt = Transpose(w) wf = Cast<to = 1>(wt) vi = Cast<to = 1>(v) vf = Identity(vi)"
+    tensors = {**normal(b=(5,)), **normal(kind, w=(5, 6), v=(5, 4))}
+    check_weights(text_file(f"{body} {mlp('wf', 'b', 'vf')}", tensors), (5, 6), (5,), (5, 4))
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
 def test_weights_in_constant_nodes_behind_others_are_trained(kind: Any) -> None:
-    nodes = [
-        *(constant("w", 5, 6, kind=kind), constant("b", 5, kind=kind), constant("v", 5, 4, kind=kind)),
-        *(cast("w", "wc"), turned("wc", "wf"), cast("b", "bf"), cast("v", "vf")),
-    ]
-    check_weights(file_of(nodes + mlp("wf", "bf", "vf"), []), (5, 6), (5,), (5, 4))
+    body = "wc = Cast<to = 1>(w) wf = Transpose(wc) bf = Cast<to = 1>(b) vf = Cast<to = 1>(v)"
+    constants = normal(kind, w=(5, 6), b=(5,), v=(5, 4))
+    check_weights(text_file(f"{body} {mlp('wf', 'bf', 'vf')}", {}, constants=constants), (5, 6), (5,), (5, 4))
 
 
 @pytest.mark.parametrize("per_axis", [True, False])
@@ -246,9 +184,12 @@ def test_sparse_weights_are_trained_densely(per_axis: bool, in_node: bool) -> No
     indices = np.argwhere(dense) if per_axis else np.flatnonzero(dense)
     values = numpy_helper.from_array(dense[dense != 0], "w")
     sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(indices.astype(np.int64), "w.places"), [6, 5])
-    nodes = [helper.make_node("Constant", [], ["w"], sparse_value=sparse)] if in_node else []
-    raw = file_of(nodes + mlp("w", "b", "v"), [tensor("b", 5), tensor("v", 5, 4)], [] if in_node else [sparse])
-    model = check_weights(raw, (6, 5), (5,), (5, 4))
+    proto = onnx.load_from_string(text_file(mlp("w", "b", "v"), normal(b=(5,), v=(5, 4))))
+    if in_node:
+        proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], sparse_value=sparse))
+    else:
+        proto.graph.sparse_initializer.append(sparse)
+    model = check_weights(proto.SerializeToString(), (6, 5), (5,), (5, 4))
     assert any("sparse" in note for note in model.notes)
     np.testing.assert_array_equal(model.tensors["w"], dense)
 
@@ -256,44 +197,16 @@ def test_sparse_weights_are_trained_densely(per_axis: bool, in_node: bool) -> No
 def test_a_huge_sparse_tensor_is_refused() -> None:
     values, places = (numpy_helper.from_array(np.ones(1, kind), "w") for kind in (np.float32, np.int64))
     sparse = helper.make_sparse_tensor(values, places, [2**20, 2**20])
+    proto = onnx.load_from_string(text_file(mlp("w", "b", "v"), normal(b=(5,), v=(5, 4))))
+    proto.graph.sparse_initializer.append(sparse)
     with pytest.raises(ModelError, match="'w'"):
-        import_onnx(file_of(mlp("w", "b", "v"), [tensor("b", 5), tensor("v", 5, 4)], [sparse]), "net")
+        import_onnx(proto.SerializeToString(), "net")
 
 
 def test_weights_that_a_node_fills_are_trained() -> None:
-    sizes = [numpy_helper.from_array(np.array(shape, np.int64), name) for name, shape in (("s", [5]), ("t", [5, 4]))]
-    zeros, ones = (numpy_helper.from_array(np.array([number], np.float32)) for number in (0, 1))
-    nodes = [
-        helper.make_node("ConstantOfShape", ["s"], ["b"], value=zeros),
-        helper.make_node("ConstantOfShape", ["t"], ["v"], value=ones),
-    ]
-    check_weights(file_of(nodes + mlp("w", "b", "v"), [tensor("w", 6, 5), *sizes]), (6, 5), (5,), (5, 4))
-
-
-def pictures(kind: int, *, colours_last: bool, computed: Any = np.float32) -> bytes:
-    """A file of the input `x` that casts pictures, scales them, and classifies them."""
-    cast_to = int(helper.np_dtype_to_tensor_dtype(np.dtype(computed)))
-    turn = [helper.make_node("Transpose", ["centred"], ["planes"], perm=[0, 3, 1, 2])] if colours_last else []
-    nodes = [
-        helper.make_node("Cast", ["x"], ["pixels"], to=cast_to),
-        helper.make_node("Mul", ["pixels", "scale"], ["shares"]),
-        helper.make_node("Sub", ["shares", "mean"], ["centred"]),
-        *turn,
-        helper.make_node("Conv", ["planes" if turn else "centred", "k", "b"], ["maps"]),
-        helper.make_node("Relu", ["maps"], ["active"]),
-        helper.make_node("GlobalAveragePool", ["active"], ["mean map"]),
-        helper.make_node("Flatten", ["mean map"], ["features"]),
-        helper.make_node("Gemm", ["features", "w"], ["scores"]),
-        helper.make_node("Cast", ["scores"], ["y"], to=TensorProto.FLOAT),
-    ]
-    mean = np.array([0.4, 0.5, 0.6], computed).reshape((1, 1, 1, 3) if colours_last else (1, 3, 1, 1))
-    tensors = [numpy_helper.from_array(mean, "mean"), numpy_helper.from_array(computed(1 / 255), "scale")]
-    tensors += [tensor(n, *s, kind=computed) for n, s in (("k", (6, 3, 3, 3)), ("b", (6,)), ("w", (6, 4)))]
-    x = helper.make_tensor_value_info("x", kind, ("n", 8, 8, 3) if colours_last else ("n", 3, 8, 8))
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 4))
-    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
-    raw: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
-    return raw
+    body = "b = ConstantOfShape(s) v = ConstantOfShape<value = float[1] {1}>(t)"
+    tensors = {**normal(w=(6, 5)), "s": np.array([5]), "t": np.array([5, 4])}
+    check_weights(text_file(f"{body} {mlp('w', 'b', 'v')}", tensors), (6, 5), (5,), (5, 4))
 
 
 @pytest.mark.parametrize(
@@ -304,30 +217,27 @@ def pictures(kind: int, *, colours_last: bool, computed: Any = np.float32) -> by
     ],
 )
 def test_pictures_of_whole_numbers_are_taken_as_they_are(kind: Any, computed: Any) -> None:
-    raw = pictures(int(helper.np_dtype_to_tensor_dtype(np.dtype(kind))), colours_last=True, computed=computed)
+    x = f"{np.dtype(kind).name}[n,8,8,3] x"
+    body = f"""pixels = Cast<to = {helper.np_dtype_to_tensor_dtype(np.dtype(computed))}>(x)
+        shares = Mul(pixels, scale) centred = Sub(shares, mean) planes = Transpose<perm = [0, 3, 1, 2]>(centred)
+        maps = Conv(planes, k, b) active = Relu(maps) means = GlobalAveragePool(active) features = Flatten(means)
+        scores = Gemm(features, w) y = Cast<to = 1>(scores)"""
+    constants = {"mean": np.array([0.4, 0.5, 0.6], computed).reshape((1, 1, 1, 3)), "scale": computed(1 / 255)}
+    raw = text_file(body, {**constants, **normal(computed, k=(6, 3, 3, 3), b=(6,), w=(6, 4))}, x)
     model = import_onnx(raw, "net")
     assert model.graph.inputs[0].dtype == kind
     assert len(model.architecture.groups) == 1
-    x = RANDOM.integers(0, 2 if kind is np.bool_ else 100, (3, 8, 8, 3)).astype(kind)
-    expected = OnnxSession(raw).run({"x": x})["y"]
-    assert distance(outputs(model.graph, x), expected) < (1e-5 if computed is np.float32 else 0.01)
+    samples = RANDOM.integers(0, 2 if kind is np.bool_ else 100, (3, 8, 8, 3)).astype(kind)
+    expected = OnnxSession(raw).run({"x": samples})["y"]
+    assert distance(outputs(model.graph, samples), expected) < (1e-5 if computed is np.float32 else 0.01)
     OnnxSession(training_graph(model, Features()).to_bytes(), training=True)
 
 
-@pytest.mark.parametrize("kind", [TensorProto.INT32, TensorProto.INT16, TensorProto.UINT8])
-def test_token_ids_of_any_width_are_taken(kind: int) -> None:
-    nodes = [
-        helper.make_node("Cast", ["x"], ["ids"], to=TensorProto.INT32),
-        helper.make_node("Gather", ["table", "ids"], ["words"]),
-        helper.make_node("ReduceMean", ["words"], ["text"], axes=[1], keepdims=0),
-        helper.make_node("Gemm", ["text", "w"], ["hidden"]),
-        helper.make_node("Relu", ["hidden"], ["active"]),
-        helper.make_node("Gemm", ["active", "v"], ["y"]),
-    ]
-    x = helper.make_tensor_value_info("x", kind, ("n", 6))
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 4))
-    graph = helper.make_graph(nodes, "g", [x], [y], [tensor("table", 30, 8), tensor("w", 8, 5), tensor("v", 5, 4)])
-    raw = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+@pytest.mark.parametrize("kind", ["int32", "int16", "uint8"])
+def test_token_ids_of_any_width_are_taken(kind: str) -> None:
+    body = """ids = Cast<to = 6>(x) words = Gather(table, ids) text = ReduceMean<axes = [1], keepdims = 0>(words)
+        hidden = Gemm(text, w) active = Relu(hidden) y = Gemm(active, v)"""
+    raw = text_file(body, normal(table=(30, 8), w=(8, 5), v=(5, 4)), f"{kind}[n,6] x")
     model = import_onnx(raw, "net")
     ids = RANDOM.integers(0, 30, (3, 6)).astype(model.graph.inputs[0].dtype)
     assert distance(outputs(model.graph, ids), OnnxSession(raw).run({"x": ids})["y"]) < 1e-5

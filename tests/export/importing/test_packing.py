@@ -126,11 +126,6 @@ def test_a_cut_model_takes_the_same_rows(fusion: tuple[fx.Model, Fusion]) -> Non
     assert OnnxSession(graph.to_bytes()).run({"x": x}, ["logits"])["logits"].shape == (3, 7)
 
 
-def test_several_outputs_need_a_loss_of_them_all() -> None:
-    with pytest.raises(ModelError, match=r"got 1 and 2.*--loss.*--output"):
-        fx.load(Fusion())
-
-
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -221,3 +216,8 @@ def test_a_metric_of_other_labels_than_the_losss_is_refused() -> None:
     with pytest.raises(ModelError, match="metric") as caught:
         fx.load(Fusion(), loss=loss, metric=other)
     assert "target_shape" in str(caught.value)
+
+
+def test_several_outputs_need_a_loss_of_them_all() -> None:
+    with pytest.raises(ModelError, match=r"got 1 and 2.*--loss.*--output"):
+        fx.load(Fusion())

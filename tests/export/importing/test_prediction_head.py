@@ -10,7 +10,8 @@ from fedprune.core.errors import ModelError
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.conversion import onnx_file
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import ImportChoices, import_onnx
+from fedprune_export.pruning.model import Model
 
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 PROBABILITIES = helper.make_node("Softmax", ["scores"], ["p"], axis=1)
@@ -34,7 +35,12 @@ ENDS: dict[str, tuple[list[onnx.NodeProto], dict[str, tuple[int, list[int | str]
         ],
         {"name": (INT64, [1, "N"]), "p": (FLOAT, ["N", 3])},
     ),
+    "an operator of opset 18": (
+        [PROBABILITIES, LABEL, helper.make_node("ReduceMax", ["p", "one"], ["surety"], keepdims=0)],
+        {"label": (INT64, ["N"]), "surety": (FLOAT, ["N"])},
+    ),
 }
+SAMPLES = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
 
 
 def file_of(
@@ -70,21 +76,25 @@ def file_of(
     return raw
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_a_file_is_written_with_its_own_end(end: str) -> None:
-    raw = file_of(*ENDS[end])
+def check_end(raw: bytes) -> Model:
+    """The import, which is written with the end of its file: it computes what the file does, and is read again."""
     model = import_onnx(raw, "model")
-    assert model.architecture.output_shape == (3,)
-    assert any("'scores'" in note for note in model.notes)
     written = onnx_file(model.graph, model.tensors, "model")
-    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
-    before, after = OnnxSession(raw).run({"image": x}), OnnxSession(written).run({X: x})
+    before, after = OnnxSession(raw).run({"image": SAMPLES}), OnnxSession(written).run({X: SAMPLES})
     assert after.keys() == {LOGITS, *before}
     for name, value in before.items():
         np.testing.assert_allclose(after[name], value, rtol=1e-5, atol=1e-6)
     again = import_onnx(written, "model")
     assert again.architecture.digest == model.architecture.digest
     assert onnx_file(again.graph, again.tensors, "model") == written
+    return model
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_file_is_written_with_its_own_end(end: str) -> None:
+    model = check_end(file_of(*ENDS[end], opset=18 if end == "an operator of opset 18" else 17))
+    assert model.architecture.output_shape == (3,)
+    assert any("'scores'" in note for note in model.notes)
 
 
 def test_maps_of_probabilities_become_their_tensor() -> None:
@@ -97,9 +107,8 @@ def test_maps_of_probabilities_become_their_tensor() -> None:
     model = import_onnx(raw, "model")
     assert any("ZipMap" in note for note in model.notes)
     written = onnx_file(model.graph, model.tensors, "model")
-    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
-    label, maps = onnxruntime.InferenceSession(raw).run(["label", "maps"], {"image": x})
-    after = OnnxSession(written).run({X: x})
+    label, maps = onnxruntime.InferenceSession(raw).run(["label", "maps"], {"image": SAMPLES})
+    after = OnnxSession(written).run({X: SAMPLES})
     np.testing.assert_array_equal(after["label"], label)
     np.testing.assert_allclose(after["maps"], [list(sample.values()) for sample in maps], rtol=1e-5, atol=1e-6)
 
@@ -112,12 +121,6 @@ def test_ends_along_different_axes_are_left_to_the_user() -> None:
     ]
     with pytest.raises(ModelError, match="--output"):
         import_onnx(file_of(nodes, {"label": (INT64, ["N", 1]), "place": (INT64, ["N", 3])}), "model")
-
-
-def test_outputs_of_several_values_are_left_to_the_user() -> None:
-    outputs: dict[str, tuple[int, list[int | str]]] = {"label": (INT64, ["N"]), "h": (FLOAT, ["N", 8])}
-    with pytest.raises(ModelError, match="--output"):
-        import_onnx(file_of([LABEL], outputs), "model")
 
 
 def inner_model(kind: str) -> bytes:
@@ -141,15 +144,7 @@ def inner_model(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["function", "branch"])
 def test_an_end_inside_a_function_or_branch_is_found(kind: str) -> None:
-    raw = inner_model(kind)
-    model = import_onnx(raw, "model")
-    assert "Softmax, ArgMax" in " ".join(model.notes)
-    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
-    before = OnnxSession(raw).run({"image": x})
-    after = OnnxSession(onnx_file(model.graph, model.tensors, "model")).run({X: x})
-    assert after.keys() == {LOGITS, *before}
-    for name, value in before.items():
-        np.testing.assert_allclose(after[name], value, rtol=1e-5, atol=1e-6)
+    assert "Softmax, ArgMax" in " ".join(check_end(inner_model(kind)).notes)
 
 
 def test_an_end_for_one_sample_at_a_time_takes_several() -> None:
@@ -162,24 +157,28 @@ def test_an_end_for_one_sample_at_a_time_takes_several() -> None:
     ]
     raw = file_of(nodes, {"p": (FLOAT, [1, 3, 1]), "label": (INT64, [1, 1])}, batch=1)
     model = import_onnx(raw, "model")
-    x = np.random.default_rng(1).standard_normal((4, 5)).astype(np.float32)
     written = onnx_file(model.graph, model.tensors, "model")
     declared = {o.name: o.type.tensor_type.shape.dim for o in onnx.load_model_from_string(written).graph.output}
     assert [declared[name][0].dim_param for name in ("p", "label")] == ["N", "N"]
     assert declared["p"][1].dim_value == 3
-    after = OnnxSession(written).run({X: x})
-    single = [OnnxSession(raw).run({"image": row[None]}) for row in x]
+    after = OnnxSession(written).run({X: SAMPLES})
+    single = [OnnxSession(raw).run({"image": row[None]}) for row in SAMPLES]
     for name in ("p", "label"):
         np.testing.assert_allclose(after[name], np.concatenate([s[name] for s in single]), rtol=1e-5, atol=1e-6)
 
 
-def test_an_end_of_a_later_opset_is_written_at_that_of_the_model() -> None:
-    nodes = [PROBABILITIES, LABEL, helper.make_node("ReduceMax", ["p", "one"], ["surety"], keepdims=0)]
-    raw = file_of(nodes, {"label": (INT64, ["N"]), "surety": (FLOAT, ["N"])}, opset=18)
-    model = import_onnx(raw, "model")
-    x = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
-    after = OnnxSession(onnx_file(model.graph, model.tensors, "model")).run({X: x})
-    np.testing.assert_allclose(after["surety"], OnnxSession(raw).run({"image": x})["surety"], rtol=1e-5)
+def test_logits_whose_classes_are_last_stay_an_output_beside_those_that_are_trained() -> None:
+    """As of token classifiers: the logits of each position, and their probabilities."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["scores", "one"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["p"], axis=2),
+    ]
+    raw = file_of(nodes, {"logits": (FLOAT, ["N", 1, 3]), "p": (FLOAT, ["N", 1, 3])})
+    model = import_onnx(raw, "model", ImportChoices(loss="cross_entropy"))
+    after, before = OnnxSession(onnx_file(model.graph, model.tensors, "model")).run({X: SAMPLES}), OnnxSession(raw)
+    assert after[LOGITS].shape == (7, 3, 1)
+    for name, value in before.run({"image": SAMPLES}).items():
+        np.testing.assert_allclose(after["logits_" if name == LOGITS else name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_an_activation_at_the_end_is_no_decision() -> None:

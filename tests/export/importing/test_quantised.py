@@ -1,7 +1,7 @@
 """Quantised files are imported as the float models that they approximate."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -17,12 +17,13 @@ from fedprune.core.errors import ModelError
 from fedprune.model.features import Features
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.conversion import onnx_file
-from fedprune_export.importing import ImportChoices, import_onnx, read_source
-from fedprune_export.importing.quantised.dequantisation import RULES
+from fedprune_export.importing import import_onnx, read_source
+from fedprune_export.importing.quantised import rules
 from fedprune_export.ir.dropout import read_draws
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
+from support.nets.onnx_text import text_file
 from support.oracles.cutting import cut_error, distance, outputs, random_selection
 
 F32 = np.dtype(np.float32)
@@ -111,8 +112,6 @@ STATIC: dict[str, tuple[int, QuantFormat, QuantType, dict[str, Any]]] = {
     "pairs as TensorRT's": (13, QuantFormat.QDQ, QuantType.QInt8, {"per_channel": True, **SYMMETRIC}),
     "16 bits": (17, QuantFormat.QDQ, QuantType.QInt16, {}),
     "weights of 4 bits": (21, QuantFormat.QDQ, QuantType.QUInt8, {"weight_type": QuantType.QInt4}),
-    "operators": (17, QuantFormat.QOperator, QuantType.QUInt8, {"per_channel": True}),
-    "operators on signed integers": (13, QuantFormat.QOperator, QuantType.QInt8, {}),
 }
 
 
@@ -132,14 +131,22 @@ def test_a_quantised_net_trains_as_its_origin(kind: str, tmp_path: Path) -> None
     assert import_onnx(written, "net").architecture.digest == model.architecture.digest
 
 
-@pytest.mark.parametrize("optimised", [False, True])
 @pytest.mark.parametrize("weights", [QuantType.QUInt8, QuantType.QInt8])
-def test_a_dynamically_quantised_transformer_trains_as_its_origin(
-    weights: QuantType, *, optimised: bool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("net", "samples", "product"),
+    [
+        (transformer, TOKENS, "MatMulInteger"),
+        (transformer, TOKENS, "DynamicQuantizeMatMul"),
+        (conv_net, PICTURES, "ConvInteger"),
+    ],
+)
+def test_a_dynamically_quantised_net_trains_as_its_origin(
+    net: Callable[[], bytes], samples: Any, product: str, weights: QuantType, tmp_path: Path
 ) -> None:
     """onnxruntime's optimiser fuses what the quantiser writes."""
+    optimised = product == "DynamicQuantizeMatMul"
     files = [tmp_path / name for name in ("float.onnx", "quantised.onnx", "optimised.onnx")]
-    files[0].write_bytes(transformer())
+    files[0].write_bytes(net())
     quantize_dynamic(*files[:2], weight_type=weights, per_channel=weights == QuantType.QInt8)
     if optimised:
         options = onnxruntime.SessionOptions()
@@ -148,8 +155,8 @@ def test_a_dynamically_quantised_transformer_trains_as_its_origin(
         onnxruntime.InferenceSession(
             str(files[1]), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatmulTransposeFusion"]
         )
-        assert "DynamicQuantizeMatMul" in {n.op_type for n in onnx.load(files[2]).graph.node}
-    check_like(import_onnx(files[1 + optimised].read_bytes(), "net"), import_onnx(transformer(), "net"), TOKENS, 0.02)
+    assert product in {n.op_type for n in onnx.load(files[1 + optimised]).graph.node}
+    check_like(import_onnx(files[1 + optimised].read_bytes(), "net"), import_onnx(net(), "net"), samples, 0.02)
 
 
 def sequence_net() -> bytes:
@@ -183,174 +190,136 @@ def test_a_quantised_lstm_and_attention_become_those_of_floats(*, per_channel: b
     assert distance(values[0], OnnxSession(sequence_net()).run({"image": x}).popitem()[1]) < 0.03
 
 
-def file_of(
-    nodes: list[onnx.NodeProto],
-    values: Mapping[str, Any],
-    opset: int,
-    out: tuple[int | str, ...] = ("N", 3),
-    kind: int = TensorProto.FLOAT,
-) -> bytes:
-    """A model of 5 numbers `image` that ends in `y`."""
-    graph = helper.make_graph(
-        nodes,
-        "model",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 5])],
-        [helper.make_tensor_value_info("y", kind, list(out))],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
-    )
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
-    raw: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
-    return raw
-
-
+IMAGE, SCORES = "float[N,5] image", "float[N,3] y"
 W = np.random.default_rng(3).integers(-127, 128, (5, 3)).astype(np.int8)
 
 
 @pytest.mark.parametrize("opset", [10, 13, 19])
 def test_weights_of_8_bits_without_a_zero_point_are_trained(opset: int) -> None:
-    nodes = [
-        helper.make_node("DequantizeLinear", ["w_quantized", "s"], ["dequantised"]),
-        helper.make_node("MatMul", ["image", "dequantised"], ["y"]),
-    ]
-    model = import_onnx(file_of(nodes, {"w_quantized": W, "s": np.float32(0.5)}, opset), "net")
+    body = """numbers = DequantizeLinear(image, s, z) dequantised = DequantizeLinear(w_quantized, s)
+        y = MatMul(numbers, dequantised)"""
+    values = {"w_quantized": W, "s": np.float32(0.5), "z": np.uint8(100)}
+    raw, x = text_file(body, values, "uint8[N,5] image", SCORES, opset=opset), RNG.integers(0, 256, (3, 5), np.uint8)
+    model = import_onnx(raw, "net")
     np.testing.assert_array_equal(model.tensors["w"], W.astype(np.float32) / 2)
+    assert distance(outputs(model.graph, x), OnnxSession(raw, exact=True).run({"image": x})["y"]) < 1e-5
 
 
 def test_fewer_integers_than_the_type_has_are_a_narrower_range() -> None:
     """torch writes 7 bits of a fake quantiser as a Clip of 8-bit integers. Weights in float32 stay as they are."""
-    nodes = [
-        helper.make_node("QuantizeLinear", ["w", "ws", "wz"], ["wq"], axis=1),
-        helper.make_node("DequantizeLinear", ["wq", "ws", "wz"], ["wd"], axis=1),
-        helper.make_node("MatMul", ["image", "wd"], ["h"]),
-        helper.make_node("QuantizeLinear", ["h", "s", "z"], ["q"]),
-        helper.make_node("Clip", ["q", "", "most"], ["narrow"]),
-        helper.make_node("DequantizeLinear", ["narrow", "s", "z"], ["y"]),
-    ]
+    body = """wq = QuantizeLinear<axis = 1>(w, ws, wz) wd = DequantizeLinear<axis = 1>(wq, ws, wz)
+        h = MatMul(image, wd) q = QuantizeLinear(h, s, z) narrow = Clip(q, "", most)
+        y = DequantizeLinear(narrow, s, z)"""
     w = np.random.default_rng(4).standard_normal((5, 3)).astype(np.float32)
     values = {"w": w, "ws": np.float32([0.02, 0.03, 0.01]), "wz": np.int8([0, 0, 0]), "s": np.float32(0.05)}
-    model = import_onnx(file_of(nodes, {**values, "z": np.uint8(64), "most": np.uint8(127)}, 13), "net")
+    values |= {"z": np.uint8(64), "most": np.uint8(127)}
+    model = import_onnx(text_file(body, values, IMAGE, SCORES, opset=13), "net")
     assert operators(model) == {"MatMul": 1}
     np.testing.assert_array_equal(model.tensors["w"], w)
 
 
+def in_blocks(form: QuantFormat, *, symmetric: bool = False) -> bytes:
+    """Products with weights of 4 bits in blocks of 32."""
+    graph = Graph(inputs=[Port("image", F32, ("N", 48))], initializers=tensors(w=(48, 20), v=(20, 3)), opset=21)
+    hidden = graph.emit("Relu", graph.emit("MatMul", "image", "w"))
+    graph.outputs = [Port(graph.emit("MatMul", hidden, "v"), F32, ("N", 3))]
+    quantiser = MatMulNBitsQuantizer(graph.to_proto(), block_size=32, is_symmetric=symmetric, quant_format=form)
+    quantiser.process()
+    raw: bytes = quantiser.model.model.SerializeToString()
+    return raw
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_weights_in_blocks_of_4_bits_are_trained(*, symmetric: bool) -> None:
-    graph = Graph(inputs=[Port("image", F32, ("N", 48))], initializers=tensors(w=(48, 20), v=(20, 3)))
-    graph.outputs = [
-        Port(graph.emit("MatMul", graph.emit("Relu", graph.emit("MatMul", "image", "w")), "v"), F32, ("N", 3))
-    ]
-    quantiser = MatMulNBitsQuantizer(graph.to_proto(), block_size=32, is_symmetric=symmetric)
-    quantiser.process()
-    raw = quantiser.model.model.SerializeToString()
+    raw = in_blocks(QuantFormat.QDQ, symmetric=symmetric)
     model = import_onnx(raw, "net")
     x = np.random.default_rng(1).standard_normal((7, 48)).astype(np.float32)
-    assert distance(outputs(model.graph, x), OnnxSession(raw).run({"image": x}).popitem()[1]) < 1e-5
-    assert model.architecture.sizes == (20,)
+    assert distance(outputs(model.graph, x), OnnxSession(raw, exact=True).run({"image": x}).popitem()[1]) < 1e-5
 
 
-def test_a_source_is_read_as_a_file_of_floats(tmp_path: Path) -> None:
-    """A job's file is the float model, so that everything that a user may choose refers to its values."""
-    file = tmp_path / "net.onnx"
-    file.write_bytes(quantise(conv_net(), tmp_path, QuantFormat.QOperator, QuantType.QUInt8))
-    raw = read_source(file, ImportChoices(output="flat"))
-    assert not {n.op_type for n in onnx.load_model_from_string(raw).graph.node if "Linear" in n.op_type}
-    model = import_onnx(raw, "net")
-    assert model.architecture.output_shape == (12,)
-    assert any("quantised" in note for note in model.notes)
+@pytest.mark.parametrize("operator", ["QGemm", "MatMulNBits"])
+def test_operators_on_integers_are_refused(operator: str, tmp_path: Path) -> None:
+    form = QuantFormat.QOperator
+    raw = quantise(conv_net(), tmp_path, form, QuantType.QUInt8) if operator == "QGemm" else in_blocks(form)
+    with pytest.raises(ModelError, match=rf"{operator}.*quant_format=QuantFormat\.QDQ"):
+        import_onnx(raw, "net")
 
 
 @pytest.mark.parametrize(
-    ("node", "texts"),
+    ("node", "scales", "refusal"),
     [
-        (helper.make_node("QMoE", ["q"], ["c"], "experts", domain="com.microsoft"), ["QMoE 'experts'"]),
-        (helper.make_node("BitShift", ["q", "q"], ["c"], "shift", direction="LEFT"), ["BitShift 'shift'"]),
-        (helper.make_node("Cast", ["q"], ["c"], "cast", to=TensorProto.UINT8), ["Cast 'cast'"]),
+        ("[moe] c = ms.QMoE(q)", (0.1, 0.1), "QMoE 'moe' computes"),
+        ("[cast] c = Cast<to = 2>(q)", (0.1, 0.1), "Cast 'cast' computes"),
+        *(("c = Identity(q)", (s, s), "'d' has a scale") for s in (0, np.nan, np.inf, [])),
+        ("c = Identity(q)", (0.1, 0.2), "'first' is read with another scale"),
     ],
 )
-def test_an_operator_on_integers_without_a_float_form_is_named(node: onnx.NodeProto, texts: list[str]) -> None:
-    nodes = [
-        helper.make_node("QuantizeLinear", ["image", "s", "z"], ["q"]),
-        node,
-        helper.make_node("DequantizeLinear", ["c", "s", "z"], ["d"]),
-        helper.make_node("MatMul", ["d", "w"], ["y"]),
-    ]
-    values = {"s": np.float32(0.1), "z": np.uint8(128), "w": W.astype(np.float32)}
-    with pytest.raises(ModelError) as caught:
-        import_onnx(file_of(nodes, values, 17), "net")
-    for text in [*texts, "float32"]:
-        assert text in str(caught.value)
+def test_what_has_no_float_form_is_named(node: str, scales: tuple[Any, Any], refusal: str) -> None:
+    body = f"[first] q = QuantizeLinear(image, s, z) {node} d = DequantizeLinear(c, t, z) y = MatMul(d, w)"
+    values = {name: np.array(scale, np.float32) for name, scale in zip("st", scales, strict=True)}
+    values |= {"z": np.uint8(128), "w": W.astype(np.float32)}
+    with pytest.raises(ModelError, match=refusal):
+        import_onnx(text_file(body, values, IMAGE, SCORES), "net")
 
 
-@pytest.mark.parametrize("scale", [0, -0.1, np.nan, np.inf, []])
-def test_a_scale_that_is_no_positive_number_is_refused(scale: Any) -> None:
-    nodes = [
-        helper.make_node("QuantizeLinear", ["image", "s"], ["q"], "first"),
-        helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
-        helper.make_node("MatMul", ["d", "w"], ["y"]),
-    ]
-    with pytest.raises(ModelError, match="QuantizeLinear 'first' has a scale"):
-        import_onnx(file_of(nodes, {"s": np.float32(scale), "w": W.astype(np.float32)}, 17), "net")
+FAULTS: dict[str, Callable[[Any], Any]] = {
+    "scale": lambda weight: weight * np.float32(1.05),
+    "axis": lambda weight: weight * np.linspace(0.8, 1.2, weight.shape[1], dtype=np.float32).reshape(1, -1, 1, 1),
+    "zero point": lambda weight: weight + np.abs(weight).max() / 64,
+}
 
 
-@pytest.mark.parametrize("name", ["QLinearAdd", "QLinearConv", "QLinearSigmoid"])
-def test_an_operator_that_is_written_wrongly_is_refused(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each rounding is compared with the file's, so that a wrong rule doesn't go unnoticed."""
-    raw = quantise(conv_net(), tmp_path, QuantFormat.QOperator, QuantType.QUInt8)
-    right, wrong = RULES[name], {"Add": "Mul", "Sigmoid": "Tanh"}
+def change_weights(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch, name: str = "") -> None:
+    right = rules.FloatWriter.add_weight
+    monkeypatch.setattr(
+        rules.FloatWriter, "add_weight", lambda s, n, v: right(s, n, change(v) if n.startswith(name) else v)
+    )
 
-    def write_wrongly(state: Any, node: Any) -> None:
-        right(state, node)
-        written = next(n for n in reversed(state.graph.nodes) if name.endswith(n.op))
-        if written.op == "Conv" and len(written.inputs) > 2:
-            state.graph.initializers[written.inputs[2]] = state.graph.initializers[written.inputs[2]] + 0.1
-        elif written.op in wrong:
-            written.op = wrong[written.op]
 
-    monkeypatch.setitem(RULES, name, write_wrongly)
-    with pytest.raises(ModelError, match="quantised") as caught:
+@pytest.mark.parametrize("fault", [*FAULTS, "pair", "Clip"])
+def test_what_is_written_wrongly_is_found(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = quantise(conv_net(), tmp_path, QuantFormat.QDQ, QuantType.QUInt8)
+    if fault in FAULTS:
+        change_weights(FAULTS[fault], monkeypatch, "c.w")
+    elif fault == "pair":
+        monkeypatch.delitem(rules.RULES, "DequantizeLinear")
+    else:
+
+        def write_wrongly(graph: Graph, roundings: Mapping[str, Any]) -> list[str]:
+            node = [n for n in graph.nodes if n.outputs[0] in roundings][3]
+            node.op, node.inputs = "Clip", [node.inputs[0], graph.scalar(0), graph.scalar(0.2)]
+            return []
+
+        monkeypatch.setattr("fedprune_export.importing.quantised.conversion.write_clippings", write_wrongly)
+    with pytest.raises(ModelError, match="quantised"):
         import_onnx(raw, "net")
-    assert "steps" in str(caught.value)
 
 
-@pytest.mark.parametrize("is_wrong", [False, True])
-def test_what_a_decision_reads_is_compared_with_the_file(*, is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the last rounding, whole numbers alone say little of what they are decided by."""
-    nodes = [
-        helper.make_node("QuantizeLinear", ["image", "s", "z"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
-        helper.make_node("DequantizeLinear", ["w", "s"], ["dw"]),
-        helper.make_node("MatMul", ["d", "dw"], ["scores"]),
-        helper.make_node("ArgMax", ["scores"], ["y"], axis=1, keepdims=0),
-    ]
-    right = RULES["DequantizeLinear"]
-
-    def write_wrongly(state: Any, node: Any) -> None:
-        right(state, node)
-        if "w" in state.weights and is_wrong:
-            state.graph.initializers["w"] = state.graph.initializers["w"] * np.float32(1.01)
-
-    monkeypatch.setitem(RULES, "DequantizeLinear", write_wrongly)
-    raw = file_of(nodes, {"s": np.float32(0.1), "z": np.uint8(128), "w": W}, 17, ("N",), TensorProto.INT64)
-    if not is_wrong:
-        assert import_onnx(raw, "net").architecture.classes == 3
-        return
-    with pytest.raises(ModelError, match="'scores'"):
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_wrong_weight_is_found_behind_a_decision_or_a_large_bias(
+    *, decides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole numbers say little of what they are decided by, and beside the bias normal numbers would hardly be seen."""
+    body = "q = QuantizeLinear(image, one, z) d = DequantizeLinear(q, one, z) dw = DequantizeLinear(w, s) "
+    if decides:
+        body += "scores = Gemm(d, dw) y = ArgMax<axis = 1, keepdims = 0>(scores)"
+    else:
+        body += "y = Gemm(d, dw, bias)"
+    values = {"s": np.float32(0.1), "one": np.float32(1), "z": np.uint8(0), "w": W, "bias": np.full(3, 900, np.float32)}
+    raw = text_file(body, values, IMAGE, "int64[N] y" if decides else SCORES)
+    assert import_onnx(raw, "net").architecture.classes == 3
+    change_weights(FAULTS["scale"], monkeypatch)
+    with pytest.raises(ModelError, match="quantised file differs"):
         import_onnx(raw, "net")
 
 
 def test_norms_of_an_optimiser_stay_in_files_of_early_opsets() -> None:
     """onnxruntime writes LayerNormalization into the standard's domain, which has none before opset 17."""
-    nodes = [
-        helper.make_node("DequantizeLinear", ["square", "s"], ["d"]),
-        helper.make_node("MatMul", ["image", "d"], ["h"]),
-        helper.make_node("LayerNormalization", ["h", "gain", "offset"], ["n"]),
-        helper.make_node("MatMul", ["n", "last"], ["y"]),
-    ]
+    body = """d = DequantizeLinear(square, s) h = MatMul(image, d) n = LayerNormalization(h, gain, offset)
+        y = MatMul(n, last)"""
     values = {"s": np.float32(0.1), "square": np.resize(W, (5, 5))}
     values |= tensors(gain=(5,), offset=(5,), last=(5, 3))
-    raw = file_of(nodes, values, 14)
+    raw = text_file(body, values, IMAGE, SCORES, opset=14)
     x = tensors(x=(3, 5))["x"]
     model = import_onnx(raw, "net")
     assert operators(model)["LayerNormalization"] == 1
@@ -358,15 +327,10 @@ def test_norms_of_an_optimiser_stay_in_files_of_early_opsets() -> None:
 
 
 def test_draws_of_a_quantised_file_are_trained_with() -> None:
-    nodes = [
-        helper.make_node("DequantizeLinear", ["w", "s"], ["d"]),
-        helper.make_node("MatMul", ["image", "d"], ["h"]),
-        helper.make_node("RandomNormalLike", ["h"], ["noise"], mean=0.5),
-        helper.make_node("Add", ["h", "noise"], ["a"]),
-        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
-    ]
-    model = import_onnx(file_of(nodes, {"s": np.float32(0.1), "z": np.uint8(128), "w": W}, 17), "net")
+    body = """d = DequantizeLinear(w, s) h = MatMul(image, d) noise = RandomNormalLike<mean = 0.5>(h)
+        a = Add(h, noise) q = QuantizeLinear(a, s, z) y = DequantizeLinear(q, s, z)"""
+    values = {"s": np.float32(0.1), "z": np.uint8(128), "w": W}
+    model = import_onnx(text_file(body, values, IMAGE, SCORES), "net")
     (dropout,) = (n for n in model.graph.nodes if n.op == "Dropout")
     assert read_draws(model.graph.metadata)[dropout.name].mean == 0.5
     assert any("draw" in note for note in model.notes)

@@ -98,11 +98,11 @@ def test_metadata_that_make_no_sense_are_refused(key: str, text: str) -> None:
         import_onnx(proto.SerializeToString(), "net")
 
 
-def _two_outputs() -> bytes:
+def _two_outputs(scores: str = "scores") -> bytes:
     graph = Graph(inputs=_port("N", 3), initializers={"w": np.ones((3, 2), np.float32)})
-    graph.emit("MatMul", "x", "w", out="scores")
+    graph.emit("MatMul", "x", "w", out=scores)
     graph.emit("Neg", "x", out="features")
-    graph.outputs = [Port("features", F32, ("N", 3)), Port("scores", F32, ("N", 2))]
+    graph.outputs = [Port("features", F32, ("N", 3)), Port(scores, F32, ("N", 2))]
     return graph.to_bytes()
 
 
@@ -117,9 +117,11 @@ def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
     assert len({m.architecture.digest for m in chosen}) == 1
 
 
-def test_several_outputs_without_a_choice_or_with_another_one_are_listed() -> None:
-    with pytest.raises(ModelError, match=r"1 and 2 \(features, scores\)"):
-        import_onnx(_two_outputs(), "two")
+# The second is as tf2onnx joins names.
+@pytest.mark.parametrize("scores", ["scores", "net/dense/BiasAdd;net/dense/MatMul/ReadVariableOp;" * 5])
+def test_several_outputs_without_a_choice_or_with_another_one_are_listed(scores: str) -> None:
+    with pytest.raises(ModelError, match=rf"1 and 2 \(features, {scores}\)"):
+        import_onnx(_two_outputs(scores), "two")
     with pytest.raises(ModelError, match="features, scores, got 'logits'"):
         import_onnx(_two_outputs(), "two", ImportChoices(output="logits"))
 

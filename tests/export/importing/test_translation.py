@@ -5,9 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune.model.features import Features
@@ -18,6 +16,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
+from support.nets.onnx_text import text_file
 from support.oracles.cutting import distance, outputs
 
 F32 = np.dtype(np.float32)
@@ -81,30 +80,14 @@ def test_parts_of_a_concatenation_without_numbers_are_left_out() -> None:
     assert ops(build, (5,), 10, 17) == ["Concat"]
 
 
-@pytest.mark.parametrize(("opset", "size"), [(18, 2), (20, 2), (21, 4), (23, 4)])
-def test_group_norm_scales_by_group_or_by_channel(opset: int, size: int) -> None:
-    graph = Graph(inputs=[Port("image", F32, ("batch", 4, 3, 3))], opset=opset)
-    graph.initializers.update(s=random(size), b=random(size) + 1, last=random(36, 3))
-    value = graph.emit("GroupNormalization", "image", "s", "b", attrs={"num_groups": 2})
-    graph.outputs = [Port(graph.emit("MatMul", graph.emit("Flatten", value), "last"), F32, ("batch", 3))]
-    x = random(7, 4, 3, 3)
-    logits = outputs(import_onnx(graph.to_bytes(), "net").graph, x)
-    groups = x.reshape(7, 2, -1)
-    normal = (groups - groups.mean(2, keepdims=True)) / np.sqrt(groups.var(2, keepdims=True) + 1e-5)
-    scale, bias = (np.repeat(graph.initializers[n], 4 // size)[:, None, None] for n in "sb")
-    assert distance(logits, (normal.reshape(x.shape) * scale + bias).reshape(7, -1) @ graph.initializers["last"]) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("op", "attrs", "size"),
     [
-        *(("LpPool", {"kernel_shape": [2, 3], "pads": [0, 1, 0, 1], "strides": [2, 1], "p": p}, 40) for p in (1, 2, 3)),
-        *(("GlobalLpPool", {"p": p}, 4) for p in (1, 2, 3)),
         *(("LRN", {"size": n, "alpha": 0.5, "beta": 0.6, "bias": 1.5}, 80) for n in (1, 3, 5)),
         *(("MeanVarianceNormalization", {"axes": axes}, 80) for axes in ([0, 2, 3], [1, -1])),
     ],
 )
-def test_seldom_pools_and_norms_are_primitives(op: str, attrs: dict[str, Any], size: int) -> None:
+def test_seldom_norms_are_primitives(op: str, attrs: dict[str, Any], size: int) -> None:
     """Their numbers are the operator's, and a step on zeros moves a weight before them to a finite number."""
 
     def build(g: Graph) -> str:
@@ -191,6 +174,11 @@ def test_resizing_before_opset_11_keeps_its_numbers(opset: int, mode: str, scale
             return g.emit("Resize" if opset == 10 else "Upsample", "image", amounts, attrs={"mode": mode})
         return g.emit("Upsample", "image", attrs={"mode": mode, "scales": [1.0, 1.0, *scales]})
 
+    if (opset, mode) == (10, "nearest") and min(scales) < 1:
+        # onnxruntime rounds up along axes that shrink, which no later opset does.
+        with pytest.raises(ModelError, match="Export it again at opset 17"):
+            import_built(build, (3, 8, 8), 3 * math.prod(sizes), opset)
+        return
     training_graph(import_built(build, (3, 8, 8), 3 * math.prod(sizes), opset), Features())
 
 
@@ -221,18 +209,8 @@ def test_reductions_over_axes_of_an_input(op: str) -> None:
     assert model.graph.nodes[0].attrs["axes"] == [-1]
 
 
-def _raw(
-    nodes: list[onnx.NodeProto], tensors: dict[str, Any], shape: tuple[int, ...], opset: int, **options: Any
-) -> bytes:
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", 1, ["N", *shape])],
-        [helper.make_tensor_value_info("y", 1, ["N", 2])],
-        [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()],
-    )
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
-    return bytes(helper.make_model(graph, opset_imports=imports, ir_version=8, **options).SerializeToString())
+def _raw(body: str, tensors: dict[str, Any], sizes: str, opset: int) -> bytes:
+    return text_file(body, tensors, f"float[N,{sizes}] x", "float[N,2] y", opset=opset)
 
 
 def _same(raw: bytes, shape: tuple[int, ...]) -> Model:
@@ -241,103 +219,73 @@ def _same(raw: bytes, shape: tuple[int, ...]) -> Model:
     return model
 
 
-def node(op: str, inputs: str, outputs: str, **attrs: Any) -> onnx.NodeProto:
-    return helper.make_node(op, inputs.split(), outputs.split(), **attrs)
-
-
 INTS = {"i0": np.int64(0), "i1": np.int64(1), "i4": np.int64(4), "last": np.int64(-1), "sizes": np.array([2, 4])}
-SEQUENCES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
+SEQUENCES = {
     "chunks": (
-        [node("SplitToSequence", "x i4", "s", axis=1), node("SequenceAt", "s i1", "a"), node("SequenceAt", "s i0", "b"),
-         node("Concat", "a b", "c", axis=1)],
+        """s = SplitToSequence<axis = 1>(x, i4) a = SequenceAt(s, i1) b = SequenceAt(s, i0)
+        c = Concat<axis = 1>(a, b)""",
         ["Split", "Concat"],
     ),
     "parts of sizes": (
-        [node("SplitToSequence", "x sizes", "s", axis=-1), node("SequenceAt", "s last", "a"),
-         node("SequenceAt", "s i0", "b"), node("Concat", "a b", "c", axis=1)],
+        """s = SplitToSequence<axis = -1>(x, sizes) a = SequenceAt(s, last) b = SequenceAt(s, i0)
+        c = Concat<axis = 1>(a, b)""",
         ["Split", "Concat"],
     ),
     "single rows and a stack": (
-        [node("SplitToSequence", "x", "s", axis=1, keepdims=0),
-         node("ConcatFromSequence", "s", "c", axis=1, new_axis=1)],
+        "s = SplitToSequence<axis = 1, keepdims = 0>(x) c = ConcatFromSequence<axis = 1, new_axis = 1>(s)",
         ["Split", *["Squeeze"] * 6, *["Unsqueeze"] * 6, "Concat"],
     ),
     "built by hand": (
-        [node("SequenceEmpty", "", "e"), node("SequenceInsert", "e x", "f"), node("SequenceInsert", "f x i0", "g"),
-         node("SequenceErase", "g last", "h"), node("ConcatFromSequence", "h", "c", axis=1)],
+        """e = SequenceEmpty() f = SequenceInsert(e, x) g = SequenceInsert(f, x, i0) h = SequenceAt(g, last)
+        i = SequenceConstruct(h) c = ConcatFromSequence<axis = 1>(i)""",
         [],
     ),
-    "length": (
-        [node("SequenceConstruct", "x x", "s"), node("SequenceLength", "s", "n"), node("Cast", "n", "f", to=1),
-         node("Mul", "x f", "c")],
-        ["Mul"],
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
 @pytest.mark.parametrize("opset", [13, 18])
 def test_sequences_are_tensors(name: str, opset: int) -> None:
-    nodes, expected = SEQUENCES[name]
-    model = _same(_raw([*nodes, node("Gemm", "c w", "y")], {**INTS, "w": random(6, 2)}, (6,), opset), (6,))
-    assert [n.op for n in model.graph.nodes if n.op not in ("Gemm", "Flatten")] == [
-        o for o in expected if o != "Concat" or name != "built by hand"
-    ]
-
-
-def test_local_functions_are_written_out() -> None:
-    function = helper.make_function(
-        "own", "Twice", ["a"], ["b"], [node("Relu", "a", "r"), node("Add", "r r", "b")], [helper.make_opsetid("", 17)]
-    )
-    nodes = [helper.make_node("Twice", ["x"], ["h"], domain="own"), node("Gemm", "h w", "y")]
-    model = _same(_raw(nodes, {"w": random(6, 2)}, (6,), 17, functions=[function]), (6,))
-    assert [n.op for n in model.graph.nodes] == ["Relu", "Add", "Gemm"]
+    body, expected = SEQUENCES[name]
+    model = _same(_raw(f"{body} y = Gemm(c, w)", {**INTS, "w": random(6, 2)}, "6", opset), (6,))
+    assert [n.op for n in model.graph.nodes if n.op not in ("Gemm", "Flatten")] == expected
 
 
 @pytest.mark.parametrize("yes", [False, True])
 def test_branches_within_branches(yes: bool) -> None:
     """Names within a branch may be those of another; tensors of branches join the graph's."""
-    info = helper.make_tensor_value_info("z", 1, ["N", 6])
 
-    def branch(op: str) -> onnx.GraphProto:
-        tensor = numpy_helper.from_array(random(6), "k")
-        return helper.make_graph([node("Add", "x k", "t"), node(op, "t", "z")], op, [], [info], [tensor])
+    def branch(name: str, op: str) -> str:
+        return f"{name} = b () => (float[N,6] z) <float[6] k = {{1, -2, 3, -4, 5, -6}}> {{ t = Add(x, k) z = {op}(t) }}"
 
-    inner = helper.make_node("If", ["yes"], ["z"], then_branch=branch("Relu"), else_branch=branch("Tanh"))
-    outer = helper.make_graph([inner], "outer", [], [info])
-    choice = helper.make_node("If", ["on"], ["h"], then_branch=outer, else_branch=branch("Sigmoid"))
-    raw = _raw(
-        [choice, node("Gemm", "h w", "y")], {"yes": np.bool_(yes), "on": np.bool_(1), "w": random(6, 2)}, (6,), 17
-    )
+    inner = f"z = If(yes)<{branch('then_branch', 'Relu')}, {branch('else_branch', 'Tanh')}>"
+    outer = f"then_branch = o () => (float[N,6] z) {{ {inner} }}"
+    body = f"h = If(on)<{outer}, {branch('else_branch', 'Sigmoid')}> y = Gemm(h, w)"
+    raw = _raw(body, {"yes": np.bool_(yes), "on": np.bool_(1), "w": random(6, 2)}, "6", 17)
     assert [n.op for n in _same(raw, (6,)).graph.nodes] == ["Add", "Relu" if yes else "Tanh", "Gemm"]
 
 
 @pytest.mark.parametrize("opset", [9, 11, 12])
 def test_opsets_before_13_are_raised(opset: int) -> None:
-    clip = {"min": -1.0, "max": 1.0} if opset < 11 else {}
-    nodes = [
-        node("ReduceSum", "x", "r", axes=[2], keepdims=1),
-        node("Squeeze", "r", "s", axes=[2]),
-        node("Clip", "s" if clip else "s low high", "c", **clip),
-        node("Softmax", "c", "p", axis=1),
-        node("Dropout", "p", "d", **({} if opset >= 12 else {"ratio": 0.3})),
-        node("MatMul", "d w", "y"),
-    ]
-    tensors = {"w": random(6, 2), **({} if clip else {"low": np.float32(-1), "high": np.float32(1)})}
-    assert set(_same(_raw(nodes, tensors, (6, 3), opset), (6, 3)).tensors) == {"w"}
+    clip = "Clip<min = -1.0, max = 1.0>(s)" if opset < 11 else "Clip(s, low, high)"
+    ratio = "" if opset >= 12 else "<ratio = 0.3>"
+    body = f"""r = ReduceSum<axes = [2], keepdims = 1>(x) s = Squeeze<axes = [2]>(r) c = {clip}
+        p = Softmax<axis = 1>(c) d = Dropout{ratio}(p) y = MatMul(d, w)"""
+    tensors = {"w": random(6, 2), **({} if opset < 11 else {"low": np.float32(-1), "high": np.float32(1)})}
+    assert set(_same(_raw(body, tensors, "6, 3", opset), (6, 3)).tensors) == {"w"}
 
 
 def test_a_softmax_of_an_early_opset_is_the_end_where_its_shape_is_computed() -> None:
-    sizes = [node("Shape", "x", "s"), node("Slice", "s begin end", "n"), node("Concat", "n last", "f", axis=0)]
-    ends = [node("Reshape", "x f", "v"), node("MatMul", "v w", "l"), node("Softmax", "l", "y", axis=1)]
+    body = """s = Shape(x) n = Slice(s, begin, end) f = Concat<axis = 0>(n, last) v = Reshape(x, f) l = MatMul(v, w)
+        y = Softmax<axis = 1>(l)"""
     tensors = {"begin": np.array([0]), "end": np.array([1]), "last": np.array([-1]), "w": random(18, 2)}
-    nodes = import_onnx(_raw([*sizes, *ends], tensors, (6, 3), 11), "net").graph.nodes
+    nodes = import_onnx(_raw(body, tensors, "6, 3", 11), "net").graph.nodes
     assert [n.op for n in nodes] == ["Flatten", "MatMul"]
 
 
 def test_what_a_vector_computes_alone_is_folded_unless_it_is_a_weight() -> None:
-    nodes = [node("Add", "a b", "c"), node("Mul", "w c", "v"), node("Gemm", "x v", "y")]
-    model = _same(_raw(nodes, {"a": np.float32(2), "b": np.float32(0.5), "w": random(6, 2)}, (6,), 17), (6,))
+    tensors = {"a": np.float32(2), "b": np.float32(0.5), "w": random(6, 2)}
+    model = _same(_raw("c = Add(a, b) v = Mul(w, c) y = Gemm(x, v)", tensors, "6", 17), (6,))
     assert [n.op for n in model.graph.nodes] == ["Mul", "Gemm"]
     assert list(model.tensors) == ["w"]
     assert math.isclose(sum(float(v) for n, v in model.graph.initializers.items() if v.size == 1), 2.5)

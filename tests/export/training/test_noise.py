@@ -1,7 +1,8 @@
-"""Random numbers of models in training steps: the same numbers give torch's gradients; predictions can be repeated."""
+"""Dropout, noise and instance norms in training steps: the same draws give torch's gradients; predictions draw none."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.features import Features
-from fedprune.model.random_inputs import Draw, RandomInputs
+from fedprune.model.random_inputs import Draw, RandomInputs, shape_in_numbers, solve_sizes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.step_feeds import first_step_feeds
@@ -22,6 +23,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.bundles.conversion import onnx_file
+from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
@@ -43,6 +45,11 @@ def draws_of(model: Model) -> dict[str, Draw]:
     return dict(RandomInputs.of(session.inputs, session.metadata).draws)
 
 
+def ratios_of(model: Model) -> list[float]:
+    """The shares of numbers that the masks of a model's training step drop."""
+    return [draw.first for draw in draws_of(model).values()]
+
+
 def predict(model: Model, x: Array) -> Array:
     out: Array = OnnxSession(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})["logits"]
     return out
@@ -61,7 +68,7 @@ class Coder(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.fc, self.mean, self.log_variance = nn.Linear(5, 7), nn.Linear(7, width), nn.Linear(7, width)
+        self.fc, self.mean, self.log_variance = nn.Linear(5, width), nn.Linear(width, width), nn.Linear(width, width)
         self.out = nn.Linear(width, CLASSES)
 
     def forward(self, x: torch.Tensor, drawn: Drawn = ()) -> torch.Tensor:
@@ -110,115 +117,149 @@ class Training(nn.Module):
         return self.out(self.path(h, drawn[1] if drawn else None))
 
 
-class Selu(nn.Module):
-    """Alpha dropout of numbers and of channels."""
+class DropPath(nn.Module):
+    """Stochastic depth, as timm writes it."""
 
-    input_shape = (2, 6)
-    draws = ()
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep) / keep
+
+
+class Spatial(nn.Module):
+    """Dropout of pixels, of channels, of whole samples and of a vector; masks, where they are given, in this order."""
+
+    input_shape = (2, 6, 6)
+    draws = (Draw.dropout(0.1), Draw.dropout(0.25), Draw.dropout(0.5), Draw.dropout(0.4))
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv1d(2, width, 3), nn.Conv1d(width, width, 3)
-        self.fc = nn.Linear(width, CLASSES)
-        self.channels, self.numbers = nn.FeatureAlphaDropout(0.4), nn.AlphaDropout(0.2)
+        self.conv1, self.conv2 = nn.Conv2d(2, width, 3), nn.Conv2d(width, width, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(width * 16, width), nn.Linear(width, CLASSES)
+        self.pixels, self.channels, self.path = nn.Dropout(0.1), nn.Dropout2d(0.25), DropPath(0.5)
 
-    def forward(self, x: torch.Tensor, drawn: Drawn = ()) -> torch.Tensor:
-        x = torch.selu(self.conv1(x))
-        x = torch_alpha(x, drawn[1], 0.4) if drawn else self.channels(x)
-        x = torch.selu(self.conv2(x))
-        x = torch_alpha(x, drawn[3], 0.2) if drawn else self.numbers(x)
-        return self.fc(x.mean(2))
-
-
-def torch_alpha(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
-    """Alpha dropout as torch computes it (aten/src/ATen/native/Dropout.cpp), from a mask with 0 for dropped numbers."""
-    alpha = 1.7580993408473766
-    a = 1 / math.sqrt((alpha * alpha * p + 1) * (1 - p))
-    kept = (mask != 0).float()
-    return x * kept * a + (kept - 1) * alpha * a + alpha * a * p
+    def forward(self, x: torch.Tensor, masks: Drawn = ()) -> torch.Tensor:
+        x = torch.relu(self.conv1(x))
+        x = self.pixels(x) if not masks else x * masks[0]
+        y = torch.relu(self.conv2(x))
+        y = self.channels(y) if not masks else y * masks[1]
+        x = x + (self.path(y) if not masks else y * masks[2])
+        x = torch.relu(self.fc1(x.flatten(1)))
+        return self.fc2(nn.functional.dropout(x, 0.4, self.training) if not masks else x * masks[3])
 
 
-class Recurrent(nn.Module):
-    """Recurrent layers with dropout between them."""
+class Rows(nn.Module):
+    """Attention whose weights are dropped, and a vector that is dropped whether the module trains or not."""
 
-    input_shape = (2, 4)
+    input_shape = (4, 6)
     draws = (Draw.dropout(0.3), Draw.dropout(0.2))
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(4, width, 2, dropout=0.3, batch_first=True)
-        self.gru = nn.GRU(width, 3, 2, dropout=0.2, batch_first=True, bidirectional=True)
-        self.fc = nn.Linear(6, CLASSES)
+        self.q, self.k, self.v = (nn.Linear(6, width) for _ in range(3))
+        self.fc = nn.Linear(width, CLASSES)
+
+    def forward(self, x: torch.Tensor, masks: Drawn = ()) -> torch.Tensor:
+        q, k, v = (layer(x)[:, None] for layer in (self.q, self.k, self.v))
+        if not masks:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, None, 0.3 if self.training else 0.0, scale=0.4)
+        else:
+            y = ((q @ k.transpose(-2, -1) * 0.4).softmax(-1) * masks[0]) @ v
+        y = y[:, 0].mean(1)
+        return self.fc(nn.functional.dropout(y, 0.2) if not masks else y * masks[1])
+
+
+class Instances(nn.Module):
+    """An instance norm, whose statistics aren't those that it begins with."""
+
+    input_shape = (2, 5, 5)
+    draws = ()
+
+    def __init__(self, affine: bool, width: int = 8) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(2, width, 3), nn.Linear(width * 9, CLASSES)
+        self.norm = nn.InstanceNorm2d(width, affine=affine, track_running_stats=True, momentum=0.3)
+        nn.init.constant_(self.norm.running_mean, 0.5)
+        nn.init.constant_(self.norm.running_var, 2.0)
 
     def forward(self, x: torch.Tensor, drawn: Drawn = ()) -> torch.Tensor:
-        if not drawn:
-            return self.fc(self.gru(self.lstm(x)[0])[0][:, -1])
-        masks = iter(drawn)
-        for rnn, call, states in ((self.lstm, torch.lstm, 2), (self.gru, torch.gru, 1)):
-            ways = 2 if rnn.bidirectional else 1
-            size = 4 * ways
-            for layer in range(rnn.num_layers):
-                x = x * next(masks) if layer else x
-                zeros = [x.new_zeros(ways, len(x), rnn.hidden_size)] * states
-                weights = rnn._flat_weights[layer * size : (layer + 1) * size]
-                first = zeros if states == 2 else zeros[0]
-                x = call(x, first, weights, True, 1, 0.0, False, ways == 2, True)[0]  # type: ignore[operator]
-        return self.fc(x[:, -1])
+        return self.fc(torch.relu(self.norm(self.conv(x))).flatten(1))
 
 
-NETS: dict[str, Callable[..., Any]] = {"coder": Coder, "training": Training, "selu": Selu, "recurrent": Recurrent}
-MODELS: dict[str, tuple[Any, Model]] = {}
+NETS: dict[str, Callable[..., Any]] = {
+    "spatial": Spatial,
+    "rows": Rows,
+    "coder": Coder,
+    "training": Training,
+    "instances": partial(Instances, True),
+    "plain instances": partial(Instances, False),
+}
 
 
-def model_of(kind: str) -> tuple[Any, Model]:
-    if kind not in MODELS:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = NETS[kind]()
-        MODELS[kind] = module, import_onnx(export_torch(module), kind)
-    return MODELS[kind]
+@cache
+def model_of(kind: str) -> Model:
+    """As a file says it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = import_onnx(export_torch(NETS[kind]()), kind)
+    return import_onnx(onnx_file(model.graph, model.tensors, kind), kind)
 
 
+def module_of(kind: str, tensors: Mapping[str, Array], width: int = 8) -> Any:
+    module = NETS[kind](width=width)
+    module.load_state_dict({n: torch.tensor(v) for n, v in tensors.items()}, strict=False)
+    return module
+
+
+@pytest.mark.parametrize("width", [8, 3])
 @pytest.mark.parametrize("kind", NETS)
-def test_gradients_are_torchs_with_the_same_draws(kind: str) -> None:
-    module, model = model_of(kind)
-    session = step_of(model, gradients=True)
-    x, y = samples_of(model)
-    feeds = first_step_feeds(Recipe(report_squares=True), model.tensors, session.inputs, y, CLASSES)
+def test_a_step_is_torchs_with_the_same_draws_at_every_width(kind: str, width: int) -> None:
+    model = model_of(kind)
+    tensors = Selection.of(model.architecture, [width] * len(model.architecture.groups)).gather(model.tensors)
+    module, session, (x, y) = module_of(kind, tensors, width), step_of(model, gradients=True), samples_of(model)
+    feeds = first_step_feeds(Recipe(report_squares=True), tensors, session.inputs, y, CLASSES)
     random = RandomInputs.of(session.inputs, session.metadata)
     drawn = random.draw(feeds, SAMPLES, 7, "key")
-    if module.draws:
-        assert list(random.draws.values()) == [*module.draws]
+    assert list(random.draws.values()) == [*module.draws]
     out = session.run({**feeds, **drawn, step_contract.X: x, step_contract.Y: y})
-    module.zero_grad()
     loss = nn.functional.cross_entropy(module(torch.tensor(x), [*map(torch.tensor, drawn.values())]), torch.tensor(y))
     loss.backward()
     np.testing.assert_allclose(out[step_contract.LOSS], loss.item(), rtol=1e-5)
     for name, value in module.named_parameters():
         np.testing.assert_allclose(out[step_contract.gradient_name(name)], value.grad.numpy(), atol=1e-5)
+    for name in tensors.keys() - dict(module.named_parameters()).keys():
+        expected = module.get_buffer(name)
+        np.testing.assert_allclose(out[step_contract.next_name(name)], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", NETS)
 def test_predictions_take_means_and_are_those_of_evaluation(kind: str) -> None:
-    module, model = model_of(kind)
-    x, y = samples_of(model)
-    zeros = [torch.zeros(())] if kind == "coder" else []
+    model = model_of(kind)
+    module, (x, y) = module_of(kind, model.tensors).eval(), samples_of(model)
+    written = onnx.load_from_string(inference_model(model, Selection.full(model.architecture).widths))
+    assert "Dropout" not in {n.op_type for n in written.graph.node}
     with torch.no_grad():
-        expected = module.eval()(torch.tensor(x), zeros)
+        expected = module(torch.tensor(x), [torch.tensor(draw.mean) for draw in module.draws])
     logits = predict(model, x)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     np.testing.assert_array_equal(logits, predict(model, x))
-    loss = Trainer(training_graph(model, Features()).to_bytes()).loss(
+    features = Features(frozen=("norm.running_*",)) if "instances" in kind else Features()
+    loss = Trainer(training_graph(model, features).to_bytes()).loss(
         model.tensors, LocalData(x, y, x[:0], y[:0]), Recipe(), CLASSES, SAMPLES
     )
     assert loss == pytest.approx(nn.functional.cross_entropy(expected, torch.tensor(y)).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["coder", "recurrent"])
+@pytest.mark.parametrize("kind", ["coder", "spatial"])
 def test_a_board_and_its_simulation_draw_the_same_bits(kind: str) -> None:
-    _, model = model_of(kind)
+    model = model_of(kind)
     x, y = samples_of(model, 12)
-    recipe, data = Recipe(epochs=2, batch_size=4, lr=0.05), LocalData(x, y, x[:0], y[:0])
+    recipe, data = Recipe(epochs=2, batch_size=4, lr=0.05, accumulate=2), LocalData(x, y, x[:0], y[:0])
 
     def train_round(round_: int) -> dict[str, Array]:
         trainer = Trainer(training_graph(model, recipe.features).to_bytes())
@@ -229,46 +270,126 @@ def test_a_board_and_its_simulation_draw_the_same_bits(kind: str) -> None:
     assert any(not np.array_equal(first[n], later[n]) for n in first)
 
 
-class Both(nn.Module):
-    """Alpha dropout beside noise: both are listed in the file's metadata."""
+def test_masks_have_one_number_for_what_is_dropped_together() -> None:
+    model = model_of("spatial")
+    session = step_of(model)
+    random = RandomInputs.of(session.inputs, session.metadata)
+    drawn, others = ([*random.draw(model.tensors, 500, 0, key).values()] for key in ("key", "another"))
+    assert not any(np.array_equal(mask, other) for mask, other in zip(drawn, others, strict=True))
+    assert [m.shape for m in drawn] == [(500, 8, 4, 4), (500, 8, 1, 1), (500, 1, 1, 1), (500, 8)]
+    for mask, ratio in zip(drawn, (0.1, 0.25, 0.5, 0.4), strict=True):
+        assert set(np.unique(mask)) == {np.float32(0), np.float32(1 / (1 - ratio))}
+        assert (mask == 0).mean() == pytest.approx(ratio, abs=0.1)
+
+
+def test_narrower_steps_have_narrower_masks() -> None:
+    model = model_of("spatial")
+    x, y = samples_of(model, 16)
+    recipe = Recipe(epochs=3, batch_size=4, ordered_dropout=(0.25, 0.5))
+    task = TrainingTask(recipe, CLASSES, 3, "a", 1, model.architecture.sizes)
+    trainer = Trainer(training_graph(model, recipe.features).to_bytes())
+    assert trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), task).steps == 12
+
+
+class InPlace(nn.Module):
+    """Dropouts that write into what they are given, as statements."""
+
+    input_shape = (6,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.drop = nn.Linear(6, 8), nn.Linear(8, CLASSES), nn.Dropout(0.25, inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.fc1(x))
+        nn.functional.dropout(h, 0.5, self.training, True)
+        y = h * 2
+        self.drop(y)
+        return self.fc2(y)
+
+
+def test_a_dropout_in_place_is_exported() -> None:
+    assert sorted(ratios_of(import_onnx(export_torch(InPlace()), "n"))) == [0.25, 0.5]
+
+
+class Frozen(nn.Module):
+    """Dropouts that are nothing in training mode, either."""
 
     input_shape = (5,)
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc1, self.drop, self.fc2 = nn.Linear(5, 6), nn.AlphaDropout(0.25), nn.Linear(6, CLASSES)
+        self.fc1, self.drop, self.fc2 = nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, CLASSES)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.drop.eval()
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.drop(torch.selu(self.fc1(x)))
-        return self.fc2(h + torch.randn_like(h))
+        return self.fc2(self.drop(nn.functional.dropout(self.fc1(x), 0.3, training=False)))
 
 
-def test_draws_survive_a_file() -> None:
-    model = import_onnx(export_torch(Both()), "both")
-    assert draws_of(import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")) == draws_of(model)
-    assert sorted(draw.kind for draw in draws_of(model).values()) == ["mask", "mask", "normal"]
+def test_a_dropout_that_is_off_in_training_mode_stays_off() -> None:
+    model = import_onnx(export_torch(Frozen()), "frozen")
+    assert not ratios_of(model)
+    assert not model.notes
 
 
-class Shifted(nn.Module):
-    """Noise that isn't the only effect of training mode."""
+class Labelled(nn.Module):
+    """A module that can't be run without labels in training mode."""
 
     input_shape = (5,)
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(5, CLASSES)
+        self.fc1, self.drop, self.fc2 = nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        out = self.fc2(self.drop(self.fc1(x)))
+        return nn.functional.cross_entropy(out, labels) if self.training else out  # type: ignore[arg-type]
+
+
+def test_a_module_that_takes_more_in_training_mode_keeps_its_dropouts() -> None:
+    module = Labelled()
+    model = import_onnx(export_torch(module), "labelled")
+    assert ratios_of(model) == [0.5]
+    assert any("training mode" in note for note in model.notes)
+    assert module.training
+
+
+class Attention(nn.Module):
+    """Attention in one of torch's ways."""
+
+    input_shape = (4, 6)
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method, self.fc = method, nn.Linear(6, CLASSES)
+        self.heads = nn.MultiheadAttention(6, 2, dropout=0.3, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) * 2 + torch.rand_like(x[:, :1]) if self.training else self.fc(x)
+        ratio, heads = 0.3 if self.training else 0.0, x.unflatten(2, (2, 3)).transpose(1, 2)
+        near = torch.ones(4, 4).tril(1)
+        if self.method == "heads":
+            return self.fc(self.heads(x, x, x, attn_mask=near.log())[0].mean(1))
+        attend = nn.functional.scaled_dot_product_attention
+        if self.method == "causal":
+            y = attend(heads, heads, heads, dropout_p=ratio, is_causal=True)
+        elif self.method == "shared":
+            y = attend(heads, heads[:, :1], heads[:, 1:], dropout_p=ratio, enable_gqa=True)
+        else:
+            y = attend(heads, heads, heads, near.bool() if self.method == "truths" else near.log(), ratio)
+        return self.fc(y.transpose(1, 2).flatten(2).mean(1))
 
 
-def test_noise_that_isnt_the_only_effect_of_training_mode_is_left_out_with_a_note() -> None:
-    module = Shifted()
-    model = import_onnx(export_torch(module), "shifted")
-    assert not draws_of(model)
-    assert "rand_like" in "\n".join(model.notes)
+@pytest.mark.parametrize("method", ["heads", "causal", "shared", "truths", "numbers"])
+def test_attention_with_dropout_is_exported_as_torch_computes_it(method: str) -> None:
+    module = Attention(method)
+    model = import_onnx(export_torch(module), method)
     x, _ = samples_of(model)
-    np.testing.assert_allclose(predict(model, x), module.eval()(torch.tensor(x)).detach(), atol=1e-5)
+    np.testing.assert_allclose(predict(model, x), module.eval()(torch.tensor(x)).detach().numpy(), atol=1e-5)
+    assert ratios_of(model) == [0.3]
 
 
 class Chosen(nn.Module):
@@ -389,12 +510,65 @@ def test_numbers_that_only_few_categories_draw_are_refused() -> None:
         import_onnx(onnx_model(nodes), "file")
 
 
-@pytest.mark.parametrize("text", ["3", '{"d": ["normal", 0]}', '{"d": ["normal", 0, -1]}', '{"d": ["uniform", 1, 0]}'])
-def test_draws_of_a_damaged_file_are_refused(text: str) -> None:
+RATIO = onnx.helper.make_node("Constant", [], ["ratio"], value_float=0.3)
+MODE = onnx.helper.make_node("Constant", [], ["mode"], value=onnx.numpy_helper.from_array(np.array(True)))
+DROPOUTS = {
+    9: [onnx.helper.make_node("Dropout", ["h"], ["d"], ratio=0.3)],
+    17: [
+        *(RATIO, MODE, onnx.helper.make_node("Dropout", ["h", "ratio", "mode"], ["e", "m"])),
+        *(onnx.helper.make_node("Cast", ["m"], ["f"], to=1), onnx.helper.make_node("Mul", ["e", "f"], ["d"])),
+    ],
+}
+
+
+@pytest.mark.parametrize("opset", DROPOUTS)
+def test_the_dropout_of_a_file_keeps_its_ratio_in_every_form(opset: int) -> None:
+    model = import_onnx(onnx_model(DROPOUTS[opset], opset=opset), "file")
+    assert ratios_of(model) == [pytest.approx(0.3)]
+    assert any("0.3" in note for note in model.notes)
+    assert set(model.tensors) == {"w", "v"}
+
+
+def test_a_dropout_that_drops_nothing_is_none() -> None:
+    model = import_onnx(onnx_model([onnx.helper.make_node("Dropout", ["h"], ["d"], ratio=0.0)], opset=9), "file")
+    assert "Dropout" not in {n.op for n in model.graph.nodes}
+    assert not model.notes
+
+
+BAD_DRAWS = ("3", '{"d": ["normal", 0]}', '{"d": ["normal", 0, -1]}', '{"d": ["uniform", 1, 0]}')
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        *(("dropout_axes", "3"), ("dropout_axes", '{"d": ["a"]}'), ("instance_norms", "{}")),
+        *(("draws", text) for text in BAD_DRAWS),
+    ],
+)
+def test_a_damaged_file_is_refused(key: str, text: str) -> None:
     proto = onnx.load_from_string(onnx_model([onnx.helper.make_node("Dropout", ["h"], ["d"])]))
-    onnx.helper.set_model_props(proto, {"fedprune.draws": text})
-    with pytest.raises(ModelError, match=r"fedprune\.draws"):
+    onnx.helper.set_model_props(proto, {f"fedprune.{key}": text})
+    with pytest.raises(ModelError, match=rf"fedprune\.{key}"):
         import_onnx(proto.SerializeToString(), "file")
-    inputs, text = {"d::noise": ("tensor(float)", ("N", 3))}, text.replace('"d"', '"d::noise"')
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d::keep", "[]"),
+        ("d::keep", '{"d::keep": 2}'),
+        *(("d::noise", text.replace("d", "d::noise", 1)) for text in BAD_DRAWS),
+    ],
+)
+def test_a_damaged_step_is_refused(name: str, text: str) -> None:
     with pytest.raises(TrainingError):
-        RandomInputs.of(inputs, {step_contract.RANDOM_METADATA: text})
+        RandomInputs.of({name: ("tensor(float)", ("N", 3))}, {step_contract.RANDOM_METADATA: text})
+
+
+def test_sizes_are_solved_from_the_shapes_of_weights() -> None:
+    sizes = solve_sizes({"a": (("g0*9+16", 3), (43, 3)), "b": (("g0+g1",), (7,)), "c": (("g1*g2",), (20,))})
+    assert sizes == {"g0": 3, "g1": 4, "g2": 5}
+    assert shape_in_numbers(("N", "N*g0*2+-1", 7), {**sizes, "N": 2}) == (2, 11, 7)
+    for unusable in ("g9", "g0*-1"):
+        with pytest.raises(TrainingError):
+            shape_in_numbers((unusable,), sizes)

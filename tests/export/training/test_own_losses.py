@@ -22,7 +22,6 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.autodiff.tape import BATCH, port
-from fedprune_export.checks.labelled_file import load_scored_data
 from fedprune_export.importing.user_graphs import import_loss, read_loss
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.losses import write_loss
@@ -161,9 +160,3 @@ class Regressor(nn.Linear):
 def test_one_class_has_nothing_to_learn_from_a_teacher() -> None:
     with pytest.raises(ModelError, match=r"\[n, 1\]"):
         training_graph(fx.load(Regressor()), Features(loss="distill"))
-
-
-def test_samples_do_not_say_how_right_embeddings_are(tmp_path: Any) -> None:
-    np.savez(tmp_path / "data.npz", x=np.zeros((4, 6), np.float32), y=np.arange(4))
-    with pytest.raises(DataError, match="leave --data"):
-        load_scored_data(tmp_path / "data.npz", fx.load(Embedding(), loss=own_losses.triplet), Recipe(loss=CUSTOM_LOSS))

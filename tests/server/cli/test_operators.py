@@ -81,7 +81,6 @@ def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkey
 
 @pytest.fixture(autouse=True)
 def running(tmp_path: Path) -> Iterator[None]:
-    """A server runs on the folder."""
     with file_lock(tmp_path / "lock", "busy", "wait"):
         yield
 

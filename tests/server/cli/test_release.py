@@ -15,7 +15,6 @@ from support.fakes.tiny_wheels import wheel as small_wheel
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    """A server's state folder, with an identity."""
     assert server(["init", "--state", str(tmp_path / "server")]) == 0
     return tmp_path / "server"
 

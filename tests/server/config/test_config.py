@@ -1,12 +1,17 @@
 """fleet.toml: what is right is read, what is wrong is named with file, table and key."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from fedprune.core.errors import ConfigError
+from fedprune_export.model_options import ImportChoices
+from fedprune_server.cli.main import build_parser
+from fedprune_server.cli.run import load_config
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.config.tables import parse_config
+from fedprune_server.config.tables import config_tables, parse_config
+from fedprune_server.engine.job_inputs import import_choices
 from support.fakes.opened_job import read_config
 
 WHOLE = """
@@ -95,3 +100,62 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_simulations_tables_are_left_to_the_simulation(tmp_path: Path) -> None:
     body = {"job": {"name": "leaves"}, "devices": [{"name": "a"}], "dropouts": {"share": 0.1}}
     assert parse_config(body, tmp_path) == parse_config({"job": body["job"]}, tmp_path)
+
+
+MODEL_CHOICES = """
+[model]
+path = "net.onnx"
+input_shape = [3, "4:8"]
+fix = { rate = 16000 }
+token_ids = true
+output = "scores"
+class_axis = -1
+parameters = ["a.weight"]
+prefer = "fine"
+lora = "8"
+base = "int8"
+"""
+
+
+def test_choices_of_a_models_import_are_the_same_in_a_file_and_as_options(tmp_path: Path) -> None:
+    (tmp_path / "fleet.toml").write_text(MODEL_CHOICES)
+    (tmp_path / "names").write_text("a.weight\n")
+    options = "--input-shape 3,4:8 --fix rate=16000 --token-ids --output scores --class-axis -1 --prefer fine --lora 8"
+    words = [
+        "run",
+        "--state",
+        str(tmp_path),
+        "--base",
+        "int8",
+        "--parameters",
+        str(tmp_path / "names"),
+        *options.split(),
+    ]
+    file_config = read_config(tmp_path / "fleet.toml")
+    assert file_config.model == str(tmp_path / "net.onnx")
+    expected = ImportChoices(
+        input_shape=(3, "4:8"), fix={"rate": 16000}, token_ids=True, output="scores", class_axis=-1,
+        parameters=("a.weight",), prefer="fine", lora="8", base="int8", loss="cross_entropy",
+    )  # fmt: skip
+    assert all(getattr(expected, c.name) != c.default for c in fields(ImportChoices) if c.name != "metric")
+    for config in (file_config, load_config(build_parser().parse_args(words), {}).config):
+        assert import_choices(config) == expected
+        assert parse_config(config_tables(config), Path()) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class_axis = 9",
+        'prefer = "few"',
+        'base = "int4"',
+        "token_ids = 1",
+        'fix = "rate"',
+        'fix = { rate = "16k" }',
+        "parameters = 1",
+    ],
+)
+def test_choices_of_a_models_import_that_make_no_sense(tmp_path: Path, text: str) -> None:
+    (tmp_path / "fleet.toml").write_text(f"[model]\n{text}\n")
+    with pytest.raises(ConfigError, match=f"model.{text.split()[0]}"):
+        read_config(tmp_path / "fleet.toml")

@@ -59,7 +59,6 @@ def test_small_jobs_run_side_by_side_each_with_its_share_and_no_device_stands_id
 
 
 def stop_at_end(host: Server, job: str, snapshot: JobSnapshot, event: object) -> None:
-    """Stop a server as one of its jobs is finished."""
     if snapshot.name == job and isinstance(event, Finish):
         host.stop()
 

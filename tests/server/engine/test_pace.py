@@ -58,8 +58,6 @@ class Board(ToyDevice):
 
 
 class PacedFleet(Fleet):
-    """Boards on the fleet's virtual clock."""
-
     def __init__(self, folder: Path, **job: Any) -> None:
         super().__init__(folder, replace(JOB, **job), NAMES)
         self.order = itertools.count()

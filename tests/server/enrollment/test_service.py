@@ -12,11 +12,9 @@ from msgspec.structs import replace
 
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError
 from fedprune.security.certificates import (
-    certificate_name,
     load_certificate,
     make_request,
     make_tls_key,
-    read_certificate,
     save_tls_key,
     seconds_of,
 )
@@ -82,45 +80,6 @@ def answer(identity: IdentityFolder, request: JoinRequest) -> tuple[str, str]:
     return join_answer.status, join_answer.reason
 
 
-def test_a_board_joins_with_a_claim_and_keeps_all_that_it_needs(
-    identity: IdentityFolder, ask: Ask, tmp_path: Path
-) -> None:
-    claim = JoinClaim.parse(identity.make_claim(None, HOUR).text)
-    device = board(tmp_path / "board")
-    assert not device.has_joined
-
-    admission = device.admit(ask(device, claim), claim.pin)
-
-    assert admission is not None
-    assert device.has_joined
-    assert certificate_name(read_certificate(admission.certificate, "certificate")) == "pi-1"
-    assert identity.store.key_of("pi-1") == device.key.verifying_key.hex
-    restarted = board(tmp_path / "board")
-    assert restarted.has_joined
-    assert restarted.key.verifying_key == device.key.verifying_key
-    assert restarted.server == identity.key.verifying_key
-    assert restarted.trusted_time.floor == int(NOW[0])  # a board in 1970 now knows better
-    restarted.tls_context()
-    for path in (tmp_path / "board").iterdir():
-        if "key" in path.name:
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-def test_without_a_claim_a_board_waits_until_the_operator_says_yes(
-    identity: IdentityFolder, ask: Ask, tmp_path: Path
-) -> None:
-    device, pin = board(tmp_path / "board"), identity.authority.pin
-    for _ in range(2):
-        assert device.admit(ask(device, None), pin) is None
-        device = board(tmp_path / "board")  # also after a restart it asks the same
-    assert [d.status for d in identity.store.devices()] == [WAITING]
-
-    identity.store.approve("pi-1", device.key.verifying_key.hex, 0)
-
-    assert device.admit(ask(device, None), pin) is not None
-    assert [d.status for d in identity.store.devices()] == [APPROVED]
-
-
 def test_a_claim_works_once_for_one_request_which_may_be_repeated(identity: IdentityFolder) -> None:
     claim = identity.make_claim(None, HOUR)
     request = bare(claim)
@@ -184,6 +143,7 @@ def test_a_certificate_is_renewed_with_a_new_key_by_who_is_let_in_alone(
 ) -> None:
     device, claim = board(tmp_path / "board"), identity.make_claim(None, HOUR)
     device.admit(ask(device, claim), claim.pin)
+    assert device.trusted_time.floor == int(NOW[0])  # a board in 1970 now knows better
     assert not device.needs_renewal()
     old = (tmp_path / "board" / "device.pem").read_text()
     device.trusted_time.note_time(int(NOW[0]) + 500 * DAY)
@@ -213,23 +173,6 @@ def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(identit
     assert {answer(identity, request)[0] for request in requests[:2]} == {REFUSED}
 
 
-def test_what_is_revoked_stays_out_and_can_be_replaced(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
-    stolen, claim = board(tmp_path / "stolen"), identity.make_claim(None, HOUR)
-    request = stolen.request(claim)
-    stolen.admit(ask(stolen, claim), claim.pin)
-
-    assert identity.revoke("pi-1") == (1, 1)
-
-    assert identity.store.key_of("pi-1") is None
-    assert answer(identity, request)[0] == REFUSED
-    with pytest.raises(JoinError, match="revoked"):
-        stolen.admit(ask(stolen, None), claim.pin)
-    fresh, another = board(tmp_path / "fresh"), identity.make_claim("pi-1", HOUR)
-    assert fresh.admit(ask(fresh, another), another.pin) is not None
-    assert identity.store.key_of("pi-1") == fresh.key.verifying_key.hex
-    assert answer(identity, bare(identity.make_claim(None, HOUR), key=stolen.key))[0] == REFUSED
-
-
 @pytest.mark.parametrize("renewal", [True, False])
 def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certificate_listed(
     identity: IdentityFolder, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewal: bool
@@ -253,6 +196,7 @@ def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certi
     assert len(issued) == (2 if renewal else 1)
     assert {revoked.serial_number for revoked in listed} == issued
     assert answer(identity, request)[0] == REFUSED
+    assert answer(identity, bare(identity.make_claim(None, HOUR), key=device.key))[0] == REFUSED
 
 
 def test_nobody_uses_up_another_s_certificate_request_and_with_it_a_claim(

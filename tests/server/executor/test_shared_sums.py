@@ -23,7 +23,6 @@ from support.fakes.stored_round import STRATEGIES, Helpers, round_of, worker
 
 
 def play_round(w: Worker | DistributedWorker, folds: list[do.FoldUpdate], close: do.Close) -> on.Event:
-    """The end of a round."""
     w.expect(folds)
     events = [w.execute(fold) for fold in folds]
     good = [f.contribution for f, e in zip(folds, events, strict=True) if isinstance(e, on.Folded)]

@@ -346,6 +346,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def reported_kinds(folder: Path, capsys: pytest.CaptureFixture[str], *codes: ExitCode) -> list[str]:
+    capsys.readouterr()
+    assert main(["doctor", "--state", str(folder), "--json"]) in (ExitCode.FINDINGS, *codes)
+    return [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
+
+
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")(10**12, 0, 10**12 // 2)
@@ -370,8 +376,7 @@ def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
     def finding_kinds(turned_at: float) -> list[str]:
         alert = Alert("no-progress", "critical", turned_at, "nothing comes", "why", "todo", job="leaves")
         (folder / ALERTS_FILE).write_text(json.dumps({"turned_at": turned_at, "alerts": [asdict(alert)]}))
-        assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FINDINGS
-        return [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
+        return reported_kinds(folder, capsys)
 
     with running(folder):
         (folder / "quarantine.json").write_text(json.dumps({"a": {"until": time.time() + 50, "reason": "too many"}}))
@@ -392,13 +397,11 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     IdentityFolder.make(folder, "default").close()
-    assert main(["doctor", "--state", str(folder), "--json"]) in (ExitCode.OK, ExitCode.FINDINGS)
-    before = [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
+    before = reported_kinds(folder, capsys, ExitCode.OK)
     (folder / "database").write_text("postgresql+psycopg://fedprune@127.0.0.1:1/none\n")  # where nobody listens
-    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FINDINGS
-    findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [f["kind"] for f in findings].count("database") == 1
-    assert {f["kind"] for f in findings} - {"database"} <= set(before)
+    findings = reported_kinds(folder, capsys)
+    assert findings.count("database") == 1
+    assert {*findings} - {"database"} <= {*before}
 
 
 def test_a_database_that_is_read_too_slowly_may_be_on_a_busy_machine(folder: Path) -> None:

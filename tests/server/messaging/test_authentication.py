@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -132,9 +133,21 @@ class Lab:
         self.boards = {name: self.let_in(name, name) for name in ("pi-1", "pi-2")}
         self.server.end.sent.clear()
 
+    def make_claim(self, name: str | None) -> JoinClaim:
+        return JoinClaim.parse(self.identity.make_claim(name, DAY).text)
+
+    def device_identity(self, folder: str, name: str) -> DeviceIdentity:
+        return DeviceIdentity(self.folder / folder, "lab", name, clock=lambda: float(BUILD_TIME))
+
+    def server_with(self, *, is_guarded: bool = False, **options: Any) -> Server:
+        """A new server whose link has these options."""
+        server = self.new_server()
+        end = RateLimitedLink(server.end, options["quarantine"], is_signed=True) if is_guarded else server.end
+        server.link = server_side.AuthenticatedLink(end, self.identity, lambda: self.now, **options)
+        return server
+
     def let_in(self, name: str, folder: str) -> Board:
-        claim = JoinClaim.parse(self.identity.make_claim(name, DAY).text)
-        device = DeviceIdentity(self.folder / folder, "lab", name, clock=lambda: float(BUILD_TIME))
+        claim, device = self.make_claim(name), self.device_identity(folder, name)
         assert device.admit(self.answer(device.request(claim)), claim.pin) is not None
         return Board(device, lambda: self.now)
 
@@ -157,8 +170,7 @@ class Lab:
         return Board(DeviceIdentity(self.folder / folder, "lab", name, clock=clock), lambda: self.now)
 
     def new_board(self, name: str) -> Board:
-        identity = DeviceIdentity(self.folder / name, "lab", name, clock=lambda: float(BUILD_TIME))
-        self.boards[name] = Board(identity, lambda: self.now)
+        self.boards[name] = Board(self.device_identity(name, name), lambda: self.now)
         return self.boards[name]
 
 
@@ -331,8 +343,7 @@ def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is
 
 
 def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
-    claim = JoinClaim.parse(lab.identity.make_claim(None, DAY).text)
-    asked = asking(DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILD_TIME)).request(claim))
+    asked = asking(lab.device_identity("pi-3", "pi-3").request(lab.make_claim(None)))
     lab.now = 100.0
     before = len(lab.server.end.sent)
     lab.server.receive(*[asked] * 300)
@@ -343,18 +354,13 @@ def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
 
 
 class Joining(End):
-    """A connection for requests to join."""
-
     dropped_count = 0
     flooding_prefix = ""
 
 
 def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are_named(lab: Lab) -> None:
     joining, quarantine = Joining(), Quarantine(lambda: lab.now + 1)
-    server = lab.new_server()
-    server.link = server_side.AuthenticatedLink(
-        server.end, lab.identity, lambda: lab.now, joins=joining, quarantine=quarantine
-    )
+    server = lab.server_with(joins=joining, quarantine=quarantine)
     joining.inbox.extend((TOPICS.join_request("ab" * 16), b"x") for _ in range(30_000))
     progress = [lab.boards["pi-1"].say(RoundProgress("pi-1", "job", 1, 1, "train", n, 10)) for n in range(10)]
     assert len(server.receive(*progress)) == 10
@@ -368,10 +374,7 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     assert not quarantine.sentences(), "it is no device, and can't be revoked"
     assert quarantine.rows() == {}
     lab.now += 1
-    request = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILD_TIME)).request(
-        JoinClaim.parse(lab.identity.make_claim("pi-9", DAY).text)
-    )
-    joining.inbox.append(asking(request))
+    joining.inbox.append(asking(lab.device_identity("new", "pi-9").request(lab.make_claim("pi-9"))))
     server.link.get()
     answer = parse_message(server.end.sent[-1][1])
     assert isinstance(answer, JoinAnswer)
@@ -379,11 +382,9 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
 
 
 def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab) -> None:
-    joining, server = Joining(), lab.new_server()
-    server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, joins=joining)
+    server = lab.server_with(joins=(joining := Joining()))
     server.link.get()
-    claim = JoinClaim.parse(lab.identity.make_claim("pi-9", DAY).text)
-    device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILD_TIME))
+    claim, device = lab.make_claim("pi-9"), lab.device_identity("new", "pi-9")
     request = device.request(claim)
 
     def soon(timeout: float | None = 0.0) -> Sent | None:
@@ -526,14 +527,13 @@ def meet(server: Server, board: Board) -> None:
 
 def test_after_its_keys_were_replaced_a_server_is_heard_by_boards_that_joined_again_alone(lab: Lab) -> None:
     one, two = lab.boards["pi-1"], lab.boards["pi-2"]
-    claim = JoinClaim.parse(lab.identity.make_claim("pi-3", DAY).text)
+    claim = lab.make_claim("pi-3")
     lab.identity = lab.identity.replace()
     lab.new_server()
     for board in (one, two):
         assert lab.server.receive(board.say(birth(board.identity.device))) == []  # its key is revoked
         assert lab.answer(board.identity.request()).status == REFUSED
-    stranger = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILD_TIME))
-    assert lab.answer(stranger.request(claim)).status == REFUSED  # a thief may have it
+    assert lab.answer(lab.device_identity("pi-3", "pi-3").request(claim)).status == REFUSED  # a thief may have it
     rejoined = lab.let_in("pi-1", "again")
     meet(lab.server, rejoined)
     message = lab.server.say(rejoined.identity.device, Finished("job"))
@@ -560,9 +560,7 @@ def test_a_renewal_that_names_another_key_of_the_server_is_not_taken(lab: Lab) -
 
 def test_members_are_known_before_they_announce_themselves_and_pay_for_what_they_have_signed(lab: Lab) -> None:
     quarantine = Quarantine(lambda: lab.now + 1)
-    server, pi = lab.new_server(), lab.boards["pi-1"]
-    guarded = RateLimitedLink(server.end, quarantine, is_signed=True)
-    server.link = server_side.AuthenticatedLink(guarded, lab.identity, lambda: lab.now, quarantine=quarantine)
+    server, pi = lab.server_with(is_guarded=True, quarantine=quarantine), lab.boards["pi-1"]
     progress = RoundProgress("pi-1", "job", 1, 1, "train", 1, 10)
     server.receive(*(pi.say(progress) for _ in range(int(MAX_POINTS))))
     assert [*quarantine.sentences()] == ["pi-1"]
@@ -576,9 +574,7 @@ def test_what_a_member_has_not_signed_is_charged_to_strangers(
     """A flood in a member's name doesn't quarantine it; it is bounded, and costs other members nothing."""
     monkeypatch.setattr(quarantine_module, "MAX_STRANGER_POINTS", points := 4.0 * MAX_POINTS)
     quarantine = Quarantine(lambda: lab.now + 1)
-    server, pi, other = lab.new_server(), lab.boards["pi-1"], lab.boards["pi-2"]
-    guarded = RateLimitedLink(server.end, quarantine, is_signed=True)
-    server.link = server_side.AuthenticatedLink(guarded, lab.identity, lambda: lab.now, quarantine=quarantine)
+    server, pi, other = lab.server_with(is_guarded=True, quarantine=quarantine), lab.boards["pi-1"], lab.boards["pi-2"]
     genuine = pi.say(RoundProgress("pi-1", "job", 1, 1, "train", 1, 10))
     forged = {
         "unsigned": (TOPICS.up("pi-1"), b"FPS\x01" + bytes(200)),

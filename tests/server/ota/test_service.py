@@ -299,39 +299,6 @@ def test_what_a_board_reports_of_another_release_with_this_number_is_not_counted
     assert site.rollout.boards[NAMES[0]].fate is Fate.WELL
 
 
-class CrashError(Exception):
-    """The daemon dies."""
-
-
-# At every push `test_back.py` lets a server die at some of the messages, and other tests here restart one.
-@pytest.mark.soak
-def test_a_crash_at_any_message_loses_none(tmp_path: Path, release: Path) -> None:
-    count = 0
-    for at in range(1, 40):
-        (tmp_path / str(at)).mkdir()
-        site, count = Site(tmp_path / str(at), release), 0
-
-        def crash(device: str, message: Any, at: int = at) -> None:
-            nonlocal count
-            count += 1
-            if count == at:
-                raise CrashError
-
-        site.on_send = crash
-        site.fates = {NAMES[0]: BAD}
-        site.begin(Stage(0.3, success=0.6, errors=0.4), Stage(1.0, success=0.6, errors=0.4))
-        alive: RolloutCoordinator | None = None
-        for _ in range(240):
-            with suppress(CrashError):
-                if alive is None:
-                    site.start()
-                alive = None
-                site.minute()
-                alive = site.coordinator
-        assert (site.rollout.phase, sorted(site.rollout.failures())) == (RolloutPhase.DONE, [NAMES[0]])
-    assert count >= 10
-
-
 def test_one_rollout_at_a_time_and_never_a_lower_number(site: Site) -> None:
     assert site.begin() == 1
     with pytest.raises(ConfigError, match="rollout 1, of release 7"):

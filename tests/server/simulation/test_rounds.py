@@ -40,7 +40,6 @@ class SlowDevice:
         self.work = deque([(offer, self.fleet.air.now, -1)])
 
     def advance(self) -> None:
-        """Let time pass for it."""
         if not self.work:
             return
         offer, begun, last_progress = self.work.popleft()
@@ -58,7 +57,6 @@ class SlowDevice:
 
 
 def run(fleet: Fleet, *slow: SlowDevice) -> State:
-    """Run a job with devices that take their time."""
     daemon = fleet.daemon()
 
     def idle() -> None:

@@ -257,7 +257,6 @@ def test_published_strategies_have_no_limits_on_updates_that_the_job_does_not_se
 
 @pytest.fixture
 def run(write, tmp_path):
-    """A small run's folder."""
     path = write(
         DATA + "devices = 3\nserver = 0.2\n[[devices]]\nprofile = 'raspberry-pi-4b'\n[simulation]\ndensities=[0.5]\n"
     )

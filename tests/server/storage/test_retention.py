@@ -67,8 +67,6 @@ def test_the_executor_begins_with_nothing_before_what_was_ordered_earlier_is_ans
     first, let = threading.Event(), threading.Event()
 
     class Slow:
-        """A worker whose first command takes until somebody says so."""
-
         def execute(self, command: HeavyCommand) -> on.Event:
             assert isinstance(command, do.Evaluate)
             begun.append(command.round)

@@ -1,6 +1,5 @@
 """The server's database: an event and its state are saved together or not at all, and the log of events."""
 
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,20 +124,6 @@ def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
     assert [kind for _, _, kind, _ in storage.log.events()] == ["DeviceBorn"]
 
 
-def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
-    before = State(model="a" * 64)
-    with Storage.open_in(tmp_path) as storage:
-        storage.save(before, [born("a")], 1.0)
-    connection = sqlite3.connect(tmp_path / DATABASE_FILE)
-    connection.execute("BEGIN IMMEDIATE")
-    connection.execute("UPDATE meta SET value = 'garbage' WHERE key = 'state'")
-    connection.execute("DELETE FROM events")
-    connection.close()  # without a commit: what a kill leaves
-    with Storage.open_in(tmp_path) as storage:
-        assert storage.load() == before
-        assert len(list(storage.log.events())) == 1
-
-
 def test_every_commit_waits_for_the_disk(file: Storage) -> None:
     with file.database.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
@@ -204,19 +189,6 @@ def test_a_database_of_another_user_is_an_error_that_says_so(tmp_path: Path, mon
     monkeypatch.setattr("os.access", lambda *_, **__: False)
     with pytest.raises(StorageError, match=DATABASE_FILE):
         Storage.open_existing(tmp_path)
-
-
-def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
-    state = State(model="m" * 64)
-    coordinator = SynchronousCoordinator(replace(JOB, devices=9), ARCHITECTURE, state)
-    for number, name in enumerate("cab"):
-        coordinator.handle(born(name), float(number))
-        storage.save(state, [born(name)], float(number))
-    assert [(at, kind, body["device"]) for _, at, kind, body in storage.log.events()] == [
-        (0.0, "DeviceBorn", "c"),
-        (1.0, "DeviceBorn", "a"),
-        (2.0, "DeviceBorn", "b"),
-    ]
 
 
 def test_a_log_of_several_pages_is_read_to_its_end(storage: Storage) -> None:

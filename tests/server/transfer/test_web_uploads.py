@@ -83,34 +83,32 @@ def put(server: BlobServer, body: bytes = UPDATE, path: str = path_of(REF), **he
             return 0
 
 
-def left_over(store: BlobStore) -> list[Path]:
-    return [*(store.root / "tmp").iterdir(), *(store.root / "partial").iterdir()]
+def left_over(uploads: HttpUploads) -> list[Path]:
+    return [*(uploads.store.root / "tmp").iterdir(), *(uploads.store.root / "partial").iterdir()]
 
 
-def test_an_update_is_stored_once_with_its_leaf_table(
-    server: BlobServer, store: BlobStore, uploads: HttpUploads
-) -> None:
+def test_an_update_is_stored_once_with_its_leaf_table(server: BlobServer, uploads: HttpUploads) -> None:
     assert uploads.request_upload("pi", REF).url == f"http://127.0.0.1:{server.port}{path_of(REF)}"
     assert put(server) == 201
-    assert store.read(REF.sha256) == UPDATE
-    assert store.ref(REF.sha256) == REF
+    assert uploads.store.read(REF.sha256) == UPDATE
+    assert uploads.store.ref(REF.sha256) == REF
     assert uploads.take_ended() == [UploadEnd("pi", REF, stored=True)]
     assert uploads.take_byte_counts() == {"pi": len(UPDATE)}
     assert server.received == 1
     assert put(server) == 404  # a second time
     assert uploads.take_ended() == []
-    assert left_over(store) == []
+    assert left_over(uploads) == []
 
 
 @pytest.mark.parametrize("size", [0, LEAF_BYTES, LEAF_BYTES + 1])
-def test_updates_of_any_length(server: BlobServer, store: BlobStore, uploads: HttpUploads, size: int) -> None:
+def test_updates_of_any_length(server: BlobServer, uploads: HttpUploads, size: int) -> None:
     body = UPDATE[:size]
     uploads.request_upload("pi", BlobRef.of(body))
     assert put(server, body, path_of(BlobRef.of(body))) == 201
-    assert store.ref(BlobRef.of(body).sha256) == BlobRef.of(body)
+    assert uploads.store.ref(BlobRef.of(body).sha256) == BlobRef.of(body)
 
 
-def test_a_connection_is_kept_for_what_follows(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+def test_a_connection_is_kept_for_what_follows(server: BlobServer, uploads: HttpUploads) -> None:
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
         connection.request("PUT", path_of(REF), UPDATE)
         with connection.getresponse() as answer:
@@ -120,22 +118,18 @@ def test_a_connection_is_kept_for_what_follows(server: BlobServer, store: BlobSt
             assert (answer.status, answer.read()) == (200, UPDATE)
 
 
-def test_other_bytes_end_it(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
-    assert put(server, UPDATE[:-1] + b"?") == 422
-    assert not store.has(REF.sha256)
-    assert uploads.take_ended() == [UploadEnd("pi", REF, stored=False)]
-    assert put(server) == 404  # it is pulled from now on
-    assert left_over(store) == []
-
-
-def test_a_reference_that_contradicts_itself_ends_it(
-    server: BlobServer, store: BlobStore, uploads: HttpUploads
+@pytest.mark.parametrize(
+    ("body", "ref"), [(UPDATE[:-1] + b"?", REF), (UPDATE, BlobRef(REF.sha256, REF.size, OTHER_REF.leaves))]
+)
+def test_bytes_that_are_not_those_of_its_reference_end_it(
+    server: BlobServer, uploads: HttpUploads, body: bytes, ref: BlobRef
 ) -> None:
-    ref = BlobRef(REF.sha256, REF.size, OTHER_REF.leaves)
     uploads.request_upload("pi", ref)
-    assert put(server) == 422
+    assert put(server, body) == 422
+    assert not uploads.store.has(REF.sha256)
     assert uploads.take_ended() == [UploadEnd("pi", ref, stored=False)]
-    assert not store.has(REF.sha256)
+    assert put(server) == 404  # it is pulled from now on
+    assert left_over(uploads) == []
 
 
 @pytest.mark.parametrize(
@@ -150,21 +144,21 @@ def test_a_reference_that_contradicts_itself_ends_it(
     ids=str,
 )
 def test_only_the_announced_length_is_taken(
-    server: BlobServer, store: BlobStore, uploads: HttpUploads, headers: dict[str, str | None]
+    server: BlobServer, uploads: HttpUploads, headers: dict[str, str | None]
 ) -> None:
     renamed = {"Content-Length" if name == "Content_Length" else name: value for name, value in headers.items()}
     assert put(server, **renamed) in (0, 400)
-    assert not store.has(REF.sha256)
-    assert left_over(store) == []
+    assert not uploads.store.has(REF.sha256)
+    assert left_over(uploads) == []
     assert put(server) == 201  # nothing is lost by that
 
 
-def test_an_encoding_beside_the_length_is_refused(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+def test_an_encoding_beside_the_length_is_refused(server: BlobServer, uploads: HttpUploads) -> None:
     head = f"PUT {path_of(REF)} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(UPDATE)}\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
         client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         assert client.recv(12) == b"HTTP/1.1 400"  # a server that takes it waits for the body
-    assert not store.has(REF.sha256)
+    assert not uploads.store.has(REF.sha256)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +168,9 @@ def test_an_encoding_beside_the_length_is_refused(server: BlobServer, store: Blo
         f"/%2e%2e/{REF.sha256[:2]}/{REF.sha256}", "/../../identity/signing.key",
     ],
 )  # fmt: skip
-def test_nothing_else_can_be_written(server: BlobServer, store: BlobStore, uploads: HttpUploads, path: str) -> None:
+def test_nothing_else_can_be_written(server: BlobServer, uploads: HttpUploads, path: str) -> None:
     assert put(server, path=path) in (0, 404)
-    assert store.names() == []
+    assert uploads.store.names() == []
     assert uploads.take_ended() == []
 
 
@@ -189,7 +183,6 @@ def begin_upload(server: BlobServer, sent: int = 2 * LEAF_BYTES, ref: BlobRef = 
 
 
 def is_closed(client: socket.socket) -> bool:
-    """Whether the server hangs up."""
     client.settimeout(10)
     with suppress(ConnectionError):
         while client.recv(1000):
@@ -197,42 +190,36 @@ def is_closed(client: socket.socket) -> bool:
     return True
 
 
-def test_who_hangs_up_leaves_nothing_and_may_come_again(
-    server: BlobServer, store: BlobStore, uploads: HttpUploads
-) -> None:
+def test_who_hangs_up_leaves_nothing_and_may_come_again(server: BlobServer, uploads: HttpUploads) -> None:
     with begin_upload(server):
         until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
-    until(lambda: left_over(store) == [])
+    until(lambda: left_over(uploads) == [])
     assert uploads.take_ended() == []
     assert put(server) == 201
     assert uploads.take_byte_counts() == {"pi": len(UPDATE) + 2 * LEAF_BYTES}
 
 
-def test_a_new_connection_takes_the_place_of_the_one_before(
-    server: BlobServer, store: BlobStore, uploads: HttpUploads
-) -> None:
+def test_a_new_connection_takes_the_place_of_the_one_before(server: BlobServer, uploads: HttpUploads) -> None:
     with begin_upload(server) as first:
         until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
         assert put(server) == 201
         assert is_closed(first)
-    until(lambda: left_over(store) == [])
+    until(lambda: left_over(uploads) == [])
     assert uploads.take_ended() == [UploadEnd("pi", REF, stored=True)]
 
 
-def test_one_that_is_dropped_in_the_middle_is_cut(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+def test_one_that_is_dropped_in_the_middle_is_cut(server: BlobServer, uploads: HttpUploads) -> None:
     with begin_upload(server) as client:
         until(lambda: uploads.arrived_bytes("pi") == 2 * LEAF_BYTES)
         uploads.drop("pi")
         assert is_closed(client)
         assert put(server) == 404
-    until(lambda: left_over(store) == [])
-    assert not store.has(REF.sha256)
+    until(lambda: left_over(uploads) == [])
+    assert not uploads.store.has(REF.sha256)
     assert uploads.take_ended() == []
 
 
-def test_who_sends_slowly_is_cut(
-    server: BlobServer, store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_sends_slowly_is_cut(server: BlobServer, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "UPLOAD_LEAF_TIMEOUT_S", 0.2)
 
     def send(pieces: Iterable[bytes], every_s: float) -> None:
@@ -247,16 +234,16 @@ def test_who_sends_slowly_is_cut(
     monkeypatch.setattr(http_server, "MIN_BYTES_PER_S", 10**9)  # each leaf in time, but not all of them
     with pytest.raises(ConnectionError):
         send([UPDATE[at : at + LEAF_BYTES // 2] for at in range(10, len(UPDATE), LEAF_BYTES // 2)], 0.3)
-    until(lambda: left_over(store) == [])
-    assert not store.has(REF.sha256)
+    until(lambda: left_over(uploads) == [])
+    assert not uploads.store.has(REF.sha256)
     assert uploads.take_ended() == []
 
 
-def test_a_full_disk_is_the_server_s_fault(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
-    reserve, store.reserve = store.reserve, 2**60
+def test_a_full_disk_is_the_server_s_fault(server: BlobServer, uploads: HttpUploads) -> None:
+    reserve, uploads.store.reserve = uploads.store.reserve, 2**60
     assert put(server) in (0, 507)
     assert uploads.take_ended() == []
-    store.reserve = reserve
+    uploads.store.reserve = reserve
     assert put(server) == 201
 
 
@@ -341,9 +328,7 @@ def is_served(server: BlobServer) -> bool:
     return put(server, path=path_of(OTHER_REF)) == 404
 
 
-def test_uploads_have_connections_of_their_own(
-    store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uploads_have_connections_of_their_own(uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch) -> None:
     refs = [BlobRef.of(bytes([n]) * len(UPDATE)) for n in range(6)]
     with BlobServer("127.0.0.1", 0, None, connections=2) as server, ExitStack() as stack:
         for n, ref in enumerate(refs):
@@ -354,16 +339,16 @@ def test_uploads_have_connections_of_their_own(
                 stack.enter_context(begin_upload(server, ref=refs[n]))
                 until(lambda n=n: uploads.arrived_bytes(f"pi-{n}") == 2 * LEAF_BYTES)  # type: ignore[misc]
 
-        server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1) for _ in range(2)]
+        server.jobs = [ServedJob(uploads.store, lambda device, sha256: True, uploads, 1) for _ in range(2)]
         begin(0, 1)
         assert is_served(server)
         begin(2, 3)
         assert not is_served(server)  # those that are at work are left alone
-        server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1000)]
+        server.jobs = [ServedJob(uploads.store, lambda device, sha256: True, uploads, 1000)]
         monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 5)
         begin(4)
         assert not is_served(server)
-        server.jobs = [ServedJob(store, lambda device, sha256: True, None, 1000)]
+        server.jobs = [ServedJob(uploads.store, lambda device, sha256: True, None, 1000)]
         uploads.drop("pi-0")
         assert not is_served(server)
 
@@ -472,13 +457,6 @@ def test_messages_that_come_twice_count_once(fleet: Uploading, expected_models: 
     state = fleet.run()
     assert models(state) == expected_models
     assert counted_devices(state) == [["a", "b", "c"]] * 3
-
-
-def test_another_web_server_s_word_is_not_taken(fleet: Uploading, expected_models: list[str]) -> None:
-    for device in fleet.air.devices.values():
-        device.upload = lambda request, body: None  # another server answered
-    assert models(fleet.run()) == expected_models
-    assert fleet.server.received == 0
 
 
 def test_a_server_that_dies_with_an_update_in_hand_counts_it_once(fleet: Uploading, expected_models: list[str]) -> None:

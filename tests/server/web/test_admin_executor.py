@@ -48,7 +48,6 @@ def executor(state: Path, tmp_path: Path) -> Iterator[AdminExecutor]:
 
 
 def send_order(executor: AdminExecutor, kind: str, **fields: str) -> OrderAnswer:
-    """The answer to an order."""
     executor.submit(Order(1, "ann", kind, 1e12, **fields))  # type: ignore[arg-type]
     return ANSWERS.get(timeout=30)
 

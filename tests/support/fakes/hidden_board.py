@@ -13,7 +13,9 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import ALL_ACTIVE, ElementMask, Tensors
 from fedprune.wire.messages import Offer, UpdateAnnouncement
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.storage.state_store import FolderStateStore
 from fedprune_device.training.round_runner import RoundRunner
 
 HIDDEN, FEATURES, CLASSES = 8, 6, 3
@@ -93,3 +95,8 @@ class HiddenBoard:
             sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
             serves = tensorfile.load_tensors(self.root / "serving" / store.slots.current().slot / "weights.safetensors")
         return update, sent, serves
+
+    def newest_state(self) -> LocalState:
+        """Of what the board keeps of its own, the record of its last round."""
+        records = FolderStateStore(self.root / "own").read().values()
+        return max(map(LocalState.from_bytes, records), key=lambda state: state.round)

@@ -4,46 +4,18 @@ from dataclasses import replace
 
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
-from fedprune.model.architecture import (
-    Activation,
-    Architecture,
-    Axis,
-    ChannelGroup,
-    LayerRow,
-    Segment,
-    TensorKind,
-    TensorSpec,
-)
 from fedprune.strategies.aggregators import DeltaMean
 from fedprune.strategies.methods.plain import plain_strategy
 from fedprune.strategies.strategy import Strategy
+from support.nets.written_nets import written_net
 
-CHANNELS = Axis((Segment(0, 0, 8),))
-ARCHITECTURE = Architecture(
-    "toy",
-    (ChannelGroup("g0", 8),),
-    (
-        TensorSpec("w", TensorKind.WEIGHT, (CHANNELS, Axis.fixed(4))),
-        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(3), CHANNELS)),
-    ),
-    (LayerRow("w", "Gemm", "w", 1), LayerRow("head", "Gemm", "head", 1)),
-    (Activation("h", CHANNELS, 1, True),),
-    (4,),
-    (3,),
-)
-WIDE_A, WIDE_B = Axis((Segment(0, 0, 600),)), Axis((Segment(1, 0, 400),))
-WIDE = Architecture(
-    "a megabyte of weights",
-    (ChannelGroup("a", 600), ChannelGroup("b", 400)),
-    (
-        TensorSpec("first.weight", TensorKind.WEIGHT, (WIDE_A, Axis.fixed(3))),
-        TensorSpec("second.weight", TensorKind.WEIGHT, (WIDE_B, WIDE_A)),
-        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), WIDE_B)),
-    ),
-    tuple(LayerRow(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
-    (),
+ARCHITECTURE = written_net({"g0": 8}, {"w": ("g0", 4), "head": (3, "g0")}, (4,), (3,), activations={"h": ("g0", 1)})
+WIDE = written_net(
+    {"a": 600, "b": 400},
+    {"first.weight": ("a", 3), "second.weight": ("b", "a"), "head.weight": (3, "b")},
     (3,),
     (3,),
+    name="a megabyte of weights",
 )
 JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100, ignores_plans=True)
 NAMES = ("a", "b", "c")

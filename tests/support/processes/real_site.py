@@ -72,6 +72,16 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
 _Site = TypeVar("_Site", bound="Site")
 
 
+def job_config(name: str, *, recipe: Mapping[str, object] | None = None, **job: object) -> str:
+    """A server's configuration: a job of two boards that wait for long, but for what is named, and its recipe."""
+    job = {"name": name, "devices": 2, "density": 0.5, "deadline_s": 300, **job}
+    tables = {"job": job, "job.recipe": recipe or {}}
+    return "".join(
+        f"[{table}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in entries.items())
+        for table, entries in tables.items()
+    )
+
+
 def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -> Path:
     """A small classifier, of so many hidden units, and samples for every device and to evaluate on."""
     random = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import BundleError, ProtocolError
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
 from fedprune.model.selection import ElementMask, Selection, Tensors
 from support.nets.drawn_models import (
     Update,
@@ -26,23 +26,14 @@ from support.nets.drawn_models import (
     selections,
     widths,
 )
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
 ATOL = 1e-6
 
-NORM = Architecture(
-    "norm",
-    (ChannelGroup("c", 4),),
-    tuple(
-        TensorSpec(k.value, k, (Axis((Segment(0, 0, 4),)),))
-        for k in (TensorKind.WEIGHT, TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
-    ),
-    (),
-    (),
-    (3,),
-    (2,),
-)
+KINDS = {k.value: k for k in (TensorKind.WEIGHT, TensorKind.STAT_MEAN, TensorKind.STAT_VAR)}
+NORM = written_net({"c": 4}, dict.fromkeys(KINDS, ("c",)), (3,), (2,), kinds=KINDS, layers=())
 
 Masked = tuple[Selection, Tensors, int, int, ElementMask]
 

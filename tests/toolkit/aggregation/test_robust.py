@@ -18,6 +18,7 @@ from fedprune.strategies.values import Scene, UpdateReport
 from support.fakes.strategy_reports import close, report, scene
 from support.fakes.strategy_rounds import NET
 from support.nets.drawn_models import architectures, model, perturb_submodel, ranks, seeds, widths
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
@@ -153,21 +154,13 @@ def test_less_than_half_can_t_move_a_median_out_of_what_the_others_say(
             assert ((value >= lowest - 1e-6) & (value <= highest + 1e-6)).all()
 
 
-def _net() -> Architecture:
-    channels = Axis((Segment(0, 0, 8),))
-    return Architecture(
-        "net",
-        (ChannelGroup("c", 8),),
-        (TensorSpec("w", TensorKind.WEIGHT, (channels, Axis.fixed(6))), TensorSpec("b", TensorKind.BIAS, (channels,))),
-        (),
-        (),
-        (3,),
-        (0,),
-    )
+NET_OF_ONE_LAYER = written_net(
+    {"c": 8}, {"w": ("c", 6), "b": ("c",)}, (3,), (0,), kinds={"b": TensorKind.BIAS}, layers=()
+)
 
 
 def test_moves_of_earlier_models_are_what_is_compared() -> None:
-    architecture = _net()
+    architecture = NET_OF_ONE_LAYER
     now, earlier = model(architecture, 0), model(architecture, 1)
     current_scene, earlier_scene, full_selection = (
         scene(architecture, now),

@@ -14,7 +14,6 @@ from fedprune.model.architecture import (
     Architecture,
     Axis,
     ChannelGroup,
-    LayerRow,
     Segment,
     TensorKind,
     TensorSpec,
@@ -22,21 +21,16 @@ from fedprune.model.architecture import (
 )
 from fedprune.model.selection import Selection
 from support.nets.drawn_models import architectures, widths
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
-PLAIN = Architecture(
-    "plain",
-    (ChannelGroup("hidden", 4),),
-    (
-        TensorSpec("fc1.weight", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(3))),
-        TensorSpec("fc1.bias", TensorKind.BIAS, (Axis((Segment(0, 0, 4),)),)),
-        TensorSpec("fc2.weight", TensorKind.WEIGHT, (Axis.fixed(2), Axis((Segment(0, 0, 4),)))),
-    ),
-    (LayerRow("fc1", "Gemm", "fc1.weight", 1), LayerRow("fc2", "Gemm", "fc2.weight", 1)),
-    (),
+PLAIN = written_net(
+    {"hidden": 4},
+    {"fc1.weight": ("hidden", 3), "fc1.bias": ("hidden",), "fc2.weight": (2, "hidden")},
     (3,),
     (2,),
+    kinds={"fc1.bias": TensorKind.BIAS},
 )
 
 

@@ -8,21 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, mesh
 from support.nets.drawn_models import architectures, model, perturb_submodel, seeds, selections
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
-PAIR = Architecture(
-    "pair",
-    (ChannelGroup("a", 3), ChannelGroup("b", 2)),
-    (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(1, 0, 2),)), Axis((Segment(0, 0, 3, 2),)))),),
-    (),
-    (),
-    (3,),
-    (2,),
-)
+PAIR = written_net({"a": 3, "b": 2}, {"w": ("b", ("a", 2))}, (3,), (2,), layers=())
 
 
 @given(st.data(), seeds)

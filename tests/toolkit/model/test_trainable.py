@@ -3,9 +3,10 @@
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune.model.architecture import Architecture, Axis, LayerRow, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, TensorKind, TensorSpec
 from fedprune.model.features import Features
 from fedprune.model.trainable import frozen_tensors, trained_tensors
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
@@ -41,18 +42,12 @@ def test_patterns_say_what_is_trained(
     assert frozen_tensors(MODEL, features, model) == set(KINDS) - trained - statistics
 
 
-HEADED = Architecture(
-    "m",
-    (),
-    (
-        TensorSpec("conv.weight", TensorKind.WEIGHT, (Axis.fixed(4), Axis.fixed(2))),
-        TensorSpec("fc.weight", TensorKind.WEIGHT, (Axis.fixed(2), Axis.fixed(4))),
-        TensorSpec("fc.bias", TensorKind.BIAS, (Axis.fixed(2),)),
-    ),
-    (LayerRow("conv", "Conv", "conv.weight", 1), LayerRow("fc", "Gemm", "fc.weight", 1)),
-    (),
+HEADED = written_net(
+    {},
+    {"conv.weight": (4, 2), "fc.weight": (2, 4), "fc.bias": (2,)},
     (2,),
     (2,),
+    kinds={"fc.bias": TensorKind.BIAS},
 )
 
 

@@ -8,16 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import PlanError
-from fedprune.model.architecture import (
-    Activation,
-    Architecture,
-    Axis,
-    ChannelGroup,
-    LayerRow,
-    Segment,
-    TensorKind,
-    TensorSpec,
-)
+from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import latency_table, memory_bandwidth, predict_costs
@@ -26,6 +17,7 @@ from fedprune.planning.latency_model import GPU_LAUNCH, typical_gpu_table
 from fedprune.planning.plan_search import PlanSearch
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import TIERS, HardwareProfile
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
@@ -37,24 +29,13 @@ PROBE = ProbeReport(cores=6, memory_total=7_600_000_000, memory_available=6_000_
 
 def net(channels: int, map_size: int) -> Architecture:
     """Two convolutions of 3×3 on maps of that many places, and a linear layer."""
-    first, second = Axis((Segment(0, 0, channels),)), Axis((Segment(1, 0, channels),))
-    three, side = Axis.fixed(3), math.isqrt(map_size)
-    return Architecture(
-        f"net-{channels}-{map_size}",
-        (ChannelGroup("first", channels), ChannelGroup("second", channels)),
-        (
-            TensorSpec("a", TensorKind.WEIGHT, (first, three, three, three)),
-            TensorSpec("b", TensorKind.WEIGHT, (second, first, three, three)),
-            TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(10), second)),
-        ),
-        (
-            LayerRow("a", "Conv", "a", map_size),
-            LayerRow("b", "Conv", "b", map_size),
-            LayerRow("head", "Gemm", "head", 1),
-        ),
-        (Activation("a", first, map_size, True), Activation("b", second, map_size, True)),
-        (3, side, side),
+    return written_net(
+        {"first": channels, "second": channels},
+        {"a": ("first", 3, 3, 3), "b": ("second", "first", 3, 3), "head": (10, "second")},
+        (3, math.isqrt(map_size), math.isqrt(map_size)),
         (10,),
+        positions=map_size,
+        activations={"a": ("first", map_size), "b": ("second", map_size)},
     )
 
 

@@ -10,17 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import PlanError
-from fedprune.model.architecture import (
-    Activation,
-    Architecture,
-    Axis,
-    ChannelGroup,
-    LayerRow,
-    Segment,
-    TensorKind,
-    TensorSpec,
-    widths_at,
-)
+from fedprune.model.architecture import Architecture, TensorKind, TensorSpec, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.correction import Correction
@@ -37,23 +27,17 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.width_candidates import width_candidates
 from fedprune.planning.width_plan import NOTHING_BINDS, TIME_MARGIN, WidthPlan
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
-HIDDEN = Axis((Segment(0, 0, 64),))
-MAPS = Axis((Segment(1, 0, 32),))
-NET = Architecture(
-    "net",
-    (ChannelGroup("hidden", 64), ChannelGroup("maps", 32)),
-    (
-        TensorSpec("conv", TensorKind.WEIGHT, (MAPS, Axis.fixed(3), Axis.fixed(3), Axis.fixed(3))),
-        TensorSpec("fc", TensorKind.WEIGHT, (HIDDEN, Axis((Segment(1, 0, 32, 256),)))),
-        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(10), HIDDEN)),
-    ),
-    (LayerRow("conv", "Conv", "conv", 256), LayerRow("fc", "Gemm", "fc", 1), LayerRow("head", "Gemm", "head", 1)),
-    (Activation("conv", MAPS, 256, True), Activation("fc", HIDDEN, 1, True)),
+NET = written_net(
+    {"hidden": 64, "maps": 32},
+    {"conv": ("maps", 3, 3, 3), "fc": ("hidden", ("maps", 256)), "head": (10, "hidden")},
     (3, 16, 16),
     (10,),
+    positions=256,
+    activations={"conv": ("maps", 256), "fc": ("hidden", 1)},
 )
 RECIPE = Recipe(epochs=2, batch_size=16)
 BOARD = profile_store.find_profile("raspberry-pi-4b")
@@ -193,9 +177,11 @@ def test_a_plan_survives_json(situation: dict[str, Any]) -> None:
     assert WidthPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
-WIDE = replace(NET, activations=(Activation("conv", MAPS, 2**14, True), Activation("fc", HIDDEN, 1, True)))
+WIDE = replace(NET, activations=(replace(NET.activations[0], positions=2**14), NET.activations[1]))
 """A net whose activations take most of its memory."""
-NORMALISED = replace(WIDE, tensors=(*WIDE.tensors, TensorSpec("norm.mean", TensorKind.STAT_MEAN, (MAPS,))))
+NORMALISED = replace(
+    WIDE, tensors=(*WIDE.tensors, TensorSpec("norm.mean", TensorKind.STAT_MEAN, NET.tensors[0].axes[:1]))
+)
 """The same net with a batch norm."""
 
 

@@ -13,23 +13,15 @@ from hypothesis import strategies as st
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ExitCode
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import COMPLETE_FOLDER, FILES, MANIFEST, WEIGHTS, manifest_text, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
-ARCHITECTURE = Architecture(
-    "toy",
-    (ChannelGroup("g0", 4),),
-    (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(3))),),
-    (LayerRow("w", "Gemm", "w", 1),),
-    (),
-    (3,),
-    (1,),
-)
+ARCHITECTURE = written_net({"g0": 4}, {"w": ("g0", 3)}, (3,), (1,))
 
 
 def write(folder: Path) -> Path:

@@ -11,26 +11,18 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.core.disk import file_lock
 from fedprune.core.errors import BundleError, BusyError, StorageError, StorageFullError
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import COMPLETE_FOLDER, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
 from fedprune.runtime.bundle_folder import check_bundle_folder, is_bundle, write_bundle
 from support.faults.failing_disk import fault
 from support.faults.power_cuts import EACH_KIND, TURNS, CutError, cuts, power
+from support.nets.written_nets import written_net
 
 TARGET = "raspberry-pi-5"
 OLD, NEW = 0.25, 0.5
 NOTES = "notes.txt"
-ARCHITECTURE = Architecture(
-    "toy",
-    (ChannelGroup("g0", 4),),
-    (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(3))),),
-    (LayerRow("w", "Gemm", "w", 1),),
-    (),
-    (3,),
-    (1,),
-)
+ARCHITECTURE = written_net({"g0": 4}, {"w": ("g0", 3)}, (3,), (1,))
 SELECTION = Selection.of(ARCHITECTURE, [2], [[3, 1, 0, 2]])
 
 

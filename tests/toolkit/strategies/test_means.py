@@ -9,30 +9,23 @@ from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.jobs.update_weights import Arrival, step_size, update_weights
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import head_axes
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from support.fakes.strategy_reports import close, report, scene
 from support.nets.drawn_models import architectures, model, perturb_submodel, seeds, selections
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
-CHANNELS = Axis((Segment(0, 0, 4),))
-NET = Architecture(
-    "net",
-    (ChannelGroup("c", 4),),
-    (
-        TensorSpec("body.weight", TensorKind.WEIGHT, (CHANNELS, Axis.fixed(3))),
-        TensorSpec("body.bias", TensorKind.BIAS, (CHANNELS,)),
-        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(5), CHANNELS)),
-        TensorSpec("head.bias", TensorKind.BIAS, (Axis.fixed(5),)),
-    ),
-    (LayerRow("body", "Gemm", "body.weight", 1), LayerRow("head", "Gemm", "head.weight", 1)),
-    (),
+NET = written_net(
+    {"c": 4},
+    {"body.weight": ("c", 3), "body.bias": ("c",), "head.weight": (5, "c"), "head.bias": (5,)},
     (3,),
     (5,),
+    kinds=dict.fromkeys(("body.bias", "head.bias"), TensorKind.BIAS),
 )
 
 ALWAYS_FEDAVG = [Mean(rule="fill"), Mean(rule="zero"), Mean(damped=True), DeltaMean()]

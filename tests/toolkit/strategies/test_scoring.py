@@ -12,31 +12,24 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fold import Fold
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, Axis, LayerRow, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.gradient_stats import Evidence
 from fedprune.strategies.importance.scoring import curvature_scores, magnitude_scores, rank_channels
 from support.nets.drawn_models import architectures, model, perturb_submodel, seeds
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
 LR, MOMENTUM = 0.1, 0.5
 RATE = LR / (1 - MOMENTUM)
-GROUP = Axis((Segment(0, 0, 3),))
-NET = Architecture(
-    "net",
-    (ChannelGroup("c", 3),),
-    (
-        TensorSpec("conv", TensorKind.WEIGHT, (GROUP, Axis.fixed(2), Axis.fixed(1), Axis.fixed(1))),
-        TensorSpec("bias", TensorKind.BIAS, (GROUP,)),
-        TensorSpec("gamma", TensorKind.NORM_SCALE, (GROUP,)),
-        TensorSpec("mean", TensorKind.STAT_MEAN, (GROUP,)),
-        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(2), Axis((Segment(0, 0, 3, 2),)))),
-    ),
-    (LayerRow("conv", "Conv", "conv", 4), LayerRow("head", "Gemm", "head", 1)),
-    (),
+NET = written_net(
+    {"c": 3},
+    {"conv": ("c", 2, 1, 1), "bias": ("c",), "gamma": ("c",), "mean": ("c",), "head": (2, ("c", 2))},
     (2, 2, 2),
     (2,),
+    kinds={"bias": TensorKind.BIAS, "gamma": TensorKind.NORM_SCALE, "mean": TensorKind.STAT_MEAN},
+    positions=4,
 )
 
 
@@ -97,7 +90,7 @@ def test_curvature_sums_its_formula_over_the_coordinates_that_make_a_channel(
 def test_a_transposed_weight_is_scored_over_its_output_axis() -> None:
     turned = replace(
         NET,
-        tensors=(TensorSpec("w", TensorKind.WEIGHT, (Axis.fixed(2), GROUP)),),
+        tensors=(TensorSpec("w", TensorKind.WEIGHT, (Axis.fixed(2), Axis((Segment(0, 0, 3),)))),),
         layers=(LayerRow("w", "MatMul", "w", 1, output_axis=1),),
     )
     assert magnitude_scores(turned, {"w": np.array([[1, 2, 3], [4, 5, -6]], np.float32)})[0].tolist() == [5, 7, 9]

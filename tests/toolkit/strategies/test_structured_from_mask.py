@@ -5,31 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.element_mask import apply_mask, gather_mask
 from fedprune.model.selection import ElementMask, Selection, Tensors
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.importance.structured_from_mask import surviving_selection, survivors
 from support.nets.drawn_models import architectures, model, seeds, selections
+from support.nets.written_nets import written_net
 
 pytestmark = pytest.mark.board
 
-A, B = (Axis((Segment(g, 0, n),)) for g, n in enumerate((5, 4)))
-
-NET = Architecture(
-    "two hidden layers and a residual branch",
-    (ChannelGroup("a", 5), ChannelGroup("b", 4)),
-    (
-        TensorSpec("first", TensorKind.WEIGHT, (A, Axis.fixed(3))),
-        TensorSpec("branch", TensorKind.WEIGHT, (A, A)),
-        TensorSpec("second", TensorKind.WEIGHT, (B, A)),
-        TensorSpec("bias", TensorKind.BIAS, (B,)),
-        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(2), Axis((Segment(1, 0, 4, 2),)))),
-    ),
-    tuple(LayerRow(n, "Gemm", n, 1) for n in ("first", "branch", "second", "head")),
-    (),
+NET = written_net(
+    {"a": 5, "b": 4},
+    {"first": ("a", 3), "branch": ("a", "a"), "second": ("b", "a"), "bias": ("b",), "head": (2, ("b", 2))},
     (3,),
     (2,),
+    kinds={"bias": TensorKind.BIAS},
 )
 
 

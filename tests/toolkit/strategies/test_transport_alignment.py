@@ -9,20 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import (
-    Architecture,
-    Axis,
-    ChannelGroup,
-    LayerRow,
-    Segment,
-    TensorKind,
-    TensorSpec,
-    Volume,
-)
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, LayerRow, Segment, TensorKind, TensorSpec
+from fedprune.model.cost_table import Volume
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.optimal_transport import aggregate, align, prune
 from support.fakes.strategy_rounds import NET
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections
+from support.nets.written_nets import written_net
 from support.oracles.pot_plans import pot
 
 Floats = npt.NDArray[Any]
@@ -208,21 +201,13 @@ def test_residual_branches_go_by_their_own_plans_and_readers_by_the_average(seed
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def embedded() -> Architecture:
-    """A table of words whose columns a linear layer reads; the table is no layer's weight."""
-    axis = Axis((Segment(0, 0, 4),))
-    tensors = (
-        TensorSpec("table", TensorKind.WEIGHT, (Axis.fixed(7), axis)),
-        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), axis)),
-    )
-    return Architecture(
-        "words", (ChannelGroup("a", 4),), tensors, (LayerRow("head", "Gemm", "head.weight", 1),), (), (7,), (3,)
-    )
+EMBEDDED = written_net({"a": 4}, {"table": (7, "a"), "head.weight": (3, "a")}, (7,), (3,), layers=("head.weight",))
+"""A table of words whose columns a linear layer reads; the table is no layer's weight."""
 
 
 @given(seeds)
 def test_an_embedding_s_columns_are_channels_and_its_words_keep_their_order(seed: int) -> None:
-    net = embedded()
+    net = EMBEDDED
     selection, full = Selection.of(net, (3,)), Selection.full(net)
     global_model, submodel = model(net, seed), selection.gather(model(net, seed + 1))
     plan = plan_of(global_model["table"].T, submodel["table"].T)

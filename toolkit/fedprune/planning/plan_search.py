@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from decimal import ROUND_CEILING, Context
@@ -52,9 +53,13 @@ MIN_NORMALISED_SAMPLES = 8
 # A plan that keeps a smaller share of the weights warns.
 MIN_KEPT_WEIGHTS = 0.25
 
-# Per limit of a job the setting that raises it.
+# The part of the memory that a board's samples take.
+SAMPLES = "samples"
+
+# Per limit of a job the setting that raises it, or with which a plan needs less.
 SETTING_OF_LIMIT: Mapping[str, str] = {
     MEMORY: "recipe.accumulate = {}",
+    SAMPLES: "at most {}",
     TIME: "deadline_s = {}",
     BYTES: "byte_budget = {}",
     ENERGY: "energy_budget = {}",
@@ -183,14 +188,17 @@ class PlanSearch:
         others_text = f"It also breaks {'; '.join(other_limits)}. " if other_limits else ""
         memory_text = f"Memory is for: {memory_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""
         doubt = self._doubt()
-        remedies = self._remedies(narrowest) or "No setting of the recipe or the board frees enough."
+        settings = self._remedies(narrowest)
+        remedies = (
+            f"{settings} Otherwise use" if settings else "No setting of the recipe or the board frees enough. Use"
+        )
         return PlanError(
             f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
             if len(densities) > 1
             else f"{name} at density {max(densities):.3g} doesn't fit {target}: it breaks {worst.name}",
             expected=f"at most {amount(worst.limit, worst.unit)}",
             got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
-            hint=f"{others_text}{memory_text}{remedies} {_HINT_OF_LIMIT[worst.name]}{self._processor_hint()}"
+            hint=f"{others_text}{memory_text}{remedies} a smaller model.{self._processor_hint()}"
             + (doubt and f" But {doubt}: see what else runs there."),
         )
 
@@ -213,7 +221,7 @@ class PlanSearch:
             plan = self._search_on_processor().search()
         except PlanError:
             return ""
-        tier = f'software.tier = "{TIERS[0]}" in its profile, fedprune-device run --tier {TIERS[0]} on the board'
+        tier = f'software.tier = "{TIERS[0]}" in its profile, `fedprune-device run --tier {TIERS[0]}` on the board'
         return f" Or train on its processor, which fits (density {plan.density:.3g}): {tier}."
 
     def _search_on_processor(self) -> PlanSearch:
@@ -353,7 +361,7 @@ class PlanSearch:
         if on_processor.step_s >= candidate.prediction.step_s:
             return ("trains on: GPU",)
         step_text = f"{amount(on_processor.step_s, 's')} per step instead of {amount(candidate.prediction.step_s, 's')}"
-        return (f"trains on: GPU; its processor would take {step_text} (fedprune-device run --tier {TIERS[0]})",)
+        return (f"trains on: GPU; its processor would take {step_text} (`fedprune-device run --tier {TIERS[0]}`)",)
 
     def _split_notes(self, candidate: _Candidate) -> tuple[str, ...]:
         """Notes for a batch that is split into more parts than the recipe asks for: why, and what that changes."""
@@ -410,6 +418,8 @@ class PlanSearch:
         split_recipe, fits = self._split_to_fit(candidate.widths, candidate.requested_recipe, min_samples=1)
         if fits:
             remedies.append(self._setting_text(MEMORY, split_recipe.accumulate))
+        if (samples := self._most_samples(candidate)) is not None:
+            remedies.append(self._setting_text(SAMPLES, samples))
         share = self.profile.memory.training_share * limit.used_share
         if share <= 1:
             share = math.ceil(100 * share) / 100
@@ -417,6 +427,17 @@ class PlanSearch:
                 f"a larger share of the board's memory (memory.training_share = {share:.2g} in its profile)"
             )
         return remedies
+
+    def _most_samples(self, candidate: _Candidate) -> int | None:
+        """How many samples leave a candidate enough memory; None if none do."""
+        memory = candidate.prediction.memory
+        if memory.total - memory.samples > self.available_bytes:
+            return None
+
+        def is_too_many(samples: int) -> bool:
+            return not replace(self, samples=samples)._split_to_fit(candidate.widths, candidate.requested_recipe)[1]
+
+        return bisect_left(range(1, self.samples), True, key=is_too_many) or None
 
 
 def _part_counts(recipe: Recipe, samples: int, min_samples: int) -> list[int]:
@@ -449,18 +470,10 @@ def _sufficient_setting(limit: PlanLimit) -> str:
 # Per limit what raises it: a setting that `names` has a name for, or one of the profile.
 _REMEDY_OF_LIMIT = {
     MEMORY: "smaller parts of a batch ({})",
+    SAMPLES: "fewer samples on the board ({})",
     TIME: "a longer deadline ({})",
     LINK: "link.bytes_per_round = {} in the board's profile",
     BYTES: "more bytes per round ({})",
     ENERGY: "more energy per round ({})",
     STORAGE: "storage.budget_bytes = {} in the board's profile",
-}
-
-_HINT_OF_LIMIT = {
-    MEMORY: "Use a smaller batch, or a smaller model.",
-    TIME: "Allow more time, or fewer epochs or steps.",
-    LINK: "Raise link.bytes_per_round of the profile, or use a smaller model.",
-    BYTES: "Raise the job's byte budget, or use a smaller model.",
-    ENERGY: "Allow more energy, or fewer epochs or steps.",
-    STORAGE: "Raise storage.budget_bytes of the profile.",
 }

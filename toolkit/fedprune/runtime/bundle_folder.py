@@ -78,8 +78,8 @@ def check_bundle_folder(folder: Path, target: str) -> None:
             f"{folder} holds the bundle of another board",
             expected=f"one of {target}",
             got=f"one of {value_text(present_target)}",
-            hint="Give each board its own --out; or name all in one --target, which makes a folder each. To replace "
-            "it, delete the folder.",
+            hint="Give another --out, or delete the folder to replace the bundle. Several boards in one --target get a "
+            "folder each.",
         )
 
 

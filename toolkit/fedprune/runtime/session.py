@@ -78,7 +78,7 @@ class OnnxSession:
             kernels of int8 are faster, but on x86 without VNNI they saturate, as boards' processors do not.
 
     Attributes:
-        inputs: Type and shape by input name; `outputs` are names.
+        inputs: Type and shape by input name; `outputs` are names, and `output_types` types and shapes by name.
         metadata: What the graph's maker wrote into it.
         cpu_reason: Why it is the CPU although CUDA was asked for; empty otherwise.
     """
@@ -105,7 +105,8 @@ class OnnxSession:
             i.name: (i.type, tuple(i.shape)) for i in self._session.get_inputs()
         }
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+        self.output_types = {o.name: (o.type, tuple(o.shape)) for o in self._session.get_outputs()}
+        self.outputs: tuple[str, ...] = tuple(self.output_types)
         if self.provider == "cpu":
             # It holds the graph's bytes, which are needed again only for a move from the GPU to the CPU.
             del self._open

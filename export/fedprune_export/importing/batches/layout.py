@@ -80,14 +80,12 @@ def move_batch_first(graph: Graph, layout: BatchLayout) -> Graph:
     return moved
 
 
-def move_outputs_first(graph: Graph, axes: Mapping[str, int]) -> None:
+def move_outputs_first(graph: Graph, axes: Mapping[str, int | None]) -> None:
     """Move the batch of outputs from the axes that hold it to the front; the graph is changed."""
     for port in graph.outputs:
-        axis = axes[port.name]
-        if axis:
+        if axis := axes[port.name]:
             order = [axis, *(a for a in range(len(port.shape)) if a != axis)]
             end_with(graph, port, "Transpose", attrs={"perm": order})
-            port.shape = tuple(port.shape[a] for a in order)
 
 
 def end_with(graph: Graph, port: Port, op: str, *inputs: str, attrs: Mapping[str, object] | None = None) -> None:

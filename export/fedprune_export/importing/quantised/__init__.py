@@ -1,12 +1,12 @@
 """Turns a quantised file into the float model that it approximates.
 
-Weights are dequantised, operators on integers are written on floats, and what rounds activations is left out. Where the
-range of a quantisation did the work of a Relu or Clip, that operator is written again. Each rewritten part is compared
-with the file, rounding by rounding (`proof`).
+Weights are dequantised, products of integers are written on floats, and what rounds activations is left out. Where the
+range of a rounding did the work of a Relu or Clip, that operator is written again. With its roundings put back, the
+float model has to compute what the file does (`proof`).
 
 Not here: exports with 8 bits (`fedprune_export.precision`).
 """
 
-from fedprune_export.importing.quantised.dequantisation import float_file
+from fedprune_export.importing.quantised.conversion import float_file
 
 __all__ = ["float_file"]
