@@ -23,7 +23,7 @@ from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks import parity
 from fedprune_export.checks.parity import Array, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.rounding import check_outputs
+from fedprune_export.ir.rounding import Distance, check_outputs
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import unreached_notes
@@ -175,8 +175,7 @@ class _Trial:
             limit=MAX_LOSS_DIFFERENCE,
             least_scale=1.0,
         )
-        notes = "".join(f". {note.rstrip('.')}" for note in distance.notes)
-        return f"the inference graph's logits give the same loss to {distance.value:.1e}{notes}"
+        return f"the inference graph's logits give the same loss to {_distance_text(distance)}"
 
     def _inference_loss(self, raw: bytes, x: Array) -> Array:
         """The loss of a graph's outputs: computed with numpy, or by the training graph's own loss if that is one."""
@@ -235,6 +234,10 @@ def check_model(bundle: Bundle, model: Model) -> str:
         )
     names = (INFERENCE, WEIGHTS, *([BASE] if bundle.base else []))
     distance = parity.check_parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in names})
-    notes = "".join(f". {note.rstrip('.')}" for note in distance.notes)
-    error_text = f"within a relative error of {distance.value:.1e}{notes}"
+    error_text = f"within a relative error of {_distance_text(distance)}"
     return f"equals the whole model with the pruned channels masked, {error_text}"
+
+
+def _distance_text(distance: Distance) -> str:
+    """How far outputs are apart, with what is to be known of it."""
+    return ". ".join([f"{distance.value:.1e}", *(note.rstrip(".") for note in distance.notes)])

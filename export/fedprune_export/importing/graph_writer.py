@@ -17,12 +17,10 @@ from fedprune_export.ir import shape_inference
 from fedprune_export.ir.composites import COMPOSITES
 from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.ir.operators import SIZE_OPERATORS
+from fedprune_export.ir.trace import TRACE_BATCHES
 
 _MAX_STEPS = 200  # most operators that compute a length or condition
 _MAX_SIZE_TENSOR_BYTES = 4096  # a larger tensor holds no sizes, so shape inference doesn't need its numbers
-
-# Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them.
-TRIAL_SIZES = (3, 5)
 
 
 # Types of floats, as numbers of `onnx.TensorProto`.
@@ -139,7 +137,7 @@ class GraphWriter:
         nodes = self._computing_nodes(name, known) or []
         reads_sizes = any(node.op_type in SIZE_OPERATORS for node in nodes)
         try:
-            trials = [self._value_at_size(name, size, known) for size in TRIAL_SIZES[: 1 + reads_sizes]]
+            trials = [self._value_at_size(name, size, known) for size in TRACE_BATCHES[: 1 + reads_sizes]]
         except ModelError:  # operators that make no sense, or a value that would be huge
             return None
         same = all(f is not None and trials[0] is not None and np.array_equal(f, trials[0]) for f in trials)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
@@ -19,9 +18,8 @@ from fedprune_export.importing import metadata
 from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.training_end import Dims, TrainingEnd, constant_values, has_suppression
-from fedprune_export.ir.graph import NORMAL_OPSET
+from fedprune_export.ir.graph import NORMAL_OPSET, Array
 
-Array = npt.NDArray[Any]
 _Named = TypeVar("_Named", onnx.ValueInfoProto, onnx.TensorProto)
 
 # The version of the format that goes with opset 17: runtimes of boards refuse later ones.

@@ -10,9 +10,10 @@ import onnx
 from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
-from fedprune_export.importing.graph_writer import TRIAL_SIZES, GraphWriter, operator_of
+from fedprune_export.importing.graph_writer import GraphWriter, operator_of
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX
 from fedprune_export.ir.graph import Array
+from fedprune_export.ir.trace import TRACE_BATCHES
 
 _Attributes = Mapping[str, Any]
 _Nodes = Sequence[onnx.NodeProto]
@@ -103,7 +104,7 @@ class Replacements(GraphWriter):
         tf2onnx writes a backward layer with as many equal lengths as there are samples."""
         axis = int(attrs.get("time_axis", 0))
         try:
-            lengths = [self._value_at_size(node.input[1], size) for size in TRIAL_SIZES]
+            lengths = [self._value_at_size(node.input[1], size) for size in TRACE_BATCHES]
         except ModelError:
             lengths = [None]
         size = self._size(node.input[0], axis)

@@ -14,15 +14,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError, error_reason, value_text
 from fedprune_export.ir.composites import NATIVE_SINCE
-from fedprune_export.ir.graph import Graph, Node
-
-Array = npt.NDArray[Any]
+from fedprune_export.ir.graph import Array, Graph, Node
 
 _MAX_COMPUTED_ELEMENTS = 1024  # numbers of a value that is computed; shape arithmetic has a handful
 

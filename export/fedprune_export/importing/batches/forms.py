@@ -159,6 +159,7 @@ def _row(state: Propagation, name: str, axis: int) -> str:
     value, is_read = graph.initializers.get(name), any(name in node.inputs for node in graph.nodes)
     if value is not None and not is_read and np.array_equal(value, np.roll(value, 1, axis)):
         # It keeps its name, by which it may be listed as a parameter.
+        state.narrowings.append((name, value))
         graph.initializers[name] = np.take(value, [0], axis)
         set_value(state.shapes, name, graph.initializers[name])
         return name

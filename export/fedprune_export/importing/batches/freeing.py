@@ -16,10 +16,9 @@ from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.rounding import relative_distance
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.ir.shape_inference import ShapeError
-from fedprune_export.ir.trace import shapes_at_batch
+from fedprune_export.ir.trace import TRACE_BATCHES, shapes_at_batch
 
-# Batch sizes at which a file with a free batch is tried, and those that its inside may be made for.
-_TRIAL_BATCHES = (3, 5)
+# Batch sizes that the inside of a file with a free batch may be made for.
 _USUAL_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # How often nodes are written in vain, how often the whole graph is, and how far outputs may differ, relative to the
@@ -63,14 +62,14 @@ def free_batch(graph: Graph, raw: bytes, notes: list[str]) -> tuple[Graph, Batch
 def _output_axes(graph: Graph) -> dict[str, int | None] | None:
     """The axis of each output that holds a free batch; None if the graph doesn't take any batch."""
     try:
-        first, second = (shapes_at_batch(graph, batch).shapes for batch in _TRIAL_BATCHES)
+        first, second = (shapes_at_batch(graph, batch).shapes for batch in TRACE_BATCHES)
     except ShapeError:
         return None
     out: dict[str, int | None] = {}
     for port in graph.outputs:
         pairs = list(zip(first[port.name], second[port.name], strict=True))
         axes = [a for a, pair in enumerate(pairs) if pair[0] != pair[1]]
-        if not axes or (len(axes) == 1 and axes[0] and pairs[axes[0]] != _TRIAL_BATCHES):
+        if not axes or (len(axes) == 1 and axes[0] and pairs[axes[0]] != TRACE_BATCHES):
             return None
         # Where several axes follow the batch, the first has to be it.
         out[port.name] = axes[0] if len(axes) == 1 else 0

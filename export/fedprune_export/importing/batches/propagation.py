@@ -59,6 +59,7 @@ class Propagation:
         batch: The file's batch size, and `trial`, the one at which shapes are inferred.
         before: Shapes of the source by name; `shapes` are those of the written graph at the trial size.
         places: The batch's place in each value that has it.
+        narrowings: Tensors that forms have narrowed to one row, by name as they were, in order.
         may_drop: Whether what the file does along an axis of its batch may be left out, as it does nothing.
     """
 
@@ -72,6 +73,7 @@ class Propagation:
         self.graph = source.copy_without_nodes()
         self.graph.inputs = [Port(p.name, p.dtype, ("N", *p.shape[1:])) for p in source.inputs]
         self.places = {port.name: Place(0) for port in source.inputs}
+        self.narrowings: list[tuple[str, Array]] = []
         self.shapes = InferredShapes(
             {port.name: (self.trial, *self.before[port.name][1:]) for port in source.inputs},
             {port.name: port.dtype for port in source.inputs},
@@ -91,7 +93,7 @@ class Propagation:
         Raises `FreeingError` if there is no such form, with the first one's reason.
         """
         start, reason, is_accepted = len(self.graph.nodes), None, False
-        tensors = dict(self.graph.initializers)
+        narrowing_count = len(self.narrowings)
         for place in forms:
             try:
                 for written in self.graph.nodes[start:]:
@@ -109,9 +111,10 @@ class Propagation:
                 for known in (self.shapes.shapes, self.shapes.dtypes, self.shapes.numbers, self.places):
                     known.pop(output, None)
             del self.graph.nodes[start:]
-            for name in [n for n, value in tensors.items() if self.graph.initializers[n] is not value]:
-                self.graph.initializers[name] = tensors[name]
-                set_value(self.shapes, name, tensors[name])
+            while len(self.narrowings) > narrowing_count:
+                name, value = self.narrowings.pop()
+                self.graph.initializers[name] = value
+                set_value(self.shapes, name, value)
         if not is_accepted:
             raise reason or self.error(node, "it has no form for other batches")
 
