@@ -201,7 +201,7 @@ def test_a_fleet_trains_it_as_it_is_or_by_the_hints(package: str, file: str, way
     if "output" in given:
         proto = onnx.load(path)
         del proto.graph.output[:]
-        proto.graph.output.append(onnx.ValueInfoProto(name=given["output"]))
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(given["output"], 1, None))
         onnx.save(proto, path := tmp_path / "raw.onnx")
     error, _ = prediction_error(model, x, raw_outputs(path, facts, arrays))
     assert error <= MAX_ERRORS[facts.rounding]
