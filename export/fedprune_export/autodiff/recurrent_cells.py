@@ -47,6 +47,7 @@ class Direction:
         bias: Biases of the input's and of the recurrence's part, [gates · H] each; empty without any.
         states: Initial states, [N, H] each.
         activation: The activation of a plain layer.
+        resets_early: Whether a GRU resets its state before the product with the recurrence, and not after it.
         forward_values: Values of the forward pass that the backward pass reads.
     """
 
@@ -57,11 +58,25 @@ class Direction:
     bias: list[str]
     states: list[str]
     activation: str
+    resets_early: bool
     forward_values: dict[str, str] = field(default_factory=dict)
 
     def run_steps(self, projection: str, step: Step) -> tuple[list[str], list[str]]:
         """Take the step for each index of the projected input, from the last one on in a reversed direction."""
         return scan(self.g, self.states, [projection], step, backwards=self.is_reversed)
+
+    def run_back(self, last: list[str], sliced: list[str], dy: str, step: Step) -> tuple[list[str], list[str]]:
+        """Take the step for each index from the other end on. `states[0]` has the gradient of the hidden state.
+
+        `last`: gradients of the last states; `dy`: of the states that went out, if any did.
+        """
+
+        def add_output_gradient(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
+            dh = body.emit("Add", states[0], slices[-1]) if dy else states[0]
+            return step(body, [dh, *states[1:]], slices[: len(sliced)])
+
+        slices = [*sliced, dy] if dy else sliced
+        return scan(self.g, last, slices, add_output_gradient, backwards=not self.is_reversed)
 
     def input_projection(self, x: str, *, both: bool = True) -> str:
         """The gates' part that depends on the input, with its bias; `both` adds the recurrence's bias as well."""
@@ -131,41 +146,44 @@ def _lstm_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     )
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        to_c, slope, forget = slices[:3]
-        dh = body.emit("Add", states[0], slices[3]) if dy else states[0]
-        dc = body.emit("Add", body.emit("Mul", dh, to_c), states[1])
+        (dh, dc), (to_c, slope, forget) = states, slices
+        dc = body.emit("Add", body.emit("Mul", dh, to_c), dc)
         gates = body.emit("Mul", body.emit("Concat", dc, dh, dc, dc, attrs={"axis": 1}), slope)
         return [body.emit("MatMul", gates, direction.recurrence), body.emit("Mul", dc, forget)], [gates]
 
-    sliced = [h_to_c, slopes, values["f"], *([dy] if dy else [])]
-    states, (gates,) = scan(g, last, sliced, step, backwards=not direction.is_reversed)
+    states, (gates,) = direction.run_back(last, [h_to_c, slopes, values["f"]], dy, step)
     return Backward(gates, [(gates, previous_h)], states)
 
 
 def _gru_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
-    """z, r = σ, n = tanh(input part + r · recurrent part); h' = n + z · (h − n)."""
-    recurrence = transpose_matrix(direction.g, direction.recurrence)
+    """z, r = σ, n = tanh(input part + r · recurrent part); h' = n + z · (h − n).
+
+    With an early reset the recurrent part of n is (r · h) through the recurrence.
+    """
+    recurrence, early = transpose_matrix(direction.g, direction.recurrence), direction.resets_early
+    gating, hidden = _split_gates(direction.g, recurrence, axis=1) if early else (recurrence, "")
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
         (h,) = states
-        product = body.emit("Gemm", h, recurrence, *direction.bias[1:])
-        recurrent_gates = body.emit_many("Split", product, outputs=3, attrs={"axis": 1})
+        product = body.emit("MatMul", h, gating) if early else body.emit("Gemm", h, gating, *direction.bias[1:])
+        recurrent_gates = body.emit_many("Split", product, outputs=2 if early else 3, attrs={"axis": 1})
         input_gates = body.emit_many("Split", slices[0], outputs=3, attrs={"axis": 1})
-        z, r = (
-            body.emit("Sigmoid", body.emit("Add", p, q))
-            for p, q in zip(input_gates[:2], recurrent_gates[:2], strict=True)
-        )
-        n = body.emit("Tanh", body.emit("Add", input_gates[2], body.emit("Mul", r, recurrent_gates[2])))
+        pairs = zip(input_gates[:2], recurrent_gates[:2], strict=True)
+        z, r = (body.emit("Sigmoid", body.emit("Add", *pair)) for pair in pairs)
+        part = body.emit("MatMul", body.emit("Mul", r, h), hidden) if early else body.emit("Mul", r, recurrent_gates[2])
+        n = body.emit("Tanh", body.emit("Add", input_gates[2], part))
         after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
-        return [after], [after, z, r, n, recurrent_gates[2]]
+        return [after], [after, z, r, n, *recurrent_gates[2:]]
 
-    last, sequences = direction.run_steps(direction.input_projection(x, both=False), step)
-    direction.forward_values = dict(zip("hzrnq", sequences, strict=True))
+    last, sequences = direction.run_steps(direction.input_projection(x, both=early), step)
+    direction.forward_values = dict(zip("hzrnq", sequences, strict=False))
     return sequences[0], last
 
 
 def _gru_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """Every gate's gradient is dh times a factor that is computed before the loop."""
+    if direction.resets_early:
+        return _gru_early_backward(direction, dy, last)
     g, values = direction.g, direction.forward_values
     previous = direction.states_before(values["h"], direction.states[0])
     update = g.emit("Mul", g.emit("Sub", previous, values["n"]), _sigmoid_slope(g, values["z"]))
@@ -174,37 +192,13 @@ def _gru_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     slopes = g.emit("Concat", update, reset, g.emit("Mul", hidden, values["r"]), attrs={"axis": 2})
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        slope, z = slices[:2]
-        dh = body.emit("Add", states[0], slices[2]) if dy else states[0]
+        (dh,), (slope, z) = states, slices
         gates = body.emit("Mul", body.emit("Concat", dh, dh, dh, attrs={"axis": 1}), slope)
         return [body.emit("Gemm", gates, direction.recurrence, body.emit("Mul", dh, z))], [dh, gates]
 
-    states, (dh, gates) = scan(
-        g, last, [slopes, values["z"], *([dy] if dy else [])], step, backwards=not direction.is_reversed
-    )
+    states, (dh, gates) = direction.run_back(last, [slopes, values["z"]], dy, step)
     inputs = g.emit("Concat", *[g.emit("Mul", dh, s) for s in (update, reset, hidden)], attrs={"axis": 2})
     return Backward(inputs, [(gates, previous)], states)
-
-
-def _gru_early_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
-    """A GRU with n = tanh(input part + (r · h) through the recurrence): the reset comes before the product."""
-    recurrence = transpose_matrix(direction.g, direction.recurrence)
-    gating, hidden = _split_gates(direction.g, recurrence, axis=1)
-
-    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        (h,) = states
-        recurrent_gates = body.emit_many("Split", body.emit("MatMul", h, gating), outputs=2, attrs={"axis": 1})
-        input_gates = body.emit_many("Split", slices[0], outputs=3, attrs={"axis": 1})
-        z, r = (
-            body.emit("Sigmoid", body.emit("Add", p, q)) for p, q in zip(input_gates[:2], recurrent_gates, strict=True)
-        )
-        n = body.emit("Tanh", body.emit("Add", input_gates[2], body.emit("MatMul", body.emit("Mul", r, h), hidden)))
-        after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
-        return [after], [after, z, r, n]
-
-    last, sequences = direction.run_steps(direction.input_projection(x), step)
-    direction.forward_values = dict(zip("hzrn", sequences, strict=True))
-    return sequences[0], last
 
 
 def _gru_early_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
@@ -217,8 +211,7 @@ def _gru_early_backward(direction: Direction, dy: str, last: list[str]) -> Backw
     reset = g.emit("Mul", previous, _sigmoid_slope(g, values["r"]))
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        to_update, to_hidden, to_reset, z, r = slices[:5]
-        dh = body.emit("Add", states[0], slices[5]) if dy else states[0]
+        (dh,), (to_update, to_hidden, to_reset, z, r) = states, slices
         n = body.emit("Mul", dh, to_hidden)
         dgated = body.emit("MatMul", n, across)
         gates = body.emit(
@@ -227,8 +220,8 @@ def _gru_early_backward(direction: Direction, dy: str, last: list[str]) -> Backw
         back = body.emit("Add", body.emit("Mul", dh, z), body.emit("Mul", dgated, r))
         return [body.emit("Add", back, body.emit("MatMul", gates, gating))], [gates, n]
 
-    sliced = [update, hidden, reset, values["z"], values["r"], *([dy] if dy else [])]
-    states, (gates, n) = scan(g, last, sliced, step, backwards=not direction.is_reversed)
+    sliced = [update, hidden, reset, values["z"], values["r"]]
+    states, (gates, n) = direction.run_back(last, sliced, dy, step)
     both = g.emit("Concat", gates, n, attrs={"axis": 2})
     return Backward(both, [(gates, previous), (n, g.emit("Mul", values["r"], previous))], states)
 
@@ -265,10 +258,10 @@ def _plain_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
         slope = g.emit("Cast", g.emit("Greater", total, g.scalar(0)), attrs={"to": 1})
 
     def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
-        gate = body.emit("Mul", body.emit("Add", states[0], slices[1]) if dy else states[0], slices[0])
+        gate = body.emit("Mul", states[0], slices[0])
         return [body.emit("MatMul", gate, direction.recurrence)], [gate]
 
-    states, (gate,) = scan(g, last, [slope, *([dy] if dy else [])], step, backwards=not direction.is_reversed)
+    states, (gate,) = direction.run_back(last, [slope], dy, step)
     return Backward(gate, [(gate, direction.states_before(h, direction.states[0]))], states)
 
 
@@ -286,7 +279,6 @@ def _tanh_slope(g: Graph, y: str) -> str:
 CELLS = {
     "LSTM": (_lstm_forward, _lstm_backward),
     "GRU": (_gru_forward, _gru_backward),
-    "early GRU": (_gru_early_forward, _gru_early_backward),
     "RNN": (_plain_forward, _plain_backward),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from fedprune_export.autodiff.tape import Dim, Shape, Tape
 from fedprune_export.ir.graph import Array, Graph
 
-# Up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix.
+# Up to this many picks of one element its gradient is a sum of gathers; beyond, rows are added one by one.
 _MAX_GATHERS = 4
 
 
@@ -39,26 +39,26 @@ def scatter_picks(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, s
         picked: Which indices were picked, in order; some maybe several times or never.
         size: How many indices the axis had before.
     """
+    whole = (*shape[:axis], size, *shape[axis + 1 :])
     if np.array_equal(picked, np.arange(picked[0], picked[0] + len(picked))):
         # The gradient of neighbours that were picked once each, in their order: zeros stand before and behind it.
-        rank = len(shape)
-        pads = [0] * (2 * rank)
-        pads[axis], pads[rank + axis] = int(picked[0]), size - int(picked[-1]) - 1
-        return tape.graph.emit("Pad", dy, tape.graph.ints(*pads)) if any(pads) else dy
+        return dy if len(picked) == size else put_back(tape, dy, whole, [(axis, int(picked[0]), int(picked[-1]) + 1)])
     uses = np.bincount(picked, minlength=size)
     if uses.max() > _MAX_GATHERS:
-        return _multiply_by_picks(tape.graph, dy, len(shape), axis, picked, size)
+        return scatter_rows(tape, dy, whole, axis, tape.graph.constant(picked[:, None], np.int64), 1)
     return _sum_gathers(tape.graph, dy, len(shape), axis, picked, uses)
 
 
-def _multiply_by_picks(g: Graph, dy: str, rank: int, axis: int, picked: Array, size: int) -> str:
-    """The gradient as a product with a 0/1 matrix of picks and elements, with `axis` as the last one for it."""
-    order = [*(i for i in range(rank) if i != axis), axis]
-    is_last = axis == rank - 1
-    transposed = dy if is_last else g.emit("Transpose", dy, attrs={"perm": order})
-    matrix = (picked[:, None] == np.arange(size)).astype(np.float32)
-    spread = g.emit("MatMul", transposed, g.constant(matrix, np.float32))
-    return spread if is_last else g.emit("Transpose", spread, attrs={"perm": np.argsort(order).tolist()})
+def scatter_rows(tape: Tape, dy: str, shape: Shape, axis: int, indices: str, rank: int) -> str:
+    """The gradient of a value of `shape` that was indexed along an axis, by indices of `rank` axes and one of 1."""
+    g = tape.graph
+    # With the indexed axis first, rows are added to zeros where they came from.
+    first, axes = [axis, *(i for i in range(len(shape)) if i != axis)], range(len(shape) + rank - 1)
+    inner = axes[axis : axis + rank]
+    rows = g.emit("Transpose", dy, attrs={"perm": [*inner, *(i for i in axes if i not in inner)]}) if axis else dy
+    zeros = g.emit("ConstantOfShape", tape.sizes([shape[i] for i in first]))
+    total = g.emit("ScatterND", zeros, indices, rows, attrs={"reduction": "add"})
+    return g.emit("Transpose", total, attrs={"perm": np.argsort(first).tolist()}) if axis else total
 
 
 def _sum_gathers(g: Graph, dy: str, rank: int, axis: int, picked: Array, uses: Array) -> str:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,11 @@ class Window:
         )
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether each position reads itself alone, whatever the sizes are."""
+        return not any(self.flat_pads) and all(n == 1 for n in (*self.kernel, *self.strides))
+
+    @property
     def has_flipped_gradient(self) -> bool:
         """Whether a convolution with the flipped kernel makes the gradient of the input."""
         fits = all(max(pads) <= d * (k - 1) for pads, d, k in zip(self.pads, self.dilations, self.kernel, strict=True))
@@ -100,14 +106,11 @@ def window(tape: Tape, node: Node, kernel: tuple[int, ...]) -> Window:
         raise ModelError(f"{describe(node)}: axes of the kernel", expected=rank, got=len(kernel))
     strides, dilations = _per_axis(node, "strides", [1] * rank), _per_axis(node, "dilations", [1] * rank)
     spans = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    if _pads_to_same_size(node):
-        totals = [
-            max((math.ceil(size / stride) - 1) * stride + span - size, 0)
-            for size, stride, span in zip(sizes, strides, spans, strict=True)
-        ]
-        pads = [_split_padding(node, total) for total in totals]
-    else:
-        pads = _own_pads(node, rank)
+    totals = [
+        max((math.ceil(size / stride) - 1) * stride + span - size, 0)
+        for size, stride, span in zip(sizes, strides, spans, strict=True)
+    ]
+    pads = _padding(node, totals)
     output, overhang = [], [0] * rank
     for i, (size, stride, span) in enumerate(zip(sizes, strides, spans, strict=True)):
         slack = size + sum(pads[i]) - span
@@ -137,12 +140,9 @@ def transposed_window(tape: Tape, node: Node) -> Window:
         s * (n - 1) + d * (k - 1) + 1 + added
         for s, n, d, k, added in zip(strides, output, dilations, kernel, added_rows, strict=True)
     ]
-    if "output_shape" in node.attrs or _pads_to_same_size(node):
-        target_sizes = _per_axis(node, "output_shape", [n * s for n, s in zip(output, strides, strict=True)])[-rank:]
-        totals = [max(size - target, 0) for size, target in zip(unpadded_sizes, target_sizes, strict=True)]
-        pads = [_split_padding(node, total) for total in totals]
-    else:
-        pads = _own_pads(node, rank)
+    target_sizes = _per_axis(node, "output_shape", [n * s for n, s in zip(output, strides, strict=True)])[-rank:]
+    totals = [max(size - target, 0) for size, target in zip(unpadded_sizes, target_sizes, strict=True)]
+    pads = _padding(node, totals)
     sizes = tuple(size - sum(pad) for size, pad in zip(unpadded_sizes, pads, strict=True))
     if min(sizes) < 1 or any(added >= s for added, s in zip(added_rows, strides, strict=True)):
         # onnxruntime doesn't run the second kind either.
@@ -158,21 +158,19 @@ def _per_axis(node: Node, attribute: str, default: list[int]) -> tuple[int, ...]
     return tuple(int(v) for v in node.attrs.get(attribute) or default)
 
 
-def _pads_to_same_size(node: Node) -> bool:
-    """Whether the padding follows from sizes and strides: the output is as large as the input divided by the stride."""
-    return str(node.attrs.get("auto_pad", "NOTSET")) in ("SAME_UPPER", "SAME_LOWER")
+def _padding(node: Node, totals: Sequence[int]) -> list[tuple[int, int]]:
+    """The padding before and after each axis.
 
-
-def _split_padding(node: Node, total: int) -> tuple[int, int]:
-    """The padding before and after an axis. ONNX puts an odd element at the end with SAME_UPPER, else at the start."""
-    small, large = total // 2, total - total // 2
-    return (small, large) if node.attrs.get("auto_pad") == "SAME_UPPER" else (large, small)
-
-
-def _own_pads(node: Node, rank: int) -> list[tuple[int, int]]:
-    """The padding before and after each axis by the attribute `pads`, which doesn't count where `auto_pad` is set."""
-    has_pads = str(node.attrs.get("auto_pad", "NOTSET")) == "NOTSET"
-    flat = _per_axis(node, "pads" if has_pads else "", [0] * (2 * rank))
+    `totals`: what an axis needs in sum where only the output's size is given: by `output_shape`, or by an `auto_pad`,
+    as large as the input divided by the stride.
+    """
+    auto_pad, rank = str(node.attrs.get("auto_pad", "NOTSET")), len(totals)
+    if "output_shape" in node.attrs or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        # ONNX puts an odd element at the end with SAME_UPPER, else at the start.
+        halves = [(total // 2, total - total // 2) for total in totals]
+        return halves if auto_pad == "SAME_UPPER" else [half[::-1] for half in halves]
+    # `pads` doesn't count where `auto_pad` is set.
+    flat = _per_axis(node, "pads" if auto_pad == "NOTSET" else "", [0] * (2 * rank))
     return list(zip(flat[:rank], flat[rank:], strict=True))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from fedprune.core.errors import ModelError
+from fedprune.model.architecture import FIXED, Axis
 from fedprune.planning.probe_report import CUDA
 from fedprune_export.autodiff.dimensions import Dim, Shape
 from fedprune_export.autodiff.value_facts import Array, ValueFacts, describe
@@ -97,12 +98,9 @@ class TapeValues(ValueFacts):
             raise ModelError(f"value {name} is read before it is computed")
         inputs = [self.value(i) if i else "" for i in node.inputs]
         outputs = self.graph.emit_many(node.op, *inputs, outputs=len(node.outputs), attrs=node.attrs)
-        for output, value in zip(node.outputs, outputs, strict=True):
+        for i, (output, value) in enumerate(zip(node.outputs, outputs, strict=True)):
             if output:
-                dims = self.analysed_shape(output)
-                if dims is None or None in dims:
-                    dims = self.traced_shape(output)
-                self.enter(output, value, tuple(d for d in dims if d is not None))
+                self.enter(output, value, self.output_shape(node, i))
 
     def shape(self, name: str) -> Shape:
         self.value(name)
@@ -124,6 +122,26 @@ class TapeValues(ValueFacts):
             )
         return tuple(d for d in dims if isinstance(d, int))
 
+    def kept_prefix(self, name: str, index: int, count: int) -> Dim | None:
+        """How many of the first `count` indices of a value's axis a submodel keeps; None if widths don't say."""
+        if isinstance(self.shape(name)[index], int):
+            return count
+        axis = self.axis(name, index)
+        if axis is None:
+            return None
+        sizes: list[Dim] = []
+        for s in axis.segments:
+            if count <= 0:
+                break
+            if s.length <= count:
+                sizes.append(self.axis_dim(Axis((s,)), self._architecture))
+            elif s.group == FIXED:
+                sizes.append(count)
+            else:
+                return None
+            count -= s.length
+        return self.total(sizes)
+
     def block_layout(self, node: Node, name: str, index: int, count: int) -> tuple[Dim, Dim]:
         """How many blocks an axis has at every width, and how long each is; at full width there are `count`.
 
@@ -132,12 +150,9 @@ class TapeValues(ValueFacts):
         """
         dim = self.shape(name)[index]
         length, rest = divmod(self.extent(dim), count)
-        axis = self.axis(name, index)
         if not rest:
-            if isinstance(dim, int):
-                return count, length
-            ends = [self.kept_prefix(axis, i * length) for i in range(count + 1)] if axis is not None else [None]
-            first = ends[1] if len(ends) > 1 else None
+            ends = [self.kept_prefix(name, index, i * length) for i in range(count + 1)]
+            first = ends[1]
             if first is not None and all(e == self.product([i, first]) for i, e in enumerate(ends)):
                 return count, first
             number = self.quotient(dim, length)
@@ -152,19 +167,8 @@ class TapeValues(ValueFacts):
         # Reshape copies the input's size for an entry of 0, and computes one entry of -1.
         entries = [d if isinstance(d, int) else 0 if shape[i : i + 1] == (d,) else -1 for i, d in enumerate(target)]
         varying = [i for i, e in enumerate(entries) if e == -1]
-        if len(varying) > 1:
-            # All but one are computed; numbers side by side are one constant.
-            segments: list[str] = []
-            numbers: list[int] = []
-            for i, entry in enumerate(entries):
-                if i in varying[1:]:
-                    segments += ([self.graph.ints(*numbers)] if numbers else []) + [self.size(target[i])]
-                    numbers = []
-                else:
-                    numbers.append(entry)
-            segments += [self.graph.ints(*numbers)] if numbers else []
-            return self.graph.emit("Reshape", value, self.graph.emit("Concat", *segments, attrs={"axis": 0}))
-        return self.graph.emit("Reshape", value, self.graph.ints(*entries))
+        dims = [target[i] if i in varying[1:] else e for i, e in enumerate(entries)]
+        return self.graph.emit("Reshape", value, self.sizes(dims))
 
     def broadcast(self, node: Node, *shapes: Shape) -> Shape:
         """The shape that these shapes broadcast to. Raises `ModelError` if they don't fit each other at every width."""

@@ -7,26 +7,19 @@ batch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
-from fedprune.model.architecture import FIXED, Axis, TensorSpec
+from fedprune.model.architecture import Axis, TensorSpec
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.trace import BATCH_EXTENT, TRACE_BATCHES, Trace
+from fedprune_export.ir.trace import TRACE_BATCHES, Trace
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
-
-
-class TracedConstant(NamedTuple):
-    """The numbers of a constant at the first traced batch size, and which of them differ at the second."""
-
-    numbers: Array
-    follows_batch: npt.NDArray[np.bool_]
 
 
 class ValueFacts(Dimensions):
@@ -61,21 +54,6 @@ class ValueFacts(Dimensions):
         axes = self._analysed.get(name)
         return axes[index] if axes is not None else None
 
-    def kept_prefix(self, axis: Axis, index: int) -> Dim | None:
-        """How many of an axis's first `index` indices a submodel keeps, as a size; None if widths don't say."""
-        sizes: list[Dim] = []
-        for s in axis.segments:
-            if index <= 0:
-                break
-            if s.length <= index:
-                sizes.append(self.axis_dim(Axis((s,)), self._architecture))
-            elif s.group == FIXED:
-                sizes.append(index)
-            else:
-                return None
-            index -= s.length
-        return self.total(sizes)
-
     def is_tensor(self, name: str) -> bool:
         """Whether a name is that of a weight or statistic of the model, and not of a constant."""
         return name in self._architecture.by_name
@@ -99,64 +77,61 @@ class ValueFacts(Dimensions):
 
         Raises `ModelError` if the input is computed from data, or depends on the batch.
         """
-        traced = self._traced_constant(node, index)
-        if traced is None:
+        numbers = self._traced_numbers(node, index)
+        if numbers is None:
             return None
-        if traced.follows_batch.any():
+        first, second = numbers
+        if np.any(first != second):
             raise ModelError(
                 f"{describe(node)}: input {index} depends on the batch",
                 expected="a constant",
                 hint="Only the target of a Reshape may.",
             )
-        return traced.numbers
+        return first
 
-    def target_shape(self, node: Node, index: int) -> Array | None:
-        """The target shape at a node's input, with `BATCH_EXTENT` for the batch; None where there is no such input.
+    def size_input(self, node: Node, index: int) -> Shape | None:
+        """The sizes at a node's input, which may follow the batch; None where there is no such input.
 
-        Raises `ModelError` if the input is computed from data, or depends on the batch other than as a multiple.
+        Raises `ModelError` if the input is computed from data, or a size follows the batch in another way than
+        a · N + b.
         """
-        traced = self._traced_constant(node, index)
-        if traced is None:
+        numbers = self._traced_numbers(node, index)
+        if numbers is None:
             return None
-        target, follows_batch = traced
-        if not follows_batch.any():
-            return target
-        # Both batch sizes are primes: an entry that is the same multiple of both follows the batch.
-        times, rest = np.divmod(target, TRACE_BATCHES[0])
-        second = self._trace.integers_second[node.inputs[index]]
-        if np.any(follows_batch & ((rest != 0) | (second != times * TRACE_BATCHES[1]))):
-            raise ModelError(
-                f"{describe(node)}: its target shape is no multiple of the batch",
-                got=f"{target} of {TRACE_BATCHES[0]} samples",
-            )
-        return np.where(follows_batch, times * BATCH_EXTENT, target)
+        pairs = zip(*(n.reshape(-1).tolist() for n in numbers), strict=True)
+        return tuple(self._linear_size(node, *pair) for pair in pairs)
 
-    def _traced_constant(self, node: Node, index: int) -> TracedConstant | None:
-        """A constant or the result of shape arithmetic at a node's input, whether or not it follows the batch."""
+    def _traced_numbers(self, node: Node, index: int) -> tuple[Array, Array] | None:
+        """A constant or the result of shape arithmetic at a node's input, at both traced batch sizes."""
         if index >= len(node.inputs) or not node.inputs[index]:
             return None
         name = node.inputs[index]
         if name in self.source.initializers and not self.is_tensor(name):
-            constant = self.source.initializers[name]
-            return TracedConstant(constant, np.zeros(constant.shape, np.bool_))
+            return (self.source.initializers[name],) * 2
         first, second = self._trace.integers.get(name), self._trace.integers_second.get(name)
         if first is None or second is None or first.shape != second.shape:
             raise ModelError(f"{describe(node)}: input {index} is not constant")
-        return TracedConstant(first, np.asarray(first != second))
+        return first, second
 
-    def traced_shape(self, name: str) -> Shape:
-        """A value's shape where only the batch varies: every size is a · N + b for a batch of N.
+    def output_shape(self, node: Node, index: int = 0) -> Shape:
+        """The shape of a node's output by the analysis, and by the trace along axes that follow the batch.
 
-        Raises `ModelError` if a size follows the batch in another way.
+        There a size is as at full width; it raises `ModelError` if that is no a · N + b.
         """
-        shape: list[Dim] = []
+        name = node.outputs[index]
         first, second = self._trace.shapes[name], self._trace.shapes_second[name]
-        for size, second_size in zip(first, second, strict=True):
-            slope, rest = divmod(second_size - size, TRACE_BATCHES[1] - TRACE_BATCHES[0])
-            if rest:
-                raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{size}, {second_size}")
-            shape.append(self.total([self.product([BATCH, slope]), size - slope * TRACE_BATCHES[0]]))
-        return tuple(shape)
+        analysed = self.analysed_shape(name) or (None,) * len(first)
+        return tuple(
+            self._linear_size(node, *sizes) if d is None else d
+            for d, *sizes in zip(analysed, first, second, strict=True)
+        )
+
+    def _linear_size(self, node: Node, first: int, second: int) -> Dim:
+        """The size a · N + b that has these numbers at the traced batch sizes."""
+        slope, rest = divmod(second - first, TRACE_BATCHES[1] - TRACE_BATCHES[0])
+        if rest:
+            raise ModelError(f"{describe(node)}: a size is no linear form of the batch", got=f"{first}, {second}")
+        return self.total([self.product([BATCH, slope]), first - slope * TRACE_BATCHES[0]])
 
     def tensor_shape(self, spec: TensorSpec) -> Shape:
         return tuple(self.axis_dim(axis, self._architecture) for axis in spec.axes)

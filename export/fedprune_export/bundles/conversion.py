@@ -16,11 +16,12 @@ import onnx
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import file_digest
-from fedprune.core.errors import BundleError, MissingExtraError, ModelError, StorageError, UsageError, error_reason
+from fedprune.core.errors import BundleError, MissingExtraError, ModelError, StorageError, error_reason
 from fedprune.core.text import first_few, quantity
 from fedprune.model.architecture import TensorKind
 from fedprune.model.step_contract import LOGITS, RANDOM_METADATA, X
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
+from fedprune.runtime.onnx_subgraph import metadata_of
 from fedprune.runtime.prediction_head import PredictionHead
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.bundles.inference import check_origin, inference_graph
@@ -28,7 +29,6 @@ from fedprune_export.checks.parity import PARITY_SAMPLES, compare_with_graph, re
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.hub_folder import BATCH_COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied_names
-from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.packing import INPUTS_KEY, Piece, read_packing, row_splitter
 from fedprune_export.importing.prediction_head import attach_head, own_outputs
 from fedprune_export.importing.torch_export import sample_inputs
@@ -55,6 +55,7 @@ class ConversionSource:
     tensors: Mapping[str, Array]
     title: str
     bundle: Bundle | None = None
+    is_whole: bool = False
 
 
 def read_folder(folder: str | Path) -> ConversionSource:
@@ -63,14 +64,12 @@ def read_folder(folder: str | Path) -> ConversionSource:
     Raises `BundleError` if the folder is neither a bundle nor a board's state folder, or it is damaged, and
     `StorageError` if a board's has no such model.
     """
-    folder = Path(folder)
     bundle = None
-    title = "the bundle's model"
-    if (folder / _POINTER).is_file():
-        folder, title = _served_model(folder)
+    if (Path(folder) / _POINTER).is_file():
+        folder, title = _served_model(Path(folder))
     else:
         bundle = open_bundle(folder)
-        folder = bundle.folder
+        folder, title = bundle.folder, "the bundle's model"
     return ConversionSource(inference_graph(folder), tensorfile.load_tensors(folder / WEIGHTS), title, bundle)
 
 
@@ -103,7 +102,7 @@ def full_model_source(model: Model, weights: Path | None = None) -> ConversionSo
     """A whole model, with the weights of a file if one is given. Raises `BundleError` if they are not the model's."""
     if weights is not None:
         model = with_weights(model, tensorfile.load_tensors(weights), str(weights))
-    return ConversionSource(model.graph, model.tensors, "the whole model")
+    return ConversionSource(model.graph, model.tensors, "the whole model", is_whole=True)
 
 
 def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: Ranks | None = None) -> Model:
@@ -190,8 +189,7 @@ def ports_text(graph: Graph) -> str:
 
 def lost_draws_note(bundle: Bundle) -> str:
     """A sentence on the dropouts and random numbers that a bundle trains with: its submodel has none. Empty without."""
-    training = parse_model(bundle.path(TRAINING).read_bytes(), run_checker=False)
-    draws = json.loads(metadata.read_properties(training).get(RANDOM_METADATA, "{}"))
+    draws = json.loads(metadata_of(bundle.path(TRAINING).read_bytes()).get(RANDOM_METADATA, "{}"))
     if not draws:
         return ""
     return (
@@ -277,17 +275,15 @@ def _rows(values: Iterable[Array]) -> Array:
 def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:
     """Write a state dict; returns the file's size.
 
-    The name ends in `.safetensors`, or in `.pt` or `.pth` for `torch.load(..., weights_only=True)`. Raises `UsageError`
-    for other names, `MissingExtraError` if torch is needed and not installed, `StorageError` if the disk fails.
+    A file that isn't named `.safetensors` is for `torch.load(..., weights_only=True)`. Raises `MissingExtraError` if
+    torch is needed and not installed, `StorageError` if the disk fails.
     """
     if path.suffix == ".safetensors":
         raw = tensorfile.encode(state)
-    elif path.suffix in (".pt", ".pth"):
+    else:
         buffer = io.BytesIO()
         _torch().save(_torch_tensors(state), buffer)
         raw = buffer.getvalue()
-    else:
-        raise UsageError(f"{path}", expected="a file name that ends in .safetensors, .pt or .pth")
     write_atomically(path, raw)
     return len(raw)
 

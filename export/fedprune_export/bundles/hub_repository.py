@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -152,7 +153,10 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, name: st
     if not _REPOSITORY.fullmatch(str(source)):
         what = f"model {value_text(str(source))}"
         raise ModelError(what, expected="a folder, or owner/name on the hub", got="neither")
-    folder = _download(str(source), revision)
+    hint = "If it is a folder of this machine, it isn't there; else see whether the hub has it, and is reachable."
+    with _hub(f"can't get {source} from the hub", hint) as hub:
+        file_names = [hub_folder.HUB_GRAPH_FILE, hub_folder.HUB_WEIGHTS_FILE, hub_folder.HUB_CONFIG_FILE]
+        folder = Path(hub.snapshot_download(str(source), revision=revision, allow_patterns=file_names))
     return load(folder, name=name or hub_folder.model_name(folder, str(source).partition("/")[2]))
 
 
@@ -174,8 +178,8 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
         raise ModelError(f"{folder}", expected=expected, got="none of that")
     if not _REPOSITORY.fullmatch(repository):
         raise ModelError("repository", expected="owner/name", got=value_text(repository))
-    hub = _hub()
-    try:
+    hint = "Log in with `hf auth login`, and see whether the repository is yours."
+    with _hub(f"can't upload {folder} to {repository}", hint) as hub:
         hub.create_repo(repository, private=private, exist_ok=True)
         commit = hub.upload_folder(
             repo_id=repository,
@@ -184,28 +188,20 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
             allow_patterns=[*hub_folder.HUB_FILES],
             commit_message=message or f"Upload a model of fedprune {__version__}",
         )
-    except Exception as error:  # the library lets through whatever its client for HTTP raises
-        hint = "Log in with `hf auth login`, and see whether the repository is yours."
-        raise ModelError(f"can't upload {folder} to {repository} ({error_reason(error)})", hint=hint) from error
     return str(commit.commit_url)
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    hub = _hub()
-    try:
-        file_names = [hub_folder.HUB_GRAPH_FILE, hub_folder.HUB_WEIGHTS_FILE, hub_folder.HUB_CONFIG_FILE]
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=file_names))
-    except Exception as error:  # the library lets through whatever its client for HTTP raises
-        hint = "If it is a folder of this machine, it isn't there; else see whether the hub has it, and is reachable."
-        raise ModelError(f"can't get {repository} from the hub ({error_reason(error)})", hint=hint) from error
-
-
-def _hub() -> Any:
+@contextmanager
+def _hub(failure: str, hint: str) -> Iterator[Any]:
+    """The hub's library. Raises `ModelError`, which begins with `failure`, for its errors."""
     try:
         import huggingface_hub
     except ImportError as error:
         raise MissingExtraError("the hub needs huggingface_hub, which is not installed", extra="hub") from error
-    return huggingface_hub
+    try:
+        yield huggingface_hub
+    except Exception as error:  # the library lets through whatever its client for HTTP raises
+        raise ModelError(f"{failure} ({error_reason(error)})", hint=hint) from error
 
 
 def _is_edited(folder: Path) -> bool:

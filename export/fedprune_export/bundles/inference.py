@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,13 +17,12 @@ from fedprune.core.atomic_file import write_atomically
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BundleError, path_remedy
 from fedprune.runtime.bundle import BASE, INFERENCE, WEIGHTS, Bundle
-from fedprune_export.ir.graph import Graph
+from fedprune.runtime.precision import RANGES
+from fedprune_export.ir.graph import Array, Graph
 from fedprune_export.pruning.base_reads import write_base_reads
 from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model
 
-# The file of weights that an inference graph refers to.
-WEIGHTS_FILE = "weights.safetensors"
 _MODEL_FILE = "model.onnx"
 
 
@@ -37,14 +35,13 @@ def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = 
     graph = at_widths(model, widths)
     if model.base is not None:
         write_base_reads(graph, model.base)
-    proto = graph.to_proto() if opset is None else graph.to_proto(opset=opset)
-    offset = len(tensorfile.header_for_specs([(b.name, b.code, b.shape) for b in model.architecture.base]))
+    proto = graph.to_proto(opset=opset)
     for array in model.architecture.base:
-        offset = add_external(proto, array.name, array.dtype, array.shape, BASE, offset)
         # An initialiser that is an input, too, is only a default value: no runtime folds it into float32 constants.
         kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         proto.graph.input.append(onnx.helper.make_tensor_value_info(array.name, kind, array.shape))
-    return refer_to_weights(proto, model.architecture.shapes(widths))
+    frozen = {b.name: np.zeros(b.shape, b.dtype) for b in model.architecture.base}
+    return refer_to_files(proto, {BASE: frozen, WEIGHTS: zero_weights(model, widths)})
 
 
 def write_model(folder: Path, model: Model, weights: bytes) -> None:
@@ -55,38 +52,33 @@ def write_model(folder: Path, model: Model, weights: bytes) -> None:
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     # The graph last: it never refers to weights that aren't there.
-    write_atomically(folder / WEIGHTS_FILE, weights)
+    write_atomically(folder / WEIGHTS, weights)
     if (frozen := model.base_file) is not None:
         write_atomically(folder / BASE, frozen)
     write_atomically(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
 
 
-def refer_to_weights(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> bytes:
-    """The bytes of a model whose weights are in `WEIGHTS_FILE`. `shapes`: all tensors of the file, in its order."""
-    offset = len(tensorfile.header_for_specs([(n, "F32", s) for n, s in shapes.items()]))
-    for name, shape in shapes.items():
-        offset = add_external(proto, name, np.dtype(np.float32), shape, WEIGHTS_FILE, offset)
+def refer_to_files(proto: onnx.ModelProto, files: Mapping[str, Mapping[str, Array]]) -> bytes:
+    """The bytes of a model whose weights are in files next to it: per file all its tensors, for their types and shapes,
+    in the file's order."""
+    for file, tensors in files.items():
+        offset = len(tensorfile.header_for_tensors(tensors))
+        for name, value in tensors.items():
+            if name != RANGES:  # a board's measurements, which no graph that predicts reads
+                tensor = proto.graph.initializer.add(name=name, dims=value.shape)
+                tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, text in (("location", file), ("offset", str(offset)), ("length", str(value.nbytes))):
+                    tensor.external_data.add(key=key, value=text)
+            offset += value.nbytes
     # Deterministic: equal models have equal bytes, and so one digest.
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
 
 
-def add_external(
-    proto: onnx.ModelProto, name: str, dtype: np.dtype[Any], shape: Sequence[int], file: str, offset: int
-) -> int:
-    """Add an initialiser that is stored in a file next to the model.
-
-    `offset` is the byte of the file at which the tensor begins. Returns the byte at which it ends.
-    """
-    length = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    tensor = proto.graph.initializer.add()
-    tensor.name = name
-    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-    tensor.dims.extend(shape)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", file), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
-    return offset + length
+def zero_weights(model: Model, widths: Sequence[int]) -> dict[str, Array]:
+    """Zeros in the shapes of a submodel's weights and statistics, in their order."""
+    return {n: np.zeros(s, np.float32) for n, s in model.architecture.shapes(widths).items()}
 
 
 def inference_graph(folder: Path) -> Graph:

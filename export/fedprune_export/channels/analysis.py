@@ -19,8 +19,8 @@ from fedprune.model.step_contract import LOGITS
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.choices import Choices
 from fedprune_export.channels.cost_table import ValueAxes, activation_rows, layer_rows
-from fedprune_export.channels.grouping import form_groups
-from fedprune_export.channels.rule import SHAPE_INPUTS, Channels, Pick, apply_channel_rules
+from fedprune_export.channels.grouping import footprints, form_groups
+from fedprune_export.channels.rule import SHAPE_INPUTS, Channels, apply_channel_rules
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.shape_arithmetic import size_marks, size_origins
 from fedprune_export.ir.trace import Trace
@@ -57,17 +57,14 @@ def analyse(
         uncut: Names of tensors whose channels all stay.
     """
     channels, notes = _settle_choices(graph, parameters, trace, prefer, uncut)
-    unit = _units_in_tensors(channels)
-    rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
-    picks = [Pick(unit[p.source], p.indices, unit[p.atoms]) for p in channels.picks]
-    groups = form_groups(rows, parameters, picks)
+    groups = form_groups(channels.rows, parameters, channels.picks, _units_in_tensors(channels))
     notes += groups.notes
     if not groups.sizes and not notes and not uncut and channels.atoms.fix_causes:
         causes = first_few(list(channels.atoms.fix_causes), max_names=3)
         notes.append(f"No channels can be cut: {causes} keep those that they read.")
     values: dict[str, tuple[Axis | None, ...]] = {
         n: tuple(None if b else groups.axis(r) for r, b in zip(value, trace.batched(n), strict=True))
-        for n, value in rows.items()
+        for n, value in channels.rows.items()
     }
     output_dims = trace.dims(LOGITS)
     if not output_dims or output_dims[0] is not None or None in output_dims[1:] or 0 in output_dims:
@@ -102,22 +99,10 @@ def _settle_choices(
         channels.fix(channels.rows[LOGITS])
         notes += _fix_counts_in_use(channels)
         unit = channels.atoms.units()
-        if not choices.reject_failed_options(unit, _footprints(channels, unit)):
+        axes = [unit[row] for name in parameters for row in channels.rows[name] if row.any()]
+        if not choices.reject_failed_options(unit, footprints(axes, unit.size)):
             break
     return channels, notes
-
-
-def _footprints(channels: Channels, unit: AtomRow) -> AtomRow:
-    """Per unit a hash of the axes of tensors that it is on: equal for units that may form a group."""
-    rows = [row for name in channels.parameters for row in channels.rows[name] if row.any()]
-    hashes = np.zeros(unit.size, np.int64)
-    # A sum of random numbers, one per axis: other axes give another sum, and the order of axes doesn't matter. The seed
-    # is fixed, so that the same model always gets the same groups.
-    numbers = np.random.default_rng(0).integers(1, 2**62, len(rows))
-    with np.errstate(over="ignore"):
-        for row, number in zip(rows, numbers, strict=True):
-            np.add.at(hashes, unit[row], number)
-    return hashes
 
 
 def _units_in_tensors(channels: Channels) -> AtomRow:

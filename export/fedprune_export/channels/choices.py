@@ -12,7 +12,6 @@ Indices of an axis that can only be cut together are a *unit* (`atoms`); units o
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -25,22 +24,6 @@ Option = TypeVar("Option", bound=Hashable)
 # The channels that a grouped operator can lose: whole groups, or the same positions of every group.
 GROUPS, POSITIONS = "groups", "positions"
 
-# How often a node that has no option left begins again: its options may have failed for another node's choice.
-_MAX_RETRIES = 1
-
-
-@dataclass
-class _NodeOptions:
-    """What is left of a node's options."""
-
-    count: int
-    failed: set[Hashable] = field(default_factory=set)
-    retries_left: int = _MAX_RETRIES
-
-    @property
-    def left(self) -> int:
-        return self.count - len(self.failed)
-
 
 class Choices:
     """The options that have failed, per node, over all runs.
@@ -50,14 +33,15 @@ class Choices:
 
     def __init__(self, prefer: Prefer = "coarse") -> None:
         self._reverse = prefer == "fine"
-        self._nodes: dict[str, _NodeOptions] = {}
-        # Of the present run: each node's option and the rows that show whether it works, and nodes without an option.
+        self._failed: dict[str, set[Hashable]] = {}
+        # Of the present run: each node's number of options that are left, and the option with the rows that show
+        # whether it works.
+        self._left: dict[str, int] = {}
         self._watched: dict[str, tuple[Hashable, list[AtomRow]]] = {}
-        self._exhausted: set[str] = set()
 
     def begin(self) -> None:
         """Begin a new run: forget the rows that were watched in the last one."""
-        self._watched, self._exhausted = {}, set()
+        self._left, self._watched = {}, {}
 
     def next_option(self, key: str, options: Sequence[Option], *, ranked: bool = False) -> Option | None:
         """The first option of a node that hasn't failed yet; None if all have failed: then its channels stay.
@@ -65,13 +49,11 @@ class Choices:
         `options`: all options of the node, coarsest first; `ranked`: whether the first one is the best whatever is
         preferred.
         """
-        node = self._nodes.setdefault(key, _NodeOptions(len(options)))
-        node.count = len(options)  # an option of another node may have changed them
-        for option in reversed(options) if self._reverse and not ranked else options:
-            if option not in node.failed:
-                return option
-        self._exhausted.add(key)
-        return None
+        failed = self._failed.setdefault(key, set())
+        self._left[key] = len(options) - len(failed)
+        return next(
+            (o for o in (reversed(options) if self._reverse and not ranked else options) if o not in failed), None
+        )
 
     def expect_choice(self, key: str, option: Hashable, rows: Sequence[AtomRow]) -> None:
         """Register the rows in which the node's present option must leave channels to choose from."""
@@ -90,15 +72,8 @@ class Choices:
             units = [np.unique(unit[row][unit[row] > 0]) for row in rows]
             if not any(np.unique(footprint[u]).size < u.size for u in units):
                 failed.append((key, option))
-        options_left = {key: self._nodes[key].left for key, _ in failed}
+        most_left = max((self._left[key] for key, _ in failed), default=0)
         for key, option in failed:
-            if options_left[key] == max(options_left.values()):
-                self._nodes[key].failed.add(option)
-        if failed:
-            return True
-        # Nodes that have no option left begin again, if they may.
-        retried = [node for key in self._exhausted if (node := self._nodes[key]).retries_left]
-        for node in retried:
-            node.retries_left -= 1
-            node.failed = set()
-        return bool(retried)
+            if self._left[key] == most_left:
+                self._failed[key].add(option)
+        return bool(failed)

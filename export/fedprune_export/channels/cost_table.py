@@ -23,13 +23,11 @@ ValueAxes = Mapping[str, tuple[Axis | None, ...]]
 # Operators that take no time worth a row: most copy nothing, or compute with a few numbers.
 _UNCOUNTED = operators.VIEWS | {"Constant", "ConstantOfShape", "Shape", "Size", "Dropout", "Range"}
 
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_RECURRENT = ("LSTM", "GRU", "RNN")
-# Gates of a recurrent layer, which the training graph computes and differentiates as one array over all steps.
-_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-
-# Arrays of the size of its output that a recurrent layer's gradient keeps in addition to it.
-_STEP_VALUES = {"LSTM": 6, "GRU": 4, "RNN": 1}
+# Layers whose weights aren't used at every step of a sequence.
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+# Of each recurrent layer the gates, which the training graph computes and differentiates as one array over all steps,
+# and the arrays of the size of its output that its gradient keeps in addition to it.
+_RECURRENT = {"LSTM": (4, 6), "GRU": (3, 4), "RNN": (1, 1)}
 
 
 class _WeightUse(NamedTuple):
@@ -69,7 +67,7 @@ def _weights_of(
             # A layer's own weights; torch's two directions come as one array made of two.
             yield from (_WeightUse(w, min(1, len(trace.shapes[w]) - 2), length) for w in sources)
         return
-    if node.op not in _WEIGHTED:
+    if node.op not in LAYERS:
         return
     # The weight is usually the second factor; a MatMul may have it first.
     for input_index in (1, 0):
@@ -138,14 +136,7 @@ def _weight_origin(node: Node, input_index: int, producers: Mapping[str, Node], 
     """
     name = node.inputs[input_index]
     rank = len(trace.shapes[name])
-    if node.op == "Conv":
-        axis = 0
-    elif node.op == "ConvTranspose":
-        axis = 1
-    elif node.op == "Gemm":
-        axis = (0 if node.attrs.get("transB") else 1) if input_index else (1 if node.attrs.get("transA") else 0)
-    else:
-        axis = rank - 1 if input_index == 1 else max(0, rank - 2)
+    axis = channel_axis(node, rank, input_index)
     while name in producers and not producers[name].domain:
         producer = producers[name]
         if producer.op in operators.REARRANGEMENTS:
@@ -161,6 +152,15 @@ def _weight_origin(node: Node, input_index: int, producers: Mapping[str, Node], 
         else:
             break
     return name, axis
+
+
+def channel_axis(layer: Node, rank: int, input_index: int = 1) -> int:
+    """The axis of a layer's weight that makes the output's channels; the weight is this input, of this rank."""
+    if layer.op in ("Conv", "ConvTranspose"):
+        return 0 if layer.op == "Conv" else 1
+    if layer.op == "Gemm":
+        return (0 if layer.attrs.get("transB") else 1) if input_index else (1 if layer.attrs.get("transA") else 0)
+    return rank - 1 if input_index == 1 else max(0, rank - 2)
 
 
 def activation_rows(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[Activation]:
@@ -191,8 +191,9 @@ def activation_rows(graph: Graph, values: ValueAxes, trace: Trace) -> Iterable[A
                 channels, positions = _channels_and_positions(spanned)
                 yield Activation(f"{name}~mask", channels, positions, is_kept=True)
         if op := sequences.get(name):
-            yield replace(value, name=f"{name}~gates", positions=_GATES[op] * value.positions, is_kept=False)
-            for i in range(_STEP_VALUES[op]):
+            gate_count, kept_count = _RECURRENT[op]
+            yield replace(value, name=f"{name}~gates", positions=gate_count * value.positions, is_kept=False)
+            for i in range(kept_count):
                 yield replace(value, name=f"{name}~{i}", is_kept=True)
 
 

@@ -9,7 +9,8 @@ there are several *assignments*.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedprune_export.channels.atoms import AtomRow
@@ -50,36 +51,24 @@ def extents(trace: Trace, name: str) -> list[int] | None:
 
 def axis_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Shortest runs of old and new axes with equal products, in order."""
-    runs_of_axes: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        old_axes, new_axes, old_product, new_product = [], [], 1, 1
-        while True:
-            if i < len(old) and (old_product <= new_product or j >= len(new)):
-                old_product *= old[i]
-                old_axes.append(i)
-                i += 1
-            elif j < len(new):
-                new_product *= new[j]
-                new_axes.append(j)
-                j += 1
-            if (old_axes and new_axes and old_product == new_product) or (i >= len(old) and j >= len(new)):
-                break
-        runs_of_axes.append((old_axes, new_axes))
-    # Trailing axes of size 1 are a run with one side only: they belong to the run before.
-    if len(runs_of_axes) > 1 and not (runs_of_axes[-1][0] and runs_of_axes[-1][1]):
-        last_run = runs_of_axes.pop()
-        runs_of_axes[-1] = (runs_of_axes[-1][0] + last_run[0], runs_of_axes[-1][1] + last_run[1])
-    return runs_of_axes
+    old_ends, new_ends = _axis_ends(old), _axis_ends(new)
+    total = max(old_ends[-1], new_ends[-1])
+    # Axes of size 1 belong to the run after them, at the end to the last one.
+    common_ends = [n for n in dict.fromkeys(old_ends) if n in new_ends and 1 < n < total]
+    bounds = ([0, *map(ends.index, common_ends), len(ends) - 1] for ends in (old_ends, new_ends))
+    old_runs, new_runs = ([list(range(*run)) for run in itertools.pairwise(side)] for side in bounds)
+    return list(zip(old_runs, new_runs, strict=True))
+
+
+def _axis_ends(sizes: Iterable[int]) -> list[int]:
+    """Ends of axes as products of the sizes up to there, from 1 on."""
+    return list(itertools.accumulate(sizes, operator.mul, initial=1))
 
 
 def factor_run(old_axes: list[int], new_axes: list[int], old: Sequence[int], new: Sequence[int]) -> AxisRun | None:
     """The common factors of a run; None where the axes of one side end within a factor of the other."""
-    ends = [
-        list(itertools.accumulate((sizes[i] for i in axes), lambda a, b: a * b, initial=1))
-        for axes, sizes in ((old_axes, old), (new_axes, new))
-    ]
-    # Ends of axes as products of sizes. Factors exist where every end divides the next one, whichever side it is of.
+    ends = _axis_ends(old[i] for i in old_axes), _axis_ends(new[i] for i in new_axes)
+    # Factors exist where every end divides the next one, whichever side it is of.
     marks = sorted({*ends[0], *ends[1]})
     if ends[0][-1] != ends[1][-1] or not marks[0] or any(b % a for a, b in itertools.pairwise(marks)):
         return None
@@ -117,8 +106,7 @@ def assignments(run: AxisRun, grids: Sequence[AtomRow], free: Sequence[bool]) ->
         takers.append(
             [j for j, s in zip(run.new_axes, run.new_factors, strict=True) if varying_factors & set(s) and not free[j]]
         )
-    carrying = [bool(t) for t in takers]
-    if not any(carrying):
+    if not any(takers):
         return []
     options: list[Assignment] = []
     for option in itertools.product(*([*t, None] if t else [None] for t in takers)):

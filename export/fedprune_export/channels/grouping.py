@@ -18,14 +18,14 @@ from fedprune.model.architecture import FIXED, Axis, Segment
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.rule import Pick
 
-Rows = Mapping[str, Sequence[AtomRow]]  # per value its axes, by unit
+Rows = Mapping[str, Sequence[AtomRow]]  # per value its axes
 
 
 @dataclass(frozen=True)
 class Grouping:
     """Channel groups.
 
-    `group_of`: per unit its group, -1 for units that stay; `position`: per unit its channel in the group.
+    `group_of`: per atom its group, -1 for atoms that stay; `position`: per atom its channel in the group.
     """
 
     group_of: AtomRow
@@ -35,18 +35,19 @@ class Grouping:
     _axes: dict[bytes, Axis] = field(default_factory=dict, repr=False)
 
     def axis(self, row: AtomRow) -> Axis:
-        # Most axes of a graph repeat a few rows; forming an axis is the slow part.
-        key = row.tobytes()
+        # Most axes of a graph repeat a few; forming an axis is the slow part.
+        groups, positions = self.group_of[row], self.position[row]
+        key = groups.tobytes() + positions.tobytes()
         if key not in self._axes:
-            self._axes[key] = _build_axis(self.group_of[row], self.position[row])
+            self._axes[key] = _build_axis(groups, positions)
         return self._axes[key]
 
 
-def form_groups(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Grouping:
-    """Form groups of units. `picks`: where nodes take indices from an axis; their rows are of units."""
+def form_groups(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick], unit: AtomRow) -> Grouping:
+    """Form groups of units. `picks`: where nodes take indices from an axis; `unit`: of every atom, 0 for those that
+    stay."""
     names = list(parameters)
     stay_counts: dict[str, int] = {}
-    unit = np.arange(1 + max((int(r.max(initial=0)) for value in rows.values() for r in value), default=0))
     while True:
         axes = list({r.tobytes(): r for value in rows.values() for row in value if (r := unit[row]).any()}.values())
         candidate, unfit, alone = _divide_into_groups(axes, unit.size)
@@ -109,8 +110,10 @@ def _divide_into_groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, i
     Returns the groups; how many units had to be fixed because of their order, and how many because they were alone.
     """
     # Units of equal keys are tried as one group. Footprints come first; runs are added to them where that fails.
-    group_keys: dict[int, object] = dict(_footprints(axes))
-    units_in_order = list(group_keys)
+    hashes = footprints(axes, size).tolist()
+    # By first appearance, which is graph order; 0 stands for all that stays.
+    units_in_order = list(dict.fromkeys(u for row in axes for u in np.unique(row).tolist() if u))
+    group_keys: dict[int, object] = {u: hashes[u] for u in units_in_order}
     divided: set[int] = set()
     unfit = alone = 0
     while True:
@@ -144,15 +147,16 @@ def _divide_into_groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, i
             del group_keys[groups[g][0]]
 
 
-def _footprints(axes: Sequence[AtomRow]) -> dict[int, tuple[tuple[int, int], ...]]:
-    """The axes on which each unit occurs, and how often on each; units by first appearance, which is graph order."""
-    footprints: dict[int, list[tuple[int, int]]] = {}
-    for i, row in enumerate(axes):
-        units, counts = np.unique(row, return_counts=True)
-        for u, n in zip(units.tolist(), counts.tolist(), strict=True):
-            if u:  # 0 stands for all that stays
-                footprints.setdefault(u, []).append((i, n))
-    return {u: tuple(occurrences) for u, occurrences in footprints.items()}
+def footprints(axes: Sequence[AtomRow], size: int) -> AtomRow:
+    """Per unit a hash of the axes on which it occurs, and how often on each: equal for units that may form a group."""
+    hashes = np.zeros(size, np.int64)
+    # A sum of random numbers, one per axis: other axes give another sum, and the order of axes doesn't matter. The seed
+    # is fixed, so that the same model always gets the same groups.
+    numbers = np.random.default_rng(0).integers(1, 2**62, len(axes))
+    with np.errstate(over="ignore"):
+        for row, number in zip(axes, numbers, strict=True):
+            np.add.at(hashes, row, number)
+    return hashes
 
 
 def _group_without_width(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
@@ -180,21 +184,18 @@ def _find_runs(
     for i, row in enumerate(axes):
         run_number = 0
         for g, start, stop in _equal_stretches(group_of[row]):
-            run_number += 1
             if g == FIXED:
                 continue
-            stretch = row[start:stop]
-            if _count_passes(position[stretch], sizes[g]) is None:
+            runs, positions = [row[start:stop]], position[row[start:stop]]
+            if _count_passes(positions, sizes[g]) is None:
                 broken.add(g)
                 # Where the order breaks, another run begins: its units may form a group of their own.
-                step = np.diff(position[stretch])
-                for run in np.split(stretch, np.flatnonzero((step != 0) & (step != 1)) + 1):
-                    run_number += 1
-                    for u in np.unique(run).tolist():
-                        occurrences.setdefault(u, []).append((i, run_number))
-                continue
-            for u in np.unique(stretch).tolist():
-                occurrences.setdefault(u, []).append((i, run_number))
+                step = np.diff(positions)
+                runs = np.split(row[start:stop], np.flatnonzero((step != 0) & (step != 1)) + 1)
+            for run in runs:
+                run_number += 1
+                for u in np.unique(run).tolist():
+                    occurrences.setdefault(u, []).append((i, run_number))
     return {u: tuple(s) for u, s in occurrences.items()}, broken
 
 

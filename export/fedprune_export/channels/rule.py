@@ -59,7 +59,6 @@ class Channels:
         self.notes: list[str] = []
         self.rows: dict[str, Rows] = {}
         self.picks: list[Pick] = []
-        self.data_values = {p.name for p in graph.inputs}
         for name, value in graph.initializers.items():
             if name in parameters and name not in uncut:
                 self.rows[name] = tuple(self.atoms.fresh(n) for n in value.shape)
@@ -76,24 +75,24 @@ class Channels:
         """Rows of a value whose indices all stay."""
         return tuple(fixed_row(n) for n in self.shape(name))
 
+    def _constant(self, name: str) -> npt.NDArray[Any] | None:
+        """A constant, flattened; None for other values."""
+        value = None if name in self.parameters else self.graph.initializers.get(name)
+        return None if value is None else value.reshape(-1)
+
     def is_constant(self, name: str) -> bool:
         """Whether a value is a constant of more than one number."""
-        value = self.graph.initializers.get(name)
-        return value is not None and name not in self.parameters and value.size > 1
+        value = self._constant(name)
+        return value is not None and value.size > 1
 
     def is_uniform(self, name: str) -> bool:
         """Whether a value is a constant whose numbers are all equal: `rewrites` can shorten it."""
-        value = self.graph.initializers.get(name)
-        if value is None or name in self.parameters or not value.size:
-            return False
-        return bool((value == value.reshape(-1)[0]).all())
+        value = self._constant(name)
+        return value is not None and value.size > 0 and bool((value == value[0]).all())
 
     def constant_input(self, node: Node, index: int) -> npt.NDArray[Any] | None:
         """The constant at a node's input, flattened; None if it is missing or not a constant."""
-        if not self.has_input(node, index) or node.inputs[index] in self.parameters:
-            return None
-        value = self.graph.initializers.get(node.inputs[index])
-        return None if value is None else value.reshape(-1)
+        return self._constant(node.inputs[index]) if self.has_input(node, index) else None
 
     def input_rows(self, node: Node, index: int) -> Rows:
         """Rows of a node's input."""
@@ -139,10 +138,6 @@ class Channels:
             if name:
                 self.fix(self.rows[name])
 
-    def follows_data(self, node: Node) -> bool:
-        """Whether a node reads something that depends on the graph's input."""
-        return bool(self.data_values.intersection(node.inputs))
-
 
 Rule = Callable[[Channels, Node], None]
 RULES: dict[str, Rule] = {}  # rules by operator
@@ -166,8 +161,6 @@ def apply_channel_rules(channels: Channels) -> list[str]:
             samples.update(node.outputs)
         # The axes of samples stay in every model: the node that reads them is not to blame.
         channels.atoms.cause = "" if of_samples else f"{node.op} {node.name}"
-        if channels.follows_data(node):
-            channels.data_values.update(o for o in node.outputs if o)
         rule = None if node.domain else rules.get(node.op)
         if rule is not None:
             rule(channels, node)

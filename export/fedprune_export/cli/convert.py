@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fedprune_export as fx
 from fedprune.core.atomic_file import write_atomically
 from fedprune.core.cli import add_json_option, positive_integer, print_json
 from fedprune.core.errors import UsageError
@@ -67,9 +66,8 @@ def to_onnx(arguments: argparse.Namespace) -> None:
 
     # Before the import of a model, which may take minutes.
     _check_result_path(arguments, ".onnx")
-    model = _model(arguments)
+    source = _read_source(arguments)
     with tables.progress(f"writing {arguments.out}") as tell:
-        source = _source(arguments, model)
         raw = conversion.onnx_file(source.graph, source.tensors, arguments.name or "model", arguments.opset)
         # Compared before it is written: a file that computes something else never exists.
         tell("comparing outputs")
@@ -89,12 +87,11 @@ def to_torch(arguments: argparse.Namespace) -> None:
     from fedprune_export.importing import torch_module
 
     _check_result_path(arguments, ".safetensors", ".pt", ".pth")
-    model = _model(arguments)
-    source = _source(arguments, model)
+    source = _read_source(arguments)
     graph, tensors, module_source, hint = source.graph, source.tensors, None, ""
     if arguments.into is not None:
         if source.bundle is None:
-            hint = _BOARD_HINT if model is None else "A whole model's weights are in their places already."
+            hint = "A whole model's weights are in their places already." if source.is_whole else _BOARD_HINT
             raise UsageError("--into is for bundles", hint=hint)
         whole_model = read_model(arguments, arguments.into, source.bundle.architecture.name, source.bundle.recipe)
         tensors = conversion.scatter_bundle(source.bundle, whole_model, keep=arguments.others == "keep")
@@ -103,7 +100,7 @@ def to_torch(arguments: argparse.Namespace) -> None:
             "Channels of zeros count in a layer norm or group norm: use --others keep, or leave out --into and build "
             "the module as narrow (fedprune_export.narrowed)."
         )
-    elif model is not None:
+    elif source.is_whole:
         module_source = arguments.source
     state = conversion.state_dict(tensors, graph)
     comparison = ""
@@ -145,22 +142,15 @@ def _check_result_path(arguments: argparse.Namespace, *endings: str) -> None:
             raise UsageError(f"{arguments.out} is read and would be written over", hint="Give the result another name.")
 
 
-def _source(arguments: argparse.Namespace, model: fx.Model | None) -> ConversionSource:
+def _read_source(arguments: argparse.Namespace) -> ConversionSource:
+    """The folder of a bundle or a board, or else a whole model."""
     from fedprune_export.bundles import conversion
-
-    if model is None:
-        return conversion.read_folder(arguments.source)
-    return conversion.full_model_source(model, arguments.weights)
-
-
-def _model(arguments: argparse.Namespace) -> fx.Model | None:
-    """The whole model that is converted; None where the source is the folder of a bundle or a board."""
     from fedprune_export.importing.hub_folder import is_hub_folder
 
     if Path(arguments.source).is_dir() and not is_hub_folder(Path(arguments.source)):
         if arguments.weights is not None:
             raise UsageError("--weights is for whole models", hint=f"The weights of {arguments.source} are in it.")
-        return None
+        return conversion.read_folder(arguments.source)
     with tables.progress() as tell:
         tell(f"importing {arguments.source}")
-        return read_model(arguments, arguments.source)
+        return conversion.full_model_source(read_model(arguments, arguments.source), arguments.weights)

@@ -11,12 +11,9 @@ import fedprune_export as fx
 from fedprune.core import cli
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
-from fedprune.model.recipe import Recipe
 from fedprune.output import tables
 from fedprune.output.tables import Column
 from fedprune.planning import profile_store
-from fedprune.planning.probe_report import ProbeReport
-from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.bundle_folder import check_bundle_folder, is_bundle
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import PLAIN
@@ -30,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         required=True,
-        action="append",
+        action="extend",
+        type=options.comma_separated_names,
         metavar="PROFILE",
         help="hardware profile: a name or a TOML file; several, repeated or with commas, give a folder each",
     )
@@ -123,8 +121,9 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
 def export_command(arguments: argparse.Namespace) -> int:
     """Export a model for every target; returns the exit code, which is that of the first target that failed."""
     # All that doesn't depend on the model is checked before its import, which may take minutes.
-    names = options.parse_targets(arguments.target)
-    profiles = [profile_store.find_typed_profile(name, arguments.profiles) for name in names]
+    profiles = [profile_store.find_typed_profile(name, arguments.profiles) for name in arguments.target]
+    if not profiles:
+        raise UsageError("--target", expected="the name of a hardware profile, or a file")
     recipe, probe = options.read_recipe(arguments), options.read_probe(arguments)
     if probe is not None and len(profiles) > 1:
         raise UsageError("--probe is of one board", expected="one --target", got=len(profiles))
@@ -146,22 +145,33 @@ def export_command(arguments: argparse.Namespace) -> int:
         for profile, folder in zip(profiles, folders, strict=True):
             tell(f"exporting for {profile.name} ({len(results) + 1} of {len(profiles)})")
             try:
-                results[profile.name] = _export(arguments, model, data, recipe, probe, profile, folder)
+                plan = fx.plan(
+                    model,
+                    profile,
+                    recipe=recipe,
+                    samples=arguments.samples,
+                    density=arguments.density,
+                    bytes_per_round=arguments.bytes_per_round,
+                    deadline_s=arguments.deadline,
+                    joules_per_round=arguments.joules_per_round,
+                    compression=arguments.compression,
+                    probe=probe,
+                )
+                results[profile.name] = fx.export(
+                    model,
+                    plan,
+                    folder,
+                    scorer=arguments.scorer,
+                    data=data,
+                    precisions=arguments.precision,
+                    opset=arguments.opset,
+                    class_names=arguments.class_names,
+                )
             except FedpruneError as error:
                 if len(profiles) == 1:
                     raise
                 results[profile.name] = error
-    if len(results) > 1:
-        if arguments.json:
-            return _print_json(results)
-        return _print_results(results, model.notes, arguments.model, arguments.out)
-    # The only result is a report: its error would have been raised.
-    report = next(r for r in results.values() if isinstance(r, fx.Report))
-    if arguments.json:
-        cli.print_json(report.to_dict())
-    else:
-        print(report)
-    return int(ExitCode.OK)
+    return _print_results(arguments, results, model.notes)
 
 
 def _bundle_folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
@@ -179,86 +189,35 @@ def _bundle_folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
     return folders
 
 
-def _export(
-    arguments: argparse.Namespace,
-    model: fx.Model,
-    data: fx.LabelledData | None,
-    recipe: Recipe,
-    probe: ProbeReport | None,
-    profile: HardwareProfile,
-    folder: Path,
-) -> fx.Report:
-    plan = fx.plan(
-        model,
-        profile,
-        recipe=recipe,
-        samples=arguments.samples,
-        density=arguments.density,
-        bytes_per_round=arguments.bytes_per_round,
-        deadline_s=arguments.deadline,
-        joules_per_round=arguments.joules_per_round,
-        compression=arguments.compression,
-        probe=probe,
-    )
-    return fx.export(
-        model,
-        plan,
-        folder,
-        scorer=arguments.scorer,
-        data=data,
-        precisions=arguments.precision,
-        opset=arguments.opset,
-        class_names=arguments.class_names,
-    )
-
-
-def _print_json(results: Mapping[str, fx.Report | FedpruneError]) -> int:
-    """Print a record per bundle or error, and a line per target that failed."""
-    rows = {
-        name: {"target": name, "error": str(r), "exit_code": int(r.exit_code)}
-        if isinstance(r, FedpruneError)
-        else r.to_dict()
-        for name, r in results.items()
-    }
-    cli.print_json(list(rows.values()))
-    return _print_errors(results)
-
-
 def _print_results(
-    results: Mapping[str, fx.Report | FedpruneError], notes: Sequence[str], source: str, out: Path
+    arguments: argparse.Namespace, results: Mapping[str, fx.Report | FedpruneError], notes: Sequence[str]
 ) -> int:
-    """Print a row per bundle, each note once with its targets, and a line per target that failed.
-
-    `source` is the model's, `out` the folder of all bundles.
-    """
+    """Print the reports, and a line per target that failed; returns the first one's exit code."""
     from fedprune_export.importing import is_factory_source
 
     reports = {name: r for name, r in results.items() if not isinstance(r, FedpruneError)}
-    if reports:
-        tables.print_table(_SUMMARY, map(_summary_row, reports.values()))
-    for line in _remark_lines(reports):
-        print(line)
-    for note in dict.fromkeys([*notes, *(note for r in reports.values() for note in r.notes)]):
-        print(f"note: {note}")
-    for report in reports.values():
-        if report.replaced:
-            print(f"replaced: the bundle that was in {report.folder}")
-    where = f" in {out} (each has a report.html)" if reports else ""
-    # Torch's export is most of the command's time.
-    once = f"; torch exported {source} once for all" if is_factory_source(source) else ""
-    print(f"bundles: {len(reports)} of {len(results)}{where}{once}")
-    return _print_errors(results)
+    failures = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
+    if arguments.json:
+        rows = {name: {"target": name, "error": str(e), "exit_code": int(e.exit_code)} for name, e in failures.items()}
+        rows |= {name: report.to_dict() for name, report in reports.items()}
+        cli.print_json([rows[name] for name in results] if len(results) > 1 else next(iter(rows.values())))
+    elif len(results) == 1:
+        print(*reports.values())
+    else:
+        if reports:
+            tables.print_table(_SUMMARY, map(_summary_row, reports.values()))
+        for line in _remark_lines(reports, notes):
+            print(line)
+        where = f" in {arguments.out} (each has a report.html)" if reports else ""
+        # Torch's export is most of the command's time.
+        once = f"; torch exported {arguments.model} once for all" if is_factory_source(arguments.model) else ""
+        print(f"bundles: {len(reports)} of {len(results)}{where}{once}")
+    for name, failure in failures.items():
+        print(f"error: {name}: {' '.join(str(failure).split())}", file=sys.stderr)
+    return int(next((failure.exit_code for failure in failures.values()), ExitCode.OK))
 
 
-def _print_errors(results: Mapping[str, fx.Report | FedpruneError]) -> int:
-    """Print a line per target that failed; returns the first one's exit code."""
-    errors = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
-    for name, error in errors.items():
-        print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
-    return int(next((e.exit_code for e in errors.values()), ExitCode.OK))
-
-
-def _remark_lines(reports: Mapping[str, fx.Report]) -> Iterator[str]:
+def _remark_lines(reports: Mapping[str, fx.Report], model_notes: Sequence[str]) -> Iterator[str]:
     """Notes, warnings and advice; a note of several targets comes once."""
     for note in dict.fromkeys(note for r in reports.values() for note in r.plan.width_plan.notes):
         yield f"{', '.join(n for n, r in reports.items() if note in r.plan.width_plan.notes)}: {note}"
@@ -268,6 +227,9 @@ def _remark_lines(reports: Mapping[str, fx.Report]) -> Iterator[str]:
         yield from (f"warning: {name}: {t.warning}" for t in report.trials if t.warning)
         if report.advice:
             yield f"{name} has limited support: {report.advice}"
+    for note in dict.fromkeys([*model_notes, *(note for r in reports.values() for note in r.notes)]):
+        yield f"note: {note}"
+    yield from (f"replaced: the bundle that was in {r.folder}" for r in reports.values() if r.replaced)
 
 
 _SUMMARY = (
@@ -289,8 +251,8 @@ def _summary_row(report: fx.Report) -> tuple[str, ...]:
         report.target,
         f"{report.plan.density:.3g}",
         report.plan.width_plan.bound,
-        f"{report.cut_costs.parameters:,}",
-        f"{report.cut_costs.forward_macs:,}",
+        f"{p.parameters:,}",
+        f"{p.forward_macs:,}",
         amount(p.wire_bytes, "bytes"),
         amount(p.memory_bytes, "bytes"),
         amount(p.step_s, "s"),

@@ -64,25 +64,21 @@ def operator_rows() -> list[dict[str, Any]]:
 def _forms() -> Mapping[str, str]:
     """The forms in which operators are read and written."""
     from fedprune_export.importing import fused_operators
-    from fedprune_export.importing.control_flow import CONTROL_FLOW
+    from fedprune_export.importing.control_flow import WRITTEN_OUT
     from fedprune_export.importing.inlining import BY_DEFINITION
-    from fedprune_export.importing.replacements import SEQUENCE_OPERATORS
     from fedprune_export.importing.translation import CHANGED, REPLACED
-    from fedprune_export.ir.composites import NATIVE_SINCE
-    from fedprune_export.ir.opset_lowering import EARLIER_FORMS, LATER_FORMS
+    from fedprune_export.ir.opset_lowering import NATIVE_SINCE, NEWER_FORMS
 
     forms_of: dict[str, list[str]] = {}
-    forms_of |= {name: ["unrolled on import, if it doesn't depend on the data"] for name in CONTROL_FLOW}
     forms_of |= {name: ["later forms are read, too"] for name in CHANGED}
-    forms_of |= {name: [form] for name, form in SEQUENCE_OPERATORS.items()}
+    forms_of |= {name: [form] for name, form in WRITTEN_OUT.items()}
     fused = {f"com.microsoft::{name}": rule for name, rule in fused_operators.RULES.items()}
     forms_of |= {name: [f"on import: {_summary(REPLACED | fused, name)}"] for name in REPLACED | fused}
     forms_of |= {name: [f"becomes {form} on import"] for name, form in BY_DEFINITION.items()}
     for name, since in NATIVE_SINCE.items():
         forms_of.setdefault(name, []).append(f"recognised in its decomposed form; written so below opset {since}")
-    for forms in (LATER_FORMS, EARLIER_FORMS):
-        for name, since in forms.items():
-            forms_of.setdefault(name, []).append(f"written in its newer form from opset {since} on")
+    for name, since in NEWER_FORMS.items():
+        forms_of.setdefault(name, []).append(f"written in its newer form from opset {since} on")
     return {name: "; ".join(texts) for name, texts in forms_of.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from fedprune.model.recipe import LIST_SETTINGS, Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import Codec
+from fedprune_export.model_options import LOSS_OF_LABELS
 
 MODEL_HELP = (
     "model.onnx, a folder in the layout of the Hugging Face hub, package.module:factory of a torch module, or timm:NAME"
 )
-
-# The usual loss of each kind of labels, for users who know their labels and not the losses.
-_LOSS_OF_LABELS = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +30,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recipe", type=Path, metavar="FILE", help="local training as JSON; the options below win")
     group.add_argument(
         "--labels",
-        choices=tuple(_LOSS_OF_LABELS),
+        choices=tuple(LOSS_OF_LABELS),
         help="kind of labels, which chooses the loss: the number of a class, a 0 or 1 per class, or values",
     )
     group.add_argument(
@@ -118,7 +115,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         )
     # A loss of the file that suits the labels stays, such as huber for values.
     if arguments.labels and not arguments.loss and labels_of(str(body.get("loss", Recipe.loss))) != arguments.labels:
-        body["loss"] = _LOSS_OF_LABELS[arguments.labels]
+        body["loss"] = LOSS_OF_LABELS[arguments.labels]
     for key, value in (
         ("loss", loss),
         ("metric", metric),
@@ -139,7 +136,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
 
 def comma_separated_names(text: str) -> tuple[str, ...]:
     """Names of an option, separated by commas."""
-    return tuple(n.strip() for n in text.split(","))
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def parse_density(text: str) -> float | None:
@@ -162,17 +159,3 @@ def parse_codec(text: str) -> str:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
     return text
-
-
-def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
-    """Names of profiles, given one by one or separated by commas, each once.
-
-    Raises `UsageError` if there is no target, or one comes twice.
-    """
-    names = [n.strip() for text in texts for n in text.split(",") if n.strip()]
-    if not names:
-        raise UsageError("--target", expected="the name of a hardware profile, or a file")
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--target {name} comes twice")
-    return tuple(names)

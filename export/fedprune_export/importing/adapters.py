@@ -84,13 +84,12 @@ def with_adapters(model: Model, lora: Lora) -> bytes:
             adapters[key] = value
     graph.initializers |= adapters
     scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        nodes.append(node)
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
+        graph.nodes.append(node)
         weight = next((n for n in chosen if node.outputs[0] in layers[n]), None)
         if weight is not None:
-            nodes += _adapter(graph, node, weight, scale)
-    graph.nodes[:] = nodes
+            _emit_adapter(graph, node, weight, scale)
     base = list(model.tensors)
     graph.metadata[PARAMETERS_KEY] = json.dumps([*base, *adapters])
     graph.metadata[FROZEN_KEY] = json.dumps(base)
@@ -157,17 +156,13 @@ def _adapter_name(weight: str, matrix: str) -> str:
     return f"{weight.removesuffix('.weight')}.{matrix}.weight"
 
 
-def _adapter(graph: Graph, node: Node, weight: str, scale: float) -> list[Node]:
-    """The nodes that add an adapter to a layer's output. The layer's own output gets another name."""
-    start, output = len(graph.nodes), node.outputs[0]
+def _emit_adapter(graph: Graph, node: Node, weight: str, scale: float) -> None:
+    """Add an adapter to a layer's output. The layer's own output gets another name."""
+    output, value = node.outputs[0], node.inputs[0]
     node.outputs[0] = graph.fresh(output)
-    value = node.inputs[0]
     for matrix in (_A, _B):
         transposed = graph.emit("Transpose", _adapter_name(weight, matrix), attrs={"perm": [1, 0]})
         value = graph.emit("MatMul", value, transposed)
         if matrix == _A and scale != 1:
             value = graph.emit("Mul", value, graph.scalar(scale))
     graph.emit("Add", node.outputs[0], value, out=output)
-    adapter_nodes = graph.nodes[start:]
-    del graph.nodes[start:]
-    return adapter_nodes

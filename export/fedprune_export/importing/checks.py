@@ -1,8 +1,8 @@
 """Checks an imported graph before and after it is normalised.
 
 `check_nodes` and `check_indices` refuse graphs that both onnx's checker and onnxruntime accept, although they make one
-of them crash or differ from the standard. `compare_with_original` compares a normalised graph's outputs with those of
-the user's file, and its shapes with the inferred ones.
+of them crash or differ from the standard. `compare_with_original` and `check_rewriting` compare what was written with
+the user's file.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import onnx
 from fedprune.core.errors import ModelError, value_text
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.importing.original import Original
-from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.importing.batches.layout import move_batch_first, possible_layouts
+from fedprune_export.importing.raw_file import BatchLayout, RawFile
+from fedprune_export.importing.sample_shapes import check_sizes
+from fedprune_export.ir.graph import Array, Graph, Node, Port
 from fedprune_export.ir.probabilities import last_node
-from fedprune_export.ir.rounding import MAX_DISTANCE, check_outputs
+from fedprune_export.ir.rounding import MAX_DISTANCE, check_outputs, round_array
 from fedprune_export.ir.sample_inputs import sample_feeds
 from fedprune_export.ir.trace import Trace, shapes_at_batch
 
@@ -98,6 +100,8 @@ _BATCH_SIZES = (2, 1, 8)
 # Elements in all values of one sample above which the last batch size is left out, since it would take seconds.
 _MAX_ELEMENTS_FOR_ALL_BATCHES = 2**22
 
+_NO_NUMBERS = (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING)  # types of outputs: sequences and texts
+
 _SHAPE_PREFIX = "shape~of~"
 
 _REWRITING_HINT = "Export it again at opset 17 or 18; if that doesn't help, please report this with the model."
@@ -106,6 +110,59 @@ _OPTIMISER_HINT = (
     "It knows norms by their operators, and not by their exponents: write powers other than squares as products of "
     "their factors, and export the model again."
 )
+
+
+class Original:
+    """The user's file as it is, run on samples of the import: no function is inlined, no loop is unrolled.
+
+    Raises `ModelError` if onnxruntime doesn't load the file.
+
+    Args:
+        inputs: The names of the file's inputs.
+        row: A graph whose only input is the import's, and which computes the file's inputs, batch first, from it.
+        layout: Where the file has its batch.
+    """
+
+    def __init__(self, raw: bytes, inputs: list[str], outputs: list[str], row: Graph, layout: BatchLayout) -> None:
+        self._file, self._inputs, self._row_name = RawFile(raw, outputs, layout), inputs, row.inputs[0].name
+        feeder = row.copy()
+        # The row may be an input of the file itself, when it has only one.
+        feeder.outputs = [Port(name, np.dtype(np.float32), ()) for name in inputs if name != self._row_name]
+        self._feeder: OnnxSession | None = None
+        if feeder.outputs:
+            feeder.prune()
+            proto = feeder.to_proto()
+            for value in proto.graph.output:
+                value.ClearField("type")  # of any type and shape
+            self._feeder = OnnxSession(proto.SerializeToString())
+
+    def run(self, x: Array, random: np.random.Generator | None = None) -> Array:
+        """The outputs for samples, a row for each if there are several; `random` moves samples and weights by a
+        rounding."""
+        file = self._file if random is None else self._file.rounded(random)
+        x = x if random is None else round_array(x, random)
+        feeds = {self._row_name: x, **(self._feeder.run({self._row_name: x}) if self._feeder is not None else {})}
+        values = list(file.run({name: feeds[name] for name in self._inputs}).values())
+        return values[0] if len(values) == 1 else np.concatenate([value.reshape(len(x), -1) for value in values], 1)
+
+
+def check_rewriting(raw: bytes, rewritten: onnx.ModelProto) -> None:
+    """Compare the outputs of a user's file with those of a model that was written from it, on random numbers.
+
+    Raises `ModelError` if they differ. A file that doesn't run on these is not compared.
+    """
+    graph = Graph.from_proto(rewritten)
+    check_sizes(graph)
+    layout = next(possible_layouts(graph))
+    outputs = [o.name for o in rewritten.graph.output if o.type.tensor_type.elem_type not in _NO_NUMBERS]
+    feeds = sample_feeds(move_batch_first(graph, layout), layout.size or 2)
+    try:
+        file = RawFile(raw, outputs, layout)
+        file.run(feeds)
+    except ModelError:
+        return
+    values = RawFile(rewritten.SerializeToString(), outputs, layout).run(feeds)
+    file.check(feeds, values, "the file's functions and branches are written out wrongly")
 
 
 def compare_with_original(original: Original, graph: Graph) -> tuple[str, ...]:
@@ -134,7 +191,7 @@ def compare_with_original(original: Original, graph: Graph) -> tuple[str, ...]:
                 hint="Look for a division by 0, a logarithm or root of what isn't above 0, and scores that are all "
                 "masked.",
             )
-        rerun = partial(original.rerun, x)
+        rerun = partial(original.run, x)
         # One by one first: then a difference of the optimised graph, which boards run, is the optimiser's.
         outputs = unoptimised.run({X: x}, [LOGITS])[LOGITS]
         subject, hint = "the normalised model's outputs differ", _REWRITING_HINT

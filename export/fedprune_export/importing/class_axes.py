@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import onnx
-
 from fedprune.core.errors import ModelError, shape_text
 from fedprune.model.step_contract import LOGITS
 from fedprune.runtime.prediction_head import HEAD_KEY
 from fedprune_export.channels.rule import Channels, apply_channel_rules
 from fedprune_export.importing.head_graph import behind_transpose, head_metadata
 from fedprune_export.importing.normalise import Normalised
-from fedprune_export.importing.simplification import drop_identities
 from fedprune_export.importing.training_end import TrainingEnd
 from fedprune_export.importing.transpositions import merge_transpositions
+from fedprune_export.ir.bypass import drop_identities
+from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.trace import trace_graph
 
 
@@ -40,11 +39,11 @@ def find_class_axes(normal: Normalised) -> tuple[int, ...]:
     return fitting if len(fitting) == 1 else free or (1, last)
 
 
-def move_classes(normal: Normalised, axis: int, proto: onnx.ModelProto, head: Mapping[str, str]) -> dict[str, str]:
+def move_classes(normal: Normalised, axis: int, output: Port, head: Mapping[str, str]) -> Mapping[str, str]:
     """Move the outputs' classes to axis 1. Returns the head that gives the outputs of the file in its own layout.
 
-    `proto` is the file's model, `head` that behind the outputs so far (empty without one). Raises `ModelError` if
-    there is no such axis; one below 0 counts from the last.
+    `output` is the file's output, `head` what is behind it so far (empty without one). Raises `ModelError` if there is
+    no such axis; one below 0 counts from the last.
     """
     graph, dims = normal.graph, normal.trace.dims(LOGITS)
     rank = len(dims)
@@ -53,7 +52,7 @@ def move_classes(normal: Normalised, axis: int, proto: onnx.ModelProto, head: Ma
             "the axis of the classes", expected=f"1 to {rank - 1}, of outputs {shape_text('n', *dims[1:])}", got=axis
         )
     if index == 1:
-        return dict(head)
+        return head
     layout = graph.fresh(LOGITS)
     graph.rename({LOGITS: layout})
     for node in graph.nodes:
@@ -64,7 +63,7 @@ def move_classes(normal: Normalised, axis: int, proto: onnx.ModelProto, head: Ma
     drop_identities(graph)
     normal.trace = trace_graph(graph)
     if not head:
-        head = head_metadata(proto, TrainingEnd(proto.graph.output[0].name, (), {}, 1), dims, [])
+        head = head_metadata(Graph(outputs=[output]), TrainingEnd(output.name, (), {}, 1, dims), [])
     kept = "Predictions, and files that to-onnx and export-model write, keep the file's layout, too."
     normal.notes.append(
         f"The classes of the outputs {shape_text('n', *dims[1:])}, on axis {index}, are moved to axis 1."

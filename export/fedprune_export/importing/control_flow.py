@@ -1,8 +1,9 @@
-"""Removes branches on constants and loops of a constant length: their bodies become functions that are called."""
+"""Writes out what no later pass reads: branches on constants, loops of a constant length, sequences, reversals of whole
+axes, and scalers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,217 +11,335 @@ import onnx
 from onnx import helper
 
 from fedprune.core.errors import ModelError, value_text
-from fedprune_export.importing.graph_writer import GraphWriter, operator_of, write_out_functions
 from fedprune_export.importing.metadata import REPEATED_KEY, write_properties
-from fedprune_export.importing.node_order import read_names
+from fedprune_export.importing.model_file import check_valid_onnx
+from fedprune_export.importing.node_order import inner_graphs
+from fedprune_export.importing.node_writer import NodeWriter, operator_of
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX
 from fedprune_export.ir.graph import Array, read_tensor
 
-CONTROL_FLOW = frozenset({"If", "Loop"})
+_Attributes = Mapping[str, Any]
 
-_DOMAIN = "fedprune.bodies"
-_MAX_DEPTH = 20  # control flow within control flow
-_MAX_BYTES = 2**28  # copies of a body, which may hold constants of bodies within it
+ML_DOMAIN = "ai.onnx.ml"
+
+# Operators of control flow, and of sequences, which exporters emit for chunk, unbind and stack: what becomes of them.
+WRITTEN_OUT = {
+    **dict.fromkeys(("If", "Loop"), "unrolled on import, if it doesn't depend on the data"),
+    "SplitToSequence": "becomes Split on import",
+    "ConcatFromSequence": "becomes Concat on import",
+    **dict.fromkeys(("SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceInsert"), "removed on import"),
+}
+
+# Every element of a sequence becomes a value of its own. A split into more is most likely a damaged file.
+_MAX_ELEMENTS = 4096
+
+_REVERSED_END = -(2**63) + 1  # the end of a reversed axis, as torch's exporters write it
 
 
-def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> onnx.ModelProto:
-    """The model, which may be changed, with branches on constants and loops of a constant length written out.
+def write_out(model: onnx.ModelProto, max_nodes: int) -> onnx.ModelProto:
+    """The model without what `RULES` write out; itself if it has none.
 
     Control flow that depends on data stays, and is refused by name later. Raises `ModelError` if there would be more
-    than `max_nodes` operators, or control flow is nested too deeply.
+    than `max_nodes` operators, the length of a sequence isn't known, or an estimator can't be trained.
     """
-    # Each pass removes one level; the next pass removes the level within it.
-    repeated = set[str]()
-    for _ in range(_MAX_DEPTH + 1):
-        writer = _ControlFlow(model, opset, max_nodes)
-        writer.write()
-        repeated |= writer.repeated
-        if not writer.functions:
-            if repeated:
-                write_properties(model, {REPEATED_KEY: "\n".join(sorted(repeated))})
-            return model
-        opsets = [*model.opset_import]
-        model.functions.extend(writer.functions)
-        model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
-        model = write_out_functions(model)
-        del model.opset_import[:]
-        model.opset_import.extend(opsets)
-    raise ModelError(f"branches and loops are nested more than {_MAX_DEPTH} deep")
+    if not any(operator_of(node) in RULES and node.op_type != "Slice" for node in model.graph.node):
+        return model
+    check_valid_onnx(model)
+    unrolling = _Unrolling(model, max_nodes)
+    unrolling.write(model.graph.node)
+    written = unrolling.written_model()
+    if unrolling.repeated:
+        write_properties(written, {REPEATED_KEY: "\n".join(sorted(unrolling.repeated))})
+    return written
 
 
-class _ControlFlow(GraphWriter):
-    """Writes one level of control flow as calls.
+class _Unrolling(NodeWriter):
+    """Writes the nodes of a graph, and those of a body wherever it is run, under names of its own."""
 
-    Attributes:
-        functions: The bodies that are called.
-        repeated: Values and tensors that each iteration of a loop reads.
-    """
-
-    def __init__(self, model: onnx.ModelProto, opset: int, max_nodes: int) -> None:
-        super().__init__(model, opset)
-        self._max_nodes, self._nodes_left = max_nodes, max_nodes - len(model.graph.node)
-        self._outer_names = {*self._makers, *self._tensors, *(port.name for port in model.graph.input)}
-        self.functions: list[onnx.FunctionProto] = []
+    def __init__(self, model: onnx.ModelProto, max_nodes: int) -> None:
+        super().__init__(model)
+        self._max_nodes = max_nodes
+        self._scope: Mapping[str, str] = {}  # what values of the bodies that are being written are called
+        self._sequences: dict[str, list[str]] = {}
+        self._stacks: dict[str, list[str]] = {}  # rows that are stacked along axis 0, by what they become
+        # Bodies by their ids, with the names of their constants outside.
+        self._stored: dict[int, tuple[onnx.GraphProto, dict[str, str]]] = {}
         self.repeated: set[str] = set()
 
-    def rewrite_node(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
-        """The calls that replace a node; the node itself if its condition or length depends on data."""
-        rule = {("", "If"): self._if, ("", "Loop"): self._loop}.get(operator_of(node))
-        if rule is None:
-            return [node]
-        replacement = rule(node, {a.name: helper.get_attribute_value(a) for a in node.attribute})
-        return [node] if replacement is None else replacement
+    def write(self, nodes: Iterable[onnx.NodeProto]) -> None:
+        """Write nodes of a graph or body, or what they stand for."""
+        names = self._scope
+        for node in nodes:
+            # Attributes may be large bodies, which are copied only if the node stays.
+            own = onnx.NodeProto(op_type=node.op_type, domain=node.domain, name=node.name)
+            own.input.extend(names.get(i, i) for i in node.input)
+            own.output.extend(names.get(o, o) for o in node.output)
+            rule = RULES.get(operator_of(node))
+            if rule is not None and rule(self, own, {a.name: helper.get_attribute_value(a) for a in node.attribute}):
+                continue
+            elements = next((self._sequences[i] for i in own.input if i in self._sequences), None)
+            if elements is not None and node.op_type == "Identity":
+                self._emit_copies(own.input, own.output)
+                continue
+            if elements is not None:
+                hint = "Export it without loops over lists, or give its torch module itself."
+                raise ModelError(f"{_label(node)} reads a sequence", hint=hint)
+            own.attribute.extend(node.attribute)
+            for graph in inner_graphs(own):
+                _rename(graph, names)
+            self.add(own)
 
-    def _if(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
-        condition = self._number(node.input[0])
+    # -- control flow --------------------------------------------------------------------------------------------------
+
+    def branch(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        condition = self.number(node.input[0])
         branch = attrs.get("then_branch" if condition else "else_branch")
         if condition is None or branch is None or len(branch.output) != len(node.output):
-            return None
-        function, reads, constants = self._add_function(branch, node.output[0])
-        return [*constants, helper.make_node(function.name, reads, node.output, domain=_DOMAIN)]
+            return False
+        self._emit_copies(self._write_body(branch, {}, node, node.output[0]), node.output)
+        return True
 
-    def _loop(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
+    def loop(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
         count, condition, *states = [*node.input, "", ""][: max(2, len(node.input))]
-        body = attrs.get("body", onnx.GraphProto())
-        trips, starts = self._number(count), self._number(condition)
+        body, stem = attrs.get("body", onnx.GraphProto()), next(filter(None, node.output), "")
+        trips, goes_on = self.number(count), self.number(condition) if condition else 1
         counts = 2 + len(states), 1 + len(node.output)
         # A damaged loop stays, too, and is refused by name.
-        if (len(body.input), len(body.output)) != counts or not any(node.output):
-            return None
-        if (count and trips is None) or (condition and starts is None):
-            return None
-        # One more than may be written out, so that a loop that is too long is refused as such.
-        limit = 1 + self._nodes_left // max(1, len(body.node))
-        limit = 0 if starts == 0 else limit if trips is None else min(limit, trips)
-        iteration_count = self._count_iterations(body, states, limit)
-        # A stacked output of no iterations would be an empty tensor of unknown shape.
-        if iteration_count is None or (iteration_count < 1 and len(node.output) > len(states)):
-            return None
-        self._nodes_left -= iteration_count * max(1, len(body.node))
-        if self._nodes_left < 0:
-            raise ModelError(_unrolled_loop(node), expected=f"at most {self._max_nodes} operators")
-        return self._unroll(node, body, states, iteration_count)
-
-    def _unroll(
-        self, loop: onnx.NodeProto, body: onnx.GraphProto, states: list[str], iteration_count: int
-    ) -> list[onnx.NodeProto]:
-        """A call per iteration: states pass from one to the next, the other outputs are stacked."""
-        stem = loop.output[0]
-        function, reads, nodes = self._add_function(body, stem)
-        if function.ByteSize() * iteration_count > _MAX_BYTES:
-            raise ModelError(_unrolled_loop(loop), expected=f"at most {_MAX_BYTES} bytes")
-        self.repeated |= {*states, *reads}
+        if (len(body.input), len(body.output)) != counts or not stem:
+            return False
+        if (count and trips is None) or goes_on is None:
+            return False
         copies = {n.output[0]: n.input[0] for n in body.node if n.op_type == "Identity" and n.input}
-        for i, state in enumerate(states):
-            after = body.output[1 + i].name
-            while after in copies:
-                after = copies[after]
-            # A recurrent layer begins with zeros, which no optimiser trains. States that don't change are weights, as
-            # TensorFlow hands them on.
-            tensor = self._tensors.get(state)
-            if after != body.input[2 + i].name and tensor is not None and not read_tensor(tensor).any():
-                nodes.append(self._constant(read_tensor(tensor), f"{CONSTANT_PREFIX}{state}"))
-                states[i] = nodes[-1].output[0]
-        rows: list[list[str]] = [[] for _ in body.output[1 + len(states) :]]
-        for iteration in range(iteration_count):
-            turn = self._constant(np.array(iteration, np.int64), f"{stem}.{iteration}.turn")
-            on = self._constant(np.array(True), f"{stem}.{iteration}.on")
-            results = [self._names.fresh(f"{stem}.{iteration}.out{i}") for i in range(len(body.output))]
-            inputs = [turn.output[0], on.output[0], *states, *reads]
-            nodes += [turn, on, helper.make_node(function.name, inputs, results, domain=_DOMAIN)]
-            states = results[1 : 1 + len(states)]
-            for row, name in zip(rows, results[1 + len(states) :], strict=True):
+        after = [port.name for port in body.output]
+        while any(name in copies for name in after):
+            after = [copies.get(name, name) for name in after]
+        stays = [name == port.name for name, port in zip(after, body.input[1:], strict=False)]
+        if stays[0] and goes_on and trips is not None:
+            self._check_length(node, trips * max(1, len(body.node)))
+        first, iteration, rows = len(self.nodes), 0, [list[str]() for _ in node.output[len(states) :]]
+        states = [s if stays[1 + i] else self._first_state(s) for i, s in enumerate(states)]
+        on = self.emit_constant(np.array(True), f"{stem}.on")
+        while goes_on != 0 and iteration != trips:
+            turn = self.emit_constant(np.array(iteration, np.int64), f"{stem}.{iteration}.turn")
+            ports = dict(zip((port.name for port in body.input), [turn, on, *states], strict=True))
+            on_output, *results = self._write_body(body, ports, node, f"{stem}.{iteration}")
+            goes_on = goes_on if stays[0] else self.number(on_output)
+            if goes_on is None:
+                break
+            states, iteration = results[: len(states)], iteration + 1
+            for row, name in zip(rows, results[len(states) :], strict=True):
                 row.append(name)
-        for state, target in zip(states, loop.output, strict=False):
-            nodes += [helper.make_node("Identity", [state], [target])] if target else []
-        for row, target in zip(rows, loop.output[len(states) :], strict=True):
-            nodes += self._stack(row, 0, target) if target else []
-        return nodes
+        # A stacked output of no iterations would be an empty tensor of unknown shape.
+        if goes_on is None or not all(rows):
+            self.nodes[first:] = [n for n in self.nodes[first:] if n.op_type == "Constant"]
+            return False
+        outputs = {o for written in self.nodes[first:] for o in written.output}
+        self.repeated.update(i for written in self.nodes[first:] for i in written.input if i not in outputs)
+        self._emit_copies(states, node.output)
+        for row, target in zip(rows, node.output[len(states) :], strict=True):
+            if target:
+                self._emit_stack(row, 0, target)
+        return True
 
-    def _add_function(
-        self, body: onnx.GraphProto, stem: str
-    ) -> tuple[onnx.FunctionProto, list[str], list[onnx.NodeProto]]:
-        """Add a function that computes what a body does.
+    def _first_state(self, state: str) -> str:
+        """A state that changes, before the first iteration: a constant if it is stored zeros, with which a recurrent
+        layer begins, and which no optimiser trains. States that stay are weights, as TensorFlow hands them on."""
+        tensor = next((t for t in self.model.graph.initializer if t.name == state), None)
+        zeros = None if tensor is None else read_tensor(tensor)
+        return state if zeros is None or zeros.any() else self.emit_constant(zeros, f"{CONSTANT_PREFIX}{state}")
 
-        Returns it, the names of the values around the body that it takes behind the body's own inputs, and the body's
-        constants, which are among these values: once for all iterations.
-        """
-        made = {o for n in body.node for o in n.output}
-        read = dict.fromkeys(name for node in body.node for name in read_names(node))
-        read |= dict.fromkeys(port.name for port in body.output)
-        outer_names = self._outer_names - made - {port.name for port in body.input}
-        outer = {name: name for name in read if name in outer_names}
-        for tensor in body.initializer:
-            outer[tensor.name] = self._names.fresh(f"{stem}.{tensor.name}")
-            stored = self._graph.initializer.add()
-            stored.CopyFrom(tensor)
-            stored.name = outer[tensor.name]
-            self._tensors[stored.name] = stored
-        constants = list[onnx.NodeProto]()
-        nodes = [node for node in body.node if operator_of(node) != ("", "Constant")]
-        for node in body.node:
-            if operator_of(node) == ("", "Constant"):
-                outer[node.output[0]] = self._names.fresh(f"{stem}.{node.output[0]}")
-                constants.append(onnx.NodeProto())
-                constants[-1].CopyFrom(node)
-                constants[-1].output[0] = outer[node.output[0]]
-        # Each output of a function is made by a node of its own.
-        made, outputs = {o for n in nodes for o in n.output}, list[str]()
-        for i, port in enumerate(body.output):
-            outputs.append(port.name)
-            if port.name not in made or port.name in outputs[:-1]:
-                outputs[-1] = f"{port.name}.same{i}"
-                nodes.append(helper.make_node("Identity", [port.name], outputs[-1:]))
-        function = helper.make_function(
-            _DOMAIN,
-            f"body{len(self.functions)}",
-            [*(port.name for port in body.input), *outer],
-            outputs,
-            nodes,
-            self._model.opset_import,
+    def _write_body(
+        self, body: onnx.GraphProto, ports: Mapping[str, str], node: onnx.NodeProto, stem: str
+    ) -> list[str]:
+        """Write the nodes of a body whose inputs are these values. Returns the names of its outputs."""
+        outer_scope, nodes, constants = self._scope, list[onnx.NodeProto](), list[onnx.NodeProto]()
+        for inner in body.node:
+            (constants if operator_of(inner) == ("", "Constant") else nodes).append(inner)
+        # Its constants are stored once, however often it runs.
+        if id(body) not in self._stored:
+            stored = [*(t.name for t in body.initializer), *(n.output[0] for n in constants)]
+            names = {name: self.names.fresh(f"{node.output[0]}.{name}") for name in stored}
+            self._stored[id(body)] = body, names
+            for tensor in body.initializer:
+                self.add_tensor(tensor, names[tensor.name])
+            self._scope = names
+            self.write(constants)
+        outputs = {o: self.names.fresh(f"{stem}.{o}") for n in nodes for o in n.output if o}
+        self._scope = {**outer_scope, **self._stored[id(body)][1], **ports, **outputs}
+        self.write(nodes)
+        self._check_length(node, len(self.nodes))
+        results = [self._scope.get(port.name, port.name) for port in body.output]
+        self._scope = outer_scope
+        return results
+
+    def _check_length(self, node: onnx.NodeProto, operators: int) -> None:
+        if operators > self._max_nodes:
+            raise ModelError(f"{_label(node)}, unrolled", expected=f"at most {self._max_nodes} operators")
+
+    # -- sequences -----------------------------------------------------------------------------------------------------
+
+    def construct(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        self._sequences[node.output[0]] = list(node.input)
+        return True
+
+    def insert(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        elements = list(self._elements(node))
+        elements.insert(self._position(node, 2, len(elements) + 1), node.input[1])
+        self._sequences[node.output[0]] = elements
+        return True
+
+    def take(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        elements = self._elements(node)
+        self._emit_copies([elements[self._position(node, 1, len(elements))]], node.output)
+        return True
+
+    def split(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        x, axis, split = node.input[0], int(attrs.get("axis", 0)), self._integers(node, 1)
+        if split is not None and split.ndim:
+            sizes = split.tolist()
+        else:
+            total, chunk_size = self.size(x, axis), 1 if split is None else int(split)
+            if total is None:
+                raise ModelError(f"{_label(node)} splits an axis of unknown size")
+            starts = range(0, total, chunk_size) if chunk_size > 0 else range(0)
+            sizes = [min(chunk_size, total - start) for start in starts[: 1 + _MAX_ELEMENTS]]
+        if not 0 < len(sizes) <= _MAX_ELEMENTS:
+            raise ModelError(f"parts of {_label(node)}", expected=f"1 to {_MAX_ELEMENTS}", got=len(sizes))
+        elements = self._sequences[node.output[0]] = [self.names.fresh(f"{node.output[0]}_0") for _ in sizes]
+        has_axis = split is not None or attrs.get("keepdims", 1)
+        rows = elements if has_axis else [self.names.fresh(f"{element}.row") for element in elements]
+        self.emit_with_list("Split", x, "split", sizes, rows, axis=axis)
+        for row, element in zip(rows, elements, strict=True):
+            if not has_axis:
+                self.emit_with_list("Squeeze", row, "axes", [axis], [element])
+        return True
+
+    def concatenate(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        elements, axis = self._elements(node), int(attrs.get("axis", 0))
+        if attrs.get("new_axis", 0):
+            self._emit_stack(elements, axis, node.output[0])
+        else:
+            self.emit("Concat", elements, node.output, axis=axis)
+        return True
+
+    def _elements(self, node: onnx.NodeProto) -> list[str]:
+        if node.input[0] not in self._sequences:
+            raise ModelError(f"{_label(node)} reads a sequence of unknown length")
+        return self._sequences[node.input[0]]
+
+    def _position(self, node: onnx.NodeProto, index: int, count: int) -> int:
+        """The position among so many that a node reads or writes, by default the last."""
+        numbers = self._integers(node, index)
+        position = -1 if numbers is None else int(numbers.reshape(-1)[0]) if numbers.size == 1 else count
+        if not -count <= position < count:
+            raise ModelError(_label(node), expected=f"an index into {count} elements", got=position)
+        return position % count
+
+    def _integers(self, node: onnx.NodeProto, index: int) -> Array | None:
+        """The constant integers at an input; None where it is left out."""
+        if len(node.input) <= index or not node.input[index]:
+            return None
+        numbers = self.value(node.input[index])
+        if numbers is None or numbers.dtype.kind not in "iu":
+            got = "computed ones" if numbers is None else numbers.dtype
+            raise ModelError(f"numbers that {_label(node)} takes", expected="constant integers", got=got)
+        return numbers
+
+    # -- other operators -----------------------------------------------------------------------------------------------
+
+    def slice(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        """Stack only what is read of stacked states: most recurrent layers return their last one."""
+        rows = self._stacks.get(node.input[0])
+        if rows is None or len(node.input) < 4:
+            return False
+        start, end, axis, step = [*map(self.number, node.input[1:]), 1][:4]
+        if axis != 0 or not step or start is None or end is None or not rows[start:end:step]:
+            return False
+        self.emit("Concat", rows[start:end:step], node.output, axis=0)
+        return True
+
+    def reverse(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        """A Slice for a ReverseSequence of full lengths: TensorFlow has no other operator to reverse an axis, so
+        tf2onnx writes a backward layer with as many equal lengths as there are samples."""
+        axis, (x, lengths) = int(attrs.get("time_axis", 0)), node.input
+        for inferred in self.inferences():
+            shape, numbers = inferred.shapes.get(x, ()), inferred.numbers.get(lengths)
+            if axis >= len(shape) or numbers is None or (numbers != shape[axis]).any():
+                return False
+        bounds = [self.emit_constant(np.array([number]), node.output[0]) for number in (-1, _REVERSED_END, axis, -1)]
+        self.emit("Slice", [x, *bounds], node.output, name=node.name)
+        return True
+
+    def scale(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        """Scikit-learn's StandardScaler."""
+        stem = node.output[0]
+        floats, centred = self.names.fresh(f"{stem}.floats"), self.names.fresh(f"{stem}.centred")
+        offset, scale = (
+            self.emit_constant(np.array(attrs[key], np.float32), f"{CONSTANT_PREFIX}{stem}.{key}")
+            for key in ("offset", "scale")
         )
-        self.functions.append(function)
-        return function, list(outer.values()), constants
+        self.emit("Cast", node.input, [floats], to=onnx.TensorProto.FLOAT)
+        self.emit("Sub", [floats, offset], [centred])
+        self.emit("Mul", [centred, scale], [stem])
+        return True
 
-    def _count_iterations(self, body: onnx.GraphProto, states: Sequence[str], limit: int) -> int | None:
-        """How often a loop runs its body, at most `limit` times; None if that depends on data.
+    def refuse_estimator(self, node: onnx.NodeProto, attrs: _Attributes) -> bool:
+        raise ModelError(
+            f"{_label(node)} is an estimator whose parameters no gradient trains",
+            expected="a network",
+            hint="Fit scikit-learn's MLPClassifier or MLPRegressor to the same data (a linear model is one with "
+            "hidden_layer_sizes=()), and export that.",
+        )
 
-        TensorFlow writes a recurrent layer as a loop that goes on while a counter is below the number of steps.
-        """
-        if limit < 1:
-            return 0
-        inner = GraphWriter(onnx.ModelProto(graph=body, opset_import=self._model.opset_import), self._opset)
-        turn, on, *ports = (port.name for port in body.input)
-        goes_on, *results = (port.name for port in body.output)
-        outer_names = {name for node in body.node for name in read_names(node)} | {goes_on}
-        constants = self._numbers({name: name for name in outer_names if name in self._outer_names})
-        constants[on] = np.array(True)
-        always = inner._constant_value(goes_on, constants)
-        if always is not None:
-            return limit if always.any() else 1
-        counters = self._numbers(dict(zip(ports, states, strict=True)))
-        for iteration in range(limit):
-            known = constants | counters | {turn: np.array(iteration, np.int64)}
-            condition = inner._constant_value(goes_on, known)
-            if condition is None:
-                return None
-            if not condition.any():
-                return iteration + 1
-            after = ((port, inner._constant_value(results[ports.index(port)], known)) for port in counters)
-            counters = {port: value for port, value in after if value is not None}
-        return limit
+    # -- nodes ---------------------------------------------------------------------------------------------------------
 
-    def _numbers(self, names: Mapping[str, str]) -> dict[str, Array]:
-        """The values of those names that stand for one constant number."""
-        sizes = {name: np.prod(tensor.dims) for name, tensor in self._tensors.items()}
-        values = ((key, self._constant_value(name)) for key, name in names.items() if sizes.get(name, 1) == 1)
-        return {key: value for key, value in values if value is not None and value.size == 1}
+    def _emit_copies(self, values: Sequence[str], outputs: Sequence[str]) -> None:
+        for value, output in zip(values, outputs, strict=False):
+            if value in self._sequences:
+                self._sequences[output] = self._sequences[value]
+            elif output:
+                self.emit("Identity", [value], [output])
 
-    def _number(self, name: str) -> int | None:
-        """A constant condition or number of iterations; None if it is left out, computed or something else."""
-        value = self._constant_value(name) if name else None
-        return None if value is None or value.size != 1 or value.dtype.kind not in "biu" else int(value.reshape(-1)[0])
+    def _emit_stack(self, elements: Sequence[str], axis: int, output: str) -> None:
+        rows = [self.names.fresh(f"{element}.row") for element in elements]
+        for element, row in zip(elements, rows, strict=True):
+            self.emit_with_list("Unsqueeze", element, "axes", [axis], [row])
+        self.emit("Concat", rows, [output], axis=axis)
+        if axis == 0:
+            self._stacks[output] = rows
 
 
-def _unrolled_loop(loop: onnx.NodeProto) -> str:
-    return f"Loop {value_text(loop.name)}, unrolled"
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Let a body that stays read values around it by their new names."""
+    for node in graph.node:
+        node.input[:] = [names.get(i, i) for i in node.input]
+        for inner in inner_graphs(node):
+            _rename(inner, names)
+    for port in graph.output:
+        port.name = names.get(port.name, port.name)
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return f"{node.op_type} {value_text(node.name or next(iter(node.output), ''))}"
+
+
+RULES: dict[tuple[str, str], Callable[[_Unrolling, onnx.NodeProto, _Attributes], bool]] = {
+    ("", "If"): _Unrolling.branch,
+    ("", "Loop"): _Unrolling.loop,
+    ("", "SplitToSequence"): _Unrolling.split,
+    ("", "SequenceConstruct"): _Unrolling.construct,
+    ("", "SequenceEmpty"): _Unrolling.construct,
+    ("", "SequenceInsert"): _Unrolling.insert,
+    ("", "SequenceAt"): _Unrolling.take,
+    ("", "ConcatFromSequence"): _Unrolling.concatenate,
+    ("", "ReverseSequence"): _Unrolling.reverse,
+    ("", "Slice"): _Unrolling.slice,
+    (ML_DOMAIN, "Scaler"): _Unrolling.scale,
+    **{
+        (ML_DOMAIN, name): _Unrolling.refuse_estimator
+        for name in (
+            *("LinearClassifier", "LinearRegressor", "SVMClassifier", "SVMRegressor"),
+            *("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor"),
+        )
+    },
+}

@@ -7,20 +7,17 @@ probability is computed. So a model's predictions are the same from run to run, 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
 from fedprune.core.text import first_few, quantity
 from fedprune.model.random_inputs import NORMAL, UNIFORM, Draw
-from fedprune_export.importing import metadata
-from fedprune_export.importing.graph_writer import GraphWriter, value_types
-from fedprune_export.importing.translation import upgrade_model
-from fedprune_export.ir.dropout import DRAWS_KEY, read_draws
-from fedprune_export.ir.graph import NORMAL_OPSET, Array
+from fedprune_export.importing.value_inference import graph_shapes, value_types
+from fedprune_export.ir.dropout import DRAWS_KEY, DROPOUT_AXES_KEY, is_dropout, read_draws, read_mask_axes
+from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.ir.trace import Trace
 
 # Operators that are drawn, with the names and defaults of what says how.
 _NORMAL_ATTRIBUTES = {"mean": 0.0, "scale": 1.0}
@@ -34,112 +31,111 @@ _KINDS: dict[str, tuple[str, dict[str, float]]] = {
 }
 
 
-def rewrite_draws(proto: onnx.ModelProto, raw: bytes, notes: list[str]) -> tuple[onnx.ModelProto, bytes]:
-    """Let a file's random numbers be inputs of a training step. Returns the model and the file that it is compared
-    with, whose draws are at their means, too; `notes` gets a sentence on it."""
-    if not any(node.op_type in _KINDS and node.domain in ("", "ai.onnx") for node in proto.graph.node):
-        return proto, raw
-    model = onnx.ModelProto()
-    model.CopyFrom(upgrade_model(proto))
-    writer = _Draws(model)
-    writer.write()
-    before = {name: draw.to_json() for name, draw in read_draws(metadata.read_properties(model)).items()}
-    metadata.write_properties(model, {DRAWS_KEY: json.dumps(before | writer.draws)})
-    notes.append(
-        f"Boards train with {quantity(len(writer.drawn), 'draw')} of random numbers "
-        f"({first_few(list(dict.fromkeys(writer.drawn)))}), as the model has them. Predictions and evaluation take the "
-        "mean of each instead, so that they can be repeated."
-    )
-    return model, model.SerializeToString()
+def rewrite_draws(graph: Graph, notes: list[str]) -> bool:
+    """Let a graph's random numbers be inputs of a training step. Returns whether it has any; `notes` gets a sentence on
+    them."""
+    if not any(node.op in _KINDS and not node.domain for node in graph.nodes):
+        return False
+    drawn = list[str]()
+    shapes, types, makers = graph_shapes(graph), value_types(graph), graph.producers()
+    distributions = {name: draw.to_json() for name, draw in read_draws(graph.metadata).items()}
 
-
-class _Draws(GraphWriter):
-    """Replaces draws of random numbers.
-
-    Attributes:
-        draws: How each Dropout with random numbers of its own is drawn, by its name.
-        drawn: The operator of each draw that was replaced.
-    """
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        super().__init__(model, NORMAL_OPSET)
-        self._types = value_types(model)
-        self.draws: dict[str, Any] = {}
-        self.drawn: list[str] = []
-
-    def rewrite_node(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
-        if node.op_type not in _KINDS or node.domain not in ("", "ai.onnx"):
-            return [node]
-        self.drawn.append(node.op_type)
-        kind, defaults = _KINDS[node.op_type]
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        numbers = (float(attributes.get(name, default)) for name, default in defaults.items())
+    def rewrite_draw(graph: Graph, node: Node) -> None:
+        kind, defaults = _KINDS[node.op]
         # Attributes are float32, which is meant as the decimal number that it is nearest to.
-        draw = Draw(kind, *(float(f"{number:.6g}") for number in numbers))
-        is_bernoulli = node.op_type == "Bernoulli"
+        draw = Draw(kind, *(float(f"{node.attrs.get(name, default):.6g}") for name, default in defaults.items()))
+        is_bernoulli = node.op == "Bernoulli"
         # The only probability of a Bernoulli variable; None if it has several, or they are computed.
-        filling = self._filling(node.input[0]) if is_bernoulli else None
-        shares = np.unique([] if filling is None else filling.astype(np.float64))
+        filling = _filling(graph, makers, node.inputs[0]) if node.inputs else None
+        shares = np.unique(filling.astype(np.float64) if is_bernoulli and filling is not None else [])
         share = float(f"{shares[0]:.6g}") if shares.size == 1 and 0 <= shares[0] <= 1 else None
-        target = node.output[0]
-        value = self._names.fresh(f"{target}.drawn")
-        nodes = self._shape_nodes(node, attributes.get("shape"), f"{value}.shape")
-        mean = numpy_helper.from_array(np.array([draw.mean if share is None else share], np.float32))
-        nodes.append(helper.make_node("ConstantOfShape", [f"{value}.shape"], [f"{value}.mean"], value=mean))
+        sizes = node.attrs.get("shape")
+        if sizes is None and filling is not None and None not in (dims := shapes.get(node.inputs[0], [None])):
+            sizes = dims
+        mean = np.array([draw.mean if share is None else share], np.float32)
+        value = graph.emit(
+            "ConstantOfShape",
+            _shape(graph, node, sizes),
+            attrs={"value": mean},
+            out=graph.fresh(f"{node.outputs[0]}.mean"),
+        )
+        # A dropout of the mean gives 0 or 1.
+        ratio = [] if share is None else [graph.scalar(1 - share)]
+        value = graph.emit("Dropout", value, *ratio, out=graph.fresh(f"{node.outputs[0]}.drawn"))
         if share is None:
-            nodes.append(helper.make_node("Dropout", [f"{value}.mean"], [value], name=value))
-            self.draws[value] = draw.to_json()
-        else:
-            # A dropout of the mean gives 0 or 1.
-            ratio = self._constant(np.array(1 - share, np.float32), f"{value}.ratio")
-            nodes += [ratio, helper.make_node("Dropout", [f"{value}.mean", ratio.output[0]], [value], name=value)]
+            distributions[value] = draw.to_json()
+            drawn.append(node.op)
         if is_bernoulli and share is None:
-            nodes.append(helper.make_node("Less", [value, node.input[0]], [f"{value}.is_less"]))
-            value = f"{value}.is_less"
-        element_type = attributes.get("dtype") or self._types.get(next(iter(node.input), ""), onnx.TensorProto.FLOAT)
-        return [*nodes, helper.make_node("Cast", [value], [target], to=element_type)]
+            value = graph.emit("Less", value, node.inputs[0])
+        element_type = node.attrs.get("dtype") or types.get(next(iter(node.inputs), ""), onnx.TensorProto.FLOAT)
+        graph.emit("Cast", value, attrs={"to": element_type}, out=node.outputs[0])
 
-    def _shape_nodes(self, node: onnx.NodeProto, shape: Sequence[int] | None, target: str) -> list[onnx.NodeProto]:
-        """Nodes that compute the shape of a draw: that of its input, or a constant one.
+    graph.rewrite(dict.fromkeys(_KINDS, rewrite_draw))
+    graph.metadata[DRAWS_KEY] = json.dumps(distributions)
+    # A Bernoulli variable with one probability is a dropout, which needs no note.
+    if drawn:
+        notes.append(
+            f"Boards train with {quantity(len(drawn), 'draw')} of random numbers "
+            f"({first_few(list(dict.fromkeys(drawn)))}), as the model has them. Predictions and evaluation take the "
+            "mean of each instead, so that they can be repeated."
+        )
+    return True
 
-        A file with a fixed batch has it in constant shapes, too: there it is that of the input, so that every sample
-        has random numbers of its own.
-        """
-        if shape is None:
-            shape = self._filled_shape(node.input[0])
-        if shape is None:
-            return [helper.make_node("Shape", [node.input[0]], [target])]
-        samples = self._graph.input[0].name
-        if len(shape) < 2 or self._size(samples, 0) != shape[0]:
-            constant = self._constant(np.array(shape, np.int64), target)
-            constant.output[0] = target
-            return [constant]
-        rest = self._constant(np.array(shape[1:], np.int64), f"{target}.rest")
-        whole = helper.make_node("Shape", [samples], [f"{target}.samples"])
-        first = self._constant(np.array([0], np.int64), f"{target}.first")
-        batch = helper.make_node("Gather", [f"{target}.samples", first.output[0]], [f"{target}.batch"])
-        return [rest, whole, first, batch, helper.make_node("Concat", [*batch.output, *rest.output], [target], axis=0)]
 
-    def _filled_shape(self, name: str) -> Sequence[int] | None:
-        """The shape of a value that is filled with a constant, if it depends on no free size."""
-        while (maker := self._maker(name)) is not None and maker.op_type in ("Cast", "CastLike"):
-            name = maker.input[0]
-        if maker is None or maker.op_type not in ("Expand", "ConstantOfShape"):
-            filling = self._filling(name)
-            return None if filling is None else filling.shape
-        filling, sizes = self._filling(name), self._constant_value(maker.input[-1])
-        if filling is None or sizes is None:
+def merge_masks(graph: Graph, trace: Trace) -> None:
+    """Let products with a mask that is drawn be dropouts, which cost nothing in predictions: stochastic depth and
+    dropouts of channels multiply by draws of 0 and 1, divided by their mean."""
+    makers, readers = graph.producers(), graph.consumers()
+    draws, axes = read_draws(graph.metadata), read_mask_axes(graph)
+    for node in graph.nodes:
+        if node.op != "Mul" or node.domain:
+            continue
+        for value, mask in (node.inputs, node.inputs[::-1]):
+            scaled = makers.get(mask)
+            drawn = makers.get(scaled.inputs[0]) if scaled is not None and scaled.op == "Div" else None
+            if scaled is None or drawn is None or not is_dropout(drawn) or drawn.name in draws:
+                continue
+            fill, mean = makers.get(drawn.inputs[0]), graph.initializers.get(scaled.inputs[1])
+            if (
+                fill is not None
+                and fill.op == "ConstantOfShape"
+                and mean is not None
+                and np.array_equal(fill.attrs["value"], mean.reshape(-1))
+                and len(readers[mask]) == len(readers[drawn.outputs[0]]) == 1
+                and trace.dims(value) == trace.dims(node.outputs[0])
+            ):
+                node.op, node.inputs = "Dropout", [value, drawn.inputs[1]]
+                dims = trace.dims(mask)
+                skipped = len(trace.dims(value)) - len(dims)
+                axes[node.name] = tuple(i for i, size in enumerate(dims, skipped) if size != 1)
+                break
+    if axes:
+        graph.metadata[DROPOUT_AXES_KEY] = json.dumps(axes)
+        graph.prune()
+
+
+def _shape(graph: Graph, node: Node, sizes: Sequence[int] | None) -> str:
+    """The shape of a draw: that of its input, or a constant one.
+
+    A file with a fixed batch has it in constant shapes, too: there it is that of the input, so that every sample has
+    random numbers of its own.
+    """
+    if sizes is None:
+        return graph.emit("Shape", node.inputs[0])
+    samples = graph.inputs[0]
+    if len(sizes) < 2 or samples.shape[:1] != (sizes[0],):
+        return graph.ints(*sizes)
+    batch = graph.emit("Gather", graph.emit("Shape", samples.name), graph.ints(0))
+    return graph.emit("Concat", batch, graph.ints(*sizes[1:]), attrs={"axis": 0})
+
+
+def _filling(graph: Graph, makers: Mapping[str, Node], name: str) -> Array | None:
+    """What a value is filled with, before it gets its shape; None if it is computed from data."""
+    while name not in graph.initializers:
+        maker = makers.get(name)
+        if maker is None or maker.op not in ("ConstantOfShape", "Cast", "CastLike", "Expand"):
             return None
-        return np.broadcast_shapes(filling.shape, [*map(int, sizes)])
-
-    def _filling(self, name: str) -> Array | None:
-        """What a value is filled with, before it gets its shape; None if it is computed from data."""
-        while name not in self._tensors:
-            maker = self._maker(name)
-            if maker is None or maker.op_type not in ("Constant", "ConstantOfShape", "Cast", "CastLike", "Expand"):
-                return None
-            if maker.op_type.startswith("Constant"):
-                value = next((helper.get_attribute_value(a) for a in maker.attribute), 0.0)
-                return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
-            name = maker.input[0]
-        return numpy_helper.to_array(self._tensors[name])
+        if maker.op == "ConstantOfShape":
+            return np.asarray(maker.attrs.get("value", 0.0))
+        name = maker.inputs[0]
+    return graph.initializers[name]

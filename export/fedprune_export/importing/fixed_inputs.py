@@ -9,8 +9,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError, shape_text, value_text
-from fedprune_export.importing.graph_writer import Names
 from fedprune_export.importing.metadata import shown_names
+from fedprune_export.importing.node_writer import Names
 from fedprune_export.ir.graph import Array, Dim, read_dims
 
 

@@ -63,7 +63,7 @@ def name_early_norms(model: onnx.ModelProto) -> onnx.ModelProto:
     return named
 
 
-def take_apart(graph: Graph, sizes: Callable[[], Sizes], notes: list[str]) -> Graph:
+def take_apart(graph: Graph, sizes: Callable[[Graph], Sizes], notes: list[str]) -> Graph:
     """The graph in which each fused node is the operators that it stands for; itself if it has none.
 
     Raises `ModelError` if a node is in a form that can't be taken apart.
@@ -73,13 +73,13 @@ def take_apart(graph: Graph, sizes: Callable[[], Sizes], notes: list[str]) -> Gr
     graph.prune()
     fused = [n for n in graph.nodes if n.domain.startswith(FUSED_DOMAIN)]
     read = {p.name for p in graph.outputs} | {i for n in graph.nodes for i in n.inputs}
+    shapes = {**sizes(graph), **{name: value.shape for name, value in graph.initializers.items()}}
     for node in fused:
         if node.op not in RULES or node.domain != FUSED_DOMAIN:
             _refuse(node, "it has no rule, as what an optimiser writes for one kind of processor or use")
         node.inputs += [""] * (_MAX_INPUTS - len(node.inputs))
         node.outputs = [o if o in read else "" for o in node.outputs] + [""] * (_MAX_OUTPUTS - len(node.outputs))
-    known = {**sizes(), **{name: value.shape for name, value in graph.initializers.items()}}
-    graph.rewrite(RULES, known, domain=FUSED_DOMAIN)
+    graph.rewrite(RULES, shapes, domain=FUSED_DOMAIN)
     operators, were = (f"{len(fused)} fused operators", "were") if len(fused) > 1 else ("A fused operator", "was")
     notes.append(f"{operators} ({first_few(sorted({n.op for n in fused}))}) {were} taken apart.")
     # Nodes of opsets 13 to 16 mean the same at 17, which has LayerNormalization.
@@ -122,38 +122,27 @@ def _quick_gelu(graph: Graph, node: Node, sizes: Sizes) -> None:
     graph.emit("Mul", x, graph.emit("Sigmoid", scaled), out=node.outputs[0])
 
 
-# Activations that are fused with a layer; their parameters are the attributes alpha and beta, or bounds.
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+# Activations that are fused with a layer. Their parameters are the attributes alpha and beta, or bounds: a list of a
+# convolution, and attributes of a Gemm.
 _LAYER_ACTIVATIONS = frozenset(
     {"Clip", "Elu", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu"}
 )
 
 
-def _activate(graph: Graph, node: Node, value: str, parameters: Sequence[float]) -> None:
-    """End a layer with the activation that is fused with it, or without one."""
+def _layer(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """activation(layer + z); z is the fourth input of a convolution."""
+    attrs = {k: v for k, v in node.attrs.items() if not k.startswith("activation")}
+    value = graph.emit(node.op.removeprefix("Fused"), *filter(None, node.inputs[:3]), attrs=attrs)
     name = node.attrs.get("activation", "Identity")
     if name not in _LAYER_ACTIVATIONS | {"Identity"}:
         _refuse(node, f"its activation is {name}", f"one of {', '.join(sorted(_LAYER_ACTIVATIONS))}")
+    single = (node.attrs[f"activation_{key}"] for key in ("alpha", "beta") if f"activation_{key}" in node.attrs)
+    parameters = [float(number) for number in node.attrs.get("activation_params", single)]
     bounds = [graph.scalar(number) for number in parameters] if name == "Clip" else []
-    attrs = {} if bounds else dict(zip(("alpha", "beta"), map(float, parameters), strict=False))
-    graph.emit(name, value, *bounds, attrs=attrs, out=node.outputs[0])
-
-
-# -- layers ------------------------------------------------------------------------------------------------------------
-
-
-def _conv(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """activation(conv(x) + z)."""
-    attrs = {k: v for k, v in node.attrs.items() if k not in ("activation", "activation_params")}
-    value = graph.emit("Conv", *filter(None, node.inputs[:3]), attrs=attrs)
-    _activate(graph, node, _sum(graph, value, node.inputs[3]), node.attrs.get("activation_params", ()))
-
-
-def _gemm(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """activation(alpha · A · B + beta · C)."""
-    attrs = {k: v for k, v in node.attrs.items() if not k.startswith("activation")}
-    value = graph.emit("Gemm", *filter(None, node.inputs), attrs=attrs)
-    parameters = (node.attrs.get(f"activation_{name}") for name in ("alpha", "beta", "gamma"))
-    _activate(graph, node, value, [p for p in parameters if p is not None])
+    activation = {} if bounds else dict(zip(("alpha", "beta"), parameters, strict=False))
+    graph.emit(name, _sum(graph, value, node.inputs[3]), *bounds, attrs=activation, out=node.outputs[0])
 
 
 def _matmul(graph: Graph, node: Node, sizes: Sizes) -> None:
@@ -319,13 +308,12 @@ def _size(node: Node, sizes: Sizes, name: str, axis: int) -> int:
 
 RULES: dict[str, _Rule] = {
     **dict.fromkeys(("BiasGelu", "FastGelu", "Gelu"), _gelu),
-    **dict.fromkeys(("FusedMatMul", "TransposeMatMul"), _matmul),
+    **dict.fromkeys(("FusedConv", "FusedGemm"), _layer),
     **dict.fromkeys(("LayerNormalization", "SimplifiedLayerNormalization"), _norm),
     **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), _skip_norm),
     "Attention": _attention,
     "EmbedLayerNormalization": _embed_norm,
-    "FusedConv": _conv,
-    "FusedGemm": _gemm,
+    "FusedMatMul": _matmul,
     "MultiHeadAttention": _multi_head_attention,
     "QuickGelu": _quick_gelu,
 }

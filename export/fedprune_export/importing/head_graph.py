@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -15,15 +14,12 @@ from fedprune.core.errors import ModelError, value_text
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.prediction_head import HEAD_KEY, PredictionHead
 from fedprune_export.importing import metadata
-from fedprune_export.importing.graph_writer import file_shapes
 from fedprune_export.importing.model_file import parse_model
-from fedprune_export.importing.training_end import Dims, TrainingEnd, constant_values, has_suppression
-from fedprune_export.ir.graph import NORMAL_OPSET, Array
+from fedprune_export.importing.training_end import TrainingEnd, constant_values, has_suppression
+from fedprune_export.importing.translation import lower_reductions
+from fedprune_export.importing.value_inference import file_shapes
+from fedprune_export.ir.graph import Array, Graph, Node, Port
 
-_Named = TypeVar("_Named", onnx.ValueInfoProto, onnx.TensorProto)
-
-# The version of the format that goes with opset 17: runtimes of boards refuse later ones.
-_IR_VERSION = 8
 # Samples on which a head is tried: all at once, and one by one.
 _TRIED_SAMPLES = 3
 # The numbers that a value of it may have: those of a large picture's classes.
@@ -35,40 +31,46 @@ _FREE_SIZE = 4
 
 
 def head_graph(text: str) -> onnx.ModelProto:
-    return parse_model(base64.b64decode(text), run_checker=False)
+    return parse_model(metadata.decode_file(HEAD_KEY, text), run_checker=False)
 
 
 def class_names(text: str, classes: int) -> tuple[str, ...]:
     """The names of classes that a head tells instead of numbers; empty without any."""
-    for tensor in _constants(head_graph(text).graph).values() if text else ():
+    for tensor in head_graph(text).graph.initializer if text else ():
         names = numpy_helper.to_array(tensor).reshape(-1) if tensor.data_type == onnx.TensorProto.STRING else ()
         if len(names) == classes:
             return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
     return ()
 
 
-def head_metadata(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[str]) -> dict[str, str]:
+def head_metadata(graph: Graph, end: TrainingEnd, notes: list[str]) -> dict[str, str]:
     """The head behind the end of training, in base64, by its key: that of a prediction head, or, if boxes are chosen
     among those of all samples, that of what only files keep. Empty if it can't be computed for several samples, or
-    computes something else for them than sample by sample. `dims` are those of the end's value.
+    computes something else for them than sample by sample.
 
     ZipMap, whose outputs are maps, is left out: its numbers are the output.
     """
-    head = _written_head(proto, end, dims, notes)
-    sizes = [_FREE_SIZE if d is None else d for d in dims[1:]]
-    if not _is_small(head, sizes):
+    try:
+        head = _head(graph, end, notes)
+    except ModelError:  # a reduction whose axes are computed, which opset 17 has no form of
         return {}
-    values = _values_of_batches(_text(head), sizes)
-    if has_suppression(end.nodes):
-        return {metadata.FILE_END_KEY: _text(head)} if values else {}
+    sizes = [_FREE_SIZE if d is None else d for d in end.dims[1:]]
+    head.inputs[0].shape = (_TRIED_SAMPLES, *sizes)
+    if not _is_small(head):
+        return {}
+    head.inputs[0].shape = ("N", *(None for _ in sizes))
+    values = _values_of_batches(head, sizes)
     axes = {name: _batch_axis(*pair) for name, pair in values.items()}
-    if not values or None in axes.values():
+    chooses = has_suppression(head.nodes)
+    if not values or (None in axes.values() and not chooses):
         return {}
-    for output in head.graph.output:
-        sizes_of_output, axis = output.type.tensor_type.shape.dim, axes[output.name]
-        if axis is not None and axis < len(sizes_of_output) and sizes_of_output[axis].HasField("dim_value"):
-            sizes_of_output[axis].dim_param = "N"  # the file's batch may be a fixed one
-    return {HEAD_KEY: _text(head)}
+    for port in head.outputs:
+        rank, axis = values[port.name][0].ndim, axes[port.name]
+        port.shape = port.shape if len(port.shape) == rank else (None,) * rank
+        # The file's batch may be a fixed one.
+        if not chooses and axis is not None and isinstance(port.shape[axis], int):
+            port.shape = (*port.shape[:axis], "N", *port.shape[axis + 1 :])
+    return {metadata.FILE_END_KEY if chooses else HEAD_KEY: _text(head.to_proto())}
 
 
 def behind_transpose(text: str, order: Sequence[int]) -> str:
@@ -84,123 +86,71 @@ def _text(head: onnx.ModelProto) -> str:
     return base64.b64encode(head.SerializeToString(deterministic=True)).decode()
 
 
-def _written_head(proto: onnx.ModelProto, end: TrainingEnd, dims: Dims, notes: list[str]) -> onnx.ModelProto:
-    value, outputs = end.value, {o.name: o for o in proto.graph.output}
-    nodes = [_without_maps(node, outputs, notes) for node in end.nodes]
+def _head(graph: Graph, end: TrainingEnd, notes: list[str]) -> Graph:
+    """The nodes behind the end of training, and those of the constants that they read, under names of their own."""
+    head, constants = graph.copy_without_nodes(), constant_values(graph)
+    head.name, head.metadata = "head", {}
+    head.nodes = [n.copy() for n in graph.nodes if constants.issuperset(o for o in n.outputs if o)]
+    head.nodes += [n.copy() for n in end.nodes]
+    for node in head.nodes:
+        if node.op == "ZipMap":
+            node.op, node.domain, node.attrs = "Identity", "", {}
+            name = value_text(node.outputs[0])
+            notes.append(f"Output {name} is a tensor of probabilities [n, classes] in place of ZipMap's maps.")
     # The training end may be an output itself: it keeps its name, too.
-    if value in outputs and not any(value in n.output for n in nodes):
-        nodes.append(helper.make_node("Identity", [value], [value]))
-    nodes = [*_constant_nodes(proto, nodes), *nodes]
-    read = {i for n in nodes for i in n.input}
-    tensors = [t for t in proto.graph.initializer if t.name in read]
+    outputs = {p.name for p in head.outputs}
+    if end.value in outputs and not any(end.value in n.outputs for n in end.nodes):
+        head.nodes.append(Node("Identity", [end.value], [end.value]))
+    head.prune()
+    if end.dims and end.dims[0] is not None:
+        _free_batch(head, end.dims[0])
+    lower_reductions(head)
     # Names mustn't clash with those of the trained part, which the import may change, or with its ports.
-    inner = [*(t.name for t in tensors), *(o for n in nodes for o in n.output if o)]
+    inner = [*head.initializers, *(o for n in head.nodes for o in n.outputs if o)]
     names = {name: f"head/{name}" for name in inner}
     names |= {name: f"{name}_" if name in (X, LOGITS) else name for name in outputs}
-    written = list[onnx.NodeProto]()
-    for node in nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.name = f"head/{node.name}" if node.name else ""
-        copy.input[:] = [LOGITS if i == value else names.get(i, i) for i in node.input]
-        copy.output[:] = [names.get(o, o) for o in node.output]
-        written.append(copy)
-    graph = helper.make_graph(
-        written,
-        "head",
-        [helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, None)],
-        [_with_name(o, names) for o in outputs.values()],
-        [_with_name(t, names) for t in tensors],
-    )
-    if dims and dims[0] is not None:
-        _free_batch(graph, dims[0])
-    _lower_reductions(graph)
-    # That of graphs: after `_lower_reductions` the head's operators have the same forms in it.
-    limits = {"": NORMAL_OPSET, "ai.onnx": NORMAL_OPSET}
-    opsets = [
-        helper.make_opsetid(o.domain, min(o.version, limits.get(o.domain, o.version))) for o in proto.opset_import
-    ]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
+    head.initializers = {names[name]: value for name, value in head.initializers.items()}
+    for node in head.nodes:
+        node.name = ""
+        node.inputs = [LOGITS if i == end.value else names.get(i, i) for i in node.inputs]
+        node.outputs = [names.get(o, o) for o in node.outputs]
+    for port in head.outputs:
+        port.name = names[port.name]
+    head.inputs = [Port(LOGITS, np.dtype(np.float32), ())]
+    return head
 
 
-def _lower_reductions(graph: onnx.GraphProto) -> None:
-    """Give reductions their axes as an attribute, as up to opset 17."""
-    tensors = _constants(graph)
-    for node in graph.node:
-        axes = tensors.get(node.input[1]) if node.op_type in ("ReduceMax", "ReduceMin") and node.input[1:] else None
-        if axes is not None:
-            node.attribute.append(helper.make_attribute("axes", numpy_helper.to_array(axes).reshape(-1).tolist()))
-            del node.input[1:]
-
-
-def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    constants = [n for n in graph.node if n.op_type == "Constant"]
-    values = {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
-    return {t.name: t for t in graph.initializer} | values
-
-
-def _without_maps(node: onnx.NodeProto, outputs: dict[str, onnx.ValueInfoProto], notes: list[str]) -> onnx.NodeProto:
-    if node.op_type != "ZipMap":
-        return node
-    name = node.output[0]
-    outputs[name] = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, None])
-    notes.append(f"Output {value_text(name)} is a tensor of probabilities [n, classes] in place of ZipMap's maps.")
-    return helper.make_node("Identity", [node.input[0]], [name])
-
-
-def _constant_nodes(proto: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The nodes that compute the constants which some nodes read, in order."""
-    constants, read = constant_values(proto), {i for n in nodes for i in n.input}
-    needed = list[onnx.NodeProto]()
-    for node in reversed(proto.graph.node):
-        if not read.isdisjoint(node.output) and constants.issuperset(o for o in node.output if o):
-            needed.append(node)
-            read.update(node.input)
-    return needed[::-1]
-
-
-def _with_name(proto: _Named, names: Mapping[str, str]) -> _Named:
-    copy = type(proto)()
-    copy.CopyFrom(proto)
-    copy.name = names[proto.name]
-    return copy
-
-
-def _free_batch(graph: onnx.GraphProto, size: int) -> None:
+def _free_batch(head: Graph, size: int) -> None:
     """Let reshapes to a batch of this size take any other."""
-    tensors = _constants(graph)
-    for node in graph.node:
-        shape = tensors.get(node.input[1]) if node.op_type == "Reshape" else None
-        sizes = [] if shape is None else numpy_helper.to_array(shape).reshape(-1).tolist()
-        if not sizes or sizes[0] != size:
-            continue
-        free = np.array([0 if -1 in sizes else -1, *sizes[1:]], np.int64)
-        name = f"{node.output[0]}/shape"
-        graph.initializer.append(numpy_helper.from_array(free, name))
-        node.input[1] = name
+    for node in head.nodes:
+        shape = head.initializers.get(node.inputs[1]) if node.op == "Reshape" else None
+        sizes = [] if shape is None else shape.reshape(-1).tolist()
+        if sizes and sizes[0] == size:
+            node.inputs[1] = head.ints(0 if -1 in sizes else -1, *sizes[1:])
 
 
-def _is_small(head: onnx.ModelProto, sizes: Sequence[int]) -> bool:
+def _without_output_shapes(head: Graph) -> onnx.ModelProto:
+    """A head as a model. A file may leave the shapes of its outputs out, or declare them for a batch of its own."""
+    proto = head.to_proto()
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return proto
+
+
+def _is_small(head: Graph) -> bool:
     """Whether no value of a head is huge: onnxruntime allocates whatever a file asks for, here and on boards."""
-    shaped = onnx.ModelProto()
-    shaped.CopyFrom(head)
-    shape = [_TRIED_SAMPLES, *sizes]
-    shaped.graph.input[0].CopyFrom(helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, shape))
-    for value in shaped.graph.output:
-        if value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
-    counts = [math.prod(max(d or 0, 1) for d in dims) for dims in file_shapes(shaped).values()]
-    grows = any(n.op_type in _GROWING_OPERATORS for n in head.graph.node)
+    counts = [math.prod(max(d or 0, 1) for d in dims) for dims in file_shapes(_without_output_shapes(head)).values()]
+    grows = any(n.op in _GROWING_OPERATORS for n in head.nodes)
     return not grows and max(counts, default=0) <= _MAX_NUMBERS
 
 
-def _values_of_batches(text: str, sizes: Sequence[int]) -> dict[str, tuple[Array, list[Array]]]:
+def _values_of_batches(head: Graph, sizes: Sequence[int]) -> dict[str, tuple[Array, list[Array]]]:
     """What a head computes for several samples, and for each of them; empty if onnxruntime doesn't run it on both."""
     x = np.random.default_rng(0).standard_normal((_TRIED_SAMPLES, *sizes)).astype(np.float32)
     try:
-        head = PredictionHead(text)
-        together = head.outputs(x)
-        single = [head.outputs(x[i : i + 1]) for i in range(_TRIED_SAMPLES)]
+        session = PredictionHead(_text(_without_output_shapes(head)))
+        together = session.outputs(x)
+        single = [session.outputs(x[i : i + 1]) for i in range(_TRIED_SAMPLES)]
     except ModelError:  # such as a reshape to a fixed batch
         return {}
     return {name: (value, [outputs[name] for outputs in single]) for name, value in together.items()}

@@ -12,10 +12,9 @@ import onnx
 from onnx import helper, inliner
 
 from fedprune.core.errors import ModelError, error_reason
-from fedprune_export.importing.control_flow import CONTROL_FLOW, without_control_flow
-from fedprune_export.importing.graph_writer import operator_of, write_out_functions
+from fedprune_export.importing.control_flow import write_out
 from fedprune_export.importing.model_file import check_valid_onnx
-from fedprune_export.importing.replacements import REPLACED, Replacements
+from fedprune_export.importing.node_writer import operator_of
 from fedprune_export.ir.graph import read_opset
 
 MAX_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
@@ -37,7 +36,7 @@ BY_DEFINITION = {
 
 def inline_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model without local functions, sequences, branches on constants, loops of a fixed length and what else
-    `Replacements` replaces: the same object if it has none.
+    `control_flow` writes out: the same object if it has none.
 
     Raises `ModelError` if functions call each other without end, the model has too many operators, the length of a
     sequence isn't known, or an estimator can't be trained.
@@ -45,23 +44,17 @@ def inline_model(model: onnx.ModelProto) -> onnx.ModelProto:
     if model.functions:
         _check_calls(model)
         check_valid_onnx(model)
-        model = write_out_functions(model)
+        try:
+            model = inliner.inline_local_functions(model)
+        except Exception as error:
+            raise ModelError(
+                f"the model's functions can't be written out ({error_reason(error)})", hint="Export it without them."
+            ) from error
     if len(model.graph.node) > MAX_NODES:
         raise ModelError("number of operators", expected=f"at most {MAX_NODES}", got=len(model.graph.node))
-    operators, opset = {operator_of(node) for node in model.graph.node}, read_opset(model)
-    if any(("", name) in operators for name in BY_DEFINITION):
+    if any(("", name) == operator_of(node) for node in model.graph.node for name in BY_DEFINITION):
         model = _expand_definitions(model)
-        operators = {operator_of(node) for node in model.graph.node}
-    has_control_flow = any(("", name) in operators for name in CONTROL_FLOW)
-    if not has_control_flow and not operators & REPLACED:
-        return model
-    check_valid_onnx(model)
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
-    if has_control_flow:
-        out = without_control_flow(out, opset, MAX_NODES)
-    Replacements(out, opset).write()
-    return out
+    return write_out(model, MAX_NODES)
 
 
 def _check_calls(model: onnx.ModelProto) -> None:

@@ -13,7 +13,7 @@ from fedprune.core.errors import ModelError, shape_text, value_text
 from fedprune.core.validation import check_instance, check_whole
 from fedprune.model.lengths import LENGTH_METADATA, Lengths, Shape, free_axis, padding_value
 from fedprune_export.importing import metadata
-from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.graph import Graph, Port, decode_metadata
 
 # Key of a file's metadata that holds [name, axis of one sample, least length] of the input whose length varies.
 FREE_INPUT_KEY = "fedprune.free_input"
@@ -69,10 +69,11 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
 
     Raises `ModelError` if the metadata, or an input, isn't as expected.
     """
-    text = graph.metadata.pop(FREE_INPUT_KEY, None)
-    if text is None:
+    free = decode_metadata(graph.metadata, FREE_INPUT_KEY, FreeInput, "[name, axis, length]")
+    if free is None:
         return
-    port, axis, min_length = _read_free_input(graph, text)
+    del graph.metadata[FREE_INPUT_KEY]
+    port, axis, min_length = _check_free_input(graph, free)
     max_length = port.shape[axis + 1]
     first = len(graph.nodes)
     real = _zero_padding(graph, port, axis)
@@ -120,11 +121,8 @@ def _zero_padding(graph: Graph, port: Port, axis: int) -> str:
     return graph.emit("Squeeze", graph.emit("Slice", real, *ends), graph.ints(*other_axes))
 
 
-def _read_free_input(graph: Graph, text: str) -> tuple[Port, int, int]:
-    try:
-        name, axis, min_length = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"metadata {FREE_INPUT_KEY}", expected="[name, axis, length]", got=value_text(text)) from error
+def _check_free_input(graph: Graph, free: FreeInput) -> tuple[Port, int, int]:
+    name, axis, min_length = free
     port = next((p for p in graph.inputs if p.name == name), None)
     if port is None or port.dtype not in (np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.int32)):
         got = value_text(name) if port is None else f"{value_text(name)} of {port.dtype}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -19,15 +18,15 @@ from fedprune.model.losses import LOSSES
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, with_adapters
 from fedprune_export.importing.hub_folder import class_names
-from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.lengths import read_shape
-from fedprune_export.importing.model_building import as_model_errors, build_model, name_setting_in_errors, tensor_names
+from fedprune_export.importing.model_building import as_model_errors, build_model, parse_inlined
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, read_packing
-from fedprune_export.importing.prediction_head import choose_output, ends_in_labels
+from fedprune_export.importing.prediction_head import choose_output
 from fedprune_export.importing.quantised import float_file
 from fedprune_export.importing.sources import is_folder, name_of, read_source_bytes
-from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, read_loss, read_metric
+from fedprune_export.importing.translation import read_graph
+from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, embed_user_graph
 from fedprune_export.ir.graph import read_dims
 from fedprune_export.model_options import MAX_AXIS, ImportChoices
 from fedprune_export.pruning.frozen_base import check_precision
@@ -36,67 +35,55 @@ from fedprune_export.pruning.model import Model
 NO_CHOICES = ImportChoices()
 
 
+@as_model_errors()
 def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
     """A model's file with a user's choices in it. Raises `ModelError` if they don't fit the model."""
     loss, metric, lora, base = choices.loss, choices.metric, choices.lora, choices.base
-    if any(getattr(choices, name) is not None for name in ("output", "class_axis", "parameters", "prefer")):
-        raw = _edit_file(raw, lambda proto: _write_choices(proto, choices))
+    labels = ""
     if isinstance(loss, str) and loss in LOSSES:
-        built_in, loss = LOSSES[loss], None
-        labels = built_in.labels if built_in.reads_logits else ""
-        proto = parse_model(raw, run_checker=False)
-        # Training ends elsewhere because of some losses' labels.
-        if labels and ends_in_labels(inline_model(proto), labels):
-            raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, {metadata.LABELS_KEY: labels}))
-        # Only outputs with positions may have their classes elsewhere than on axis 1, unless a convolution makes them.
-        makers = {o: n.op_type for n in proto.graph.node for o in n.output}
-        outputs = [o for o in proto.graph.output if o.type.HasField("tensor_type") and makers.get(o.name) != "Conv"]
-        if labels == "classes" and not all(len(read_dims(o)) in (1, 2) for o in outputs):
-            axes = build_model(raw, "model").class_axes
-            if len(axes) == 1 and axes != (1,):
-                texts = {metadata.CLASS_AXIS_KEY: str(axes[0])}
-                raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, texts))
+        labels, loss = LOSSES[loss].labels if LOSSES[loss].reads_logits else "", None
+    raw = _with_settings(raw, choices, labels)
     if loss is not None or metric is not None:
         model = build_model(raw, "model", own_loss=loss is not None)
         output_shape = model.architecture.output_shape
         packed_outputs = read_packing(model.graph.metadata, OUTPUTS_KEY)
-        user_graphs = {}
-        if loss is not None:
-            with name_setting_in_errors("loss"):
-                user_graphs[LOSS_KEY] = base64.b64encode(read_loss(loss, output_shape, packed_outputs)).decode()
-        if metric is not None:
-            with name_setting_in_errors("metric"):
-                user_graphs[METRIC_KEY] = base64.b64encode(read_metric(metric, output_shape, packed_outputs)).decode()
-        raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, user_graphs))
+        functions = {key: source for key, source in ((LOSS_KEY, loss), (METRIC_KEY, metric)) if source is not None}
+        user_graphs = {key: embed_user_graph(key, f, output_shape, packed_outputs) for key, f in functions.items()}
+        raw = _with_texts(parse_model(raw, run_checker=False), user_graphs)
     if lora is not None:
         raw = with_adapters(build_model(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
     if base is not None:
         check_precision(base)
-        raw = _edit_file(raw, lambda proto: metadata.write_properties(proto, {metadata.BASE_KEY: base}))
+        raw = _with_texts(parse_model(raw, run_checker=False), {metadata.BASE_KEY: base})
     return raw
 
 
-@as_model_errors()
-def _edit_file(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
-    proto = parse_model(raw)
-    edit(proto)
-    edited: bytes = proto.SerializeToString(deterministic=True)
-    return edited
-
-
-def _write_choices(proto: onnx.ModelProto, choices: ImportChoices) -> None:
-    """Write the chosen output, parameters and preference into a model."""
-    if choices.output is not None:
-        choose_output(proto, choices.output, inline_model(proto))
+def _with_settings(raw: bytes, choices: ImportChoices, labels: str) -> bytes:
+    """A file with the chosen output, parameters, axis of classes and preference, and the labels of the loss."""
+    texts = dict[str, str]()
     if choices.parameters is not None:
-        listed = check_texts("parameters", choices.parameters, error=ModelError)
-        parameters = metadata.check_tensor_names(listed, tensor_names(proto), "the list of parameters")
-        metadata.write_properties(proto, {metadata.PARAMETERS_KEY: json.dumps(parameters)})
+        parameters = check_texts("parameters", choices.parameters, error=ModelError)
+        texts[metadata.PARAMETERS_KEY] = json.dumps(list(parameters))
     if choices.class_axis is not None:
         axis = check_whole("class_axis", choices.class_axis, -MAX_AXIS, MAX_AXIS, error=ModelError)
-        metadata.write_properties(proto, {metadata.CLASS_AXIS_KEY: str(axis)})
+        texts[metadata.CLASS_AXIS_KEY] = str(axis)
     if choices.prefer is not None:
-        metadata.write_properties(proto, {metadata.PREFER_KEY: choices.prefer})
+        texts[metadata.PREFER_KEY] = choices.prefer
+    if not texts and choices.output is None and labels not in ("classes", "multi"):
+        return raw
+    proto = parse_model(raw, run_checker=False)
+    if choices.output is not None:
+        choose_output(proto, choices.output, read_graph(parse_inlined(raw)))
+    # Where training ends and the classes are depends on these labels, of classes only if outputs have positions.
+    if labels == "multi" or (labels == "classes" and any(len(read_dims(o)) not in (1, 2) for o in proto.graph.output)):
+        texts[metadata.LABELS_KEY] = labels
+    return _with_texts(proto, texts) if texts or choices.output is not None else raw
+
+
+def _with_texts(proto: onnx.ModelProto, texts: Mapping[str, str]) -> bytes:
+    metadata.write_properties(proto, texts)
+    file: bytes = proto.SerializeToString(deterministic=True)
+    return file
 
 
 def load(source: str | Path | object, *, name: str | None = None, **choices: Any) -> Model:
@@ -150,7 +137,7 @@ def read_source(source: str | Path, choices: ImportChoices = NO_CHOICES) -> byte
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
-    return _prepare_file(read_source_bytes(source, choices), choices)
+    return with_choices(float_file(read_source_bytes(source, choices)), choices)
 
 
 def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> Model:
@@ -160,10 +147,4 @@ def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> M
     architecture is only sure with the same version of onnx. Raises `ModelError` if it is damaged, or uses what can't be
     handled.
     """
-    return build_model(_prepare_file(raw, choices), name)
-
-
-@as_model_errors()
-def _prepare_file(raw: bytes, choices: ImportChoices) -> bytes:
-    """A file of floats with a user's choices in it. Raises `ModelError` if they don't fit, or it can't be one."""
-    return with_choices(float_file(raw), choices)
+    return build_model(with_choices(float_file(raw), choices), name)

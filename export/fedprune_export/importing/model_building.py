@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import onnx
 
@@ -20,33 +21,17 @@ from fedprune_export.importing.head_graph import class_names
 from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model
 from fedprune_export.importing.normalise import Normalised, normalise
-from fedprune_export.importing.number_types import as_single_precision, store_densely
+from fedprune_export.importing.number_types import as_single_precision
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY
 from fedprune_export.importing.prediction_head import separate_head
 from fedprune_export.importing.refusals import check_input_types
-from fedprune_export.importing.user_graphs import (
-    LOSS_KEY,
-    METRIC_KEY,
-    check_labels,
-    embedded_user_graph,
-    import_loss,
-    import_metric,
-)
+from fedprune_export.importing.translation import read_graph, write_graph
+from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY, import_user_graphs
 from fedprune_export.ir.dropout import DRAWS_KEY, DROPOUT_AXES_KEY
-from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.instance_norms import INSTANCE_NORMS_KEY, instance_means
 from fedprune_export.model_options import Prefer
 from fedprune_export.pruning.frozen_base import freeze_base
 from fedprune_export.pruning.model import ACTIVATION_RANGES_KEY, RANKS_KEY, Model
-
-
-@contextmanager
-def name_setting_in_errors(setting: str) -> Iterator[None]:
-    """Let errors name the setting of a user's function, because the model's file may be correct."""
-    try:
-        yield
-    except ModelError as error:
-        raise error.with_subject(error.what, ("model", setting)) from error.__cause__
 
 
 @contextmanager
@@ -70,28 +55,33 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     the file is damaged, or uses what can't be handled.
     """
     file_notes = list[str]()
+    graph = read_graph(parse_inlined(raw))
     # Draws first, since a file with random numbers can't be compared with itself in float32.
-    proto, raw = rewrite_draws(parse_inlined(raw), raw, file_notes)
-    single = as_single_precision(raw, proto)
+    if rewrite_draws(graph, file_notes):
+        raw = write_graph(graph).SerializeToString()
+    single = as_single_precision(raw, graph)
     if single is not None:
-        raw, proto = single.raw, parse_inlined(single.raw)
-    store_densely(proto.graph, file_notes)
-    texts, tensors = metadata.read_properties(proto), tensor_names(proto)
+        raw, graph = single.raw, read_graph(parse_inlined(single.raw))
+    texts, tensors = dict(graph.metadata), graph.initializers.keys()
     listed = metadata.read_names(texts, metadata.PARAMETERS_KEY, tensors)
     frozen = metadata.read_names(texts, metadata.FROZEN_KEY, tensors) or ()
     prefer = _parse_prefer(texts.get(metadata.PREFER_KEY, "coarse"))
     parameters = None if listed is None else frozenset(listed)
     own_loss = own_loss or LOSS_KEY in texts
     labels = texts.get(metadata.LABELS_KEY, "")
-    proto, raw, head, class_axis = separate_head(proto, raw, file_notes, labels, own_loss=own_loss)
-    normal = normalise(proto, parameters, raw, own_loss=own_loss)
+    separate = separate_head(graph, raw, file_notes, labels, own_loss=own_loss)
+    outputs, head = [replace(port) for port in graph.outputs], separate.texts
+    normal = normalise(graph, parameters, separate.raw, own_loss=own_loss)
     chosen_axis = metadata.class_axis(texts)
-    class_axis = class_axis if chosen_axis is None else chosen_axis
+    class_axis = separate.axis if chosen_axis is None else chosen_axis
     class_axes = find_class_axes(normal) if class_axis is None else (1,)
+    if labels == "classes" and len(class_axes) == 1 and class_axes != (1,):
+        class_axis, class_axes = class_axes[0], (1,)
     if class_axis is not None:
-        head = move_classes(normal, class_axis, proto, head)
+        head = move_classes(normal, class_axis, outputs[0], head)
     if single is not None:
-        file_notes.append(single.compare(raw, normal.graph))
+        compared = [port.name for port in outputs]
+        file_notes.append(single.compare(separate.raw, compared, separate.removed, normal.graph))
     frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
     # With adapters, or a frozen base in another precision, frozen weights keep all channels.
@@ -115,7 +105,7 @@ def build_model(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     if precision is not None:
         base, architecture = freeze_base(normal.graph, architecture, frozen_names, precision)
         normal.graph.metadata[metadata.BASE_KEY] = precision
-    loss, metric = _import_user_graphs(texts, analysis.architecture.output_shape)
+    loss, metric = import_user_graphs(texts, analysis.architecture.output_shape)
     names = class_names(head.get(HEAD_KEY, ""), architecture.classes)
     model = Model(
         normal.graph,
@@ -141,7 +131,7 @@ def parse_inlined(raw: bytes) -> onnx.ModelProto:
     proto = inline_model(file_model)
     # onnx's checker takes long on large files, so it sees each model once: the file, or the inlined model.
     if proto is file_model:
-        check_valid_onnx(raw)
+        check_valid_onnx(proto)
         return proto
     try:
         check_valid_onnx(proto)
@@ -177,23 +167,6 @@ def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: 
         **{key: json.dumps(fact) for key, fact in facts.items() if fact},
         **{key: texts[key] for key in (LOSS_KEY, METRIC_KEY) if key in texts},
     }
-
-
-def _import_user_graphs(texts: Mapping[str, str], outputs: Sequence[int]) -> tuple[Model | None, Graph | None]:
-    """The loss and metric in a file's metadata. Raises `ModelError` if one is damaged or they don't fit each other."""
-    graphs = {key: embedded_user_graph(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
-    with name_setting_in_errors("loss"):
-        loss = import_loss(graphs[LOSS_KEY], outputs) if LOSS_KEY in graphs else None
-    with name_setting_in_errors("metric"):
-        metric = import_metric(graphs[METRIC_KEY], outputs) if METRIC_KEY in graphs else None
-        check_labels(loss, metric)
-    return loss, metric
-
-
-def tensor_names(proto: onnx.ModelProto) -> set[str]:
-    """Names of a model's tensors, also of those that are written as Constant nodes."""
-    constants = (o for n in proto.graph.node if n.op_type == "Constant" for o in n.output)
-    return {*(t.name for t in proto.graph.initializer), *constants}
 
 
 def _parse_prefer(text: str) -> Prefer:

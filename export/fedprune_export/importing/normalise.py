@@ -7,7 +7,6 @@ nothing at inference, and forms of an operator that differ between opsets. Weigh
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,30 +18,28 @@ from fedprune.model.input_type import InputType
 from fedprune.model.step_contract import LOGITS, RESERVED_NAMES, X
 from fedprune_export.importing import parameter_roles
 from fedprune_export.importing.batches import free_batch
-from fedprune_export.importing.checks import check_indices, check_nodes, compare_with_original
+from fedprune_export.importing.checks import Original, check_indices, check_nodes, compare_with_original
 from fedprune_export.importing.constants import (
-    copy_fills,
-    drop_zero_products,
     fold_constants,
     guard_zero_norms,
-    narrow_constants,
 )
-from fedprune_export.importing.fused_operators import name_early_norms, take_apart
-from fedprune_export.importing.graph_writer import file_shapes
+from fedprune_export.importing.draws import merge_masks
+from fedprune_export.importing.fused_operators import take_apart
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import REPEATED_KEY
 from fedprune_export.importing.number_types import store_weights
-from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.pad_resize import drop_empty_scales
 from fedprune_export.importing.patterns import replace_patterns
 from fedprune_export.importing.refusals import check_output, check_random, check_trainable
 from fedprune_export.importing.sample_shapes import check_sizes
 from fedprune_export.importing.scatter_writes import rewrite_scatter_writes
-from fedprune_export.importing.simplification import bypass, drop_identities, simplify
+from fedprune_export.importing.simplification import simplify
 from fedprune_export.importing.spectral_norms import fold_spectral_norms
-from fedprune_export.importing.translation import translate, upgrade_model
+from fedprune_export.importing.translation import translate
 from fedprune_export.importing.transpositions import merge_transpositions
+from fedprune_export.importing.value_inference import graph_shapes
+from fedprune_export.ir.bypass import bypass, drop_identities
 from fedprune_export.ir.dropout import dropout_ratio, is_dropout, read_draws, remove_dropouts
 from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.trace import Trace, trace_graph
@@ -67,10 +64,8 @@ class Normalised:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def normalise(
-    model: onnx.ModelProto, parameters: frozenset[str] | None, raw: bytes, *, own_loss: bool = False
-) -> Normalised:
-    """Bring a model into the compiler's form and check that it still computes the same.
+def normalise(graph: Graph, parameters: frozenset[str] | None, raw: bytes, *, own_loss: bool = False) -> Normalised:
+    """Bring a file's graph, which may be changed, into the compiler's form and check that it still computes the same.
 
     Several inputs are packed into one; the mask and lengths of padded samples are computed. Raises `ModelError` if the
     model has several outputs, a batch that can't be made free, control flow that depends on data, or operators that
@@ -79,23 +74,20 @@ def normalise(
     Args:
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
             nodes are truly tied. Otherwise parameters are recognised by their use.
-        raw: The file that the model was read from. The graph has to compute what onnxruntime computes by it.
+        raw: The file that the graph was read from. The graph has to compute what onnxruntime computes by it.
         own_loss: Whether the model has a loss of its own, which takes outputs as they are: several are packed into one
             instead of being refused.
     """
-    if not model.graph.node:
+    if not graph.nodes:
         raise ModelError("the model has no operators")
-    # Read one input and one output, and the constants that the file declares.
-    model = name_early_norms(upgrade_model(model))
-    graph = Graph.from_proto(model)
     notes: list[str] = []
     check_nodes(graph)
     drop_empty_scales(graph)
     store_weights(graph)
     check_sizes(graph)
     # Roles of weights, the free batch and all that follows read operators of the standard only.
-    graph = take_apart(graph, lambda: file_shapes(model), notes)
-    constants = parameter_roles.constants_of(model, graph, notes if parameters is None else [])
+    graph = take_apart(graph, graph_shapes, notes)
+    constants = parameter_roles.constants_of(graph, notes if parameters is None else [])
     file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     _name_nodes(graph)
     graph.prune()
@@ -129,10 +121,18 @@ def normalise(
     original = Original(raw, file_inputs, file_outputs, row_graph, layout)
     # After this each operator has one form, and constants are folded.
     _simplify(graph, graph_trace, constants, notes, LOGITS)
+    merge_masks(graph, graph_trace)
     fold_spectral_norms(graph, constants, listed, notes)
     drop_identities(graph)
     check_random(graph)
-    roles = _separate_parameters(graph, graph_trace, constants, repeated, listed, notes)
+    guard_zero_norms(graph, constants)
+    constants |= {n for n in graph.initializers if n.startswith(parameter_roles.CONSTANT_PREFIX)}
+    if parameters is None:
+        # A list of parameters says that shared tensors are truly tied; without one, exporters may have merged equal
+        # values. All iterations of a loop read the same ones.
+        parameter_roles.untie(graph, constants | repeated, notes)
+        tie_tables(graph, constants, notes)
+    roles = parameter_roles.find_roles(graph, constants, listed, notes)
     parameter_roles.note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
     check_trainable(graph, roles)
     _check_finite(graph, roles)
@@ -144,27 +144,6 @@ def normalise(
     _check_types(graph, graph_trace)
     notes += compare_with_original(original, graph)
     return Normalised(graph, roles, graph_trace, notes, names)
-
-
-def _separate_parameters(
-    graph: Graph,
-    trace: Trace,
-    constants: set[str],
-    repeated: AbstractSet[str],
-    listed: AbstractSet[str] | None,
-    notes: list[str],
-) -> dict[str, str]:
-    """Give each parameter and constant the form by which it is recognised. Returns the roles of parameters."""
-    guard_zero_norms(graph, constants)
-    constants |= {n for n in graph.initializers if n.startswith(parameter_roles.CONSTANT_PREFIX)}
-    if listed is None:
-        # A list of parameters says that shared tensors are truly tied; without one, exporters may have merged equal
-        # values. All iterations of a loop read the same ones.
-        parameter_roles.untie(graph, constants | repeated, notes)
-        tie_tables(graph, constants, notes)
-    copy_fills(graph, constants)
-    narrow_constants(graph, trace, constants)
-    return parameter_roles.find_roles(graph, constants, listed, notes)
 
 
 def simplify_graph(graph: Graph, output: str) -> None:
@@ -185,7 +164,6 @@ def simplify_graph(graph: Graph, output: str) -> None:
 def _simplify(graph: Graph, trace: Trace, constants: set[str], notes: list[str], output: str) -> None:
     """Fold constants, write each operator in one form, and recognise norms and activations in primitives."""
     _drop_casts(graph, trace)
-    drop_zero_products(graph, trace, constants)
     fold_constants(graph, trace, constants, output)
     translate(graph, trace, notes)
     rewrite_scatter_writes(graph, trace, constants, notes)
@@ -218,16 +196,17 @@ def _check_ports(graph: Graph, notes: list[str]) -> None:
 
 def _drop_casts(graph: Graph, trace: Trace) -> None:
     """Remove casts to the type that a value has already, and write each CastLike as a Cast."""
-    outputs = {p.name for p in graph.outputs}
-    for node in list(graph.nodes):
+    idle = []
+    for node in graph.nodes:
         if node.domain or node.op not in ("Cast", "CastLike"):
             continue
         before, after = trace.dtypes[node.inputs[0]], trace.dtypes[node.outputs[0]]
         if before == after:
-            bypass(graph, node, outputs)
+            idle.append(node)
         elif node.op == "CastLike":
             node.op, node.inputs = "Cast", node.inputs[:1]
             node.attrs = {"to": int(onnx.helper.np_dtype_to_tensor_dtype(after))}
+    bypass(graph, idle)
 
 
 def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, str]:
@@ -324,8 +303,7 @@ def rewrite_dropouts(graph: Graph, notes: list[str]) -> None:
             idle.append(node)
         node.outputs, node.attrs = node.outputs[:1], {}
     graph.nodes = nodes
-    for node in idle:
-        bypass(graph, node, outputs)
+    bypass(graph, idle)
     if ratios:
         shares = ", ".join(f"{ratio:g}" for ratio in sorted(set(ratios)))
         notes.append(f"Boards train with {quantity(len(ratios), 'dropout')} of the model (ratio {shares}).")

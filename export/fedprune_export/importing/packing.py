@@ -24,9 +24,7 @@ from fedprune_export.ir.trace import trace_graph
 # Keys of a graph's metadata with the names and shapes of packed inputs and outputs: [[name, [sizes]], ...].
 INPUTS_KEY, OUTPUTS_KEY = "fedprune.inputs", "fedprune.outputs"
 
-_TYPES = {np.dtype(t): int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t))) for t in (
-    np.float32, np.float16, np.int64, np.int32, np.bool_, np.uint8,
-)}  # fmt: skip
+_TYPES = [np.dtype(t) for t in (np.float32, np.float16, np.int64, np.int32, np.bool_, np.uint8)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,8 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
         shape = graph.ints(*((0, *piece.shape) if piece.shape else (-1,)))
         value = graph.emit("Reshape", columns, shape, out=None if cast else port.name)
         if cast:
-            graph.emit("Cast", value, attrs={"to": _TYPES[port.dtype]}, out=port.name)
+            to = int(onnx.helper.np_dtype_to_tensor_dtype(port.dtype))
+            graph.emit("Cast", value, attrs={"to": to}, out=port.name)
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
     graph.inputs[:] = [Port(row, kind, ("N", before))]
     graph.metadata[INPUTS_KEY] = _packing_text(pieces)

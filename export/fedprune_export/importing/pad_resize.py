@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing.constants import constant_input
 from fedprune_export.ir.axis_matrix import axis_matrix
-from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
+from fedprune_export.ir.graph import NORMAL_OPSET, Array, Graph, Node
 from fedprune_export.ir.trace import Trace
-
-_POSITION_TOLERANCE = 1e-4  # a position this near to a whole or half one may round either way
 
 
 def emit_pad(graph: Graph, node: Node, trace: Trace) -> None:
@@ -58,21 +55,6 @@ def _emit_wrap(graph: Graph, node: Node, x: str, pads: str, trace: Trace) -> Non
     graph.emit("Identity", x, out=node.outputs[0])
 
 
-def mark_early_resizes(graph: onnx.GraphProto) -> None:
-    """Set the modes of resizes from before opset 11 explicitly: onnx's converter gives them the later defaults.
-
-    Nearest ones round down where they grow; along axes that shrink onnxruntime rounds up, and the import is refused.
-    """
-    for node in graph.node:
-        if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
-            continue
-        attributes = [a for a in node.attribute if a.name not in ("coordinate_transformation_mode", "nearest_mode")]
-        del node.attribute[:]
-        node.attribute.extend([*attributes, helper.make_attribute("coordinate_transformation_mode", "asymmetric")])
-        if next((a.s for a in attributes if a.name == "mode"), b"nearest") == b"nearest":
-            node.attribute.append(helper.make_attribute("nearest_mode", "floor"))
-
-
 def drop_empty_scales(graph: Graph) -> None:
     """Leave out arguments of a Resize without numbers: files of opsets 11 and 12 have empty scales beside sizes."""
     for node in graph.nodes:
@@ -87,34 +69,39 @@ def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
     Raises `ModelError` if it uses what opset 17 doesn't have.
     """
     attrs: dict[str, Any] = node.attrs
-    symmetric = attrs.get("coordinate_transformation_mode") == "half_pixel_symmetric"
-    if attrs.get("antialias", 0) or symmetric:
+    positions = attrs.get("coordinate_transformation_mode")
+    if attrs.get("antialias", 0) or positions == "half_pixel_symmetric":
         _emit_products(graph, node, trace)
         return
-    attrs.pop("antialias", None)
     attrs.pop("keep_aspect_ratio_policy", None)
-    axes = attrs.pop("axes", None)
-    crop = attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
-    if crop and axes is not None:
-        raise _no_form(node, "axes of a crop", "all axes")
+    if positions != "tf_crop_and_resize":
+        _write_amounts(graph, node, trace, attrs.pop("axes", None))
+    graph.nodes.append(node)
+
+
+def _write_amounts(graph: Graph, node: Node, trace: Trace, axes: Sequence[int] | None) -> None:
+    """Write scales of all axes, or sizes behind those of x, since opset 17 has none of some axes."""
     before, after = trace.dims(node.inputs[0]), trace.dims(node.outputs[0])
     scales = graph.initializers.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
-    if scales is not None and axes is not None:
+    if scales is None:
+        scales = _exact_scales(before, after)
+    elif axes is not None:
         full = np.ones(len(before), np.float32)
         full[list(axes)] = scales
         scales = full
-    elif scales is None and not crop:
-        scales = _scales(before, after, jumps=attrs.get("mode", "nearest") == "nearest")
-    if scales is not None and not crop:
+    if scales is not None:
         node.inputs = [node.inputs[0], "", graph.constant(scales, np.float32)]
-    elif axes is not None:
+        return
+    sizes = node.inputs[3]
+    if axes is None and sizes in graph.initializers:
+        # The batch and the channels, which may be cut, keep their sizes.
+        axes, sizes = range(2, len(before)), graph.ints(*graph.initializers[sizes].tolist()[2:])
+    if axes is not None:
         first = len(before) - len(axes)
         if [a % len(before) for a in axes] != list(range(first, len(before))):
             raise _no_form(node, "sizes of some axes", "those of the last axes")
-        # Opset 17 takes sizes of all axes, also of those that keep theirs.
         leading = graph.emit("Shape", node.inputs[0], attrs={"start": 0, "end": first})
-        node.inputs[3] = graph.emit("Concat", leading, node.inputs[3], attrs={"axis": 0})
-    graph.nodes.append(node)
+        node.inputs[3] = graph.emit("Concat", leading, sizes, attrs={"axis": 0})
 
 
 def _emit_products(graph: Graph, node: Node, trace: Trace) -> None:
@@ -142,31 +129,17 @@ def _emit_products(graph: Graph, node: Node, trace: Trace) -> None:
             graph.emit("MatMul", x, graph.constant(matrix.T, np.float32), out=node.outputs[0])
 
 
-def _scales(
-    before: tuple[int | None, ...], after: tuple[int | None, ...], *, jumps: bool
-) -> np.ndarray[Any, Any] | None:
-    """The scales that give these sizes; None if no scales give the same values.
-
-    A scale that rounding makes too small is taken a step larger, unless values jump between positions and one of
-    them lies so near to a jump that the step could cross it.
-    """
-    out = np.ones(len(before), np.float32)
-    for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        # The batch keeps its size. Any other axis that depends on the batch has no constant scale.
-        if old is None or new is None:
-            if i:
+def _exact_scales(before: Sequence[int | None], after: Sequence[int | None]) -> Array | None:
+    """The scales that give these sizes; None if rounding makes one too small, or an axis depends on the batch."""
+    scales = np.ones(len(before), np.float32)
+    for axis, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old is not None and new is not None:
+            scales[axis] = np.float32(new) / np.float32(old)
+            if int(old * float(scales[axis])) != new:
                 return None
-            continue
-        out[i] = np.float32(new) / np.float32(old)
-        if int(old * float(out[i])) == new:
-            continue
-        out[i] = np.nextafter(out[i], np.float32(np.inf))
-        positions = np.concatenate([np.arange(1, new) / (new / old), (np.arange(new) + 0.5) / (new / old) - 0.5]) * 2
-        if int(old * float(out[i])) != new or (
-            jumps and bool((np.abs(positions - np.round(positions)) < _POSITION_TOLERANCE).any())
-        ):
+        elif axis:  # the batch itself keeps its size
             return None
-    return out
+    return scales
 
 
 def _no_form(node: Node, what: str, expected: str) -> ModelError:

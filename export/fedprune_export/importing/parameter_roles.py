@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
 import numpy as np
-import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.core.text import first_few
+from fedprune_export.importing.metadata import CONSTANTS_KEY
 from fedprune_export.importing.role_guesses import (
     PARAMETERS_HINT,
     ROLES,
@@ -33,20 +33,21 @@ _LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "M
 _STATISTICS = ("stat_mean", "stat_var")
 
 
-def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[str]:
-    """The values of a file's Constant nodes; none if all its weights are such nodes.
+def constants_of(graph: Graph, notes: list[str]) -> set[str]:
+    """The values of a file's Constant nodes, whose names are taken out of the metadata; none if all its weights are
+    such nodes.
 
     Several exporters write weights as Constant nodes; others write only numbers in the author's code as such nodes.
     `notes` gets a sentence on tensors that may be weights and are taken for constants.
     """
-    constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
+    constants = {*graph.metadata.pop(CONSTANTS_KEY, "").split("\n")} - {""}
     makers = graph.producers()
     weights = {
         name
         for node in graph.nodes
         if node.op in _LAYER_OPERATORS and not node.domain
         for i, read in enumerate(node.inputs)
-        if ROLES[node.op].get(i) == "weight" and (name := _stored_name(read, makers)) in graph.initializers
+        if ROLES[node.op].get(i) == "weight" and (name := stored_name(read, makers)) in graph.initializers
         # The import has made these itself.
         if not name.startswith(CONSTANT_PREFIX)
     }
@@ -61,7 +62,7 @@ def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[
     return constants
 
 
-def _stored_name(name: str, makers: Mapping[str, Node]) -> str:
+def stored_name(name: str, makers: Mapping[str, Node]) -> str:
     """The value that this one is, only rearranged or cast."""
     while (node := makers.get(name)) is not None and node.op in REARRANGEMENTS | {"Cast"} and not node.domain:
         name = node.inputs[0]
@@ -106,13 +107,7 @@ def find_roles(
         notes: Gets a sentence on every tensor that could be a weight and is taken for a constant, and one on all that
             could be constants and are taken for weights.
     """
-    norm_roles = {
-        name: ROLES[node.op][i]
-        for node in graph.nodes
-        if node.op == "BatchNormalization" and not node.domain
-        for i, name in enumerate(node.inputs)
-        if i and name in graph.initializers
-    }
+    readers = graph.consumers()
     guesses = RoleGuesses(graph, notes)
     roles: dict[str, str] = {}
     for name in _read_order(graph):
@@ -121,15 +116,13 @@ def find_roles(
             continue
         is_parameter = name not in constants if listed is None else name in listed
         # Batch statistics are buffers in PyTorch, so a list of parameters may leave them out.
-        if not is_parameter and norm_roles.get(name) not in _STATISTICS:
+        if not is_parameter and not any(ROLES.get(n.op, {}).get(i) in _STATISTICS for n, i in readers[name]):
             continue
         if value.dtype != np.float32:
             if listed is not None:
                 raise ModelError(f"parameter {name}", expected="float32", got=value.dtype)
             continue
-        if name in norm_roles:
-            role = norm_roles[name]
-        elif listed is not None:
+        if listed is not None:
             uses = guesses.uses(name)
             role = uses[0].role if uses else "weight"
         else:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+import onnx
 
-from fedprune.core.errors import ModelError
+from fedprune.core.errors import ModelError, value_text
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.model_file import parse_model
 from fedprune_export.importing.node_order import inner_graphs
 from fedprune_export.ir.graph import Array
+from fedprune_export.ir.rounding import check_outputs, round_array, round_weights
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class BatchLayout:
         least: The least number of samples for which the file keeps all axes: 2 if it squeezes a batch of 1 away.
     """
 
-    size: int | None
-    inputs: Mapping[str, int]
+    size: int | None = None
+    inputs: Mapping[str, int] = field(default_factory=dict)
     outputs: Mapping[str, int | None] = field(default_factory=dict)
     least: int = 1
 
@@ -46,15 +49,14 @@ class RawFile:
     """
 
     def __init__(self, raw: bytes, outputs: list[str], layout: BatchLayout) -> None:
-        self.layout = layout
-        self._outputs = outputs
+        self.layout, self.outputs, self._raw = layout, outputs, raw
         with _hint_at_export():
             self._session = raw_session(raw, outputs, exact=True)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for samples: all at once, or in batches of the file's own size."""
         size, count = self.layout.size, len(next(iter(feeds.values())))
-        if size is None and count >= self.layout.least:
+        if count == size or (size is None and count >= self.layout.least):
             return self._run_batch(feeds)
         size = size or self.layout.least
         batches = []
@@ -62,14 +64,30 @@ class RawFile:
             # The last batch is filled up with samples that were run before.
             rows = np.arange(first, first + size) % count
             batches.append(self._run_batch({name: value[rows] for name, value in feeds.items()}))
-        return {name: np.concatenate([batch[name] for batch in batches])[:count] for name in self._outputs}
+        return {name: np.concatenate([batch[name] for batch in batches])[:count] for name in self.outputs}
+
+    def rounded(self, random: np.random.Generator, levels: int = 0) -> RawFile:
+        """The same file with its weights moved by a rounding (`round_weights`)."""
+        return RawFile(round_weights(self._raw, random, levels), self.outputs, self.layout)
+
+    def check(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array], subject: str, hint: str = "") -> None:
+        """Compare outputs that were computed of these samples with the file's. Raises `ModelError` if one is farther
+        away than rounding explains (`check_outputs`)."""
+
+        def rerun(name: str, random: np.random.Generator) -> Array:
+            return self.rounded(random).run({n: round_array(x, random) for n, x in feeds.items()})[name]
+
+        for name, expected in self.run(feeds).items():
+            what = f"{subject}: output {value_text(name)} differs"
+            check_outputs(outputs[name], expected, partial(rerun, name), what, hint)
 
     def _run_batch(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         moved = {name: np.moveaxis(value, 0, self.layout.inputs.get(name, 0)) for name, value in feeds.items()}
         with _hint_at_export():
-            values = self._session.run({k: np.ascontiguousarray(v) for k, v in moved.items()}, self._outputs)
-        axes = {name: self.layout.outputs.get(name, 0) for name in values}
-        return {n: v[None] if axes[n] is None else np.moveaxis(v, axes[n] or 0, 0) for n, v in values.items()}
+            values = self._session.run({k: np.ascontiguousarray(v) for k, v in moved.items()}, self.outputs)
+        for name, axis in self.layout.outputs.items():
+            values[name] = values[name][None] if axis is None else np.moveaxis(values[name], axis, 0)
+        return values
 
 
 @contextmanager
@@ -84,8 +102,17 @@ def _hint_at_export() -> Iterator[None]:
         ) from error
 
 
+def bypass_nodes(model: onnx.ModelProto, removed: Mapping[str, str]) -> bytes:
+    """A model, which may be changed, as a file whose nodes read other values in the place of removed ones."""
+    for node in model.graph.node:
+        node.input[:] = [removed.get(name, name) for name in node.input]
+    file: bytes = model.SerializeToString(deterministic=True)
+    return file
+
+
 def raw_session(raw: bytes, outputs: list[str], *, exact: bool = False) -> OnnxSession:
-    """A session of a file, reduced to what its outputs depend on. Raises `ModelError` if onnxruntime refuses it.
+    """A session of a file, reduced to what these of its outputs and inner values depend on. Raises `ModelError` if
+    onnxruntime refuses it.
 
     `exact`: whether it isn't optimised, as in `OnnxSession`.
 
@@ -95,6 +122,8 @@ def raw_session(raw: bytes, outputs: list[str], *, exact: bool = False) -> OnnxS
     model = parse_model(raw, run_checker=False)
     for value in [o for o in model.graph.output if o.name not in outputs]:
         model.graph.output.remove(value)
+    declared = {o.name for o in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in declared)
     for dim in [d for i in model.graph.input for d in i.type.tensor_type.shape.dim]:
         if dim.HasField("dim_value") and dim.dim_value in (0, -1):
             dim.Clear()  # some exporters' way of writing a free axis

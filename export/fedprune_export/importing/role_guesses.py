@@ -14,10 +14,8 @@ from fedprune_export.ir.operators import REARRANGEMENTS
 
 # The role of a tensor at each input of an operator.
 ROLES = {
-    "Conv": {1: "weight", 2: "bias"},
-    "Gemm": {1: "weight", 2: "bias"},
+    **{op: {1: "weight", 2: "bias"} for op in ("Conv", "ConvTranspose", "Gemm")},
     "MatMul": {0: "weight", 1: "weight"},
-    "ConvTranspose": {1: "weight", 2: "bias"},
     "Gather": {0: "weight"},
     "Einsum": {0: "weight", 1: "weight", 2: "weight"},
     **{op: {1: "weight", 2: "weight", 3: "bias", 7: "weight"} for op in ("LSTM", "GRU", "RNN")},
@@ -40,12 +38,17 @@ PARAMETERS_HINT = "--parameters FILE lists what is to be trained."
 _MAX_MASK_SCORE = -1e4  # a mask adds at most this number to scores that don't count
 
 
+# Notes on tensors whose roles may be wrong.
+_TO_INPUT = "Taken for constants, as they apply straight to the input: {}."
+_GRIDS = "Taken for constants, as positions, strides, anchors and bins of boxes are: {}, of whole and half numbers."
+_GUESSED = "Trained because they are added, multiplied or concatenated, as constants may be too: {}."
+
+
 class _Use(NamedTuple):
-    """A node that combines a tensor with data: the tensor's role in it, and its position among the node's inputs."""
+    """A node that combines a tensor with data, and the tensor's role in it."""
 
     role: str
     node: Node
-    position: int
 
 
 class RoleGuesses:
@@ -56,9 +59,7 @@ class RoleGuesses:
         self._consumers, self._producers = graph.consumers(), graph.producers()
         self._data_values = graph.values_from_inputs()
         self._rescaled_inputs = _rescaled_inputs(graph, self._data_values)
-        self._applied_to_input: list[str] = []
-        self._guessed: list[str] = []
-        self._grids: list[str] = []
+        self._doubts: dict[str, list[str]] = {_TO_INPUT: [], _GRIDS: [], _GUESSED: []}
 
     def guess_role(self, name: str, value: Array) -> str:
         """The role of a tensor; empty if it is taken for a constant.
@@ -87,11 +88,11 @@ class RoleGuesses:
         is_doubtful = all(u.node.op in _DOUBTFUL_OPERATORS for u in uses)
         data = [i for u in uses for i in u.node.inputs if i in self._data_values]
         if is_doubtful and self._rescaled_inputs.issuperset(data):
-            self._applied_to_input.append(name)
+            self._doubts[_TO_INPUT].append(name)
             return ""
         # YOLO's heads take a mean over bins by a convolution whose kernel counts them (Li et al. 2020, eq. 5).
         if uses[0].role == "weight" and value.size > 2 and np.array_equal(value.ravel(), np.arange(value.size)):
-            self._grids.append(name)
+            self._doubts[_GRIDS].append(name)
             return ""
         # A vector that is added to a product is its bias; anything else may be a table or a normalisation.
         is_vector = max(value.shape, default=1) == value.size
@@ -100,9 +101,9 @@ class RoleGuesses:
         if is_doubtful and not is_bias:
             # Several different numbers, all whole or half: training leaves no weights like these.
             if bool((2 * value == np.round(2 * value)).all()) and len(np.unique(value)) > 1:
-                self._grids.append(name)
+                self._doubts[_GRIDS].append(name)
                 return ""
-            self._guessed.append(name)
+            self._doubts[_GUESSED].append(name)
         return uses[0].role
 
     def uses(self, start: str) -> list[_Use]:
@@ -119,25 +120,13 @@ class RoleGuesses:
                     visited.update(further)
                     pending += further
                 elif role := "weight" if node.op == "Concat" else ROLES.get(node.op, {}).get(i, ""):
-                    out.append(_Use(role, node, i))
+                    out.append(_Use(role, node))
         return out
 
     def note_doubts(self) -> None:
-        if self._applied_to_input:
-            names = first_few(self._applied_to_input, max_names=3)
-            self._notes.append(f"Taken for constants, as they apply straight to the input: {names}. {PARAMETERS_HINT}")
-        if self._grids:
-            names = first_few(self._grids, max_names=3)
-            self._notes.append(
-                f"Taken for constants, as positions, strides, anchors and bins of boxes are: {names}, of whole and "
-                f"half numbers. {PARAMETERS_HINT}"
-            )
-        if self._guessed:
-            names = first_few(self._guessed, max_names=3)
-            self._notes.append(
-                "Trained because they are added, multiplied or concatenated, as constants may be too: "
-                f"{names}. {PARAMETERS_HINT}"
-            )
+        for note, names in self._doubts.items():
+            if names:
+                self._notes.append(f"{note.format(first_few(names, max_names=3))} {PARAMETERS_HINT}")
 
 
 def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:

@@ -12,7 +12,7 @@ from fedprune.model.lengths import Lengths, Shape, free_axis, upper_shape
 from fedprune_export.importing import metadata
 from fedprune_export.importing.batches.layout import batch_axis
 from fedprune_export.importing.lengths import FREE_INPUT_KEY, LENGTHS, MASK
-from fedprune_export.ir.graph import Dim, Graph, read_dims
+from fedprune_export.ir.graph import Dim, Graph, Port, read_dims
 from fedprune_export.ir.sample_inputs import sample_input
 
 
@@ -22,40 +22,33 @@ def bind_shape(proto: onnx.ModelProto, shape: Shape) -> None:
 
     Raises `ModelError` if no input with free axes takes such samples, or several have the axis whose length varies.
     """
-    initializer_names = {t.name for t in proto.graph.initializer}
-    inputs = [i for i in proto.graph.input if i.name not in initializer_names]
+    tensors = {t.name for t in proto.graph.initializer}
+    inputs = {i.name: i for i in proto.graph.input if i.name not in tensors}
     length_axis, sizes = free_axis(shape), [int(size or 0) for size in upper_shape(shape)]
+    dims = {name: read_dims(value) for name, value in inputs.items()}
     # mask and lengths are computed from the samples whose length varies.
-    given = [i for i in inputs if length_axis is None or i.name not in (MASK, LENGTHS)]
-    dims = {i.name: read_dims(i) for i in inputs}
-    free = {i.name: axes for i in given if (axes := _free_axes(dims[i.name]))}
+    given = [name for name in inputs if length_axis is None or name not in (MASK, LENGTHS)]
+    free = [name for name in given if _free_axes(dims[name])]
     bound = [name for name in free if _fits(dims[name], sizes, length_axis)]
     if not bound and not free and length_axis is None:
         return  # the file has its own sizes, with which the shape is compared later
     if not bound or (length_axis is not None and len(bound) > 1):
-        what = "the shape of one sample" if length_axis is None else "the input whose length varies"
         where = "" if length_axis is None else f" with a free axis {length_axis + 1}"
         raise ModelError(
-            what,
-            expected=f"one input {shape_text('n', *shape)}{where}" if bound or where else shape_text("n", *shape),
-            got=", ".join(f"{value_text(i.name)} {_dims_text(dims[i.name])}" for i in given),
+            "the input whose length varies" if where else "the shape of one sample",
+            expected=f"one input {shape_text('n', *shape)}{where}",
+            got=", ".join(f"{value_text(name)} {_dims_text(dims[name])}" for name in given),
         )
-    symbols = {
-        dims[name][a]: size for name in bound for a, size in _sizes_by_axis(dims[name], sizes) if a in free[name]
-    }
-    for value in inputs:
-        own = dict(_sizes_by_axis(dims[value.name], sizes)) if value.name in bound else {}
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            before = dims[value.name][axis]
-            if isinstance(before, int) or axis == batch_axis(dims[value.name]):
-                continue
-            # A symbol is one size in all shapes, and a mask is as long as the samples even under another symbol.
-            is_mask = value.name == MASK and axis == 1 and length_axis is not None
-            size = own.get(axis) or (symbols.get(before) if before else None)
-            if size is None and is_mask and length_axis is not None:
-                size = sizes[length_axis]
+    sizes_of = {name: dict(zip(_sample_axes(dims[name]), sizes, strict=True)) for name in bound}
+    # A symbol is one size in all shapes, and a mask is as long as the samples even under another symbol.
+    symbols = {dims[name][axis]: size for name in bound for axis, size in sizes_of[name].items() if dims[name][axis]}
+    if length_axis is not None:
+        sizes_of.setdefault(MASK, {1: sizes[length_axis]})
+    for name, value in inputs.items():
+        for axis in _free_axes(dims[name]):
+            size = sizes_of.get(name, {}).get(axis) or symbols.get(dims[name][axis])
             if size is not None:
-                dim.dim_value = size
+                value.type.tensor_type.shape.dim[axis].dim_value = size
     # Shapes of inner values may contain the axis, too; they are inferred again.
     del proto.graph.value_info[:]
     _squeeze_frame_lengths(proto.graph)
@@ -81,41 +74,39 @@ def check_sizes(graph: Graph) -> None:
         if not port.shape:
             hint = "Export the model with a first dimension for the batch."
             raise ModelError(f"input {name} has no axis for the batch", expected="[n, ...]", got=[], hint=hint)
-        free = _free_axes(port.shape)
+        axes, free = _sample_axes(port.shape), _free_axes(port.shape)
         if free:
             named = [f"axis {a}" + (f" ({value_text(port.shape[a])})" if port.shape[a] else "") for a in free]
-            sample = [d or f"SIZE{a}" for a, d in enumerate(port.shape) if a != batch_axis(port.shape)]
+            sample = ",".join(str(port.shape[a] or f"SIZE{a}") for a in axes)
             raise ModelError(
                 f"sizes of input {name} are free: {', '.join(named)}",
                 expected="fixed sizes of one sample",
                 got=_dims_text(port.shape),
-                hint=f"Give numbers for them with --input-shape {','.join(map(str, sample))} (input_shape). One may be "
-                "the bounds of a length, such as 400:16000.",
+                hint=f"Give numbers for them with --input-shape {sample} (input_shape). One may be the bounds of a "
+                "length, such as 400:16000.",
             )
-        sizes = [d for a, d in enumerate(port.shape) if a != batch_axis(port.shape)]
-        first = [d for d in port.shape[:1] if isinstance(d, int)]
-        if any(d < 1 for d in first):
+        if isinstance(port.shape[0], int) and port.shape[0] < 1:
             raise ModelError(f"size of input {port.name}", expected="1 or more", got=list(port.shape))
-        sample_input(type(port)(port.name, port.dtype, ("N", *sizes)), 1)
+        sample_input(Port(port.name, port.dtype, ("N", *(port.shape[a] for a in axes))), 1)
+
+
+def _sample_axes(dims: Sequence[Dim]) -> list[int]:
+    return [axis for axis in range(len(dims)) if axis != batch_axis(dims)]
 
 
 def _free_axes(dims: Sequence[Dim]) -> list[int]:
-    """The axes without a size, besides the batch."""
-    return [a for a, d in enumerate(dims) if not isinstance(d, int) and a != batch_axis(dims)]
-
-
-def _sizes_by_axis(dims: Sequence[Dim], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    axes = [a for a in range(len(dims)) if a != batch_axis(dims)]
-    return [(a, size) for a, size in zip(axes, sizes, strict=False)]
+    """The axes of a sample without a size."""
+    return [axis for axis in _sample_axes(dims) if not isinstance(dims[axis], int)]
 
 
 def _fits(dims: Sequence[Dim], sizes: Sequence[int], length_axis: int | None) -> bool:
     """Whether an input takes samples of these sizes; the axis whose length varies has to be free."""
-    if len(dims) != len(sizes) + 1:
-        return False
-    pairs = [(dims[a], size) for a, size in _sizes_by_axis(dims, sizes)]
-    is_free = length_axis is None or not isinstance(pairs[length_axis][0], int)
-    return is_free and all(not isinstance(dim, int) or dim == size for dim, size in pairs)
+    sample_dims = [dims[axis] for axis in _sample_axes(dims)]
+    return (
+        len(sample_dims) == len(sizes)
+        and (length_axis is None or not isinstance(sample_dims[length_axis], int))
+        and all(not isinstance(dim, int) or dim == size for dim, size in zip(sample_dims, sizes, strict=True))
+    )
 
 
 def _dims_text(dims: Sequence[Dim]) -> str:

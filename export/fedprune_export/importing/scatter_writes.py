@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from fedprune_export.ir.graph import Array, Graph, Node
-from fedprune_export.ir.operators import SIZE_OPERATORS
 from fedprune_export.ir.trace import TRACE_BATCHES, Trace, run_values
 
 # A write to every second channel would be as many runs of indices as channels.
@@ -24,24 +23,27 @@ _SCATTERS = ("ScatterND", "ScatterElements")
 
 
 class _Write(NamedTuple):
-    """The indices of one axis that a scatter writes, for all indices of the others; None for all in order.
+    """The indices of one axis that a scatter writes, for all indices of the others.
 
     `is_single`: whether the updates lack this axis, because only one index is written.
     """
 
     axis: int
-    indices: list[int] | None
+    indices: list[int]
     is_single: bool
 
 
 def rewrite_scatter_writes(graph: Graph, trace: Trace, constants: Container[str], notes: list[str]) -> None:
-    """Rewrite each scatter that writes everything, or constant indices of one axis. Adds a note on the latter."""
-    scatters = [n for n in graph.nodes if n.op in _SCATTERS and not n.domain]
-    known_values = _values_from_sizes(graph, constants) if scatters else set()
+    """Rewrite each scatter that writes constant indices of one axis. Adds a note on them."""
+    # Indices that are computed from weights are others once these are trained.
+    varying = graph.values_from_inputs(*(name for name in graph.initializers if name not in constants))
     scatters = [
         n
-        for n in scatters
-        if n.inputs[1] in known_values and {n.inputs[0], n.inputs[2], n.outputs[0]} <= trace.shapes.keys()
+        for n in graph.nodes
+        if n.op in _SCATTERS
+        and not n.domain
+        and n.inputs[1] not in varying
+        and {n.inputs[0], n.inputs[2], n.outputs[0]} <= trace.shapes.keys()
     ]
     if not scatters:
         return
@@ -52,23 +54,13 @@ def rewrite_scatter_writes(graph: Graph, trace: Trace, constants: Container[str]
         second = _find_write(node, indices_second[node.inputs[1]], trace.shapes_second, trace.batched(node.inputs[0]))
         if write is None or write != second or node.attrs.get("reduction", "none") not in _REDUCTIONS:
             continue
-        if write.indices is None or len(_runs(sorted(write.indices))) <= _MAX_RUNS:
+        if len(_runs(sorted(write.indices))) <= _MAX_RUNS:
             writes[node.outputs[0]] = write
     graph.rewrite(dict.fromkeys(_SCATTERS, _write_pieces), writes, graph.producers(), trace)
     graph.prune()
-    count = sum(write.indices is not None for write in writes.values())
-    if count:
-        writes_are = "A write to a slice is" if count == 1 else f"{count} writes to slices are"
+    if writes:
+        writes_are = "A write to a slice is" if len(writes) == 1 else f"{len(writes)} writes to slices are"
         notes.append(f"{writes_are} put together from what is written and what is left.")
-
-
-def _values_from_sizes(graph: Graph, constants: Container[str]) -> set[str]:
-    """Values that are computed from constants and sizes alone."""
-    out = {name for name in graph.initializers if name in constants}
-    for node in graph.nodes:
-        if not node.domain and (node.op in SIZE_OPERATORS or out.issuperset(filter(None, node.inputs))):
-            out.update(filter(None, node.outputs))
-    return out
 
 
 def _index_values(graph: Graph, scatters: Sequence[Node], batch: int) -> Mapping[str, Array]:
@@ -100,8 +92,6 @@ def _find_write(
         written = [index_of.get(number, 0) for number in updates[:, 0].tolist()]
         if rows.shape[1] != updates.shape[1] or not np.array_equal(rows[written], updates):
             continue
-        if written == list(range(len(rows))) and not is_single:
-            return _Write(axis, None, is_single)
         # What is written along the batch must follow it.
         if not batched[axis]:
             return _Write(axis, written, is_single)
@@ -121,9 +111,6 @@ def _write_pieces(
     write, operator = writes.get(node.outputs[0]), _REDUCTIONS.get(node.attrs.get("reduction", "none"), "")
     if write is None:
         graph.nodes.append(node)
-        return
-    if write.indices is None:
-        graph.emit(operator or "Identity", *node.inputs[0 if operator else 2 :: 2], out=node.outputs[0])
         return
     indices = write.indices
     size, written = trace.shapes[node.inputs[0]][write.axis], sorted(indices)

@@ -11,50 +11,36 @@ from collections.abc import Container
 
 import numpy as np
 
+from fedprune_export.ir.bypass import bypass
 from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.trace import Trace
 
-_KEEPDIMS_REDUCTIONS = frozenset(f"Reduce{kind}" for kind in ("Mean", "Sum", "Max", "Min", "L1", "L2", "SumSquare"))
 # The neutral second operand of an operator; also the first, if the operator is commutative.
 _NEUTRAL_OPERANDS = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
 
 _COMMUTATIVE = ("Mul", "Add")
+_COPYING_OPERATORS = REARRANGEMENTS | {"Cast", "Concat", "Expand", "Gather", "Slice", "Split"}
 
-
-def drop_identities(graph: Graph) -> None:
-    outputs = {p.name for p in graph.outputs}
-    for node in list(graph.nodes):
-        if node.op == "Identity" and not node.domain:
-            bypass(graph, node, outputs)
-
-
-def bypass(graph: Graph, node: Node, outputs: set[str]) -> None:
-    """Remove a node whose first output is its first input."""
-    source, target = node.inputs[0], node.outputs[0]
-    if target in outputs:
-        # The name of an output must stay, so its producer takes it over.
-        producer = graph.producers().get(source)
-        if producer is None or source in outputs:
-            return  # an output that is an input or initialiser keeps its Identity
-        producer.outputs = [target if o == source else o for o in producer.outputs]
-        source, target = target, source
-    graph.nodes = [n for n in graph.nodes if n is not node]
-    for reader in graph.nodes:
-        reader.inputs = [source if i == target else i for i in reader.inputs]
+# First and last of the inputs that may be left out where they are zeros. Exporters give a layer without a bias one of
+# zeros, which would keep all channels, and several recurrent layers the same zeros to begin with, which would tie their
+# hidden units.
+_ZERO_INPUTS = {"Conv": (2, 3), "Gemm": (2, 3), "GRU": (5, 6), "LSTM": (5, 7), "RNN": (5, 6)}
 
 
 def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
     """Bring operators that can be written in several ways into one."""
+    zeros = _zero_values(graph, constants)
     for node in graph.nodes:
         if node.domain:
             continue
         traced = {i for i in [*node.inputs, *node.outputs] if i} <= trace.shapes.keys()
-        if node.op in ("Conv", "Gemm") and len(node.inputs) > 2 and node.inputs[2] in constants:
-            # Exporters give a layer without a bias one of zeros. A constant with a number per channel keeps all
-            # channels.
-            if not np.any(graph.initializers[node.inputs[2]]):
-                node.inputs = node.inputs[:2]
-        elif node.op == "Reshape" and traced:
+        for i in range(*_ZERO_INPUTS.get(node.op, (0, 0))):
+            if len(node.inputs) > i and node.inputs[i] in zeros:
+                node.inputs[i] = ""
+        while node.inputs and not node.inputs[-1]:
+            node.inputs.pop()
+        if node.op == "Reshape" and traced:
             _simplify_reshape(graph, node, trace)
         elif node.op == "Concat":
             # Parts without any numbers, such as an empty slice.
@@ -63,14 +49,22 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
         elif node.op == "Squeeze" and len(node.inputs) < 2 and traced:
             axes = [i for i, d in enumerate(trace.dims(node.inputs[0])) if d == 1]
             node.inputs = [node.inputs[0], graph.ints(*axes)]
-        elif node.op in ("Squeeze", "Unsqueeze") and len(node.inputs) == 2:
-            target = node.inputs[1]
-            if target in graph.initializers:
-                node.inputs[1] = graph.ints(*graph.initializers[target].reshape(-1).tolist())
     _merge_reshapes(graph)
-    _keep_reduced_axes(graph, trace)
     _drop_neutral(graph, trace, constants)
-    _write_even_powers(graph, constants)
+
+
+def _zero_values(graph: Graph, constants: Container[str]) -> set[str]:
+    """Values whose numbers are all 0."""
+    zeros = {name for name, value in graph.initializers.items() if name in constants and not value.any()}
+    for node in graph.nodes:
+        if node.op == "ConstantOfShape":
+            is_zero = not np.any(node.attrs.get("value", 0))
+        else:
+            sources = node.inputs if node.op == "Concat" else node.inputs[:1]
+            is_zero = node.op in _COPYING_OPERATORS and zeros.issuperset(sources)
+        if is_zero and not node.domain:
+            zeros.update(node.outputs)
+    return zeros
 
 
 def _simplify_reshape(graph: Graph, node: Node, trace: Trace) -> None:
@@ -83,20 +77,6 @@ def _simplify_reshape(graph: Graph, node: Node, trace: Trace) -> None:
     if sum(d is None for d in target) <= 1 and 0 not in target:
         node.inputs = [node.inputs[0], graph.ints(*(-1 if d is None else d for d in target))]
         node.attrs.pop("allowzero", None)
-
-
-def _write_even_powers(graph: Graph, constants: Container[str]) -> None:
-    """Write fourth powers and the like as products: onnxruntime's optimiser, which doesn't look at the exponent, takes
-    a norm by them for a LayerNormalization."""
-    nodes, graph.nodes = graph.nodes, []
-    for node in nodes:
-        power = graph.initializers.get(node.inputs[1]) if node.op == "Pow" and node.inputs[1] in constants else None
-        if power is not None and power.ndim <= 1 and power.size == 1 and power.item() in (4, 6, 8):
-            factor = product = graph.emit("Mul", node.inputs[0], node.inputs[0])
-            for _ in range(int(power.item()) // 2 - 2):
-                product = graph.emit("Mul", product, factor)
-            node.op, node.inputs = "Mul", [product, factor]
-        graph.nodes.append(node)
 
 
 def _merge_reshapes(graph: Graph) -> None:
@@ -113,39 +93,15 @@ def _merge_reshapes(graph: Graph) -> None:
     graph.prune()
 
 
-def _keep_reduced_axes(graph: Graph, trace: Trace) -> None:
-    """Let a reduction keep its axes, where a reshape inserts them again."""
-    makers, readers = graph.producers(), graph.consumers()
-    outputs = {p.name for p in graph.outputs}
-    for node in graph.nodes:
-        if node.domain or node.op not in ("Reshape", "Unsqueeze") or node.outputs[0] not in trace.shapes:
-            continue
-        before = makers.get(node.inputs[0])
-        if before is None or before.domain or before.op not in _KEEPDIMS_REDUCTIONS or before.attrs.get("keepdims", 1):
-            continue
-        axes = before.attrs.get("axes")
-        if before.op == "ReduceSum" and len(before.inputs) > 1 and before.inputs[1] in graph.initializers:
-            axes = graph.initializers[before.inputs[1]].tolist()
-        reduced = before.outputs[0]
-        if not axes or reduced in outputs or len(readers[reduced]) != 1 or before.inputs[0] not in trace.shapes:
-            continue
-        source = trace.dims(before.inputs[0])
-        reduced_axes = {a % len(source) for a in axes}
-        kept_dims = tuple(1 if i in reduced_axes else d for i, d in enumerate(source))
-        if trace.dims(node.outputs[0]) == kept_dims and all(source[a] is not None for a in reduced_axes):
-            before.attrs["keepdims"], before.outputs = 1, list(node.outputs)
-            node.outputs = []
-    graph.nodes = [n for n in graph.nodes if n.outputs]
-
-
 def _drop_neutral(graph: Graph, trace: Trace, constants: Container[str]) -> None:
     """Remove products with one, sums with zero, expansions to a value's own shape, and slices of everything."""
-    outputs = {p.name for p in graph.outputs}
-    for node in list(graph.nodes):
+    unchanged = []
+    for node in graph.nodes:
         value = None if node.domain else _unchanged_input(graph, trace, constants, node)
         if value is not None:
             node.inputs = [value]
-            bypass(graph, node, outputs)
+            unchanged.append(node)
+    bypass(graph, unchanged)
 
 
 def _unchanged_input(graph: Graph, trace: Trace, constants: Container[str], node: Node) -> str | None:

@@ -1,6 +1,6 @@
 """Writes Fourier transforms and folds of a fixed size as products and convolutions with constants.
 
-In that form they can be cut and differentiated.
+In that form they can be cut and differentiated. The constants of a transform are measured by a run on unit vectors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing.constants import constant_input
+from fedprune_export.ir.axis_matrix import run_operator
 from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.trace import Trace
 
@@ -23,26 +24,25 @@ def emit_dft(graph: Graph, node: Node, trace: Trace) -> None:
     Raises `ModelError` if a length or the axis is computed, or the matrix would be too large.
     """
     x, shape = node.inputs[0], trace.shapes[node.inputs[0]]
-    length = _constant_number(graph, node, 1, "lengths")
     # The axis is an attribute until opset 19, then an input.
-    axis_input = _constant_number(graph, node, 2, "axes") if graph.opset >= 20 else int(node.attrs.get("axis", 1))
-    axis = (-2 if axis_input is None else axis_input) % len(shape)
-    before = trace.dims(x)[axis]
-    if before is None:
+    axes = constant_input(graph, node, 2, "axes") if graph.opset >= 20 else np.array(node.attrs.get("axis", 1))
+    axis = (-2 if axes is None else int(axes.item())) % len(shape)
+    if trace.batched(x)[axis]:
         raise ModelError(f"operator DFT ({node.name}) transforms the batch", expected="another axis")
-    inverse, onesided = bool(node.attrs.get("inverse")), bool(node.attrs.get("onesided"))
-    if length is None:
-        length = 2 * (before - 1) if inverse and onesided else before
-    parts = trace.shapes[node.outputs[0]][-1]
-    matrix = _dft_matrix(node, before, length, shape[-1], inverse=inverse, onesided=onesided, parts=parts)
+    before, after = shape[axis], trace.shapes[node.outputs[0]][axis]
+    arguments = [constant_input(graph, node, 1, "lengths")]
+    if graph.opset >= 20:
+        arguments.append(np.array(1))
+    attrs = {**node.attrs, "axis": 1} if graph.opset < 20 else node.attrs
+    waves = _waves(graph, Node("DFT", [], [], attrs, node.name), arguments, before, after, shape[-1])
     # The product works on rows: the transformed axis goes next to the parts and is flattened with them.
     last = len(shape) - 2
     order = [*(i for i in range(last + 1) if i != axis), axis, last + 1]
     transposed = x if axis == last else graph.emit("Transpose", x, attrs={"perm": order})
     lead = [0] * last
     flat = graph.emit("Reshape", transposed, graph.ints(*lead, before * shape[-1]))
-    product = graph.emit("MatMul", flat, graph.constant(matrix.reshape(before * shape[-1], -1), np.float32))
-    target = graph.ints(*lead, *matrix.shape[2:])
+    product = graph.emit("MatMul", flat, graph.constant(waves.reshape(len(waves), -1), np.float32))
+    target = graph.ints(*lead, *waves.shape[1:])
     if axis == last:
         graph.emit("Reshape", product, target, out=node.outputs[0])
     else:
@@ -58,54 +58,39 @@ def emit_stft(graph: Graph, node: Node, trace: Trace) -> None:
     Raises `ModelError` if the window, the step or the length of a frame is computed.
     """
     x, (_, samples, *rest) = node.inputs[0], trace.shapes[node.inputs[0]]
-    components = rest[0] if rest else 1
-    step = _constant_number(graph, node, 1, "steps")
-    window = constant_input(graph, node, 2, "windows")
-    length = _constant_number(graph, node, 3, "frame lengths")
-    length = length if length is not None else window.size if window is not None else samples
+    step, window = constant_input(graph, node, 1, "steps"), constant_input(graph, node, 2, "windows")
+    lengths = constant_input(graph, node, 3, "frame lengths")
+    length = int(lengths.item()) if lengths is not None else window.size if window is not None else samples
     if step is None:
         raise ModelError(f"operator STFT ({node.name}) has no step", expected="a constant one")
-    waves = _dft_matrix(node, length, length, components, inverse=False, onesided=bool(node.attrs.get("onesided", 1)))
-    if window is not None:
-        waves = waves * window.reshape(-1, 1, 1, 1)
-    # [time, part, frequency, its part] as kernels [frequency and its part, part, time].
-    kernel = waves.transpose(2, 3, 1, 0).reshape(-1, components, length)
+    frequencies = trace.shapes[node.outputs[0]][2]
+    waves = _waves(graph, node, [step, window, np.array(length)], length, frequencies, *(rest or [1]))
+    # [time and its part, one frame, frequency, its part] as kernels [frequency and its part, part, time].
+    kernel = waves.reshape(length, -1, 2 * frequencies).transpose(2, 1, 0)
     if rest:
         signal = graph.emit("Transpose", x, attrs={"perm": [0, 2, 1]})
     else:
         signal = graph.emit("Unsqueeze", x, graph.ints(1))
-    spectrum = graph.emit("Conv", signal, graph.constant(kernel, np.float32), attrs={"strides": [step]})
+    spectrum = graph.emit("Conv", signal, graph.constant(kernel, np.float32), attrs={"strides": [int(step.item())]})
     rows = graph.emit("Transpose", spectrum, attrs={"perm": [0, 2, 1]})
-    graph.emit("Reshape", rows, graph.ints(0, 0, *waves.shape[2:]), out=node.outputs[0])
+    graph.emit("Reshape", rows, graph.ints(0, 0, frequencies, 2), out=node.outputs[0])
 
 
-def _dft_matrix(
-    node: Node, samples: int, length: int, components: int, *, inverse: bool, onesided: bool, parts: int = 2
+def _waves(
+    graph: Graph, node: Node, arguments: list[Array | None], samples: int, frequencies: int, components: int
 ) -> Array:
-    """The factors from each part of each sample to each part of each frequency [samples, components, frequencies,
-    parts]: the transforms of impulses. Samples beyond `length` have factors of 0.
+    """The transforms of impulses [samples * components, ...], one in each part of each sample.
 
-    Raises `ModelError` if the matrix would be too large, or a one-sided inverse has too many or few frequencies.
+    Raises `ModelError` if they would be too large.
     """
-    if samples * length * components * parts > _MAX_MATRIX_ELEMENTS:
+    impulses = samples * components
+    if impulses * max(impulses, 2 * frequencies) > _MAX_MATRIX_ELEMENTS:
         raise ModelError(
-            f"operator {node.op} ({node.name}): a matrix of {samples} samples and {length} frequencies",
+            f"operator {node.op} ({node.name}): a matrix of {samples} samples and {frequencies} frequencies",
             expected=f"at most {_MAX_MATRIX_ELEMENTS} numbers",
         )
-    if inverse and onesided and (samples != length // 2 + 1 or not length):
-        what = f"operator DFT ({node.name}) goes back to {length} samples"
-        raise ModelError(what, expected=f"{length // 2 + 1} frequencies", got=samples)
-    impulses = np.stack([np.eye(samples), 1j * np.eye(samples)], 1)[:, :components]
-    if inverse:
-        waves = np.fft.irfft(impulses, length) if onesided else np.fft.ifft(impulses, length)
-    else:
-        waves = np.fft.fft(impulses, length)[..., : length // 2 + 1 if onesided else length]
-    return np.stack([waves.real, waves.imag], -1)[..., :parts]
-
-
-def _constant_number(graph: Graph, node: Node, index: int, what: str) -> int | None:
-    value = constant_input(graph, node, index, what)
-    return None if value is None else int(value.reshape(-1)[0])
+    units = np.eye(impulses, dtype=np.float32).reshape(impulses, samples, components)
+    return run_operator(node.op, units, arguments, node.attrs, graph.opset)
 
 
 def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
@@ -124,6 +109,8 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
     counts = [(w - span) // s + 1 for w, span, s in zip(padded, spans, strides, strict=True)]
     output_padding = [w - (n - 1) * s - span for w, n, s, span in zip(padded, counts, strides, spans, strict=True)]
     size = math.prod(block)
+    if size**2 > _MAX_MATRIX_ELEMENTS:
+        raise ModelError(f"operator {node.op} ({node.name}): a block of {size} numbers", expected="at most 4096")
     channels = trace.shapes[node.inputs[0]][1] // size
     kernel = np.eye(size, dtype=np.float32).reshape(size, 1, *block)
     maps = graph.emit("Reshape", node.inputs[0], graph.ints(-1, size, *counts))

@@ -12,8 +12,8 @@ from collections.abc import Container, Mapping
 import numpy as np
 
 from fedprune.core.text import first_few
+from fedprune_export.importing.parameter_roles import stored_name
 from fedprune_export.ir.graph import Array, Graph, Node
-from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.trace import run_values
 
 
@@ -60,12 +60,9 @@ def fold_spectral_norms(
 
 def _rearranged_weight(graph: Graph, makers: Mapping[str, Node], value: str) -> str | None:
     """The initialiser of several numbers that a value has in another form."""
-    while (maker := makers.get(value)) is not None:
-        if maker.domain or maker.op not in REARRANGEMENTS:
-            return None
-        value = maker.inputs[0]
-    array = graph.initializers.get(value)
-    return value if array is not None and array.dtype == np.float32 and array.size > 1 else None
+    weight = stored_name(value, makers)
+    array = graph.initializers.get(weight)
+    return weight if array is not None and array.dtype == np.float32 and array.size > 1 else None
 
 
 def _is_scaled_by_itself(graph: Graph, node: Node, weight: str, scale: str, trained: Container[str]) -> bool:
@@ -77,14 +74,7 @@ def _is_scaled_by_itself(graph: Graph, node: Node, weight: str, scale: str, trai
     vectors = [n for n, v in sources.items() if v.dtype == np.float32 and v.size > 1 and n not in copies]
     if not copies or not vectors or any(n in trained for n in sources if n not in copies):
         return False
-    inside, values = _upstream(graph, node.outputs[0]), {weight}
-    for reader in graph.nodes:
-        if reader is node or values.isdisjoint(reader.inputs):
-            continue
-        if inside.isdisjoint(reader.outputs):
-            return False
-        values.update(filter(None, reader.outputs))
-    return True
+    return weight not in _upstream(graph, *(port.name for port in graph.outputs), without=node)
 
 
 def _holds_same_numbers(value: Array, other: Array) -> bool:
@@ -94,10 +84,10 @@ def _holds_same_numbers(value: Array, other: Array) -> bool:
     return bool(np.array_equal(np.sort(value, axis=None), np.sort(other, axis=None)))
 
 
-def _upstream(graph: Graph, value: str) -> set[str]:
-    """A value, and all that it is computed from."""
-    out = {value}
+def _upstream(graph: Graph, *values: str, without: Node | None = None) -> set[str]:
+    """Values, and all that they are computed from; but for what only one node reads."""
+    out = {*values}
     for node in reversed(graph.nodes):
-        if not out.isdisjoint(node.outputs):
+        if node is not without and not out.isdisjoint(node.outputs):
             out.update(filter(None, node.inputs))
     return out

@@ -6,7 +6,6 @@ where it is not installed.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from fedprune.core.errors import MissingExtraError, ModelError, error_reason, value_text
+from fedprune.core.errors import MissingExtraError, ModelError, did_you_mean, error_reason, value_text
 from fedprune_export.importing.quiet_libraries import silence_libraries
 from fedprune_export.importing.torch_loading import torch_package
 
@@ -128,16 +127,14 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
             raise
         raise error.with_subject(f"{error.what}, and neither is timm: {INSTALL_TIMM}") from error
     if not _NAME.fullmatch(name) or not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = f"Similar names: {', '.join(close)}." if close else ""
-        hint = hint or "Names: python -c 'import timm; print(*timm.list_models())'."
-        raise ModelError(f"timm has no network {value_text(name)}", hint=hint)
+        raise ModelError(
+            f"timm has no network {value_text(name)}{did_you_mean(name, timm.list_models())}",
+            hint="Names: python -c 'import timm; print(*timm.list_models())'.",
+        )
     settings = timm.get_pretrained_cfg(name)
     usual = tuple(settings.input_size) if settings is not None else (3, 224, 224)
     shape = tuple(input_shape or usual)
-    options: dict[str, Any] = {}
-    if shape[0] != usual[0]:
-        options["in_chans"] = shape[0]
+    options: dict[str, Any] = {"in_chans": shape[0]} if shape[0] != usual[0] else {}
     weights = _cached_weights(settings)
     if weights is not None:
         # A file instead of a name keeps timm from asking the hub for a newer version.

@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -19,16 +17,24 @@ import onnx
 from fedprune.core.errors import ModelError, error_reason, shape_text
 from fedprune.model.lengths import Shape, upper_shape
 from fedprune_export.importing import metadata
+from fedprune_export.importing.draws import rewrite_draws
+from fedprune_export.importing.inlining import inline_model
 from fedprune_export.importing.lengths import FREE_INPUT_KEY, LENGTHS, MASK, FreeInput, free_input, read_shape
 from fedprune_export.importing.quiet_libraries import silence_libraries
-from fedprune_export.importing.torch_dropout import export_dropouts, extract_masks
+from fedprune_export.importing.raw_file import raw_session
+from fedprune_export.importing.torch_calls import replace_calls
 from fedprune_export.importing.torch_loading import pause_collection, torch_package
-from fedprune_export.importing.torch_training_mode import record_training_mode
+from fedprune_export.importing.torch_training_mode import TrainingMode, lost_draws_notes, record_training_mode
 from fedprune_export.importing.torch_translations import TorchTranslations
+from fedprune_export.importing.translation import read_graph, write_graph
 from fedprune_export.ir.instance_norms import INSTANCE_NORMS_KEY
+from fedprune_export.ir.rounding import relative_distance
 
 # Types of inputs.
 _INPUT_DTYPES = ("float32", "int64", "float16", "int32", "bool", "uint8")
+
+# How far, relative to the largest number, an export whose draws are at their means may be from evaluation.
+_MAX_DISTANCE = 1e-3
 
 
 @pause_collection()
@@ -56,13 +62,18 @@ def export_torch(
     # The module is handed back as it came: PyTorch keeps the mode in every submodule, and they may differ.
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     samples, varying_input = sample_inputs(module, example, input_shape, token_ids, name)
-    training_mode = record_training_mode(torch, module, samples)
-    module.eval()
-    for submodule in training_mode.drawing:
-        submodule.training = True
+    mode = record_training_mode(torch, module, samples)
+    notes = list(mode.notes)
     try:
-        with export_dropouts(torch, module, training_mode.calls), export_embedding_bags(torch):
-            proto = export_module(module, samples)
+        with replace_calls(torch):
+            proto = _export_drawing(module, samples, mode)
+            if proto is None:
+                # Evaluation can't be told from this export, or there is none: draws are worth less than predictions.
+                notes += lost_draws_notes(mode.draws)
+                module.eval()
+                proto = export_module(module, samples)
+    except ModelError:
+        raise
     except Exception as error:
         shapes = " and ".join(shape_text("n", *sample.shape[1:]) for sample in samples)
         raise ModelError(
@@ -71,28 +82,53 @@ def export_torch(
             "decides nothing by the values of tensors (if, while)."
             + ("" if samples[0].dtype == torch.int64 else " If it takes token ids, add --token-ids."),
         ) from error
-    else:
-        with torch.random.fork_rng(devices=[]):
-            record_tensors(torch, module, samples, proto, name)
     finally:
         for submodule, training in modes:
             submodule.training = training
-    texts = {} if varying_input is None else {FREE_INPUT_KEY: json.dumps(varying_input)}
-    texts |= extract_masks(proto)
-    texts |= {metadata.TRAINING_NOTES_KEY: json.dumps(training_mode.notes)} if training_mode.notes else {}
+    texts = _tensor_facts(torch, module, {t.name for t in proto.graph.initializer})
+    texts |= {} if varying_input is None else {FREE_INPUT_KEY: json.dumps(varying_input)}
+    texts |= {metadata.TRAINING_NOTES_KEY: json.dumps(notes)} if notes else {}
     metadata.write_properties(proto, texts)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
 
 
+def _export_drawing(module: Any, samples: tuple[Any, ...], mode: TrainingMode) -> onnx.ModelProto | None:
+    """A module that draws as in training mode, as an ONNX model; None if it draws nothing, can't be exported in this
+    mode, or computes something else than evaluation once its draws are at their means."""
+    module.eval()
+    for submodule in mode.modules:
+        submodule.training = True
+    try:
+        proto = export_module(module, samples) if mode.modules else None
+    except Exception:  # noqa: BLE001  the user's code, which may decide by what it draws
+        proto = None
+    if proto is None:
+        return None
+    graph = read_graph(inline_model(proto))
+    rewrite_draws(graph, [])
+    feeds = dict(zip((p.name for p in graph.inputs), (s.numpy(force=True) for s in mode.samples), strict=True))
+    names = [p.name for p in graph.outputs]
+    expected = mode.outputs if isinstance(mode.outputs, (list, tuple)) else [mode.outputs]
+    try:
+        outputs = raw_session(write_graph(graph).SerializeToString(), names, exact=True).run(feeds)
+    except ModelError:
+        return None
+    distances = (relative_distance(e.numpy(force=True), outputs[n]) for e, n in zip(expected, names, strict=True))
+    return proto if max(distances, default=0.0) <= _MAX_DISTANCE else None
+
+
 def export_module(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
-    """Export a torch module as an ONNX model with a free batch, without traces of the exporting machine."""
+    """Export a torch module as an ONNX model with a free batch, without traces of the exporting machine.
+
+    A tensor that has several names goes by its first. Raises `ModelError` if a parameter was lost on the way.
+    """
     torch = torch_package()
     batch = torch.export.Dim("N", min=1)
+    names = _first_names(module)
     # torch.export gives the children of the module to a torch.fx.GraphModule as attributes, which fails where that
     # class has an attribute of the same name.
-    clash = any(hasattr(torch.fx.GraphModule, name) for name, _ in module.named_children())
-    if clash:
+    if any(hasattr(torch.fx.GraphModule, name) for name, _ in module.named_children()):
         module = _wrap_module(module)
     with silence_libraries():
         program = torch.onnx.export(
@@ -105,10 +141,22 @@ def export_module(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
             external_data=False,
             verbose=False,
         )
-    if clash:
-        for old in [*program.model.graph.initializers]:
-            program.model.graph.initializers[old].name = old.removeprefix(_WRAPPED_NAME + ".")
-    _separate_names(program.model.graph)
+    graph, exported = program.model.graph, program.exported_program
+    _separate_names(graph)
+    # A file may lack a parameter that the outputs do not depend on. Any other was fused or folded by the exporter, and
+    # the import would train another model.
+    parameters = exported.graph_signature.inputs_to_parameters
+    used = [parameters[n.name] for n in exported.graph.nodes if n.name in parameters and n.users]
+    if lost := [name for name in used if name not in graph.initializers]:
+        raise ModelError(
+            "weights were lost or fused in torch's export",
+            expected=f"{len(used)} tensors",
+            got=f"{len(used) - len(lost)} (without {', '.join(lost[:5])})",
+            hint="Please report this with the module.",
+        )
+    for old in [*graph.initializers]:
+        stripped = old.removeprefix(_WRAPPED_NAME + ".")
+        graph.initializers[old].name = names.get(stripped, stripped)
     proto = onnx.load_model_from_string(program.model_proto.SerializeToString())
     # Versions, stack traces and paths would give one model another digest on every machine.
     proto.producer_version = ""
@@ -130,21 +178,17 @@ def _wrap_module(module: Any) -> Any:
     holder = torch_package().nn.Module()
     setattr(holder, _WRAPPED_NAME, module)
     holder.forward = functools.wraps(module.forward)(lambda *arguments: module(*arguments))
-    return holder.eval()
+    holder.training = False  # not `eval()`: layers that draw random numbers are in training mode
+    return holder
 
 
 def _separate_names(graph: Any) -> None:
     """Rename values whose name a tensor or an earlier value has, too, as the exporter does for a buffer `index`."""
     used_names = set(graph.initializers)
-    for value in graph.inputs:
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         while value.name in used_names:
             value.name += "_"
         used_names.add(value.name)
-    for node in graph:
-        for value in node.outputs:
-            while value.name in used_names:
-                value.name += "_"
-            used_names.add(value.name)
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -155,57 +199,6 @@ def root_cause(error: BaseException) -> BaseException:
         error = error.__cause__
         visited.add(id(error))
     return error
-
-
-@contextmanager
-def export_embedding_bags(torch: Any) -> Iterator[None]:
-    """Let calls of `embedding_bag` on identifiers [n, length] be lookups and reductions while a module is exported: the
-    exporter writes a loop over the samples.
-
-    Flat identifiers with offsets stay as they are: their bags differ in length from sample to sample.
-    """
-    embedding_bag = torch.nn.functional.embedding_bag
-
-    class Bags(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
-        def __torch_function__(
-            self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-        ) -> Any:
-            bags = _bags(torch, *args, **(kwargs or {})) if function is embedding_bag else None
-            return function(*args, **(kwargs or {})) if bags is None else bags
-
-    with Bags():
-        yield
-
-
-def _bags(
-    torch: Any,
-    ids: Any,
-    weight: Any,
-    offsets: Any = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Any = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Any:
-    """The bags [n, width] of identifiers [n, length]; None for other calls. The arguments are torch's own."""
-    if ids.dim() != 2 or offsets is not None or max_norm is not None:
-        return None
-    rows = torch.nn.functional.embedding(ids, weight)
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights.unsqueeze(-1)
-    if padding_idx is None:
-        return {"sum": rows.sum, "mean": rows.mean, "max": rows.amax}[mode](1)
-    # Padding counts neither in a mean nor for a maximum; a bag of nothing else is 0.
-    counts = (ids != padding_idx % weight.shape[0]).unsqueeze(-1)
-    if mode == "max":
-        largest = torch.where(counts, rows, -math.inf).amax(1)
-        return torch.where(counts.any(1), largest, 0.0)
-    total = (rows * counts).sum(1)
-    return total if mode == "sum" else total / counts.sum(1).clamp(min=1)
 
 
 def sample_inputs(
@@ -224,40 +217,32 @@ def sample_inputs(
             f"{name}: the input shape is unknown",
             hint="Give the module an attribute input_shape (such as (3, 32, 32)), or fedprune-export --input-shape.",
         )
+    arguments = [*inspect.signature(module.forward).parameters]
     dtype_names = getattr(module, "input_dtype", {})
-    if isinstance(sizes, Mapping):
-        shapes = {argument: read_shape(shape, f"{name}: input_shape") for argument, shape in sizes.items()}
-        dtype_names = dtype_names if isinstance(dtype_names, Mapping) else dict.fromkeys(shapes, dtype_names)
-        dtypes = {n: _torch_dtype(dtype_names.get(n, torch.float32), name) for n in shapes}
-    else:
-        argument = next(iter(inspect.signature(module.forward).parameters), "x")
-        shapes = {argument: read_shape(tuple(sizes), f"{name}: input_shape")}
-        input_dtype = dtype_names.get(argument, torch.float32) if isinstance(dtype_names, Mapping) else dtype_names
-        dtype = torch.int64 if token_ids else example.dtype if example is not None else input_dtype
-        dtypes = {argument: _torch_dtype(dtype, name)}
+    sizes = sizes if isinstance(sizes, Mapping) else {next(iter(arguments), "x"): tuple(sizes)}
+    dtype_names = dtype_names if isinstance(dtype_names, Mapping) else dict.fromkeys(sizes, dtype_names)
+    if len(sizes) == 1 and (token_ids or example is not None):
+        dtype_names = {**dtype_names, **dict.fromkeys(sizes, torch.int64 if token_ids else example.dtype)}
+    shapes = {argument: read_shape(shape, f"{name}: input_shape") for argument, shape in sizes.items()}
+    usual_dtypes: dict[str, Any] = {}
     varying_input = free_input(shapes)
     if varying_input is not None:
-        shapes, dtypes = _add_computed_inputs(module, shapes, dtypes, varying_input, dtype_names, name)
+        max_length = upper_shape(shapes[varying_input.name])[varying_input.axis]
+        computed: dict[str, Shape] = {MASK: (max_length,), LENGTHS: ()}
+        shapes |= {n: shape for n, shape in computed.items() if n in arguments or n in shapes}
+        usual_dtypes[LENGTHS] = torch.int64
+        shapes = dict(sorted(shapes.items(), key=lambda item: (*arguments, item[0]).index(item[0])))
     device = next((p.device for p in module.parameters()), "cpu")
     # Two samples each, because torch.export takes an axis of size 1 for one that never varies.
-    samples = (torch.zeros((2, *upper_shape(s)), device=device, dtype=dtypes[n]) for n, s in shapes.items())
+    samples = (
+        torch.zeros(
+            (2, *upper_shape(shape)),
+            device=device,
+            dtype=_torch_dtype(dtype_names.get(n, usual_dtypes.get(n, torch.float32)), name),
+        )
+        for n, shape in shapes.items()
+    )
     return tuple(samples), varying_input
-
-
-def _add_computed_inputs(
-    module: Any, shapes: dict[str, Shape], dtypes: dict[str, Any], varying: FreeInput, dtype_names: Any, name: str
-) -> tuple[dict[str, Shape], dict[str, Any]]:
-    """Shapes and types of a module's arguments, in their order, including the computed ones (mask and lengths)."""
-    torch = torch_package()
-    max_length = upper_shape(shapes[varying.name])[varying.axis]
-    arguments = list(inspect.signature(module.forward).parameters)
-    computed = {MASK: ((max_length,), torch.float32), LENGTHS: ((), torch.int64)}
-    computed = {n: shape_and_dtype for n, shape_and_dtype in computed.items() if n in arguments or n in shapes}
-    dtype_names = dtype_names if isinstance(dtype_names, Mapping) else {}
-    dtypes = dtypes | {n: _torch_dtype(dtype_names.get(n, usual), name) for n, (_, usual) in computed.items()}
-    shapes = shapes | {n: shape for n, (shape, _) in computed.items()}
-    order = [n for n in arguments if n in shapes] or list(shapes)
-    return {n: shapes[n] for n in (order if len(order) == len(shapes) else shapes)}, dtypes
 
 
 def _torch_dtype(dtype: Any, name: str) -> Any:
@@ -268,40 +253,30 @@ def _torch_dtype(dtype: Any, name: str) -> Any:
     return getattr(torch_package(), text)
 
 
-def record_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
-    """Give tensors their first name, and record which are trainable, unused, frozen and tied."""
-    # A tied parameter is one tensor under several names; they all get the first one.
+def _first_names(module: Any) -> dict[str, str]:
+    """The first name of every parameter and buffer, by each of its names: a tied parameter has several."""
     by_id: dict[int, str] = {}
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    first_names = {n: by_id.setdefault(id(tensor), n) for n, tensor in tensors}
-    _rename_initializers(proto, first_names)
+    return {name: by_id.setdefault(id(tensor), name) for name, tensor in tensors}
+
+
+def _tensor_facts(torch: Any, module: Any, exported: set[str]) -> dict[str, str]:
+    """Metadata on the tensors of an export: which are parameters, and which of these are unused, frozen and tied."""
     parameters = dict(module.named_parameters())
-    initializer_names = {t.name for t in proto.graph.initializer}
-    unused = [n for n in parameters if n not in initializer_names]
-    # A file may lack a parameter that the outputs do not depend on. Any other was fused or folded by the exporter, and
-    # the import would train another model.
-    lost = _used_parameters(torch, module, samples, {n: parameters[n] for n in unused})
-    if lost:
-        raise ModelError(
-            f"{name}: weights were lost or fused in the export",
-            expected=f"{len(parameters)} tensors",
-            got=f"{len(parameters) - len(lost)} (without {', '.join(lost[:5])})",
-            hint="Please report this with the module.",
-        )
-    exported = [n for n in parameters if n in initializer_names]
     # Running statistics are buffers for PyTorch; here they are cut and averaged with the parameters.
-    statistics = _statistics(module, torch.nn.modules.batchnorm._NormBase, initializer_names)
-    instance_norms = _statistics(module, torch.nn.modules.instancenorm._InstanceNorm, initializer_names)[::2]
+    statistics = _statistics(module, torch.nn.modules.batchnorm._NormBase, exported)
     aliases: dict[str, list[str]] = {}
-    for alias, first in first_names.items():
+    for alias, first in _first_names(module).items():
         if alias != first:
             aliases.setdefault(first, []).append(alias)
-    frozen = [n for n in exported if not parameters[n].requires_grad]
-    facts = {metadata.UNUSED_KEY: unused, metadata.FROZEN_KEY: frozen, metadata.TIED_KEY: aliases}
-    facts[INSTANCE_NORMS_KEY] = instance_norms
-    texts = {metadata.PARAMETERS_KEY: json.dumps([*exported, *statistics])}
-    texts |= {key: json.dumps(fact) for key, fact in facts.items() if fact}
-    onnx.helper.set_model_props(proto, texts)
+    facts = {
+        metadata.UNUSED_KEY: [n for n in parameters if n not in exported],
+        metadata.FROZEN_KEY: [n for n, p in parameters.items() if n in exported and not p.requires_grad],
+        metadata.TIED_KEY: aliases,
+        INSTANCE_NORMS_KEY: _statistics(module, torch.nn.modules.instancenorm._InstanceNorm, exported)[::2],
+    }
+    texts = {metadata.PARAMETERS_KEY: json.dumps([*(n for n in parameters if n in exported), *statistics])}
+    return texts | {key: json.dumps(fact) for key, fact in facts.items() if fact}
 
 
 def _statistics(module: Any, kind: Any, exported: set[str]) -> list[str]:
@@ -313,48 +288,3 @@ def _statistics(module: Any, kind: Any, exported: set[str]) -> list[str]:
         for field in ("running_mean", "running_var")
         if (name := f"{prefix}.{field}" if prefix else field) in exported
     ]
-
-
-def _used_parameters(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict[str, Any]) -> list[str]:
-    """The names of the parameters on which the module's outputs depend."""
-    if not parameters:
-        return []
-    required_gradients = {n: p.requires_grad for n, p in parameters.items()}
-    try:
-        # Frozen parameters count, too: a gradient only shows that an output depends on one.
-        for value in parameters.values():
-            value.requires_grad_(True)
-        with torch.enable_grad():
-            result = module(*samples)
-            outputs = [o for o in (result if isinstance(result, (tuple, list)) else [result]) if o.requires_grad]
-            gradients = [None] * len(parameters)
-            if outputs:
-                gradients = torch.autograd.grad(
-                    sum(o.sum() for o in outputs), list(parameters.values()), allow_unused=True
-                )
-    finally:
-        for name, value in parameters.items():
-            value.requires_grad_(required_gradients[name])
-    return [n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
-
-
-def _rename_initializers(proto: onnx.ModelProto, names: dict[str, str]) -> None:
-    """Rename initialisers; those that become the same are the same tensor."""
-    if all(old == new for old, new in names.items()):
-        return
-    tensors = {t.name: t for t in proto.graph.initializer if names.get(t.name, t.name) == t.name}
-    for tensor in list(proto.graph.initializer):
-        new = names.get(tensor.name, tensor.name)
-        if new == tensor.name:
-            continue
-        if new in tensors:
-            proto.graph.initializer.remove(tensor)
-        else:
-            tensor.name = new
-            tensors[new] = tensor
-    for node in proto.graph.node:
-        for i, value in enumerate(node.input):
-            node.input[i] = names.get(value, value)
-    for info in list(proto.graph.value_info):
-        if names.get(info.name, info.name) != info.name:
-            proto.graph.value_info.remove(info)

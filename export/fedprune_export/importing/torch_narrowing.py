@@ -37,37 +37,36 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     torch = torch_package()
     if not isinstance(module, torch.nn.Module):
         raise ModelError("what is to be narrowed", expected="a torch module", got=type(module).__name__)
-    # The first name of every parameter and buffer.
-    names = {("parameter", id(value)): name for name, value in module.named_parameters()}
-    names = names | {("buffer", id(value)): name for name, value in module.named_buffers()}
+    names = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
     tensors = {_author_name(n, set(names.values())): v for n, v in tensors.items()}
     unknown = sorted(set(tensors) - set(names.values()))
     if unknown:
         raise ModelError(f"the module has no tensor {unknown[0]!r}", got=f"{len(unknown)} such names")
-    lacking = sorted({n for key, n in names.items() if key[0] == "parameter" and n not in tensors})
+    lacking = sorted(n for n, _ in module.named_parameters() if n not in tensors)
     if lacking:
         raise ModelError(f"there is no tensor for {lacking[0]!r} of the module", got=f"{len(lacking)} such names")
-    # By the address of an old parameter, which is kept alive so that no other object gets the address.
+    # All layers are looked at before the first is changed.
+    plans = [
+        (layer, _new_attributes(torch, prefix or type(layer).__name__, layer, names, tensors))
+        for prefix, layer in module.named_modules()
+    ]
+    # By the address of an old tensor, which is kept alive so that no other object gets the address.
     replacements: dict[int, tuple[Any, Any]] = {}
-    plans = []
-    for prefix, layer in module.named_modules():  # all are looked at before the first is changed
-        shapes = _layer_shapes(layer, names, tensors)
-        plans.append((layer, _new_attributes(torch, prefix or type(layer).__name__, layer, *shapes)))
     for layer, attributes in plans:
         for name, size in attributes.items():
             setattr(layer, name, size)
-        for name, value in [*layer._parameters.items()]:
-            if value is not None:
-                # Layers that share a parameter share the new one, too.
+        for own_tensors in (layer._parameters, layer._buffers):
+            for name, value in [*own_tensors.items()]:
+                array = tensors.get(names.get(id(value), ""))
+                if array is None:
+                    continue
+                # Layers that share a tensor share the new one, too.
                 if id(value) not in replacements:
-                    array = tensors[names["parameter", id(value)]]
-                    data = torch.tensor(array, dtype=value.dtype, device=value.device)
-                    replacements[id(value)] = (torch.nn.Parameter(data, requires_grad=value.requires_grad), value)
-                layer._parameters[name] = replacements[id(value)][0]
-        for name, value in [*layer._buffers.items()]:
-            key = None if value is None else names.get(("buffer", id(value)))
-            if key is not None and key in tensors:
-                layer._buffers[name] = torch.tensor(tensors[key], dtype=value.dtype, device=value.device)
+                    new = torch.tensor(array, dtype=value.dtype, device=value.device)
+                    if isinstance(value, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, requires_grad=value.requires_grad)
+                    replacements[id(value)] = (new, value)
+                own_tensors[name] = replacements[id(value)][0]
     return module
 
 
@@ -77,28 +76,19 @@ def _author_name(name: str, author_names: AbstractSet[str]) -> str:
     return stripped if name not in author_names and stripped in author_names & RESERVED_NAMES else name
 
 
-def _layer_shapes(
-    layer: Any, names: Mapping[tuple[str, int], str], tensors: Mapping[str, npt.NDArray[np.float32]]
-) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """The shapes of a layer's own tensors before and after, where the submodel has them."""
+def _new_attributes(
+    torch: Any, where: str, layer: Any, names: Mapping[int, str], tensors: Mapping[str, npt.NDArray[np.float32]]
+) -> dict[str, Any]:
+    """A layer's attributes for its new tensors; none if these have the old shapes. Raises `ModelError` if they don't
+    fit."""
     old: dict[str, Shape] = {}
     new: dict[str, Shape] = {}
-    for kind, own_tensors in (("parameter", layer._parameters), ("buffer", layer._buffers)):
-        for name, value in own_tensors.items():
-            key = None if value is None else names.get((kind, id(value)))
-            if key is not None and key in tensors:
-                old[name], new[name] = tuple(value.shape), tensors[key].shape
-    return old, new
-
-
-def _new_attributes(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
-    """A layer's attributes for the new shapes; none if they are the old ones. Raises `ModelError` if they don't fit."""
-    if old == new:
-        return {}
-    for name, shape in new.items():
-        if len(shape) != len(old[name]) or any(a > b for a, b in zip(shape, old[name], strict=True)):
-            raise ModelError(f"{where}.{name} can't be narrowed", expected=f"at most {old[name]}", got=shape)
-    return _size_attributes(torch, where, layer, old, new)
+    for name, value in (*layer._parameters.items(), *layer._buffers.items()):
+        if (array := tensors.get(names.get(id(value), ""))) is not None:
+            old[name], new[name] = tuple(value.shape), array.shape
+            if len(array.shape) != value.ndim or any(a > b for a, b in zip(array.shape, value.shape, strict=True)):
+                raise ModelError(f"{where}.{name} can't be narrowed", expected=f"at most {old[name]}", got=new[name])
+    return {} if old == new else _size_attributes(torch, where, layer, old, new)
 
 
 def _check_forward(where: str, layer: Any) -> None:

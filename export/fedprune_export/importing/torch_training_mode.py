@@ -1,21 +1,21 @@
-"""Records what a torch module does in training mode alone: dropouts, random numbers, buffers that change, and whatever
-else makes its outputs differ from those of evaluation.
+"""Finds what a torch module does in training mode alone: random numbers, buffers that change, and whatever else makes
+its outputs differ from those of evaluation.
 
-A module is exported in evaluation mode. Dropouts of training mode get into the export by `torch_dropout`. Modules that
-draw random numbers in training mode alone, such as a layer of noise, are exported in this mode, if they do what they do
-in evaluation as soon as each draw is its mean. Notes name everything else, which the export lacks.
+A module is exported in evaluation mode. Modules that draw random numbers in training mode alone, such as a dropout or a
+layer of noise, are exported in this mode, if they do what they do in evaluation as soon as each draw is its mean. Notes
+name everything else, which the export lacks.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedprune.core.errors import error_reason
 from fedprune.core.text import first_few
-from fedprune_export.importing.torch_dropout import DropoutCall, DropoutCalls
+from fedprune_export.importing.quiet_libraries import silence_libraries
+from fedprune_export.importing.torch_calls import replace_calls
 
 # What stands for a draw where a module is compared with itself in evaluation: its mean, as in an import (`draws`).
 _MEANS: dict[str, Callable[..., Any]] = {
@@ -27,126 +27,136 @@ _MEANS: dict[str, Callable[..., Any]] = {
     "bernoulli_": lambda x, p=0.5: p,
     "bernoulli": lambda x, p=None: p if p is not None else x if (x == x.ravel()[0]).all() else (x > 0.5).to(x.dtype),
     "exponential_": lambda x, rate=1.0: math.log(2) / rate,  # its median, which uniform draws at their mean give
+    "native_dropout": lambda x, *_: x,
 }
 
 # How far outputs of a module may be from those of evaluation: what other orders of sums change.
 _TOLERANCES = {"rtol": 1e-4, "atol": 1e-5}
+
+# Operators by which dropouts draw.
+_DROPOUTS = frozenset({"bernoulli", "native_dropout"})
+
+
+class _Run(NamedTuple):
+    """One run of a module, in which every draw that has a mean is replaced by it.
+
+    Attributes:
+        outputs: What the module has returned; None if it has failed with `error`.
+        draws: Names of operators that drew random numbers, by module.
+    """
+
+    outputs: Any
+    draws: Mapping[str, Sequence[str]]
+    error: Exception | None = None
 
 
 class TrainingMode(NamedTuple):
     """A module's behaviour in training mode.
 
     Attributes:
-        calls: Every call of a dropout; None if they are unknown.
-        drawing: Modules that are exported in training mode, in which alone they draw random numbers.
+        modules: Those to export in training mode, in which alone they draw random numbers.
+        draws: Names of the operators that draw them, by module.
         notes: Sentences on behaviour that training here lacks.
+        samples: Inputs, and the `outputs` of evaluation for them.
     """
 
-    calls: Sequence[DropoutCall] | None
-    drawing: Sequence[Any]
+    modules: Sequence[Any]
+    draws: Mapping[str, Sequence[str]]
     notes: Sequence[str]
+    samples: Sequence[Any]
+    outputs: Any
 
 
 def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> TrainingMode:
-    """Run a module in both modes and record what differs; module, buffers and random generator stay unchanged."""
+    """Run a module in both modes and compare them; module, buffers and random generator stay unchanged."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     named_buffers = ((s, name, buffer) for s in module.modules() for name, buffer in s._buffers.items())
     buffers = [(s, name, buffer, buffer.clone()) for s, name, buffer in named_buffers if buffer is not None]
+    labels = {f"{name or 'the module'} ({type(s).__name__})": s for name, s in module.named_modules()}
+
+    def run(trained: Iterable[Any]) -> _Run:
+        _restore_buffers(torch, buffers)
+        module.eval()
+        for submodule in trained:
+            submodule.training = True
+        return _run_at_means(torch, module, labels, samples)
+
     try:
         # A run in training mode draws random numbers and changes buffers: both are restored.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), silence_libraries():
             torch.manual_seed(0)
             # Not zeros, which would hide much; cut to whole numbers they are 0, for modules that use them as indices.
             samples = [s.uniform_(-0.9, 0.9) if s.is_floating_point() else s for s in map(torch.clone, samples)]
-            module.eval()
-            evaluation = _record_run(torch, module, samples, at_means=True)
             module.train()
-            training = _record_run(torch, module, samples)
-            changed_buffers = _changed_buffers(torch, module, buffers)
-            _restore_buffers(torch, buffers)
-            drawing, exported = _drawing_modules(torch, module, samples, evaluation, training)
-            differing = _differing_modules(torch, module, samples, evaluation, buffers)
-            _restore_buffers(torch, buffers)
-    except Exception as error:  # noqa: BLE001  the user's code, which may take labels, too, in training mode
-        note = (
-            f"The module can't be run in torch's training mode ({error_reason(error)}): boards train with its dropouts,"
-            " but without whatever else it does in that mode alone."
-        )
-        return TrainingMode(None, (), [note])
+            # A step trains norms by its batch; a module may keep some of its own in evaluation.
+            norms = torch.nn.modules.batchnorm._NormBase
+            trained = {label: s for label, s in labels.items() if s.training and not isinstance(s, norms)}
+            kept_norms = [label for label, s in labels.items() if isinstance(s, norms) and not s.training]
+            evaluation = run([])
+            training = run(trained.values())
+            changed_buffers = _changed_buffers(torch, labels, buffers)
+            drawing: dict[str, Sequence[str]] = {}
+            lost: dict[str, Sequence[str]] = {}
+            differing: list[str] = []
+            if _are_close(torch, training.outputs, evaluation.outputs):
+                drawing = {
+                    label: training.draws[label] for label in trained if _draws_more(label, training, evaluation)
+                }
+                trained = {}
+            for label, submodule in trained.items():
+                trial = run([*(trained[name] for name in drawing), submodule])
+                draws_more = _draws_more(label, trial, evaluation)
+                if not _are_close(torch, trial.outputs, evaluation.outputs):
+                    if draws_more:
+                        lost[label] = trial.draws[label]
+                    elif trial.error is None and label not in changed_buffers:
+                        differing.append(label)
+                elif draws_more:
+                    drawing[label] = trial.draws[label]
     finally:
         _restore_buffers(torch, buffers)
         for submodule, mode in modes:
             submodule.training = mode
-    # A module that takes another path in training mode: its ratios belong to calls that the export doesn't meet.
-    same_path = [call.name for call in exported.calls] == [call.name for call in training.calls]
-    lost = {
-        label: [n for n in names if n not in exported.random.get(label, ())] for label, names in training.random.items()
-    }
-    notes = [
-        f"Random numbers of torch's training mode ({names}) in {modules}: boards train without them, as in evaluation."
-        for names, modules in _group_modules({label: names for label, names in lost.items() if names})
-    ]
+    notes = []
+    if training.error is not None:
+        notes.append(
+            f"The module can't be run in torch's training mode ({error_reason(training.error)}): boards train without "
+            "what only the module itself does in that mode."
+        )
+    notes += lost_draws_notes(lost)
     notes += [
         f"Buffers that torch's training mode changes ({names}) in {modules}: here they stay, and are used, as in "
         "evaluation."
         for names, modules in _group_modules(changed_buffers)
     ]
-    others = [label for label in differing if not lost.get(label) and label not in changed_buffers]
-    if others:
+    if differing:
         notes.append(
-            f"{first_few(others, max_names=3)}: torch's training mode computes something else than evaluation, and "
+            f"{first_few(differing, max_names=3)}: torch's training mode computes something else than evaluation, and "
             "boards train by evaluation."
         )
-    active = list(dict.fromkeys(call.module for call in evaluation.calls if call.ratio))
-    if active:
+    if kept_norms:
+        notes.append(
+            f"{first_few(kept_norms, max_names=3)}: torch keeps running statistics in training mode, too; boards train "
+            "by those of each batch unless the norm's tensors are frozen."
+        )
+    if active := [label for label, names in evaluation.draws.items() if _DROPOUTS.intersection(names)]:
         notes.append(
             f"Dropout of {first_few(active, max_names=3)} is always on in torch, also "
             "in evaluation; here it drops numbers while boards train, and none in predictions."
         )
-    return TrainingMode(training.calls if same_path else None, drawing, notes)
+    return TrainingMode([labels[label] for label in drawing], drawing, notes, samples, evaluation.outputs)
 
 
-def _drawing_modules(
-    torch: Any, module: Any, samples: Sequence[Any], evaluation: _RecordedRun, training: _RecordedRun
-) -> tuple[list[Any], _RecordedRun]:
-    """The modules that draw more in training mode than in evaluation, and whose outputs are otherwise the same; and
-    what the module does if only these are in training mode."""
-    module.eval()
-    submodules = {_module_label(name, submodule): submodule for name, submodule in module.named_modules()}
-    drawing: list[Any] = []
-    exported = evaluation
-    for label in training.draws():
-        if training.draws()[label] == evaluation.draws().get(label):
-            continue
-        submodules[label].training = True
-        trial = _record_run(torch, module, samples, at_means=True)
-        if _are_close(torch, trial.outputs, evaluation.outputs):
-            drawing.append(submodules[label])
-            exported = trial
-        else:
-            submodules[label].training = False
-    return drawing, exported
+def lost_draws_notes(names_by_module: Mapping[str, Sequence[str]]) -> list[str]:
+    """Sentences on modules that are exported without the random numbers of their training mode."""
+    return [
+        f"Random numbers of torch's training mode ({names}) in {modules}: boards train without them, as in evaluation."
+        for names, modules in _group_modules(names_by_module)
+    ]
 
 
-def _differing_modules(
-    torch: Any, module: Any, samples: Sequence[Any], evaluation: _RecordedRun, buffers: Sequence[Any]
-) -> list[str]:
-    """The modules whose training mode changes outputs although nothing is dropped, draws are means, and norms, which a
-    step trains by its batch, evaluate."""
-    submodules = {_module_label(n, s): s for n, s in module.named_modules() if not _is_norm(torch, s)}
-
-    def differs(trained: Collection[str]) -> bool:
-        _restore_buffers(torch, buffers)
-        module.eval()
-        for label in trained:
-            submodules[label].training = True
-        return not _are_close(torch, _record_run(torch, module, samples, at_means=True).outputs, evaluation.outputs)
-
-    return [label for label in submodules if differs([label])] if differs(submodules) else []
-
-
-def _is_norm(torch: Any, submodule: Any) -> bool:
-    return isinstance(submodule, torch.nn.modules.batchnorm._NormBase)
+def _draws_more(label: str, run: _Run, evaluation: _Run) -> bool:
+    return label in run.draws and run.draws[label] != evaluation.draws.get(label)
 
 
 def _are_close(torch: Any, outputs: Any, expected: Any) -> bool:
@@ -167,17 +177,17 @@ def _restore_buffers(torch: Any, buffers: Sequence[tuple[Any, str, Any, Any]]) -
             tensor.copy_(value)
 
 
-def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, Any, Any]]) -> dict[str, list[str]]:
-    """Names of buffers that a run has changed, by the module that has them; without those of norms."""
-    module_labels = {id(submodule): _module_label(name, submodule) for name, submodule in module.named_modules()}
+def _changed_buffers(
+    torch: Any, labels: Mapping[str, Any], buffers: Sequence[tuple[Any, str, Any, Any]]
+) -> dict[str, list[str]]:
+    """Names of buffers that a run has changed, by the module that has them."""
+    labels_by_id = {id(submodule): label for label, submodule in labels.items()}
     changed: dict[str, list[str]] = {}
     for submodule, name, _, before in buffers:
         now = submodule._buffers.get(name)
-        if _is_norm(torch, submodule) or now is None:
-            continue
         # A buffer may be replaced by one of another shape.
-        if now.shape != before.shape or not torch.equal(now, before):
-            changed.setdefault(module_labels[id(submodule)], []).append(name)
+        if now is not None and (now.shape != before.shape or not torch.equal(now, before)):
+            changed.setdefault(labels_by_id[id(submodule)], []).append(name)
     return changed
 
 
@@ -185,77 +195,41 @@ def _group_modules(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """Group modules that have the same names; returns these names and the modules, as text."""
     modules_by_names: dict[str, list[str]] = {}
     for module, place_names in names.items():
-        modules_by_names.setdefault(", ".join(place_names), []).append(module)
+        modules_by_names.setdefault(", ".join(dict.fromkeys(place_names)), []).append(module)
     return [(joined_names, first_few(where, max_names=3)) for joined_names, where in modules_by_names.items()]
 
 
-def _module_label(name: str, submodule: Any) -> str:
-    return f"{name or 'the module'} ({type(submodule).__name__})"
+def _run_at_means(torch: Any, module: Any, labels: Mapping[str, Any], samples: Sequence[Any]) -> _Run:
+    draws: dict[str, list[str]] = {}
+    module_stack: list[str] = []
 
-
-class _RecordedRun(DropoutCalls):
-    """One run, in which nothing is dropped.
-
-    Attributes:
-        calls: Every call of a dropout, with the ratio by which it drops numbers in this mode.
-        random: Other operators that drew random numbers, by module.
-        outputs: What the module has returned.
-    """
-
-    def __init__(self, torch: Any) -> None:
-        super().__init__(torch)
-        self.calls: list[DropoutCall] = []
-        self.random: dict[str, list[str]] = {}
-        self.outputs: Any = None
-        self.module_stack: list[str] = []
-
-    def ratio(self, name: str, ratio: float, *, on: bool) -> float:
-        self.calls.append(DropoutCall(name, ratio if on else 0.0, self.module_stack[-1]))
-        return 0.0
-
-    def draws(self) -> dict[str, list[str]]:
-        """The names of calls and operators that are random, by module, whatever their ratios are."""
-        draws: dict[str, list[str]] = {}
-        for call in self.calls:
-            draws.setdefault(call.module, []).append(call.name)
-        for module, names in self.random.items():
-            draws.setdefault(module, []).extend(names)
-        return draws
-
-
-def _record_run(torch: Any, module: Any, samples: Sequence[Any], *, at_means: bool = False) -> _RecordedRun:
-    """Run a module; with `at_means` every draw that has a mean is replaced by it."""
-    record = _RecordedRun(torch)
-
-    class Random(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+    class Means(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
+            if torch.Tag.nondeterministic_seeded not in func.tags:
+                return out
             name = func.overloadpacket.__name__
-            # Weights of attention are answered: nothing of them is dropped.
-            if torch.Tag.nondeterministic_seeded not in func.tags or "attention" in name:
-                return out
-            names = record.random.setdefault(record.module_stack[-1], [])
-            names += [] if name.strip("_") in names else [name.strip("_")]
-            mean = _MEANS.get(name)
-            if mean is None or not at_means:
-                return out
-            value = mean(*args)
-            return out.copy_(value) if hasattr(value, "shape") else out.fill_(value)
-
-    def enter(label: str, *_: Any) -> None:
-        record.module_stack.append(label)
+            draws.setdefault(module_stack[-1], []).append(name.strip("_"))
+            if name in _MEANS:
+                # What a fused dropout returns has its mask, too.
+                value, target = _MEANS[name](*args), out[0] if isinstance(out, tuple) else out
+                target.copy_(value) if hasattr(value, "shape") else target.fill_(value)
+            return out
 
     def leave(*_: Any) -> None:
-        record.module_stack.pop()
+        module_stack.pop()
 
     hooks = []
-    for name, submodule in module.named_modules():
-        hooks.append(submodule.register_forward_pre_hook(functools.partial(enter, _module_label(name, submodule))))
-        hooks.append(submodule.register_forward_hook(leave))
+    # Other kernels drop numbers without an operator that draws them.
+    attention = torch.nn.attention
     try:
-        with record.answer_calls(module), Random():
-            record.outputs = module(*samples)
+        for label, submodule in labels.items():
+            hooks.append(submodule.register_forward_pre_hook(lambda *_, label=label: module_stack.append(label)))
+            hooks.append(submodule.register_forward_hook(leave))
+        with replace_calls(torch), attention.sdpa_kernel(attention.SDPBackend.MATH), Means():
+            return _Run(module(*samples), draws)
+    except Exception as error:  # noqa: BLE001  the user's code, which may take labels, too, in training mode
+        return _Run(None, draws, error)
     finally:
         for hook in hooks:
             hook.remove()
-    return record

@@ -10,8 +10,6 @@ from typing import Any
 
 import onnx
 
-from fedprune_export.importing.torch_dropout import onnx_translations
-
 _SMALLEST_NORMAL = 2.0**-126  # of float32; a division by less may overflow
 
 
@@ -47,8 +45,7 @@ class TorchTranslations:
             aten._adaptive_avg_pool3d.default: self.adaptive_avg_pool3d,
         }
         # The exporter sets an attribute on each function, which a bound method doesn't allow.
-        functions = {operator: _plain_function(method) for operator, method in methods.items()}
-        return onnx_translations(self._torch, self._ops) | functions
+        return {operator: functools.wraps(method)(functools.partial(method)) for operator, method in methods.items()}
 
     def as_strided(self, x: Any, size: Any, stride: Any, storage_offset: int = 0) -> Any:
         """A view of memory as a reshape, if it is contiguous: then it reads its data in order.
@@ -152,14 +149,6 @@ class TorchTranslations:
     def detach(self, x: Any) -> Any:
         """A Shrink by 0, which returns its input and has a gradient of 0; the exporter would drop the operator."""
         return self._ops.Shrink(x, bias=0.0, lambd=0.0) if x.dtype.is_floating_point() else self._ops.Identity(x)
-
-
-def _plain_function(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs)
-
-    return function
 
 
 def _is_contiguous(size: Sequence[Any], stride: Sequence[Any]) -> bool:

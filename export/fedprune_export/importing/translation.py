@@ -13,17 +13,40 @@ from onnx import helper
 
 from fedprune.core.errors import ModelError, error_reason
 from fedprune_export.importing.constants import constant_input
-from fedprune_export.importing.fused_operators import name_early_norms
-from fedprune_export.importing.graph_writer import file_shapes
-from fedprune_export.importing.pad_resize import emit_pad, emit_resize, mark_early_resizes
+from fedprune_export.importing.fused_operators import EARLY_NORMS, name_early_norms
+from fedprune_export.importing.metadata import CONSTANTS_KEY
+from fedprune_export.importing.pad_resize import emit_pad, emit_resize
 from fedprune_export.importing.spectra import emit_dft, emit_fold, emit_stft
-from fedprune_export.ir.composites import COMPOSITES
+from fedprune_export.importing.value_inference import file_shapes
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, read_opset
-from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form
+from fedprune_export.ir.operators import SOFTMAXES
+from fedprune_export.ir.opset_lowering import COMPOSITES, REDUCTIONS, fit_opset
 from fedprune_export.ir.trace import Trace
 
-_SOFTMAXES = frozenset({"Hardmax", "LogSoftmax", "Softmax"})
+_FLATTENED = SOFTMAXES | {"Hardmax"}  # by the converter
 _MIN_OPSET = 13  # nodes of this opset and later mean the same at opset 17
+
+
+def read_graph(model: onnx.ModelProto) -> Graph:
+    """The graph of a file's model without functions and control flow, at opset 13 or later. Its metadata names the
+    values of the file's Constant nodes.
+
+    Raises `ModelError` if onnx can't raise the opset, or the model holds what a graph can't.
+    """
+    model = name_early_norms(upgrade_model(model))
+    graph = Graph.from_proto(model)
+    constants = [o for n in model.graph.node if n.op_type == "Constant" for o in n.output]
+    if constants:
+        graph.metadata[CONSTANTS_KEY] = "\n".join([*constants, *graph.metadata.get(CONSTANTS_KEY, "").split("\n")])
+    return graph
+
+
+def write_graph(graph: Graph) -> onnx.ModelProto:
+    """What `read_graph` has read, as a model that onnxruntime runs."""
+    written = graph.copy()
+    for node in written.nodes:
+        node.domain = "" if node.op in EARLY_NORMS else node.domain  # where the kernels are
+    return written.to_unlowered_proto()
 
 
 def upgrade_model(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -40,8 +63,6 @@ def upgrade_model(model: onnx.ModelProto) -> onnx.ModelProto:
             f"the model's opset {opset} can't be raised to {NORMAL_OPSET} ({error_reason(error)})",
             hint=f"Export it again with opset_version={NORMAL_OPSET} or later.",
         ) from error
-    if opset < 11:  # the first opset in which a Resize says how it computes positions
-        mark_early_resizes(upgraded.graph)
     _restore_softmaxes(upgraded)
     return upgraded
 
@@ -51,7 +72,7 @@ def _restore_softmaxes(model: onnx.ModelProto) -> None:
     shapes, makers = file_shapes(model), {o: n for n in model.graph.node for o in n.output}
     for node in model.graph.node:
         softmax = makers.get(node.input[0]) if node.op_type == "Reshape" else None
-        flat = makers.get(softmax.input[0]) if softmax is not None and softmax.op_type in _SOFTMAXES else None
+        flat = makers.get(softmax.input[0]) if softmax is not None and softmax.op_type in _FLATTENED else None
         shape = makers.get(node.input[1]) if flat is not None and flat.op_type == "Flatten" else None
         if softmax is None or flat is None or shape is None or shape.op_type != "Shape":
             continue
@@ -73,7 +94,7 @@ def translate(graph: Graph, trace: Trace, notes: list[str]) -> None:
     graph.rewrite(_RULES, trace)
     for node in graph.nodes:
         if not node.domain and node.op not in COMPOSITES and graph.opset > NORMAL_OPSET:
-            check_form(node, NORMAL_OPSET)
+            fit_opset(node, NORMAL_OPSET)
     frozen_norms = [n.name for n in graph.nodes if n.op == "BatchNormalization" and n.attrs.get("momentum") == 1]
     if frozen_norms:
         notes.append(
@@ -111,16 +132,10 @@ def _reduction(graph: Graph, node: Node, trace: Trace) -> None:
         node.op, node.attrs = "Identity", {}
 
 
-def _reshape(graph: Graph, node: Node, trace: Trace) -> None:
-    """Remove `allowzero` if it is 0, its default."""
-    if not node.attrs.get("allowzero", 1):
-        del node.attrs["allowzero"]
-
-
-def _average_pool(graph: Graph, node: Node, trace: Trace) -> None:
-    """Remove dilations of 1; opset 17 has no others."""
-    if all(d == 1 for d in node.attrs.get("dilations", [])):
-        node.attrs.pop("dilations", None)
+def lower_reductions(graph: Graph) -> None:
+    """Write a graph of a later opset in which only reductions have other forms at opset 17."""
+    graph.rewrite(dict.fromkeys(REDUCTIONS, _changing(_reduction)), None)
+    graph.opset = min(graph.opset, NORMAL_OPSET)
 
 
 def _local_response(graph: Graph, node: Node, trace: Trace) -> None:
@@ -134,16 +149,6 @@ def _local_response(graph: Graph, node: Node, trace: Trace) -> None:
     means = graph.emit("Reshape", means, graph.ints(0, *(d or 0 for d in trace.dims(x)[1:])))
     spread = graph.emit("Add", graph.emit("Mul", means, graph.scalar(alpha)), graph.scalar(bias))
     graph.emit("Div", x, graph.emit("Pow", spread, graph.scalar(beta)), out=node.outputs[0])
-
-
-def _dropping(*attributes: str) -> _Rule:
-    """Remove attributes of later opsets."""
-
-    def rule(graph: Graph, node: Node, trace: Trace) -> None:
-        for name in attributes:
-            node.attrs.pop(name, None)
-
-    return rule
 
 
 def _batch_norm(graph: Graph, node: Node, trace: Trace) -> None:
@@ -207,17 +212,11 @@ _NORMS = ("LayerNormalization", "RMSNormalization")
 # Rules that change a node, which stays, and rules that write what stands in its place.
 CHANGED: dict[str, _Rule] = {
     **dict.fromkeys((*REDUCTIONS, "ReduceSum"), _reduction),
-    "AveragePool": _average_pool,
-    # These concern only types below 16 bits.
-    **dict.fromkeys(("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear"), _dropping("saturate", "round_mode")),
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
     "BatchNormalization": _batch_norm,
     "Gather": _gather,
     "GridSample": _grid_sample,
-    # Computed in float32.
-    "GroupNormalization": _dropping("stash_type"),
-    "Reshape": _reshape,
     "Split": _split,
 }
 REPLACED: dict[str, _Rule] = {

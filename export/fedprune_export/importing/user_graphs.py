@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,59 +17,38 @@ from fedprune.model.loss import Y
 from fedprune.model.step_contract import LOGITS, LOSS, METRIC_METADATA, SUMS, VALUE
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.importing.inlining import inline_model
+from fedprune_export.importing.metadata import decode_file
 from fedprune_export.importing.model_file import check_valid_onnx, parse_model, read_model_file
 from fedprune_export.importing.normalise import simplify_graph
 from fedprune_export.importing.packing import Piece, row_splitter
-from fedprune_export.importing.raw_file import raw_session
+from fedprune_export.importing.raw_file import BatchLayout, RawFile
 from fedprune_export.importing.torch_export import export_module, root_cause
 from fedprune_export.importing.torch_loading import import_object, torch_package
 from fedprune_export.importing.translation import upgrade_model
-from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.trace import trace_graph
+from fedprune_export.ir.graph import Array, Graph, Port
+from fedprune_export.ir.trace import Trace, trace_graph
 from fedprune_export.pruning.model import Model
 
 # Keys of a model's metadata that hold its loss and its metric: ONNX files in base64.
 LOSS_KEY, METRIC_KEY = "fedprune.loss", METRIC_METADATA
 
-# float32 rounds by about 1e-7 in every operation; an import that computes something else differs by far more.
-_TOLERANCE = 1e-4
 _LABEL_DTYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 
 
-def _labels_of(function: Any, outputs: Sequence[int], name: str) -> tuple[tuple[int, ...], str]:
-    """Shape and type of the labels of a torch loss or metric, by its attributes `target_shape` and `target_dtype`; by
-    default labels are shaped as outputs. Raises `ModelError` if these are invalid."""
-    shape = getattr(function, "target_shape", tuple(outputs))
-    dtype = str(getattr(function, "target_dtype", "float32")).rpartition(".")[2]
-    is_shape = isinstance(shape, (tuple, list)) and all(isinstance(d, int) for d in shape)
-    if dtype not in _LABEL_DTYPES or not is_shape:
-        raise ModelError(
-            f"{name}: target_shape and target_dtype",
-            expected="one sample's labels, such as (32, 32), and float32 or int64",
-            got=f"{shape}, {dtype}",
-        )
-    return tuple(shape), dtype
+class _Kind(NamedTuple):
+    """A kind of user graph.
 
-
-def read_loss(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
-    """A loss as the bytes of an ONNX file, for a model with outputs [n, *outputs].
-
-    `source` is as in `ImportChoices.loss`. `pieces` are the model's outputs, if it has several: they are arguments of
-    their own, before the labels. Raises `ModelError` if there is no such loss, or torch can't export it;
-    `MissingExtraError` if torch is needed and not installed.
+    Attributes:
+        returns: What a function of torch returns, and `gives`, what a file gives.
+        values: The contract's names of the file's outputs.
+        compute: What the file computes, of the function and its arguments.
     """
-    kind = _FunctionKind("loss", "one number per sample", lambda loss, *arguments: loss(*arguments))
-    return _read_function(source, outputs, pieces, kind)
 
-
-def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
-    """A metric as the bytes of an ONNX file, for a model with outputs [n, *outputs].
-
-    `source` is as in `ImportChoices.metric`; an ONNX file of outputs and labels gives the sums over samples [k] and the
-    value of the metric []. `pieces` and errors are those of `read_loss`.
-    """
-    returns = "one number per sample, or a row of numbers and a `value` of their sums"
-    return _read_function(source, outputs, pieces, _FunctionKind("metric", returns, _metric_sums))
+    name: str
+    returns: str
+    gives: str
+    values: tuple[str, ...]
+    compute: Callable[..., Any]
 
 
 def _metric_sums(metric: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -83,16 +62,44 @@ def _metric_sums(metric: Any, *arguments: Any) -> tuple[Any, Any]:
     return sums, sums[0] / sums[1]
 
 
-class _FunctionKind(NamedTuple):
-    """A kind of user function: its name, what it returns, and the computation on the function and its arguments."""
+_KINDS = {
+    LOSS_KEY: _Kind(
+        "loss", "one number per sample", "one number per sample", (LOSS,), lambda loss, *arguments: loss(*arguments)
+    ),
+    METRIC_KEY: _Kind(
+        "metric",
+        "one number per sample, or a row of numbers and a `value` of their sums",
+        "sums over samples [k] and what they come to []",
+        (SUMS, VALUE),
+        _metric_sums,
+    ),
+}
 
-    name: str
-    returns: str
-    compute: Callable[..., Any]
+
+@contextmanager
+def _name_setting_in_errors(setting: str) -> Iterator[None]:
+    """Let errors name the setting of a user's function, because the model's file may be correct."""
+    try:
+        yield
+    except ModelError as error:
+        raise error.with_subject(error.what, ("model", setting)) from error.__cause__
 
 
-def _read_function(source: object, outputs: Sequence[int], pieces: Sequence[Piece], kind: _FunctionKind) -> bytes:
-    """Read a loss or metric from an ONNX file, or export it as the bytes of one."""
+def embed_user_graph(key: str, source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> str:
+    """The text of a loss or metric in the metadata of a model with outputs [n, *outputs], by its key there.
+
+    `source` is as in `ImportChoices`; an ONNX file of a metric gives the sums over samples [k] and the metric's value
+    []. `pieces` are the model's outputs, if it has several: they are arguments of their own, before the labels. Raises
+    `ModelError` if there is no such function, or torch can't export it; `MissingExtraError` if torch is needed and not
+    installed.
+    """
+    kind = _KINDS[key]
+    with _name_setting_in_errors(kind.name):
+        return base64.b64encode(_read_user_graph(kind, source, outputs, pieces)).decode()
+
+
+def _read_user_graph(kind: _Kind, source: object, outputs: Sequence[int], pieces: Sequence[Piece]) -> bytes:
+    """A loss or metric as the bytes of an ONNX file."""
     if isinstance(source, (str, Path)) and ":" not in str(source):
         if not path_exists(Path(source), file=True):
             what = f"there is no file {source}"
@@ -138,19 +145,83 @@ def _user_function(source: object) -> tuple[Any, str]:
     return function, name
 
 
-def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
-    """A loss as a graph of `logits` and `y` that gives `loss` [n], of operators that can be differentiated. Raises
-    `ModelError` if it is damaged, has other inputs or outputs, or uses what can't be handled."""
-    graph = _read_user_graph(raw, outputs, "loss", (LOSS,), "one number per sample")
+def _labels_of(function: Any, outputs: Sequence[int], name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and type of the labels of a torch loss or metric, by its attributes `target_shape` and `target_dtype`; by
+    default labels are shaped as outputs. Raises `ModelError` if these are invalid."""
+    shape = getattr(function, "target_shape", tuple(outputs))
+    dtype = str(getattr(function, "target_dtype", "float32")).rpartition(".")[2]
+    is_shape = isinstance(shape, (tuple, list)) and all(isinstance(d, int) for d in shape)
+    if dtype not in _LABEL_DTYPES or not is_shape:
+        raise ModelError(
+            f"{name}: target_shape and target_dtype",
+            expected="one sample's labels, such as (32, 32), and float32 or int64",
+            got=f"{shape}, {dtype}",
+        )
+    return tuple(shape), dtype
+
+
+def import_user_graphs(texts: Mapping[str, str], outputs: Sequence[int]) -> tuple[Model | None, Graph | None]:
+    """The loss and metric in a file's metadata: graphs of `logits` and `y` that give `loss` [n], of operators that can
+    be differentiated, and `sums` [k] with `value` [].
+
+    Raises `ModelError` if one is damaged, has other inputs or outputs, or uses what can't be handled, or if they don't
+    take the same labels.
+    """
+    graphs: dict[str, Graph] = {}
+    for key, kind in _KINDS.items():
+        if key in texts:
+            raw = decode_file(key, texts[key])
+            with _name_setting_in_errors(kind.name):
+                graphs[key] = _import_user_graph(kind, raw, tuple(outputs))
+    loss, metric = graphs.get(LOSS_KEY), graphs.get(METRIC_KEY)
+    if loss is not None and metric is not None:
+        with _name_setting_in_errors("metric"):
+            _check_same_labels(loss, metric)
+    architecture = Architecture("loss", (), (), (), (), tuple(outputs), ())
+    return None if loss is None else Model(loss, architecture), metric
+
+
+def _import_user_graph(kind: _Kind, raw: bytes, outputs: tuple[int, ...]) -> Graph:
+    proto = inline_model(parse_model(raw, run_checker=False))
+    check_valid_onnx(proto)
+    graph = Graph.from_proto(upgrade_model(proto))
+    if len(graph.inputs) != 2 or len(graph.outputs) != len(kind.values):
+        raise ModelError(
+            f"the inputs and outputs of a {kind.name}",
+            expected=f"outputs of the model and labels, {kind.gives}",
+            got=f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs",
+            hint=f"A {kind.name} that doesn't read its labels has lost them in the export."
+            if len(graph.inputs) < 2
+            else "docs/export.md#a-loss-of-your-own says what a loss or metric returns.",
+        )
+    file_names = [port.name for port in (*graph.inputs, *graph.outputs)]
+    _rename_ports(graph, file_names, (LOGITS, Y, *kind.values))
+    _check_inputs(graph.inputs, outputs, kind.name)
+    graph.inputs[0].shape = ("N", *outputs)
+    graph.inputs[1].shape = labels_shape = ("N", *graph.inputs[1].shape[1:])
     try:
         graph_trace = trace_graph(graph)
     except ModelError as error:
-        labels = graph.inputs[1]
         raise ModelError(
-            f"the model's own loss: {error}",
-            hint=f"Its labels are {labels.dtype} {shape_text('n', *labels.shape[1:])}. If they should be numbers of "
-            'classes, set the attributes target_dtype = "int64" and target_shape of the loss (docs/export.md).',
+            f"the model's own {kind.name}: {error}",
+            hint=f"Its labels are {graph.inputs[1].dtype} {shape_text('n', *labels_shape[1:])}. If they should be "
+            'numbers of classes, set the attributes target_dtype = "int64" and target_shape of the '
+            f"{kind.name} (docs/export.md).",
         ) from error
+    (_check_loss if kind is _KINDS[LOSS_KEY] else _check_metric)(graph, graph_trace)
+    simplify_graph(graph, kind.values[-1])
+    values = _random_arguments(graph, outputs)
+    computed = OnnxSession(graph.to_bytes()).run(dict(zip((LOGITS, Y), values, strict=True)))
+    RawFile(raw, file_names[2:], BatchLayout()).check(
+        dict(zip(file_names[:2], values, strict=True)),
+        {name: computed[port.name] for name, port in zip(file_names[2:], graph.outputs, strict=True)},
+        f"the {kind.name} computes something else once it is imported",
+        "Please report this with it.",
+    )
+    return graph
+
+
+def _check_loss(graph: Graph, graph_trace: Trace) -> None:
     if (dims := graph_trace.dims(LOSS)) != (None,):
         raise ModelError(
             "what a loss returns",
@@ -158,37 +229,42 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
             got=shape_text(*("n" if d is None else d for d in dims)) if dims else "one number for the whole batch",
             hint="Sum or average over all axes but the first (in torch, reduction='none', then .flatten(1).mean(1)).",
         )
-    simplify_graph(graph, LOSS)
-    _check_same_outputs(raw, graph, outputs, "loss")
-    return Model(graph, Architecture("loss", (), (), (), (), tuple(outputs), ()))
 
 
-def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
-    """A metric as a graph of `logits` and `y` that gives `sums` [k] and `value` []. Raises `ModelError` if it is
-    damaged, has other inputs or outputs, or uses what can't be handled."""
-    returns = "sums over samples [k] and what they come to []"
-    graph = _read_user_graph(raw, outputs, "metric", (SUMS, VALUE), returns)
-    sums, value = map(trace_graph(graph).dims, (SUMS, VALUE))
+def _check_metric(graph: Graph, graph_trace: Trace) -> None:
+    sums, value = map(graph_trace.dims, (SUMS, VALUE))
     if len(sums) != 1 or sums[0] is None or value != ():
-        raise ModelError("what a metric returns", expected=returns, got=f"{shape_text(*sums)} and {shape_text(*value)}")
+        raise ModelError(
+            "what a metric returns",
+            expected=_KINDS[METRIC_KEY].gives,
+            got=f"{shape_text(*sums)} and {shape_text(*value)}",
+        )
     # The sums of several batches are added before the value is computed, so it must not see a batch.
-    if _reads_samples(graph):
+    samples = {LOGITS, Y}
+    for node in graph.nodes:
+        if not samples.isdisjoint(node.inputs):
+            samples.update({*node.outputs} - {SUMS})
+    if VALUE in samples:
         raise ModelError(
             "what a metric returns",
             expected="a value that is computed from the sums alone",
             got="one that reads outputs or labels",
             hint="Sums of many batches add up; the value is computed from the total.",
         )
-    simplify_graph(graph, VALUE)
-    _check_same_outputs(raw, graph, outputs, "metric")
-    return graph
 
 
-def check_labels(loss: Model | None, metric: Graph | None) -> None:
-    """Make sure that a model's own loss and metric take the same labels. Raises `ModelError` if they don't."""
-    if loss is None or metric is None:
-        return
-    loss_labels, metric_labels = ((p.dtype, tuple(p.shape[1:])) for p in (loss.graph.inputs[1], metric.inputs[1]))
+def _random_arguments(graph: Graph, outputs: tuple[int, ...]) -> tuple[Array, Array]:
+    """Outputs and labels of some samples."""
+    random, samples, labels = np.random.default_rng(0), 4, graph.inputs[1]
+    shape = (samples, *(d for d in labels.shape[1:] if isinstance(d, int)))
+    # Labels of type int64 are taken for classes, and outputs have one channel per class on their first axis.
+    classes = max(1, outputs[0]) if outputs else 1
+    y: Array = random.integers(0, classes, shape) if labels.dtype == np.int64 else random.random(shape, np.float32)
+    return random.standard_normal((samples, *outputs), np.float32), y
+
+
+def _check_same_labels(loss: Graph, metric: Graph) -> None:
+    loss_labels, metric_labels = ((p.dtype, tuple(p.shape[1:])) for p in (loss.inputs[1], metric.inputs[1]))
     if loss_labels != metric_labels:
         raise ModelError(
             "the labels of the model's own metric",
@@ -199,75 +275,11 @@ def check_labels(loss: Model | None, metric: Graph | None) -> None:
         )
 
 
-def _check_same_outputs(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> None:
-    """Compare an imported loss or metric with its file on random data. Raises `ModelError` if they differ."""
-    proto, rng, count = parse_model(raw, run_checker=False).graph, np.random.default_rng(0), 4
-    initializer_names = {t.name for t in proto.initializer}
-    inputs, names = [i.name for i in proto.input if i.name not in initializer_names], [o.name for o in proto.output]
-    labels = graph.inputs[1]
-    shape = (count, *(d for d in labels.shape[1:] if isinstance(d, int)))
-    # Labels of type int64 are taken for classes, and outputs have one channel per class on their first axis.
-    classes = max(1, outputs[0]) if outputs else 1
-    is_whole = labels.dtype == np.int64
-    y: Any = rng.integers(0, classes, shape) if is_whole else rng.uniform(0, 1, shape).astype(np.float32)
-    values: list[Any] = [rng.standard_normal((count, *outputs), np.float32), y]
-    before = raw_session(raw, names).run(dict(zip(inputs, values, strict=True)))
-    after = OnnxSession(graph.to_bytes()).run({LOGITS: values[0], Y: y})
-    for name, port in zip(names, graph.outputs, strict=True):
-        if not np.allclose(before[name], after[port.name], rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
-            what = f"the {kind} computes something else once it is imported"
-            raise ModelError(what, hint="Please report this with it.")
-
-
-def _reads_samples(graph: Graph) -> bool:
-    """Whether the value depends on outputs or labels other than through the sums."""
-    of_samples = {LOGITS, Y}
-    for node in graph.nodes:
-        if not of_samples.isdisjoint(node.inputs):
-            of_samples.update({*node.outputs} - {SUMS})
-    return VALUE in of_samples
-
-
-def embedded_user_graph(key: str, text: str) -> bytes:
-    """The loss or metric in a model's file. Raises `ModelError` if it is damaged."""
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ModelError(f"metadata {key}", expected="an ONNX file in base64", got="something else") from error
-
-
-def _read_user_graph(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...], returns: str) -> Graph:
-    """Read a graph of outputs and labels, and give its values the contract's names."""
-    file_model = parse_model(raw, run_checker=False)
-    proto = inline_model(file_model)
-    check_valid_onnx(raw if proto is file_model else proto)
-    graph = Graph.from_proto(upgrade_model(proto))
-    if len(graph.inputs) != 2 or len(graph.outputs) != len(names):
-        raise ModelError(
-            f"the inputs and outputs of a {kind}",
-            expected=f"outputs of the model and labels, {returns}",
-            got=f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs",
-            hint=f"A {kind} that doesn't read its labels has lost them in the export."
-            if len(graph.inputs) < 2
-            else "docs/export.md#a-loss-of-your-own says what a loss or metric returns.",
-        )
-    _rename_ports(graph, names)
-    _check_inputs(graph.inputs, tuple(outputs), kind)
-    graph.inputs[0].shape = ("N", *outputs)
-    graph.inputs[1].shape = ("N", *graph.inputs[1].shape[1:])
-    return graph
-
-
-def _rename_ports(graph: Graph, outputs: tuple[str, ...]) -> None:
+def _rename_ports(graph: Graph, old: Sequence[str], new: Sequence[str]) -> None:
     """Give inputs and outputs the contract's names, and rename inner values that have one of these."""
-    names = dict(zip((p.name for p in (*graph.inputs, *graph.outputs)), (LOGITS, Y, *outputs), strict=True))
-    inner = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)} - set(names)
-    used_names = inner | set(names.values())
-    for name in sorted(inner.intersection(names.values())):
-        names[name] = f"{name}."
-        while names[name] in used_names:
-            names[name] += "."
-        used_names.add(names[name])
+    names = dict(zip(old, new, strict=True))
+    inner_names = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)}
+    names |= {name: graph.fresh(name) for name in new if name in inner_names and name not in names}
     for port in (*graph.inputs, *graph.outputs):
         port.name = names[port.name]
     graph.rename(names)

@@ -1,17 +1,24 @@
-"""The matrix of a Resize along one axis, measured by a run of the operator on unit vectors: right for every mode."""
+"""Matrices of linear operators, measured by a run of the operator on unit vectors: right for every mode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.runtime.session import OnnxSession
-from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
+from fedprune_export.ir.graph import NORMAL_OPSET, Array, Graph
+from fedprune_export.ir.trace import run_values
 
 Matrix = npt.NDArray[np.float32]
+
+
+def run_operator(op: str, x: Array, arguments: Sequence[Array | None], attrs: Mapping[str, Any], opset: int) -> Array:
+    """The output of an operator of the standard for x and further inputs, None for those that are left out."""
+    graph = Graph(opset=opset)
+    output = graph.emit(op, *("" if a is None else graph.constant(a, a.dtype) for a in (x, *arguments)), attrs=attrs)
+    return run_values(graph, [output], batch=1)[output]
 
 
 def axis_matrix(
@@ -23,14 +30,8 @@ def axis_matrix(
     """
     # Axis 1 is resized; along axis 2 lie the unit vectors, which a scale of 1 leaves alone. Four axes, because
     # onnxruntime resizes by cubic curves only maps.
-    graph = Graph(nodes=[Node("Resize", ["x", ""], ["y"], dict(attrs))], opset=opset)
-    graph.inputs, graph.outputs = (
-        [Port("x", np.dtype(np.float32), (1, size, size, 1))],
-        [Port("y", np.dtype(np.float32), (None,) * 4)],
-    )
-    if scale is not None:
-        graph.nodes[0].inputs.append(graph.constant([1, 1, scale, 1], np.float32))
-    else:
-        graph.nodes[0].inputs += ["", graph.ints(1, size, new_size, 1)]
-    columns = OnnxSession(graph.to_bytes()).run({"x": np.eye(size, dtype=np.float32)[None, :, :, None]})["y"]
+    units = np.eye(size, dtype=np.float32)[None, :, :, None]
+    scales = np.array([1, 1, scale, 1], np.float32) if scale is not None else None
+    sizes = np.array([1, size, new_size, 1]) if scale is None else None
+    columns = run_operator("Resize", units, [None, scales, sizes], attrs, opset)
     return np.ascontiguousarray(columns[0, :, :, 0].T, np.float32)

@@ -82,7 +82,8 @@ class Port:
 class Draft:
     """Nodes in topological order with their inputs, outputs and constants; `metadata` is text by keys `fedprune.*`.
 
-    `unit`: the processor whose kernels the graph is written for, one of `UNITS`.
+    `unit` is the processor whose kernels the graph is written for, one of `UNITS`; `domains` are the versions of
+    operators that aren't the standard's, by their domain (1 if it is left out).
     """
 
     inputs: list[Port] = field(default_factory=list)
@@ -93,6 +94,7 @@ class Draft:
     name: str = "fedprune"
     metadata: dict[str, str] = field(default_factory=dict)
     unit: str = CPU
+    domains: dict[str, int] = field(default_factory=dict)
     _counter: int = field(default=0, repr=False)
     _constants: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
 
@@ -159,9 +161,9 @@ class Draft:
                     out.setdefault(name, []).append((node, i))
         return out
 
-    def values_from_inputs(self) -> set[str]:
-        """The inputs, and all values that depend on their numbers; their sizes alone don't count."""
-        out = {p.name for p in self.inputs}
+    def values_from_inputs(self, *weights: str) -> set[str]:
+        """The inputs, these tensors, and all values that depend on their numbers; their sizes alone don't count."""
+        out = {*weights, *(p.name for p in self.inputs)}
         for node in self.nodes:
             if not out.isdisjoint(node.inputs) and (node.domain or node.op not in SIZE_OPERATORS):
                 out.update(o for o in node.outputs if o)
@@ -214,6 +216,7 @@ class Draft:
             self.name,
             dict(self.metadata),
             self.unit,
+            dict(self.domains),
             self._counter,
             dict(self._constants),
         )
@@ -230,7 +233,10 @@ class Draft:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in domains)],
+            opset_imports=[
+                helper.make_opsetid("", self.opset),
+                *(helper.make_opsetid(d, self.domains.get(d, 1)) for d in domains),
+            ],
             ir_version=_IR_VERSIONS.get(self.opset, 8),
             producer_name="fedprune",
         )

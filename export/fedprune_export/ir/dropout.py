@@ -9,11 +9,13 @@ for numbers that are dropped together, such as whole channels: the graph's metad
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from fedprune.core.errors import ModelError, value_text
 from fedprune.model.random_inputs import Draw
+from fedprune_export.ir.bypass import bypass
 from fedprune_export.ir.graph import Graph, Node, decode_metadata
 
 # The key of a graph's metadata for the axes on which the mask of a dropout varies, by the node's name. Dropouts whose
@@ -51,19 +53,18 @@ def node_draw(graph: Graph, node: Node) -> Draw | None:
 
 def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
     """The axes on which a dropout's mask varies; None for all. Raises `ModelError` if the metadata is damaged."""
-    axes_by_name = decode_metadata(graph.metadata, DROPOUT_AXES_KEY, {}, "lists of axes by name", _is_axes_by_name)
-    return tuple(axes_by_name[node.name]) if node.name in axes_by_name else None
+    return read_mask_axes(graph).get(node.name)
 
 
-def _is_axes_by_name(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(axes, list) and all(type(a) is int for a in axes) for axes in value.values()
-    )
+def read_mask_axes(graph: Graph) -> dict[str, tuple[int, ...]]:
+    """The axes on which masks vary, by the dropout's name. Raises `ModelError` if the metadata is damaged."""
+    kind = dict[str, tuple[int, ...]]
+    return decode_metadata(graph.metadata, DROPOUT_AXES_KEY, kind, "lists of axes by name") or {}
 
 
 def read_draws(texts: Mapping[str, str]) -> dict[str, Draw]:
     """What dropouts draw by their names. Raises `ModelError` if the text is something else."""
-    table = decode_metadata(texts, DRAWS_KEY, {}, "distributions by name", lambda value: isinstance(value, dict))
+    table = decode_metadata(texts, DRAWS_KEY, dict[str, Any], "distributions by name") or {}
     draws = {name: draw for name, value in table.items() if (draw := Draw.parse(value)) is not None}
     if len(draws) < len(table):
         raise ModelError(f"metadata {DRAWS_KEY}", expected="distributions by name", got=value_text(texts[DRAWS_KEY]))
@@ -72,17 +73,6 @@ def read_draws(texts: Mapping[str, str]) -> dict[str, Draw]:
 
 def remove_dropouts(graph: Graph) -> None:
     """Remove all dropouts, which do nothing at inference."""
-    outputs = {p.name for p in graph.outputs}
-    sources: dict[str, str] = {}
-    for node in [n for n in graph.nodes if is_dropout(n)]:
-        # A dropout may read another one's output.
-        source = sources.get(node.inputs[0], node.inputs[0])
-        if node.outputs[0] in outputs:
-            node.op, node.inputs = "Identity", [source]  # an output keeps its name
-        else:
-            sources[node.outputs[0]] = source
-    graph.nodes = [n for n in graph.nodes if not is_dropout(n)]
-    for node in graph.nodes:
-        node.inputs = [sources.get(i, i) for i in node.inputs]
+    bypass(graph, [n for n in graph.nodes if is_dropout(n)])
     for key in (DROPOUT_AXES_KEY, DRAWS_KEY):
         graph.metadata.pop(key, None)

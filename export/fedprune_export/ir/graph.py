@@ -5,12 +5,12 @@ What a graph holds is a `drafts.Draft`; this adds the file.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
@@ -20,6 +20,8 @@ from fedprune_export.ir.drafts import NORMAL_OPSET, Array, Dim, Draft, Node, Por
 from fedprune_export.ir.opset_lowering import lower_to_opset
 
 __all__ = ["NORMAL_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name", "read_dims", "read_tensor"]
+
+_Kind = TypeVar("_Kind")
 
 _TYPES = frozenset(helper.get_all_tensor_dtypes())
 
@@ -59,7 +61,8 @@ class Graph(Draft):
             raise ModelError("the model has local functions", hint="Export it without them (inline functions).")
         proto = model.graph
         if proto.sparse_initializer:
-            raise ModelError("the model has sparse tensors", hint="Export it with dense weights.")
+            name = value_text(proto.sparse_initializer[0].values.name)
+            raise ModelError(f"tensor {name} is sparse", expected="dense tensors", hint=_DENSE_HINT)
         _check_names(proto)
         opset = read_opset(model)
         initializers = {t.name: read_tensor(t) for t in proto.initializer}
@@ -79,6 +82,7 @@ class Graph(Draft):
             opset,
             proto.name or "model",
             {p.key: p.value for p in model.metadata_props if p.key.startswith("fedprune.")},
+            domains={o.domain: int(o.version) for o in model.opset_import if o.domain not in ("", "ai.onnx")},
         )
         used_names: Iterable[str] = [
             *initializers,
@@ -152,23 +156,24 @@ def _attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> An
     return value
 
 
+# A Constant may have its numbers in one of several attributes.
+_CONSTANT_TYPES: dict[str, type[Any] | None] = {"value": None, "value_int": np.int64, "value_ints": np.int64}
+_CONSTANT_TYPES |= {"value_float": np.float32, "value_floats": np.float32}
+_DENSE_HINT = "Export it with its weights as tensors that hold all numbers, also zeros."
+
+
 def _constant_value(attrs: Mapping[str, Any]) -> Array:
-    # A Constant may have its numbers in one of several attributes.
-    for key, dtype in (
-        ("value_int", np.int64),
-        ("value_ints", np.int64),
-        ("value_float", np.float32),
-        ("value_floats", np.float32),
-    ):
+    for key, dtype in _CONSTANT_TYPES.items():
         if key in attrs:
-            return np.array(attrs[key], dtype)
-    if "value" in attrs:
-        return np.asarray(attrs["value"])
-    raise ModelError("a Constant node holds neither numbers nor a tensor", got=", ".join(attrs))
+            return np.asarray(attrs[key], dtype)
+    raise ModelError("a Constant node holds neither numbers nor a dense tensor", got=", ".join(attrs), hint=_DENSE_HINT)
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
+    # ZipMap's output, of which a prediction head takes the numbers.
+    if value.type.sequence_type.elem_type.HasField("map_type"):
+        return Port(value.name, np.dtype(np.float32), (None, None))
     if not value.type.HasField("tensor_type") or tensor.elem_type not in _TYPES:
         raise ModelError(
             f"{value_text(value.name)} is not a tensor of a known type",
@@ -191,23 +196,27 @@ def read_dims(value: onnx.ValueInfoProto) -> tuple[Dim, ...]:
     )
 
 
-def decode_metadata(
-    texts: Mapping[str, str], key: str, default: object, expected: str, fits: Callable[[Any], bool]
-) -> Any:
-    """Decode a text as JSON, or return the default without it. Raises `ModelError` if the value doesn't fit."""
+def decode_metadata(texts: Mapping[str, str], key: str, kind: type[_Kind], expected: str) -> _Kind | None:
+    """Decode a text as JSON of a type; None without it.
+
+    Raises `ModelError` if it is something else, or holds what can't be printed.
+    """
     if key not in texts:
-        return default
+        return None
     try:
-        value = json.loads(texts[key])
-    except (ValueError, RecursionError):
-        value = None
-    if not fits(value):
-        raise ModelError(f"metadata {key}", expected=expected, got=value_text(texts[key]))
+        value = msgspec.json.decode(texts[key], type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ModelError(f"metadata {key}", expected=expected, got=value_text(texts[key])) from error
+    _check_printable(value)
     return value
 
 
-def is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(n, str) for n in value)
+def _check_printable(value: object) -> None:
+    if isinstance(value, str):
+        check_name(value)
+    elif isinstance(value, (dict, list, tuple)):
+        for item in (*value, *(value.values() if isinstance(value, dict) else ())):
+            _check_printable(item)
 
 
 def node_label(node: Node) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedprune_export.ir.graph import decode_metadata, is_texts
+from fedprune_export.ir.graph import decode_metadata
 
 # The key of a graph's metadata for the running means of instance norms, a list of names.
 INSTANCE_NORMS_KEY = "fedprune.instance_norms"
@@ -16,4 +16,4 @@ INSTANCE_NORMS_KEY = "fedprune.instance_norms"
 
 def instance_means(texts: Mapping[str, str]) -> tuple[str, ...]:
     """The names of the running means of instance norms. Raises `ModelError` if the text is something else."""
-    return tuple(decode_metadata(texts, INSTANCE_NORMS_KEY, [], "a list of names", is_texts))
+    return decode_metadata(texts, INSTANCE_NORMS_KEY, tuple[str, ...], "a list of names") or ()

@@ -23,6 +23,8 @@ ELEMENTWISE = frozenset({*ONE_TO_ONE, *MANY_TO_ONE})
 # Operators that only rearrange their first input.
 REARRANGEMENTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 
+SOFTMAXES = frozenset({"LogSoftmax", "Softmax"})
+
 SIZE_OPERATORS = ("Shape", "Size")  # where shape arithmetic begins
 
 # Operators whose output is the input's memory.

@@ -51,9 +51,9 @@ def sample_input(port: Port, batch: int, seed: int = 0, *, below: int | None = N
 
 
 def sample_feeds(graph: Graph, batch: int, seed: int = 0) -> dict[str, Array]:
-    """Arrays for all inputs of a graph."""
+    """Arrays for all inputs of a graph, of other numbers for each."""
     below = vocabulary_size(graph)
-    return {p.name: sample_input(p, batch, seed, below=below) for p in graph.inputs}
+    return {p.name: sample_input(p, batch, seed + index, below=below) for index, p in enumerate(graph.inputs)}
 
 
 def vocabulary_size(graph: Graph) -> int:

@@ -18,8 +18,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError, error_reason, value_text
-from fedprune_export.ir.composites import NATIVE_SINCE
 from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.ir.opset_lowering import NATIVE_SINCE
 
 _MAX_COMPUTED_ELEMENTS = 1024  # numbers of a value that is computed; shape arithmetic has a handful
 
@@ -90,11 +90,9 @@ def set_value(out: InferredShapes, name: str, value: Array) -> None:
 def infer_node(graph: Graph, out: InferredShapes, node: Node, outputs: Sequence[str]) -> None:
     """Add the shapes of a node's outputs, and their numbers where these are few."""
     reads = [i for i in node.inputs if i]
-    # onnx knows a composite only from the opset that introduced it; all of them keep the shape of their input.
-    if node.op in NATIVE_SINCE and not node.domain and node.inputs[0] in out.shapes:
+    if node.op == "GroupNormalization" and not node.domain and node.inputs[0] in out.shapes:
+        # onnx infers no shape of it.
         inferred = {outputs[0]: (out.shapes[node.inputs[0]], out.dtypes[node.inputs[0]])}
-        if node.op == "LayerNormalization" and len(outputs) > 1:
-            inferred = _onnx_shapes(graph, out, node)
     elif all(i in out.shapes for i in reads) and (not node.domain or node.op == "Constant"):
         inferred = _onnx_shapes(graph, out, node)
     else:
@@ -123,8 +121,8 @@ def infer_node(graph: Graph, out: InferredShapes, node: Node, outputs: Sequence[
                 out.numbers[name] = value.astype(out.dtypes[name], copy=False)
 
 
-# Their older forms are functions, whose shapes onnx doesn't infer.
-_INFERRED_SINCE = {"GreaterOrEqual": 16, "LessOrEqual": 16}
+# onnx knows a composite only from the opset that introduced it, and infers no shapes of the older forms of these.
+_INFERRED_SINCE = {**NATIVE_SINCE, "GreaterOrEqual": 16, "LessOrEqual": 16}
 
 _TypedShapes = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
@@ -224,9 +222,6 @@ def _macs(node: Node, out: InferredShapes) -> int:
         return _einsum_macs(str(node.attrs.get("equation", "")), shapes)
     if "kernel_shape" in node.attrs:
         return output_size * math.prod(int(k) for k in node.attrs["kernel_shape"])
-    if node.op == "Attention" and len(shapes) > 2:
-        # Scores and their product with the values, each over all keys.
-        return 2 * math.prod(shapes[0]) * math.prod(shapes[1][-2:-1])
     return output_size
 
 

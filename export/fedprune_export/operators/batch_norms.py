@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
-from fedprune_export.autodiff.batch_statistics import BatchNormalised, ChannelAxis
-from fedprune_export.autodiff.element_counts import count_of
+from fedprune_export.autodiff.batch_statistics import column, inverse_deviation, normalise_by_batch, scale_channels
+from fedprune_export.autodiff.element_counts import count_of, sum_axes
 from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
@@ -64,19 +62,26 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         instance_pull, mean, variance = instance_norm(tape, node)
         _write_next_statistics(tape, node, mean, variance, count_of(tape, tape.shape(name)[2:]))
         return instance_pull
-    g = tape.graph
+    g, eps = tape.graph, float(node.attrs.get("epsilon", 1e-5))
     x, shape = tape.value(name), tape.shape(name)
-    scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
-    eps = float(node.attrs.get("epsilon", 1e-5))
+    axes = [0, *range(2, len(shape))]
+    scale, shift = (tape.fit_to_width(node, i, shape[1:2]) for i in (1, 2))
     count = count_of(tape, [shape[0], *shape[2:]])
-    normal = BatchNormalised(g, x, scale, shift, eps, len(shape))
-    tape.enter(node.outputs[0], normal.y, shape)
-    _write_next_statistics(tape, node, normal.mean, normal.variance, count)
+    y, centred, mean, mean_error, variance = normalise_by_batch(g, x, scale, shift, axes, eps)
+    tape.enter(node.outputs[0], y, shape)
+    _write_next_statistics(tape, node, mean, variance, count)
 
     def pull(dy: str) -> None:
-        dgamma, dbeta = normal.scale_and_shift_gradients(dy)
+        dbeta = sum_axes(g, dy, axes, keep=False)
+        dot = sum_axes(g, g.emit("Mul", dy, centred), axes, keep=False)
+        dot = g.emit("Sub", dot, g.emit("Mul", mean_error, dbeta))
+        inverse = inverse_deviation(g, variance, eps)
+        dgamma = g.emit("Mul", dot, inverse)
         if tape.needs_gradient(name):
-            tape.add_gradient(name, normal.input_gradient(dy, dgamma, dbeta, count))
+            slope = g.emit("Div", g.emit("Mul", dgamma, inverse), count)
+            base = g.emit("Sub", g.emit("Div", dbeta, count), g.emit("Mul", mean_error, slope))
+            change = g.emit("Sub", dy, scale_channels(g, centred, slope, base))
+            tape.add_gradient(name, g.emit("Mul", change, column(g, g.emit("Mul", scale, inverse), len(shape))))
         tape.add_gradient(gamma, dgamma)
         tape.add_gradient(beta, dbeta)
 
@@ -114,44 +119,30 @@ def _fixed_statistics_norm(tape: Tape, node: Node) -> Pull:
     """
     name, gamma, beta, mean_name, var_name = node.inputs
     g, shape = tape.graph, tape.shape(node.inputs[0])
-    channels = ChannelAxis(g, len(shape))
-    scale, shift = _norm_vector(tape, node, 1, mean_name), _norm_vector(tape, node, 2, var_name)
-    mean, var = tape.value(mean_name), tape.value(var_name)
-    attrs = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
-    x = tape.value(name)
-    tape.enter(node.outputs[0], g.emit("BatchNormalization", x, scale, shift, mean, var, attrs=attrs), shape)
-    inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", var, g.scalar(attrs["epsilon"]))))
+    axes = [0, *range(2, len(shape))]
+    scale, shift = (tape.fit_to_width(node, i, shape[1:2]) for i in (1, 2))
+    x, mean, var = (tape.value(n) for n in (name, mean_name, var_name))
+    eps = float(node.attrs.get("epsilon", 1e-5))
+    y = g.emit("BatchNormalization", x, scale, shift, mean, var, attrs={"epsilon": eps})
+    tape.enter(node.outputs[0], y, shape)
+    inverse = inverse_deviation(g, var, eps)
 
     def pull(dy: str) -> None:
         steepness = g.emit("Mul", scale, inverse)
         if tape.needs_gradient(gamma) or tape.needs_gradient(var_name):
-            centred = g.emit("Sub", x, channels.column(mean))
-            dot = g.emit("Mul", channels.sum_per_channel(g.emit("Mul", dy, centred)), inverse)
+            centred = g.emit("Sub", x, column(g, mean, len(shape)))
+            dot = g.emit("Mul", sum_axes(g, g.emit("Mul", dy, centred), axes, keep=False), inverse)
             tape.add_gradient(gamma, dot)
             if tape.needs_gradient(var_name):
                 # d s / d var = −s³ / 2.
                 half = g.emit("Mul", g.emit("Mul", steepness, inverse), g.scalar(-0.5))
                 tape.add_gradient(var_name, g.emit("Mul", half, dot))
         if tape.needs_gradient(beta) or tape.needs_gradient(mean_name):
-            total = channels.sum_per_channel(dy)
+            total = sum_axes(g, dy, axes, keep=False)
             tape.add_gradient(beta, total)
             if tape.needs_gradient(mean_name):
                 tape.add_gradient(mean_name, g.emit("Neg", g.emit("Mul", steepness, total)))
         if tape.needs_gradient(name):
-            tape.add_gradient(name, g.emit("Mul", dy, channels.column(steepness)))
+            tape.add_gradient(name, g.emit("Mul", dy, column(g, steepness, len(shape))))
 
     return pull
-
-
-def _norm_vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
-    """The scale or shift of a norm. A constant with equal entries is built at the length of the statistic.
-
-    The channels of such a constant may be cut, so its stored length doesn't hold at every width.
-    """
-    name = node.inputs[index]
-    if tape.is_tensor(name) or tape.producer(name) is not None:
-        return tape.value(name)
-    g, constant, like = tape.graph, np.asarray(tape.required_constant(node, index), np.float32), tape.value(statistic)
-    # `like − like` gives zeros of the cut width.
-    same = np.all(constant == constant[0])
-    return g.emit("Add", g.emit("Sub", like, like), g.constant(constant[0] if same else constant, np.float32))

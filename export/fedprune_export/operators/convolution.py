@@ -9,20 +9,13 @@ In channel rules a *row* has an *atom* (an integer) for each channel of an axis:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedprune.planning.probe_report import CUDA
-from fedprune_export.autodiff.column_convolution import MAX_COLUMNS_AREA, ChannelGroups, ColumnConvolution
-from fedprune_export.autodiff.dense_convolution import (
-    CUDA_ALGORITHMS,
-    DenseConvolution,
-    PointwiseConvolution,
-    choose_algorithms,
-)
+from fedprune_export.autodiff.column_convolution import ChannelGroups, ColumnConvolution
 from fedprune_export.autodiff.depthwise_convolution import DepthwiseConvolution
+from fedprune_export.autodiff.operator_convolution import Algorithms, OperatorConvolution, choose_algorithms
 from fedprune_export.autodiff.sliding_window import Window, transposed_window, window
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
@@ -125,18 +118,12 @@ def _tie_groups(
     return produced
 
 
-@rewrite("Conv")
+@rewrite("Conv", "ConvTranspose")
 def conv_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """Set the number of groups to the channels that are read divided by those that one group reads."""
+    """Set the number of groups to the channels of all groups divided by those that the weight has of one group."""
     if int(node.attrs.get("group", 1)) > 1:
-        node.attrs["group"] = (sizes.cut_sizes(node.inputs[0])[1] or 0) // (sizes.cut_sizes(node.inputs[1])[1] or 1)
-
-
-@rewrite("ConvTranspose")
-def conv_transpose_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """Set the number of groups to the output's channels divided by those of one group."""
-    if int(node.attrs.get("group", 1)) > 1:
-        node.attrs["group"] = (sizes.cut_sizes(node.outputs[0])[1] or 0) // (sizes.cut_sizes(node.inputs[1])[1] or 1)
+        all_groups = node.inputs[0] if node.op == "Conv" else node.outputs[0]
+        node.attrs["group"] = (sizes.cut_sizes(all_groups)[1] or 0) // (sizes.cut_sizes(node.inputs[1])[1] or 1)
 
 
 @mask_rule("Conv", "ConvTranspose")
@@ -154,8 +141,12 @@ def conv(tape: Tape, node: Node) -> Pull:
     data, weight = node.inputs[:2]
     kernel, places = tape.shape(weight)[2:], tape.shape(data)[2:]
     if _is_pointwise(node, kernel) and not all(isinstance(size, int) for size in places):
-        pointwise = PointwiseConvolution(tape, tape.value(weight), tape.shape(data)[0], len(places))
-        return _write_layer(tape, node, pointwise, (tape.shape(weight)[0], *places))
+        # A layer along the tokens of an MLP, for example. No algorithm of it reads the map's size.
+        once = (1,) * len(places)
+        w = Window(once, once, once, once, ((0, 0),) * len(places), once)
+        outputs, inputs = tape.shape(weight)[:2]
+        columns = _columns(tape, node, w, ChannelGroups(1, inputs, outputs))
+        return _write_layer(tape, node, OperatorConvolution(columns, Algorithms("flipped", "taps")), (outputs, *places))
     w = window(tape, node, tape.static(node, kernel))
     number, inputs = _groups(tape, node, data, 1)
     _, outputs = _groups(tape, node, weight, 0)
@@ -188,7 +179,7 @@ def _groups(tape: Tape, node: Node, name: str, axis: int) -> tuple[Dim, Dim]:
 # - `apply(x, bias)`: y = x ∗ kernel + bias.
 # - `apply_transposed(dy, bias)`: the transposed convolution of dy, which is the gradient of x, + bias.
 # - `kernel_gradient(x, dy)`: the gradient of the kernel.
-Convolution = DenseConvolution | DepthwiseConvolution | PointwiseConvolution | ColumnConvolution
+Convolution = OperatorConvolution | DepthwiseConvolution | ColumnConvolution
 
 
 def _write_layer(tape: Tape, node: Node, layer: Convolution, sizes: Shape) -> Pull:
@@ -214,14 +205,12 @@ def _write_layer(tape: Tape, node: Node, layer: Convolution, sizes: Shape) -> Pu
 
 def choose_convolution(tape: Tape, node: Node, w: Window, groups: ChannelGroups) -> Convolution:
     """The fastest implementation of the layer that a Conv or ConvTranspose node is."""
-    kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
-    batch = tape.shape(node.inputs[0])[0]
-    if int(node.attrs.get("group", 1)) == 1:
-        if tape.graph.unit == CUDA:
-            return DenseConvolution(tape, w, kernel, CUDA_ALGORITHMS, batch)
-        # On small maps one product of columns is faster than a convolution.
-        if math.prod(w.output) > MAX_COLUMNS_AREA:
-            return DenseConvolution(tape, w, kernel, choose_algorithms(w, tape.extent(shape[1])), batch)
-    elif (groups.inputs, groups.outputs) == (1, 1):
-        return DepthwiseConvolution(tape.graph, w, kernel)
-    return ColumnConvolution(tape, w, kernel, shape, groups, batch)
+    if int(node.attrs.get("group", 1)) > 1 and groups[1:] == (1, 1):
+        return DepthwiseConvolution(tape.graph, w, tape.value(node.inputs[1]))
+    columns, algorithms = _columns(tape, node, w, groups), choose_algorithms(tape, w, groups)
+    return OperatorConvolution(columns, algorithms) if algorithms is not None else columns
+
+
+def _columns(tape: Tape, node: Node, w: Window, groups: ChannelGroups) -> ColumnConvolution:
+    data, weight = node.inputs[:2]
+    return ColumnConvolution(tape, w, tape.value(weight), tape.shape(weight), groups, tape.shape(data)[0])

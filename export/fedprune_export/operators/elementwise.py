@@ -15,9 +15,9 @@ import numpy as np
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
 from fedprune_export.channels.rule import Channels, channel_rule
-from fedprune_export.ir.composites import GELU_CUBE
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import INPUT, ONE_TO_ONE, OUTPUT, gradient_reads
+from fedprune_export.ir.opset_lowering import GELU_CUBE
 
 gradient_reads(INPUT, "Clip", "Abs", "Log", "Erf", "Gelu", "Mish", "Softplus", "HardSigmoid", "HardSwish")
 gradient_reads(OUTPUT, "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal")
@@ -77,29 +77,22 @@ def _emit_unary(tape: Tape, node: Node) -> tuple[str, str]:
     return x, y
 
 
-def _unary(*operators: str) -> Callable[[Gradient], Gradient]:
-    """Register functions of one number that are written as they are; the gradient's docstring describes the rule."""
+def _unary(*operators: str, text: str | None = None) -> Callable[[Gradient], Gradient]:
+    """Register functions of one number that are written as they are.
+
+    `text`: describes the rule; by default the gradient's docstring does.
+    """
 
     def register(gradient: Gradient) -> Gradient:
         def function(tape: Tape, node: Node) -> Pull:
             x, y = _emit_unary(tape, node)
             return lambda dy: tape.add_gradient(node.inputs[0], gradient(tape.graph, node, x, y, dy))
 
-        function.__doc__ = gradient.__doc__
+        function.__doc__ = text or gradient.__doc__
         gradient_rule(*operators)(function)
         return gradient
 
     return register
-
-
-def _register_smooth(operator: str, text: str, slope: Slope) -> None:
-    """Register a function whose gradient is dy times its derivative."""
-
-    def gradient(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-        return g.emit("Mul", dy, slope(g, x, y))
-
-    gradient.__doc__ = text
-    _unary(operator)(gradient)
 
 
 def _float32_attribute(node: Node, name: str, default: float) -> float:
@@ -136,8 +129,12 @@ def _mask_gradient(g: Graph, condition: str, dy: str) -> str:
     return g.emit("Where", condition, dy, g.scalar(0))
 
 
+def _multiply_by(slope: Slope) -> Gradient:
+    return lambda g, node, x, y, dy: g.emit("Mul", dy, slope(g, x, y))
+
+
 for _operator, (_text, _slope) in _DERIVATIVES.items():
-    _register_smooth(_operator, _text, _slope)
+    _unary(_operator, text=_text)(_multiply_by(_slope))
 
 
 @_unary("Log")

@@ -11,14 +11,14 @@ import math
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.batch_statistics import normalise_by_batch
+from fedprune_export.autodiff.batch_statistics import column, inverse_deviation, normalise_by_batch, scale_channels
 from fedprune_export.autodiff.element_counts import divide_by_size, sum_axes
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, gradient_rule
 from fedprune_export.channels.choices import GROUPS, POSITIONS
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
-from fedprune_export.operators.norm_vectors import column, mask_norm, shorten_vectors, tie_vectors, write_affine
+from fedprune_export.operators.norm_vectors import normalise_kept, shorten_vectors, tie_vectors, write_affine
 from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
@@ -76,12 +76,6 @@ def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
         node.attrs["num_groups"] = int(groups_left.size)
 
 
-@mask_rule("InstanceNormalization")
-def mask_instance_norm(masks: MaskWriter, node: Node) -> bool:
-    axes = range(2, masks.rank(node.inputs[0]))
-    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None})
-
-
 @mask_rule("GroupNormalization")
 def mask_group_norm(masks: MaskWriter, node: Node) -> bool:
     """Statistics of every norm group over its kept channels. Those of a group without any are not read."""
@@ -98,15 +92,8 @@ def mask_group_norm(masks: MaskWriter, node: Node) -> bool:
     positions = math.prod(masks.length(x, a) for a in range(2, rank))
     # A group without channels has a count of 0, and 0 / 0 is NaN also under a mask.
     count = graph.constant(np.maximum(inside.sum(1), 1).reshape(1, -1, 1, *tail) * positions, np.float32)
-    axes = graph.ints(*[2, 3][: 1 + len(tail)])
-
-    def mean(value: str) -> str:
-        total = graph.emit("ReduceSum", graph.emit("Mul", value, mask), axes, attrs={"keepdims": 1})
-        return graph.emit("Div", total, count)
-
-    y = graph.emit("Sub", rows, mean(rows))
-    spread = graph.emit("Add", mean(graph.emit("Mul", y, y)), graph.scalar(float(node.attrs.get("epsilon", 1e-5))))
-    y = graph.emit("Reshape", graph.emit("Div", y, graph.emit("Sqrt", spread)), shape)
+    axes = [2, 3][: 1 + len(tail)]
+    y = graph.emit("Reshape", normalise_kept(graph, node, rows, mask, count, axes), shape)
     write_affine(graph, node, y, [column(graph, name, rank) for name in node.inputs[1:] if name])
     return True
 
@@ -142,22 +129,11 @@ def _normalise_groups(tape: Tape, node: Node, number: Dim, length: Dim) -> tuple
     g = tape.graph
     epsilon = float(node.attrs.get("epsilon", 1e-5))
     rows = _Rows(tape, shape, number, length)
-    # A mean of float32 numbers has a small error if it is large. So this one is subtracted first: the mean of centred
-    # values, which the operator computes, is exact.
     flat = tape.reshape(x, shape, rows.group_shape)
-    rough_mean = g.emit("ReduceMean", flat, attrs={"axes": [2], "keepdims": 1})
-    centred = g.emit("Sub", flat, rough_mean)
-    # Scratch arrays for the operator, as for batch norms. They are made of
-    # values that no other norm has, because onnxruntime merges equal nodes.
-    group_means = g.emit("Reshape", rough_mean, g.ints(-1))
-    twice = g.emit("Add", group_means, group_means)
-    scratch = g.emit("Sub", group_means, group_means), g.emit("Sub", twice, twice)
-    inputs = (centred, rows.ones(rows.groups), rows.zeros(rows.groups), *scratch)
-    z, mean_error, variance = normalise_by_batch(g, inputs, [0, 2], epsilon)
-    mean = g.emit("Add", group_means, mean_error)
+    z, _, mean, _, variance = normalise_by_batch(g, flat, rows.filled(1), rows.filled(0), [0, 2], epsilon)
     z = tape.reshape(z, rows.group_shape, shape)
     scale, shift = (tape.fit_to_width(node, i, shape[1:2]) for i in (1, 2))
-    tape.enter(node.outputs[0], _affine(g, z, scale, shift), shape)
+    tape.enter(node.outputs[0], scale_channels(g, z, scale, shift), shape)
 
     def pull(dy: str) -> None:
         dot = g.emit("Mul", dy, z)
@@ -169,37 +145,32 @@ def _normalise_groups(tape: Tape, node: Node, number: Dim, length: Dim) -> tuple
         if not tape.needs_gradient(name):
             return
         # dx = dy_term + group_terms: s·γ·dy, and −s · (mean(γ·dy) + z · mean(γ·dy·z)).
-        inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", variance, g.scalar(epsilon))))
+        inverse = inverse_deviation(g, variance, epsilon)
         minus_inverse = g.emit("Neg", inverse)
         mean_term, z_factor = (
             g.emit("Mul", rows.mean(g.emit("Mul", v, scale)), minus_inverse) for v in (each, each_dot)
         )
-        group_terms = _affine(g, tape.reshape(z, shape, rows.group_shape), z_factor, mean_term)
-        dy_factor = rows.per_channel(inverse, scale)
-        dy_term = _affine(g, tape.reshape(dy, shape, rows.channel_shape), dy_factor, rows.zeros(rows.channels))
+        group_terms = scale_channels(g, tape.reshape(z, shape, rows.group_shape), z_factor, mean_term)
         group_terms = tape.reshape(group_terms, rows.group_shape, shape)
-        dy_term = tape.reshape(dy_term, rows.channel_shape, shape)
+        dy_term = g.emit("Mul", dy, rows.per_channel(inverse, scale))
         tape.add_gradient(name, g.emit("Add", dy_term, group_terms))
 
     return pull, mean, variance
 
 
 class _Rows:
-    """Values [N, C, ...] as one sample with N · C channels, or with N · groups."""
+    """Values [N, C, ...] as one sample with N · groups channels."""
 
     def __init__(self, tape: Tape, shape: Shape, number: Dim, length: Dim) -> None:
         self._tape, self._graph, self._shape = tape, tape.graph, shape
         self._number, self._length = number, length
-        self.groups, self.channels = tape.product([shape[0], number]), tape.product(shape[:2])
+        self.groups = tape.product([shape[0], number])
         self._group_size = tape.product([length, *shape[2:]])
         self.group_shape: Shape = (1, self.groups, self._group_size)
-        self.channel_shape: Shape = (1, self.channels, tape.product(shape[2:]))
 
-    def ones(self, size: Dim) -> str:
-        return self._graph.emit("Expand", self._graph.scalar(1), self._tape.size(size))
-
-    def zeros(self, size: Dim) -> str:
-        return self._graph.emit("Expand", self._graph.scalar(0), self._tape.size(size))
+    def filled(self, number: float) -> str:
+        """The same number for every group: [N · groups]."""
+        return self._graph.emit("Expand", self._graph.scalar(number), self._tape.size(self.groups))
 
     def sum_positions(self, value: str) -> str:
         """The sums over positions: [N, C]."""
@@ -213,16 +184,10 @@ class _Rows:
         return divide_by_size(self._tape, total, [self._group_size])
 
     def per_channel(self, of_groups: str, of_channels: str) -> str:
-        """A number per sample and group, [N · groups], times one per channel, [C]: [N · C]."""
+        """A number per sample and group, [N · groups], times one per channel, [C]: [N, C, 1, ...]."""
         tape, apart = self._tape, (self._shape[0], self._number, 1)
         left = tape.reshape(of_groups, (self.groups,), apart)
         right = tape.reshape(of_channels, self._shape[1:2], (self._number, self._length))
         product = self._graph.emit("Mul", left, right)
-        return tape.reshape(product, (self._shape[0], self._number, self._length), (self.channels,))
-
-
-def _affine(g: Graph, value: str, scale: str, shift: str) -> str:
-    """Value · scale + shift, one number per channel each, as the operator computes it at inference."""
-    zero = g.emit("Sub", scale, scale)
-    one = g.emit("Add", zero, g.scalar(1))
-    return g.emit("BatchNormalization", value, scale, shift, zero, one, attrs={"epsilon": 0.0})
+        target = (*self._shape[:2], *[1] * len(self._shape[2:]))
+        return tape.reshape(product, (self._shape[0], self._number, self._length), target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.scattered_gradients import index_range, put_back, scatter_add, scatter_picks
+from fedprune_export.autodiff.scattered_gradients import index_range, put_back, scatter_add, scatter_picks, scatter_rows
 from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
@@ -158,24 +158,27 @@ def one_hot(tape: Tape, node: Node) -> None:
 @gradient_rule("Gather")
 def gather(tape: Tape, node: Node) -> Pull:
     """Rows by constant indices, or an embedding by data; the gradients of equal indices add up."""
-    name = node.inputs[0]
+    name, g = node.inputs[0], tape.graph
     x, shape = tape.value(name), tape.shape(name)
     axis = int(node.attrs.get("axis", 0)) % len(shape)
-    constant = tape.constant(node, 1)
+    constant, size = tape.constant(node, 1), tape.extent(shape[axis])
+    picked = np.empty(0, np.int64) if constant is None else np.where(constant < 0, constant + size, constant)
     if constant is None:
         tape.static(node, [shape[axis]])
         # The indices are data: which rows are read is known only at run time.
-        return _embedding(tape, node, axis)
-    size = tape.extent(shape[axis])
-    if not isinstance(shape[axis], int):
-        return _gather_runs(tape, node, axis, np.where(constant < 0, constant + size, constant))
-    picked = np.where(constant < 0, constant + size, constant).astype(np.int64)
-    g = tape.graph
-    out = (*shape[:axis], *picked.shape, *shape[axis + 1 :])
-    y = g.emit("Gather", x, g.constant(picked, np.int64), attrs={"axis": axis})
-    tape.enter(node.outputs[0], y, out)
+        indices, index_shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
+    elif isinstance(shape[axis], int):
+        indices, index_shape = g.constant(picked, np.int64), picked.shape
+    else:
+        return _gather_runs(tape, node, axis, picked)
+    out = (*shape[:axis], *index_shape, *shape[axis + 1 :])
+    tape.enter(node.outputs[0], g.emit("Gather", x, indices, attrs={"axis": axis}), out)
 
     def pull(dy: str) -> None:
+        if constant is None:
+            targets = g.emit("Unsqueeze", indices, g.ints(-1))
+            tape.add_gradient(name, scatter_rows(tape, dy, shape, axis, targets, len(index_shape)))
+            return
         flat = (*shape[:axis], picked.size, *shape[axis + 1 :])
         dy = g.emit("Unsqueeze", dy, g.ints(axis)) if picked.ndim == 0 else tape.reshape(dy, out, flat)
         tape.add_gradient(name, scatter_picks(tape, dy, flat, axis, picked.reshape(-1), size))
@@ -212,51 +215,24 @@ def _gather_runs(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
 
 def _index_runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Dim, Dim]]:
     """Indices as runs whose bounds lie between channel groups, so that they hold at every width."""
-    segments = tape.axis(node.inputs[0], axis)
+    name = node.inputs[0]
     out: list[tuple[Dim, Dim]] = []
     start = 0
     while start < len(picked):
         length = 1
         while start + length < len(picked) and picked[start + length] == picked[start] + length:
             length += 1
-        begin = tape.kept_prefix(segments, picked[start]) if segments is not None else None
-        stop = None
+        begin, stop = tape.kept_prefix(name, axis, picked[start]), None
         # A run may end within a channel group; it is shortened until it ends between two.
-        while segments is not None and length and stop is None:
-            stop = tape.kept_prefix(segments, picked[start] + length)
-            length -= stop is None
-        if begin is None or stop is None or not length:
+        while length and (stop := tape.kept_prefix(name, axis, picked[start] + length)) is None:
+            length -= 1
+        if begin is None or stop is None:
             raise ModelError(
                 f"{describe(node)} picks single channels", expected="whole channel groups", got=f"index {picked[start]}"
             )
         out.append((begin, stop))
         start += length
     return out
-
-
-def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
-    """Rows of a table by indices that are data."""
-    name, index = node.inputs
-    x, shape, indices = tape.value(name), tape.shape(name), tape.value(index)
-    index_shape = tape.shape(index)
-    g = tape.graph
-    out = (*shape[:axis], *index_shape, *shape[axis + 1 :])
-    tape.enter(node.outputs[0], g.emit("Gather", x, indices, attrs={"axis": axis}), out)
-
-    def pull(dy: str) -> None:
-        # With the indexed axis first, rows are added to zeros where they came from.
-        inner = list(range(axis, axis + len(index_shape)))
-        order = inner + [i for i in range(len(out)) if i not in inner]
-        rows = g.emit("Transpose", dy, attrs={"perm": order}) if axis else dy
-        first = [axis, *(i for i in range(len(shape)) if i != axis)]
-        zeros = g.emit("ConstantOfShape", tape.sizes([shape[i] for i in first]))
-        targets = g.emit("Unsqueeze", indices, g.ints(-1))
-        total = g.emit("ScatterND", zeros, targets, rows, attrs={"reduction": "add"})
-        tape.add_gradient(
-            name, g.emit("Transpose", total, attrs={"perm": np.argsort(first).tolist()}) if axis else total
-        )
-
-    return pull
 
 
 @gradient_rule("GatherElements")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.batch_statistics import inverse_deviation
 from fedprune_export.autodiff.element_counts import divide_by_size, sum_axes
 from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import INPUT, OUTPUT, gradient_reads
-from fedprune_export.operators.norm_vectors import mask_norm, tie_vectors
-from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
+from fedprune_export.operators.norm_vectors import tie_vectors
 
 gradient_reads(INPUT, "LayerNormalization", "RMSNormalization")
 gradient_reads(OUTPUT, "Softmax", "LogSoftmax")
@@ -45,15 +45,6 @@ def softmax_channels(channels: Channels, node: Node) -> None:
     channels.set_output(node, x)
 
 
-@mask_rule("LayerNormalization", "RMSNormalization")
-def mask_layer_norm(masks: MaskWriter, node: Node) -> bool:
-    rank = masks.rank(node.inputs[0])
-    first = int(node.attrs.get("axis", -1)) % rank
-    # Cut indices must not count in mean and variance, so the norm is written out.
-    axes = range(first, rank)
-    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None})
-
-
 @gradient_rule("Softmax", "LogSoftmax")
 def softmax(tape: Tape, node: Node) -> Pull:
     """dx = y · (dy − Σ dy · y) along the axis; of the logarithm dx = dy − e^y · Σ dy."""
@@ -71,65 +62,46 @@ def softmax(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@gradient_rule("LayerNormalization")
+@gradient_rule("LayerNormalization", "RMSNormalization")
 def layer_norm(tape: Tape, node: Node) -> Pull:
-    """Normalise over the last axes, and scale and shift each element.
+    """Normalise over the last axes, less the mean or not, and scale and shift: dx = s · (dz − mean dz − z · mean dz·z).
 
     If channels are among the axes, the number of elements is computed at run time.
     """
-    name, gamma, beta = node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else ""
+    name, gamma, beta = [*node.inputs, ""][:3]
     if any(node.outputs[1:]):
         raise ModelError(f"{describe(node)}: its statistics are used", expected="one output")
     x, shape = tape.value(name), tape.shape(name)
-    g, rank = tape.graph, len(shape)
+    g, rank, is_centred = tape.graph, len(shape), node.op == "LayerNormalization"
     axis = int(node.attrs.get("axis", -1)) % rank
     axes, epsilon = list(range(axis, rank)), float(node.attrs.get("epsilon", 1e-5))
-    scale = tape.fit_to_width(node, 1, shape[axis:])
-    dims = [shape[a] for a in axes]
-    # The operator's own statistics lose digits where the mean is large; of centred values they are exact.
-    centred = g.emit("Sub", x, g.emit("ReduceMean", x, attrs={"axes": axes, "keepdims": 1}))
-    inputs = [centred, scale] + ([tape.fit_to_width(node, 2, shape[axis:])] if beta else [])
-    y, rest, inverse = g.emit_many("LayerNormalization", *inputs, outputs=3, attrs={"axis": axis, "epsilon": epsilon})
+    scale, mean = tape.fit_to_width(node, 1, shape[axis:]), {"axes": axes, "keepdims": 1}
+    if is_centred:
+        # The operator's own statistics lose digits where the mean is large; of centred values they are exact.
+        centred = g.emit("Sub", x, g.emit("ReduceMean", x, attrs=mean))
+        inputs = [centred, scale] + ([tape.fit_to_width(node, 2, shape[axis:])] if beta else [])
+        attrs = {"axis": axis, "epsilon": epsilon}
+        y, rest, inverse = g.emit_many("LayerNormalization", *inputs, outputs=3, attrs=attrs)
+    else:
+        inverse = inverse_deviation(g, g.emit("ReduceMean", g.emit("Mul", x, x), attrs=mean), epsilon)
+        normalised = g.emit("Mul", x, inverse)
+        y = g.emit("Mul", normalised, scale)
     tape.enter(node.outputs[0], y, shape)
 
     def pull(dy: str) -> None:
-        z = g.emit("Mul", g.emit("Sub", centred, rest), inverse)
+        z = g.emit("Mul", g.emit("Sub", centred, rest), inverse) if is_centred else normalised
         if tape.needs_gradient(gamma):
             tape.add_gradient(gamma, tape.sum_to_shape(g.emit("Mul", dy, z), shape, tape.shape(gamma)))
         if beta and tape.needs_gradient(beta):
             tape.add_gradient(beta, tape.sum_to_shape(dy, shape, tape.shape(beta)))
         if tape.needs_gradient(name):
             dz = g.emit("Mul", dy, scale)
-            share = divide_by_size(tape, sum_axes(g, dz, axes), dims)
-            slope = divide_by_size(tape, sum_axes(g, g.emit("Mul", dz, z), axes), dims)
-            change = g.emit("Sub", g.emit("Sub", dz, share), g.emit("Mul", z, slope))
+            change = g.emit("Sub", dz, mean_over_axes(dz)) if is_centred else dz
+            change = g.emit("Sub", change, g.emit("Mul", z, mean_over_axes(g.emit("Mul", dz, z))))
             tape.add_gradient(name, g.emit("Mul", change, inverse))
 
-    return pull
-
-
-@gradient_rule("RMSNormalization")
-def rms_norm(tape: Tape, node: Node) -> Pull:
-    """Divided by the root of the mean square over the last axes; dx = s · (dz − z · Σ(dz · z)/n)."""
-    name, gamma = node.inputs[:2]
-    x, shape = tape.value(name), tape.shape(name)
-    g, rank = tape.graph, len(shape)
-    axes = list(range(int(node.attrs.get("axis", -1)) % rank, rank))
-    dims = [shape[a] for a in axes]
-    scale = tape.fit_to_width(node, 1, tuple(dims))
-    square = g.emit("ReduceMean", g.emit("Mul", x, x), attrs={"axes": axes, "keepdims": 1})
-    lifted = g.emit("Add", square, g.scalar(float(node.attrs.get("epsilon", 1e-5))))
-    inverse = g.emit("Reciprocal", g.emit("Sqrt", lifted))
-    z = g.emit("Mul", x, inverse)
-    tape.enter(node.outputs[0], g.emit("Mul", z, scale), shape)
-
-    def pull(dy: str) -> None:
-        if tape.needs_gradient(gamma):
-            tape.add_gradient(gamma, tape.sum_to_shape(g.emit("Mul", dy, z), shape, tape.shape(gamma)))
-        if tape.needs_gradient(name):
-            dz = g.emit("Mul", dy, scale)
-            slope = divide_by_size(tape, sum_axes(g, g.emit("Mul", dz, z), axes), dims)
-            tape.add_gradient(name, g.emit("Mul", g.emit("Sub", dz, g.emit("Mul", z, slope)), inverse))
+    def mean_over_axes(value: str) -> str:
+        return divide_by_size(tape, sum_axes(g, value, axes), shape[axis:])
 
     return pull
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
@@ -52,35 +53,48 @@ def gemm_channels(channels: Channels, node: Node) -> None:
     channels.set_output(node, [a[0], b[1]])
 
 
-def einsum_terms(equation: str, inputs: int) -> tuple[list[str], str] | None:
-    """The letters of an explicit equation's inputs and output; None where it is implicit or takes a diagonal."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
+def einsum_terms(node: Node, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The terms of an einsum's inputs and of its output, with a letter for each axis, those of an ellipsis included."""
+    text = str(node.attrs["equation"]).replace(" ", "")
+    left, arrow, out = text.partition("->")
     terms = left.split(",")
-    letters = "".join([*terms, right])
-    if not arrow or "." in letters or len(terms) != inputs or any(len(set(t)) != len(t) for t in [*terms, right]):
-        return None
-    return terms, right
+    if len(terms) != len(ranks):
+        raise ModelError(f"{describe(node)}: terms of its equation", expected=len(ranks), got=text)
+    if not arrow:
+        letters = [c for c in left if c.isalpha()]
+        out = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    free = [c for c in string.ascii_letters if c not in text]
+    dots = max((r - len(t) + 3 for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
+    # Letters for the axes of the longest ellipsis; a term with fewer takes the last ones, as they align on the right.
+    full = [t.replace("...", "".join(free[dots - (r - len(t) + 3) : dots])) for t, r in zip(terms, ranks, strict=True)]
+    if any(len(t) != r for t, r in zip(full, ranks, strict=True)):
+        raise ModelError(f"{describe(node)}: letters of its equation don't fit its inputs", got=text)
+    return full, out.replace("...", "".join(free[:dots]))
+
+
+def _has_diagonal(terms: Sequence[str]) -> bool:
+    return any(len(set(term)) < len(term) for term in terms)
 
 
 @channel_rule("Einsum")
 def einsum_channels(channels: Channels, node: Node) -> None:
     """Tie axes of the same letter, except those of length 1 that broadcast."""
-    equation = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
-    if equation is None:
+    rows = [channels.rows[name] for name in node.inputs]
+    terms, out = einsum_terms(node, [len(r) for r in rows])
+    if _has_diagonal(terms):
         channels.fix_inputs(node)
         channels.fix_outputs(node)
-        channels.notes.append(f"Einsum {node.name} is implicit or takes a diagonal: its channels stay.")
+        channels.notes.append(f"Einsum {node.name} takes a diagonal: its channels stay.")
         return
-    terms, right = equation
     letter_rows: dict[str, AtomRow] = {}
-    for name, term in zip(node.inputs, terms, strict=True):
-        for letter, row in zip(term, channels.rows[name], strict=True):
+    for term, term_rows in zip(terms, rows, strict=True):
+        for letter, row in zip(term, term_rows, strict=True):
             first = letter_rows.setdefault(letter, row)
             if first.size == row.size:
                 channels.atoms.tie(first, row)
             elif row.size > first.size:
                 letter_rows[letter] = row
-    channels.set_output(node, [letter_rows[letter] for letter in right])
+    channels.set_output(node, [letter_rows[letter] for letter in out])
 
 
 @mask_rule("MatMul")
@@ -95,11 +109,9 @@ def mask_gemm(masks: MaskWriter, node: Node) -> None:
 
 @mask_rule("Einsum")
 def mask_einsum(masks: MaskWriter, node: Node) -> None:
-    equation = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
-    if equation is not None:
-        terms, right = equation
-        for i, term in enumerate(terms):
-            masks.apply(node, i, [axis for axis, letter in enumerate(term) if letter not in right])
+    terms, out = einsum_terms(node, [masks.rank(name) for name in node.inputs])
+    for i, term in enumerate(terms):
+        masks.apply(node, i, [axis for axis, letter in enumerate(term) if letter not in out])
 
 
 @gradient_rule("Gemm")
@@ -188,11 +200,11 @@ def einsum(tape: Tape, node: Node) -> Pull:
     """A sum of products by an equation; each factor's gradient is the sum of products of dy and the other factors."""
     g, names = tape.graph, node.inputs
     values, shapes = [tape.value(n) for n in names], [tape.shape(n) for n in names]
-    terms, out = _full_equation(node, [len(s) for s in shapes])
+    terms, out = einsum_terms(node, [len(s) for s in shapes])
+    if _has_diagonal(terms):
+        raise ModelError(f"{describe(node)}: a diagonal", got=node.attrs["equation"])
     sizes: dict[str, Dim] = {}
     for term, shape in zip(terms, shapes, strict=True):
-        if len(set(term)) < len(term):
-            raise ModelError(f"{describe(node)}: a diagonal", got=node.attrs["equation"])
         for letter, dim in zip(term, shape, strict=True):
             before = sizes.get(letter, 1)
             if 1 not in (dim, before) and dim != before:
@@ -224,22 +236,3 @@ def einsum(tape: Tape, node: Node) -> Pull:
             tape.add_gradient(name, gradient)
 
     return pull
-
-
-def _full_equation(node: Node, ranks: list[int]) -> tuple[list[str], str]:
-    """The terms of an einsum with a letter for each axis, those of an ellipsis included."""
-    text = str(node.attrs["equation"]).replace(" ", "")
-    left, arrow, out = text.partition("->")
-    terms = left.split(",")
-    if len(terms) != len(ranks):
-        raise ModelError(f"{describe(node)}: terms of its equation", expected=len(ranks), got=text)
-    if not arrow:
-        letters = [c for c in left if c.isalpha()]
-        out = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    free = [c for c in string.ascii_letters if c not in text]
-    dots = max((r - len(t) + 3 for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
-    # Letters for the axes of the longest ellipsis; a term with fewer takes the last ones, as they align on the right.
-    full = [t.replace("...", "".join(free[dots - (r - len(t) + 3) : dots])) for t, r in zip(terms, ranks, strict=True)]
-    if any(len(t) != r for t, r in zip(full, ranks, strict=True)):
-        raise ModelError(f"{describe(node)}: letters of its equation don't fit its inputs", got=text)
-    return full, out.replace("...", "".join(free[:dots]))

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedprune_export.autodiff.batch_statistics import column
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.rule import Channels
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.pruning.masked_reference import Mask, MaskWriter
+from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 
@@ -55,19 +56,28 @@ def shorten_vectors(graph: Graph, node: Node, sizes: Sizes) -> None:
             node.inputs[i] = graph.constant(np.full(shape, constant.reshape(-1)[0]), constant.dtype)
 
 
-def mask_norm(masks: MaskWriter, node: Node, axes: Sequence[int], axis_masks: dict[int, Mask]) -> bool:
-    """Write a norm in primitives that averages over the kept indices of its axes only.
-
-    Returns False, and writes nothing, where no axis has a mask.
-    """
+@mask_rule("InstanceNormalization", "LayerNormalization", "RMSNormalization")
+def mask_norm(masks: MaskWriter, node: Node) -> bool:
+    """Statistics over the kept indices only. Returns False, and writes nothing, where no axis has a mask."""
+    graph, x = masks.graph, node.inputs[0]
+    rank, is_instance_norm = masks.rank(x), node.op == "InstanceNormalization"
+    axes = range(2 if is_instance_norm else int(node.attrs.get("axis", -1)) % rank, rank)
+    axis_masks = {a: m for a in axes if (m := masks.mask_of(x, a)) is not None}
     if not axis_masks:
         return False
-    graph, rank = masks.graph, masks.rank(node.inputs[0])
-    x, mask = node.inputs[0], ""
+    mask = ""
     for axis, kept_rows in axis_masks.items():
         channel_mask = masks.broadcast_mask(kept_rows, axis, rank)
         mask = graph.emit("Mul", mask, channel_mask) if mask else channel_mask
     count = graph.scalar(math.prod(float(axis_masks[a].sum()) if a in axis_masks else masks.length(x, a) for a in axes))
+    y = normalise_kept(graph, node, x, mask, count, axes)
+    vectors = [name for name in node.inputs[1:] if name]
+    write_affine(graph, node, y, [column(graph, v, rank) for v in vectors] if is_instance_norm else vectors)
+    return True
+
+
+def normalise_kept(graph: Graph, node: Node, x: str, mask: str, count: str, axes: Sequence[int]) -> str:
+    """Normalise over axes whose kept indices have a 1 in the mask; `count`: how many elements are kept."""
 
     def mean(value: str) -> str:
         total = graph.emit("ReduceSum", graph.emit("Mul", value, mask), graph.ints(*axes), attrs={"keepdims": 1})
@@ -76,17 +86,7 @@ def mask_norm(masks: MaskWriter, node: Node, axes: Sequence[int], axis_masks: di
     y = x if node.op == "RMSNormalization" else graph.emit("Sub", x, mean(x))
     variance = mean(graph.emit("Mul", y, y))
     variance = graph.emit("Add", variance, graph.scalar(float(node.attrs.get("epsilon", 1e-5))))
-    y = graph.emit("Div", y, graph.emit("Sqrt", variance))
-    vectors = [name for name in node.inputs[1:] if name]
-    if node.op == "InstanceNormalization":
-        vectors = [column(graph, name, rank) for name in vectors]
-    write_affine(graph, node, y, vectors)
-    return True
-
-
-def column(graph: Graph, vector: str, rank: int) -> str:
-    """A vector that broadcasts along the second of `rank` axes."""
-    return graph.emit("Reshape", vector, graph.ints(1, -1, *[1] * (rank - 2)))
+    return graph.emit("Div", y, graph.emit("Sqrt", variance))
 
 
 def write_affine(graph: Graph, node: Node, y: str, vectors: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, cast
 
 import numpy as np
 
@@ -63,21 +63,20 @@ def pad(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add_gradient(name, g.emit("Pad", dy, g.ints(*(-pads).reshape(-1).tolist())))
 
 
-_COPYING_MODES: tuple[Literal["reflect", "edge", "wrap"], ...] = ("reflect", "edge", "wrap")
+_COPYING_MODES = ("reflect", "edge", "wrap")  # those of numpy's `pad`
 
 
 def _pad_by_copies(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
     """Padding with elements of the value itself: axis by axis they are picked."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    copy_mode = next((m for m in _COPYING_MODES if m == mode), None)
-    if copy_mode is None:
+    if mode not in _COPYING_MODES:
         raise ModelError(f"{describe(node)}: padding mode", expected=["constant", *_COPYING_MODES], got=mode)
     padded = [axis for axis in range(len(shape)) if pads[:, axis].any()]
     picks = {}
     for axis in padded:
         (size,) = tape.static(node, [shape[axis]])
-        picks[axis] = _padded_indices(node, np.arange(size), int(pads[0, axis]), int(pads[1, axis]), copy_mode)
+        picks[axis] = _padded_indices(node, np.arange(size), int(pads[0, axis]), int(pads[1, axis]), mode)
     g = tape.graph
     steps: list[tuple[int, Shape]] = []
     sizes, y = list(shape), x
@@ -95,14 +94,11 @@ def _pad_by_copies(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
     return pull
 
 
-def _padded_indices(
-    node: Node, indices: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]
-) -> Array:
+def _padded_indices(node: Node, indices: Array, before: int, after: int, mode: str) -> Array:
     # Negative pads cut before positive ones copy.
     cropped = indices[max(0, -before) : len(indices) - max(0, -after)]
     before, after = max(0, before), max(0, after)
     if mode == "reflect" and max(before, after) >= len(cropped):
         wrong = max(before, after)
         raise ModelError(f"{describe(node)} reflects more than there is", expected=f"under {len(cropped)}", got=wrong)
-    picked: Array = np.pad(cropped, (before, after), mode=mode)
-    return picked
+    return np.pad(cropped, (before, after), mode=cast(Any, mode))

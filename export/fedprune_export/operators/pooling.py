@@ -66,11 +66,11 @@ def max_pool(tape: Tape, node: Node) -> Pull:
         follows = before is not None and before.op == "Relu" and tape.only_reader(name) is node
 
         def pull_tiled(dy: str) -> None:
-            if before is None or not follows:
-                tape.add_gradient(name, tiled_gradient(tape, w, x, y, dy))
-                return
-            # What comes out of a ReLU is 0 exactly where its maximum is: the small array is masked, not the large one.
-            tape.add_gradient(before.inputs[0], tiled_gradient(tape, w, x, y, where_positive(tape, dy, y)))
+            target = name
+            if before is not None and follows:
+                # What comes out of a ReLU is 0 exactly where its maximum is: the small array is masked.
+                target, dy = before.inputs[0], where_positive(tape, dy, y)
+            tape.add_gradient(target, tiled_gradient(tape, w, x, y, dy))
 
         return pull_tiled
     y, indices = g.emit_many("MaxPool", x, outputs=2, attrs=attrs)
@@ -200,7 +200,7 @@ def _window_counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.d
         zip(w.sizes, w.kernel, w.strides, w.pads, w.output, strict=True)
     ):
         start = np.arange(out) * stride - pad[0]
-        end = size + pad[1] - (w.overhang[axis] if w.overhang else 0)
+        end = size + pad[1] - w.overhang[axis]
         per_axis = np.minimum(start + k, end) - start if counted else np.minimum(start + k, size) - np.maximum(start, 0)
         total = total * per_axis.reshape([-1 if i == axis else 1 for i in range(len(w.output))])
     return total

@@ -89,9 +89,7 @@ class _Recurrent:
         _check_trainable(node, self.inputs, self.count)
         self.steps, self.batch, _ = tape.shape(self.inputs[0])
         self.hidden = tape.shape(self.inputs[2])[2]
-        # ONNX's default; PyTorch exports linear_before_reset = 1.
-        resets_early = node.op == "GRU" and not int(node.attrs.get("linear_before_reset", 0))
-        self.forward, self.backward = CELLS["early GRU" if resets_early else node.op]
+        self.forward, self.backward = CELLS[node.op]
         self.initial = self.inputs[5:7] if node.op == "LSTM" else self.inputs[5:6]
         self.directions = self.read_directions()
 
@@ -102,12 +100,14 @@ class _Recurrent:
         states = [self.split_directions(tape.value(n), 0) if n else [self.zeros()] * self.count for n in self.initial]
         names = [str(a).title() for a in self.node.attrs.get("activations", [])] or ["Tanh"] * self.count
         kinds = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}
+        # ONNX's default; PyTorch exports linear_before_reset = 1.
+        resets_early = not int(self.node.attrs.get("linear_before_reset", 0))
         out = []
         for i, backwards in enumerate(kinds[str(self.node.attrs.get("direction", "forward"))]):
             bias = g.emit_many("Split", biases[i], outputs=2, attrs={"axis": 0}) if biases[i] else []
             initial = [s[i] for s in states]
             activation = names[i] if op == "RNN" else ""
-            out.append(Direction(g, backwards, weights[i], recurrences[i], bias, initial, activation))
+            out.append(Direction(g, backwards, weights[i], recurrences[i], bias, initial, activation, resets_early))
         return out
 
     def write(self) -> Pull:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 
 from fedprune_export.autodiff.element_counts import divide_by_size
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, gradient_rule
 from fedprune_export.channels.atoms import fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
-from fedprune_export.ir.graph import Node
+from fedprune_export.ir.graph import Array, Node
 from fedprune_export.ir.operators import INPUT, gradient_reads
 from fedprune_export.pruning.masked_reference import MaskWriter, mask_rule
 
@@ -26,7 +27,7 @@ _NEVER_CHOSEN = {"ReduceMax": -math.inf, "ReduceMin": math.inf}
 
 @channel_rule(
     *ADDITIVE_REDUCTIONS,
-    *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "ArgMax", "ArgMin"),
+    *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp", "ArgMax", "ArgMin"),
 )
 def reduction_channels(channels: Channels, node: Node) -> None:
     """The axes that remain pass. Sums, means and extremes over channels are taken over those that are kept.
@@ -37,7 +38,7 @@ def reduction_channels(channels: Channels, node: Node) -> None:
     reduce: an index of the largest would number other channels, and products have no such reading.
     """
     x = channels.input_rows(node, 0)
-    axes = reduced_axes(channels, node)
+    axes = _reduced_axes(node, len(x), channels.constant_input(node, 1) if channels.has_input(node, 1) else None)
     if node.op not in (*ADDITIVE_REDUCTIONS, *_NEVER_CHOSEN, "ReduceMean"):
         if any(x[a].any() for a in axes):
             channels.notes.append(f"{node.op} {node.name} reduces over channels: they stay.")
@@ -48,32 +49,27 @@ def reduction_channels(channels: Channels, node: Node) -> None:
         channels.set_output(node, [x[a] for a in range(len(x)) if a not in axes])
 
 
-def reduced_axes(channels: Channels, node: Node) -> set[int]:
-    """The axes that a node reduces."""
-    rank = len(channels.input_rows(node, 0))
-    if node.op in ("ArgMax", "ArgMin"):
-        return {int(node.attrs.get("axis", 0)) % rank}
-    axes = node.attrs.get("axes")
-    if axes is None and channels.has_input(node, 1):
-        number = channels.constant_input(node, 1)
-        axes = number.tolist() if number is not None else None
-    return {int(a) % rank for a in (axes if axes else range(rank))}
+def _reduced_axes(node: Node, rank: int, axes_input: Array | None) -> list[int]:
+    """The axes that a node reduces, in their order: an attribute or an input, all axes where neither is there."""
+    axes = [node.attrs.get("axis", 0)] if node.op in ("ArgMax", "ArgMin") else node.attrs.get("axes", axes_input)
+    if axes is None or not np.size(axes):
+        return [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
+    return sorted({int(a) % rank for a in np.reshape(axes, -1)})
+
+
+def _masked_axes(masks: MaskWriter, node: Node) -> list[int]:
+    return _reduced_axes(node, masks.rank(node.inputs[0]), masks.graph.initializers.get([*node.inputs, ""][1]))
 
 
 @mask_rule(*ADDITIVE_REDUCTIONS)
 def mask_sum(masks: MaskWriter, node: Node) -> None:
-    rank = masks.rank(node.inputs[0])
-    axes = node.attrs.get("axes")
-    if axes is None and len(node.inputs) > 1 and node.inputs[1]:
-        axes = masks.graph.initializers[node.inputs[1]].reshape(-1).tolist()
-    masks.apply(node, 0, [int(a) % rank for a in (axes or range(rank))])
+    masks.apply(node, 0, _masked_axes(masks, node))
 
 
 @mask_rule("ReduceMean")
 def mask_mean(masks: MaskWriter, node: Node) -> bool:
     """A mean over what is kept."""
-    rank = masks.rank(node.inputs[0])
-    axes = sorted({int(a) % rank for a in node.attrs.get("axes", range(rank))})
+    axes = _masked_axes(masks, node)
     axis_masks = {a: m for a in axes if (m := masks.mask_of(node.inputs[0], a)) is not None}
     if not axis_masks:
         return False
@@ -90,7 +86,7 @@ def mask_extreme(masks: MaskWriter, node: Node) -> None:
     """The largest or smallest number of what is kept."""
     name = node.inputs[0]
     rank, graph = masks.rank(name), masks.graph
-    for axis in {int(a) % rank for a in node.attrs.get("axes", range(rank))}:
+    for axis in _masked_axes(masks, node):
         mask = masks.mask_of(name, axis)
         if mask is not None:
             kept = graph.emit("Cast", masks.broadcast_mask(mask, axis, rank), attrs={"to": onnx.TensorProto.BOOL})
@@ -108,32 +104,28 @@ class Reduction:
         self.tape, self.node, self.g = tape, node, tape.graph
         self.name = node.inputs[0]
         self.x, self.shape = tape.value(self.name), tape.shape(self.name)
-        rank = len(self.shape)
         if axes is None:
-            values = tape.required_constant(node, 1)
-            raw = node.attrs.get("axes") if values is None else values.reshape(-1)
-            if raw is not None and len(raw):
-                axes = sorted({int(a) % rank for a in raw})
-            else:
-                axes = [] if int(node.attrs.get("noop_with_empty_axes", 0)) else list(range(rank))
+            axes = _reduced_axes(node, len(self.shape), tape.required_constant(node, 1))
         self.axes = axes
         self.keeps_axes = bool(node.attrs.get("keepdims", 1))
-        self.kept_shape: Shape = tuple(1 if i in axes else d for i, d in enumerate(self.shape))
-        self.out = self.kept_shape if self.keeps_axes else tuple(d for i, d in enumerate(self.shape) if i not in axes)
+        kept = self.keeps_axes
+        self.out: Shape = tuple(1 if i in axes else d for i, d in enumerate(self.shape) if kept or i not in axes)
 
-    def write(self, *, keep: bool | None = None) -> str:
-        """Write the reduction. It is entered as the output where `keep` is what the node has."""
-        y = self.reduce(self.node.op, self.x, keep=self.keeps_axes if keep is None else keep)
-        if keep is None or keep == self.keeps_axes:
-            self.tape.enter(self.node.outputs[0], y, self.out)
+    def write(self) -> str:
+        """Write the reduction with the axes that the node has."""
+        y = self.reduce(self.node.op, self.x, keep=self.keeps_axes)
+        self.tape.enter(self.node.outputs[0], y, self.out)
         return y
 
     def write_kept(self) -> str:
         """Write the reduction with its axes kept, as the gradient needs it, and make the output of that."""
-        y = self.write(keep=True)
-        if not self.keeps_axes:
-            out = self.g.emit("Squeeze", y, self.g.ints(*self.axes)) if self.axes else y
-            self.tape.enter(self.node.outputs[0], out, self.out)
+        return self.enter_kept(self.reduce(self.node.op, self.x))
+
+    def enter_kept(self, y: str) -> str:
+        """Make the output of the result with its axes kept."""
+        loses_axes = self.axes and not self.keeps_axes
+        out = self.g.emit("Squeeze", y, self.g.ints(*self.axes)) if loses_axes else y
+        self.tape.enter(self.node.outputs[0], out, self.out)
         return y
 
     def reduce(self, op: str, value: str, *, keep: bool = True) -> str:
@@ -188,10 +180,9 @@ def _total(r: Reduction, y: str, dy: str) -> str:
 @gradient_rule("ReduceMean", "GlobalAveragePool")
 def mean(tape: Tape, node: Node) -> Pull:
     """The mean over any axes, channels as well (counted at run time); the gradient is spread evenly."""
-    pooled = node.op == "GlobalAveragePool"
-    r = Reduction(tape, node, list(range(2, len(tape.shape(node.inputs[0])))) if pooled else None)
-    y = r.reduce("ReduceMean", r.x, keep=r.keeps_axes)
-    tape.enter(node.outputs[0], y, r.out)
+    is_pooling = node.op == "GlobalAveragePool"
+    r = Reduction(tape, node, list(range(2, len(tape.shape(node.inputs[0])))) if is_pooling else None)
+    tape.enter(node.outputs[0], r.reduce("ReduceMean", r.x, keep=r.keeps_axes), r.out)
     return lambda dy: tape.add_gradient(r.name, r.spread(r.share(r.with_reduced_axes(dy))))
 
 
@@ -239,12 +230,6 @@ def _squares(r: Reduction, y: str, dy: str) -> str:
     return r.g.emit("Mul", r.g.emit("Mul", r.with_reduced_axes(dy), r.g.scalar(2)), r.x)
 
 
-@_reduction("ReduceLogSum")
-def _logarithm_of_sum(r: Reduction, y: str, dy: str) -> str:
-    """The logarithm of a sum; dx = dy / Σx."""
-    return r.spread(r.g.emit("Div", r.with_reduced_axes(dy), r.reduce("ReduceSum", r.x)))
-
-
 @gradient_rule("ReduceLogSumExp")
 def log_sum_exp(tape: Tape, node: Node) -> Pull:
     """The logarithm of a sum of exponentials, less the largest first; dx = dy · e^(x − y)."""
@@ -253,9 +238,7 @@ def log_sum_exp(tape: Tape, node: Node) -> Pull:
     # Less the largest number, no exponential is infinite.
     top = r.reduce("ReduceMax", r.x)
     rest = g.emit("Log", r.reduce("ReduceSum", g.emit("Exp", g.emit("Sub", r.x, top))))
-    y = g.emit("Add", top, rest)
-    out = y if r.keeps_axes or not r.axes else g.emit("Squeeze", y, g.ints(*r.axes))
-    tape.enter(node.outputs[0], out, r.out)
+    y = r.enter_kept(g.emit("Add", top, rest))
     return lambda dy: tape.add_gradient(
         r.name, g.emit("Mul", r.with_reduced_axes(dy), g.emit("Exp", g.emit("Sub", r.x, y)))
     )
@@ -264,9 +247,5 @@ def log_sum_exp(tape: Tape, node: Node) -> Pull:
 @gradient_rule("ArgMax", "ArgMin")
 def place_of_extreme(tape: Tape, node: Node) -> None:
     """The index of the largest or smallest number: no gradient passes."""
-    name = node.inputs[0]
-    shape = tape.shape(name)
-    axis = int(node.attrs.get("axis", 0)) % len(shape)
-    keep = int(node.attrs.get("keepdims", 1))
-    out = tuple(1 if i == axis else d for i, d in enumerate(shape) if keep or i != axis)
-    tape.enter(node.outputs[0], tape.graph.emit(node.op, tape.value(name), attrs=node.attrs), out)
+    r = Reduction(tape, node)
+    tape.enter(node.outputs[0], r.g.emit(node.op, r.x, attrs=node.attrs), r.out)

@@ -67,12 +67,12 @@ def resize(tape: Tape, node: Node) -> Pull:
     x, shape, g = tape.value(name), tape.shape(name), tape.graph
     if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         raise ModelError(f"{describe(node)} crops a region", expected="resizing of the whole map")
-    scales, sizes = tape.required_constant(node, 2), tape.target_shape(node, 3)
+    scales, sizes = tape.required_constant(node, 2), tape.size_input(node, 3)
     scales = scales if scales is not None and scales.size else None
     matrices: dict[int, Matrix] = {}
     for axis in range(len(shape)):
         factor = float(scales[axis]) if scales is not None else None
-        target_size = int(sizes[axis]) if sizes is not None else 0
+        target_size = tape.extent(sizes[axis]) if sizes is not None else 0
         # Axes that keep their size need no matrix, also those of a width that varies.
         if factor == 1 or (factor is None and target_size in (0, tape.extent(shape[axis]))):
             continue

@@ -8,7 +8,6 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
-from fedprune_export.autodiff.target_shapes import reshaped_shape
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.factors import Assignment, AxisRun, assignments, axis_runs, extents, factor_run
 from fedprune_export.channels.rule import SHAPE_INPUTS, Channels, channel_rule
@@ -100,11 +99,18 @@ def reshape(tape: Tape, node: Node) -> Pull:
     """Any reshape; sizes that vary are computed at run time where 0 and -1 can't express them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    out = reshaped_shape(tape, node, shape)
-    if any(d == 0 for d in out):
-        raise ModelError(f"{describe(node)}: an empty dimension", got=list(out))
-    if tape.product(out) != tape.product(shape):
-        raise ModelError(f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(out)}")
+    out, total, analysed = tape.output_shape(node), tape.product(shape), tape.analysed_shape(node.outputs[0])
+    if tape.product(out) != total and 0 not in out:
+        # A trace tells sizes a · N + b at full width. One that follows widths, too, or is N · N, is what others leave.
+        unknown = [i for i in range(len(out)) if analysed is None or analysed[i] is None]
+        rests = [(i, tape.quotient(total, tape.product([*out[:i], *out[i + 1 :]]))) for i in unknown]
+        out = next(((*out[:i], rest, *out[i + 1 :]) for i, rest in rests if rest is not None), out)
+    if tape.product(out) != total:
+        raise ModelError(
+            f"{describe(node)} splits a dimension whose size varies",
+            got=f"{list(shape)} to {list(analysed or out)}",
+            hint="A training graph for all widths can't do that.",
+        )
     tape.enter(node.outputs[0], tape.reshape(x, shape, out), out)
     return lambda dy: tape.add_gradient(name, tape.reshape(dy, out, shape))
 
@@ -172,7 +178,7 @@ def carry_rows(channels: Channels, node: Node, rows: Sequence[AtomRow], run: Axi
     key = f"{node.outputs[0]}:{run.old_axes[0]}"
     option = options[0] if len(options) == 1 else channels.choices.next_option(key, options)
     if option is None:
-        if channels.follows_data(node):
+        if None in channels.trace.dims(node.outputs[0]):
             fix_mixed_channels(channels, node, grids)
         channels.fix([g.reshape(-1) for g in grids])
         return {}

@@ -6,7 +6,6 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
-from fedprune_export.autodiff.target_shapes import constant_shape, expanded_shape, multiple_of_batch
 from fedprune_export.channels.atoms import AtomRow, fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
@@ -129,8 +128,9 @@ def expand(tape: Tape, node: Node) -> Pull:
     """Repeat a value along axes of 1; the gradient is summed over them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    out = expanded_shape(tape, node, shape)
-    padded = (1,) * (len(out) - len(shape)) + shape
+    target_sizes = tape.output_shape(node)
+    padded = (1,) * (len(target_sizes) - len(shape)) + shape
+    out = tuple(d if size == 1 else size for size, d in zip(padded, target_sizes, strict=True))
     # An axis that isn't repeated keeps its size whatever the target is, if that is 1.
     target = tape.sizes([1 if d == p else d for d, p in zip(out, padded, strict=True)])
     tape.enter(node.outputs[0], tape.graph.emit("Expand", x, target), out)
@@ -140,7 +140,7 @@ def expand(tape: Tape, node: Node) -> Pull:
 @gradient_rule("ConstantOfShape")
 def constant_of_shape(tape: Tape, node: Node) -> None:
     """Equal numbers in a computed shape: no gradient passes."""
-    out = constant_shape(tape, node)
+    out = tape.output_shape(node)
     y = tape.graph.emit("ConstantOfShape", tape.sizes(out), attrs=node.attrs)
     tape.enter(node.outputs[0], y, out)
 
@@ -150,10 +150,7 @@ def tile(tape: Tape, node: Node) -> Pull:
     """Repeat a value along axes; the gradient is summed over the repetitions."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    repeat_counts = tape.target_shape(node, 1)
-    if repeat_counts is None:
-        raise ModelError(f"{describe(node)}: no repetitions")
-    repeats = [multiple_of_batch(tape, int(r)) for r in repeat_counts.reshape(-1)]
+    repeats = tape.size_input(node, 1) or ()
     out = tuple(tape.product([r, d]) for r, d in zip(repeats, shape, strict=True))
     g = tape.graph
     tape.enter(node.outputs[0], g.emit("Tile", x, tape.sizes(repeats)), out)
@@ -224,19 +221,13 @@ def split_axis(tape: Tape, node: Node) -> Pull:
 
 def _piece_lengths(tape: Tape, node: Node, total: Dim, axis: int) -> list[Dim]:
     """The lengths of the pieces of a split."""
-    count = len(node.outputs)
+    count, full = len(node.outputs), tape.extent(total)
     requested = tape.required_constant(node, 1)
-    if isinstance(total, int):
-        each = -(-total // count)
-        even = [each] * (count - 1) + [total - each * (count - 1)]
-        return [int(n) for n in (even if requested is None else requested)]
-    on_axis = tape.axis(node.inputs[0], axis)
-    full = tape.extent(total)
     if requested is None:
         requested = np.full(count, -(-full // count))
         # The last piece takes what is left, as in ONNX.
         requested[-1] = full - requested[:-1].sum()
-    ends = [tape.kept_prefix(on_axis, int(n)) if on_axis is not None else None for n in np.cumsum(requested)]
+    ends = [tape.kept_prefix(node.inputs[0], axis, int(n)) for n in np.cumsum(requested)]
     out: list[Dim] = []
     before: Dim = 0
     for end in ends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,26 +14,28 @@ from fedprune_export.autodiff.scattered_gradients import put_back, scatter_picks
 from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import fixed_row
 from fedprune_export.channels.rule import Channels, channel_rule
-from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 
 def constant_slices(graph: Graph, node: Node, rank: int) -> dict[int, slice] | None:
     """The indices that a Slice takes along each of its axes; None where that isn't constant."""
     constants = [graph.initializers.get(name) if name else None for name in node.inputs[1:]]
-    count = len(node.inputs) - 1
-    if count < 2 or constants[0] is None or constants[1] is None:
+    if any(name and c is None for name, c in zip(node.inputs[1:], constants, strict=True)):
         return None
-    if any(node.inputs[i + 1] and constants[i] is None for i in range(2, count)):
-        return None
-    starts, ends = (constants[i].reshape(-1).tolist() for i in (0, 1))  # type: ignore[union-attr]
-    axes = constants[2].reshape(-1).tolist() if count > 2 and constants[2] is not None else range(len(starts))
-    steps = constants[3].reshape(-1).tolist() if count > 3 and constants[3] is not None else [1] * len(starts)
+    return _slices(constants, rank)
+
+
+def _slices(inputs: Sequence[Array | None], rank: int) -> dict[int, slice]:
+    """The indices along each axis, from the inputs that say where they start and end, their axes and steps."""
+    starts, ends, axes, steps = (None if i is None else i.reshape(-1) for i in [*inputs, *[None] * 4][:4])
+    if starts is None or ends is None:
+        return {}
     out = {}
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+    for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        axis, step = i if axes is None else int(axes[i]) % rank, 1 if steps is None else int(steps[i])
         # Backwards, an end at the very bottom means that index 0 is included.
-        stop = None if step < 0 and end < -(2**30) else int(end)
-        out[int(axis) % rank] = slice(int(start), stop, int(step))
+        out[axis] = slice(start, None if step < 0 and end < -(2**30) else end, step)
     return out
 
 
@@ -159,21 +162,16 @@ def slice_ranges(tape: Tape, node: Node) -> Pull:
 def _read_ranges(tape: Tape, node: Node) -> _Ranges:
     """The ranges of a Slice node. Raises `ModelError` if one can't hold at every width."""
     shape = tape.shape(node.inputs[0])
-    starts, ends, axis_numbers, step_sizes = (tape.required_constant(node, i) for i in (1, 2, 3, 4))
-    if starts is None or ends is None:
-        raise ModelError(f"{describe(node)}: no range")
-    axes = [int(axis) % len(shape) for axis in axis_numbers] if axis_numbers is not None else list(range(len(starts)))
-    steps = [int(s) for s in step_sizes] if step_sizes is not None else [1] * len(axes)
     ranges = _Ranges(list(shape))
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+    for axis, indices in _slices([tape.required_constant(node, i) for i in (1, 2, 3, 4)], len(shape)).items():
         size = tape.extent(shape[axis])
-        picked = range(size)[int(start) : int(end) : step]
+        picked = range(size)[indices]
         if not picked:
-            raise ModelError(f"{describe(node)} cuts out nothing", got=f"{start}:{end}:{step} of {shape[axis]}")
+            raise ModelError(f"{describe(node)} cuts out nothing", got=f"{indices} of {shape[axis]}")
         if picked == range(size):
             continue
-        if step == 1:
-            begin, stop = run_bounds(tape, node, axis, picked)
+        if indices.step == 1:
+            begin, stop = _run_bounds(tape, node, axis, picked)
             ranges.runs.append((axis, begin, stop))
             ranges.out[axis] = tape.difference(stop, begin)
         elif isinstance(shape[axis], int):
@@ -201,17 +199,13 @@ def _stepped_count(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
     return count
 
 
-def run_bounds(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Dim]:
+def _run_bounds(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Dim]:
     """The bounds of a run of indices, as they are at every width."""
-    name = node.inputs[0]
-    if isinstance(tape.shape(name)[axis], int):
-        return picked.start, picked.stop
-    segments = tape.axis(name, axis)
-    ends = [tape.kept_prefix(segments, n) if segments is not None else None for n in (picked.start, picked.stop)]
-    if ends[0] is None or ends[1] is None:
+    begin, stop = (tape.kept_prefix(node.inputs[0], axis, n) for n in (picked.start, picked.stop))
+    if begin is None or stop is None:
         raise ModelError(
             f"{describe(node)} cuts a run of channels, or the batch",
             expected="bounds between channel groups",
-            got=f"{picked.start} to {picked.stop} of {tape.shape(name)[axis]}",
+            got=f"{picked.start} to {picked.stop} of {tape.shape(node.inputs[0])[axis]}",
         )
-    return ends[0], ends[1]
+    return begin, stop

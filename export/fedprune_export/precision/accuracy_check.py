@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fedprune.runtime.session import Array, OnnxSession
 from fedprune_export.checks.labelled_data import LabelledData
 from fedprune_export.importing.metadata import activation_ranges
 from fedprune_export.ir.sample_inputs import sample_feeds
+from fedprune_export.model_options import LOSS_OF_LABELS
 from fedprune_export.precision.lowering import Lowered, lower
 from fedprune_export.pruning.model import Model
 
@@ -30,9 +30,6 @@ from fedprune_export.pruning.model import Model
 _TRIAL_BATCH = 64
 # Random samples, where none are given.
 _RANDOM_SAMPLES = 64
-
-# How outputs are compared depends only on the kind of a loss's labels: one loss stands for each kind.
-_LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,7 @@ class PrecisionTrials:
         self._tensors = tensorfile.decode(files[WEIGHTS])
         self._ranges = activation_ranges(model.graph.metadata)
         self._x: Array = self._random_samples() if data is None else data.x
-
-    @cached_property
-    def _reference(self) -> Array:
-        """Outputs in float32, computed when first needed: a model that can't be lowered at all doesn't need them."""
-        with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
-            return self._outputs(Path(name), INFERENCE)
-
-    def run_all(self, precisions: Sequence[str]) -> tuple[PrecisionTrial, ...]:
-        """A trial of each precision; errors are those of `run`."""
-        return tuple(self.run(p) for p in precisions)
+        self._reference: Array | None = None  # outputs in float32
 
     def run(self, precision: str) -> PrecisionTrial:
         """Lower the submodel as far as its outputs allow.
@@ -134,24 +122,21 @@ class PrecisionTrials:
         x = None if self._data is None else self._x
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
             folder = Path(name)
-            for file, raw in files.items():
+            for file, raw in {**files, INFERENCE: self._files[INFERENCE], WEIGHTS: self._files[WEIGHTS]}.items():
                 (folder / file).write_bytes(raw)
-            (folder / WEIGHTS).write_bytes(self._files[WEIGHTS])
             if precision == INT8 and x is None:
                 # Without samples, the ranges of the weights file that is there are kept.
                 (folder / weights_file(precision)).write_bytes(tensorfile.encode({RANGES: self._file_ranges(lowered)}))
             files[weights_file(precision)] = lowered_weights(folder, precision, self._tensors, x)
             (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
-            outputs = self._outputs(folder, graph_file(precision))
+            if self._reference is None:
+                self._reference = self._outputs(folder / INFERENCE)
+            outputs = self._outputs(folder / graph_file(precision))
         labels = "classes" if self._data is None else self._data.label_kind
         y = None if self._data is None else self._data.y[: len(outputs)]
-        comparison = compare_outputs(_LOSSES[labels], self._reference, outputs, y)
-        warning = ""
-        if precision == INT8 and x is None:
-            warning = _FILE_RANGES_WARNING
-        elif precision == INT8 and x is not None and (seen := x[:CALIBRATION_SAMPLES] == x[:1]).all():
-            subject = "a single sample" if len(seen) == 1 else f"{len(seen)} equal samples"
-            warning = _EQUAL_SAMPLES_WARNING.format(subject)
+        # How outputs are compared depends only on the kind of a loss's labels: one loss stands for each kind.
+        comparison = compare_outputs(LOSS_OF_LABELS[labels], self._reference, outputs, y)
+        warning = _ranges_warning(x) if precision == INT8 else ""
         return PrecisionTrial(lowered, files, comparison, has_samples=self._data is not None, warning=warning)
 
     def _random_samples(self) -> Array:
@@ -176,21 +161,25 @@ class PrecisionTrials:
             )
         return np.array([self._ranges[name] for name in lowered.activations], np.float32)
 
-    def _outputs(self, folder: Path, graph: str) -> Array:
-        if graph == INFERENCE:
-            for file in (INFERENCE, WEIGHTS):
-                (folder / file).write_bytes(self._files[file])
-        session = OnnxSession(folder / graph, exact=True)
+    def _outputs(self, graph: Path) -> Array:
+        session = OnnxSession(graph, exact=True)
         x = self._x[:MAX_COMPARED_SAMPLES]
         return np.concatenate(
             [session.run({X: x[s : s + _TRIAL_BATCH]}, [LOGITS])[LOGITS] for s in range(0, len(x), _TRIAL_BATCH)]
         )
 
 
-_FILE_RANGES_WARNING = (
-    "int8: ranges of activations are those of the quantised file that the model was read from; with --data they are "
-    "measured, and outputs are compared on real samples"
-)
-_EQUAL_SAMPLES_WARNING = (
-    "int8: ranges of activations were measured on {}; give some hundred like those that the board will see"
-)
+def _ranges_warning(x: Array | None) -> str:
+    """A warning of the samples `x` on which ranges were measured, or that there were none; empty if they differ."""
+    if x is None:
+        return (
+            "int8: ranges of activations are those of the quantised file that the model was read from; with --data "
+            "they are measured, and outputs are compared on real samples"
+        )
+    count = min(len(x), CALIBRATION_SAMPLES)
+    if (x[:count] != x[:1]).any():
+        return ""
+    subject = "a single sample" if count == 1 else f"{count} equal samples"
+    return (
+        f"int8: ranges of activations were measured on {subject}; give some hundred like those that the board will see"
+    )

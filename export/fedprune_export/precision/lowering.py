@@ -1,7 +1,7 @@
 """Lowers a model to float16 or int8: the graph that a board runs, and the graphs that make its tensors.
 
-Weights change after every round, and a board converts them itself. Here passes over the graph fold its norms
-(`folding`), and then convert it to float16 or quantise it (`quantisation_plan`). Inputs and outputs stay float32. Which
+Weights change after every round, and a board converts them itself. Here passes over one graph (`lowered_graph`) fold
+its norms, and then convert it to float16 or quantise it (`quantisation_plan`). Inputs and outputs stay float32. Which
 type an operator computes in is written into the graph (it is strongly typed), so that every runtime computes the same.
 
 int8 is written as pairs of QuantizeLinear and DequantizeLinear, which onnxruntime fuses with the operators between. A
@@ -18,19 +18,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 from onnx import TensorProto
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.precision import RANGES, pack_graphs, prepare_tensors
 from fedprune.runtime.precision_files import PRECISIONS, calibrate_file, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import OnnxSession
-from fedprune_export.ir.graph import Node, Port
-from fedprune_export.precision.lowered_pair import LoweredPair, node_text
+from fedprune_export.bundles.inference import refer_to_files, zero_weights
+from fedprune_export.channels.cost_table import channel_axis
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.precision.lowered_graph import LoweredGraph, is_layer, node_text
 from fedprune_export.precision.quantisation_plan import QuantisationPlan, calibration_graph, plan_quantisation
 from fedprune_export.pruning.model import Model
-
-# The axis of a weight that its output channels are on.
-_CHANNEL_AXES = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 
 # Operators that compute in float16.
 _FLOAT16_OPERATORS = frozenset(
@@ -44,7 +44,6 @@ _FLOAT16_OPERATORS = frozenset(
 )
 
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)
-
 
 # The scale of values that are always zero: a scale of 0 would make 0 / 0.
 _MIN_SCALE = 1e-12
@@ -98,15 +97,15 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
             f"precision {precision!r} of a model whose frozen weights are in {model.base.precision} already",
             hint="Leave --precision (precisions) or --base (base) out.",
         )
-    pair = LoweredPair(model, widths)
-    fold_norms(pair)
+    lowered = LoweredGraph.of(model, widths)
+    fold_norms(lowered)
     stays: list[str] = []
     calibrate, plan = None, QuantisationPlan()
     if precision == "float16":
-        stays = convert_to_float16(pair)
+        stays = convert_to_float16(lowered)
     elif precision == "int8":
-        use_quantisable_forms(pair)
-        plan = plan_quantisation(pair, keep)
+        use_quantisable_forms(lowered)
+        plan = plan_quantisation(lowered, keep)
         if not plan.layers:
             raise ModelError(
                 f"no layer of {model.architecture.name} can be computed with 8 bits",
@@ -114,197 +113,148 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
                 hint="Leave int8 out of --precision.",
             )
         calibrate = calibration_graph(model, widths, plan)
-        stays = quantise(pair, plan)
-    pair.finish()
-    return _serialise(pair, precision, calibrate, plan, tuple(stays))
-
-
-def _serialise(
-    pair: LoweredPair, precision: str, calibrate: bytes | None, plan: QuantisationPlan, stays: tuple[str, ...]
-) -> Lowered:
-    """Write the graphs as bytes."""
-    # Types and shapes of the tensors are seen by a run of the prepare graph on zeros: exact, and simpler than
-    # inference.
-    rows = sum(p.name == RANGES and int(p.shape[0] or 0) for p in pair.prepare.inputs)
-    ranges = np.zeros((rows, 2), np.float32) if precision == "int8" else None
-    outputs = prepare_tensors(OnnxSession(pair.prepare.to_bytes()), pair.zero_weights(), ranges)
-    tensors = {n: v for n, v in outputs.items() if n != RANGES}
+        stays = quantise(lowered, plan)
+    prepare = lowered.split()
+    # Types and shapes of the tensors are seen by a run of the prepare graph: exact, and simpler than inference. Not on
+    # zeros, because a model may divide a weight by its length.
+    untyped = prepare.to_proto()
+    del untyped.graph.output[:]
+    untyped.graph.output.extend(onnx.ValueInfoProto(name=p.name) for p in prepare.outputs)
+    ranges = np.zeros((len(plan.values), 2), np.float32) if precision == "int8" else None
+    weights = {n: np.random.default_rng(0).random(v.shape, np.float32) for n, v in zero_weights(model, widths).items()}
+    tensors = prepare_tensors(OnnxSession(untyped.SerializeToString()), weights, ranges)
+    prepare.outputs = [Port(p.name, tensors[p.name].dtype, (None,) * tensors[p.name].ndim) for p in prepare.outputs]
     return Lowered(
         precision=precision,
-        graph=pair.graph_bytes(outputs, weights_file(precision)),
-        prepare=pair.prepare_bytes(tensors),
+        graph=refer_to_files(lowered.graph.to_proto(), {weights_file(precision): tensors}),
+        prepare=prepare.to_bytes(),
         calibrate=calibrate,
         activations=tuple(plan.values),
         layers=tuple(plan.layers),
-        float32_nodes=stays,
+        float32_nodes=tuple(stays),
     )
 
 
-def convert_to_float16(pair: LoweredPair) -> list[str]:
+def convert_to_float16(lowered: LoweredGraph) -> list[str]:
     """Let a graph compute in float16. Returns the nodes that stay in float32."""
-    writer = _Float16Writer(pair)
-    nodes, pair.graph.nodes = pair.graph.nodes, []
-    return [node_text(n) for n in nodes if not writer.add_node(n)]
-
-
-class _Float16Writer:
-    """Writes the nodes of a graph again, one after the other, with the casts that they need."""
-
-    def __init__(self, pair: LoweredPair) -> None:
-        self._pair, self._graph = pair, pair.graph
-        self._output_names = pair.output_names()
-        self._half_names: dict[str, str] = {}
-        self._cast_back: set[str] = set()
-        self._computed_in_half: set[str] = set()
-
-    def add_node(self, node: Node) -> bool:
-        """Append a node with the casts that it needs; returns False if it computes floats in float32."""
-        floats = [self._pair.is_float(o) for o in node.outputs if o]
-        reads = [i for i in node.inputs if i and self._is_float(i)]
-        if node.op not in _FLOAT16_OPERATORS or node.domain or not reads or not floats or not all(floats):
-            node.inputs = [self._as_float32(i) if i in reads else i for i in node.inputs]
-            self._graph.nodes.append(node)
-            return not reads or not any(floats)
-        node.inputs = [self._as_float16(i) if i in reads else i for i in node.inputs]
-        names = [o for o in node.outputs if o]
-        node.outputs = [f"{o}~float16" if o else o for o in node.outputs]
-        self._half_names |= {n: f"{n}~float16" for n in names}
-        self._computed_in_half.update(names)
-        self._graph.nodes.append(node)
-        # The model's outputs stay float32: their readers need not know the precision.
-        for name in self._output_names.intersection(names):
-            self._as_float32(name)
-        return True
-
-    def _is_float(self, name: str) -> bool:
-        constant = self._graph.initializers.get(name)
-        if constant is not None:
-            return bool(constant.dtype == np.float32)
-        return self._pair.is_tensor(name) or self._pair.is_float(name)
-
-    def _as_float16(self, name: str) -> str:
-        """A value in float16."""
-        if name in self._half_names:
-            return self._half_names[name]
-        half_name = self._half_names[name] = f"{name}~float16"
-        if name in self._graph.initializers:
-            value = np.clip(self._graph.initializers[name], -_MAX_FLOAT16, _MAX_FLOAT16)
-            self._graph.initializers[half_name] = value.astype(np.float16)
-        elif self._pair.is_tensor(name):
-            prepare = self._pair.prepare
-            # Numbers that are too large become the largest, not infinite. The trial of the finished model shows whether
-            # that harms.
-            prepared_name = self._pair.prepared_value(name)
-            bounded = prepare.emit("Clip", prepared_name, prepare.scalar(-_MAX_FLOAT16), prepare.scalar(_MAX_FLOAT16))
-            half = prepare.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16})
-            self._pair.define_tensor(half_name, half, np.float16)
+    graph, tensors = lowered.graph, lowered.tensors()
+    nodes, graph.nodes = graph.nodes, []
+    float32_nodes: list[str] = []
+    half_names: dict[str, str] = {}
+    for node in nodes:
+        floats = [lowered.is_float(o) for o in node.outputs if o]
+        reads = [i for i in node.inputs if i and lowered.is_float(i)]
+        # What depends on weights alone stays exact, because it is computed only once per round.
+        if not reads or not any(floats) or not tensors.isdisjoint(node.outputs):
+            graph.nodes.append(node)
+        elif node.op not in _FLOAT16_OPERATORS or node.domain or not all(floats):
+            float32_nodes.append(node_text(node))
+            graph.nodes.append(node)
         else:
-            self._graph.emit("Cast", name, attrs={"to": TensorProto.FLOAT16}, out=half_name)
+            for name in reads:
+                if name not in half_names:
+                    half_names[name] = _emit_float16(graph, name, is_tensor=name in tensors)
+            node.inputs = [half_names[i] if i in reads else i for i in node.inputs]
+            graph.nodes.append(node)
+            for i, name in enumerate(node.outputs):
+                if name:
+                    half_names[name] = node.outputs[i] = f"{name}~float16"
+                    # For readers in float32, which include those of the model's outputs.
+                    graph.emit("Cast", node.outputs[i], attrs={"to": TensorProto.FLOAT}, out=name)
+                    graph.nodes[-1].name = f"{name}~float32"  # the node that made the value may be called like it
+    return float32_nodes
+
+
+def _emit_float16(graph: Graph, name: str, *, is_tensor: bool) -> str:
+    """A value in float16. Weights and constants that are too large become the largest number, not infinite: the trial
+    of the finished model shows whether that harms."""
+    half_name = f"{name}~float16"
+    if name in graph.initializers:
+        value = np.clip(graph.initializers[name], -_MAX_FLOAT16, _MAX_FLOAT16)
+        graph.initializers[half_name] = value.astype(np.float16)
         return half_name
-
-    def _as_float32(self, name: str) -> str:
-        """A value in float32, under its own name."""
-        if name in self._computed_in_half and name not in self._cast_back:
-            self._cast_back.add(name)
-            self._graph.emit("Cast", self._half_names[name], attrs={"to": TensorProto.FLOAT}, out=name)
-            self._graph.nodes[-1].name = f"{name}~float32"  # the node that made the value may be called like it
-        return name
+    if is_tensor:
+        name = graph.emit("Clip", name, graph.scalar(-_MAX_FLOAT16), graph.scalar(_MAX_FLOAT16))
+    return graph.emit("Cast", name, attrs={"to": TensorProto.FLOAT16}, out=half_name)
 
 
-def quantise(pair: LoweredPair, plan: QuantisationPlan) -> list[str]:
-    """Let a graph with folded norms compute with 8 bits; `prepare` then has the input `RANGES` [n, 2]: the least and
-    the greatest number of each of `plan.values`.
+def quantise(lowered: LoweredGraph, plan: QuantisationPlan) -> list[str]:
+    """Let a graph with folded norms compute with 8 bits. It then has the input `RANGES` [n, 2]: the least and the
+    greatest number of each of `plan.values`.
 
     Returns the nodes with weights that stay in float32.
     """
-    graph = pair.graph
-    _define_scales(pair, plan)
+    graph, tensors = lowered.graph, lowered.tensors()
     nodes, graph.nodes = graph.nodes, []
-    rounded_names = {p.name: _emit_rounding(pair, p.name, plan) for p in graph.inputs if p.name in plan.scale_owners}
+    _emit_scales(graph, plan)
+    rounded_names = {p.name: _emit_rounding(graph, p.name, plan) for p in graph.inputs if p.name in plan.scale_owners}
     float_layers = []
     for node in nodes:
         if node.outputs[0] in plan.layers:
-            _quantise_layer(pair, node, plan)
-        elif any(pair.is_tensor(i) for i in node.inputs if i):
+            _quantise_layer(lowered, node, plan)
+        elif not tensors.isdisjoint(node.inputs) and tensors.isdisjoint(node.outputs):
             float_layers.append(node_text(node))
         node.inputs = [rounded_names.get(i, i) for i in node.inputs]
         graph.nodes.append(node)
-        rounded_names |= {o: _emit_rounding(pair, o, plan) for o in node.outputs if o in plan.scale_owners}
+        rounded_names |= {o: _emit_rounding(graph, o, plan) for o in node.outputs if o in plan.scale_owners}
     return float_layers
 
 
-def _define_scales(pair: LoweredPair, plan: QuantisationPlan) -> None:
+def _emit_scales(g: Graph, plan: QuantisationPlan) -> None:
     """Scale and zero point of every value of the plan, from the ranges."""
-    prepare = pair.prepare
-    prepare.inputs.append(Port(RANGES, np.dtype(np.float32), (len(plan.values), 2)))
-    zero = prepare.scalar(0)
+    g.add_input(RANGES, (len(plan.values), 2))
+    zero = g.scalar(0)
     # 0 must be exact, so that every range must contain it: borders are padded with 0, and clamps end there.
-    low = prepare.emit("Min", prepare.emit("Gather", RANGES, prepare.constant(0, np.int64), attrs={"axis": 1}), zero)
-    high = prepare.emit("Max", prepare.emit("Gather", RANGES, prepare.constant(1, np.int64), attrs={"axis": 1}), zero)
-    span = prepare.emit("Div", prepare.emit("Sub", high, low), prepare.scalar(255))
-    scale = prepare.emit("Max", span, prepare.scalar(_MIN_SCALE))
-    zero_point = prepare.emit("Round", prepare.emit("Div", prepare.emit("Neg", low), scale))
-    zero_point = prepare.emit(
-        "Cast", prepare.emit("Clip", zero_point, zero, prepare.scalar(255)), attrs={"to": TensorProto.UINT8}
-    )
+    low = g.emit("Min", g.emit("Gather", RANGES, g.constant(0, np.int64), attrs={"axis": 1}), zero)
+    high = g.emit("Max", g.emit("Gather", RANGES, g.constant(1, np.int64), attrs={"axis": 1}), zero)
+    span = g.emit("Div", g.emit("Sub", high, low), g.scalar(255))
+    scale = g.emit("Max", span, g.scalar(_MIN_SCALE))
+    zero_point = g.emit("Round", g.emit("Div", g.emit("Neg", low), scale))
+    zero_point = g.emit("Cast", g.emit("Clip", zero_point, zero, g.scalar(255)), attrs={"to": TensorProto.UINT8})
     for row, name in enumerate(plan.values):
-        index = prepare.constant(row, np.int64)
-        pair.define_tensor(f"{name}~scale", prepare.emit("Gather", scale, index, out=f"{name}~scale"))
-        pair.define_tensor(f"{name}~zero", prepare.emit("Gather", zero_point, index, out=f"{name}~zero"), np.uint8)
+        g.emit("Gather", scale, g.constant(row, np.int64), out=f"{name}~scale")
+        g.emit("Gather", zero_point, g.constant(row, np.int64), out=f"{name}~zero")
 
 
-def _emit_rounding(pair: LoweredPair, name: str, plan: QuantisationPlan) -> str:
+def _emit_rounding(g: Graph, name: str, plan: QuantisationPlan) -> str:
     """A value rounded to 8 bits."""
     scale, zero = f"{plan.scale_owners[name]}~scale", f"{plan.scale_owners[name]}~zero"
-    return pair.graph.emit("DequantizeLinear", pair.graph.emit("QuantizeLinear", name, scale, zero), scale, zero)
+    return g.emit("DequantizeLinear", g.emit("QuantizeLinear", name, scale, zero), scale, zero)
 
 
-def _quantise_layer(pair: LoweredPair, node: Node, plan: QuantisationPlan) -> None:
+def _quantise_layer(lowered: LoweredGraph, node: Node, plan: QuantisationPlan) -> None:
     """Give a layer 8-bit weights round(w / s) and an int32 bias round(b / (s · input scale)): s = max|w| / 127 per
     output channel, or more where the bias would exceed an int32."""
-    prepare, graph = pair.prepare, pair.graph
-    stem, axis = node.outputs[0], channel_axis(node)
-    shape = pair.shape(node.inputs[1]) or ()
-    weight = pair.prepared_value(node.inputs[1])
-    bias = pair.prepared_value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else ""
+    g, (value, weight, *biases) = lowered.graph, node.inputs
+    stem, shape = node.outputs[0], lowered.shapes[weight]
+    axis = channel_axis(node, len(shape))
     axes = [i for i in range(len(shape)) if i != axis]
-    largest = prepare.emit("ReduceMax", prepare.emit("Abs", weight), attrs={"axes": axes, "keepdims": 0})
-    scale = prepare.emit("Max", prepare.emit("Div", largest, prepare.scalar(127)), prepare.scalar(_MIN_SCALE))
-    input_scale = pair.prepared_value(f"{plan.scale_owners[node.inputs[0]]}~scale")
-    if bias:
+    input_scale = f"{plan.scale_owners[value]}~scale"
+    largest = g.emit("ReduceMax", g.emit("Abs", weight), attrs={"axes": axes, "keepdims": 0})
+    scale = g.emit("Div", largest, g.scalar(127))
+    if any(biases):
         # A bias exceeds an int32 at the scale of weights that are almost zero.
-        min_scale = prepare.emit(
-            "Div", prepare.emit("Abs", bias), prepare.emit("Mul", input_scale, prepare.scalar(2.0**30))
-        )
-        scale = prepare.emit("Max", scale, min_scale)
-    zeros = prepare.emit("ConstantOfShape", prepare.emit("Shape", scale), attrs={"value": np.zeros(1, np.int8)})
-    numbers = prepare.emit("QuantizeLinear", weight, scale, zeros, attrs={"axis": axis})
-    node.inputs[1] = graph.emit(
-        "DequantizeLinear",
-        pair.define_tensor(f"{stem}~weight", numbers, np.int8),
-        pair.define_tensor(f"{stem}~scales", scale),
-        graph.constant(np.zeros(shape[axis]), np.int8),
-        attrs={"axis": axis},
-    )
-    if bias:
-        product = prepare.emit("Mul", scale, input_scale)
-        rounded_bias = prepare.emit(
-            "Cast", prepare.emit("Round", prepare.emit("Div", bias, product)), attrs={"to": TensorProto.INT32}
-        )
-        node.inputs[2] = graph.emit(
-            "DequantizeLinear",
-            pair.define_tensor(f"{stem}~bias", rounded_bias, np.int32),
-            pair.define_tensor(f"{stem}~product", product),
-            attrs={"axis": 0},
-        )
+        min_scale = g.emit("Div", g.emit("Abs", biases[0]), g.emit("Mul", input_scale, g.scalar(2.0**30)))
+        scale = g.emit("Max", scale, min_scale)
+    scale = g.emit("Max", scale, g.scalar(_MIN_SCALE), out=f"{stem}~scales")
+    zeros = g.emit("ConstantOfShape", g.emit("Shape", scale), attrs={"value": np.zeros(1, np.int8)})
+    numbers = g.emit("QuantizeLinear", weight, scale, zeros, attrs={"axis": axis}, out=f"{stem}~weight")
+    # Named after the layer: names of constants depend on which widths are equal, and one prepare graph serves them all.
+    g.initializers[f"{stem}~zeros"] = np.zeros(shape[axis], np.int8)
+    node.inputs[1] = g.emit("DequantizeLinear", numbers, scale, f"{stem}~zeros", attrs={"axis": axis})
+    if any(biases):
+        product = g.emit("Mul", scale, input_scale, out=f"{stem}~product")
+        rounded = g.emit("Round", g.emit("Div", biases[0], product))
+        numbers = g.emit("Cast", rounded, attrs={"to": TensorProto.INT32}, out=f"{stem}~bias")
+        node.inputs[2] = g.emit("DequantizeLinear", numbers, product, attrs={"axis": 0})
 
 
-def use_quantisable_forms(pair: LoweredPair) -> None:
+def use_quantisable_forms(lowered: LoweredGraph) -> None:
     """Replace operators by equal ones that have an 8-bit form."""
-    graph = pair.graph
+    graph = lowered.graph
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
-        shape = pair.shape(node.inputs[0]) if node.inputs else None
+        shape = lowered.shapes.get(node.inputs[0]) if node.inputs else None
         axes = [a % 4 for a in node.attrs.get("axes") or []]
         is_of_maps = shape is not None and len(shape) == 4 and sorted(axes) == [2, 3]
         if node.op == "Flatten" and not node.domain and node.attrs.get("axis", 1) == 1 and shape is not None:
@@ -316,68 +266,56 @@ def use_quantisable_forms(pair: LoweredPair) -> None:
             graph.nodes.append(node)
 
 
-def channel_axis(node: Node) -> int:
-    """The axis of a layer's weight that its output channels are on."""
-    return 0 if node.op == "Gemm" and node.attrs.get("transB", 0) else _CHANNEL_AXES[node.op]
-
-
-def fold_norms(pair: LoweredPair) -> None:
+def fold_norms(lowered: LoweredGraph) -> None:
     """Fold every batch norm that is the only reader of a layer with weights; others stay.
 
     At inference a batch norm is y = a · x + b per channel, with a = scale / √(var + ε) and b = bias − a · mean. After a
     layer y = W x + c that is the layer with the weights a · W and the bias a · c + b."""
-    nodes: list[Node] = []
-    producers, consumers = pair.graph.producers(), pair.graph.consumers()
-    for node in pair.graph.nodes:
-        layer = producers.get(node.inputs[0]) if node.inputs else None
-        if layer is not None and len(consumers[node.inputs[0]]) == 1 and _is_foldable(pair, layer, node):
-            _fold_norm(pair, layer, node)
-        else:
-            nodes.append(node)
-    pair.graph.nodes = nodes
+    graph, tensors = lowered.graph, lowered.tensors()
+    producers, consumers = graph.producers(), graph.consumers()
+    layers = {
+        node.outputs[0]: layer
+        for node in graph.nodes
+        if node.op == "BatchNormalization"
+        and (layer := producers.get(node.inputs[0])) is not None
+        and len(consumers[node.inputs[0]]) == 1
+        and _is_foldable(lowered, layer, node, tensors)
+    }
+    folded_values = {layer.outputs[0] for layer in layers.values()}
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
+        if node.outputs[0] in layers:
+            _fold_norm(lowered, layers[node.outputs[0]], node)
+        elif node.outputs[0] not in folded_values:
+            graph.nodes.append(node)
 
 
-def _is_foldable(pair: LoweredPair, layer: Node, norm: Node) -> bool:
-    """Whether a node is a norm that can be folded into the layer before it."""
-    if norm.op != "BatchNormalization" or norm.domain or norm.attrs.get("training_mode", 0):
+def _is_foldable(lowered: LoweredGraph, layer: Node, norm: Node, tensors: Collection[str]) -> bool:
+    """Whether a norm can be folded into the node before it."""
+    if norm.domain or norm.attrs.get("training_mode", 0) or not is_layer(lowered, layer, tensors):
         return False
-    # Another reader, or the model's output, needs the layer's values before the norm.
-    if layer.domain or layer.op not in _CHANNEL_AXES or norm.inputs[0] in pair.output_names():
+    # The model's output needs the layer's values before the norm.
+    if norm.inputs[0] in lowered.output_names() or (layer.op == "ConvTranspose" and layer.attrs.get("group", 1) != 1):
         return False
-    if not pair.is_tensor(layer.inputs[1]) or (layer.op == "ConvTranspose" and layer.attrs.get("group", 1) != 1):
-        return False
-    shape = pair.shape(layer.inputs[1])
-    if layer.op in ("Gemm", "MatMul"):
-        is_unscaled = layer.attrs.get("alpha", 1.0) == layer.attrs.get("beta", 1.0) == 1.0
-        output = pair.shape(norm.inputs[0])
-        if not is_unscaled or output is None or shape is None or len(output) != 2 or len(shape) != 2:
-            return False
-    norm_inputs = [*norm.inputs[1:], *layer.inputs[2:3]]
-    are_constant = all(pair.is_tensor(i) or i in pair.graph.initializers for i in norm_inputs if i)
-    has_flat_bias = layer.op != "Gemm" or len(layer.inputs) < 3 or len(pair.shape(layer.inputs[2]) or ()) == 1
-    return shape is not None and are_constant and has_flat_bias
+    is_matrix = len(lowered.shapes.get(norm.inputs[0], ())) == 2
+    are_constant = all(i in tensors or i in lowered.graph.initializers for i in norm.inputs[1:])
+    return are_constant and (is_matrix or layer.op not in ("Gemm", "MatMul"))
 
 
-def _fold_norm(pair: LoweredPair, layer: Node, norm: Node) -> None:
-    """Give the layer folded weights, and the norm's output."""
-    prepare = pair.prepare
-    scale, bias, mean, variance = (pair.prepared_value(i) for i in norm.inputs[1:5])
-    weight = layer.inputs[1]
-    rank = len(pair.shape(weight) or ())
-    epsilon = prepare.scalar(float(norm.attrs.get("epsilon", 1e-5)))
-    factor = prepare.emit("Div", scale, prepare.emit("Sqrt", prepare.emit("Add", variance, epsilon)))
-    spread = [1] * rank
-    spread[channel_axis(layer)] = -1
-    folded = prepare.emit("Mul", pair.prepared_value(weight), prepare.emit("Reshape", factor, prepare.ints(*spread)))
-    centred = prepare.emit("Neg", mean)
-    if len(layer.inputs) > 2 and layer.inputs[2]:
-        centred = prepare.emit("Sub", pair.prepared_value(layer.inputs[2]), mean)
-    shift = prepare.emit("Add", prepare.emit("Mul", centred, factor), bias)
-    value = norm.outputs[0]
-    new_weight = pair.define_tensor(f"{value}~folded", folded, like=weight)
-    new_bias = pair.define_tensor(f"{value}~shift", shift, like=norm.inputs[1])
+def _fold_norm(lowered: LoweredGraph, layer: Node, norm: Node) -> None:
+    """Append the layer with folded weights in the norm's place."""
+    g, (weight, *biases), value = lowered.graph, layer.inputs[1:], norm.outputs[0]
+    scale, bias, mean, variance = norm.inputs[1:5]
+    epsilon = g.scalar(float(norm.attrs.get("epsilon", 1e-5)))
+    factor = g.emit("Div", scale, g.emit("Sqrt", g.emit("Add", variance, epsilon)))
+    spread = [1] * len(lowered.shapes[weight])
+    spread[channel_axis(layer, len(spread))] = -1
+    folded = g.emit("Mul", weight, g.emit("Reshape", factor, g.ints(*spread)), out=f"{value}~folded")
+    centred = g.emit("Sub", biases[0], mean) if any(biases) else g.emit("Neg", mean)
+    shift = g.emit("Add", g.emit("Mul", centred, factor), bias, out=f"{value}~shift")
+    for name, like in ((folded, weight), (shift, bias)):
+        lowered.shapes[name], lowered.dtypes[name] = lowered.shapes[like], lowered.dtypes[like]
     # A MatMul has no bias.
-    if layer.op == "MatMul":
-        layer.op = "Gemm"
-    layer.inputs = [layer.inputs[0], new_weight, new_bias]
-    layer.outputs = [value]
+    layer.op = "Gemm" if layer.op == "MatMul" else layer.op
+    layer.inputs, layer.outputs = [layer.inputs[0], folded, shift], [value]
+    g.nodes.append(layer)

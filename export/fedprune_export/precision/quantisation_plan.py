@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedprune.runtime.bundle import WEIGHTS
 from fedprune.runtime.precision import RANGES
-from fedprune_export.bundles.inference import refer_to_weights
-from fedprune_export.ir.graph import Node, Port
-from fedprune_export.precision.lowered_pair import LoweredPair
+from fedprune_export.bundles.inference import refer_to_files, zero_weights
+from fedprune_export.ir.graph import Port
+from fedprune_export.precision.lowered_graph import LoweredGraph, is_layer
 from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model
 
@@ -47,73 +48,43 @@ class QuantisationPlan:
     scale_owners: dict[str, str] = field(default_factory=dict)
 
 
-def plan_quantisation(pair: LoweredPair, keep: Collection[str] = ()) -> QuantisationPlan:
-    """Choose the parts of a folded graph to quantise. `keep`: outputs of layers that stay in float32.
+def plan_quantisation(lowered: LoweredGraph, keep: Collection[str] = ()) -> QuantisationPlan:
+    """Choose the parts of a folded graph to quantise. `keep`: outputs of layers that stay in float32."""
+    graph, tensors, output_names = lowered.graph, lowered.tensors(), lowered.output_names()
+    consumers = graph.consumers()
 
-    `pair` has the graph that a board will run, and the graph that prepares its tensors from float32 weights.
-    """
-    return _Planner(pair).plan(keep)
-
-
-class _Planner:
-    """Goes over the layers, and then over all nodes in the graph's order."""
-
-    def __init__(self, pair: LoweredPair) -> None:
-        self._pair, self._output_names = pair, pair.output_names()
-        self._consumers = pair.graph.consumers()
-        self._ranged: set[str] = set()  # values that get a range of their own
-
-    def plan(self, keep: Collection[str]) -> QuantisationPlan:
-        graph = self._pair.graph
-        layers = [n for n in graph.nodes if _is_layer(self._pair, n) and n.outputs[0] not in keep]
-        for node in layers:
-            self._ranged.add(node.inputs[0])
-            if node.op == "Conv" and (output := self._value_after_clamp(node.outputs[0])) not in self._output_names:
-                self._ranged.add(output)
-        scale_owners = {p.name: p.name for p in graph.inputs if p.name in self._ranged}
-        for node in graph.nodes:
-            self._add_scales(node, scale_owners)
-        values = [v for v, owner in scale_owners.items() if owner == v]
-        return QuantisationPlan([n.outputs[0] for n in layers], values, scale_owners)
-
-    def _value_after_clamp(self, name: str) -> str:
+    def value_after_clamp(name: str) -> str:
         """The value whose range counts: that after a clamp, if nothing else reads the value before it."""
-        readers = self._consumers.get(name, [])
-        clamp = readers[0][0] if len(readers) == 1 and name not in self._output_names else None
+        readers = consumers.get(name, [])
+        clamp = readers[0][0] if len(readers) == 1 and name not in output_names else None
         return clamp.outputs[0] if clamp is not None and clamp.op in _CLAMPING_OPERATORS and not clamp.domain else name
 
-    def _add_scales(self, node: Node, scale_owners: dict[str, str]) -> None:
-        """Add the scales of a node's outputs to those of the values before it."""
-        pair = self._pair
-        reads = [i for i in node.inputs if i and not pair.is_tensor(i) and i not in pair.graph.initializers]
+    layers = [
+        n
+        for n in graph.nodes
+        if n.op in _QUANTISABLE_LAYERS
+        and is_layer(lowered, n, tensors)
+        and lowered.is_float(n.inputs[0])
+        and n.outputs[0] not in tensors
+        and n.outputs[0] not in keep
+    ]
+    # Values that get a range of their own.
+    ranged = {n.inputs[0] for n in layers}
+    ranged |= {value_after_clamp(n.outputs[0]) for n in layers if n.op == "Conv"} - output_names
+    scale_owners = {p.name: p.name for p in graph.inputs if p.name in ranged}
+    for node in graph.nodes:
+        reads = [i for i in node.inputs if i and i not in tensors and i not in graph.initializers]
         reads_quantised = bool(reads) and not node.domain and set(reads) <= scale_owners.keys()
-        is_inner = len(node.outputs) == 1 and node.outputs[0] not in self._output_names
+        is_inner = len(node.outputs) == 1 and node.outputs[0] not in output_names
         if reads_quantised and node.op in _REARRANGING_OPERATORS and is_inner:
             scale_owners[node.outputs[0]] = scale_owners[reads[0]]
-            return
-        floats = {i for i in node.inputs if i and pair.is_float(i)}
+            continue
+        floats = {i for i in node.inputs if i and lowered.is_float(i)}
         if reads_quantised and node.op in _QUANTISED_OPERATORS and floats == set(reads):
-            self._ranged |= {self._value_after_clamp(node.outputs[0])} - self._output_names
-        scale_owners |= {o: o for o in node.outputs if o in self._ranged}
-
-
-def _is_layer(pair: LoweredPair, node: Node) -> bool:
-    """Whether a node is a layer that has an 8-bit form here."""
-    if node.domain or node.op not in _QUANTISABLE_LAYERS or not pair.is_float(node.inputs[0]):
-        return False
-    if pair.is_tensor(node.inputs[0]) or not pair.is_tensor(node.inputs[1]):
-        return False
-    shape = pair.shape(node.inputs[1])
-    if shape is None or (node.op != "Conv" and len(shape) != 2):
-        return False
-    if node.op == "Gemm":
-        is_unscaled = node.attrs.get("alpha", 1.0) == node.attrs.get("beta", 1.0) == 1.0 and not node.attrs.get(
-            "transA", 0
-        )
-        bias = node.inputs[2] if len(node.inputs) > 2 else ""
-        if not is_unscaled or (bias and len(pair.shape(bias) or ()) != 1):
-            return False
-    return all(pair.is_tensor(i) or i in pair.graph.initializers for i in node.inputs[2:] if i)
+            ranged |= {value_after_clamp(node.outputs[0])} - output_names
+        scale_owners |= {o: o for o in node.outputs if o in ranged}
+    values = [v for v, owner in scale_owners.items() if owner == v]
+    return QuantisationPlan([n.outputs[0] for n in layers], values, scale_owners)
 
 
 def calibration_graph(model: Model, widths: Sequence[int], plan: QuantisationPlan) -> bytes:
@@ -131,4 +102,4 @@ def calibration_graph(model: Model, widths: Sequence[int], plan: QuantisationPla
     graph.emit("Concat", *rows, out=RANGES, attrs={"axis": 0})
     graph.outputs = [Port(RANGES, np.dtype(np.float32), (len(rows), 2))]
     graph.prune()
-    return refer_to_weights(graph.to_proto(), model.architecture.shapes(widths))
+    return refer_to_files(graph.to_proto(), {WEIGHTS: zero_weights(model, widths)})

@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 
-from fedprune.core.errors import ModelError, value_text
+from fedprune.core.errors import ModelError
+from fedprune.core.validation import check_word
 from fedprune.model.architecture import Architecture, BaseSpec
 from fedprune.model.axis import Axis
 from fedprune.model.cost_table import LayerRow
 from fedprune.model.step_contract import base_name, base_scale_name
 from fedprune_export.ir.graph import Array, Graph
-
-PRECISIONS = ("float16", "int8")
+from fedprune_export.model_options import Base
 
 # Symmetric int8: -128 is left out, so that a number and its negative have the same precision.
 _MAX_INT8 = 127
@@ -103,9 +104,8 @@ def freeze_base(
 
 
 def check_precision(precision: object) -> None:
-    """Raise `ModelError` for a precision that is none of `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ModelError("base", expected=" or ".join(PRECISIONS), got=value_text(str(precision)))
+    """Raise `ModelError` for a precision that is none of `Base`."""
+    check_word("base", precision, get_args(Base), error=ModelError)
 
 
 def _without_weight(layer: LayerRow, architecture: Architecture) -> LayerRow:

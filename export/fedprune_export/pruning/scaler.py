@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedprune.model.architecture import TensorKind
+from fedprune_export.channels.cost_table import LAYERS
 from fedprune_export.ir.graph import Node
 from fedprune_export.pruning.model import Model
-
-# Recurrent layers aren't among them: a scaled state would be scaled again at every step.
-_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def scaled_outputs(model: Model) -> frozenset[str]:
@@ -22,8 +20,9 @@ def scaled_outputs(model: Model) -> frozenset[str]:
 
     A layer is a last one where the output can be reached from it without passing another layer.
     """
-    weighted = {layer.name for layer in model.architecture.layers if layer.weight and layer.op in _LAYERS}
-    layers = [n for n in model.graph.nodes if n.op in _LAYERS and n.name in weighted]
+    # Not those of recurrent layers: a scaled state would be scaled again at every step.
+    weighted = {layer.name for layer in model.architecture.layers if layer.weight and layer.op in LAYERS}
+    layers = [n for n in model.graph.nodes if n.op in LAYERS and n.name in weighted]
     last = _last_layer_outputs(model, layers)
     readers = model.graph.consumers()
     return frozenset(_with_bias(model, n, readers) for n in layers if n.outputs[0] not in last)

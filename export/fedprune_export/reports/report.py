@@ -97,12 +97,13 @@ class Report:
         return self.model.notes + self.step_notes
 
     @cached_property
-    def full_costs(self) -> Costs:
-        return costs_at(self.model.architecture, self.model.architecture.sizes)
-
-    @cached_property
-    def cut_costs(self) -> Costs:
-        return costs_at(self.model.architecture, self.selection.widths)
+    def figures(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Figures of the whole model and of the bundle, by name."""
+        architecture = self.model.architecture
+        return (
+            _figure_values(self.plan.full_prediction, costs_at(architecture, architecture.sizes)),
+            _figure_values(self.plan.width_plan.prediction, costs_at(architecture, self.selection.widths)),
+        )
 
     @cached_property
     def layers(self) -> tuple[tuple[LayerRow, LayerCosts, LayerCosts], ...]:
@@ -125,6 +126,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         architecture, widths = self.model.architecture, self.selection.widths
+        before, after = self.figures
         return {
             "format": "fedprune.report/1",
             "fedprune": __version__,
@@ -133,16 +135,16 @@ class Report:
             "target": self.target,
             "advice": self.advice,
             "scorer": self.scorer,
-            "before": figure_values(self.full_costs, self.plan.full_prediction),
-            "after": figure_values(self.cut_costs, self.plan.width_plan.prediction),
+            "before": before,
+            "after": after,
             "accuracy": None if self.accuracy is None else asdict(self.accuracy),
             "groups": [
                 {"name": g.name, "channels": g.size, "kept": w, "members": list(architecture.members(i))}
                 for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
             ],
             "layers": [
-                {"name": r.name, "op": r.op, "weight": r.weight, "before": before.to_dict(), "after": after.to_dict()}
-                for r, before, after in self.layers
+                {"name": r.name, "op": r.op, "weight": r.weight, "before": whole.to_dict(), "after": cut.to_dict()}
+                for r, whole, cut in self.layers
             ],
             "plan": self.plan.width_plan.to_dict(),
             "parity": {"samples": PARITY_SAMPLES, "max_relative_error": self.parity},
@@ -152,13 +154,13 @@ class Report:
         }
 
     def __str__(self) -> str:
-        before, after = self.full_costs, self.cut_costs
+        before, after = self.figures
         lines = [f"replaced: the bundle that was in {self.folder}"] if self.replaced else []
         lines += [
             str(self.plan),
-            f"parameters: {before.parameters:,} -> {after.parameters:,}",
-            f"MACs per sample: {before.forward_macs:,} -> {after.forward_macs:,}",
-            f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes",
+            f"parameters: {before['parameters']:,} -> {after['parameters']:,}",
+            f"MACs per sample: {before['forward_macs']:,} -> {after['forward_macs']:,}",
+            f"weights: {before['weights_bytes']:,} -> {after['weights_bytes']:,} bytes",
         ]
         if self.accuracy is not None:
             a, scores = self.accuracy, " -> ".join(self.accuracy.score_texts())
@@ -173,15 +175,7 @@ class Report:
     __repr__ = __str__
 
 
-def figure_values(costs: Costs, prediction: Prediction) -> dict[str, Any]:
-    """Counted and predicted figures of a model by name; None where the board's profile lacks their base."""
-    predicted_values = {k: v for k, v in asdict(prediction).items() if isinstance(v, (int, float))}
-    counted_names = ("parameters", "forward_macs", "training_macs", "wire_bytes")
-    return {
-        "parameters": costs.parameters,
-        "forward_macs": costs.forward_macs,
-        "training_macs": costs.training_macs,
-        "weights_bytes": costs.wire_bytes,
-        "activation_bytes": costs.kept_bytes,
-        **{k: v for k, v in predicted_values.items() if k not in counted_names},
-    }
+def _figure_values(prediction: Prediction, costs: Costs) -> dict[str, Any]:
+    """Counted and predicted figures, without those for which the board's profile lacks a base."""
+    values = {k: v for k, v in asdict(prediction).items() if isinstance(v, (int, float))}
+    return {"weights_bytes": values.pop("wire_bytes"), "activation_bytes": costs.kept_bytes, **values}

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedprune import __version__
 from fedprune.core.text import amount, first_few
-from fedprune.model.architecture import Architecture, LayerRow
+from fedprune.model.architecture import LayerRow
 from fedprune.model.selection import Selection
 from fedprune.output.chart import share_strip
 from fedprune.output.document import Bars, Block, Document, Table
@@ -18,7 +18,7 @@ from fedprune.output.page import Bar, stacked_segments
 from fedprune.output.tables import Column
 from fedprune.planning.width_plan import WidthPlan
 from fedprune_export.checks.parity import PARITY_SAMPLES
-from fedprune_export.reports.report import LayerCosts, Report, figure_values
+from fedprune_export.reports.report import LayerCosts, Report
 
 # Figures of `Costs` and `Prediction` by name, with title and unit: rows of the table of costs, in this order.
 _FIGURES = (
@@ -74,7 +74,7 @@ def report_files(report: Report) -> dict[str, bytes]:
 
 def _document(report: Report) -> Document:
     architecture, widths, plan = report.model.architecture, report.selection.widths, report.plan.width_plan
-    lines = [*plan.summary_lines(report.full_costs.parameters), plan.unbound_line(), *plan.notes]
+    lines = [*plan.summary_lines(report.plan.full_prediction.parameters), plan.unbound_line(), *plan.notes]
     warning = f"warning: {plan.warning}" if plan.warning else ""
     groups = [
         (g.name, f"{g.size:,}", f"{w:,}", first_few(architecture.summary(i), max_names=_MAX_MEMBERS))
@@ -100,7 +100,7 @@ def _document(report: Report) -> Document:
             Table(_GROUP_COLUMNS, groups, summary="Members of the groups"),
         ),
         "Layers": (
-            Bars(_layer_bars(architecture, widths), "Output channels of every layer", caption=_LAYER_BARS),
+            Bars(_layer_bars(report), "Output channels of every layer", caption=_LAYER_BARS),
             Table(_LAYER_COLUMNS, layers, summary="Shapes, MACs and activations of one sample"),
         ),
         "Files": (Table(_FILE_COLUMNS, [(name, amount(size, "bytes")) for name, size in report.sizes.items()]),),
@@ -125,9 +125,7 @@ def _facts(report: Report) -> dict[str, str]:
 
 
 def _cost_rows(report: Report) -> list[tuple[str, ...]]:
-    before = figure_values(report.full_costs, report.plan.full_prediction)
-    after = figure_values(report.cut_costs, report.plan.width_plan.prediction)
-    rows = []
+    rows, (before, after) = [], report.figures
     # A figure is missing where a board's profile lacks it, such as its power.
     for key, title, unit in _FIGURES:
         before_value, after_value = before.get(key), after.get(key)
@@ -188,12 +186,15 @@ def _channel_bars(selection: Selection) -> list[Bar]:
     return bars
 
 
-def _layer_bars(architecture: Architecture, widths: Sequence[int]) -> list[Bar]:
+def _layer_bars(report: Report) -> list[Bar]:
     """One bar per layer: as long as its output channels, the kept part filled."""
     # Products of two activations have no channels of their own.
-    layers = [layer for layer in architecture.layers if layer.weight in architecture.by_name]
-    sizes = [_output_channels(architecture, widths, layer) for layer in layers]
-    widest = max((full for full, _ in sizes), default=1)
+    sizes = [
+        (layer, _output_channels(layer, whole), _output_channels(layer, cut))
+        for layer, whole, cut in report.layers
+        if whole.shape is not None
+    ]
+    widest = max((full for _, full, _ in sizes), default=1)
     return [
         Bar(
             layer.weight.removesuffix(".weight"),
@@ -201,17 +202,12 @@ def _layer_bars(architecture: Architecture, widths: Sequence[int]) -> list[Bar]:
             f"{full:,} → {now:,}" if now != full else f"{full:,}",
             f"{layer.name} ({layer.weight})",
         )
-        for layer, (full, now) in zip(layers, sizes, strict=True)
+        for layer, full, now in sizes
     ]
 
 
-def _output_channels(architecture: Architecture, widths: Sequence[int], layer: LayerRow) -> tuple[int, int]:
-    """Output channels of a layer at full width and as cut."""
-    axes = architecture.by_name[layer.weight].axes
-    if not axes:
-        return 1, 1
-    axis = axes[layer.output_axis]
-    return axis.length, axis.size(widths, architecture.sizes)
+def _output_channels(layer: LayerRow, costs: LayerCosts) -> int:
+    return costs.shape[layer.output_axis] if costs.shape else 1
 
 
 def _layer_row(layer: LayerRow, before: LayerCosts, after: LayerCosts) -> tuple[str, ...]:

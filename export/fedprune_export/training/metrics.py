@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 
 import numpy as np
@@ -59,45 +58,36 @@ def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
     return g
 
 
-def embedded_metric(model: Model, labels: Port, features: Features) -> str:
-    """The metric as it is stored in a training graph's metadata. Raises as `metric_graph`."""
-    # The opset of training graphs: every onnxruntime that boards have loads it.
-    return base64.b64encode(metric_graph(model, labels, features).to_bytes(opset=17)).decode()
+def _class_numbers(g: Graph, outputs: tuple[int, ...], factor: int = 1) -> str:
+    """The numbers of the classes, times a factor [1, K, 1, ...]."""
+    return g.constant(factor * np.arange(outputs[0]).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
 
 
 def _class_labels(g: Graph, outputs: tuple[int, ...], features: Features) -> tuple[str, str]:
     """Whether each label is a class [N, K, ...], and whether it counts [N, 1, ...]; one that doesn't is no class."""
-    classes = g.constant(np.arange(outputs[0]).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
     label = g.emit("Unsqueeze", Y, g.ints(1))
     counted = g.emit("Equal", label, label)  # true everywhere: without `ignore_label` every label counts
     if features.ignore_label is not None:
         counted = g.emit("Not", g.emit("Equal", label, g.constant(features.ignore_label, np.int64)))
-    return g.emit("And", g.emit("Equal", label, classes), counted), counted
+    return g.emit("And", g.emit("Equal", label, _class_numbers(g, outputs)), counted), counted
 
 
-def _count(g: Graph, truths: str, axes: list[int] | None = None) -> str:
-    """Count the truths over all axes [1], or over some."""
-    numbers = g.emit("Cast", truths, attrs={"to": 1})
-    if axes is None:
-        return g.emit("Reshape", g.emit("ReduceSum", numbers, attrs={"keepdims": 0}), g.ints(1))
-    return g.emit("ReduceSum", numbers, g.ints(*axes), attrs={"keepdims": 0})
+def _as_floats(g: Graph, value: str) -> str:
+    return g.emit("Cast", value, attrs={"to": 1})
 
 
 def _mean_iou(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """Per class, the number of positions in the intersection, in the labels and in the predictions; classes in neither
     are left out of the mean.
     """
-    k = outputs[0]
     is_label, counted = _class_labels(g, outputs, features)
-    classes = g.constant(np.arange(k).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
     prediction = g.emit("ArgMax", LOGITS, attrs={"axis": 1, "keepdims": 1})
-    is_prediction = g.emit("And", g.emit("Equal", prediction, classes), counted)
-    axes = [0, *range(2, len(outputs) + 1)]
-    counts = [_count(g, v, axes) for v in (g.emit("And", is_label, is_prediction), is_label, is_prediction)]
+    is_prediction = g.emit("And", g.emit("Equal", prediction, _class_numbers(g, outputs)), counted)
+    axes = g.ints(0, *range(2, len(outputs) + 1))
+    truths = g.emit("And", is_label, is_prediction), is_label, is_prediction
+    counts = [g.emit("ReduceSum", _as_floats(g, v), axes, attrs={"keepdims": 0}) for v in truths]
     g.emit("Concat", *counts, attrs={"axis": 0}, out=SUMS)
-    intersection, label_sizes, prediction_sizes = (
-        g.emit("Slice", SUMS, g.ints(k * i), g.ints(k * (i + 1)), g.ints(0)) for i in range(3)
-    )
+    intersection, label_sizes, prediction_sizes = g.emit_many("Split", SUMS, outputs=3)
     union = g.emit("Sub", g.emit("Add", label_sizes, prediction_sizes), intersection)
     _mean_of_present(g, g.emit("Div", intersection, g.emit("Max", union, g.scalar(1))), union)
 
@@ -106,34 +96,28 @@ def _perplexity(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """e to the mean negative log-likelihood of the labels that count."""
     is_label, counted = _class_labels(g, outputs, features)
     log_likelihoods = g.emit("Where", is_label, g.emit("LogSoftmax", LOGITS, attrs={"axis": 1}), g.scalar(0))
-    total = g.emit("Reshape", g.emit("ReduceSum", log_likelihoods, attrs={"keepdims": 0}), g.ints(1))
-    g.emit("Concat", g.emit("Neg", total), _count(g, counted), attrs={"axis": 0}, out=SUMS)
-    g.emit("Exp", _quotient_of_sums(g), out=VALUE)
+    g.emit("Exp", _quotient_of_sums(g, g.emit("Neg", log_likelihoods), _as_floats(g, counted)), out=VALUE)
 
 
 def _average_precision(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """Per class and bin of the score: positive labels, and others; precision is summed over the recall that each bin
     adds (Everingham et al., "The PASCAL VOC challenge", IJCV 2010, without its interpolation)."""
-    k = outputs[0]
     score = g.emit("Mul", g.emit("Sigmoid", LOGITS), g.scalar(BINS))
     # An output that is not a number makes the sums of its class not a number, too. It can't be an index.
     is_number = g.emit("Equal", score, score)
     bin_numbers = g.emit("Where", is_number, g.emit("Min", g.emit("Floor", score), g.scalar(BINS - 1)), g.scalar(0))
     bins = g.emit("Cast", bin_numbers, attrs={"to": 7})
-    first = BINS * np.arange(k).reshape(1, -1, *[1] * (len(outputs) - 1))
-    bin_indices = g.emit("Reshape", g.emit("Add", bins, g.constant(first, np.int64)), g.ints(-1))
-    present = g.emit("Cast", g.emit("Greater", Y, g.scalar(0.5)), attrs={"to": 1})
+    bin_indices = g.emit("Reshape", g.emit("Add", bins, _class_numbers(g, outputs, BINS)), g.ints(-1))
+    present = _as_floats(g, g.emit("Greater", Y, g.scalar(0.5)))
     positive = g.emit("Reshape", g.emit("Where", is_number, present, score), g.ints(-1))
-    empty = g.constant(np.zeros(k * BINS), np.float32)
+    empty = g.constant(np.zeros(outputs[0] * BINS), np.float32)
     rows = [
         g.emit("ScatterElements", empty, bin_indices, some, attrs={"axis": 0, "reduction": "add"})
         for some in (positive, g.emit("Sub", g.scalar(1), positive))
     ]
     g.emit("Concat", *rows, attrs={"axis": 0}, out=SUMS)
-    size = k * BINS
     positives, negatives = (
-        g.emit("Reshape", g.emit("Slice", SUMS, g.ints(size * i), g.ints(size * (i + 1)), g.ints(0)), g.ints(k, BINS))
-        for i in range(2)
+        g.emit("Reshape", row, g.ints(outputs[0], BINS)) for row in g.emit_many("Split", SUMS, outputs=2)
     )
     # From the highest bin down: the positives and others at or above each threshold.
     true_above, false_above = (
@@ -148,36 +132,27 @@ def _average_precision(g: Graph, outputs: tuple[int, ...], features: Features) -
 def _rmse(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """The root of the mean squared error."""
     d = g.emit("Sub", LOGITS, Y)
-    _sum_errors(g, g.emit("Mul", d, d))
-    g.emit("Sqrt", _quotient_of_sums(g), out=VALUE)
+    g.emit("Sqrt", _quotient_of_sums(g, g.emit("Mul", d, d), _as_floats(g, g.emit("Size", d))), out=VALUE)
 
 
 def _mae(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     """The mean absolute error."""
-    _sum_errors(g, g.emit("Abs", g.emit("Sub", LOGITS, Y)))
-    g.emit("Identity", _quotient_of_sums(g), out=VALUE)
+    d = g.emit("Abs", g.emit("Sub", LOGITS, Y))
+    g.emit("Identity", _quotient_of_sums(g, d, _as_floats(g, g.emit("Size", d))), out=VALUE)
 
 
-def _sum_errors(g: Graph, errors: str) -> None:
-    total = g.emit("Reshape", g.emit("ReduceSum", errors, attrs={"keepdims": 0}), g.ints(1))
-    number = g.emit("Reshape", g.emit("Cast", g.emit("Size", errors), attrs={"to": 1}), g.ints(1))
-    g.emit("Concat", total, number, attrs={"axis": 0}, out=SUMS)
-
-
-def _quotient_of_sums(g: Graph) -> str:
-    """The quotient of the first sum by the second []; not a number where the second is 0."""
-    first, second = (
-        g.emit("Squeeze", g.emit("Slice", SUMS, g.ints(i), g.ints(i + 1), g.ints(0)), g.ints(0)) for i in range(2)
-    )
-    return g.emit("Div", first, second)
+def _quotient_of_sums(g: Graph, *values: str) -> str:
+    """The sum of a value over that of another one []; not a number where that is 0. The sums are written as `SUMS`."""
+    totals = [g.emit("ReduceSum", g.emit("Reshape", value, g.ints(-1))) for value in values]
+    g.emit("Concat", *totals, attrs={"axis": 0}, out=SUMS)
+    return g.emit("Squeeze", g.emit("Div", *g.emit_many("Split", SUMS, outputs=2)))
 
 
 def _mean_of_present(g: Graph, class_values: str, size: str) -> None:
     """The mean over the classes with a `size` above 0; not a number if there are none."""
-    class_count = g.emit(
-        "ReduceSum", g.emit("Cast", g.emit("Greater", size, g.scalar(0)), attrs={"to": 1}), attrs={"keepdims": 0}
-    )
-    g.emit("Div", g.emit("ReduceSum", class_values, attrs={"keepdims": 0}), class_count, out=VALUE)
+    is_present = _as_floats(g, g.emit("Greater", size, g.scalar(0)))
+    sums = [g.emit("ReduceSum", value, attrs={"keepdims": 0}) for value in (class_values, is_present)]
+    g.emit("Div", *sums, out=VALUE)
 
 
 _METRICS: dict[str, Callable[[Graph, tuple[int, ...], Features], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Collection, Mapping, Sequence
 
@@ -23,7 +24,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.augmentation import augment_plan
 from fedprune_export.training.losses import target_shape, write_loss
-from fedprune_export.training.metrics import embedded_metric
+from fedprune_export.training.metrics import metric_graph
 from fedprune_export.training.optimizers import TrainedTensor, add_inputs, forward_value, write_updates
 
 
@@ -168,7 +169,9 @@ def _add_metadata(graph: Graph, model: Model, features: Features) -> None:
     """Add the trainer's further inputs to the metadata: metric, augmentations, bounds of a length, ignored label."""
     labels = next(p for p in graph.inputs if p.name == step_contract.Y)
     if features.metric:
-        graph.metadata[step_contract.METRIC_METADATA] = embedded_metric(model, labels, features)
+        # At the opset of training graphs: every onnxruntime that boards have loads it.
+        raw_metric = metric_graph(model, labels, features).to_bytes(opset=17)
+        graph.metadata[step_contract.METRIC_METADATA] = base64.b64encode(raw_metric).decode()
     if features.augment and LENGTH_METADATA in model.graph.metadata:
         raise ConfigError("with samples of different lengths", path=("recipe", "augment"), expected="one of the two")
     if features.augment:

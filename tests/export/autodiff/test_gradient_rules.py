@@ -354,7 +354,6 @@ REDUCTIONS: dict[str, Oracle] = {
     "ReduceL2": lambda x, a, k: torch.linalg.vector_norm(x, dim=a, keepdim=k),
     "ReduceSumSquare": lambda x, a, k: (x * x).sum(a, keepdim=k),
     "ReduceLogSumExp": lambda x, a, k: x.logsumexp(a, keepdim=k),
-    "ReduceLogSum": lambda x, a, k: x.sum(a, keepdim=k).log(),
 }
 
 
@@ -373,9 +372,8 @@ def test_reductions(op: str, data: st.DataObject) -> None:
     elif axes is not None:
         attrs["axes"] = axes
     oracle = lambda x: REDUCTIONS[op](x, axes or [0, 1, 2, 3], keep)  # noqa: E731
-    fed = {"x": positive(x) if op == "ReduceLogSum" else x}
     linear, narrow = op in ("ReduceSum", "ReduceMean"), {"c": 2, "d": 2}
-    check([node(op, "x", *constants, **attrs)], oracle, fed, {"x": shape}, constants, sums=linear, narrow=narrow)
+    check([node(op, "x", *constants, **attrs)], oracle, {"x": x}, {"x": shape}, constants, sums=linear, narrow=narrow)
 
 
 for _zeros in range(3):

@@ -48,11 +48,11 @@ def pieces(op: str, outputs: Sequence[str], *inputs: str, **attrs: Any) -> Node:
 MAPS: list[tuple[str, Arrays, dict[str, Any], Oracle]] = [
     ("Flatten", {}, {"axis": 1}, lambda x: x.flatten(1)),
     ("Flatten", {}, {"axis": 2}, lambda x: x.reshape(12, 20)),
-    ("Reshape", {"s": ints(0, -1)}, {}, lambda x: x.reshape(2, -1)),
-    ("Reshape", {"s": ints(-1, 120)}, {}, lambda x: x.reshape(2, 120)),
-    ("Reshape", {"s": ints(0, 0, 20)}, {}, lambda x: x.reshape(2, 6, 20)),
-    ("Reshape", {"s": ints(0, 0, 2, 2, 5)}, {}, lambda x: x.reshape(2, 6, 2, 2, 5)),
-    ("Reshape", {"s": ints(-1, 1, 6, 4, 5)}, {}, lambda x: x.reshape(2, 1, 6, 4, 5)),
+    ("Reshape", {"s": ints(0, -1)}, {"values": {"y": ("N", "c*20")}}, lambda x: x.reshape(2, -1)),
+    ("Reshape", {"s": ints(-1, 120)}, {"values": {"y": ("N", "c*20")}}, lambda x: x.reshape(2, 120)),
+    ("Reshape", {"s": ints(0, 0, 20)}, {"values": {"y": ("N", "c", 20)}}, lambda x: x.reshape(2, 6, 20)),
+    ("Reshape", {"s": ints(0, 0, 2, 2, 5)}, {"values": {"y": ("N", "c", 2, 2, 5)}}, lambda x: x.reshape(2, 6, 2, 2, 5)),
+    ("Reshape", {"s": ints(-1, 1, 6, 4, 5)}, {"values": {"y": ("N", 1, "c", 4, 5)}}, lambda x: x[:, None]),
     ("Unsqueeze", {"a": ints(1, -1)}, {}, lambda x: x[:, None, ..., None]),
     ("Transpose", {}, {"perm": [0, 2, 3, 1]}, lambda x: x.permute(0, 2, 3, 1)),
     ("Transpose", {}, {}, lambda x: x.permute(3, 2, 1, 0)),
@@ -234,13 +234,14 @@ row(
         node("Transpose", "x", perm=[1, 0], out="t"),
         node("MatMul", "x", "t", out="m"),
         node("Reshape", "m", "s", out="r"),
-        node("Tanh", "r"),
+        node("Reshape", "r", "flat", out="f"),
+        node("Tanh", "f"),
     ],
-    lambda x: (x @ x.T)[:, None].tanh(),
+    lambda x: (x @ x.T).reshape(-1).tanh(),
     {"x": normal(3, 5)},
     {"x": ("N", "c")},
-    {"s": ints(0, 1, -1)},
-    values={"m": ("N", "N"), "r": ("N", 1, "N"), "y": ("N", 1, "N")},
+    {"s": ints(0, 1, -1), "flat": ints(-1)},
+    values={"m": ("N", "N"), "r": ("N", 1, "N")},
     narrow={"c": 3},
 )
 
@@ -604,7 +605,7 @@ AT_ROWS: Arrays = {"b": ints(1), "e": ints(4), "a": ints(1)}
 CORNERS = np.array([0, 0, 0, 0, 1, 1, 0.5, 1], np.float32)
 REFUSED: list[tuple[str, list[Node], Dims, Arrays, Shapes]] = [
     (
-        "the_Reshape.*multiple of the batch",
+        "the_Reshape.*no linear form of the batch",
         [
             *BATCH,
             node("Div", "six", "n", out="m"),

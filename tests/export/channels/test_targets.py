@@ -87,7 +87,7 @@ def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("targets", "code", "message"),
     [
-        ("raspberry-pi-5,raspberry-pi-5", ExitCode.USAGE, "--target raspberry-pi-5 comes twice"),
+        ("raspberry-pi-5,raspberry-pi-5", ExitCode.USAGE, "two targets have the same name"),
         (",", ExitCode.USAGE, "--target: expected the name"),
         ("raspberry-pi-5,toaster", ExitCode.PROFILE, "toaster"),
     ],

@@ -159,22 +159,26 @@ def squeezed(g: Graph) -> str:
     return g.emit("Add", g.emit("MatMul", g.emit("Squeeze", g.emit("GlobalAveragePool", "image")), "v"), "b")
 
 
-def single_map(g: Graph) -> str:
-    rows = g.emit("Flatten", g.emit("Squeeze", "image", g.ints(0)), attrs={"axis": 1})
-    return g.emit("Add", g.emit("MatMul", g.emit("ReduceMean", rows, attrs={"axes": [1], "keepdims": 0}), "v"), "b")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_squeeze_leaves_the_batch_on_another_axis_of_1(axis: int) -> None:
+    raw = file_of(lambda g: g.emit("Squeeze", g.emit("MatMul", "image", "v"), g.ints(axis)), (1, 1, 4), 2, v=(4, 3))
+    model = import_onnx(raw, "net")
+    assert model.architecture.output_shape == (3,)
+    check_equal(model, raw, 1, axis=1)
 
 
-def taken_sample(g: Graph) -> str:
-    means = g.emit(
-        "GlobalAveragePool", g.emit("Unsqueeze", g.emit("Gather", "image", g.constant(0, np.int64)), g.ints(0))
-    )
-    return g.emit("Add", g.emit("MatMul", g.emit("Reshape", means, g.ints(-1)), "v"), "b")
+def test_a_squeeze_keeps_a_batch_of_1_unless_later_axes_are_counted_from_the_first() -> None:
+    def shares(g: Graph) -> str:
+        return g.emit("Mul", g.emit("Softmax", squeezed(g), attrs={"axis": 0}), "b")
 
-
-@pytest.mark.parametrize("build", [squeezed, single_map, taken_sample])
-def test_a_file_that_removes_its_batch_of_1(build: Build) -> None:
-    raw = file_of(build, (1, 3, 4, 4), 1, v=(3, 2), b=(2,))
+    raw, other = (file_of(build, (1, 3, 4, 4), 1, v=(3, 2), b=(2,)) for build in (squeezed, shares))
     check_equal(import_onnx(raw, "net"), raw, 1, output_axis=None)
+    with pytest.raises(ModelError, match=r"depend on each other.*dynamic batch"):
+        import_onnx(other, "net")
+
+
+def mean_of_samples(g: Graph) -> str:
+    return g.emit("ReduceMean", "image", attrs={"axes": [0], "keepdims": 1})
 
 
 def products_of_samples(g: Graph) -> str:
@@ -188,28 +192,18 @@ def writes(g: Graph) -> str:
 
 
 @pytest.mark.parametrize(
-    ("build", "text"),
+    ("batch", "build", "text"),
     [
-        (
-            lambda g: g.emit("Sub", "image", g.emit("ReduceMean", "image", attrs={"axes": [0], "keepdims": 1})),
-            "ReduceMean",
-        ),
-        (products_of_samples, "MatMul"),
-        (lambda g: g.emit("Mul", "image", "places"), "depend on each other"),
-        (writes, "depend on each other"),
+        (3, lambda g: g.emit("Sub", "image", mean_of_samples(g)), "ReduceMean"),
+        ("N", mean_of_samples, "ReduceMean"),
+        (3, products_of_samples, "MatMul"),
+        (3, lambda g: g.emit("Mul", "image", "places"), "depend on each other"),
+        (3, writes, "depend on each other"),
     ],
 )
-def test_samples_that_depend_on_each_other_are_refused(build: Build, text: str) -> None:
+def test_samples_that_depend_on_each_other_are_refused(batch: int | str, build: Build, text: str) -> None:
     with pytest.raises(ModelError, match=f"{text}.*dynamic batch"):
-        import_onnx(file_of(lambda g: g.emit("MatMul", build(g), "v"), (3, 4), 2, places=(3, 4), v=(4, 2)), "net")
-
-
-def test_a_file_of_any_batch_that_mixes_samples_is_refused() -> None:
-    def build(g: Graph) -> str:
-        return g.emit("MatMul", g.emit("ReduceMean", "image", attrs={"axes": [0], "keepdims": 1}), "v")
-
-    with pytest.raises(ModelError, match="batch"):
-        import_onnx(file_of(build, ("N", 4), 2, v=(4, 2)), "net")
+        import_onnx(file_of(lambda g: g.emit("MatMul", build(g), "v"), (batch, 4), 2, places=(3, 4), v=(4, 2)), "net")
 
 
 def test_inputs_and_states_with_the_same_batch() -> None:
@@ -224,6 +218,14 @@ def test_inputs_and_states_with_the_same_batch() -> None:
     session = OnnxSession(graph.to_bytes())
     expected = [next(iter(session.run({"image": i, "state": s}).values())) for i, s in zip(image, state, strict=True)]
     assert distance(outputs(model.graph, x), np.concatenate(expected)) < 1e-5
+
+
+def test_a_difference_of_inputs_is_proved_with_numbers_that_differ() -> None:
+    graph = Graph(inputs=[Port(name, F32, (3, 4)) for name in ("left", "right")])
+    places = graph.constant(RANDOM.standard_normal((3, 4)), F32)
+    graph.outputs = [Port(graph.emit("Mul", graph.emit("Sub", "left", "right"), places), F32, (3, 4))]
+    with pytest.raises(ModelError, match="depend on each other"):
+        import_onnx(graph.to_bytes(), "net")
 
 
 def masked(size: int, *, flat: bool) -> Build:
@@ -255,15 +257,10 @@ def test_what_is_repeated_for_each_sample(layer: str, size: int) -> None:
     check_equal(import_onnx(raw, "net"), raw, size)
 
 
-def test_a_tensor_with_the_same_row_for_each_sample_keeps_its_name() -> None:
-    graph = Graph(inputs=[Port("image", F32, (3, 4))])
-    row = RANDOM.standard_normal((1, 4)).astype(np.float32)
-    graph.initializers |= {"rows": np.repeat(row, 3, 0), "v": RANDOM.standard_normal((4, 2)).astype(np.float32)}
-    added = graph.emit("Tanh", graph.emit("Add", graph.emit("Tanh", "image"), "rows"))
-    graph.outputs = [Port(graph.emit("MatMul", added, "v"), F32, (3, 2))]
-    model = import_onnx(graph.to_bytes(), "net")
-    assert model.tensors["rows"].shape == (1, 4)
-    check_equal(model, graph.to_bytes(), 3)
+def test_a_row_that_is_stored_for_each_sample() -> None:
+    rows = np.repeat(RANDOM.standard_normal((1, 4)), 3, 0)
+    raw = file_of(lambda g: g.emit("Gemm", g.emit("Add", "image", g.constant(rows, F32)), "v"), (3, 4), 2, v=(4, 2))
+    check_equal(import_onnx(raw, "net"), raw, 3)
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 3])

@@ -88,7 +88,6 @@ BODIES = {
         t = Transpose<perm=[0, 2, 1, 3]>(r) u = Transpose<perm=[2, 0, 1, 3]>(r) a = Relu(t)
         p = ms.FusedMatMul<transB = 1>(a, t) s = ms.FusedMatMul(p, t) o = Transpose<perm=[0, 2, 1, 3]>(s)
         back = Constant<value_ints=[0, 0, 8]>() m = Reshape(o, back) h = MatMul(m, w)""",
-    "TransposeMatMul": "h = ms.TransposeMatMul<transB = 1>(x, w)",
     "BiasGelu": f"{PROJECTED} a = ms.BiasGelu(q, b) h = MatMul(a, w)",
     "FastGelu": f"{PROJECTED} a = ms.FastGelu(q, b) h = MatMul(a, w)",
     "FastGelu without a bias": f"{PROJECTED} a = ms.FastGelu(q) h = MatMul(a, w)",

@@ -50,18 +50,10 @@ def _norm_by(power: Callable[[Graph, str], str]) -> Callable[[Graph], str]:
     return build
 
 
-@pytest.mark.parametrize("exponent", [4, 6])
-def test_a_norm_that_the_optimiser_takes_for_another_is_written_otherwise(exponent: int) -> None:
-    model, graph = model_of(_norm_by(lambda g, x: g.emit("Pow", x, g.constant(exponent, np.float32))), 3)
-    x = np.random.default_rng(1).standard_normal((7, 3)).astype(np.float32)
-    expected = OnnxSession(graph.to_bytes(), exact=True).run({"image": x})[graph.outputs[0].name]
-    assert distance(OnnxSession(graph.to_bytes()).run({"image": x})[graph.outputs[0].name], expected) > 0.1
-    assert distance(outputs(model.graph, x), expected) < 1e-5
-
-
-def test_what_the_optimiser_breaks_is_refused_with_a_way_out() -> None:
+@pytest.mark.parametrize("exponent", [4, -2])
+def test_what_the_optimiser_breaks_is_refused_with_a_way_out(exponent: int) -> None:
     with pytest.raises(ModelError, match=r"optimiser.*write powers .* as products"):
-        model_of(_norm_by(lambda g, x: g.emit("Pow", x, g.constant(-2, np.float32))), 3)
+        model_of(_norm_by(lambda g, x: g.emit("Pow", x, g.constant(exponent, np.float32))), 3)
     model, graph = model_of(_norm_by(lambda g, x: g.emit("Reciprocal", g.emit("Mul", x, x))), 3)
     assert same(model, graph)
 

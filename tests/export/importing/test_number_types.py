@@ -176,30 +176,16 @@ def test_weights_in_constant_nodes_behind_others_are_trained(kind: Any) -> None:
     check_weights(text_file(f"{body} {mlp('wf', 'bf', 'vf')}", {}, constants=constants), (5, 6), (5,), (5, 4))
 
 
-@pytest.mark.parametrize("per_axis", [True, False])
 @pytest.mark.parametrize("in_node", [True, False])
-def test_sparse_weights_are_trained_densely(per_axis: bool, in_node: bool) -> None:
-    dense = RANDOM.standard_normal((6, 5)).astype(np.float32)
-    dense[np.abs(dense) < 1] = 0
-    indices = np.argwhere(dense) if per_axis else np.flatnonzero(dense)
-    values = numpy_helper.from_array(dense[dense != 0], "w")
-    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(indices.astype(np.int64), "w.places"), [6, 5])
+def test_sparse_weights_are_refused(in_node: bool) -> None:
+    values, places = numpy_helper.from_array(np.ones(2, np.float32), "w"), numpy_helper.from_array(np.array([1, 8]))
+    sparse = helper.make_sparse_tensor(values, places, [6, 5])
     proto = onnx.load_from_string(text_file(mlp("w", "b", "v"), normal(b=(5,), v=(5, 4))))
     if in_node:
         proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], sparse_value=sparse))
     else:
         proto.graph.sparse_initializer.append(sparse)
-    model = check_weights(proto.SerializeToString(), (6, 5), (5,), (5, 4))
-    assert any("sparse" in note for note in model.notes)
-    np.testing.assert_array_equal(model.tensors["w"], dense)
-
-
-def test_a_huge_sparse_tensor_is_refused() -> None:
-    values, places = (numpy_helper.from_array(np.ones(1, kind), "w") for kind in (np.float32, np.int64))
-    sparse = helper.make_sparse_tensor(values, places, [2**20, 2**20])
-    proto = onnx.load_from_string(text_file(mlp("w", "b", "v"), normal(b=(5,), v=(5, 4))))
-    proto.graph.sparse_initializer.append(sparse)
-    with pytest.raises(ModelError, match="'w'"):
+    with pytest.raises(ModelError, match="also zeros"):
         import_onnx(proto.SerializeToString(), "net")
 
 

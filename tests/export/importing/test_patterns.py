@@ -159,6 +159,13 @@ def test_mish_with_the_softplus_of_torch() -> None:
     assert ops(build) == ["Mish"]
 
 
+def test_a_bound_that_no_usual_number_reaches_stays() -> None:
+    def build(g: Graph, x: str) -> str:
+        return g.emit("Where", g.emit("Greater", x, g.scalar(60)), g.scalar(60), g.emit("Softplus", x))
+
+    assert "Where" in ops(build)
+
+
 def _unlike(change: str) -> Build:
     """Something that is nearly a known operator."""
 

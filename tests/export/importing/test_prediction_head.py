@@ -11,6 +11,8 @@ from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import OnnxSession
 from fedprune_export.bundles.conversion import onnx_file
 from fedprune_export.importing import ImportChoices, import_onnx
+from fedprune_export.importing.metadata import FILE_END_KEY
+from fedprune_export.importing.prediction_head import own_outputs
 from fedprune_export.pruning.model import Model
 
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
@@ -206,3 +208,8 @@ def test_an_end_that_would_fill_the_memory_is_left_out(op: str) -> None:
         nodes.insert(2, helper.make_node("Cast", ["count"], ["many"], to=FLOAT))
     raw = file_of(nodes, {"label": (INT64, ["N"]), "wide": (FLOAT, [None] * (2 if op == "Tile" else 5))})
     assert any("Predictions lack the file's own end" in note for note in import_onnx(raw, "model").notes)
+
+
+def test_a_damaged_end_is_refused() -> None:
+    with pytest.raises(ModelError, match="in base64"):
+        own_outputs({FILE_END_KEY: "7"})

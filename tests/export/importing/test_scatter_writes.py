@@ -67,3 +67,14 @@ def test_other_writes_train_with_all_their_channels(op: str, written: list[int],
     model = net(op, written, channels=channels, reduction="add")
     assert [g.size for g in model.architecture.groups] == [6], model.notes
     assert any(n.op == op for n in model.graph.nodes)
+
+
+def test_indices_of_a_weight_stay_computed_because_training_changes_them() -> None:
+    graph, rng = Graph(inputs=[Port("image", F32, ("N", 5))]), np.random.default_rng(0)
+    shapes = {"a": (5, 8), "b": (5, 2), "c": (8, 3)}
+    graph.initializers = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    base, new = (graph.emit("MatMul", "image", name) for name in "ab")
+    indices = graph.emit("Expand", graph.emit("ArgMax", "b", attrs={"axis": 0}), graph.emit("Shape", new))
+    value = graph.emit("MatMul", graph.emit("ScatterElements", base, indices, new, attrs={"axis": 1}), "c")
+    graph.outputs = [Port(value, F32, ("N", 3))]
+    assert any(n.op == "ScatterElements" for n in import_onnx(graph.to_bytes(), "net").graph.nodes)

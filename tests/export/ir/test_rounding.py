@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ModelError
-from fedprune_export.ir.rounding import check_outputs, round_array
+from fedprune.runtime.session import OnnxSession
+from fedprune_export.ir.rounding import check_outputs, relative_distance, round_array, round_weights
+from support.nets.onnx_text import text_file
 
 X = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
 
@@ -36,3 +38,10 @@ def test_what_moves_by_rounding_as_far_as_it_is_large_proves_nothing() -> None:
         check_outputs(
             X * 1.1, X, lambda random: round_array(X + np.float32(1e7), random) - np.float32(1e7), "they differ"
         )
+
+
+@pytest.mark.parametrize("weights", [{"tensors": {"w": X[0]}}, {"tensors": {}, "constants": {"w": X[0]}}])
+def test_weights_move_wherever_a_file_stores_them(weights: dict) -> None:
+    raw = text_file("y = Mul(x, w)", x="float[N,5] x", y="float[N,5] y", **weights)
+    files = raw, round_weights(raw, np.random.default_rng(0))
+    assert 0 < relative_distance(*(OnnxSession(file).run({"x": X})["y"] for file in files)) < 3e-7

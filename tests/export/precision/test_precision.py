@@ -56,17 +56,18 @@ class Sequences(nn.Module):
 
 
 class Layers(nn.Module):
-    """Linear layers with batch norms, and nothing else."""
+    """Linear layers with a batch norm, a weight divided by its length, and a shift that a layer makes of constants."""
 
     input_shape = (12,)
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Linear(12, 16), nn.BatchNorm1d(16)
-        self.second = nn.Linear(16, 4)
+        self.second, self.shift = nn.Linear(16, 4, bias=False), nn.Linear(3, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.relu(self.norm(self.first(x))))
+        weight = self.second.weight / self.second.weight.square().sum().sqrt()
+        return torch.relu(self.norm(self.first(x))) @ weight.T + self.shift(torch.ones(1, 3))
 
 
 NETS: Mapping[str, Callable[[], nn.Module]] = {
@@ -241,7 +242,7 @@ def test_onnxruntime_fuses_all_layers(name: str, expected: dict[str, int], tmp_p
     assert not counts.keys() & {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Clip"}
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet20", "mobilenet"])
+@pytest.mark.parametrize("name", ["lenet", "resnet20", "mobilenet", "layers"])
 def test_int8_computes_what_the_standard_says(name: str, tmp_path: Path) -> None:
     """onnx's interpreter takes every operator by itself; fused integers may round to a neighbour here and there."""
     model = net(name)[1]

@@ -116,7 +116,7 @@ NETS |= {
         lambda g, v: g.emit("Gather", v, g.ints(7, 3, 5, 1, 6, 2, 4, 0), attrs={"axis": 1}), [6]
     ),
     "einsum_as_a_layer": Net(
-        lambda g, v: g.emit("Einsum", v, weight(g, "matrix", 7, 8), attrs={"equation": "nchw,oc->nohw"}),
+        lambda g, v: g.emit("Einsum", v, weight(g, "matrix", 7, 8), attrs={"equation": "nc...,oc->no..."}),
         [8, 7, 6],
         width=7,
     ),
@@ -126,9 +126,6 @@ NETS |= {
     "unit_length": Net(lambda g, v: g.emit("LpNormalization", v, attrs={"axis": 1}), [6]),
     "softmax_of_places": Net(lambda g, v: g.emit("Softmax", v, attrs={"axis": 3}), [8, 6]),
     "triangles": Net(lambda g, v: g.emit("Trilu", v), [8, 6]),
-    "the_same_number_for_all": Net(
-        lambda g, v: g.emit("Mul", v, g.constant(np.full((1, 8, 1, 1), 0.7), np.float32)), [8, 6]
-    ),
     "lstm_with_peepholes": Net(lambda g, v: recurrent(g, v, "LSTM", 4, peepholes=True), [8, 5], width=5, features=True),
     "gru_with_reset_first": Net(
         lambda g, v: recurrent(g, v, "GRU", 3, direction="bidirectional", linear_before_reset=1),
@@ -223,7 +220,7 @@ def boxes_that_are_kept(graph: Graph, value: str) -> str:
     return graph.emit("Transpose", back, attrs={"perm": [0, 2, 1]})
 
 
-@net(6, width=7)
+@net(8, 7, 6, width=7)
 def einsum_without_an_output(graph: Graph, value: str) -> str:
     mixed = graph.emit("Einsum", value, weight(graph, "matrix", 8, 7), attrs={"equation": "nbhw,bz"})
     return graph.emit("Transpose", mixed, attrs={"perm": [1, 3, 0, 2]})

@@ -87,17 +87,16 @@ class Noise(nn.Module):
 
 
 class Path(nn.Module):
-    """Stochastic depth by a function, as it is written without a module of its own, around a layer."""
+    """Stochastic depth by a function, as it is written without a module of its own: two branches share a mask."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        y = torch.relu(self.fc(x))
-        if mask is not None:
-            return x + y * mask
-        return x + y if not self.training else x + y * x.new_empty((len(x), 1)).bernoulli_(0.75) / 0.75
+        if mask is None:
+            mask = x.new_empty((len(x), 1)).bernoulli_(0.75) / 0.75 if self.training else torch.ones(1)
+        return torch.tanh(x) * mask + torch.relu(self.fc(x)) * mask
 
 
 class Training(nn.Module):
@@ -108,13 +107,14 @@ class Training(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.fc, self.noise, self.path = nn.Linear(5, width), Noise(0.3), Path(width)
+        # A name that torch.fx.GraphModule has, too.
+        self.fc, self.noise, self.graph = nn.Linear(5, width), Noise(0.3), Path(width)
         self.out = nn.Linear(width, CLASSES)
 
     def forward(self, x: torch.Tensor, drawn: Drawn = ()) -> torch.Tensor:
         h = self.fc(x)
         h = h + drawn[0] * 0.3 if drawn else self.noise(h)
-        return self.out(self.path(h, drawn[1] if drawn else None))
+        return self.out(self.graph(h, drawn[1] if drawn else None))
 
 
 class DropPath(nn.Module):
@@ -312,30 +312,6 @@ def test_a_dropout_in_place_is_exported() -> None:
     assert sorted(ratios_of(import_onnx(export_torch(InPlace()), "n"))) == [0.25, 0.5]
 
 
-class Frozen(nn.Module):
-    """Dropouts that are nothing in training mode, either."""
-
-    input_shape = (5,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.drop, self.fc2 = nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, CLASSES)
-
-    def train(self, mode: bool = True) -> nn.Module:
-        super().train(mode)
-        self.drop.eval()
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.drop(nn.functional.dropout(self.fc1(x), 0.3, training=False)))
-
-
-def test_a_dropout_that_is_off_in_training_mode_stays_off() -> None:
-    model = import_onnx(export_torch(Frozen()), "frozen")
-    assert not ratios_of(model)
-    assert not model.notes
-
-
 class Labelled(nn.Module):
     """A module that can't be run without labels in training mode."""
 
@@ -356,6 +332,39 @@ def test_a_module_that_takes_more_in_training_mode_keeps_its_dropouts() -> None:
     assert ratios_of(model) == [0.5]
     assert any("training mode" in note for note in model.notes)
     assert module.training
+
+
+class Frozen(Labelled):
+    """Dropouts that are nothing in training mode, either."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.drop.eval()
+        return self
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.fc2(self.drop(nn.functional.dropout(self.fc1(x), 0.3, training=False)))
+
+
+def test_a_dropout_that_is_off_in_training_mode_stays_off() -> None:
+    model = import_onnx(export_torch(Frozen()), "frozen")
+    assert not ratios_of(model)
+    assert not model.notes
+
+
+class Masked(nn.Linear):
+    input_shape, mask = (5,), staticmethod(torch.ones_like)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (self.mask(x[:, :1]) if self.training else 1)
+
+
+def test_draws_that_are_no_means_in_an_export_are_left_out_and_noted() -> None:
+    module, x = Masked(5, CLASSES).eval(), torch.rand(2, 5)
+    for module.mask in (lambda x: (x * 0 + 0.7).bernoulli() / 0.7, lambda x: 1 + bool(torch.rand([]) < 0.1)):
+        model = import_onnx(export_torch(module), "masked")
+        np.testing.assert_allclose(predict(model, x.numpy()), module(x).detach(), atol=1e-5)
+        assert len(model.notes) == 1
 
 
 class Attention(nn.Module):
@@ -541,7 +550,7 @@ BAD_DRAWS = ("3", '{"d": ["normal", 0]}', '{"d": ["normal", 0, -1]}', '{"d": ["u
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        *(("dropout_axes", "3"), ("dropout_axes", '{"d": ["a"]}'), ("instance_norms", "{}")),
+        *(("dropout_axes", "{"), ("dropout_axes", '{"d": ["a"]}'), ("instance_norms", "{}")),
         *(("draws", text) for text in BAD_DRAWS),
     ],
 )

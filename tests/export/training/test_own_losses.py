@@ -22,7 +22,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.autodiff.tape import BATCH, port
-from fedprune_export.importing.user_graphs import import_loss, read_loss
+from fedprune_export.importing.user_graphs import LOSS_KEY, embed_user_graph, import_user_graphs
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.losses import write_loss
 from fedprune_export.training.step_graph import training_graph
@@ -38,7 +38,9 @@ Array = np.ndarray[Any, Any]
 def session(name: str, outputs: tuple[int, ...]) -> OnnxSession:
     """The loss alone, with the gradient by the outputs."""
     example = own_losses.Ctc(outputs[1]) if name == "ctc" else getattr(own_losses, name)
-    loss, g = import_loss(read_loss(example, outputs), outputs), Graph(name="loss")
+    texts = {LOSS_KEY: embed_user_graph(LOSS_KEY, example, outputs)}
+    (loss, _), g = import_user_graphs(texts, outputs), Graph(name="loss")
+    assert loss is not None
     g.inputs = [port("z", (BATCH, *outputs)), loss.graph.inputs[1]]
     g.outputs = [port(step_contract.LOSS, ()), port("dz", (BATCH, *outputs))]
     g.emit("Identity", write_loss(g, "z", outputs, Features(loss=CUSTOM_LOSS), loss), out="dz")

@@ -1,5 +1,6 @@
 """Losses of a user's own: exported with the model, differentiated by the compiler, trained without torch."""
 
+import base64
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 from fedprune_device.training.training_task import TrainingTask
 from fedprune_export.importing import ImportChoices, export_torch, import_onnx, read_source
-from fedprune_export.importing.user_graphs import read_loss
+from fedprune_export.importing.user_graphs import LOSS_KEY, embed_user_graph
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import outputs
 from support.oracles.torch_losses import focal
@@ -180,7 +181,7 @@ def test_a_model_keeps_its_loss_in_its_file(net: Pixels, tmp_path: Path, monkeyp
     (tmp_path / "losses_of_this_test.py").write_text(
         "def error(outputs, labels):\n    return (outputs - labels).abs().flatten(1).mean(1)\n"
     )
-    (tmp_path / "error.onnx").write_bytes(read_loss(focal, (K, SIDE, SIDE)))
+    (tmp_path / "error.onnx").write_bytes(base64.b64decode(embed_user_graph(LOSS_KEY, focal, (K, SIDE, SIDE))))
     monkeypatch.syspath_prepend(tmp_path)
     for source, operator in (("losses_of_this_test:error", "Abs"), (str(tmp_path / "error.onnx"), "Softplus")):
         model = import_onnx(read_source(tmp_path / "net.onnx", ImportChoices(loss=source)), "net")

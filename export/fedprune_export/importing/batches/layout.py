@@ -73,29 +73,21 @@ def move_batch_first(graph: Graph, layout: BatchLayout) -> Graph:
         moved.inputs[index] = Port(port.name, port.dtype, (size, *shape))
         if axis:
             value = moved.fresh(port.name)
-            for node in moved.nodes:
-                node.inputs = [value if name == port.name else name for name in node.inputs]
+            moved.rename({port.name: value})
             moved.emit("Transpose", port.name, attrs={"perm": [1, 0, *range(2, len(port.shape))]}, out=value)
             moved.nodes.insert(0, moved.nodes.pop())
     return moved
 
 
-def move_outputs_first(graph: Graph, axes: Mapping[str, int | None]) -> None:
+def move_outputs_first(graph: Graph, axes: Mapping[str, int]) -> None:
     """Move the batch of outputs from the axes that hold it to the front; the graph is changed."""
     for port in graph.outputs:
         if axis := axes[port.name]:
+            value = graph.fresh(port.name)
+            graph.rename({port.name: value})
             order = [axis, *(a for a in range(len(port.shape)) if a != axis)]
-            end_with(graph, port, "Transpose", attrs={"perm": order})
-
-
-def end_with(graph: Graph, port: Port, op: str, *inputs: str, attrs: Mapping[str, object] | None = None) -> None:
-    """Let an output be computed by one more node, from the value that it is now."""
-    value = graph.fresh(port.name)
-    for node in graph.nodes:
-        node.inputs = [value if name == port.name else name for name in node.inputs]
-        node.outputs = [value if name == port.name else name for name in node.outputs]
-    graph.emit(op, value, *inputs, attrs=attrs, out=port.name)
-    graph.nodes[-1].name = graph.fresh(op)  # the node before may be named after the output
+            graph.emit("Transpose", value, attrs={"perm": order}, out=port.name)
+            graph.nodes[-1].name = graph.fresh("Transpose")  # the node before may be named after the output
 
 
 def _is_name(pattern: re.Pattern[str], dim: Dim) -> bool:

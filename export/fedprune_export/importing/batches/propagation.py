@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
+from typing import NamedTuple
 
 from fedprune.core.errors import ModelError, value_text
-from fedprune_export.importing.batches.layout import end_with, move_outputs_first
+from fedprune_export.importing.batches.layout import move_outputs_first
 from fedprune_export.ir.graph import Array, Graph, Node, Port, node_label
 from fedprune_export.ir.operators import SIZE_OPERATORS
 from fedprune_export.ir.shape_inference import InferredShapes, ShapeError, infer_node, set_value
@@ -19,36 +20,17 @@ FREE_BATCH_HINT = (
 )
 
 
-@dataclass(frozen=True)
-class Place:
-    """The axis of a value that holds the batch.
-
-    Attributes:
-        axis: The axis, of size `outer` · batch · `inner`.
-        added: Whether the file's own value lacks this axis, which is the first: the file has removed its batch of 1.
-    """
+class Place(NamedTuple):
+    """The axis of a value that holds the batch: its size is `outer` · batch · `inner`."""
 
     axis: int
     outer: int = 1
     inner: int = 1
-    added: bool = False
 
     @property
     def is_exact(self) -> bool:
         """Whether the axis holds nothing but the batch."""
         return self.outer == self.inner == 1
-
-    def with_batch(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
-        """The shape of a value with a batch of this size, from the shape in the file; -1 leaves the axis open."""
-        size = batch if batch < 0 else self.outer * batch * self.inner
-        return (size, *shape) if self.added else (*shape[: self.axis], size, *shape[self.axis + 1 :])
-
-
-ADDED = Place(0, added=True)
-
-
-class FreeingError(ModelError):
-    """A node for which the batch can't be made free."""
 
 
 class Propagation:
@@ -59,41 +41,43 @@ class Propagation:
         batch: The file's batch size, and `trial`, the one at which shapes are inferred.
         before: Shapes of the source by name; `shapes` are those of the written graph at the trial size.
         places: The batch's place in each value that has it.
-        narrowings: Tensors that forms have narrowed to one row, by name as they were, in order.
-        may_drop: Whether what the file does along an axis of its batch may be left out, as it does nothing.
     """
 
-    def __init__(self, source: Graph, batch: int, *, may_drop: bool) -> None:
-        self.source, self.batch, self.may_drop = source, batch, may_drop or batch > 1
-        inferred = shapes_at_batch(source, batch)
-        self.before, self._numbers = inferred.shapes, inferred.numbers
+    def __init__(self, source: Graph, batch: int) -> None:
+        self.batch = batch
+        self._read(source)
+        self._file_shapes = self.before
         # No other size of the graph, so that nothing broadcasts by chance.
         sizes = {batch, *(size for shape in self.before.values() for size in shape)}
         self.trial = next(size for size in count(3, 2) if size not in sizes)
         self.graph = source.copy_without_nodes()
         self.graph.inputs = [Port(p.name, p.dtype, ("N", *p.shape[1:])) for p in source.inputs]
         self.places = {port.name: Place(0) for port in source.inputs}
-        self.narrowings: list[tuple[str, Array]] = []
         self.shapes = InferredShapes(
             {port.name: (self.trial, *self.before[port.name][1:]) for port in source.inputs},
             {port.name: port.dtype for port in source.inputs},
         )
+
+    def _read(self, source: Graph) -> None:
+        self.source, inferred = source, shapes_at_batch(source, self.batch)
+        self.before, self._numbers = inferred.shapes, inferred.numbers
 
     def constant_value(self, name: str) -> Array | None:
         """A value of the file that doesn't depend on data; None if it may, or there is none."""
         if name in self.places or not name:
             return None
         if name not in self._numbers:
-            self._numbers |= run_values(self.source, [name], self.batch)
-        return self._numbers[name]
+            with suppress(ModelError):
+                self._numbers |= run_values(self.source, [name], self.batch)
+        return self._numbers.get(name)
 
     def accept(self, forms: Iterator[Place | None], node: Node) -> Iterator[bool]:
         """Stop at each form of a node in which the batch has a place in all outputs, in place of the form before.
 
-        Raises `FreeingError` if there is no such form, with the first one's reason.
+        Raises `ModelError` if there is no such form, with the first one's reason.
         """
         start, reason, is_accepted = len(self.graph.nodes), None, False
-        narrowing_count = len(self.narrowings)
+        source = self.source
         for place in forms:
             try:
                 for written in self.graph.nodes[start:]:
@@ -102,19 +86,17 @@ class Propagation:
                 self.graph.nodes[-1].name = node.name
             except ShapeError:
                 reason = reason or self.error(node, "its sizes fit no other batch")
-            except FreeingError as error:
+            except ModelError as error:
                 reason = reason or error
             else:
                 is_accepted = True
                 yield True
             for output in [o for written in self.graph.nodes[start:] for o in written.outputs]:
-                for known in (self.shapes.shapes, self.shapes.dtypes, self.shapes.numbers, self.places):
-                    known.pop(output, None)
+                for values in (self.shapes.shapes, self.shapes.dtypes, self.shapes.numbers, self.places):
+                    values.pop(output, None)
             del self.graph.nodes[start:]
-            while len(self.narrowings) > narrowing_count:
-                name, value = self.narrowings.pop()
-                self.graph.initializers[name] = value
-                set_value(self.shapes, name, value)
+            if self.source is not source:
+                self._read(source)
         if not is_accepted:
             raise reason or self.error(node, "it has no form for other batches")
 
@@ -129,48 +111,56 @@ class Propagation:
                 set_value(self.shapes, name, value)
 
     def _locate(self, node: Node, place: Place | None) -> None:
-        """Find the batch in a node's outputs by their shapes. Raises `FreeingError` if samples are combined."""
+        """Find the batch in a node's outputs by their shapes. Raises `ModelError` if samples are combined."""
         data = node.inputs[: 1 if node.op == "CastLike" else 0 if node.op in SIZE_OPERATORS else None]
         is_batched = not self.places.keys().isdisjoint(data)
-        parts = {(1, 1), *((p.outer, p.inner) for p in map(self.places.get, node.inputs) if p)}
+        factors = {(1, 1), *(self.places[i][1:] for i in node.inputs if i in self.places)}
         for name in filter(None, node.outputs):
+            if len(self.before[name]) < len(self.shapes.shapes[name]):
+                self._keep_axis(self.graph.nodes[-1])
             before, after = self.before[name], self.shapes.shapes[name]
             if before == after and place is None:
                 if is_batched:
                     raise self.error(node, "it combines the samples of a batch")
                 continue
-            places = [ADDED] if self.batch == 1 else []
-            places += [
-                Place(a, *p) for p in sorted(parts) for a, d in enumerate(before) if d == p[0] * p[1] * self.batch
-            ]
-            found = [p for p in (places if place is None else [place]) if p.with_batch(before, self.trial) == after]
-            if not found:
+            places = [Place(axis, *f) for f in sorted(factors) for axis in range(len(before))]
+            fitting = [p for p in ([place] if place else places) if self._has_batch_at(p, before, after)]
+            if not fitting:
                 raise self.error(node, f"its output {list(before)} has no axis for the batch")
-            self.places[name] = found[0]
+            self.places[name] = fitting[0]
+
+    def _keep_axis(self, written: Node) -> None:
+        """Let the source, too, keep an axis that it removes, in the form that is written."""
+        source = self.source.copy()
+        source.nodes = [written.copy() if n.outputs == written.outputs else n for n in source.nodes]
+        source.initializers |= {i: v for i, v in self.graph.initializers.items() if i in written.inputs}
+        self._read(source)
+
+    def _has_batch_at(self, place: Place, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+        """Whether a value's shapes, in the file and at the trial size, differ by the batch at this place."""
+        axis, factor = place.axis, place.outer * place.inner
+        trial_shape = (*before[:axis], factor * self.trial, *before[axis + 1 :])
+        return before[axis] == factor * self.batch and after == trial_shape
 
     def finish(self) -> tuple[Graph, dict[str, int | None]]:
-        """The written graph with the batch first in its outputs, and the outputs' axes of it in the file.
+        """The written graph with the batch first in its outputs, and the outputs' axes of it in the file, or None.
 
-        Raises `FreeingError` if an output has no axis for the batch.
+        Raises `ModelError` if an output has no axis for the batch.
         """
         freed = self.graph.copy()
-        axes: dict[str, int | None] = {}
+        axes: dict[str, int] = {}
         for port in freed.outputs:
             place = self.places.get(port.name)
             if place is None or not place.is_exact:
                 raise self.error(self.source.producers()[port.name], f"output {value_text(port.name)} has no such axis")
-            axes[port.name] = None if place.added else place.axis
+            axes[port.name] = place.axis
             port.shape = (None,) * len(self.shapes.shapes[port.name])
-            # An output [1, classes] of one sample: the 1 stands for the batch, wherever it comes from.
-            if place.added and len(port.shape) > 2 and self.before[port.name][0] == 1:
-                end_with(freed, port, "Squeeze", freed.ints(1))
-                axes[port.name], port.shape = 0, port.shape[1:]
         move_outputs_first(freed, axes)
-        return freed, axes
+        return freed, {n: a if len(self._file_shapes[n]) == len(self.before[n]) else None for n, a in axes.items()}
 
-    def error(self, node: Node, reason: str) -> FreeingError:
+    def error(self, node: Node, reason: str) -> ModelError:
         """What to raise for a node."""
-        return FreeingError(
+        return ModelError(
             f"the file is made for batches of {self.batch}, and {node_label(node)} can't take others: {reason}",
             hint=FREE_BATCH_HINT,
         )

@@ -5,6 +5,6 @@ when all sizes are known. `store_weights` finds weights in other forms of storag
 """
 
 from fedprune_export.importing.number_types.single_precision import SinglePrecision, as_single_precision
-from fedprune_export.importing.number_types.stored_weights import store_densely, store_weights
+from fedprune_export.importing.number_types.stored_weights import store_weights
 
-__all__ = ["SinglePrecision", "as_single_precision", "store_densely", "store_weights"]
+__all__ = ["SinglePrecision", "as_single_precision", "store_weights"]

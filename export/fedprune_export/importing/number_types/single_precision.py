@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.errors import ModelError, error_reason
-from fedprune_export.importing.graph_writer import value_types
 from fedprune_export.importing.model_file import parse_model
-from fedprune_export.importing.original import random_feeds
-from fedprune_export.importing.raw_file import raw_session
-from fedprune_export.ir.graph import Graph, read_tensor
+from fedprune_export.importing.raw_file import bypass_nodes, raw_session
+from fedprune_export.importing.value_inference import value_types
+from fedprune_export.ir.graph import Array, Graph, read_dims, read_tensor
 from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.rounding import relative_distance
 from fedprune_export.ir.sample_inputs import vocabulary_size
@@ -43,37 +42,38 @@ class SinglePrecision:
     own: bytes
     types: tuple[int, ...]
 
-    def compare(self, ended: bytes, graph: Graph) -> str:
+    def compare(self, reference: bytes, outputs: list[str], removed: Mapping[str, str], graph: Graph) -> str:
         """Compare onnxruntime's runs of the file in its own types and in float32. Returns the note for the user.
 
         Raises `ModelError` if they differ by more than rounding explains.
 
         Args:
-            ended: The file in float32 as it was imported: perhaps without what is behind its training end.
+            reference: The file in float32 that the import was compared with.
+            outputs: The values at which it was compared.
+            removed: What it was left without, as in `TrainingEnd`.
             graph: The imported graph, whose embeddings say which identifiers are valid.
         """
         names = " and ".join(helper.tensor_dtype_to_np_dtype(kind).name for kind in self.types)
         tolerance = max(_TOLERANCES[kind] for kind in self.types)
         note = f"The file computes in {names}, the model in float32"
-        proto, own_proto = (parse_model(file, run_checker=False) for file in (ended, self.own))
+        proto, own_proto = (parse_model(file, run_checker=False) for file in (reference, self.own))
         types = {i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in own_proto.graph.input}
-        outputs = [o.name for o in proto.graph.output]
         try:
             # Optimised, onnxruntime would compute part of it in float32, and it crashes on some files of float16.
-            own = raw_session(_ended_like(own_proto, proto), outputs, exact=True)
+            own = raw_session(bypass_nodes(own_proto, removed), outputs, exact=True)
         except ModelError as error:
             reason = error_reason(error.__cause__ or error).rpartition(" : ")[2]
             return (
                 f"{note}. onnxruntime doesn't run the file as it is here, so its float32 was compared alone: {reason}"
             )
-        numbers = random_feeds(proto.graph, seed=1, below=vocabulary_size(graph))
+        numbers = _random_feeds(proto.graph, below=vocabulary_size(graph))
         # Rounded in the file's own types first, which float32 then takes as they are.
         feeds = {name: value.astype(types[name]) for name, value in numbers.items() if name in own.inputs}
         expected = own.run(feeds, outputs)
-        found = raw_session(ended, outputs).run({n: v.astype(numbers[n].dtype) for n, v in feeds.items()}, outputs)
-        finite = [n for n in outputs if np.isfinite(expected[n]).all() or not np.isfinite(found[n]).all()]
+        single = raw_session(reference, outputs).run({n: v.astype(numbers[n].dtype) for n, v in feeds.items()}, outputs)
+        finite = [n for n in outputs if np.isfinite(expected[n]).all() or not np.isfinite(single[n]).all()]
         for name in finite:
-            worst = relative_distance(expected[name], found[name])
+            worst = relative_distance(expected[name], single[name])
             if not worst <= tolerance:
                 raise ModelError(
                     f"the file computes in {names}, and its output differs in float32",
@@ -86,12 +86,12 @@ class SinglePrecision:
         return f"{note}. Outputs of the two agree to {tolerance:g}, which the type's roundings explain."
 
 
-def as_single_precision(raw: bytes, inlined: onnx.ModelProto) -> SinglePrecision | None:
+def as_single_precision(raw: bytes, graph: Graph) -> SinglePrecision | None:
     """A file in float32; None if it computes in float32 already, or in whole numbers.
 
-    `inlined` is the file's model without functions, loops and branches. Raises `ModelError` if a tensor is damaged.
+    `graph` is what was read from it. Raises `ModelError` if a tensor is damaged.
     """
-    types = _computed_types(inlined)
+    types = _computed_types(graph)
     if not types:
         return None
     model = parse_model(raw, run_checker=False)
@@ -100,19 +100,15 @@ def as_single_precision(raw: bytes, inlined: onnx.ModelProto) -> SinglePrecision
     return SinglePrecision(single, raw, tuple(sorted(types)))
 
 
-def _ended_like(model: onnx.ModelProto, ended: onnx.ModelProto) -> bytes:
-    """A file that ends as another does: with its outputs, which may be inner values, of whatever type they have in it,
-    and with the transpositions that were put before them."""
-    declared, inputs = {o.name for o in model.graph.output}, {n.output[0]: list(n.input) for n in model.graph.node}
-    changed = [n for n in ended.graph.node if list(n.input) != inputs.get(n.output[0])]
-    changed_values = {name for node in changed for name in node.output}
-    nodes = [n for n in model.graph.node if changed_values.isdisjoint(n.output)]
-    del model.graph.node[:]
-    model.graph.node.extend([*nodes, *changed])
-    names = [o.name for o in ended.graph.output]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in declared)
-    out: bytes = model.SerializeToString(deterministic=True)
-    return out
+def _random_feeds(graph: onnx.GraphProto, below: int) -> dict[str, Array]:
+    """Normal numbers, and whole ones from 0 to below a number, for the inputs of a file; a free size is the batch's."""
+    tensors, generator, feeds = {t.name for t in graph.initializer}, np.random.default_rng(1), dict[str, Array]()
+    for value in [v for v in graph.input if v.name not in tensors]:
+        shape = [d if isinstance(d, int) else 2 for d in read_dims(value)]
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        numbers: Array = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, below, shape)
+        feeds[value.name] = numbers.astype(dtype)
+    return feeds
 
 
 def _convert(message: Any) -> None:
@@ -134,32 +130,27 @@ def _convert(message: Any) -> None:
                     _convert(part)
 
 
-def _computed_types(proto: onnx.ModelProto) -> set[int]:
-    """The types of `_TOLERANCES` that a model without functions computes in.
+def _computed_types(graph: Graph) -> set[int]:
+    """The types of `_TOLERANCES` that a file computes in.
 
     A value that depends on neither inputs nor weights doesn't count: it is folded in the type that the file gives it.
     Neither does a weight of 16 bits that is only rearranged before it is cast (`stored_weights`).
     """
-    graph = proto.graph
-    stored = [(tensor.name, tensor) for tensor in graph.initializer]
-    constants = [node for node in graph.node if node.op_type == "Constant"]
-    stored += [(node.output[0], a.t) for node in constants for a in node.attribute if a.name == "value"]
-    declared = {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
-    declared.update(tensor.data_type for _, tensor in stored)
-    declared.update(a.i for n in graph.node for a in n.attribute if a.name in _TYPE_ATTRIBUTES)
+    dtypes = [*(p.dtype for p in (*graph.inputs, *graph.outputs)), *(v.dtype for v in graph.initializers.values())]
+    declared = {helper.np_dtype_to_tensor_dtype(dtype) for dtype in dtypes}
+    declared.update(n.attrs[name] for n in graph.nodes for name in _TYPE_ATTRIBUTES & n.attrs.keys())
     if not declared & _TOLERANCES.keys():
         return set()
-    halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    from_weights = {name for name, tensor in stored if tensor.data_type in halves and math.prod(tensor.dims) > 1}
-    initializer_names = {tensor.name for tensor in graph.initializer}
-    values = {v.name for v in graph.input if v.name not in initializer_names}
-    for node in graph.node:
-        if values.intersection(node.input):
-            values.update(node.output)
-        elif from_weights.intersection(node.input):
-            from_weights.update(node.output)
+    halves = [helper.tensor_dtype_to_np_dtype(kind) for kind in (TensorProto.FLOAT16, TensorProto.BFLOAT16)]
+    from_weights = {name for name, value in graph.initializers.items() if value.dtype in halves and value.size > 1}
+    values = {p.name for p in graph.inputs}
+    for node in graph.nodes:
+        if values.intersection(node.inputs):
+            values.update(node.outputs)
+        elif from_weights.intersection(node.inputs):
+            from_weights.update(node.outputs)
             # Arithmetic on weights is trained through, so it has to be in float32.
-            if node.op_type not in REARRANGEMENTS:
-                values.update(node.output)
-    types = value_types(proto)
+            if node.op not in REARRANGEMENTS:
+                values.update(node.outputs)
+    types = value_types(graph)
     return {types[name] for name in values if types.get(name) in _TOLERANCES}

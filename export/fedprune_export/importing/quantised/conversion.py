@@ -8,9 +8,9 @@ import onnx
 
 from fedprune_export.importing import metadata
 from fedprune_export.importing.draws import rewrite_draws
-from fedprune_export.importing.model_building import parse_inlined
-from fedprune_export.importing.quantised.clippings import write_clippings
-from fedprune_export.importing.quantised.proof import prove
+from fedprune_export.importing.model_building import as_model_errors, parse_inlined
+from fedprune_export.importing.quantised.clippings import LOST_CLIPS_NOTE, write_clippings
+from fedprune_export.importing.quantised.proof import QuantisedProof
 from fedprune_export.importing.quantised.rules import FloatWriter, refuse
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import ACTIVATION_RANGES_KEY
@@ -22,6 +22,7 @@ _QUANTISED = (
 )
 
 
+@as_model_errors()
 def float_file(raw: bytes) -> bytes:
     """The file of the float model that a quantised file approximates; the same bytes if it isn't quantised.
 
@@ -33,8 +34,9 @@ def float_file(raw: bytes) -> bytes:
         return raw
     file_notes = list[str]()
     # A draw has another number in each of two runs, and means what it does on floats.
-    proto, _ = rewrite_draws(parse_inlined(raw), raw, file_notes)
+    proto = parse_inlined(raw)
     file = Graph.from_proto(proto)
+    rewrite_draws(file, file_notes)
     if not any(node.op.startswith(_QUANTISED) for node in file.nodes):
         return raw
 
@@ -49,8 +51,9 @@ def float_file(raw: bytes) -> bytes:
     if (left := next((n for n in floats.nodes if n.op.startswith(_QUANTISED)), None)) is not None:
         raise refuse(left, "computes with integers")
     roundings = {o: writer.roundings[o] for n in floats.nodes for o in n.outputs if o in writer.roundings}
-    clippings = write_clippings(floats, roundings)
-    prove(file, floats, roundings, write)
+    proof = QuantisedProof(file, floats, roundings, write)
+    clippings = write_clippings(floats, roundings, proof.least_numbers())
+    proof.check()
     passed = [(n, r.range) for n in floats.nodes if (r := roundings.get(n.outputs[0])) and r.range is not None]
     ranges = {(n.inputs if n.op == "Identity" else n.outputs)[0]: bounds for n, bounds in passed}
     summary = (
@@ -61,7 +64,9 @@ def float_file(raw: bytes) -> bytes:
     )
     model = write(floats)
     notes = [*metadata.training_notes(metadata.read_properties(model)), summary, *clippings, *file_notes]
-    texts = {metadata.TRAINING_NOTES_KEY: json.dumps(notes)}
+    if ranges:
+        notes.append(LOST_CLIPS_NOTE)
+    texts = {**floats.metadata, metadata.TRAINING_NOTES_KEY: json.dumps(notes)}
     if ranges:
         texts[ACTIVATION_RANGES_KEY] = json.dumps(ranges)
     metadata.write_properties(model, texts)

@@ -92,11 +92,6 @@ class FloatWriter:
         else:
             self._aliases[node.outputs[0]] = number
 
-    def end_product(self, node: Node, first: str, second: str, bias: str) -> None:
-        """Let a product of matrices, with a bias where there is one, stand for the output of a node."""
-        product = self.graph.emit("MatMul", first, second)
-        self.end(node, self.graph.emit("Add", product, bias) if bias else product)
-
     def add_weight(self, integers: str, values: Array) -> str:
         """Store a dequantised tensor."""
         name = self.graph.fresh(integers)
@@ -201,20 +196,6 @@ def _scale_sums(state: FloatWriter, node: Node) -> None:
     state.keep(node)
 
 
-def _matmul_to_float(state: FloatWriter, node: Node) -> None:
-    """A, B, scale of A, scale of B, zero point of A, zero point of B, bias."""
-    a, b, a_scale, b_scale, a_zero, b_zero, bias = [*node.inputs, "", "", ""][:7]
-    state.end_product(node, state.number(a, a_scale, a_zero), state.number(b, b_scale, b_zero, -1), bias)
-
-
-def _dynamic_matmul(state: FloatWriter, node: Node) -> None:
-    """A, B, scale of B, zero point of B, bias. It rounds A inside."""
-    a, b, b_scale, b_zero, bias = [*node.inputs, "", "", ""][:5]
-    integers, scale, zero = (state.graph.fresh(a) for _ in range(3))
-    state.makers[integers] = Node("DynamicQuantizeLinear", [a], [integers, scale, zero])
-    state.end_product(node, state.number(integers, scale, zero), state.number(b, b_scale, b_zero, -1), bias)
-
-
 def _attention(state: FloatWriter, node: Node) -> None:
     """Input, weight, bias, scale of input, scale of weight, mask, zero point of both, past: onnxruntime's Attention,
     which has neither scales nor zero points, on integers."""
@@ -230,8 +211,8 @@ def _lstm(state: FloatWriter, node: Node) -> None:
     """
     inputs = list(node.inputs)
     for position, parameters in ((1, node.inputs[8:10]), (2, node.inputs[10:12])):
-        found = [state.constant(name) for name in (inputs[position], *parameters)]
-        integers, *scales = (array.astype(np.float64) for array in found if array is not None)
+        stored = [state.constant(name) for name in (inputs[position], *parameters)]
+        integers, *scales = (array.astype(np.float64) for array in stored if array is not None)
         # A scale for each direction, or for each of its columns.
         scale, zero = (array.reshape(len(integers), 1, -1) for array in scales)
         numbers = np.ascontiguousarray(((integers - zero) * scale).swapaxes(1, 2), np.float32)
@@ -243,8 +224,6 @@ def _lstm(state: FloatWriter, node: Node) -> None:
 RULES: dict[str, Callable[[FloatWriter, Node], None]] = {
     "DequantizeLinear": _dequantize,
     "Mul": _scale_sums,
-    "MatMulIntegerToFloat": _matmul_to_float,
-    "DynamicQuantizeMatMul": _dynamic_matmul,
     "DynamicQuantizeLSTM": _lstm,
     "QAttention": _attention,
 }

@@ -1,7 +1,7 @@
-"""Convolution in one group, by whichever of several algorithms is fastest for the layer's shape.
+"""Convolution by Conv and ConvTranspose, and its gradients by whichever algorithm is fastest for the layer's shape.
 
-The gradients of a layer can be computed by several algorithms that give the same numbers; `choose_algorithms` picks
-them. A *tap* is one element of the kernel, and the numbers of the input that it is multiplied by.
+The algorithms give the same numbers; `choose_algorithms` picks them. A *tap* is one element of the kernel, and the
+numbers of the input that it is multiplied by.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedprune.planning.probe_report import CUDA
+from fedprune_export.autodiff.column_convolution import ChannelGroups, ColumnConvolution
 from fedprune_export.autodiff.sliding_window import Window
-from fedprune_export.autodiff.tape import Dim, Tape
+from fedprune_export.autodiff.tape import Tape
 from fedprune_export.ir.graph import Graph
-
-WeightGradient = Literal["taps", "columns", "convolution"]
 
 
 @dataclass(frozen=True)
 class Algorithms:
-    """The algorithms of a convolution's gradients.
+    """The algorithms of a convolution's gradients. In several groups only transposed convolutions and columns serve.
 
     Attributes:
         input_gradient: A convolution with the flipped kernel, or a transposed convolution.
@@ -29,53 +29,64 @@ class Algorithms:
     """
 
     input_gradient: Literal["flipped", "transposed"]
-    weight_gradient: WeightGradient
+    weight_gradient: Literal["taps", "columns", "convolution"]
 
 
 # Where one algorithm overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`).
 # The area of the output from which a product per tap is faster than columns.
 _MIN_TAPS_AREA = 64
+# Up to this area columns are faster than operators, too: onnxruntime's Conv computes a product per sample. Measured
+# with layers of ResNets and RegNets on x86.
+_MAX_COLUMNS_AREA = 16
 # The elements of a kernel from which products per tap are too many.
 _MIN_LARGE_KERNEL_ELEMENTS = 25
 # A first layer has at most so many input channels: with a large kernel, its weight gradient is a convolution. Columns
 # would be faster than taps of a small kernel, but keep all taps of a whole image at once, which no width makes smaller.
 _MAX_IMAGE_CHANNELS = 3
 
-# On a GPU each launch costs more than its arithmetic: the algorithms with the fewest operators.
-CUDA_ALGORITHMS = Algorithms("transposed", "convolution")
 
-
-def choose_algorithms(w: Window, channels: int) -> Algorithms:
-    """Choose the fastest algorithms for a layer with this window and number of input channels."""
+def choose_algorithms(tape: Tape, w: Window, groups: ChannelGroups) -> Algorithms | None:
+    """The fastest algorithms for a layer with this window; None where columns serve for all of it."""
     area, elements = math.prod(w.output), math.prod(w.kernel)
-    large = elements >= _MIN_LARGE_KERNEL_ELEMENTS
-    if large and channels <= _MAX_IMAGE_CHANNELS:
-        weight: WeightGradient = "convolution"
-    else:
-        weight = "taps" if area >= _MIN_TAPS_AREA else "columns"
-    return Algorithms("flipped" if w.has_flipped_gradient and not large else "transposed", weight)
+    if groups.number == 1 and tape.graph.unit == CUDA:
+        # On a GPU each launch costs more than its arithmetic: the algorithms with the fewest operators.
+        return Algorithms("transposed", "convolution")
+    # The number of groups of an operator is fixed.
+    if area <= _MAX_COLUMNS_AREA or isinstance(groups.number, str):
+        return None
+    if groups.number > 1:
+        return Algorithms("transposed", "columns")
+    is_large = elements >= _MIN_LARGE_KERNEL_ELEMENTS
+    input_gradient: Literal["flipped", "transposed"] = (
+        "flipped" if w.has_flipped_gradient and not is_large else "transposed"
+    )
+    if is_large and tape.extent(groups.inputs) <= _MAX_IMAGE_CHANNELS:
+        return Algorithms(input_gradient, "convolution")
+    return Algorithms(input_gradient, "taps" if area >= _MIN_TAPS_AREA else "columns")
 
 
-class DenseConvolution:
-    """A convolution in one group (see `convolutions.Convolution`)."""
+class OperatorConvolution:
+    """A convolution by operators (see `Convolution` in `operators.convolution`). `columns`: the same one by columns."""
 
-    def __init__(self, tape: Tape, w: Window, kernel: str, algorithms: Algorithms, batch: Dim) -> None:
-        self.tape, self.g, self.window, self.kernel, self.algorithms = tape, tape.graph, w, kernel, algorithms
-        self.batch, self.rank = batch, len(w.sizes)
+    def __init__(self, columns: ColumnConvolution, algorithms: Algorithms) -> None:
+        self.tape, self.g, self.columns, self.algorithms = columns.tape, columns.g, columns, algorithms
+        self.window, self.kernel, self.batch, self.rank = columns.window, columns.kernel, columns.batch, columns.rank
+        self.groups = self.tape.extent(columns.groups)
 
     def apply(self, x: str, bias: list[str]) -> str:
-        return self.g.emit("Conv", x, self.kernel, *bias, attrs=self.window.conv_attrs())
+        return self.g.emit("Conv", x, self.kernel, *bias, attrs=self.window.conv_attrs(self.groups))
 
     def apply_transposed(self, dy: str, bias: list[str]) -> str:
-        if self.algorithms.input_gradient == "transposed":
-            return self.g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=self.window.transposed_attrs())
-        return self.g.emit("Conv", dy, self.flipped_kernel(), *bias, attrs=self.transposed_window().conv_attrs())
+        if self.algorithms.input_gradient == "flipped":
+            return self.g.emit("Conv", dy, self.flipped_kernel(), *bias, attrs=self.transposed_window().conv_attrs())
+        attrs = self.window.transposed_attrs(self.groups)
+        return self.g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=attrs)
 
     def kernel_gradient(self, x: str, dy: str) -> str:
         if self.algorithms.weight_gradient == "taps":
             return self.kernel_by_taps(x, dy)
         if self.algorithms.weight_gradient == "columns":
-            return self.kernel_by_columns(x, dy)
+            return self.columns.kernel_gradient(x, dy)
         return self.kernel_by_convolution(x, dy)
 
     # -- input gradient ---------------------------------------------------------------------------------------------
@@ -105,25 +116,23 @@ class DenseConvolution:
     def kernel_by_taps(self, x: str, dy: str) -> str:
         """One batched matrix product per kernel element, summed over the batch."""
         g, w = self.g, self.window
-        rows = g.emit("Reshape", dy, g.ints(0, 0, -1))
-        # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
-        x = g.emit("Transpose", x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
-        products = []
-        for tap in tap_slices(g, x, w):
-            flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
-            products.append(self.tape.sum_leading(g.emit("MatMul", rows, flat), (self.batch,)))
+        rows, positions = self.flat_map(dy), g.ints(0, math.prod(w.output), -1)
+        if w.is_pointwise:
+            taps = [g.emit("Transpose", self.flat_map(x), attrs={"perm": [0, 2, 1]})]
+        else:
+            # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
+            x = g.emit("Transpose", x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
+            taps = [g.emit("Reshape", t, positions) if self.rank > 1 else t for t in tap_slices(g, x, w)]
+        products = [self.tape.sum_leading(g.emit("MatMul", rows, tap), (self.batch,)) for tap in taps]
         # A row of outputs · inputs per kernel element.
         gradient = products[0]
         if len(products) > 1:
             gradient = g.emit("Transpose", g.emit("Concat", *products, attrs={"axis": 0}), attrs={"perm": [1, 0]})
         return g.emit("Reshape", gradient, self.tape.shape_of(self.kernel))
 
-    def kernel_by_columns(self, x: str, dy: str) -> str:
-        """One matrix product over all windows of the batch."""
-        g = self.g
-        rows = g.emit("Flatten", _batch_last(g, dy, self.rank), attrs={"axis": 1})
-        flat = g.emit("Gemm", rows, window_columns(g, x, self.window), attrs={"transB": 1})
-        return g.emit("Reshape", flat, g.ints(0, -1, *self.window.kernel))
+    def flat_map(self, value: str) -> str:
+        """[N, C, ...] as [N, C, positions]."""
+        return self.g.emit("Reshape", value, self.g.ints(0, 0, -1)) if self.rank > 1 else value
 
     def kernel_by_convolution(self, x: str, dy: str) -> str:
         """A convolution over the batch, with dy as the kernel."""
@@ -143,37 +152,6 @@ class DenseConvolution:
         return _channels_first(g, swapped, self.rank)
 
 
-class PointwiseConvolution:
-    """A convolution in one group with a kernel of 1 on maps whose size varies, such as a layer along the tokens of an
-    MLP. `rank`: the number of spatial axes.
-    """
-
-    def __init__(self, tape: Tape, kernel: str, batch: Dim, rank: int) -> None:
-        self.tape, self.g, self.kernel, self.batch, self.rank = tape, tape.graph, kernel, batch, rank
-
-    def apply(self, x: str, bias: list[str]) -> str:
-        return self.g.emit("Conv", x, self.kernel, *bias)
-
-    def apply_transposed(self, dy: str, bias: list[str]) -> str:
-        order = [1, 0, *range(2, self.rank + 2)]
-        return self.g.emit("Conv", dy, self.g.emit("Transpose", self.kernel, attrs={"perm": order}), *bias)
-
-    def kernel_gradient(self, x: str, dy: str) -> str:
-        g = self.g
-        # 0 copies the batch and the channels.
-        rows_x, rows_dy = (g.emit("Reshape", value, g.ints(0, 0, -1)) for value in (x, dy))
-        products = g.emit("MatMul", rows_dy, g.emit("Transpose", rows_x, attrs={"perm": [0, 2, 1]}))
-        total = self.tape.sum_leading(products, (self.batch,))
-        return g.emit("Reshape", total, self.tape.shape_of(self.kernel))
-
-
-def window_columns(g: Graph, x: str, w: Window) -> str:
-    """All windows of a whole batch: [C · taps, positions · N]. With the batch last, a tap is a copy of long runs."""
-    slices = [g.emit("Unsqueeze", t, g.ints(1)) for t in tap_slices(g, _batch_last(g, x, len(w.sizes)), w)]
-    stacked = g.emit("Concat", *slices, attrs={"axis": 1}) if len(slices) > 1 else slices[0]
-    return g.emit("Flatten", stacked, attrs={"axis": 2})
-
-
 def tap_slices(g: Graph, x: str, w: Window) -> list[str]:
     """The slice under each tap of an input whose spatial axes are all but the first and the last."""
     if any(w.flat_pads):
@@ -185,14 +163,6 @@ def tap_slices(g: Graph, x: str, w: Window) -> list[str]:
     for position in itertools.product(*map(range, w.kernel)):
         starts = [p * d for p, d in zip(position, w.dilations, strict=True)]
         ends = [s + (n - 1) * t + 1 for s, n, t in zip(starts, w.output, w.strides, strict=True)]
-        # A 1x1 kernel with stride 1 on an unpadded map: the slice would copy all of it.
-        is_everything = all(
-            s == 0 and t == 1 and e == size + sum(pad)
-            for s, e, t, size, pad in zip(starts, ends, w.strides, w.sizes, w.pads, strict=True)
-        )
-        if is_everything:
-            slices.append(x)
-            continue
         steps = [g.ints(*w.strides)] if any(t != 1 for t in w.strides) else []
         slices.append(g.emit("Slice", x, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
     return slices
@@ -200,7 +170,3 @@ def tap_slices(g: Graph, x: str, w: Window) -> list[str]:
 
 def _channels_first(g: Graph, value: str, rank: int) -> str:
     return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
-
-
-def _batch_last(g: Graph, value: str, rank: int) -> str:
-    return g.emit("Transpose", value, attrs={"perm": [*range(1, rank + 2), 0]})
