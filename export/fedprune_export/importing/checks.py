@@ -139,7 +139,7 @@ class Original:
     def run(self, x: Array, random: np.random.Generator | None = None) -> Array:
         """The outputs for samples, a row for each if there are several; `random` moves samples and weights by a
         rounding."""
-        file = self._file if random is None else self._file.rounded(random)
+        file = self._file if random is None else self._file.with_rounded_weights(random)
         x = x if random is None else round_array(x, random)
         feeds = {self._row_name: x, **(self._feeder.run({self._row_name: x}) if self._feeder is not None else {})}
         values = list(file.run({name: feeds[name] for name in self._inputs}).values())

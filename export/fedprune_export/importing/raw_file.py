@@ -66,7 +66,7 @@ class RawFile:
             batches.append(self._run_batch({name: value[rows] for name, value in feeds.items()}))
         return {name: np.concatenate([batch[name] for batch in batches])[:count] for name in self.outputs}
 
-    def rounded(self, random: np.random.Generator, levels: int = 0) -> RawFile:
+    def with_rounded_weights(self, random: np.random.Generator, levels: int = 0) -> RawFile:
         """The same file with its weights moved by a rounding (`round_weights`)."""
         return RawFile(round_weights(self._raw, random, levels), self.outputs, self.layout)
 
@@ -75,7 +75,7 @@ class RawFile:
         away than rounding explains (`check_outputs`)."""
 
         def rerun(name: str, random: np.random.Generator) -> Array:
-            return self.rounded(random).run({n: round_array(x, random) for n, x in feeds.items()})[name]
+            return self.with_rounded_weights(random).run({n: round_array(x, random) for n, x in feeds.items()})[name]
 
         for name, expected in self.run(feeds).items():
             what = f"{subject}: output {value_text(name)} differs"

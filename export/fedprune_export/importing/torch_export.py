@@ -68,7 +68,7 @@ def export_torch(
         with replace_calls(torch):
             proto = _export_drawing(module, samples, mode)
             if proto is None:
-                # Evaluation can't be told from this export, or there is none: draws are worth less than predictions.
+                # Right predictions are worth more than draws, which a note names.
                 notes += lost_draws_notes(mode.draws)
                 module.eval()
                 proto = export_module(module, samples)
@@ -96,14 +96,14 @@ def export_torch(
 def _export_drawing(module: Any, samples: tuple[Any, ...], mode: TrainingMode) -> onnx.ModelProto | None:
     """A module that draws as in training mode, as an ONNX model; None if it draws nothing, can't be exported in this
     mode, or computes something else than evaluation once its draws are at their means."""
+    if not mode.modules:
+        return None
     module.eval()
     for submodule in mode.modules:
         submodule.training = True
     try:
-        proto = export_module(module, samples) if mode.modules else None
+        proto = export_module(module, samples)
     except Exception:  # noqa: BLE001  the user's code, which may decide by what it draws
-        proto = None
-    if proto is None:
         return None
     graph = read_graph(inline_model(proto))
     rewrite_draws(graph, [])

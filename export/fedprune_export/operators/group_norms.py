@@ -130,7 +130,7 @@ def _normalise_groups(tape: Tape, node: Node, number: Dim, length: Dim) -> tuple
     epsilon = float(node.attrs.get("epsilon", 1e-5))
     rows = _Rows(tape, shape, number, length)
     flat = tape.reshape(x, shape, rows.group_shape)
-    z, _, mean, _, variance = normalise_by_batch(g, flat, rows.filled(1), rows.filled(0), [0, 2], epsilon)
+    z, _, mean, _, variance = normalise_by_batch(g, flat, rows.fill(1), rows.fill(0), [0, 2], epsilon)
     z = tape.reshape(z, rows.group_shape, shape)
     scale, shift = (tape.fit_to_width(node, i, shape[1:2]) for i in (1, 2))
     tape.enter(node.outputs[0], scale_channels(g, z, scale, shift), shape)
@@ -168,7 +168,7 @@ class _Rows:
         self._group_size = tape.product([length, *shape[2:]])
         self.group_shape: Shape = (1, self.groups, self._group_size)
 
-    def filled(self, number: float) -> str:
+    def fill(self, number: float) -> str:
         """The same number for every group: [N · groups]."""
         return self._graph.emit("Expand", self._graph.scalar(number), self._tape.size(self.groups))
 

@@ -64,11 +64,11 @@ def float_file(raw: bytes) -> bytes:
     )
     model = write(floats)
     notes = [*metadata.training_notes(metadata.read_properties(model)), summary, *clippings, *file_notes]
+    texts = dict(floats.metadata)
     if ranges:
         notes.append(LOST_CLIPS_NOTE)
-    texts = {**floats.metadata, metadata.TRAINING_NOTES_KEY: json.dumps(notes)}
-    if ranges:
         texts[ACTIVATION_RANGES_KEY] = json.dumps(ranges)
+    texts[metadata.TRAINING_NOTES_KEY] = json.dumps(notes)
     metadata.write_properties(model, texts)
     out: bytes = model.SerializeToString(deterministic=True)
     return out

@@ -73,7 +73,7 @@ class QuantisedProof:
             def rerun(random: np.random.Generator, old: str = old, new: str = new) -> Array:
                 floats = self._session(self._floats, [new])
                 moved = {name: round_array(x, random, levels) for name, x in feeds.items()}
-                moves: Array = floats.rounded(random, levels).run(moved)[new] - floats.run(feeds)[new]
+                moves: Array = floats.with_rounded_weights(random, levels).run(moved)[new] - floats.run(feeds)[new]
                 return expected[old] + moves
 
             subject = f"the float model of a quantised file differs at its output {value_text(port.name)}"
